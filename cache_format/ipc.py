@@ -1,0 +1,146 @@
+"""The bytes of a shard: an Arrow IPC file cut into ranges, and the buffers inside a range.
+
+An IPC file is `ARROW1\\0\\0`, then encapsulated messages, then a footer. Cutting it behind the last
+dictionary and behind each record batch partitions the file into
+
+    header (magic, schema, dictionaries) | record batch 0 | record batch 1 | ... | footer
+
+and header (without its magic) followed by one record batch is a valid IPC *stream*. So a reader
+needs two checked ranges for any record batch, locally or from an object store, and never has to
+trust an offset that it did not check.
+
+The sizes of the compressed buffers, and the uncompressed sizes that they announce, are read here
+from the message's flatbuffer (https://arrow.apache.org/docs/format/Columnar.html): pyarrow does not
+tell them, and a size has to be judged before something allocates it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+MAGIC_BYTES = 8
+SCHEMA, DICTIONARY_BATCH, RECORD_BATCH = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
+
+
+@dataclass(frozen=True)
+class MessageBuffers:
+    """The body of one dictionary or record batch message."""
+
+    compressed: list[int]  # bytes on disk of each buffer, in schema order
+    uncompressed: list[int]  # bytes in memory that each announces
+
+
+def cut_points(path: str) -> list[int]:
+    """Where the header and each record batch of a file of our own end."""
+    header_end, batch_ends = MAGIC_BYTES, []
+    with pa.memory_map(path) as file:
+        file.seek(MAGIC_BYTES)
+        for message in pa.ipc.MessageReader.open_stream(file):
+            if message.type == "record batch":
+                batch_ends.append(file.tell())
+            else:
+                header_end = file.tell()
+    return [header_end, *batch_ends]
+
+
+def buffers_per_column(schema: pa.Schema) -> dict[str, int]:
+    """Buffers of each column in a message: validity and values, for a list also offsets."""
+    return {field.name: 4 if pa.types.is_list(field.type) else 2 for field in schema}
+
+
+def message_buffers(data: pa.Buffer | memoryview) -> Iterator[MessageBuffers]:
+    """Buffer sizes of the messages in a range, schema messages left out.
+
+    Raises: ValueError, struct.error for anything that is not a sequence of messages.
+    """
+    view, position = memoryview(data), 0
+    while position < len(view):
+        marker, length = struct.unpack_from("<Ii", view, position)
+        if marker != 0xFFFFFFFF or length <= 0:
+            raise ValueError("not an Arrow message")
+        message = _root(view[position + 8 : position + 8 + length])
+        body = position + 8 + length
+        body_length = message.scalar(3, "<q")
+        if not 0 <= body_length <= len(view) - body:
+            raise ValueError("an Arrow message reaches beyond its range")
+        kind, header = message.scalar(1, "<B"), message.table(2)
+        if kind != SCHEMA:
+            batch = header.table(1) if kind == DICTIONARY_BATCH else header
+            yield _buffers(batch, view[body : body + body_length])
+        position = body + body_length
+
+
+def read_record_batch(header: pa.Buffer, batch: pa.Buffer, columns: list[int]) -> pa.RecordBatch:
+    """One record batch from its two ranges, only the columns asked for.
+
+    Raises: pa.ArrowException, OSError.
+    """
+    stream = b"".join([memoryview(header)[MAGIC_BYTES:], memoryview(batch)])
+    # No threads: the reader lives in forked DataLoader workers, one core each.
+    options = pa.ipc.IpcReadOptions(included_fields=columns, use_threads=False)
+    with pa.ipc.open_stream(pa.py_buffer(stream), options=options) as reader:
+        return reader.read_next_batch()
+
+
+def read_schema(header: pa.Buffer) -> pa.Schema:
+    """Raises: pa.ArrowException, OSError."""
+    return pa.ipc.read_schema(header.slice(MAGIC_BYTES))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A flatbuffer table: fields are found through its vtable, by number."""
+
+    view: memoryview
+    position: int
+
+    def _field(self, index: int) -> int:
+        vtable = self.position - self._read("<i", self.position)
+        entry = 4 + 2 * index
+        inside = entry < self._read("<H", vtable)
+        return self._read("<H", vtable + entry) if inside else 0
+
+    def scalar(self, index: int, form: str) -> int:
+        offset = self._field(index)
+        return self._read(form, self.position + offset) if offset else 0
+
+    def _target(self, index: int) -> int:
+        if not (offset := self._field(index)):
+            raise ValueError("an Arrow message lacks a field")
+        return self.position + offset + self._read("<I", self.position + offset)
+
+    def table(self, index: int) -> _Table:
+        return _Table(self.view, self._target(index))
+
+    def structs(self, index: int, form: str) -> Iterator[tuple[Any, ...]]:
+        start = self._target(index)
+        stop = start + 4 + self._read("<I", start) * struct.calcsize(form)
+        if not 0 <= start <= stop <= len(self.view):
+            raise ValueError("an Arrow message is cut short")
+        return struct.iter_unpack(form, self.view[start + 4 : stop])
+
+    def _read(self, form: str, position: int) -> int:
+        if position < 0:
+            raise ValueError("an Arrow message points outside itself")
+        return int(struct.unpack_from(form, self.view, position)[0])
+
+
+def _root(view: memoryview) -> _Table:
+    return _Table(view, struct.unpack_from("<I", view)[0])
+
+
+def _buffers(batch: _Table, body: memoryview) -> MessageBuffers:
+    compressed, uncompressed = [], []
+    for offset, length in batch.structs(2, "<qq"):
+        announced = struct.unpack_from("<q", body, offset)[0] if length else 0
+        if announced < -1:
+            raise ValueError("an Arrow buffer announces a negative size")
+        stored_plain = announced == -1  # compression did not pay
+        compressed.append(length)
+        uncompressed.append(length - 8 if stored_plain else announced)
+    return MessageBuffers(compressed, uncompressed)

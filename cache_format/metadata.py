@@ -1,0 +1,126 @@
+"""What is known about a cache before its first row is written, and never changes afterwards.
+
+Stage one supplies it; the manifest is this plus the list of shards. Everything that decides a byte
+of a shard is in here (the row geometry, codebooks, compression, count and id widths), which is why
+an interrupted run may only be continued with equal metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from cache_format.codebook import (
+    Codebook,
+    entropy_codebook,
+    residual_codebook,
+    sqrt_probability_codebook,
+)
+from cache_format.types import Alignment
+
+FORMAT_NAME = "distill-cache"
+FORMAT_VERSION = 1
+CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
+REQUIRED_KEYS = {
+    "teacher": ("name",),
+    "targets": ("kind", "k", "temperature"),
+    "corpus": ("rows",),
+    "compression": ("codec", "level"),
+}
+
+UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
+
+
+def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
+    return {
+        "target_logprobs": sqrt_probability_codebook(),
+        "residual_logprob": residual_codebook(),
+        "entropy": entropy_codebook(vocab_size),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMetadata:
+    """The descriptive part of the manifest. Mappings may hold more keys than those named here."""
+
+    teacher: Mapping[str, Any]  # name, revision, dtype, weights_fingerprint
+    tokenizer: Mapping[str, str]  # fingerprint: component -> sha256 in hex
+    vocab_size: int  # real vocabulary, padded rows of the embedding cut off
+    alignment: Alignment
+    targets: Mapping[str, Any]  # kind, k, temperature, seed, tail_threshold, max_entries (if not k)
+    corpus: Mapping[str, Any]  # source, rows, tokens, window_length, token_stream_sha256
+    capture: Mapping[str, Any] = field(default_factory=dict)  # device, threads, dtype
+    libraries: Mapping[str, str] = field(default_factory=dict)  # name -> version
+    rows_per_shard: int = 512
+    rows_per_record_batch: int = 32
+    compression: Mapping[str, Any] = field(default_factory=lambda: {"codec": "zstd", "level": 9})
+    codebooks: Mapping[str, Codebook] = field(default_factory=dict)  # by column; empty: defaults
+
+    def __post_init__(self) -> None:
+        for name, keys in REQUIRED_KEYS.items():
+            if missing := [key for key in keys if key not in getattr(self, name)]:
+                raise ValueError(f"metadata.{name} lacks {', '.join(missing)}")
+        if self.alignment not in ("next", "same"):
+            raise ValueError(f"metadata.alignment is {self.alignment!r}, expected next or same")
+        if not 2 <= self.vocab_size < 2**31:
+            raise ValueError(f"metadata.vocab_size is {self.vocab_size}, expected 2 or more")
+        if not 1 <= self.max_entries < 2**16:
+            raise ValueError(f"metadata.targets: {self.max_entries} entries, expected 1 to 65535")
+        if min(self.num_rows, self.rows_per_shard, self.rows_per_record_batch) < 1:
+            raise ValueError("metadata: rows and rows_per_... must be at least 1")
+        if self.compression["codec"] != "zstd":
+            raise ValueError(f"metadata.compression: codec {self.compression['codec']!r}, not zstd")
+        if not self.codebooks:
+            object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
+        if set(self.codebooks) != set(CODEBOOK_COLUMNS):
+            raise ValueError(f"metadata.codebooks must be {', '.join(CODEBOOK_COLUMNS)}")
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.corpus["rows"])
+
+    @property
+    def max_entries(self) -> int:
+        """The most entries that a position may have."""
+        return int(self.targets.get("max_entries", self.targets["k"]))
+
+    @property
+    def id_type(self) -> UnsignedType:
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    @property
+    def count_type(self) -> UnsignedType:
+        return np.uint8 if self.max_entries < 2**8 else np.uint16
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """Rows of a shard. Shard boundaries depend on the row numbers only, so that any number of
+        processes, stopped any number of times, cut the corpus at the same places."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.num_rows))
+
+    def record_batch_rows(self, shard: int) -> Iterator[range]:
+        """Rows of each record batch of a shard; batches never cross a shard."""
+        rows = self.shard_rows(shard)
+        for start in range(rows.start, rows.stop, self.rows_per_record_batch):
+            yield range(start, min(start + self.rows_per_record_batch, rows.stop))
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["codebooks"] = {name: book.to_json() for name, book in self.codebooks.items()}
+        plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False, default=dict))
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CacheMetadata:
+        """Raises: KeyError, TypeError, ValueError, AttributeError for data of another shape."""
+        known = {f.name: data[f.name] for f in fields(cls)}
+        books = {name: Codebook.from_json(book) for name, book in known["codebooks"].items()}
+        return cls(**{**known, "codebooks": books})

@@ -1,0 +1,185 @@
+"""Reading a cache: rows by number, in any order, each part checked when it is first used.
+
+Opening reads `manifest.json` and nothing else. A row costs a lookup when its record batch was used
+lately, and otherwise the reading, checking and decoding of that batch, which is why shuffling
+should stay local to record batches (`Cache.record_batches` names them).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, overload
+
+from cache_format.columns import RowBatch
+from cache_format.errors import FormatError
+from cache_format.manifest import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    TOKENIZER_DIR,
+    Manifest,
+    sha256,
+    sidecar_name,
+)
+from cache_format.metadata import CacheMetadata
+from cache_format.shard_reader import ShardReader
+from cache_format.storage import Directory, open_directory
+from cache_format.types import CacheRow
+
+OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
+
+
+def open_cache(path: str | os.PathLike[str], *, cached_record_batches: int = 8) -> Cache:
+    """Open a finished cache.
+
+    Args:
+        path: the directory, or an fsspec URL of it.
+        cached_record_batches: how many decoded record batches to keep in memory.
+
+    Raises: FormatError if there is no finished cache of this format version.
+    """
+    directory = open_directory(path)
+    try:
+        data = directory.read_bytes(MANIFEST)
+    except OSError:
+        raise _no_manifest(directory) from None
+    manifest = Manifest.from_bytes(data, directory.path(MANIFEST))
+    return Cache(directory, manifest, cached_record_batches)
+
+
+class Cache(Sequence[CacheRow]):
+    """The rows of a cache, as a sequence. Safe to pickle, to fork and to share between threads."""
+
+    def __init__(
+        self, directory: Directory, manifest: Manifest, cached_record_batches: int
+    ) -> None:
+        self.manifest = manifest
+        self._directory = directory
+        self._cached_record_batches = cached_record_batches
+        self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._record_batch = lru_cache(cached_record_batches)(self._read_record_batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, (self._directory, self.manifest, self._cached_record_batches)
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
+
+    @property
+    def path(self) -> str:
+        return self._directory.path()
+
+    @property
+    def metadata(self) -> CacheMetadata:
+        return self.manifest.metadata
+
+    @property
+    def num_rows(self) -> int:
+        return self.manifest.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.manifest.num_tokens
+
+    @property
+    def num_counted_tokens(self) -> int:
+        """Positions whose loss_mask is True."""
+        return self.manifest.num_counted_tokens
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> CacheRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CacheRow]: ...
+    def __getitem__(self, index: int | slice) -> CacheRow | list[CacheRow]:
+        """`cache[i]`: a CacheRow; `cache[a:b]`: a list of them. Raises: IndexError."""
+        rows = range(self.num_rows)[index]
+        return self._row(rows) if isinstance(rows, int) else self.rows(rows)
+
+    def rows(self, indices: Sequence[int]) -> list[CacheRow]:
+        """The rows of `indices`, in that order; each record batch involved is decoded once."""
+        wanted = [range(self.num_rows)[int(index)] for index in indices]
+        found = {row: self._row(row) for row in sorted(set(wanted))}
+        return [found[row] for row in wanted]
+
+    def iter_rows(self) -> Iterator[CacheRow]:
+        """All rows in order, past the memory of recent batches."""
+        for batch in self.iter_record_batches():
+            yield from (batch.row(i) for i in range(len(batch)))
+
+    def iter_record_batches(self) -> Iterator[RowBatch]:
+        """All rows in order, a record batch at a time, as flat arrays."""
+        for shard in range(len(self.manifest.shards)):
+            for index, _ in enumerate(self.metadata.record_batch_rows(shard)):
+                yield self._read_record_batch(shard, index)
+
+    def record_batches(self) -> list[tuple[int, int]]:
+        """(start_row, stop_row) of each record batch: shuffle these, then the rows within some."""
+        return [
+            (rows.start, rows.stop)
+            for shard in range(len(self.manifest.shards))
+            for rows in self.metadata.record_batch_rows(shard)
+        ]
+
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each column on disk, over all shards."""
+        total: dict[str, int] = {}
+        for shard in range(len(self.manifest.shards)):
+            for name, size in self._shard(shard).column_bytes().items():
+                total[name] = total.get(name, 0) + size
+        return total
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The teacher's tokenizer files, checked. Raises: FormatError."""
+        files = {}
+        for name, expected in self.manifest.tokenizer_files.items():
+            inside = f"{TOKENIZER_DIR}/{name}"
+            try:
+                files[name] = self._directory.read_bytes(inside)
+            except OSError as error:
+                raise _tokenizer_damaged(self._directory.path(inside), "no such file") from error
+            if (found := sha256(files[name])) != expected:
+                raise _tokenizer_damaged(
+                    self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…"
+                )
+        return files
+
+    def _row(self, row: int) -> CacheRow:
+        shard, inside = divmod(row, self.metadata.rows_per_shard)
+        batch, index = divmod(inside, self.metadata.rows_per_record_batch)
+        return self._record_batch(shard, batch).row(index)
+
+    def _open_shard(self, shard: int) -> ShardReader:
+        return ShardReader(self._directory, self.manifest, shard)
+
+    def _read_record_batch(self, shard: int, index: int) -> RowBatch:
+        return self._shard(shard).record_batch(index)
+
+
+def _no_manifest(directory: Directory) -> FormatError:
+    where, names = directory.path(), directory.names()
+    if PARTIAL_MANIFEST in names:
+        shards = set(directory.names("shards"))
+        complete = 0
+        while sidecar_name(complete).rpartition("/")[2] in shards:
+            complete += 1
+        return FormatError(
+            f"{where}: found an unfinished cache with {complete} complete shards, expected "
+            "manifest.json: the run that wrote it has not ended. Run cache-teacher again: it goes "
+            "on from there."
+        )
+    if not names and not directory.exists():
+        return FormatError(f"{where}: no such directory. Give the one that cache-teacher wrote.")
+    return FormatError(
+        f"{where}: found no manifest.json: not a cache. Give the one that cache-teacher wrote."
+    )
+
+
+def _tokenizer_damaged(where: str, problem: str) -> FormatError:
+    return FormatError(
+        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or "
+        "make the cache again."
+    )

@@ -1,0 +1,177 @@
+"""One shard, opened: every byte is checked against the sidecar before anything parses it."""
+
+from __future__ import annotations
+
+import struct
+
+import pyarrow as pa
+
+from cache_format.columns import RowBatch, arrow_schema, decode
+from cache_format.errors import CorruptShardError
+from cache_format.invariants import find_violation
+from cache_format.ipc import (
+    MAGIC_BYTES,
+    buffers_per_column,
+    message_buffers,
+    read_record_batch,
+    read_schema,
+)
+from cache_format.manifest import (
+    ByteRange,
+    Manifest,
+    Sidecar,
+    sha256,
+    sidecar_name,
+)
+from cache_format.storage import Directory, ShardFile
+
+OPTIONAL_PREFIX = "hidden_"  # columns that a version 1 shard may have behind the required ones
+
+
+class ShardReader:
+    """The record batches of one shard. Holds no position, so threads and forks may share it.
+
+    Raises: CorruptShardError, from every method.
+    """
+
+    def __init__(self, directory: Directory, manifest: Manifest, index: int) -> None:
+        self._metadata = manifest.metadata
+        self._name = manifest.shards[index].name
+        self._where = directory.path(self._name)
+        self._batch_rows = list(manifest.metadata.record_batch_rows(index))
+        self.sidecar = self._read_sidecar(directory, manifest, index)
+        self._file = self._open(directory)
+        self._header = self._checked(self.sidecar.header, "header")
+        self._checked(self.sidecar.footer, "footer")
+        self._schema = arrow_schema(manifest.metadata)
+        self._check_header()
+
+    def record_batch(self, index: int) -> RowBatch:
+        """Read, check and decode one record batch."""
+        info, part = self.sidecar.record_batches[index], f"record batch {index}"
+        data = self._checked(info, part)
+        try:
+            elements = max(info.rows, info.tokens, info.entries)
+            self._buffer_bytes(data, elements + 1)
+            known = list(range(len(self._schema)))
+            batch = decode(read_record_batch(self._header, data, known), self._metadata.codebooks)
+        except (ValueError, pa.ArrowException, OSError, struct.error) as error:
+            raise self._false(part, _line(error)) from error
+        rows = self._batch_rows[index]
+        if problem := find_violation(batch, rows, self._metadata):
+            raise self._false(part, problem)
+        for name in ("num_tokens", "num_counted_tokens", "num_entries"):
+            found, expected = getattr(batch, name), getattr(info, name.removeprefix("num_"))
+            if found != expected:
+                raise self._false(part, f"{name} is {found}, the sidecar says {expected}")
+        return batch
+
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each column; the rest of the file is framing and dictionaries."""
+        total = dict.fromkeys(self._schema.names, 0)
+        for index, info in enumerate(self.sidecar.record_batches):
+            data = self._checked(info, f"record batch {index}")
+            try:
+                sizes = self._buffer_bytes(data, max(info.rows, info.tokens, info.entries) + 1)
+            except (ValueError, struct.error) as error:
+                raise self._false(f"record batch {index}", _line(error)) from error
+            for name, size in sizes.items():
+                total[name] += size
+        return total
+
+    def _buffer_bytes(self, data: pa.Buffer, elements: int) -> dict[str, int]:
+        """Compressed bytes by column, after judging what the buffers announce to expand to."""
+        (message,) = message_buffers(data)
+        most = 8 * elements + 64  # no element is wider, and Arrow pads to 64
+        sizes, first = {}, 0
+        for name, count in buffers_per_column(self._schema).items():
+            own = slice(first, first + count)
+            if max(message.uncompressed[own], default=most + 1) > most:
+                raise ValueError(f"column {name} expands to more bytes than its entries need")
+            sizes[name] = sum(message.compressed[own])
+            first += count
+        return sizes
+
+    def _read_sidecar(self, directory: Directory, manifest: Manifest, index: int) -> Sidecar:
+        name = sidecar_name(index)
+        where = directory.path(name)
+        try:
+            data = directory.read_bytes(name)
+        except OSError as error:
+            raise self._missing(where, error) from error
+        expected = manifest.shards[index].sidecar_sha256
+        if sha256(data) != expected:
+            raise _damaged(where, sha256(data), expected, self._name)
+        sidecar = Sidecar.from_bytes(data, where)
+        batches = [range(b.first_row, b.first_row + b.rows) for b in sidecar.record_batches]
+        shard = manifest.shards[index]
+        if batches != self._batch_rows or sidecar.file_bytes != shard.bytes:
+            raise self._false("sidecar", "its rows or bytes are not those of the manifest")
+        for total in ("tokens", "counted_tokens", "entries"):
+            if getattr(sidecar, total) != getattr(shard, total):
+                raise self._false("sidecar", f"its {total} are not those of the manifest")
+        return sidecar
+
+    def _open(self, directory: Directory) -> ShardFile:
+        try:
+            file = directory.open(self._name)
+        except OSError as error:
+            raise self._missing(self._where, error) from error
+        if file.size != self.sidecar.file_bytes:
+            raise CorruptShardError(
+                f"{self._where}: found {file.size} bytes, expected {self.sidecar.file_bytes}: the "
+                f"file was cut short or replaced. {_repair(self._name)}"
+            )
+        return file
+
+    def _checked(self, part: ByteRange, name: str) -> pa.Buffer:
+        try:
+            data = self._file.read(part.start, part.stop)
+        except OSError as error:
+            raise self._missing(f"{self._where}, {name}", error) from error
+        if (found := sha256(data)) != part.sha256:
+            raise _damaged(f"{self._where}, {name}", found, part.sha256, self._name)
+        return data
+
+    def _check_header(self) -> None:
+        try:
+            for message in message_buffers(self._header.slice(MAGIC_BYTES)):
+                if max(message.uncompressed, default=0) > 8 * 256 + 64:
+                    raise ValueError("a dictionary has more than 256 values")
+            required, found = list(self._schema), list(read_schema(self._header))
+            extra = found[len(required) :]
+            if found[: len(required)] != required or not all(map(_is_optional, extra)):
+                raise ValueError("its columns are not those of the manifest's metadata")
+        except (ValueError, pa.ArrowException, OSError, struct.error) as error:
+            raise self._false("header", _line(error)) from error
+
+    def _missing(self, where: str, error: OSError) -> CorruptShardError:
+        return CorruptShardError(
+            f"{where}: cannot be read ({_line(error)}), expected by the manifest. "
+            f"{_repair(self._name)}"
+        )
+
+    def _false(self, part: str, problem: str) -> CorruptShardError:
+        return CorruptShardError(
+            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. "
+            f"{_repair(self._name)}"
+        )
+
+
+def _is_optional(field: pa.Field) -> bool:
+    return bool(field.name.startswith(OPTIONAL_PREFIX))
+
+
+def _damaged(where: str, found: str, expected: str, shard: str) -> CorruptShardError:
+    return CorruptShardError(
+        f"{where}: checksum {found[:8]}…, expected {expected[:8]}…: the file was changed or "
+        f"damaged after writing. {_repair(shard)}"
+    )
+
+
+def _repair(shard: str) -> str:
+    return f"Delete {shard} and run cache-teacher again: it redoes only what is missing."
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

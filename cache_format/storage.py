@@ -1,0 +1,203 @@
+"""Where a cache lives: a local directory, or anything that fsspec can reach.
+
+Both kinds offer the same few operations. Locally a file appears under its name only when it is
+complete and on disk (temporary name, fsync, rename), and shards are read through a memory map. On
+object stores there is no rename; an upload is visible only when finished, so files go straight to
+their final names.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import pyarrow as pa
+
+from cache_format.errors import FormatError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class ShardFile(Protocol):
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> pa.Buffer: ...
+
+
+class Directory(Protocol):
+    """A directory of plain files; names are relative, with forward slashes."""
+
+    def names(self, name: str = "") -> list[str]:
+        """Entries directly inside; empty if there is no such directory."""
+
+    def exists(self) -> bool: ...
+
+    def read_bytes(self, name: str) -> bytes:
+        """Raises: FileNotFoundError."""
+
+    def open(self, name: str) -> ShardFile:
+        """Raises: FileNotFoundError."""
+
+    def create(self, name: str) -> AbstractContextManager[str]:
+        """Context manager: a path to write to; the file gets its name if the block ends well."""
+
+    def remove(self, name: str) -> None: ...
+
+    def path(self, name: str = "") -> str:
+        """For messages."""
+
+
+def open_directory(location: str | os.PathLike[str]) -> Directory:
+    text = os.fspath(location)
+    if "://" not in text:
+        return _local(Path(text))
+    fs, root = fsspec.core.url_to_fs(text)
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        return _local(Path(root))
+    return RemoteDirectory(fs, root.rstrip("/"), text.rstrip("/"))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a killed run may have left this file behind."""
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def write_bytes(directory: Directory, name: str, data: bytes) -> None:
+    with directory.create(name) as path:
+        Path(path).write_bytes(data)
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    buffer: pa.Buffer
+
+    @property
+    def size(self) -> int:
+        return int(self.buffer.size)
+
+    def read(self, start: int, stop: int) -> pa.Buffer:
+        return self.buffer.slice(start, stop - start)
+
+
+@dataclass(frozen=True)
+class LocalDirectory:
+    root: Path
+
+    def names(self, name: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self.root / name))
+        except FileNotFoundError:
+            return []
+
+    def exists(self) -> bool:
+        return self.root.exists()
+
+    def read_bytes(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def open(self, name: str) -> ShardFile:
+        path = self.root / name
+        if not path.stat().st_size:  # an empty file cannot be mapped
+            return MappedFile(pa.py_buffer(b""))
+        with pa.memory_map(str(path)) as file:
+            return MappedFile(file.read_buffer())
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[str]:
+        final = self.root / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        try:
+            yield str(temporary)
+            _fsync(temporary)
+            os.replace(temporary, final)
+            _fsync(final.parent)  # the rename itself
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def path(self, name: str = "") -> str:
+        return str(self.root / name)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    fs: Any
+    full_name: str
+    size: int
+
+    def read(self, start: int, stop: int) -> pa.Buffer:
+        return pa.py_buffer(self.fs.cat_file(self.full_name, start=start, end=stop))
+
+
+@dataclass(frozen=True)
+class RemoteDirectory:
+    fs: Any  # fsspec.AbstractFileSystem
+    root: str
+    url: str
+
+    def names(self, name: str = "") -> list[str]:
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self._full(name), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+
+    def exists(self) -> bool:
+        return bool(self.fs.exists(self.root))
+
+    def read_bytes(self, name: str) -> bytes:
+        return bytes(self.fs.cat_file(self._full(name)))
+
+    def open(self, name: str) -> ShardFile:
+        return RemoteFile(self.fs, self._full(name), int(self.fs.size(self._full(name))))
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[str]:
+        handle, scratch = tempfile.mkstemp(suffix=TEMPORARY_SUFFIX)
+        os.close(handle)
+        try:
+            yield scratch
+            self.fs.makedirs(self._full(name).rpartition("/")[0], exist_ok=True)
+            self.fs.put_file(scratch, self._full(name))
+        finally:
+            os.unlink(scratch)
+
+    def remove(self, name: str) -> None:
+        if self.fs.exists(self._full(name)):
+            self.fs.rm_file(self._full(name))
+
+    def path(self, name: str = "") -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _full(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+
+def _local(root: Path) -> LocalDirectory:
+    if root.exists() and not root.is_dir():
+        raise FormatError(
+            f"{root}: found a file, expected a directory: a cache is the directory that holds "
+            "manifest.json. Give that directory."
+        )
+    return LocalDirectory(root)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt":  # neither a directory nor a file opened for reading can be flushed there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

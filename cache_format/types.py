@@ -1,0 +1,100 @@
+"""What a cache holds, as numpy arrays: the targets of a sequence, and the sequence itself.
+
+Index t always speaks of the prediction made *from* position t. Nothing here shifts anything, and
+nothing downstream should: the one place that knows which token a prediction is about is
+`CacheRow.label_ids`.
+
+Shapes: T positions of a row, E entries of all its positions, S documents (segments) packed in it.
+Arrays keep the narrow integer types of the file and are read-only views of a decoded record batch:
+copy before changing one, widen before arithmetic that could wrap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.integer[Any]]
+FloatArray = NDArray[np.float32]
+
+Alignment = Literal["next", "same"]  # next: a causal model; same: a masked model
+IGNORE_INDEX = -100  # what the losses of transformers and torch skip
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """A teacher's distribution at every position, as a list of entries and what they leave out.
+
+    The entries of all positions stand one after the other. Those of one position: the exact ones
+    first, then the sampled tail, each group by ascending id. An exact entry's `logprobs` is the
+    token's log-probability; a sampled entry's is the log of its weight.
+    """
+
+    counts: IntArray  # [T] entries at each position; 0 only where loss_mask is False
+    ids: IntArray  # [E] token ids
+    logprobs: FloatArray  # [E] natural log
+    exact_counts: IntArray  # [T] how many of the entries are exact
+    residual_logprob: FloatArray  # [T] log(1 - sum of the exact probabilities), -inf allowed
+    entropy: FloatArray  # [T] nats, of the teacher's full distribution
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:  # [T + 1]
+        """Position t owns entries offsets[t] to offsets[t + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+
+    def at(self, position: int) -> tuple[IntArray, FloatArray]:
+        """The entries of one position: (ids, logprobs), exact ones first."""
+        position = range(len(self.counts))[position]
+        entries = slice(self.offsets[position], self.offsets[position + 1])
+        return self.ids[entries], self.logprobs[entries]
+
+    def sorted_by_probability(self) -> SparseTargets:
+        """The same targets with the exact entries of each position most likely first.
+
+        Equal probabilities stay by ascending id; the sampled entries stay where they are.
+        """
+        position = np.repeat(np.arange(len(self.counts)), self.counts)  # [E]
+        rank = np.arange(self.num_entries) - self.offsets[position]
+        sampled = rank >= np.asarray(self.exact_counts)[position]
+        key = np.where(sampled, 0.0, -self.logprobs)
+        order = np.lexsort((self.ids, key, sampled, position))
+        return replace(self, ids=self.ids[order], logprobs=self.logprobs[order])
+
+
+@dataclass(frozen=True, eq=False)
+class CacheRow:
+    """One token sequence with the teacher's targets for it."""
+
+    row: int  # index in the tokenised corpus
+    input_ids: IntArray  # [T]
+    loss_mask: NDArray[np.bool_]  # [T] whether the prediction made from t counts
+    segment_lengths: IntArray  # [S] lengths of the packed documents; their sum is T
+    targets: SparseTargets
+    labels: IntArray | None = None  # [T] stored only where the alignment is "same"
+
+    @property
+    def label_ids(self) -> NDArray[np.int64]:  # [T]
+        """The token that the prediction made from t is about; -100 where it does not count."""
+        if self.labels is None:
+            labels = np.empty(len(self.input_ids), np.int64)
+            labels[:-1] = self.input_ids[1:]
+            labels[-1:] = IGNORE_INDEX
+        else:
+            labels = self.labels.astype(np.int64)
+        labels[~self.loss_mask] = IGNORE_INDEX
+        return labels
+
+    @property
+    def position_ids(self) -> NDArray[np.int64]:  # [T]
+        """0, 1, 2, ... within each packed document."""
+        lengths = self.segment_lengths.astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        return np.arange(len(self.input_ids)) - np.repeat(starts, lengths)

@@ -1,0 +1,469 @@
+"""The command line: options become one frozen config, one call, and a table. Nothing is computed here.
+
+    distill cache-teacher   text + teacher ─▶ cache          distill inspect   one row, token by token
+    distill train-student   cache + student ─▶ checkpoint    distill stats     sizes and distributions
+    distill evaluate        held-out cache + student         distill verify    every checksum, every rule
+
+Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and status 1, wrong
+usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen inside the commands: `--help` takes no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from cache_format.errors import DistillError
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, highlight=False)
+
+LINE_EVERY_S = 30.0
+
+
+class _Commands(click.Group):
+    """Turns what a user can act on into one line; lists commands in the order of the flow."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # The environment, not a bug: no space, no permission, a name that is too long.
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from error
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="distill")
+def main() -> None:
+    """Offline knowledge distillation of language models.
+
+    A large teacher runs once over a text and leaves a cache of sparse soft targets; any number of students are trained
+    from the cache, on machines that never see the teacher.
+    """
+
+
+class Status:
+    """Stages and progress on stderr: a live bar in a terminal, now and then a line in a log."""
+
+    def __init__(self) -> None:
+        self.silent = int(os.environ.get("RANK", "0")) != 0  # under torchrun, the first process speaks
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.last_line = 0.0
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def stage(self, text: str) -> None:
+        self._stop()
+        if not self.silent:
+            err.print(f"[bold]{text}[/] …")
+
+    def warn(self, text: str) -> None:
+        if not self.silent:
+            err.print(f"[yellow]warning:[/] {text}")
+
+    def line(self, text: str) -> None:
+        if not self.silent:
+            err.print(text, soft_wrap=True)
+
+    def step(self, done: float, total: float, text: str = "") -> None:
+        """`text`: facts beside the bar."""
+        if self.silent:
+            return
+        if not err.is_terminal and text:
+            now = time.monotonic()
+            if now - self.last_line >= LINE_EVERY_S or done >= total:
+                self.last_line = now
+                err.print(f"{done:,.0f}/{total:,.0f} {text}", soft_wrap=True)
+        if not err.is_terminal:
+            return
+        if self.progress is None:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, console=err, transient=False)
+            self.task = self.progress.add_task("", total=total)
+            self.progress.start()
+        self.progress.update(self.task, completed=done, total=total, description=text)
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def print_json(data: Any, file: str | None = None) -> None:
+    """To stdout, or to `file`."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if file in (None, "-"):
+        click.echo(text)
+    else:
+        with open(str(file), "w", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of the libraries underneath would tear ours apart."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _examples(*commands: str) -> str:
+    return "Example:\n\n\b\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, in the order given."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+MODEL_OPTIONS = options(
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a hub model. Off by default."),
+)
+DEVICE_OPTIONS = options(
+    click.option("--device", default="auto", show_default=True, help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="auto: float32 on a CPU, the checkpoint's own elsewhere.",
+    ),
+)
+
+
+@main.command(
+    "cache-teacher",
+    epilog=_examples(
+        "distill cache-teacher --teacher models/teacher --data data/train.jsonl --output caches/train",
+        "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --top-k 32 --seq-len 512",
+    ),
+)
+@click.option("--teacher", required=True, help="transformers directory, hub name, or .gguf file.")
+@click.option("--data", required=True, help="File, glob or directory (.txt .jsonl .parquet .csv .arrow), or hub dataset.")
+@click.option("--output", required=True, help="Cache directory or fsspec URL; an unfinished run in it is continued.")
+@click.option("--top-k", default=64, show_default=True, type=click.IntRange(1, 65535), help="Entries per position.")
+@click.option("--seq-len", default=1024, show_default=True, type=click.IntRange(2), help="Tokens per row, at most.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
+@DEVICE_OPTIONS
+@click.option("--text-column", help="Column of strings or chat messages. Default: messages, prompt+completion, text.")
+@click.option(
+    "--loss-on",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "all", "assistant", "completion"]),
+    help="Tokens to learn. auto: all of a text, answers of a chat, completions of prompts.",
+)
+@click.option("--packing/--no-packing", default=True, show_default=True, help="Several short documents per row.")
+@click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End every text with EOS.")
+@click.option(
+    "--sample-by",
+    default="document",
+    show_default=True,
+    type=click.Choice(["document", "paragraph", "line"]),
+    help="What one document of a .txt file is.",
+)
+@click.option("--split", default="train", show_default=True, help="Split of the dataset, also as train[:10%].")
+@click.option("--data-config", help="Configuration of a hub dataset.")
+@click.option("--max-documents", type=click.IntRange(1), help="Only the first so many documents.")
+@click.option("--num-proc", type=click.IntRange(1), help="Processes for tokenising.")
+@click.option("--all-positions", is_flag=True, help="Targets also where the loss mask is off (prompts).")
+@click.option("--rows-per-shard", type=click.IntRange(1), help="Default: some 262,144 tokens per shard.")
+@click.option("--compression-level", default=9, show_default=True, type=click.IntRange(1, 22), help="zstd.")
+@click.option("--overwrite", is_flag=True, help="Delete the cache that is in --output first.")
+@MODEL_OPTIONS
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
+    """Run a teacher over a text and cache its targets.
+
+    Text comes from a column of strings, of chat messages, or from prompt and completion columns. Interrupted, the same
+    command continues where it stopped.
+    """
+    _quiet_libraries()
+    from pipeline.report import duration, pairs, size
+    from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
+    from pipeline.teacher.corpus import DataConfig
+
+    of_data = {name: given.pop(name) for name in list(given) if name in DataConfig.__dataclass_fields__}
+    config = CacheTeacherConfig(data=DataConfig(window_length=seq_len, **of_data), **given)
+
+    def show(p: CaptureProgress) -> None:
+        facts = f"rows · {p.tokens_per_s:,.0f} tokens/s · {duration(p.seconds_left)} left"
+        if p.kept_mass == p.kept_mass:  # not before the first record batch
+            facts += f" · mass kept {p.kept_mass:.3f}"
+        if p.bytes_per_token == p.bytes_per_token:
+            facts += f" · {p.bytes_per_token:.1f} bytes/token"
+        if p.batch_size < config.batch_size:
+            facts += f" · batch size {p.batch_size} (out of memory)"
+        status.step(p.rows, p.total_rows, facts)
+
+    with Status() as status:
+        try:
+            summary = cache_teacher(config, on_stage=status.stage, on_progress=show)
+        except KeyboardInterrupt:
+            _stopped(f"complete shards are kept in {config.output}. Run the same command again to continue.")
+    if as_json:
+        return print_json(asdict(summary))
+    left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
+    out.print(
+        pairs(
+            f"Cached {summary.output}",
+            [
+                ("rows", f"{summary.rows:,}"),
+                ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
+                ("left out or cut", ", ".join(f"{LEFT_OUT[n]}: {c:,}" for n, c in left_out.items()) or "nothing"),
+                ("mass kept", f"{summary.kept_mass:.4f} (mean)"),
+                ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
+                ("time", f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} tokens/s"),
+            ],
+        )
+    )
+
+
+# corpus report -> words; what a user should know happened to the text
+LEFT_OUT = {
+    "documents_cut": "documents cut into windows",
+    "empty_documents": "empty documents dropped",
+    "single_token_pieces": "pieces of one token dropped",
+    "rows_without_targets": "rows without anything to learn dropped",
+    "ignored_files": "files of other types ignored",
+}
+
+
+@main.command(
+    "train-student",
+    epilog=_examples(
+        "distill train-student --cache caches/train --student models/student --output students/first",
+        "distill train-student --cache caches/train --eval-cache caches/heldout \\",
+        "    --student models/teacher --student-layers 6 --output students/six-layers",
+    ),
+)
+@click.option("--cache", required=True, help="Cache directory or URL.")
+@click.option("--student", help="transformers directory, hub name, or .gguf file.")
+@click.option("--student-layers", type=click.IntRange(1), help="Keep so many of its layers, evenly spaced.")
+@click.option("--student-config", help="config.json of a student with random weights, instead of --student.")
+@click.option("--output", required=True, help="Directory for checkpoints and the trained student.")
+@click.option("--eval-cache", help="Held-out cache: evaluated during training, the best checkpoint is kept.")
+@click.option("--kd-weight", default=0.9, show_default=True, type=float, help="α: 0 hard labels only, 1 teacher only.")
+@click.option("--temperature", default=1.0, show_default=True, type=float, help="T of the soft loss; scaled by T².")
+@click.option(
+    "--tail",
+    default="bucket",
+    show_default=True,
+    type=click.Choice(["bucket", "renormalise", "label"]),
+    help="Mass outside the entries: one class, ignored, or given to the label.",
+)
+@click.option("--batch-size", "per_device_train_batch_size", type=int, help="Rows per device and forward. Default: 8.")
+@click.option("--gradient-accumulation-steps", type=int, help="Forward passes per optimizer step. Default: 1.")
+@click.option("--learning-rate", type=float, help="Default: 3e-4.")
+@click.option("--lr-scheduler", "lr_scheduler_type", help="Default: cosine.")
+@click.option("--warmup", "warmup_steps", type=float, help="Steps, or a fraction of them if below 1. Default: 0.05.")
+@click.option("--weight-decay", type=float, help="Default: 0.")
+@click.option("--epochs", "num_train_epochs", type=float, help="Default: 1.")
+@click.option("--max-steps", type=int, help="Optimizer steps, instead of epochs.")
+@click.option("--seed", type=int, help="Order of rows, random weights, dropout. Default: 0.")
+@click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast; weights stay float32.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Less memory, more time.")
+@click.option("--logging-steps", type=int, help="Default: 10.")
+@click.option("--eval-steps", type=int, help="With --eval-cache. Default: 100.")
+@click.option("--save-steps", type=int, help="Default: as --eval-steps, or 500.")
+@click.option("--num-workers", "dataloader_num_workers", type=int, help="Processes that read the cache. Default: 0.")
+@click.option("--training-args", help="JSON file of any transformers.TrainingArguments; flags win over it.")
+@click.option("--device", default="auto", show_default=True, help="auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output.")
+@click.option("--overwrite", is_flag=True, help="Delete the student that is in --output first.")
+@MODEL_OPTIONS
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def train_student_command(as_json: bool, **given: Any) -> None:
+    """Train a student on a cache.
+
+    The result is an ordinary transformers directory with tokenizer. On several GPUs: torchrun --nproc-per-node N
+    --no-python distill train-student …
+    """
+    _quiet_libraries()
+    from pipeline.report import duration, pairs
+    from pipeline.student.train import TrainStudentConfig, train_student
+
+    config = TrainStudentConfig(**given)
+    facts = ""
+
+    def log(logs: dict[str, float]) -> None:
+        nonlocal facts
+        if "loss" in logs:
+            facts = (
+                f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
+                f"agreement {logs['agreement']:.1%} · {logs['tokens_per_s']:,.0f} tokens/s"
+            )
+        elif "eval_kl" in logs:
+            status.line(
+                f"step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
+                f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
+                f"agreement {logs['eval_agreement']:.1%}"
+            )
+
+    with Status() as status:
+        try:
+            summary = train_student(
+                config,
+                on_stage=status.stage,
+                on_step=lambda step, total: status.step(step, total, facts),
+                on_log=log,
+                on_warning=status.warn,
+            )
+        except KeyboardInterrupt:
+            _stopped(f"checkpoints are kept in {config.output}. Continue from the last one with --resume.")
+    if status.silent:
+        return
+    if as_json:
+        return print_json(asdict(summary))
+    rows = [
+        ("parameters", f"{summary.parameters / 1e6:.1f} M"),
+        ("steps", f"{summary.steps:,} in {duration(summary.seconds)}"),
+        ("training loss", f"{summary.train_loss:.4f} (mean)"),
+    ]
+    if summary.eval:
+        saved = "the last" if summary.best_step is None else f"step {summary.best_step:,}, the best"
+        rows.append(("checkpoint", saved))
+        rows.append(
+            (
+                "held out",
+                f"KL {summary.eval['kl']:.4f} · CE {summary.eval['ce']:.4f} · "
+                f"perplexity {summary.eval['perplexity']:,.2f} · agreement {summary.eval['agreement']:.1%}",
+            )
+        )
+    out.print(pairs(f"Trained {summary.output}", rows))
+
+
+@main.command(
+    epilog=_examples("distill evaluate --cache caches/heldout --student students/first --student models/student")
+)
+@click.option("--cache", required=True, help="Held-out cache directory or URL.")
+@click.option("--student", "students", required=True, multiple=True, help="Student directory; may be given several times.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
+@click.option("--max-rows", type=click.IntRange(1), help="Only the first so many rows.")
+@DEVICE_OPTIONS
+@MODEL_OPTIONS
+@click.option("--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]", help="Write JSON to FILE or stdout.")
+def evaluate(students: tuple[str, ...], json_file: str | None, **given: Any) -> None:
+    """Compare students with their teacher on a held-out cache."""
+    _quiet_libraries()
+    from pipeline.evaluate import EvaluateConfig
+    from pipeline.evaluate import evaluate as run
+    from pipeline.report import evaluation_view
+
+    results = {}
+    with Status() as status:
+        for student in students:
+            result = run(
+                EvaluateConfig(student=student, **given),
+                on_stage=lambda text, student=student: status.stage(f"{student}: {text}"),
+                on_progress=lambda done, total: status.step(done, total, "rows"),
+            )
+            results[student] = asdict(result)
+    if json_file is not None:
+        print_json({"cache": given["cache"], "students": results}, json_file)
+    if json_file != "-":
+        out.print(evaluation_view(f"Held out: {given['cache']}", results))
+
+
+@main.command("inspect", epilog=_examples("distill inspect caches/train --row 3"))
+@click.argument("cache")
+@click.option("--row", default=0, show_default=True, type=int, help="Which row; negative counts from the end.")
+@click.option("--start", default=0, show_default=True, type=click.IntRange(0), help="First position shown.")
+@click.option("--positions", default=32, show_default=True, type=click.IntRange(1), help="How many positions.")
+@click.option("--candidates", default=4, show_default=True, type=click.IntRange(1), help="Candidates per position.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect_command(cache: str, row: int, start: int, positions: int, candidates: int, as_json: bool) -> None:
+    """Show one row, token by token, with what the teacher expected next."""
+    _quiet_libraries()
+    import cache_format as cf
+    from pipeline.report import inspect_row, inspect_view
+    from pipeline.student.checks import load_cache_tokenizer
+
+    opened = cf.open_cache(cache)
+    if not -len(opened) <= row < len(opened):
+        raise click.BadParameter(f"{cache} has rows 0 to {len(opened) - 1}", param_hint="--row")
+    tokenizer = load_cache_tokenizer(opened)
+    shown = inspect_row(
+        opened,
+        row % len(opened),
+        lambda token: tokenizer.decode([token]),
+        candidates=candidates,
+        start=start,
+        positions=positions,
+    )
+    print_json(shown) if as_json else out.print(inspect_view(shown))
+
+
+@main.command(epilog=_examples("distill stats caches/train", "distill stats caches/train --json"))
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def stats(cache: str, as_json: bool) -> None:
+    """Show sizes, bytes per token by column, kept mass and the teacher's entropy."""
+    import cache_format as cf
+    from pipeline.report import cache_stats, stats_view
+
+    found = cache_stats(cf.open_cache(cache))
+    print_json(found) if as_json else out.print(stats_view(found))
+
+
+@main.command(epilog=_examples("distill verify caches/train"))
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(cache: str, as_json: bool) -> None:
+    """Read every byte of a cache and check it: checksums, counts, ids, probabilities."""
+    import cache_format as cf
+    from pipeline.report import size
+
+    with Status() as status:
+        summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"))
+    if as_json:
+        return print_json({"ok": True, **asdict(summary)})
+    out.print(
+        f"{cache}: intact. {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.entries:,} entries, "
+        f"{size(summary.bytes)} in {summary.shards:,} shards: every checksum and every rule holds."
+    )
+
+
+def _stopped(what_is_kept: str) -> NoReturn:
+    err.print(f"Interrupted: {what_is_kept}")
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

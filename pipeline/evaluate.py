@@ -1,0 +1,115 @@
+"""How far a student is from its teacher, on a cache that it was not trained on.
+
+    kl          KL(teacher‖student) at temperature 1, nats per token, the rest of the vocabulary as one class: a lower
+                bound of the full divergence, tight where the cache keeps most of the mass
+    ce          cross-entropy with the true next token, nats; perplexity = exp(ce)
+    agreement   how often the student's most likely token is the teacher's
+
+Means over counted positions. The same loop serves `distill evaluate` and the evaluation during training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+import cache_format as cf
+from pipeline.heads import check_packing, evaluating, open_head
+from pipeline.losses import HeadOutput
+from pipeline.models import load_model, resolve_device
+from pipeline.student.checks import check_student_tokenizer, is_packed
+from pipeline.student.data import Batch, CacheDataset, collate
+from pipeline.student.forward import LossRecipe, distillation_output
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation of a student on a cache."""
+
+    cache: str  # held-out cache directory or URL
+    student: str  # transformers directory, hub name or .gguf file
+    batch_size: int = 8  # rows per forward pass
+    max_rows: int | None = None  # only the first so many
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Means over `tokens` counted positions; nats."""
+
+    kl: float
+    ce: float
+    perplexity: float
+    agreement: float
+    tokens: int
+
+    @classmethod
+    def from_sums(cls, kl: float, ce: float, agreement: float, count: float) -> Evaluation:
+        count = count or math.nan
+        return cls(
+            kl=kl / count,
+            ce=ce / count,
+            perplexity=math.exp(min(ce / count, 700.0)),
+            agreement=agreement / count,
+            tokens=0 if math.isnan(count) else int(count),
+        )
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Runs a student over a cache.
+
+    Raises:
+        MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
+    """
+    cache = cf.open_cache(config.cache)
+    check_student_tokenizer(
+        cache, config.student, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    on_stage("loading the student")
+    model = load_model(
+        config.student,
+        dtype=config.dtype,
+        device=resolve_device(config.device),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    head = open_head(model, cache.metadata.vocab_size)
+    if is_packed(cache):
+        check_packing(model, head)
+    rows = min(len(cache), config.max_rows or len(cache))
+    on_stage(f"evaluating on {rows:,} rows")
+    loader = DataLoader(
+        CacheDataset(cache), batch_size=config.batch_size, sampler=range(rows), collate_fn=collate
+    )
+
+    def batches() -> Iterable[Batch]:
+        for i, batch in enumerate(loader):
+            yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+            on_progress(min(rows, (i + 1) * config.batch_size), rows)
+
+    recipe = LossRecipe(kd_weight=1.0)
+    with evaluating(model):
+        _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, recipe), batches())
+    return Evaluation.from_sums(kl, ce, agreement, count)
+
+
+@torch.no_grad()
+def sum_over(forward: Callable[[Batch], HeadOutput], batches: Iterable[Batch]) -> list[float]:
+    """Totals of `HeadOutput` over batches, in float64: [loss, kl, ce, agreement, count]."""
+    totals = [0.0] * len(HeadOutput._fields)
+    for batch in batches:
+        values = torch.stack([value.float() for value in forward(batch)]).tolist()
+        totals = [total + value for total, value in zip(totals, values, strict=True)]
+    return totals

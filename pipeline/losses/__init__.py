@@ -1,0 +1,22 @@
+"""Losses on sparse teacher targets: a plain reference and its fused twin.
+
+`sparse_kl` takes logits and is the definition; `fused_head_loss` takes hidden states and the head's weight, never builds
+the logits, and equals it within rounding. Both read a `TargetBatch`; see `tails` for the policies.
+"""
+
+from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
+from pipeline.losses.reference import sparse_kl
+from pipeline.losses.tails import TAIL_POLICIES, TailPolicy
+from pipeline.losses.targets import IGNORE_INDEX, TargetBatch
+
+__all__ = [
+    "IGNORE_INDEX",
+    "TAIL_POLICIES",
+    "HeadOutput",
+    "TailPolicy",
+    "TargetBatch",
+    "fused_head",
+    "fused_head_loss",
+    "general_head",
+    "sparse_kl",
+]

@@ -1,0 +1,106 @@
+"""The sparse distillation loss, written plainly: the definition that the fused head must reproduce.
+
+Takes full student logits, works in their dtype (fp64 for references), lets autograd do the rest. Memory: several
+[N, V] tensors. For training use `pipeline.losses.fused_head_loss`, which equals this on `hidden @ weight.T + bias`.
+
+    L = (1 − α)·CE(label) + α·T²·KL(teacher_T ‖ student_T)         Hinton et al., 2015, https://arxiv.org/abs/1503.02531
+
+T² keeps the size of the soft gradient from falling as 1/T²; it is part of the loss, hence of the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cache_format import SparseTargets
+from pipeline.losses.divergences import forward_kl
+from pipeline.losses.tails import (
+    ABSENT,
+    UNDERFLOW_NATS,
+    StudentValues,
+    TailPolicy,
+    student_classes,
+    teacher_classes,
+)
+from pipeline.losses.targets import TargetBatch
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def sparse_kl(
+    student_logits: Tensor,
+    targets: TargetBatch | SparseTargets,
+    *,
+    labels: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    tail: TailPolicy = "bucket",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """(1 − kd_weight)·CE + kd_weight·T²·KL(teacher‖student); with the defaults exactly KL(teacher‖student) in nats.
+
+    With K = V and the defaults it equals
+    `F.kl_div(log_softmax(student_logits), teacher_logprobs, log_target=True, reduction="batchmean")`.
+
+    Args:
+        student_logits: [N, V] or [B, T, V], any float dtype. Cut to the teacher's vocabulary by the caller.
+        targets: a `TargetBatch` of N positions, or one row's `SparseTargets` straight from a cache.
+        labels: [N] int64 true tokens with -100 where a position does not count; overrides those of a `TargetBatch`.
+        loss_mask: [N] bool, further positions that do not count.
+        temperature: T, divides both sides' logits in the KL (not in the CE).
+        kd_weight: α.
+        tail: what becomes of the mass outside the entries, see `pipeline.losses.tails`.
+        reduction: "mean" over counted positions (0 if there are none), "sum", or "none" for [N].
+
+    Raises:
+        ValueError: shapes that do not match, or a loss that needs labels without any.
+    """
+    logits = student_logits.reshape(-1, student_logits.shape[-1])
+    if isinstance(targets, SparseTargets):
+        if labels is None and (kd_weight != 1.0 or tail == "label"):
+            raise ValueError(f"labels are needed for kd_weight={kd_weight}, tail={tail!r}: pass labels=row.label_ids")
+        targets = TargetBatch.from_sparse(targets)
+    if labels is not None or loss_mask is not None:
+        new = targets.labels if labels is None else torch.as_tensor(labels).reshape(-1)
+        if loss_mask is not None:
+            new = new.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool).reshape(-1), -100)
+        targets = TargetBatch(
+            ids=targets.ids, logprobs=targets.logprobs, residual_logprob=targets.residual_logprob, labels=new
+        )
+    if len(targets) != len(logits):
+        raise ValueError(f"student_logits have {len(logits)} positions, targets {len(targets)}")
+    targets = targets.to(device=logits.device, dtype=logits.dtype)
+
+    kl = forward_kl(
+        teacher_classes(targets, tail, temperature, logits.shape[-1]),
+        student_classes(student_values(logits / temperature, targets), tail),
+    )
+    label = targets.labels.clamp(min=0)
+    ce = -logits.log_softmax(dim=-1).gather(1, label[:, None]).squeeze(1)
+    loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * kl
+
+    loss = torch.where(targets.counted, loss, 0.0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / targets.counted.sum().clamp(min=1)
+
+
+def student_values(logits: Tensor, targets: TargetBatch) -> StudentValues:
+    """Splits [N, V] logits (already divided by T) into the entries', the label's and everything else's."""
+    label = targets.labels.clamp(min=0)[:, None]  # [N, 1]
+    label_is_entry = ((targets.ids == label) & targets.valid).any(dim=1)
+
+    taken = torch.zeros_like(logits, dtype=torch.bool).scatter(1, label, True)
+    taken = taken.scatter(1, torch.where(targets.valid, targets.ids, label), True)
+    rest = torch.logsumexp(logits.masked_fill(taken, ABSENT), dim=1)
+    floor = logits.detach().amax(dim=1) - UNDERFLOW_NATS
+    return StudentValues(
+        entries=logits.gather(1, targets.ids).masked_fill(~targets.valid, ABSENT),
+        label=logits.gather(1, label).squeeze(1).masked_fill(label_is_entry, ABSENT),
+        rest=torch.maximum(rest, floor),
+    )

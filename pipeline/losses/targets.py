@@ -1,0 +1,118 @@
+"""Sparse teacher targets as tensors: what a loss sees of the cache.
+
+The cache stores the entries of all positions flat, with a count per position (`cache_format.SparseTargets`). A loss
+wants rectangles, so a batch is padded to its longest entry list. Shapes here and in the whole package:
+
+    N  positions (flattened batch)      K  entries per position after padding      V  vocabulary
+
+Cost: 12 bytes per entry and position on the device, K ≪ V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_format import CacheRow, SparseTargets
+
+IGNORE_INDEX = -100
+"""Label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetBatch:
+    """Targets of N positions. Index n speaks of the prediction made *from* position n; nothing here shifts.
+
+    Attributes:
+        ids: [N, K] int64, token ids of the entries; anything where `logprobs` is -inf.
+        logprobs: [N, K] float, teacher log-probabilities in nats at temperature 1; -inf marks padding (or an entry
+            of probability zero, which is the same thing to every loss).
+        residual_logprob: [N] float, log of the mass outside the entries; -inf when there is none.
+        labels: [N] int64, the true token; `IGNORE_INDEX` where the position does not count. A position that does
+            not count contributes exactly zero to every loss, gradient and count.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    residual_logprob: Tensor
+    labels: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """[N, K] bool: which entries are real."""
+        return self.logprobs > -torch.inf
+
+    @property
+    def counted(self) -> Tensor:
+        """[N] bool: which positions count."""
+        return self.labels != IGNORE_INDEX
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> TargetBatch:
+        return TargetBatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def to(self, *args: object, **kwargs: object) -> TargetBatch:
+        """`Tensor.to` on every float tensor for a dtype, on all of them for a device."""
+        moved = {}
+        for f in fields(self):
+            tensor: Tensor = getattr(self, f.name)
+            target = tensor.to(*args, **kwargs)  # type: ignore[call-overload]
+            moved[f.name] = target if tensor.is_floating_point() else target.to(tensor.dtype)
+        return TargetBatch(**moved)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[CacheRow], length: int | None = None) -> TargetBatch:
+        """Pads rows to `length` positions each (default: the longest) and flattens them to N = len(rows) · length."""
+        length = length or max(len(row.input_ids) for row in rows)
+        width = max(1, max(int(row.targets.counts.max(initial=0)) for row in rows))
+        n = len(rows) * length
+        ids = np.zeros((n, width), np.int64)
+        logprobs = np.full((n, width), -np.inf, np.float32)
+        residual = np.zeros(n, np.float32)
+        labels = np.full(n, IGNORE_INDEX, np.int64)
+        for i, row in enumerate(rows):
+            here = slice(i * length, i * length + len(row.input_ids))
+            filled = np.arange(width) < np.asarray(row.targets.counts)[:, None]  # [T, K]
+            ids[here][filled] = row.targets.ids
+            logprobs[here][filled] = row.targets.logprobs
+            residual[here] = row.targets.residual_logprob
+            labels[here] = row.label_ids
+        return cls(
+            ids=torch.from_numpy(ids),
+            logprobs=torch.from_numpy(logprobs),
+            residual_logprob=torch.from_numpy(residual),
+            labels=torch.from_numpy(labels),
+        )
+
+    @classmethod
+    def from_sparse(
+        cls, targets: SparseTargets, *, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> TargetBatch:
+        """One row's targets as read from a cache, with labels if the loss needs them.
+
+        Without `labels` every position (of `loss_mask`) counts and carries label 0: fine for a pure divergence,
+        refused by losses that mix in the hard label.
+        """
+        counts = np.asarray(targets.counts, np.int64)
+        width = max(1, int(counts.max(initial=0)))
+        filled = np.arange(width) < counts[:, None]
+        ids = np.zeros(filled.shape, np.int64)
+        logprobs = np.full(filled.shape, -np.inf, np.asarray(targets.logprobs).dtype)
+        ids[filled] = targets.ids
+        logprobs[filled] = targets.logprobs
+        if labels is None:
+            labels = torch.zeros(len(counts), dtype=torch.int64)
+        if loss_mask is not None:
+            labels = labels.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool), IGNORE_INDEX)
+        return cls(
+            ids=torch.from_numpy(ids),
+            logprobs=torch.from_numpy(logprobs),
+            residual_logprob=torch.tensor(np.asarray(targets.residual_logprob)),
+            labels=labels,
+        )

@@ -1,0 +1,142 @@
+"""Loading causal language models and tokenizers: a transformers directory, a hub name, or a `.gguf` file.
+
+Remote code stays off unless asked for. A GGUF file is dequantised by transformers into a plain model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import ConfigError, ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FINGERPRINT_VALUES = 1024
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    source, options = _source(name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model on `device`, in evaluation mode.
+
+    Args:
+        dtype: "auto" is float32 on a CPU (faster there and exact) and the checkpoint's own dtype elsewhere.
+
+    Raises:
+        ModelError: it cannot be found, read, or is not a causal language model.
+    """
+    source, options = _source(name)
+    device = torch.device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=resolve_dtype(dtype, device),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}") from error
+    if "gguf_file" in options:
+        # The tensors are plain by now; these leftovers make `save_pretrained` refuse them.
+        model.hf_quantizer = None
+        for config in (model.config, model.generation_config):
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+    return model.to(device).eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first of CUDA, MPS, CPU that is there."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f"--device {name}: not a device torch knows. Use auto, cpu, cuda, cuda:1 or mps.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"--device {name}: torch sees no CUDA device here. Use --device auto or cpu.")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """A dtype by name; "auto" as in `load_model`."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name}: not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over every tensor's name, shape, dtype and 1,024 evenly spaced values.
+
+    A sample, so that a 70B teacher takes seconds: it tells checkpoints apart, and does not protect against someone who
+    edits single values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(flat.numel(), FINGERPRINT_VALUES), device="cpu").long()
+        digest.update(flat[index.to(flat.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error message: what fits into one line of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_model_path(name: str) -> None:
+    """Raises ModelError if `name` was clearly meant to be on this disk and is not a model there."""
+    _source(name)
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for a directory, a hub name or a .gguf file."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{name}: no such file")
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise ModelError(f"{name}: reading GGUF needs the gguf package: pip install 'distill[gguf]'") from error
+        return str(path.parent), {"gguf_file": path.name}
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name}: no config.json in it: expected a transformers model directory or a .gguf file")
+        return str(path), {}
+    # A hub name is `name` or `owner/name`; anything more path-like was meant to be on this disk.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise ModelError(f"{name}: no such directory")
+    return name, {}

@@ -1,0 +1,222 @@
+"""Tables and pictures for a terminal, as rich renderables; whoever calls decides where they are printed.
+
+Everything numeric is computed here or handed in as a dictionary that `--json` prints unchanged: what a person sees and
+what a script reads are the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import cache_format as cf
+
+BARS = " ▏▎▍▌▋▊▉█"
+
+
+def bar(share: float, width: int = 16) -> str:
+    """A bar of `share` (0 to 1) of `width` characters, to an eighth of one."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    full, part = divmod(eighths, 8)
+    return ("█" * full + (BARS[part] if part else "")).ljust(width)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """2:05 or 1:02:05; — if unknown."""
+    if not np.isfinite(seconds):
+        return "—"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """A two-column table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def cache_stats(cache: cf.Cache) -> dict[str, Any]:
+    """Sizes and distributions of a whole cache; reads every record batch once.
+
+    Kept mass: Σp of the entries; entropy: of the teacher's full distribution, nats. Both over counted positions.
+    """
+    kept, entropies = [], []
+    for row in cache.iter_rows():
+        kept.append(-np.expm1(row.targets.residual_logprob[row.loss_mask].astype(np.float64)))
+        entropies.append(row.targets.entropy[row.loss_mask])
+    mass, entropy = np.concatenate(kept), np.concatenate(entropies)
+    columns = cache.column_bytes()
+    tokens, total = cache.num_tokens, sum(shard.bytes for shard in cache.manifest.shards)
+    edges = np.arange(0.0, np.ceil(max(entropy.max(initial=0.0), 1.0)) + 0.5, 0.5)
+    counts, _ = np.histogram(entropy, edges)
+    return {
+        "path": cache.path,
+        "teacher": cache.metadata.teacher["name"],
+        "targets": {k: cache.metadata.targets[k] for k in ("kind", "k", "temperature")},
+        "rows": cache.num_rows,
+        "tokens": tokens,
+        "counted_tokens": cache.num_counted_tokens,
+        "entries": cache.manifest.num_entries,
+        "shards": len(cache.manifest.shards),
+        "bytes": total,
+        "bytes_per_token": total / tokens,
+        "column_bytes_per_token": {name: value / tokens for name, value in columns.items()},
+        "kept_mass_mean": float(mass.mean()) if len(mass) else None,
+        "kept_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) else None,
+        "entropy_mean_nats": float(entropy.mean()) if len(entropy) else None,
+        "entropy_histogram": {"edges_nats": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def stats_view(stats: dict[str, Any]) -> RenderableType:
+    """`cache_stats` for people."""
+    targets = stats["targets"]
+    summary = pairs(
+        stats["path"],
+        [
+            ("teacher", stats["teacher"]),
+            ("targets", f"{targets['kind']}, K = {targets['k']}"),
+            ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
+            ("tokens", f"{stats['tokens']:,}, of which {stats['counted_tokens']:,} count"),
+            ("entries", f"{stats['entries']:,}"),
+            ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token"),
+            ("kept mass", f"mean {_number(stats['kept_mass_mean'])}, 5th percentile {_number(stats['kept_mass_p5'])}"),
+            ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
+        ],
+    )
+    columns = Table(title="bytes per token by column", title_justify="left", box=None, show_header=False)
+    by_size = sorted(stats["column_bytes_per_token"].items(), key=lambda item: -item[1])
+    largest = max((value for _, value in by_size), default=1.0) or 1.0
+    for name, value in by_size:
+        columns.add_row(Text(name, style="dim"), f"{value:7.2f}", bar(value / largest, 24))
+    histogram = Table(title="teacher entropy, nats", title_justify="left", box=None, show_header=False)
+    edges, counts = stats["entropy_histogram"]["edges_nats"], stats["entropy_histogram"]["counts"]
+    total = max(1, sum(counts))
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        histogram.add_row(f"{low:4.1f} – {high:4.1f}", f"{count / total:6.1%}", bar(count / max(max(counts), 1), 24))
+    return Group(summary, Text(), columns, Text(), histogram)
+
+
+def inspect_row(
+    cache: cf.Cache, row_index: int, text: Callable[[int], str], *, candidates: int, start: int, positions: int
+) -> dict[str, Any]:
+    """One row, token by token: what the teacher expected after each, and what came.
+
+    Args:
+        text: token id -> what it says.
+        candidates: the teacher's most likely entries to show per position.
+        start, positions: from which position, and how many.
+    """
+    row = cache[row_index]
+    by_probability = row.targets.sorted_by_probability()
+    labels, shown = row.label_ids, []
+    for t in range(start, min(start + positions, len(row.input_ids))):
+        ids, logprobs = by_probability.at(t)
+        probs = np.exp(logprobs.astype(np.float64))
+        label = int(labels[t])
+        among = np.flatnonzero(ids == label)
+        shown.append(
+            {
+                "position": t,
+                "segment": int(np.searchsorted(np.cumsum(row.segment_lengths), t, side="right")),
+                "token_id": int(row.input_ids[t]),
+                "token": text(int(row.input_ids[t])),
+                "counted": bool(row.loss_mask[t]),
+                "next_id": label if label >= 0 else None,
+                "next": text(label) if label >= 0 else None,
+                "next_rank": int(among[0]) + 1 if len(among) else None,
+                "next_prob": float(probs[among[0]]) if len(among) else None,
+                "entropy_nats": float(row.targets.entropy[t]),
+                "kept_mass": float(-np.expm1(float(row.targets.residual_logprob[t]))),
+                "candidates": [
+                    {"id": int(i), "token": text(int(i)), "prob": float(p)}
+                    for i, p in zip(ids[:candidates], probs[:candidates], strict=True)
+                ],
+            }
+        )
+    return {
+        "row": row_index,
+        "tokens": len(row.input_ids),
+        "counted_tokens": int(row.loss_mask.sum()),
+        "segment_lengths": [int(n) for n in row.segment_lengths],
+        "positions": shown,
+    }
+
+
+def inspect_view(row: dict[str, Any]) -> RenderableType:
+    """`inspect_row` for people: the true next token is marked ◀."""
+    table = Table(box=None, padding=(0, 1), header_style="bold", show_edge=False)
+    table.add_column("t", justify="right", style="dim")
+    table.add_column("token")
+    table.add_column("teacher expects next")
+    table.add_column("p", justify="right")
+    table.add_column("")
+    segment = 0
+    for position in row["positions"]:
+        if position["segment"] != segment:
+            table.add_row("", Text("── next document ──", style="dim"))
+            segment = position["segment"]
+        token = Text(repr(position["token"])[1:-1], style="bold" if position["counted"] else "dim")
+        if not position["candidates"]:
+            note = "not counted" if not position["counted"] else "no entries"
+            table.add_row(str(position["position"]), token, Text(note, style="dim"))
+            continue
+        lines = [(c["token"], c["prob"], c["id"] == position["next_id"]) for c in position["candidates"]]
+        if position["next_id"] is not None and not any(true for *_, true in lines):
+            lines.append((position["next"], position["next_prob"], True))
+        for i, (text, prob, true) in enumerate(lines):
+            style = "green" if true else ""
+            table.add_row(
+                str(position["position"]) if i == 0 else "",
+                token if i == 0 else "",
+                Text(repr(text)[1:-1] + (" ◀" if true else ""), style=style),
+                Text("tail" if prob is None else f"{prob:.3f}", style=style),
+                Text("" if prob is None else bar(prob), style=style),
+            )
+    documents = len(row["segment_lengths"])
+    head = (
+        f"row {row['row']}: {row['tokens']:,} tokens, {row['counted_tokens']:,} of them counted, "
+        f"{documents} document{'s' if documents != 1 else ''}.  ◀ the true next token"
+    )
+    return Group(Text(head), Text(), table)
+
+
+def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Table:
+    """Students side by side: KL, CE, perplexity, agreement."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("student")
+    for name in ("KL to teacher (nats)", "CE (nats)", "perplexity", "top-1 agreement", "tokens"):
+        table.add_column(name, justify="right")
+    for student, values in evaluations.items():
+        table.add_row(
+            student,
+            f"{values['kl']:.4f}",
+            f"{values['ce']:.4f}",
+            f"{values['perplexity']:,.2f}",
+            f"{values['agreement']:.1%}",
+            f"{int(values['tokens']):,}",
+        )
+    return table
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "—" if value is None else f"{value:.{digits}f}"

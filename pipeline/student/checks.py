@@ -1,0 +1,94 @@
+"""Whether a student, a cache and a held-out cache belong together: asked before any weights are loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+import cache_format as cf
+from pipeline.errors import ModelError
+from pipeline.models import check_model_path, first_line, load_tokenizer
+from pipeline.tokenizers import check_same_tokenizer
+
+
+def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, from the files in the cache (checked against the manifest)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in cache.tokenizer_files().items():
+            (Path(folder) / name).write_bytes(data)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def check_student_tokenizer(
+    cache: cf.Cache,
+    student: str | None,
+    *,
+    config_vocab_size: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer to save with the student, and warnings.
+
+    A student without a tokenizer of its own (a bare model, a configuration) gets the cache's; then only the number of
+    its output rows can be checked.
+
+    Raises:
+        MismatchError: the student's tokens are not the cache's, with what differs.
+    """
+    vocab_size = cache.metadata.vocab_size
+    teacher = load_cache_tokenizer(cache)
+    rows, own = config_vocab_size, None
+    if student is not None:
+        if not student.endswith(".gguf"):
+            rows = _config_vocab_size(student, revision, trust_remote_code)
+        if _has_tokenizer(student):
+            own = load_tokenizer(student, revision=revision, trust_remote_code=trust_remote_code)
+    warnings = [] if own is None else check_same_tokenizer(teacher, own, vocab_size=vocab_size)
+    if rows is not None and rows < vocab_size:
+        raise cf.MismatchError(
+            f"{student or 'the student configuration'}: predicts {rows:,} tokens, the cache {cache.path} has targets "
+            f"over {vocab_size:,}: its vocabulary is not the teacher's. Choose a student of the teacher's family, or "
+            "a configuration with at least that vocab_size."
+        )
+    return own or teacher, warnings
+
+
+def check_same_teacher_tokens(train: cf.Cache, held_out: cf.Cache) -> list[str]:
+    """Raises MismatchError if two caches speak of different tokens; warns if the teachers differ."""
+    ours, theirs = train.metadata, held_out.metadata
+    for what, a, b in (
+        ("vocabulary size", ours.vocab_size, theirs.vocab_size),
+        ("vocabulary", ours.tokenizer.get("vocabulary"), theirs.tokenizer.get("vocabulary")),
+        ("alignment", ours.alignment, theirs.alignment),
+    ):
+        if a != b:
+            raise cf.MismatchError(
+                f"{held_out.path}: {what} {b}, expected {a} as in {train.path}: a student is evaluated on its own "
+                "teacher's tokens. Cache the held-out text with the same teacher."
+            )
+    if ours.teacher.get("weights_fingerprint") != theirs.teacher.get("weights_fingerprint"):
+        return [f"{held_out.path} was made with another teacher than {train.path}"]
+    return []
+
+
+def is_packed(cache: cf.Cache) -> bool:
+    """Whether rows may hold several documents."""
+    return bool(cache.metadata.corpus.get("packing", True))
+
+
+def _config_vocab_size(student: str, revision: str | None, trust_remote_code: bool) -> int | None:
+    check_model_path(student)
+    try:
+        config = AutoConfig.from_pretrained(student, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{student}: its configuration cannot be read: {first_line(error)}") from error
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _has_tokenizer(student: str) -> bool:
+    path = Path(student)
+    if not path.is_dir():
+        return True  # hub names and GGUF files come with one
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

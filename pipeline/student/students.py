@@ -1,0 +1,119 @@
+"""Where a student comes from: a checkpoint, fewer layers of a larger model, or a configuration and random weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models import first_line, load_model
+
+
+def load_student(
+    student: str | None,
+    *,
+    layers: int | None = None,
+    config_file: str | None = None,
+    vocab_size: int,
+    seed: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A student in float32 on the CPU.
+
+    Args:
+        student: transformers directory, hub name or .gguf file; None with `config_file`.
+        layers: keep this many of its layers, evenly spaced, first and last included; embeddings and head are kept.
+        config_file: a transformers `config.json`; random weights from `seed`.
+        vocab_size: used where the configuration does not say.
+
+    Raises:
+        ConfigError, ModelError: contradictory options; a model that cannot be loaded.
+    """
+    if (student is None) == (config_file is None):
+        raise ConfigError("give either --student or --student-config: where the student's weights come from")
+    if config_file is not None:
+        model = _from_config(config_file, vocab_size, seed)
+    else:
+        assert student is not None
+        model = load_model(student, dtype="float32", revision=revision, trust_remote_code=trust_remote_code)
+    return model if layers is None else keep_layers(model, layers)
+
+
+def kept_layers(total: int, keep: int) -> list[int]:
+    """`keep` of the layers 0 … total − 1, evenly spaced, with the first and the last."""
+    return [round(float(i)) for i in np.linspace(0, total - 1, keep)]
+
+
+def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """A new model of the same architecture with `keep` of `model`'s layers and everything else of it."""
+    total = model.config.num_hidden_layers
+    if not 1 <= keep <= total:
+        raise ConfigError(f"--student-layers {keep}: the model has {total} layers; expected 1 to {total}")
+    kept = kept_layers(total, keep)
+    prefix = _layer_list(model, total)
+
+    config = copy.deepcopy(model.config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # one item per layer, such as layer_types
+            setattr(config, name, [value[i] for i in kept])
+    config.num_hidden_layers = keep
+    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    renamed = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(f"{prefix}."):
+            layer = name[: name.index(".", len(prefix) + 1) + 1]
+            if layer not in renamed:
+                continue
+            name = renamed[layer] + name[len(layer) :]
+        weights[name] = tensor
+    smaller.load_state_dict(weights, strict=True)
+    smaller.tie_weights()
+    smaller.generation_config = model.generation_config
+    return smaller.eval()
+
+
+def _layer_list(model: PreTrainedModel, total: int) -> str:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name
+    raise ModelError(
+        f"{type(model).__name__}: found no list of {total} layers, so --student-layers cannot choose among them"
+    )
+
+
+def read_student_config(config_file: str) -> dict[str, Any]:
+    """The contents of a transformers `config.json`, given as a file or the directory that holds it.
+
+    Raises:
+        ConfigError: there is none, or it is something else.
+    """
+    path = Path(config_file)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        given = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}: expected a transformers config.json") from error
+    if not isinstance(given, dict) or "model_type" not in given:
+        raise ConfigError(f"{path}: has no model_type: expected a transformers config.json, such as a model's own")
+    return given
+
+
+def _from_config(config_file: str, vocab_size: int, seed: int) -> PreTrainedModel:
+    given = {"vocab_size": vocab_size, **read_student_config(config_file)}
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{config_file}: no causal language model can be built: {first_line(error)}") from error

@@ -1,0 +1,129 @@
+"""transformers' Trainer for distillation: everything of it stays, the loss and the evaluation are ours.
+
+**Scale.** One optimizer step sees some number of counted tokens, over all its micro-batches and all processes. The loss is
+the sum over them divided by that number, once: each micro-batch's sum is scaled by processes / tokens (DDP averages over
+processes), so that 1×8, 2×4 and two processes give the same gradient whatever the padding and masks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+
+from pipeline.evaluate import Evaluation, sum_over
+from pipeline.heads import Head, evaluating
+from pipeline.losses import HeadOutput
+from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, uncounted
+from pipeline.student.forward import LossRecipe, install_distillation_forward
+
+
+class DistillTrainer(Trainer):
+    """Trains `head.model` on a `CacheDataset`.
+
+    Args:
+        head: the student's head, from `open_head`.
+        recipe: the loss.
+        Everything else: as for `Trainer`; `args.remove_unused_columns` must be False.
+    """
+
+    loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, see compute_loss
+
+    def __init__(self, *, head: Head, recipe: LossRecipe, **kwargs: Any) -> None:
+        install_distillation_forward(head.model, head, recipe)
+        super().__init__(model=head.model, data_collator=collate, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
+        self._sums = torch.zeros(len(HeadOutput._fields))
+        self._tokens_seen, self._since = 0, time.perf_counter()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        counted = num_items_in_batch
+        if counted is None:
+            counted = (inputs["labels"] != -100).sum()
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        scale = processes / torch.as_tensor(counted, device=inputs["labels"].device).clamp(min=1)
+        output: HeadOutput = model(scale=scale, **inputs)  # through the wrapper: DDP averages gradients there
+        self._sums += torch.stack([value.detach().float() for value in output]).cpu()
+        self._tokens_seen += int(inputs["num_tokens"])
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds KL, CE and agreement since the last log, over all processes, to the training logs."""
+        if "loss" in logs:
+            sums = torch.cat([self._sums, torch.tensor([float(self._tokens_seen)])])
+            *_, kl, ce, agreement, count, tokens = self._reduce(sums)
+            seconds = time.perf_counter() - self._since
+            if count:
+                logs |= {"kl": kl / count, "ce": ce / count, "agreement": agreement / count}
+            logs["tokens_per_s"] = tokens / seconds
+            self._sums.zero_()
+            self._tokens_seen, self._since = 0, time.perf_counter()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement.
+
+        `eval_loss` is the training objective's mean; `eval_kl` at the training temperature.
+        """
+        started = time.perf_counter()
+        dataset = eval_dataset or self.eval_dataset
+        model = self.accelerator.unwrap_model(self.model_wrapped) if not self.is_fsdp_enabled else self.model_wrapped
+        with evaluating(model):
+            sums = sum_over(lambda batch: model(**batch), self._eval_batches(dataset))
+        loss, kl, ce, agreement, count = self._reduce(torch.tensor(sums, dtype=torch.float64))
+        result = Evaluation.from_sums(kl, ce, agreement, count)
+        metrics = {
+            "loss": loss / max(count, 1.0),
+            "kl": result.kl,
+            "ce": result.ce,
+            "perplexity": result.perplexity,
+            "agreement": result.agreement,
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since += time.perf_counter() - started  # training speed does not include this
+        return metrics
+
+    def _eval_batches(self, dataset: CacheDataset) -> Iterator[Batch]:
+        """This process's share of the rows. Every process gets the same number of batches, since a sharded model's
+        forward is collective; the last ones may hold nothing that counts."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.per_device_eval_batch_size
+        rows = range(rank, len(dataset), processes)
+        batches = math.ceil(math.ceil(len(dataset) / processes) / size)
+        shares = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+        loader = DataLoader(dataset, batch_sampler=shares, collate_fn=collate)
+        batch = None
+        for batch in loader:
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            yield batch
+        for _ in range(batches - len(shares)):
+            filler = batch or {k: v.to(self.args.device) for k, v in collate([dataset[0]]).items()}
+            yield uncounted(filler)
+
+    def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
+        dataset = train_dataset or self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LocalShuffle(dataset.cache.record_batches(), seed=seed)
+
+    def _reduce(self, sums: Tensor) -> list[float]:
+        """Sums over all processes."""
+        return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()

@@ -1,0 +1,428 @@
+"""Rows ─▶ teacher ─▶ cache: the run that costs days, arranged so that the teacher never waits.
+
+    a group of rows (one record batch) ─▶ batches of similar length ─▶ decoder ─▶ hidden states [B, T, D]
+        ─▶ head and top-K on a chunk of positions ─▶ copy to the host ─▶ one background thread: check, encode, write
+
+The main thread only computes. Copies off the device are asynchronous into pinned memory, and the background thread waits
+for them; it quantises, compresses and writes while the next batch computes, at most two groups behind.
+
+What a shard holds depends on the corpus, the teacher, the batch size and the device, never on timing: batches are cut
+inside record batches, record batches inside shards. A batch size that did not fit the memory is halved, the shard begun
+anew, and the size recorded in its sidecar.
+
+Cost beside the bare forward pass, per position: the head's product is the same; softmax, top-K and entropy are some five
+reads of V floats; the [B, T, V] logits, and their memory, are saved. `benchmarks/capture.py` measures it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+import cache_format as cf
+from pipeline.errors import ConfigError, ModelError
+from pipeline.heads import Head, check_packing, open_head
+from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
+from pipeline.padding import pad_rows
+from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.packing import TokenCorpus, TokenRow, build_corpus
+from pipeline.teacher.targets import ChunkTargets, top_k_targets
+from pipeline.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
+
+CHUNK_POSITIONS = 128
+SHARD_TOKENS = 2**18
+GROUPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacherConfig:
+    """One run of stage one."""
+
+    teacher: str  # transformers directory, hub name, or .gguf file
+    data: DataConfig
+    output: str  # cache directory or fsspec URL
+    top_k: int = 64  # entries per position
+    all_positions: bool = False  # targets also where the loss mask is off
+    batch_size: int = 8  # rows per forward pass; halved when out of memory
+    device: str = "auto"
+    dtype: str = "auto"  # float32 on a CPU, the checkpoint's own elsewhere
+    revision: str | None = None  # of a hub model
+    trust_remote_code: bool = False
+    rows_per_shard: int | None = None  # default: some 262,144 tokens' worth
+    compression_level: int = 9  # zstd
+    overwrite: bool = False  # delete a cache that is already in `output`
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureProgress:
+    """Where the run stands, after every batch."""
+
+    rows: int
+    total_rows: int
+    tokens: int  # of those rows, cached by this or an earlier run
+    total_tokens: int
+    tokens_per_s: float  # of this run
+    bytes_per_token: float  # on disk; nan before the first record batch is written
+    kept_mass: float  # mean probability mass of the entries at counted positions
+    seconds_left: float
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSummary:
+    """What a finished run wrote."""
+
+    output: str
+    rows: int
+    tokens: int
+    counted_tokens: int
+    bytes: int
+    kept_mass: float
+    seconds: float
+    tokens_per_s: float
+    resumed_rows: int  # found complete from an earlier run
+    corpus_report: dict[str, float]
+
+
+def cache_teacher(
+    config: CacheTeacherConfig,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[CaptureProgress], None] = lambda _: None,
+) -> CaptureSummary:
+    """Runs the teacher over the text and writes the cache; continues an unfinished run of the same settings.
+
+    Args:
+        on_stage: told what happens next, once a stage, in words.
+        on_progress: told where the run stands, after every batch.
+
+    Raises:
+        DataError, ModelError, ConfigError: the text, the teacher or the options cannot be used.
+        CacheError: `output` holds something else; MismatchError: it holds an unfinished run with other settings.
+    """
+    # An occupied output is found out before minutes go into loading.
+    if config.overwrite:
+        cf.remove_cache(config.output)
+    cf.check_writable(config.output)
+    device = resolve_device(config.device)
+
+    on_stage("reading and tokenising the text")
+    tokenizer = load_tokenizer(
+        config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    corpus = build_corpus(config.data, tokenizer)
+
+    on_stage(f"loading the teacher on {device}")
+    model = load_model(
+        config.teacher,
+        dtype=config.dtype,
+        device=device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
+    if config.data.packing:
+        check_packing(model, head)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.data.window_length > limit:
+        raise ConfigError(
+            f"--seq-len {config.data.window_length}: this teacher was trained on at most {limit} positions. "
+            f"Use --seq-len {limit} or less."
+        )
+    metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
+
+    on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
+    with cf.CacheWriter(
+        config.output, metadata, tokenizer_files=tokenizer_files(tokenizer), resume=True
+    ) as writer:
+        capture = _Capture(config, corpus, head, metadata, writer, on_progress)
+        capture.run()
+    return capture.summary()
+
+
+def _metadata(
+    config: CacheTeacherConfig,
+    corpus: TokenCorpus,
+    head: Head,
+    fingerprint: dict[str, str],
+    device: torch.device,
+) -> cf.CacheMetadata:
+    if config.top_k > head.vocab_size:
+        raise ConfigError(f"--top-k {config.top_k}: the vocabulary has {head.vocab_size:,} tokens")
+    rows_per_record_batch = max(32, config.batch_size)
+    per_shard = config.rows_per_shard or max(1, SHARD_TOKENS // config.data.window_length)
+    if config.rows_per_shard is None:
+        per_shard = -(-per_shard // rows_per_record_batch) * rows_per_record_batch
+    libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
+    return cf.CacheMetadata(
+        teacher={
+            "name": config.teacher,
+            "revision": config.revision or getattr(head.model.config, "_commit_hash", None),
+            "architecture": type(head.model).__name__,
+            "dtype": str(head.weight.dtype).removeprefix("torch."),
+            "weights_fingerprint": weights_fingerprint(head.model),
+        },
+        tokenizer=fingerprint,
+        vocab_size=head.vocab_size,
+        alignment="next",
+        targets={
+            "kind": "top-k",
+            "k": config.top_k,
+            "temperature": 1.0,
+            "seed": None,
+            "tail_threshold": None,
+            "positions": "all" if config.all_positions else "counted",
+        },
+        corpus={
+            **corpus.description,
+            "rows": len(corpus),
+            "tokens": corpus.num_tokens,
+            "counted_tokens": corpus.num_counted_tokens,
+            "window_length": config.data.window_length,
+            "token_stream_sha256": corpus.token_stream_sha256,
+            "report": corpus.report,
+        },
+        capture={
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "batch_size": config.batch_size,
+            "head": "linear" if head.linear else "own",
+            "chunk_positions": CHUNK_POSITIONS,
+        },
+        libraries={name: importlib.metadata.version(name) for name in libraries},
+        rows_per_shard=per_shard,
+        rows_per_record_batch=rows_per_record_batch,
+        compression={"codec": "zstd", "level": config.compression_level},
+    )
+
+
+@dataclass
+class _HostBatch:
+    """Targets of one forward pass, on their way to the host."""
+
+    rows: list[TokenRow]
+    indices: list[int]  # corpus row numbers
+    stored: list[np.ndarray]  # [T] bool per row: positions that have targets, in order
+    targets: ChunkTargets  # host tensors, filled once `copied` has happened
+    copied: torch.cuda.Event | None
+    source: object  # keeps the device tensors alive until then
+
+
+class _Capture:
+    """One run: owns the buffers, the background thread and the running sums."""
+
+    def __init__(
+        self,
+        config: CacheTeacherConfig,
+        corpus: TokenCorpus,
+        head: Head,
+        metadata: cf.CacheMetadata,
+        writer: cf.CacheWriter,
+        on_progress: Callable[[CaptureProgress], None],
+    ) -> None:
+        self.config, self.corpus, self.head, self.metadata = config, corpus, head, metadata
+        self.writer, self.on_progress = writer, on_progress
+        self.batch_size = config.batch_size
+        self.resumed_rows = writer.complete_rows
+        self.resumed_tokens = writer.complete_tokens
+        self.rows_done, self.tokens_done = self.resumed_rows, self.resumed_tokens
+        self.kept_sum, self.kept_count = 0.0, 0
+        self.started = time.perf_counter()
+        device, width = head.weight.device, head.vocab_size
+        self.logits_buffer = torch.empty((CHUNK_POSITIONS, width), dtype=head.weight.dtype, device=device)
+        self.scratch = torch.empty((CHUNK_POSITIONS, width), dtype=torch.float32, device=device)
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix="cache-writer") as background:
+            pending: deque[Future[None]] = deque()
+            while (start := self.writer_row) < len(self.corpus):
+                try:
+                    self._shard(start, background, pending)
+                    _drain(pending)
+                except Exception as error:
+                    for future in pending:
+                        future.cancel()
+                    _drain(pending, ignore=True)
+                    if not should_reduce_batch_size(error) or self.batch_size == 1:
+                        raise
+                    self._halve_batch()
+
+    @property
+    def writer_row(self) -> int:
+        return self.writer.next_row
+
+    def _shard(self, start: int, background: ThreadPoolExecutor, pending: deque[Future[None]]) -> None:
+        self.writer.annotate(batch_size=self.batch_size)
+        shard = start // self.metadata.rows_per_shard
+        for group in self.metadata.record_batch_rows(shard):
+            batches = []
+            for indices in self._batches(group):
+                batches.append(self._forward(indices))
+                self._report(indices)
+            pending.append(background.submit(self._write, batches))
+            while len(pending) > GROUPS_IN_FLIGHT:
+                pending.popleft().result()
+
+    def _batches(self, group: Sequence[int]) -> Iterator[list[int]]:
+        """Rows of a record batch, longest first (out of memory shows at once), so that little is padded."""
+        lengths = {row: len(self.corpus[row].input_ids) for row in group}
+        order = sorted(group, key=lambda row: (-lengths[row], row))
+        for i in range(0, len(order), self.batch_size):
+            yield order[i : i + self.batch_size]
+
+    @torch.inference_mode()
+    def _forward(self, indices: list[int]) -> _HostBatch:
+        rows = [self.corpus[index] for index in indices]
+        device = self.head.weight.device
+        input_ids, position_ids = pad_rows(rows)
+        stored = [
+            np.ones_like(row.loss_mask) if self.config.all_positions else np.asarray(row.loss_mask, bool)
+            for row in rows
+        ]
+        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+        for i, here in enumerate(stored):
+            mask[i, : len(here)] = torch.from_numpy(here)
+
+        hidden = self.head.hidden_states(input_ids.to(device), position_ids.to(device))
+        hidden = hidden[mask.to(device)]  # [n, D]
+        chunks = [
+            top_k_targets(
+                self.head.logits(states, out=self.logits_buffer), self.config.top_k, self.scratch
+            )
+            for states in hidden.split(CHUNK_POSITIONS)
+        ]
+        targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        targets = targets._replace(ids=targets.ids.to(torch.int32))
+        host = ChunkTargets(*(_to_host(tensor) for tensor in targets))
+        copied = None
+        if device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return _HostBatch(rows, indices, stored, host, copied, targets)
+
+    def _write(self, batches: list[_HostBatch]) -> None:
+        """Background thread: checks one record batch's targets and hands its rows to the writer in order."""
+        rows = []
+        for batch in batches:
+            if batch.copied is not None:
+                batch.copied.synchronize()
+            batch.source = None
+            rows += _cache_rows(batch)
+        self.writer.write(sorted(rows, key=lambda row: row.row))
+        counted = np.concatenate(
+            [row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64
+        )
+        self.kept_sum += len(counted) - np.exp(counted).sum()
+        self.kept_count += len(counted)
+
+    def _halve_batch(self) -> None:
+        self.writer.abandon_shard()
+        clear_device_cache(garbage_collection=True)
+        self.batch_size //= 2
+        self.rows_done = self.writer.next_row
+        self.tokens_done = self.writer.complete_tokens
+
+    def _report(self, indices: list[int]) -> None:
+        self.rows_done += len(indices)
+        self.tokens_done += sum(len(self.corpus[index].input_ids) for index in indices)
+        speed = (self.tokens_done - self.resumed_tokens) / (time.perf_counter() - self.started)
+        written = self.writer.tokens_written
+        self.on_progress(
+            CaptureProgress(
+                rows=self.rows_done,
+                total_rows=len(self.corpus),
+                tokens=self.tokens_done,
+                total_tokens=self.corpus.num_tokens,
+                tokens_per_s=speed,
+                bytes_per_token=self.writer.bytes_written / written if written else float("nan"),
+                kept_mass=self._kept_mass(),
+                seconds_left=(self.corpus.num_tokens - self.tokens_done) / speed,
+                batch_size=self.batch_size,
+            )
+        )
+
+    def _kept_mass(self) -> float:
+        return self.kept_sum / self.kept_count if self.kept_count else float("nan")
+
+    def summary(self) -> CaptureSummary:
+        seconds = time.perf_counter() - self.started
+        cache = cf.open_cache(self.config.output)
+        return CaptureSummary(
+            output=self.config.output,
+            rows=cache.num_rows,
+            tokens=cache.num_tokens,
+            counted_tokens=cache.num_counted_tokens,
+            bytes=sum(shard.bytes for shard in cache.manifest.shards),
+            kept_mass=self._kept_mass(),
+            seconds=seconds,
+            tokens_per_s=(cache.num_tokens - self.resumed_tokens) / seconds,
+            resumed_rows=self.resumed_rows,
+            corpus_report=dict(self.corpus.report),
+        )
+
+
+def _cache_rows(batch: _HostBatch) -> list[cf.CacheRow]:
+    ids, logprobs, residual, entropy = (tensor.numpy() for tensor in batch.targets)
+    k = ids.shape[1]
+    rows, start = [], 0
+    for index, row, stored in zip(batch.indices, batch.rows, batch.stored, strict=True):
+        stop = start + int(stored.sum())
+        _check_finite(entropy[start:stop], np.flatnonzero(stored), index)
+        counts = np.where(stored, k, 0)
+        per_position = []
+        for values in (residual, entropy):
+            spread = np.zeros(len(stored), np.float32)
+            spread[stored] = values[start:stop]
+            per_position.append(spread)
+        rows.append(
+            cf.CacheRow(
+                row=index,
+                input_ids=row.input_ids,
+                loss_mask=row.loss_mask,
+                segment_lengths=row.segment_lengths,
+                targets=cf.SparseTargets(
+                    counts=counts,
+                    ids=ids[start:stop].reshape(-1),
+                    logprobs=logprobs[start:stop].reshape(-1),
+                    exact_counts=counts,
+                    residual_logprob=per_position[0],
+                    entropy=per_position[1],
+                ),
+            )
+        )
+        start = stop
+    return rows
+
+
+def _check_finite(entropy: np.ndarray, positions: np.ndarray, row: int) -> None:
+    """Any logit that is not a finite number leaves an entropy that is not (`top_k_targets`)."""
+    bad = ~np.isfinite(entropy)
+    if bad.any():
+        raise ModelError(
+            f"row {row}, position {positions[bad][0]}: the teacher's logits hold NaN or infinity "
+            f"({bad.sum()} positions of this row): a cache of them would spoil every student. "
+            "Try --dtype float32 (or bfloat16 instead of float16); complete shards are kept."
+        )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _drain(pending: deque[Future[None]], ignore: bool = False) -> None:
+    while pending:
+        future = pending.popleft()
+        if not (ignore and (future.cancelled() or future.exception())):
+            future.result()

@@ -1,0 +1,141 @@
+"""A conversation as text, and the character spans in it that the student is to learn.
+
+A template with `{% generation %}` blocks says itself what the assistant writes. With the others,
+most of them, the assistant's text is found between two prefixes of the rendered conversation:
+
+    render(messages[:k], add_generation_prompt=True)  …<|im_start|>assistant\\n
+    render(messages[:k + 1])                          …<|im_start|>assistant\\nFour.<|im_end|>\\n
+                                                                              ^^^^^^^^^^^^^^^
+
+without trailing white space: the mark that ends the turn is for the student to learn, the newline
+after it belongs to the frame. A template that rewrites what came earlier, for example by dropping
+former reasoning, has no such prefixes; it is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from pipeline.errors import DataError, ModelError
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]  # characters [start, stop)
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that conversations are rendered with; ModelError if there is none."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            f"{tokenizer.name_or_path or 'teacher'}: the tokenizer has no chat template, expected "
+            "one to render messages with. Use an instruction-tuned teacher, or plain text."
+        ) from error
+
+
+def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The messages without their null fields; DataError naming `where` and the message's index."""
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: {wrong_type(messages, 'a list of messages')}. Correct the row.")
+    cleaned = []
+    for index, message in enumerate(messages):
+        here = f"{where}, message {index}"
+        if not isinstance(message, Mapping):
+            expected = "an object with role and content"
+            raise DataError(f"{here}: {wrong_type(message, expected)}. Correct the row.")
+        # Columns of Arrow give every message every key; absent ones are null.
+        message = {key: value for key, value in message.items() if value is not None}
+        if not isinstance(message.get("role"), str):
+            raise DataError(
+                f"{here}: found keys {', '.join(map(str, message))}, expected a string `role` and "
+                "`content`. Correct the row, or rename the keys."
+            )
+        content = message.get("content")
+        if content is None and "tool_calls" in message:
+            content = ""
+        if not isinstance(content, (str, list)):  # a list: content in parts
+            problem = wrong_type(content, "a string as content")
+            raise DataError(f"{here} ({message['role']}): {problem}. Correct the row.")
+        cleaned.append(message)
+    return cleaned
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
+    """The conversation as text, special tokens included; DataError if the template refuses it."""
+    return _render(tokenizer, messages, where)[0]
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, *, first: int = 0
+) -> tuple[str, list[Span]]:
+    """The conversation as text, and where in it the assistant's messages from `first` on stand."""
+    if _GENERATION_BLOCK.search(chat_template(tokenizer)):
+        text, spans = _render(tokenizer, messages, where, with_spans=True)
+        begin = _prefix_length(tokenizer, messages[:first], text, where) if first else 0
+        return text, [span for span in spans if span[0] >= begin]
+    text = render(tokenizer, messages, where)
+    spans = []
+    for index in range(first, len(messages)):
+        if messages[index]["role"] == "assistant":
+            start = _prefix_length(tokenizer, messages[:index], text, where, open_turn=True)
+            stop = _prefix_length(tokenizer, messages[: index + 1], text, where)
+            spans.append((start, start + len(text[start:stop].rstrip())))
+    return text, spans
+
+
+def wrong_type(value: Any, expected: str) -> str:
+    """The middle of an error message."""
+    return f"found {'null' if value is None else type(value).__name__}, expected {expected}"
+
+
+def _prefix_length(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    text: str,
+    where: str,
+    *,
+    open_turn: bool = False,
+) -> int:
+    """How much of `text` renders `messages` and, if asked, what opens the assistant's turn."""
+    prefix, _ = _render(tokenizer, messages, where, add_generation_prompt=open_turn)
+    if not text.startswith(prefix):
+        raise DataError(
+            f"{where}: the chat template renders the first {len(messages)} messages otherwise when "
+            "more follow, expected a prefix, by which the assistant's text is found. Train on all "
+            "tokens (--loss-on all), or give the tokenizer a template with {% generation %} blocks."
+        )
+    return len(prefix)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str,
+    *,
+    add_generation_prompt: bool = False,
+    with_spans: bool = False,
+) -> tuple[str, list[Span]]:
+    # Not apply_chat_template: it turns the spans into a mask of tokens at once, in which everything
+    # after a span that begins with trimmed white space is lost; and it refuses zero messages.
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=chat_template(tokenizer),
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=with_spans,
+            **tokenizer.special_tokens_map,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: the chat template cannot render {len(messages)} of its messages: {error}. "
+            "Correct the row, or use a teacher whose template takes such conversations."
+        ) from error
+    return texts[0], spans[0] if with_spans else []

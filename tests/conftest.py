@@ -1,0 +1,121 @@
+"""Set-up shared by all tests: offline, one thread, fixed seeds, and the tiny models of `tiny.py`.
+
+The environment is set here, at import, because transformers and datasets read it when they are
+imported; nothing heavy is imported at the top, so that the tests of `cache_format` start at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+_HOME = tempfile.mkdtemp(prefix="distill-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HOME=_HOME,
+    HF_DATASETS_CACHE=os.path.join(_HOME, "datasets"),
+    TOKENIZERS_PARALLELISM="false",
+    # Reductions split over threads round differently: one thread makes every run the same.
+    OMP_NUM_THREADS="1",
+    CUDA_VISIBLE_DEVICES="",
+)
+
+# No deadline: the first example pays for imports, and others share the cores. In CI the same
+# examples every time, so that a failure there repeats; elsewhere new ones, which find more.
+settings.register_profile("distill", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("distill")
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)
+    # A test of cache_format alone never imports torch, and does not pay for it here.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """400 tokens, ChatML template; adds no special tokens of its own accord."""
+    from tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """Two layers, width 32, tied embeddings. Shared by all tests: do not write into it."""
+    from tiny import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("models") / "teacher", tokenizer, seed=1)
+
+
+@pytest.fixture(scope="session")
+def padded_teacher_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """As `teacher_dir`, with 12 embedding rows that belong to no token, and an untied head."""
+    from tiny import tiny_llama
+
+    path = tmp_path_factory.mktemp("models") / "padded-teacher"
+    return tiny_llama(path, tokenizer, tie=False, pad_vocab=12, seed=2)
+
+
+@pytest.fixture(scope="session")
+def student_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """One layer, width 16, the teacher's tokenizer. Shared by all tests: do not write into it."""
+    from tiny import tiny_llama
+
+    path = tmp_path_factory.mktemp("models") / "student"
+    return tiny_llama(path, tokenizer, layers=1, hidden=16, seed=3)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 7 kB of English, one document per line."""
+    from tiny import english
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(english(100), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON lines with a `messages` column."""
+    from tiny import conversations, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("text") / "chat.jsonl", conversations())
+
+
+@pytest.fixture(scope="session")
+def completion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON lines with `prompt` and `completion` columns."""
+    from tiny import completions, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("text") / "completions.jsonl", completions())

@@ -1,0 +1,303 @@
+"""The rules that keep the tree readable, held by a test instead of by memory.
+
+    cli.py -> pipeline/ -> cache_format/ -> numpy, pyarrow, zstandard, fsspec
+
+One direction only, the two stages apart, one module that knows about options, none but it that
+prints. Modules are parsed rather than imported: a forbidden import inside a function counts too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE_FORMAT = sorted(ROOT.glob("cache_format/**/*.py"))
+PIPELINE = sorted(ROOT.glob("pipeline/**/*.py"))
+CLI = ROOT / "cli.py"
+SHIPPED = [*CACHE_FORMAT, *PIPELINE, CLI]
+
+# What transformers and torch cannot do without; their versions are theirs to decide.
+BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "safetensors", "tokenizers"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path, *, only_on_import: bool = False) -> Iterator[str]:
+    """Dotted names of everything that `path` imports; relative ones written out in full.
+
+    `from a import b` yields `a` and `a.b`, since b may be a module. With `only_on_import`, what
+    stands in a function or under `if TYPE_CHECKING` is left out.
+    """
+    # The package a leading dot refers to: the directory, for a module and for an __init__ alike.
+    package = list(path.relative_to(ROOT).parent.parts)
+    pending: list[ast.AST] = [parse(path)]
+    while pending:
+        node = pending.pop()
+        if only_on_import and (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            or (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"))
+        ):
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def importers(paths: list[Path], *targets: str) -> list[str]:
+    """`file: module` for each import of one of `targets` or of something inside it."""
+    return sorted(
+        {
+            f"{relative(path)}: {name}"
+            for path in paths
+            for name in imports(path)
+            if any(name == target or name.startswith(target + ".") for target in targets)
+        }
+    )
+
+
+def third_party(path: Path, *, only_on_import: bool = False) -> set[str]:
+    own = {"cache_format", "pipeline", "cli"}
+    roots = {name.partition(".")[0] for name in imports(path, only_on_import=only_on_import)}
+    return roots - own - sys.stdlib_module_names
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """By normalised name: the runtime requirements, or those of the named extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["dependencies"]
+    if extras:
+        lines = [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = [line.partition(";")[0].strip() for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(key): version for key, version in (p.split("==") for p in found)}
+
+
+@pytest.fixture(scope="module")
+def repository_files() -> list[Path]:
+    """What a commit of the working tree would hold."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def test_the_parser_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = tmp_path / "pipeline" / "teacher" / "x.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(
+        "import a.b\nfrom c import d\nfrom . import e\nfrom ..student import f\nfrom .. import g\n"
+        "def late():\n    import torch\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert set(imports(module)) == {
+        *("a.b", "c", "c.d", "pipeline.teacher", "pipeline.teacher.e"),
+        *("pipeline.student", "pipeline.student.f", "pipeline", "pipeline.g", "torch"),
+    }
+    assert "torch" not in set(imports(module, only_on_import=True))
+    assert importers([module], "pipeline.student") == [
+        "pipeline/teacher/x.py: pipeline.student",
+        "pipeline/teacher/x.py: pipeline.student.f",
+    ]
+
+
+def test_cache_format_needs_nothing_but_the_storage_libraries():
+    assert CACHE_FORMAT, "cache_format is empty"
+    allowed = {"numpy", "pyarrow", "zstandard", "fsspec"}
+    assert {
+        relative(p): third_party(p) - allowed for p in CACHE_FORMAT if third_party(p) - allowed
+    } == {}
+    assert importers(CACHE_FORMAT, "pipeline", "cli") == []
+
+
+def test_reading_a_cache_loads_no_machine_learning_library():
+    # Through whatever is imported in turn, too: hence a fresh interpreter.
+    heavy = "{'torch', 'transformers', 'datasets', 'click', 'rich', 'pandas'}"
+    code = f"import sys, cache_format; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_pipeline_knows_no_command_line():
+    assert importers(PIPELINE, "cli", "click", "argparse") == []
+
+
+def test_click_is_known_to_cli_alone():
+    assert importers([*CACHE_FORMAT, *PIPELINE], "click") == []
+    assert importers([CLI], "click") != []
+
+
+def test_stages_meet_only_in_the_cache_directory():
+    teacher = [path for path in PIPELINE if path.is_relative_to(ROOT / "pipeline/teacher")]
+    student = [path for path in PIPELINE if path.is_relative_to(ROOT / "pipeline/student")]
+    assert teacher and student
+    assert importers(teacher, "pipeline.student") == []
+    assert importers(student, "pipeline.teacher") == []
+
+
+def test_what_both_stages_share_stands_on_neither():
+    stages = ("pipeline.teacher", "pipeline.student")
+    below = [
+        path
+        for path in PIPELINE
+        if path.is_relative_to(ROOT / "pipeline/losses")
+        or path.name in ("models.py", "heads.py", "tokenizers.py", "errors.py")
+        and path.parent.name == "pipeline"
+    ]
+    assert below
+    assert importers(below, *stages) == []
+
+
+@pytest.mark.parametrize("path", [*CACHE_FORMAT, *PIPELINE], ids=relative)
+def test_only_cli_prints(path: Path):
+    printing = [
+        node.lineno
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and (
+            (isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint"))
+            or (isinstance(node.func, ast.Attribute) and node.func.attr == "print")
+        )
+    ]
+    assert printing == [], f"{relative(path)} prints on lines {printing}"
+
+
+def test_nothing_unpickles():
+    assert importers(SHIPPED, "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve") == []
+
+
+# -- requirements ----------------------------------------------------------------------------------
+
+
+def test_imports_are_declared():
+    runtime = {name.replace("-", "_") for name in requirements()} | BROUGHT_BY_OTHERS
+    optional = {name.replace("-", "_") for name in requirements("gguf")}
+    for path in SHIPPED:
+        undeclared = third_party(path) - runtime - optional
+        assert undeclared == set(), f"{relative(path)} imports what pyproject.toml does not list"
+        eager = third_party(path, only_on_import=True) & optional
+        assert eager == set(), f"{relative(path)} imports an extra at its top: move it to its use"
+
+
+def test_everything_declared_is_pinned_for_setup():
+    pinned = pins("constraints.txt")
+    declared = requirements() | requirements("gguf", "demo", "test")
+    assert declared.keys() - pinned.keys() == set()
+    for name, requirement in declared.items():
+        assert requirement.specifier.contains(pinned[name]), (
+            f"{requirement} excludes {pinned[name]}"
+        )
+    assert pinned["torch"] == "2.13.0"
+
+
+def test_lower_bounds_are_those_that_are_tried():
+    pinned = pins("constraints-lowest.txt")
+    declared = requirements() | requirements("gguf", "demo", "test")
+    for name, requirement in declared.items():
+        bounds = [s.version for s in requirement.specifier if s.operator == ">="]
+        assert len(bounds) == 1, f"{requirement} has no lower bound"
+        tried = re.sub(r"(\.0)+$", "", pinned[name])
+        assert tried == re.sub(r"(\.0)+$", "", bounds[0]), (
+            f"{requirement} was tried with {pinned[name]}"
+        )
+
+
+# -- the tree --------------------------------------------------------------------------------------
+
+TOP_LEVEL = {
+    *("pyproject.toml", "README.md", "pipeline", "cache_format", "cli.py", "tests", "Makefile"),
+    *(".ci", ".gitignore", "LICENSE", "benchmarks", "constraints.txt", "constraints-lowest.txt"),
+}
+
+# A file that is longer for a reason is listed here, with the reason.
+LINES_ALLOWED = 450
+LONGER: dict[str, str] = {}
+
+
+def test_top_level_is_as_agreed(repository_files: list[Path]):
+    found = {path.relative_to(ROOT).parts[0] for path in repository_files}
+    assert TOP_LEVEL - found == set(), "missing"
+    assert found - TOP_LEVEL - {"docs"} == set(), "not agreed upon"
+
+
+def test_no_file_holds_too_many_ideas(repository_files: list[Path]):
+    lengths = {
+        relative(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in repository_files
+        if path.suffix == ".py"
+    }
+    too_long = {name: n for name, n in lengths.items() if n > LINES_ALLOWED and name not in LONGER}
+    assert too_long == {}
+    assert [name for name in LONGER if lengths.get(name, 0) <= LINES_ALLOWED] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=relative)
+def test_modules_say_what_they_are_for(path: Path):
+    assert len((ast.get_docstring(parse(path)) or "").split()) >= 5
+
+
+FORBIDDEN = {
+    "a note to self": re.compile(r"\b(?:TODO|FIXME|XXX)\b"),
+    "a path of one machine": re.compile(r"(?<![\w.~$}-])/(?:work|root|home|Users|tmp|opt|mnt)/\w"),
+    "a place to install from": re.compile(
+        r"--(?:extra-)?index-url|find-links|pypi\.org|pythonhosted"
+    ),
+}
+
+
+def test_nothing_that_belongs_to_one_machine_is_committed(repository_files: list[Path]):
+    found = []
+    for path in repository_files:
+        if path == Path(__file__):
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(lines, start=1):
+            found += [
+                f"{relative(path)}:{number}: {what}: {line.strip()}"
+                for what, pattern in FORBIDDEN.items()
+                if pattern.search(line)
+            ]
+    assert found == []
+
+
+def test_test_directories_shadow_no_package():
+    # tests/ is on sys.path, and tests/cache_format would hide cache_format if it were a package.
+    assert [relative(path) for path in (ROOT / "tests").rglob("__init__.py")] == []

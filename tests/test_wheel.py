@@ -1,0 +1,121 @@
+"""The wheel is what people install: build it, install it elsewhere, run it from somewhere else.
+
+The new environment holds the wheel alone. Its dependencies are those of the environment that runs
+the tests, lent through a `.pth` file, since installing torch once more would take minutes. That all
+of them are declared is the business of `test_architecture.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "cli.py", "cache_format", "pipeline"]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    shown = " ".join(str(part) for part in command)
+    assert done.returncode == 0, f"{shown}: exit status {done.returncode}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Built from a copy: setuptools leaves a build/ behind, and would pack what lies in an old one.
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    # Without isolation the build takes setuptools from this environment, and needs no network.
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    run(*build, "--outdir", out, source, cwd=out)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel installed; returns its root."""
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root, with_pip=False, symlinks=os.name != "nt")
+    python = root / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-index", wheel, cwd=root)
+    # Only now: before, pip would have seen the checkout's own editable installation through it.
+    (site,) = root.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return root
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A working directory that holds nothing, and an environment without the tests' import path."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Rich asks these for the width and the colours of the help page.
+    return tmp_path, variables | {"COLUMNS": "100", "NO_COLOR": "1"}
+
+
+def test_wheel_holds_the_modules_and_nothing_else(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*ROOT.glob("cache_format/**/*.py"), *ROOT.glob("pipeline/**/*.py")]
+    }
+    packed = {name for name in names if ".dist-info/" not in name}
+    # The normative page of the format travels with the code that implements it.
+    assert packed - {"cache_format/py.typed"} == {*modules, "cli.py", "cache_format/SPEC.md"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_wheel_is_imported_from_where_it_was_installed(environment: Path, elsewhere):
+    directory, variables = elsewhere
+    code = (
+        "import cache_format, cli, pipeline, importlib.metadata as metadata;"
+        "print(cache_format.__file__, cli.__file__, pipeline.__file__, sep='\\n');"
+        "print(metadata.version('distill'))"
+    )
+    *files, version = run(
+        environment / "bin/python", "-c", code, cwd=directory, env=variables
+    ).splitlines()
+    for file in files:
+        assert Path(file).is_relative_to(environment)
+    assert version == importlib.metadata.version("distill")
+
+
+def test_wheel_runs_from_another_directory(
+    environment: Path, elsewhere, teacher_dir: Path, student_dir: Path, text_file: Path
+):
+    directory, variables = elsewhere
+
+    def distill(*options: str | Path) -> str:
+        return run(environment / "bin/distill", *options, cwd=directory, env=variables)
+
+    assert importlib.metadata.version("distill") in distill("--version")
+    assert "cache-teacher" in distill("--help")
+    windows = ["--top-k", "8", "--seq-len", "64"]
+    distill(
+        "cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", "c", *windows
+    )
+    student = ["--student", student_dir, "--output", "s", "--device", "cpu"]
+    distill("train-student", "--cache", "c", *student, "--max-steps", "2")
+    scores = json.loads(distill("evaluate", "--cache", "c", "--student", "s", "--json"))
+    assert scores["students"]["s"]["kl"] > 0

@@ -1,0 +1,200 @@
+"""Tiny tokenizers, models and corpora, built in a second and without a network.
+
+Everything here is real: a byte-level BPE tokenizer trained on the spot and a randomly initialised
+Llama, both written to a directory that `from_pretrained` reads. They are small, not faked: a test
+with them exercises the same code as one with SmolLM2, which `make test-real` uses.
+
+    from tiny import tiny_llama, tiny_tokenizer, english
+    tokenizer = tiny_tokenizer()                      # 400 tokens, every byte covered
+    tiny_llama(path, tokenizer, layers=2, hidden=32)  # a directory with model and tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = [PAD, BOS, EOS, IM_START, IM_END]
+
+# ChatML as SmolLM2 and Qwen write it, and like theirs without a {% generation %} block: whoever
+# wants the assistant's tokens only has to find them without the template's help.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_SUBJECTS = (
+    *("the miller", "a tired clerk", "my sister", "the old captain"),
+    *("every child", "a grey heron", "the baker", "Anna"),
+)
+_VERBS = (
+    *("carried", "counted", "forgot", "painted", "sold"),
+    *("watched", "repaired", "described", "borrowed", "found"),
+)
+_OBJECTS = (
+    *("three baskets", "a broken clock", "the harbour map", "nine apples"),
+    *("her letters", "a wooden boat", "the bill", "snow"),
+)
+_PLACES = (
+    *("near the river", "before noon", "in the market", "without a word"),
+    *("at the station", "by candlelight", "after rain"),
+)
+_LINKS = ("and then", "because", "although", "while", "so that", "but", "until")
+
+
+def sentence(rng: random.Random) -> str:
+    """One sentence of simple English, with now and then a number, a quotation or an accent."""
+
+    def clause() -> str:
+        return " ".join(rng.choice(words) for words in (_SUBJECTS, _VERBS, _OBJECTS, _PLACES))
+
+    parts = [clause()]
+    while rng.random() < 0.35 and len(parts) < 3:
+        parts += [rng.choice(_LINKS), clause()]
+    text = " ".join(parts)
+    flavour = rng.random()
+    if flavour < 0.1:
+        text += f", for {rng.randint(2, 400)} crowns"
+    elif flavour < 0.2:
+        text = f"“{text},” said Zoë"
+    return text[0].upper() + text[1:] + rng.choice("...!?")
+
+
+def english(sentences: int = 80, seed: int = 0) -> str:
+    """Varied English: one document per line, one to five sentences each, some 70 bytes each."""
+    rng = random.Random(seed)
+    documents: list[str] = []
+    written = 0
+    while written < sentences:
+        length = min(rng.randint(1, 5), sentences - written)
+        documents.append(" ".join(sentence(rng) for _ in range(length)))
+        written += length
+    return "\n".join(documents) + "\n"
+
+
+def conversations(count: int = 12, seed: int = 0) -> list[dict[str, list[dict[str, str]]]]:
+    """`{"messages": [...]}` records: one to three turns, every third with a system message."""
+    rng = random.Random(seed)
+    records = []
+    for index in range(count):
+        messages = []
+        if index % 3 == 0:
+            messages.append({"role": "system", "content": "Answer in one sentence."})
+        for _ in range(rng.randint(1, 3)):
+            messages.append(
+                {"role": "user", "content": f"What happened when {sentence(rng)[:-1]}?"}
+            )
+            messages.append({"role": "assistant", "content": sentence(rng)})
+        records.append({"messages": messages})
+    return records
+
+
+def completions(count: int = 12, seed: int = 0) -> list[dict[str, str]]:
+    """`{"prompt": ..., "completion": ...}` records."""
+    rng = random.Random(seed)
+    return [
+        {"prompt": f"Go on: {sentence(rng)}", "completion": " " + sentence(rng)}
+        for _ in range(count)
+    ]
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> Path:
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
+    return path
+
+
+def tiny_tokenizer(
+    vocab_size: int = 400, *, add_bos: bool = False, seed: int = 0
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of exactly `vocab_size` tokens: 5 specials, 256 bytes, the rest merges.
+
+    `seed` changes the training text and with it the merges: a second seed gives a different
+    tokenizer of the same size, the mismatch that a vocabulary size alone does not show.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator([english(400, seed=1000 + seed)], trainer)
+    if core.get_vocab_size() != vocab_size:
+        raise ValueError(f"trained {core.get_vocab_size()} tokens instead of {vocab_size}")
+    if add_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[IM_START, IM_END],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_llama(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    tie: bool = True,
+    pad_vocab: int = 0,
+    seed: int = 0,
+    scale: float = 0.3,
+    **config: object,
+) -> Path:
+    """Write a random Llama and its tokenizer to `path`, which is returned.
+
+    Args:
+        pad_vocab: rows of the embedding beyond the tokenizer's vocabulary, as real models have.
+            They get large logits, so that code which forgets to cut them off goes visibly wrong.
+        scale: standard deviation of the weights. With the usual .02 every prediction is near 1/V;
+            with .3 the teacher has opinions (top-1 probability .04 to .3, entropy 4.6 nats).
+        config: further `LlamaConfig` fields.
+    """
+    vocab = len(tokenizer)
+    settings = LlamaConfig(
+        vocab_size=vocab + pad_vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tie,
+        initializer_range=scale,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **config,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(settings).eval()
+        if pad_vocab:
+            with torch.no_grad():
+                model.lm_head.weight[vocab:] = 2 * model.lm_head.weight[:pad_vocab]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
