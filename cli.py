@@ -10,6 +10,7 @@ usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen insid
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,11 +23,13 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from cache_format.errors import DistillError
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, highlight=False)
+# Paths and tokens are printed as they are: "[b]" in one is not markup.
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
 
 LINE_EVERY_S = 30.0
 
@@ -42,13 +45,23 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(" ".join(str(error).split("\n"))) from error
+        except KeyboardInterrupt:
+            _stopped("nothing was changed.")
         except BrokenPipeError:
             raise
         except OSError as error:
             # The environment, not a bug: no space, no permission, a name that is too long.
             where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{where}{error.strerror or error}") from error
+            raise click.ClickException(f"{where}{error.strerror or error}. {_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space and run the same command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Change its permissions, or choose another path."
+    return "Check the path."
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -83,15 +96,15 @@ class Status:
     def stage(self, text: str) -> None:
         self._stop()
         if not self.silent:
-            err.print(f"[bold]{text}[/] …")
+            err.print(Text(text, style="bold"), "…")
 
     def warn(self, text: str) -> None:
         if not self.silent:
-            err.print(f"[yellow]warning:[/] {text}")
+            err.print(Text("warning:", style="yellow"), text)
 
     def line(self, text: str) -> None:
         if not self.silent:
-            err.print(text, soft_wrap=True)
+            err.print(text)
 
     def step(self, done: float, total: float, text: str = "") -> None:
         """`text`: facts beside the bar."""
@@ -101,11 +114,11 @@ class Status:
             now = time.monotonic()
             if now - self.last_line >= LINE_EVERY_S or done >= total:
                 self.last_line = now
-                err.print(f"{done:,.0f}/{total:,.0f} {text}", soft_wrap=True)
+                err.print(f"{done:,.0f}/{total:,.0f} {text}")
         if not err.is_terminal:
             return
         if self.progress is None:
-            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
             self.progress = Progress(*columns, console=err, transient=False)
             self.task = self.progress.add_task("", total=total)
             self.progress.start()
@@ -175,7 +188,9 @@ DEVICE_OPTIONS = options(
     ),
 )
 @click.option("--teacher", required=True, help="transformers directory, hub name, or .gguf file.")
-@click.option("--data", required=True, help="File, glob or directory (.txt .jsonl .parquet .csv .arrow), or hub dataset.")
+@click.option(
+    "--data", required=True, help="File, glob or directory (.txt .jsonl .parquet .csv .arrow), or hub dataset."
+)
 @click.option("--output", required=True, help="Cache directory or fsspec URL; an unfinished run in it is continued.")
 @click.option("--top-k", default=64, show_default=True, type=click.IntRange(1, 65535), help="Entries per position.")
 @click.option("--seq-len", default=1024, show_default=True, type=click.IntRange(2), help="Tokens per row, at most.")
@@ -236,7 +251,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
         try:
             summary = cache_teacher(config, on_stage=status.stage, on_progress=show)
         except KeyboardInterrupt:
-            _stopped(f"complete shards are kept in {config.output}. Run the same command again to continue.")
+            again = "the same command without --overwrite" if config.overwrite else "the same command again"
+            _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
     if as_json:
         return print_json(asdict(summary))
     left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
@@ -260,7 +276,7 @@ LEFT_OUT = {
     "documents_cut": "documents cut into windows",
     "empty_documents": "empty documents dropped",
     "single_token_pieces": "pieces of one token dropped",
-    "rows_without_targets": "rows without anything to learn dropped",
+    "windows_without_targets": "windows without anything to learn dropped",
     "ignored_files": "files of other types ignored",
 }
 
@@ -288,21 +304,30 @@ LEFT_OUT = {
     type=click.Choice(["bucket", "renormalise", "label"]),
     help="Mass outside the entries: one class, ignored, or given to the label.",
 )
-@click.option("--batch-size", "per_device_train_batch_size", type=int, help="Rows per device and forward. Default: 8.")
-@click.option("--gradient-accumulation-steps", type=int, help="Forward passes per optimizer step. Default: 1.")
+@click.option(
+    "--batch-size",
+    "per_device_train_batch_size",
+    type=click.IntRange(1),
+    help="Rows per device and forward. Default: 8.",
+)
+@click.option(
+    "--gradient-accumulation-steps", type=click.IntRange(1), help="Forward passes per optimizer step. Default: 1."
+)
 @click.option("--learning-rate", type=float, help="Default: 3e-4.")
 @click.option("--lr-scheduler", "lr_scheduler_type", help="Default: cosine.")
 @click.option("--warmup", "warmup_steps", type=float, help="Steps, or a fraction of them if below 1. Default: 0.05.")
 @click.option("--weight-decay", type=float, help="Default: 0.")
-@click.option("--epochs", "num_train_epochs", type=float, help="Default: 1.")
-@click.option("--max-steps", type=int, help="Optimizer steps, instead of epochs.")
+@click.option("--epochs", "num_train_epochs", type=click.FloatRange(0, min_open=True), help="Default: 1.")
+@click.option("--max-steps", type=click.IntRange(1), help="Optimizer steps, instead of epochs.")
 @click.option("--seed", type=int, help="Order of rows, random weights, dropout. Default: 0.")
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast; weights stay float32.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Less memory, more time.")
-@click.option("--logging-steps", type=int, help="Default: 10.")
-@click.option("--eval-steps", type=int, help="With --eval-cache. Default: 100.")
-@click.option("--save-steps", type=int, help="Default: as --eval-steps, or 500.")
-@click.option("--num-workers", "dataloader_num_workers", type=int, help="Processes that read the cache. Default: 0.")
+@click.option("--logging-steps", type=click.IntRange(1), help="Default: 10.")
+@click.option("--eval-steps", type=click.IntRange(1), help="With --eval-cache. Default: 100.")
+@click.option("--save-steps", type=click.IntRange(1), help="Default: as --eval-steps, or 500.")
+@click.option(
+    "--num-workers", "dataloader_num_workers", type=click.IntRange(0), help="Processes that read the cache. Default: 0."
+)
 @click.option("--training-args", help="JSON file of any transformers.TrainingArguments; flags win over it.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES.")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --output.")
@@ -317,6 +342,7 @@ def train_student_command(as_json: bool, **given: Any) -> None:
     """
     _quiet_libraries()
     from pipeline.report import duration, pairs
+    from pipeline.student.output import last_checkpoint
     from pipeline.student.train import TrainStudentConfig, train_student
 
     config = TrainStudentConfig(**given)
@@ -346,6 +372,8 @@ def train_student_command(as_json: bool, **given: Any) -> None:
                 on_warning=status.warn,
             )
         except KeyboardInterrupt:
+            if last_checkpoint(config.output) is None:
+                _stopped(f"no checkpoint was saved in {config.output} yet. Start again with --overwrite.")
             _stopped(f"checkpoints are kept in {config.output}. Continue from the last one with --resume.")
     if status.silent:
         return
@@ -354,7 +382,7 @@ def train_student_command(as_json: bool, **given: Any) -> None:
     rows = [
         ("parameters", f"{summary.parameters / 1e6:.1f} M"),
         ("steps", f"{summary.steps:,} in {duration(summary.seconds)}"),
-        ("training loss", f"{summary.train_loss:.4f} (mean)"),
+        ("training loss", "—" if summary.train_loss is None else f"{summary.train_loss:.4f} (mean)"),
     ]
     if summary.eval:
         saved = "the last" if summary.best_step is None else f"step {summary.best_step:,}, the best"
@@ -373,12 +401,16 @@ def train_student_command(as_json: bool, **given: Any) -> None:
     epilog=_examples("distill evaluate --cache caches/heldout --student students/first --student models/student")
 )
 @click.option("--cache", required=True, help="Held-out cache directory or URL.")
-@click.option("--student", "students", required=True, multiple=True, help="Student directory; may be given several times.")
+@click.option(
+    "--student", "students", required=True, multiple=True, help="Student directory; may be given several times."
+)
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
 @click.option("--max-rows", type=click.IntRange(1), help="Only the first so many rows.")
 @DEVICE_OPTIONS
 @MODEL_OPTIONS
-@click.option("--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]", help="Write JSON to FILE or stdout.")
+@click.option(
+    "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]", help="Write JSON to FILE or stdout."
+)
 def evaluate(students: tuple[str, ...], json_file: str | None, **given: Any) -> None:
     """Compare students with their teacher on a held-out cache."""
     _quiet_libraries()
@@ -395,10 +427,10 @@ def evaluate(students: tuple[str, ...], json_file: str | None, **given: Any) -> 
                 on_progress=lambda done, total: status.step(done, total, "rows"),
             )
             results[student] = asdict(result)
-    if json_file is not None:
-        print_json({"cache": given["cache"], "students": results}, json_file)
     if json_file != "-":
         out.print(evaluation_view(f"Held out: {given['cache']}", results))
+    if json_file is not None:
+        print_json({"cache": given["cache"], "students": results}, json_file)
 
 
 @main.command("inspect", epilog=_examples("distill inspect caches/train --row 3"))

@@ -129,7 +129,7 @@ class Manifest:
 
     @property
     def num_rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+        return self.metadata.num_rows  # which the shards' rows were checked against
 
     @property
     def num_tokens(self) -> int:

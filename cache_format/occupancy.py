@@ -61,7 +61,8 @@ def remove_cache(path: str | os.PathLike[str]) -> None:
     if recorded is None:
         return
     # The manifest first: whatever happens next, nobody takes the rest for a whole cache.
-    inside = [f"{folder}/{name}" for folder in FOLDERS for name in directory.names(folder)]
-    others = [name for name in directory.names() if name not in (recorded, *FOLDERS)]
-    for name in [recorded, *inside, *others]:
+    directory.remove(recorded)
+    for folder in FOLDERS:
+        directory.remove_tree(folder)
+    for name in directory.names():
         directory.remove(name)

@@ -9,6 +9,7 @@ their final names.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -49,6 +50,9 @@ class Directory(Protocol):
         """Context manager: a path to write to; the file gets its name if the block ends well."""
 
     def remove(self, name: str) -> None: ...
+
+    def remove_tree(self, name: str) -> None:
+        """A folder and everything in it, if it is there."""
 
     def path(self, name: str = "") -> str:
         """For messages."""
@@ -125,6 +129,10 @@ class LocalDirectory:
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
 
+    def remove_tree(self, name: str) -> None:
+        if (self.root / name).is_dir():
+            shutil.rmtree(self.root / name)
+
     def path(self, name: str = "") -> str:
         return str(self.root / name)
 
@@ -176,6 +184,10 @@ class RemoteDirectory:
     def remove(self, name: str) -> None:
         if self.fs.exists(self._full(name)):
             self.fs.rm_file(self._full(name))
+
+    def remove_tree(self, name: str) -> None:
+        if self.fs.exists(self._full(name)):
+            self.fs.rm(self._full(name), recursive=True)
 
     def path(self, name: str = "") -> str:
         return f"{self.url}/{name}" if name else self.url

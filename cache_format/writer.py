@@ -33,11 +33,10 @@ from cache_format.manifest import (
     sidecar_name,
 )
 from cache_format.metadata import CacheMetadata
+from cache_format.occupancy import recorded_manifest
 from cache_format.shard_writer import ShardWriter
 from cache_format.storage import is_temporary, open_directory, write_bytes
 from cache_format.types import CacheRow
-
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, "shards", "README.md"}
 
 
 class CacheWriter:
@@ -187,14 +186,8 @@ class CacheWriter:
     def _claim(self, resume: bool) -> None:
         """Make sure that the directory is ours, and find out what is already there."""
         directory, where = self._directory, self._directory.path()
-        found = {name for name in directory.names() if not is_temporary(name)}
-        if foreign := sorted(found - OWN_NAMES):
-            raise CacheError(
-                f"{where}: found {foreign[0]!r}, expected an empty directory or a cache: nothing "
-                "was changed. Choose another directory."
-            )
+        recorded = recorded_manifest(directory)
         partial = manifest_bytes(self._metadata, self._tokenizer_files)
-        recorded = next((name for name in (MANIFEST, PARTIAL_MANIFEST) if name in found), None)
         if recorded and not resume:
             state = "a finished" if recorded == MANIFEST else "an unfinished"
             raise CacheError(
@@ -202,11 +195,6 @@ class CacheWriter:
                 "Choose another directory, or resume."
             )
         if not recorded:
-            if found:
-                raise CacheError(
-                    f"{where}: found {sorted(found)[0]!r} but no manifest: nothing was changed. "
-                    "Choose another directory."
-                )
             write_bytes(directory, PARTIAL_MANIFEST, partial)
             return
 

@@ -21,7 +21,7 @@ import cache_format as cf
 from pipeline.heads import check_packing, evaluating, open_head
 from pipeline.losses import HeadOutput
 from pipeline.models import load_model, resolve_device
-from pipeline.student.checks import check_student_tokenizer, is_packed
+from pipeline.student.checks import check_student, is_packed
 from pipeline.student.data import Batch, CacheDataset, collate
 from pipeline.student.forward import LossRecipe, distillation_output
 
@@ -74,9 +74,7 @@ def evaluate(
         MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
     cache = cf.open_cache(config.cache)
-    check_student_tokenizer(
-        cache, config.student, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    check_student([cache], config.student, revision=config.revision, trust_remote_code=config.trust_remote_code)
     on_stage("loading the student")
     model = load_model(
         config.student,
@@ -90,9 +88,7 @@ def evaluate(
         check_packing(model, head)
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
-    loader = DataLoader(
-        CacheDataset(cache), batch_size=config.batch_size, sampler=range(rows), collate_fn=collate
-    )
+    loader = DataLoader(CacheDataset(cache), batch_size=config.batch_size, sampler=range(rows), collate_fn=collate)
 
     def batches() -> Iterable[Batch]:
         for i, batch in enumerate(loader):

@@ -10,8 +10,8 @@ Two ways to run a head:
     own       the model's own `forward` with its decoder replaced by the given states: whatever the architecture does to
               its logits (soft-capping, scaling, a transform before the decoder) is done by its own code.
 
-`open_head` does not guess from class names: it tries both against the model's own logits on a few positions and takes
-the linear one if it agrees, the other if not, and refuses to go on if neither does.
+`open_head` does not guess from class names: it tries both against the model's own logits on a few positions, small
+logits and large, and takes the linear one if it agrees, the other if not, and refuses to go on if neither does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from pipeline.errors import ModelError
 
 PROBE_TOKENS = 12
+LOUD_LOGIT = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,9 @@ class Head:
         """`logits` by the model's own forward, its decoder replaced by `hidden`."""
         with _decoder_returning(self.model, hidden[None]):
             dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-            return self.model(input_ids=dummy, use_cache=False).logits[0, :, : self.vocab_size]
+            # The class's forward: on a student in training the instance's is the loss, which calls this.
+            output = type(self.model).forward(self.model, input_ids=dummy, use_cache=False)
+            return output.logits[0, :, : self.vocab_size]
 
 
 def open_head(model: PreTrainedModel, vocab_size: int) -> Head:
@@ -100,39 +103,57 @@ def open_head(model: PreTrainedModel, vocab_size: int) -> Head:
     device = output.weight.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
+    positions = torch.arange(PROBE_TOKENS, device=device)[None]
     with evaluating(model), torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size]
-        positions = torch.arange(PROBE_TOKENS, device=device)[None]
+        # Twice, the second time with large logits: soft-capping leaves small ones, of a student just initialised, alone.
+        quiet = _logits_of_amplified_states(model, ids, positions, 1.0)[:, :vocab_size]
+        if not quiet.isfinite().all():
+            raise ModelError(
+                f"{name}: its logits hold NaN or infinity: its weights are damaged, or too large for "
+                f"{str(quiet.dtype).removeprefix('torch.')}. Use another dtype or checkpoint."
+            )
+        factor = LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)
+        loud = _logits_of_amplified_states(model, ids, positions, factor)[:, :vocab_size]
         worst = {}
         for linear in (True, False) if isinstance(output, nn.Linear) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size)
-            found = head.logits(head.hidden_states(ids, positions)[0])
-            worst["linear" if linear else "own"] = deviation = _deviation(found, expected)
-            if deviation <= _tolerance(expected):
+            hidden = head.hidden_states(ids, positions)[0]
+            ratios = [
+                _deviation(head.logits(hidden * by), expected) / _tolerance(expected, roundings=4)
+                for by, expected in ((1.0, quiet), (factor, loud))
+            ]
+            worst["linear" if linear else "own"] = ratio = max(ratios)
+            if ratio <= 1.0:
                 return head
     raise ModelError(
         f"{name}: logits computed from its hidden states differ from its own by "
-        + ", ".join(f"{d:.2g} ({way})" for way, d in worst.items())
-        + f", allowed {_tolerance(expected):.2g}. This architecture is not supported; please report it."
+        + ", ".join(f"{ratio:.2g} ({way})" for way, ratio in worst.items())
+        + " times what rounding explains. This architecture is not supported; please report it."
     )
 
 
 def check_packing(model: PreTrainedModel, head: Head) -> None:
-    """Raises `ModelError` if documents packed into one row can see one another in this model."""
+    """Raises `ModelError` if documents packed into one row can see one another in this model.
+
+    The second document must be what it is alone, and the same whatever the first is; the latter to the last bits in any
+    dtype, since nothing but the first document changes.
+    """
     device = head.weight.device
     generator = torch.Generator().manual_seed(1)
-    first, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 5))
+    first, other, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 7, 5))
     alone = torch.arange(second.shape[1], device=device)[None]
     packed = torch.cat([torch.arange(first.shape[1], device=device)[None], alone], dim=1)
+    rows = torch.cat([torch.cat([first, second], dim=1), torch.cat([other, second], dim=1)])
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(second, alone)[0]
-        found = head.hidden_states(torch.cat([first, second], dim=1), packed)[0, first.shape[1] :]
-        deviation, allowed = _deviation(found, expected), _tolerance(expected)
-    if deviation > allowed:
-        raise ModelError(
-            f"{type(model).__name__}: a document packed behind another one changes by {deviation:.2g} "
-            f"(allowed {allowed:.2g}), so they attend to one another. Use --no-packing."
-        )
+        behind_first, behind_other = head.hidden_states(rows, packed.expand(2, -1))[:, first.shape[1] :]
+    for found, than, roundings in ((behind_first, expected, 16), (behind_first, behind_other, 4)):
+        deviation, allowed = _deviation(found, than), _tolerance(expected, roundings=roundings)
+        if not deviation <= allowed:
+            raise ModelError(
+                f"{type(model).__name__}: a document packed behind another one changes by {deviation:.2g} "
+                f"(allowed {allowed:.2g}), so they attend to one another. Use --no-packing."
+            )
 
 
 @contextlib.contextmanager
@@ -150,13 +171,21 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
+class _StatesOnly(BaseModelOutputWithPast):
+    """A decoder's output of which only the states are there: what else an architecture may look for in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Returning(nn.Module):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return _StatesOnly(last_hidden_state=self.hidden)
 
 
 @contextlib.contextmanager
@@ -170,10 +199,24 @@ def _decoder_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]
         model._modules[name] = decoder
 
 
+def _logits_of_amplified_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, factor: float) -> Tensor:
+    """The model's own logits [T, ≥V] for one sequence, the states between decoder and head multiplied by `factor`."""
+
+    def amplify(_: nn.Module, __: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
+        output["last_hidden_state"] = output[0] * factor
+        return output
+
+    hook = _decoder(model).register_forward_hook(amplify)
+    try:
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+
+
 def _deviation(found: Tensor, expected: Tensor) -> float:
     return (found.float() - expected.float()).abs().max().item()
 
 
-def _tolerance(expected: Tensor) -> float:
-    """A few dozen roundings of the largest value in the dtype it was computed in; fp32 products need some slack."""
-    return 64 * max(torch.finfo(expected.dtype).eps, 1e-6) * max(1.0, expected.abs().max().item())
+def _tolerance(expected: Tensor, *, roundings: int) -> float:
+    """So many roundings of the largest value in the dtype it was computed in; fp32 products need some slack."""
+    return max(roundings * torch.finfo(expected.dtype).eps, 64e-6) * max(1.0, expected.abs().max().item())

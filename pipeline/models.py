@@ -106,7 +106,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(flat.numel(), FINGERPRINT_VALUES), device="cpu").long()
+        count = min(flat.numel(), FINGERPRINT_VALUES)
+        index = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)
         digest.update(flat[index.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -90,8 +90,7 @@ def check_same_tokenizer(
     for name in sorted(ours | theirs):
         if ours.get(name) != theirs.get(name):
             warnings.append(
-                f"{name} is {_token(theirs.get(name))} for the student, "
-                f"{_token(ours.get(name))} for the teacher."
+                f"{name} is {_token(theirs.get(name))} for the student, {_token(ours.get(name))} for the teacher."
             )
     if teacher.chat_template != student.chat_template:
         warnings.append("the student's chat template is not the teacher's.")
@@ -101,9 +100,7 @@ def check_same_tokenizer(
 def _check_vocabulary(teacher: dict[int, str], student: dict[int, str]) -> None:
     differing = [i for i in sorted(teacher | student) if teacher.get(i) != student.get(i)]
     if differing:
-        shown = ", ".join(
-            f"{i} is {student.get(i)!r} instead of {teacher.get(i)!r}" for i in differing[:3]
-        )
+        shown = ", ".join(f"{i} is {student.get(i)!r} instead of {teacher.get(i)!r}" for i in differing[:3])
         raise MismatchError(
             f"the student's tokenizer is not the teacher's: found {len(student):,} tokens, "
             f"expected {len(teacher):,}; {len(differing):,} ids differ (id {shown}): soft targets "
@@ -118,11 +115,7 @@ def _segmentation(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -
         files = tokenizer_files(tokenizer).items()
         return {
             "class": type(tokenizer).__name__,
-            "files": {
-                name: hashlib.sha256(data).hexdigest()
-                for name, data in files
-                if name not in _SETTINGS_FILES
-            },
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files if name not in _SETTINGS_FILES},
             "probe": tokenizer(_PROBE)["input_ids"],
         }
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -130,9 +123,7 @@ def _segmentation(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -
         parts.pop(state_of_use, None)
     if isinstance(parts["model"].get("vocab"), dict):  # unigram: a list, with scores that decide
         del parts["model"]["vocab"]
-    parts["added_tokens"] = [
-        token for token in parts["added_tokens"] if size is None or token["id"] < size
-    ]
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if size is None or token["id"] < size]
     return parts
 
 

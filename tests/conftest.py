@@ -64,9 +64,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def teacher_dir(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Path:
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Two layers, width 32, tied embeddings. Shared by all tests: do not write into it."""
     from tiny import tiny_llama
 
@@ -74,9 +72,7 @@ def teacher_dir(
 
 
 @pytest.fixture(scope="session")
-def padded_teacher_dir(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Path:
+def padded_teacher_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """As `teacher_dir`, with 12 embedding rows that belong to no token, and an untied head."""
     from tiny import tiny_llama
 
@@ -85,9 +81,7 @@ def padded_teacher_dir(
 
 
 @pytest.fixture(scope="session")
-def student_dir(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Path:
+def student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """One layer, width 16, the teacher's tokenizer. Shared by all tests: do not write into it."""
     from tiny import tiny_llama
 

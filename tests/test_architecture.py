@@ -137,9 +137,7 @@ def test_the_parser_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pyte
 def test_cache_format_needs_nothing_but_the_storage_libraries():
     assert CACHE_FORMAT, "cache_format is empty"
     allowed = {"numpy", "pyarrow", "zstandard", "fsspec"}
-    assert {
-        relative(p): third_party(p) - allowed for p in CACHE_FORMAT if third_party(p) - allowed
-    } == {}
+    assert {relative(p): third_party(p) - allowed for p in CACHE_FORMAT if third_party(p) - allowed} == {}
     assert importers(CACHE_FORMAT, "pipeline", "cli") == []
 
 
@@ -147,9 +145,7 @@ def test_reading_a_cache_loads_no_machine_learning_library():
     # Through whatever is imported in turn, too: hence a fresh interpreter.
     heavy = "{'torch', 'transformers', 'datasets', 'click', 'rich', 'pandas'}"
     code = f"import sys, cache_format; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -219,9 +215,7 @@ def test_everything_declared_is_pinned_for_setup():
     declared = requirements() | requirements("gguf", "demo", "test")
     assert declared.keys() - pinned.keys() == set()
     for name, requirement in declared.items():
-        assert requirement.specifier.contains(pinned[name]), (
-            f"{requirement} excludes {pinned[name]}"
-        )
+        assert requirement.specifier.contains(pinned[name]), f"{requirement} excludes {pinned[name]}"
     assert pinned["torch"] == "2.13.0"
 
 
@@ -232,9 +226,7 @@ def test_lower_bounds_are_those_that_are_tried():
         bounds = [s.version for s in requirement.specifier if s.operator == ">="]
         assert len(bounds) == 1, f"{requirement} has no lower bound"
         tried = re.sub(r"(\.0)+$", "", pinned[name])
-        assert tried == re.sub(r"(\.0)+$", "", bounds[0]), (
-            f"{requirement} was tried with {pinned[name]}"
-        )
+        assert tried == re.sub(r"(\.0)+$", "", bounds[0]), f"{requirement} was tried with {pinned[name]}"
 
 
 # -- the tree --------------------------------------------------------------------------------------
@@ -274,9 +266,7 @@ def test_modules_say_what_they_are_for(path: Path):
 FORBIDDEN = {
     "a note to self": re.compile(r"\b(?:TODO|FIXME|XXX)\b"),
     "a path of one machine": re.compile(r"(?<![\w.~$}-])/(?:work|root|home|Users|tmp|opt|mnt)/\w"),
-    "a place to install from": re.compile(
-        r"--(?:extra-)?index-url|find-links|pypi\.org|pythonhosted"
-    ),
+    "a place to install from": re.compile(r"--(?:extra-)?index-url|find-links|pypi\.org|pythonhosted"),
 }
 
 

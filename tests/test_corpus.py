@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,9 +240,7 @@ def test_columns_are_found_by_name(
     assert columns.format == format and columns.names == ((names,) if names == format else names)
 
 
-def test_words_for_nothing_in_a_csv_are_words(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_words_for_nothing_in_a_csv_are_words(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """pandas would read NA, None and null as missing; only an empty cell is."""
     (tmp_path / "a.csv").write_text("id,text\n1,NA\n2,None\n3,\n4,null\n")
     documents = tokenise_documents(DataConfig(data=str(tmp_path / "a.csv")), tokenizer)
@@ -307,9 +306,7 @@ REWRITING_TEMPLATE = (
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE])
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_assistants_words_and_end_of_turn_are_learned(
-    tmp_path: Path, template: str, trim_offsets: bool
-) -> None:
+def test_assistants_words_and_end_of_turn_are_learned(tmp_path: Path, template: str, trim_offsets: bool) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -383,6 +380,12 @@ def test_trimmed_space_of_the_prompt_stays_in_the_prompt() -> None:
     assert encoding.token_targets(offsets, [(4, 5)]).tolist() == [False, False, True]
 
 
+def test_token_across_the_end_of_a_span_is_learned() -> None:
+    """ "!\\n" as one token, of which the newline belongs to the frame: without it there is no "!"."""
+    offsets = np.array([[0, 2], [2, 4], [4, 5]])
+    assert encoding.token_targets(offsets, [(0, 3)]).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "loss_on, expected",
     [
@@ -391,9 +394,7 @@ def test_trimmed_space_of_the_prompt_stays_in_the_prompt() -> None:
     ],
 )
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE])
-def test_prompt_and_completion_of_messages(
-    tmp_path: Path, template: str, loss_on: Any, expected: list[str]
-) -> None:
+def test_prompt_and_completion_of_messages(tmp_path: Path, template: str, loss_on: Any, expected: list[str]) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     data = jsonl(tmp_path, {"prompt": CHAT[:4], "completion": CHAT[4:]})
@@ -406,9 +407,7 @@ def test_long_text_is_tokenised_in_blocks_without_loss(
 ) -> None:
     prompt = "".join(f"Line {i}: some words and numbers.\n" for i in range(50))
     completion = "word " * 100 + "x" * 300  # no line to cut after, then not even a space
-    data = jsonl(
-        tmp_path, {"prompt": prompt, "completion": completion}, {"prompt": "a", "completion": "b"}
-    )
+    data = jsonl(tmp_path, {"prompt": prompt, "completion": completion}, {"prompt": "a", "completion": "b"})
     whole = tokenise_documents(DataConfig(data=data), tokenizer).tokens[:]
     monkeypatch.setattr(encoding, "_BLOCK_CHARACTERS", 200)
     monkeypatch.setattr(encoding, "_GROUP_CHARACTERS", 500)
@@ -485,14 +484,26 @@ def test_bad_file_is_one_clear_line(
     expected: str,
     tokenizer: PreTrainedTokenizerFast,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     with pytest.raises(DataError) as error:
         tokenise_documents(bad(tmp_path, name, contents, **config), tokenizer)
     message = str(error.value)
     assert expected in message
     assert str(tmp_path / name) in message  # where
     assert message.endswith(".") and "\n" not in message  # one line, ending in the next step
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_null_keys_of_messages_are_absent_keys(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A call of a tool needs no content; that Arrow gives every message the key is no call."""
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    messages = [call, {"role": "user"}]
+    pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"message 1 \(user\): found null, expected a string"):
+        tokenise_documents(DataConfig(data=str(tmp_path / "a.parquet")), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -514,9 +525,7 @@ def test_missing_data(
 ) -> None:
     asked = []
     load = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, *a, **k: asked.append(name) or load(name, *a, **k)
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **k: asked.append(name) or load(name, *a, **k))
     with pytest.raises(DataError) as error:
         tokenise_documents(DataConfig(data=data), tokenizer)
     assert str(error.value).startswith(data) and expected in str(error.value)
@@ -542,9 +551,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokeni
         tokenise_documents(DataConfig(data=str(tmp_path / "saved")), tokenizer)
 
 
-def test_error_of_another_process_arrives(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_error_of_another_process_arrives(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     data = jsonl(tmp_path, *[{"text": "a"}] * 5, {"text": 3})
     with pytest.raises(DataError, match="row 5, column 'text': found int"):
         tokenise_documents(DataConfig(data=data, num_proc=2), tokenizer)
@@ -573,9 +580,7 @@ def test_tokenizer_must_be_able_to(tmp_path: Path) -> None:
     assert len(tokenise_documents(text, slow).tokens[0]["input_ids"]) == 2  # "a" and EOS
     pair = {"prompt": "a", "completion": "b"}
     with pytest.raises(ModelError, match="found a slow tokenizer"):
-        tokenise_documents(
-            DataConfig(data=str(write_jsonl(tmp_path / "pairs.jsonl", [pair]))), slow
-        )
+        tokenise_documents(DataConfig(data=str(write_jsonl(tmp_path / "pairs.jsonl", [pair]))), slow)
 
 
 def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:

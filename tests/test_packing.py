@@ -64,17 +64,10 @@ def rows_of(plan: RowPlan) -> list[list[tuple[int, int, int]]]:
 
 
 @given(LENGTHS, st.integers(2, 20), st.booleans())
-def test_every_transition_exactly_once(
-    lengths: np.ndarray, window_length: int, packing: bool
-) -> None:
+def test_every_transition_exactly_once(lengths: np.ndarray, window_length: int, packing: bool) -> None:
     plan = plan_rows(lengths, window_length=window_length, packing=packing)
     rows = rows_of(plan)
-    made = Counter(
-        (document, t)
-        for row in rows
-        for document, start, stop in row
-        for t in range(start, stop - 1)
-    )
+    made = Counter((document, t) for row in rows for document, start, stop in row for t in range(start, stop - 1))
     assert made == Counter((d, t) for d, length in enumerate(lengths) for t in range(length - 1))
 
     for row in rows:
@@ -91,9 +84,7 @@ def test_every_transition_exactly_once(
 
 @given(LENGTHS, st.integers(2, 20))
 def test_plan_is_deterministic(lengths: np.ndarray, window_length: int) -> None:
-    first, second = (
-        plan_rows(lengths.copy(), window_length=window_length, packing=True) for _ in range(2)
-    )
+    first, second = (plan_rows(lengths.copy(), window_length=window_length, packing=True) for _ in range(2))
     assert rows_of(first) == rows_of(second)
 
 
@@ -104,9 +95,7 @@ def test_packing_never_needs_more_rows(lengths: np.ndarray, window_length: int) 
     assert packed.num_rows <= apart.num_rows
     # No two rows that were open at the same time could have been one.
     fills = [sum(b - a for _, a, b in row) for row in rows_of(packed)]
-    assert len(fills) > packing._OPEN_ROWS or all(
-        a + b > window_length for i, a in enumerate(fills) for b in fills[:i]
-    )
+    assert len(fills) > packing._OPEN_ROWS or all(a + b > window_length for i, a in enumerate(fills) for b in fills[:i])
 
 
 def test_windows_by_hand() -> None:
@@ -116,9 +105,7 @@ def test_windows_by_hand() -> None:
 
 
 def test_pieces_that_are_not_kept_are_counted() -> None:
-    plan = plan_rows(
-        np.array([5, 3, 2]), window_length=4, packing=True, keep=lambda p: p.document != 1
-    )
+    plan = plan_rows(np.array([5, 3, 2]), window_length=4, packing=True, keep=lambda p: p.document != 1)
     assert rows_of(plan) == [[(0, 0, 4)], [(0, 3, 5), (2, 0, 2)]]
     assert (plan.report["windows"], plan.report["windows_without_targets"]) == (4, 1)
 
@@ -167,9 +154,7 @@ def test_windows_overlap_by_one_token_and_each_target_counts_once() -> None:
 
 def test_windows_without_targets_are_left_out_and_counted() -> None:
     """The first window holds a target, token 1, but not the prediction of it."""
-    corpus = corpus_of(
-        ([1, 2, 3, 4, 5], [1, 0, 0, 1, 1]), ([6, 7], [1, 0]), ([], []), ([8], [1]), window_length=3
-    )
+    corpus = corpus_of(([1, 2, 3, 4, 5], [1, 0, 0, 1, 1]), ([6, 7], [1, 0]), ([], []), ([8], [1]), window_length=3)
     assert [row.input_ids.tolist() for row in corpus] == [[3, 4, 5]]
     assert corpus.report == {
         "documents": 4,
@@ -196,9 +181,7 @@ def test_nothing_to_learn_is_an_error() -> None:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    return write_jsonl(
-        tmp_path / "lines.jsonl", [{"text": line} for line in english(150).splitlines()]
-    )
+    return write_jsonl(tmp_path / "lines.jsonl", [{"text": line} for line in english(150).splitlines()])
 
 
 def test_corpus_says_what_the_text_says(
@@ -235,10 +218,7 @@ def test_indexing(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_processes_change_nothing(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    one, two = (
-        build_corpus(DataConfig(data=str(lines), window_length=64, num_proc=n), tokenizer)
-        for n in (None, 2)
-    )
+    one, two = (build_corpus(DataConfig(data=str(lines), window_length=64, num_proc=n), tokenizer) for n in (None, 2))
     assert one.token_stream_sha256 == two.token_stream_sha256
     assert one.description == two.description
 
@@ -289,8 +269,6 @@ def test_description_of_a_file(lines: Path, tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_first_documents_only(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    corpus = build_corpus(
-        DataConfig(data=str(lines), max_documents=3, packing=False, window_length=512), tokenizer
-    )
+    corpus = build_corpus(DataConfig(data=str(lines), max_documents=3, packing=False, window_length=512), tokenizer)
     texts = [tokenizer.decode(row.input_ids) for row in corpus]
     assert texts == [line + EOS for line in english(150).splitlines()[:3]]

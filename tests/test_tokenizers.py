@@ -65,6 +65,11 @@ def test_each_component_shows_its_change(tokenizer: PreTrainedTokenizerFast) -> 
     merges[0], merges[1] = merges[1], merges[0]
     assert changed(tokenizer, with_core(tokenizer, core)) == {"segmentation"}
 
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = core["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    assert changed(tokenizer, with_core(tokenizer, core)) == {"vocabulary"}
+
     assert changed(tokenizer, tiny_tokenizer(seed=1)) == {"vocabulary", "segmentation"}
     assert changed(tokenizer, tiny_tokenizer(add_bos=True)) == {"segmentation"}
 
@@ -98,11 +103,7 @@ def test_other_vocabulary_is_refused_with_ids_and_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     other = tiny_tokenizer(seed=1)  # same size: only the tokens tell
-    first = next(
-        i
-        for i in range(400)
-        if other.convert_ids_to_tokens(i) != tokenizer.convert_ids_to_tokens(i)
-    )
+    first = next(i for i in range(400) if other.convert_ids_to_tokens(i) != tokenizer.convert_ids_to_tokens(i))
     with pytest.raises(MismatchError) as error:
         check_same_tokenizer(tokenizer, other)
     ours, theirs = tokenizer.convert_ids_to_tokens(first), other.convert_ids_to_tokens(first)

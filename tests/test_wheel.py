@@ -93,9 +93,7 @@ def test_wheel_is_imported_from_where_it_was_installed(environment: Path, elsewh
         "print(cache_format.__file__, cli.__file__, pipeline.__file__, sep='\\n');"
         "print(metadata.version('distill'))"
     )
-    *files, version = run(
-        environment / "bin/python", "-c", code, cwd=directory, env=variables
-    ).splitlines()
+    *files, version = run(environment / "bin/python", "-c", code, cwd=directory, env=variables).splitlines()
     for file in files:
         assert Path(file).is_relative_to(environment)
     assert version == importlib.metadata.version("distill")
@@ -112,9 +110,7 @@ def test_wheel_runs_from_another_directory(
     assert importlib.metadata.version("distill") in distill("--version")
     assert "cache-teacher" in distill("--help")
     windows = ["--top-k", "8", "--seq-len", "64"]
-    distill(
-        "cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", "c", *windows
-    )
+    distill("cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", "c", *windows)
     student = ["--student", student_dir, "--output", "s", "--device", "cpu"]
     distill("train-student", "--cache", "c", *student, "--max-steps", "2")
     scores = json.loads(distill("evaluate", "--cache", "c", "--student", "s", "--json"))

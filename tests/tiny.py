@@ -91,9 +91,7 @@ def conversations(count: int = 12, seed: int = 0) -> list[dict[str, list[dict[st
         if index % 3 == 0:
             messages.append({"role": "system", "content": "Answer in one sentence."})
         for _ in range(rng.randint(1, 3)):
-            messages.append(
-                {"role": "user", "content": f"What happened when {sentence(rng)[:-1]}?"}
-            )
+            messages.append({"role": "user", "content": f"What happened when {sentence(rng)[:-1]}?"})
             messages.append({"role": "assistant", "content": sentence(rng)})
         records.append({"messages": messages})
     return records
@@ -102,10 +100,7 @@ def conversations(count: int = 12, seed: int = 0) -> list[dict[str, list[dict[st
 def completions(count: int = 12, seed: int = 0) -> list[dict[str, str]]:
     """`{"prompt": ..., "completion": ...}` records."""
     rng = random.Random(seed)
-    return [
-        {"prompt": f"Go on: {sentence(rng)}", "completion": " " + sentence(rng)}
-        for _ in range(count)
-    ]
+    return [{"prompt": f"Go on: {sentence(rng)}", "completion": " " + sentence(rng)} for _ in range(count)]
 
 
 def write_jsonl(path: Path, records: Iterable[object]) -> Path:
@@ -116,9 +111,7 @@ def write_jsonl(path: Path, records: Iterable[object]) -> Path:
     return path
 
 
-def tiny_tokenizer(
-    vocab_size: int = 400, *, add_bos: bool = False, seed: int = 0
-) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(vocab_size: int = 400, *, add_bos: bool = False, seed: int = 0) -> PreTrainedTokenizerFast:
     """A byte-level BPE of exactly `vocab_size` tokens: 5 specials, 256 bytes, the rest merges.
 
     `seed` changes the training text and with it the merges: a second seed gives a different

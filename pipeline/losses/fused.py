@@ -296,7 +296,7 @@ def general_head(
     def chunk_terms(states: Tensor, chunk: TargetBatch) -> tuple[Tensor, Tensor]:
         logits = head(states)[:, :vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _LossOfLogits.apply(logits, chunk.to(logits.dtype), (temperature, kd_weight, tail), torch.is_grad_enabled())
+        return _LossOfLogits.apply(logits, chunk.to(dtype=logits.dtype), (temperature, kd_weight, tail), torch.is_grad_enabled())
 
     losses, sums = [], []
     for start in range(0, len(hidden), chunk_size):

@@ -1,6 +1,6 @@
 """The sparse distillation loss, written plainly: the definition that the fused head must reproduce.
 
-Takes full student logits, works in their dtype (fp64 for references), lets autograd do the rest. Memory: several
+Takes full student logits, works in fp32 (fp64 for fp64 logits), lets autograd do the rest. Memory: several
 [N, V] tensors. For training use `pipeline.losses.fused_head_loss`, which equals this on `hidden @ weight.T + bias`.
 
     L = (1 − α)·CE(label) + α·T²·KL(teacher_T ‖ student_T)         Hinton et al., 2015, https://arxiv.org/abs/1503.02531
@@ -60,6 +60,7 @@ def sparse_kl(
         ValueError: shapes that do not match, or a loss that needs labels without any.
     """
     logits = student_logits.reshape(-1, student_logits.shape[-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, SparseTargets):
         if labels is None and (kd_weight != 1.0 or tail == "label"):
             raise ValueError(f"labels are needed for kd_weight={kd_weight}, tail={tail!r}: pass labels=row.label_ids")

@@ -57,13 +57,13 @@ class TargetBatch:
     def __getitem__(self, index: slice | Tensor) -> TargetBatch:
         return TargetBatch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    def to(self, *args: object, **kwargs: object) -> TargetBatch:
-        """`Tensor.to` on every float tensor for a dtype, on all of them for a device."""
+    def to(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> TargetBatch:
+        """Everything on a device, the floats in a dtype."""
         moved = {}
         for f in fields(self):
             tensor: Tensor = getattr(self, f.name)
-            target = tensor.to(*args, **kwargs)  # type: ignore[call-overload]
-            moved[f.name] = target if tensor.is_floating_point() else target.to(tensor.dtype)
+            # Never by way of a float: bfloat16 cannot tell token 256 from 257.
+            moved[f.name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         return TargetBatch(**moved)
 
     @classmethod

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models import check_model_path, first_line, load_tokenizer
+from pipeline.student.students import configuration
 from pipeline.tokenizers import check_same_tokenizer
 
 
@@ -17,41 +20,55 @@ def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, from the files in the cache (checked against the manifest)."""
     with tempfile.TemporaryDirectory() as folder:
         for name, data in cache.tokenizer_files().items():
-            (Path(folder) / name).write_bytes(data)
+            file = Path(folder) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
         return AutoTokenizer.from_pretrained(folder)
 
 
-def check_student_tokenizer(
-    cache: cf.Cache,
+def check_student(
+    caches: Sequence[cf.Cache],
     student: str | None,
     *,
-    config_vocab_size: int | None = None,
+    config_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer to save with the student, and warnings.
 
     A student without a tokenizer of its own (a bare model, a configuration) gets the cache's; then only the number of
-    its output rows can be checked.
+    its output rows can be checked. What a .gguf file holds is only known once it is loaded.
+
+    Args:
+        caches: the one that the student is trained or evaluated on, and others of the same tokens.
+        student, config_file: as in `load_student`.
 
     Raises:
         MismatchError: the student's tokens are not the cache's, with what differs.
+        ConfigError, ModelError: it cannot be read, or takes shorter rows than the caches have.
     """
+    cache = caches[0]
     vocab_size = cache.metadata.vocab_size
     teacher = load_cache_tokenizer(cache)
-    rows, own = config_vocab_size, None
-    if student is not None:
+    config, own = None, None
+    if config_file is not None:
+        config = configuration(config_file, vocab_size)
+    elif student is not None:
         if not student.endswith(".gguf"):
-            rows = _config_vocab_size(student, revision, trust_remote_code)
+            config = _own_configuration(student, revision, trust_remote_code)
         if _has_tokenizer(student):
             own = load_tokenizer(student, revision=revision, trust_remote_code=trust_remote_code)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     warnings = [] if own is None else check_same_tokenizer(teacher, own, vocab_size=vocab_size)
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
-            f"{student or 'the student configuration'}: predicts {rows:,} tokens, the cache {cache.path} has targets "
+            f"{config_file or student}: predicts {rows:,} tokens, the cache {cache.path} has targets "
             f"over {vocab_size:,}: its vocabulary is not the teacher's. Choose a student of the teacher's family, or "
             "a configuration with at least that vocab_size."
         )
+    if config is not None:
+        for each in caches:
+            _check_length(each, config, config_file or student)
     return own or teacher, warnings
 
 
@@ -73,18 +90,31 @@ def check_same_teacher_tokens(train: cf.Cache, held_out: cf.Cache) -> list[str]:
     return []
 
 
+def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str | None) -> None:
+    """Raises ConfigError if the rows of a cache are longer than a student's configuration admits."""
+    limit = getattr(student.get_text_config(), "max_position_embeddings", None)
+    window = cache.metadata.corpus.get("window_length")
+    if limit is not None and window is not None and window > limit:
+        raise ConfigError(
+            f"{name}: takes at most {limit:,} positions, the rows of {cache.path} have up to {window:,}. "
+            f"Choose another student, or cache the text with --seq-len {limit}."
+        )
+
+
 def is_packed(cache: cf.Cache) -> bool:
     """Whether rows may hold several documents."""
     return bool(cache.metadata.corpus.get("packing", True))
 
 
-def _config_vocab_size(student: str, revision: str | None, trust_remote_code: bool) -> int | None:
+def _own_configuration(student: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     check_model_path(student)
     try:
-        config = AutoConfig.from_pretrained(student, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{student}: its configuration cannot be read: {first_line(error)}") from error
-    return getattr(config.get_text_config(), "vocab_size", None)
+        return AutoConfig.from_pretrained(student, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{student}: its configuration cannot be read: {first_line(error.__cause__ or error)}. "
+            "Check its config.json, or the name."
+        ) from error
 
 
 def _has_tokenizer(student: str) -> bool:

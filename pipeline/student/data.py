@@ -12,6 +12,7 @@ from up to `WINDOW` places of the corpus.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class CacheDataset(Dataset[CacheRow]):
-    """The rows of a cache; `__getitems__` serves a whole batch with one decoding per record batch."""
+    """The n rows of a cache. Index n + i is row i with no position that counts, to fill up a batch (`LocalShuffle`)."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -37,31 +38,47 @@ class CacheDataset(Dataset[CacheRow]):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> CacheRow:
-        return self.cache[index]
+        if index < len(self.cache):
+            return self.cache[index]
+        row = self.cache[index - len(self.cache)]
+        return replace(row, loss_mask=np.zeros_like(row.loss_mask))
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
-        return self.cache.rows(list(indices))
+        # In the sampler's order, not sorted: a batch that reaches into the next window must be through with this one
+        # before the reader drops its record batches for those of the next.
+        return [self[index] for index in indices]
 
 
 class LocalShuffle(Sampler[int]):
-    """A permutation of all rows per (seed, epoch), local to windows of record batches."""
+    """A permutation of all rows per (seed, epoch), local to windows of record batches.
 
-    def __init__(self, record_batches: Sequence[tuple[int, int]], *, seed: int, window: int = WINDOW) -> None:
+    Args:
+        multiple_of: filled up to a multiple of this with an uncounted row. Several processes must get equally many
+            batches, and accelerate would fill up by training on the first rows once more.
+    """
+
+    def __init__(
+        self, record_batches: Sequence[tuple[int, int]], *, seed: int, window: int = WINDOW, multiple_of: int = 1
+    ) -> None:
         self.record_batches = record_batches
+        self.rows = sum(stop - start for start, stop in record_batches)
         self.seed, self.window, self.epoch = seed, window, 0
+        self.fillers = -self.rows % multiple_of
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(stop - start for start, stop in self.record_batches)
+        return self.rows + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.record_batches))
         for i in range(0, len(order), self.window):
             rows = np.concatenate([np.arange(*self.record_batches[j]) for j in order[i : i + self.window]])
-            yield from generator.permutation(rows).tolist()
+            rows = generator.permutation(rows).tolist()
+            yield from rows
+        yield from [self.rows + rows[-1]] * self.fillers
 
 
 def collate(rows: Sequence[CacheRow]) -> Batch:

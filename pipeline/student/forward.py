@@ -30,7 +30,9 @@ class LossRecipe:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_weight <= 1.0:
-            raise ConfigError(f"--kd-weight {self.kd_weight}: expected a number from 0 (labels only) to 1 (teacher only)")
+            raise ConfigError(
+                f"--kd-weight {self.kd_weight}: expected a number from 0 (labels only) to 1 (teacher only)"
+            )
         if self.temperature <= 0.0:
             raise ConfigError(f"--temperature {self.temperature}: expected a positive number")
         if self.tail not in TAIL_POLICIES:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import first_line, load_model
@@ -91,29 +91,43 @@ def _layer_list(model: PreTrainedModel, total: int) -> str:
     )
 
 
-def read_student_config(config_file: str) -> dict[str, Any]:
-    """The contents of a transformers `config.json`, given as a file or the directory that holds it.
+def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:
+    """A transformers `config.json`, given as a file or the directory that holds it.
+
+    Args:
+        vocab_size: used where the file does not say.
 
     Raises:
         ConfigError: there is none, or it is something else.
     """
     path = Path(config_file)
     path = path / "config.json" if path.is_dir() else path
+    expected = "expected a transformers config.json, such as a model's own"
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}: expected a transformers config.json") from error
+        raise ConfigError(f"{path}: no such file, {expected}. Check --student-config.") from error
+    except ValueError as error:  # JSON or UTF-8
+        raise ConfigError(f"{path}: not JSON ({error}), {expected}. Correct it.") from error
     if not isinstance(given, dict) or "model_type" not in given:
-        raise ConfigError(f"{path}: has no model_type: expected a transformers config.json, such as a model's own")
-    return given
+        raise ConfigError(f"{path}: has no model_type, {expected}. Check --student-config.")
+    try:
+        return AutoConfig.for_model(**{"vocab_size": vocab_size, **given})
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise _not_a_model(config_file, error) from error
 
 
 def _from_config(config_file: str, vocab_size: int, seed: int) -> PreTrainedModel:
-    given = {"vocab_size": vocab_size, **read_student_config(config_file)}
+    config = configuration(config_file, vocab_size)
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{config_file}: no causal language model can be built: {first_line(error)}") from error
+        raise _not_a_model(config_file, error) from error
+
+
+def _not_a_model(config_file: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{config_file}: no causal language model can be built: {first_line(error.__cause__ or error)}. "
+        "Correct the configuration, or take that of a model like it."
+    )

@@ -1,8 +1,8 @@
 """transformers' Trainer for distillation: everything of it stays, the loss and the evaluation are ours.
 
-**Scale.** One optimizer step sees some number of counted tokens, over all its micro-batches and all processes. The loss is
-the sum over them divided by that number, once: each micro-batch's sum is scaled by processes / tokens (DDP averages over
-processes), so that 1×8, 2×4 and two processes give the same gradient whatever the padding and masks.
+**Scale.** One optimizer step sees some number of counted tokens, over all its micro-batches and all processes. The loss
+is the sum over them divided by that number, once: each micro-batch's sum is scaled by processes / tokens (DDP averages
+over processes), so that 1×8, 2×4 and two processes give the same gradient whatever the padding and masks.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class DistillTrainer(Trainer):
         install_distillation_forward(head.model, head, recipe)
         super().__init__(model=head.model, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
+        self._loss_sum = 0.0  # of this process, over all steps of this call of train
         self._sums = torch.zeros(len(HeadOutput._fields))
         self._tokens_seen, self._since = 0, time.perf_counter()
 
@@ -55,7 +56,9 @@ class DistillTrainer(Trainer):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         scale = processes / torch.as_tensor(counted, device=inputs["labels"].device).clamp(min=1)
         output: HeadOutput = model(scale=scale, **inputs)  # through the wrapper: DDP averages gradients there
-        self._sums += torch.stack([value.detach().float() for value in output]).cpu()
+        sums = torch.stack([value.detach().float() for value in output]).cpu()
+        self._loss_sum += sums[0].item() / processes
+        self._sums += sums
         self._tokens_seen += int(inputs["num_tokens"])
         return (output.loss, output) if return_outputs else output.loss
 
@@ -70,7 +73,15 @@ class DistillTrainer(Trainer):
             logs["tokens_per_s"] = tokens / seconds
             self._sums.zero_()
             self._tokens_seen, self._since = 0, time.perf_counter()
+        if "train_loss" in logs and (mean := self.mean_loss()) is not None:
+            logs["train_loss"] = mean  # Trainer's own leaves out what other processes did since the last log
         super().log(logs, start_time)
+
+    def mean_loss(self) -> float | None:
+        """Over the optimizer steps of this call of train; None if it had none to do."""
+        steps = self.state.global_step - self._initial_global_step
+        (total,) = self._reduce(torch.tensor([self._loss_sum]))
+        return total / steps if steps else None
 
     def evaluate(
         self,
@@ -122,8 +133,17 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
         dataset = train_dataset or self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LocalShuffle(dataset.cache.record_batches(), seed=seed)
+        processes = self.accelerator.num_processes
+        multiple_of = 1 if processes == 1 else processes * self._train_batch_size
+        return LocalShuffle(dataset.cache.record_batches(), seed=seed, multiple_of=multiple_of)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks at max_steps only after a step: resumed from its last one, it would train another.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _reduce(self, sums: Tensor) -> list[float]:
         """Sums over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums.tolist()  # not by way of the device: MPS has no float64
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()

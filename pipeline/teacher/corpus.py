@@ -58,13 +58,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name, choices in (("sample_by", _SAMPLE_CHOICES), ("loss_on", _LOSS_CHOICES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}."
-                )
+                raise ConfigError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
         if self.window_length < 2:
             raise ConfigError(
-                f"window_length: found {self.window_length}, expected at least 2: "
-                "one token predicts nothing."
+                f"window_length: found {self.window_length}, expected at least 2: one token predicts nothing."
             )
         if self.max_documents is not None and self.max_documents < 1:
             raise ConfigError(f"max_documents: found {self.max_documents}, expected at least 1.")
@@ -82,9 +79,7 @@ class Documents:
 
 def tokenise_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Load, render, tokenise. Raises DataError, ModelError, ConfigError, with the next step."""
-    source = load_source(
-        config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by
-    )
+    source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
@@ -113,9 +108,7 @@ def tokenise_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -
     return Documents(tokens, columns, loss_on, source)
 
 
-def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_on: str, append_eos: bool
-) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_on: str, append_eos: bool) -> None:
     name = tokenizer.name_or_path or "teacher"
     if columns.is_chat:
         chat.chat_template(tokenizer)
@@ -126,8 +119,7 @@ def _check_tokenizer(
         )
     if append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{name}: the tokenizer has no EOS token to end documents with. "
-            "Set one, or do not append it."
+            f"{name}: the tokenizer has no EOS token to end documents with. Set one, or do not append it."
         )
 
 

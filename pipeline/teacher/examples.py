@@ -55,8 +55,7 @@ def find_columns(rows: datasets.Dataset, text_column: str | None, data: str) -> 
     names = rows.column_names
     if text_column is not None and text_column not in names:
         raise DataError(
-            f"{data}: no column {text_column!r}, found {', '.join(names)}. "
-            "Choose one of them as the text column."
+            f"{data}: no column {text_column!r}, found {', '.join(names)}. Choose one of them as the text column."
         )
     if text_column is not None:
         return Columns("messages" if _is_list(rows, text_column) else "text", (text_column,))

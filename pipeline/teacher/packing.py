@@ -128,10 +128,9 @@ def pack_pieces(lengths: np.ndarray, window_length: int) -> np.ndarray:
             free, row = window_length, next_row
             next_row += 1
         rows[piece] = row
-        if free - length >= 2:  # nothing shorter than two tokens will come
-            insort(open_rows, (free - length, row))
-            if len(open_rows) > _OPEN_ROWS:
-                del open_rows[0]  # the fullest
+        insort(open_rows, (free - length, row))
+        if len(open_rows) > _OPEN_ROWS:
+            del open_rows[0]  # the fullest
     return rows
 
 
@@ -176,9 +175,7 @@ class TokenCorpus:
             "fill_ratio": self.num_tokens / (plan.num_rows * config.window_length),
             "ignored_files": documents.source.ignored_files,
         }
-        decides = {
-            key: value for key, value in asdict(config).items() if key not in ("data", "num_proc")
-        }
+        decides = {key: value for key, value in asdict(config).items() if key not in ("data", "num_proc")}
         self.description: dict[str, Any] = {
             "source": config.data,
             "files": documents.source.describe_files(),
@@ -233,9 +230,7 @@ class _DocumentTokens:
         """Token ids int32 [T] and loss mask bool [T] of each piece."""
         batches = np.searchsorted(self._first, pieces.document, side="right") - 1
         places = pieces.document - self._first[batches]
-        for batch, place, start, stop in zip(
-            batches, places, pieces.start, pieces.stop, strict=True
-        ):
+        for batch, place, start, stop in zip(batches, places, pieces.start, pieces.stop, strict=True):
             base = self._offsets[batch][place]
             length = stop - start
             ids = self._ids[batch].values.slice(base + start, length).to_numpy()

@@ -61,9 +61,7 @@ class Source:
         if not self.files:
             # Keys are addresses on the hub, which contain the revision.
             downloads = self.rows.info.download_checksums or {}
-            return [
-                {"name": url, "bytes": downloads[url]["num_bytes"]} for url in sorted(downloads)
-            ]
+            return [{"name": url, "bytes": downloads[url]["num_bytes"]} for url in sorted(downloads)]
         root = os.path.commonpath([path.parent for path in self.files])
         stats = [path.stat() for path in self.files]
         hashed = sum(stat.st_size for stat in stats) <= _HASHED_BYTES
@@ -131,9 +129,7 @@ def _open(data: str, data_config: str | None, split: str, sample_by: str) -> Sou
     return _hub_source(data, data_config, split)
 
 
-def _file_source(
-    files: Sequence[Path], data: str, split: str, sample_by: str, ignored: int = 0
-) -> Source:
+def _file_source(files: Sequence[Path], data: str, split: str, sample_by: str, ignored: int = 0) -> Source:
     unknown = [path for path in files if _extension(path) not in _BUILDERS]
     if unknown:
         raise DataError(
@@ -174,19 +170,14 @@ def _saved_source(path: Path, data: str, split: str) -> Source:
         saved = datasets.load_from_disk(str(path))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{data}: cannot be read as a folder written by save_to_disk: {_one_line(error)}. "
-            "Save the dataset again."
+            f"{data}: cannot be read as a folder written by save_to_disk: {_one_line(error)}. Save the dataset again."
         ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise DataError(
-                f"{data}: no split {split!r}, found {', '.join(saved)}. Choose one of them."
-            )
+            raise DataError(f"{data}: no split {split!r}, found {', '.join(saved)}. Choose one of them.")
         path, saved = path / split, saved[split]
     elif split not in ("train", str(saved.split)):
-        raise DataError(
-            f"{data}: no split {split!r}, found a single dataset. Leave the split at its default."
-        )
+        raise DataError(f"{data}: no split {split!r}, found a single dataset. Leave the split at its default.")
     return Source(saved, tuple(sorted(path.glob("data-*.arrow"))), ignored_files=0)
 
 
@@ -198,9 +189,7 @@ def _hub_source(name: str, config: str | None, split: str) -> Source:
             f"{name}: neither a local file or directory nor a dataset that the hub could give: "
             f"{_one_line(error)}. Check the spelling and the network; a private one needs a login."
         ) from error
-    except (
-        ValueError
-    ) as error:  # an unknown configuration or split; the message lists those there are
+    except ValueError as error:  # an unknown configuration or split; the message lists those there are
         raise DataError(
             f"{name}: {_one_line(error)}. Choose the data configuration and the split accordingly."
         ) from error

@@ -1,0 +1,47 @@
+"""`python -m benchmarks`: run the benchmarks, print their tables and one line of JSON each, record them.
+
+python -m benchmarks                        all of them, twenty minutes on two cores
+python -m benchmarks fused_loss             one
+python -m benchmarks --quick                everything small, to see that it runs; recorded only if asked for
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import click
+from transformers.utils import logging
+
+from benchmarks import measure
+
+NAMES = ("fused_loss", "capture", "decode", "codebook", "temperature")
+RESULTS = Path(__file__).parent / "results"
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(NAMES))
+@click.option("--quick", is_flag=True, help="Tiny sizes; the numbers mean nothing, and are not recorded by default.")
+@click.option("--repetitions", default=5, show_default=True, help="Rounds of what is timed.")
+@click.option(
+    "--teacher",
+    default=measure.Settings.teacher,
+    type=click.Path(path_type=Path),
+    show_default=True,
+    help="A transformers directory; `make demo` makes the default one.",
+)
+@click.option("--results", type=click.Path(path_type=Path), help="Where to record [default: benchmarks/results]")
+def main(names: tuple[str, ...], quick: bool, repetitions: int, teacher: Path, results: Path | None) -> None:
+    """Measure what the project costs. Example: python -m benchmarks fused_loss --repetitions 7"""
+    logging.disable_progress_bar()
+    settings = measure.Settings(quick=quick, repetitions=repetitions, teacher=teacher)
+    directory = results or (None if quick else RESULTS)
+    for name in names or NAMES:
+        result = importlib.import_module(f"benchmarks.{name}").run(settings)
+        measure.show(result)
+        if directory is not None:
+            measure.write(result, directory, f"python -m benchmarks {name} --repetitions {repetitions}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,143 @@
+"""Stage one end to end beside the teacher's bare forward pass over the same rows.
+
+    bare       model(input_ids, position_ids, use_cache=False).logits, whole, for every batch; nothing kept
+    capture    `cache_teacher`: forward, head and top-64 by chunks; check, encode, compress; shard, sidecar, manifest
+
+Same rows (of text that is already tokenised), same batches, same order. Every round does one group of rows, one record
+batch, both ways; the capture pays for a whole cache each time, which a long run pays once per shard. Packed rows hold
+several documents; unpacked ones are of different lengths, so both ways compute some padding.
+
+Bound: the forward pass itself. Capture can come out below 1: it never fills the [B, T, V] logits.
+
+    python -m benchmarks capture
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.measure import Result, Settings, Table, ratio, spread
+from benchmarks.teacher import describe, open_teacher
+from benchmarks.text import prose
+from pipeline.padding import pad_rows
+from pipeline.teacher.capture import CacheTeacherConfig, CaptureSummary, cache_teacher
+from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.packing import build_corpus
+
+TOP_K, BATCH_ROWS = 64, 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    rows: int  # of a round
+    row_tokens: int
+
+
+def run(settings: Settings) -> Result:
+    sizes = Sizes(rows=4, row_tokens=64) if settings.quick else Sizes(rows=32, row_tokens=512)
+    model, tokenizer = open_teacher(settings.teacher)
+    limit = getattr(model.config, "max_position_embeddings", sizes.row_tokens)
+    sizes = Sizes(sizes.rows, min(sizes.row_tokens, limit))
+    rows, summary = [], {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for packing in (True, False):
+            name = "packed" if packing else "one document per row"
+            times, last = _rounds(settings, sizes, packing, model, tokenizer, Path(scratch) / name)
+            rows.append(
+                [name, last.rows, last.tokens, ratio(times, "capture", "bare"), spread(times, "capture", "bare")]
+                + [last.tokens / min(times["bare"]), last.tokens / min(times["capture"]), last.bytes / last.tokens]
+            )
+            summary[f"time_ratio_{'packed' if packing else 'unpacked'}"] = round(ratio(times, "capture", "bare"), 3)
+    columns = ["rows", "rows a round", "tokens", "capture/bare", "range", "bare tokens/s", "capture tokens/s"]
+    columns += ["bytes/token"]
+    return Result(
+        name="capture",
+        question="cache-teacher end to end (forward, top-64, encode, write) against the bare forward with full logits.",
+        bound="1: the forward pass over the same rows; below 1 only because the [B, T, V] logits are never filled.",
+        settings={
+            "teacher": describe(model),
+            "row_tokens": sizes.row_tokens,
+            "batch_rows": BATCH_ROWS,
+            "top_k": TOP_K,
+            "rounds": settings.rounds,
+        },
+        tables=[Table("Capture against bare forward", columns, rows)],
+        summary=summary,
+    )
+
+
+def _rounds(
+    settings: Settings,
+    sizes: Sizes,
+    packing: bool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+) -> tuple[dict[str, list[float]], CaptureSummary]:
+    """Seconds of each way in each round. Every round has other documents."""
+    scratch.mkdir()
+    documents = prose()
+    times: dict[str, list[float]] = {"bare": [], "capture": []}
+    for i in range(settings.rounds):
+        data = DataConfig(data=str(scratch / f"{i}.jsonl"), packing=packing, window_length=sizes.row_tokens)
+        _write_group(Path(data.data), documents, tokenizer, sizes, packing)
+        config = CacheTeacherConfig(
+            teacher=str(settings.teacher),
+            data=data,
+            output=str(scratch / f"cache-{i}"),
+            top_k=TOP_K,
+            batch_size=BATCH_ROWS,
+        )
+        for way in ("bare", "capture") if i % 2 else ("capture", "bare"):
+            gc.collect()
+            if way == "bare":
+                times["bare"].append(_bare_seconds(model, tokenizer, data))
+            else:
+                seconds, last = _capture_seconds(config)
+                times["capture"].append(seconds)
+    return times, last
+
+
+def _write_group(
+    file: Path, documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, sizes: Sizes, packing: bool
+) -> None:
+    """As many of the next documents as fill the rows of a round, nearly."""
+    room = sizes.rows * sizes.row_tokens * 0.97 if packing else sizes.rows
+    with file.open("w", encoding="utf-8") as stream:
+        while True:
+            text = next(documents)
+            ids = tokenizer(text, verbose=False, truncation=True, max_length=sizes.row_tokens - 1)["input_ids"]
+            room -= len(ids) + 1 if packing else 1
+            stream.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+            if room <= (sizes.row_tokens if packing else 0):
+                return
+
+
+@torch.inference_mode()
+def _bare_seconds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> float:
+    rows = sorted(build_corpus(data, tokenizer), key=lambda row: -len(row.input_ids))  # the batches of cache_teacher
+    start = time.perf_counter()
+    for i in range(0, len(rows), BATCH_ROWS):
+        input_ids, position_ids = pad_rows(rows[i : i + BATCH_ROWS])
+        _ = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return time.perf_counter() - start
+
+
+def _capture_seconds(config: CacheTeacherConfig) -> tuple[float, CaptureSummary]:
+    """From the moment when text and teacher are loaded to the finished cache."""
+    started = [0.0]
+
+    def on_stage(_: str) -> None:  # the last stage is the run itself
+        started[0] = time.perf_counter()
+
+    summary = cache_teacher(config, on_stage=on_stage)
+    return time.perf_counter() - started[0], summary

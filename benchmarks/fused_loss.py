@@ -1,0 +1,192 @@
+"""The fused head and loss beside the plain one: transformers' cross-entropy on logits that are built whole.
+
+    plain      F.linear(hidden, weight), then transformers' ForCausalLMLoss, then backward: cross-entropy only
+    fused      pipeline.losses.fused_head_loss, 64 entries a position, then backward: KL and cross-entropy, or KL alone
+
+Both from the same hidden states [N, D] to the gradients of hidden states and weight. Time: interleaved rounds. Memory:
+a process of its own for each, the highest resident size during one step, less what was there before and less the two
+gradients, which both must return; so it is what the method itself needs. (Plain cross-entropy's highest moment comes
+before its weight gradient exists: subtracting that too is in its favour.)
+
+Bound: three matrix products, 6·N·D·V floating-point operations, at the rate that this machine reaches for these very
+products, 1,024 positions at a time into memory that is there already, with nothing else to do.
+
+    python -m benchmarks fused_loss
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
+from pipeline.losses import TargetBatch, fused_head_loss
+from pipeline.losses.fused import CHUNK_POSITIONS
+
+HIDDEN, ENTRIES, KD_WEIGHT = 576, 64, 0.9  # D and K of SmolLM2-135M and of the demo
+SIZES = ((49_152, 2048), (49_152, 4096), (128_256, 2048))  # vocabulary, positions
+QUICK_SIZES = ((8_192, 512),)
+CHUNKS = (128, 256, 512, 1024)
+PRODUCT_ROWS = 1024
+
+Step = Callable[[], object]
+
+
+def run(settings: Settings) -> Result:
+    rows, chunk_rows, summary = [], [], {}
+    for vocab, positions in QUICK_SIZES if settings.quick else SIZES:
+        times = interleave(_timed(vocab, positions), settings.rounds)
+        plain_bytes = extra_bytes("plain", vocab, positions)
+        fused_bytes = extra_bytes("mix", vocab, positions)
+        fastest = min(times["products"])
+        gflops = 6 * positions * HIDDEN * vocab / fastest / 1e9
+        for name, what in (("mix", "KL + CE"), ("kl", "KL only")):
+            time_ratio, memory_ratio = ratio(times, name, "plain"), fused_bytes / plain_bytes
+            rows.append(
+                [vocab, positions, what, time_ratio, spread(times, name, "plain"), ratio(times, name, "products")]
+                + [ratio(times, "plain", "products"), gflops, memory_ratio, fused_bytes / 1e6, plain_bytes / 1e6]
+            )
+            summary |= {f"time_ratio_{name}_{vocab}_{positions}": round(time_ratio, 3)}
+        summary |= {f"memory_ratio_{vocab}_{positions}": round(fused_bytes / plain_bytes, 3)}
+    for vocab, positions in QUICK_SIZES if settings.quick else (SIZES[0], SIZES[-1]):
+        times = interleave(_chunked(vocab, positions), settings.rounds)
+        plain_bytes = extra_bytes("plain", vocab, positions)
+        for size in CHUNKS:
+            used = extra_bytes("mix", vocab, positions, size)
+            time_ratio = ratio(times, str(size), "plain")
+            chunk_rows.append([vocab, positions, size, time_ratio, used / plain_bytes, used / 1e6])
+    columns = ["V", "N", "fused loss", "time/plain", "range", "time/bound", "plain/bound", "GFLOP/s"]
+    columns += ["memory/plain", "fused MB", "plain MB"]
+    chunk_columns = ["V", "N", "chunk", "time/plain", "memory/plain", "extra MB"]
+    return Result(
+        name="fused_loss",
+        question="Fused head and distillation loss against transformers' cross-entropy; forward and backward, float32.",
+        bound="the three matrix products of head and gradients alone, 6·N·D·V operations, at the rate measured.",
+        settings={"hidden width D": HIDDEN, "entries K": ENTRIES, "chunk": CHUNK_POSITIONS, "rounds": settings.rounds},
+        tables=[Table("Fused against plain", columns, rows), Table("Chunk size", chunk_columns, chunk_rows)],
+        summary=summary,
+    )
+
+
+def extra_bytes(step: str, vocab: int, positions: int, chunk: int = CHUNK_POSITIONS) -> int:
+    """Peak memory of one step beyond inputs and gradients, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.fused_loss", step, str(vocab), str(positions), str(chunk)]
+    root = Path(__file__).parents[1]
+    return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+
+
+def _timed(vocab: int, positions: int) -> dict[str, Step]:
+    hidden, weight, targets = _inputs(vocab, positions)
+    steps = {name: _step(name, hidden, weight, targets) for name in ("plain", "mix", "kl")}
+    return {**steps, "products": _products(hidden.detach(), weight.detach())}
+
+
+def _chunked(vocab: int, positions: int) -> dict[str, Step]:
+    hidden, weight, targets = _inputs(vocab, positions)
+    chunks = {str(size): _step("mix", hidden, weight, targets, size) for size in CHUNKS}
+    return {"plain": _step("plain", hidden, weight, targets), **chunks}
+
+
+def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, TargetBatch]:
+    """Random numbers of about the size that a language model has; the cost does not depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(positions, HIDDEN, generator=generator)
+    weight = torch.randn(vocab, HIDDEN, generator=generator) * (2 / HIDDEN**0.5)
+    kept = 0.88
+    logprobs = torch.log_softmax(2 * torch.randn(positions, ENTRIES, generator=generator), dim=1) + math.log(kept)
+    step = vocab // ENTRIES
+    ids = torch.randint(step, (positions, ENTRIES), generator=generator) + torch.arange(ENTRIES) * step
+    targets = TargetBatch(
+        ids=ids,
+        logprobs=logprobs,
+        residual_logprob=torch.full((positions,), 1 - kept).log(),
+        labels=torch.randint(vocab, (positions,), generator=generator),
+    )
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def _step(name: str, hidden: Tensor, weight: Tensor, targets: TargetBatch, chunk: int = CHUNK_POSITIONS) -> Step:
+    """Forward and backward of one optimizer step's first micro-batch; the gradients are left on the tensors."""
+
+    def plain() -> Tensor:
+        logits = F.linear(hidden, weight)
+        return ForCausalLMLoss(logits, labels=None, vocab_size=len(weight), shift_labels=targets.labels)
+
+    def fused() -> Tensor:
+        kd_weight = KD_WEIGHT if name == "mix" else 1.0
+        return fused_head_loss(hidden, weight, None, targets, kd_weight=kd_weight, chunk_size=chunk)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        (plain if name == "plain" else fused)().backward()
+
+    return step
+
+
+def _products(hidden: Tensor, weight: Tensor) -> Step:
+    logits = torch.zeros(PRODUCT_ROWS, len(weight))
+    d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    def products() -> None:
+        for start in range(0, len(hidden), PRODUCT_ROWS):
+            states = hidden[start : start + PRODUCT_ROWS]
+            chunk = logits[: len(states)]
+            torch.mm(states, weight.T, out=chunk)
+            torch.mm(chunk, weight, out=d_hidden[start : start + PRODUCT_ROWS])
+            torch.mm(chunk.T, states, out=d_weight)
+
+    return products
+
+
+class _PeakMemory:
+    """Highest resident bytes while the block runs, less those at its start."""
+
+    def __enter__(self) -> _PeakMemory:
+        gc.collect()
+        self._process = psutil.Process()
+        self._start = self._peak = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample)
+        self._sampler.start()
+        return self
+
+    def _sample(self) -> None:
+        # Filling a tensor large enough to matter takes longer than a millisecond.
+        while not self._done.wait(0.001):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._sampler.join()
+        self.bytes = max(self._peak, self._process.memory_info().rss) - self._start
+
+
+@click.command()
+@click.argument("step")
+@click.argument("vocab", type=int)
+@click.argument("positions", type=int)
+@click.argument("chunk", type=int)
+def measure_memory(step: str, vocab: int, positions: int, chunk: int) -> None:
+    """Print the bytes that one step needs beyond its inputs and gradients (what `extra_bytes` runs)."""
+    small = _inputs(512, 64)
+    _step(step, *small)()  # libraries allocate their own things once
+    hidden, weight, targets = _inputs(vocab, positions)
+    with _PeakMemory() as memory:
+        _step(step, hidden, weight, targets, chunk)()
+    print(memory.bytes - sum(t.numel() * t.element_size() for t in (hidden, weight)))
+
+
+if __name__ == "__main__":
+    measure_memory()

@@ -1,0 +1,102 @@
+"""What a real teacher says about real text, exactly: the input of the benchmarks on targets.
+
+Computed once per process and shared: the forward pass costs minutes, everything after it seconds.
+
+Shapes: N positions, K entries, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.measure import Settings
+from benchmarks.text import token_rows
+from pipeline.heads import open_head
+from pipeline.models import load_model, load_tokenizer, weights_fingerprint
+from pipeline.teacher.targets import top_k_targets
+from pipeline.tokenizers import real_vocab_size
+
+TOP_K = 64
+ROW_TOKENS = 512
+TEMPERATURES = (2.0, 4.0)
+CHUNK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class TextTargets:
+    """A teacher's exact targets at every position of `rows` rows of `row_tokens` tokens, N positions in all."""
+
+    input_ids: np.ndarray  # [rows, row_tokens]
+    ids: np.ndarray  # [N, K] ascending
+    logprobs: np.ndarray  # [N, K] float32, exact
+    residual_logprob: np.ndarray  # [N] float32
+    entropy: np.ndarray  # [N] float32, nats
+    tempered_tail: Mapping[float, np.ndarray]  # T -> [N] log mass outside the entries after the softmax at T
+    tempered_entries: Mapping[float, np.ndarray]  # T -> [N, K] log-probabilities at T
+    vocab_size: int
+    teacher: str  # architecture, size and fingerprint
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.entropy)
+
+
+def open_teacher(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer. Raises: click.ClickException with the next step if there are none."""
+    if not (directory / "config.json").is_file():
+        raise click.ClickException(
+            f"{directory}: no teacher there, expected a transformers directory. Run `make demo`, which makes one, or "
+            "give another with --teacher."
+        )
+    return load_model(str(directory)), load_tokenizer(str(directory))
+
+
+def describe(model: PreTrainedModel) -> str:
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return f"{type(model).__name__} {parameters:.0f}M {weights_fingerprint(model)[:8]}"
+
+
+def text_targets(settings: Settings) -> TextTargets:
+    """65,536 positions of prose and code, half each; 1,024 if quick."""
+    return _text_targets(settings.teacher, 4 if settings.quick else 128, 256 if settings.quick else ROW_TOKENS)
+
+
+@functools.lru_cache(1)
+@torch.inference_mode()
+def _text_targets(directory: Path, rows: int, length: int) -> TextTargets:
+    model, tokenizer = open_teacher(directory)
+    length = min(length, getattr(model.config, "max_position_embeddings", length))
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
+    input_ids = token_rows(tokenizer, rows, length)
+    positions = torch.arange(length)[None]
+    chunks: list[list[torch.Tensor]] = []
+    for row in torch.from_numpy(input_ids):
+        for states in head.hidden_states(row[None], positions)[0].split(CHUNK):
+            logits = head.logits(states).float()
+            exact = top_k_targets(logits, TOP_K)
+            parts = list(exact)
+            for temperature in TEMPERATURES:
+                probs = torch.softmax(logits / temperature, dim=1)
+                parts.append(probs.gather(1, exact.ids).log())
+                parts.append(probs.scatter(1, exact.ids, 0.0).sum(dim=1).log())
+            chunks.append(parts)
+    ids, logprobs, residual, entropy, *tempered = (torch.cat(part).numpy() for part in zip(*chunks, strict=True))
+    return TextTargets(
+        input_ids=input_ids,
+        ids=ids,
+        logprobs=logprobs,
+        residual_logprob=residual,
+        entropy=entropy,
+        tempered_entries=dict(zip(TEMPERATURES, tempered[::2], strict=True)),
+        tempered_tail=dict(zip(TEMPERATURES, tempered[1::2], strict=True)),
+        vocab_size=head.vocab_size,
+        teacher=describe(model),
+    )

@@ -1,0 +1,60 @@
+"""Real English prose and real code without a network: the manual that Python carries, and its own standard library.
+
+Prose: the topics of `help()` (`pydoc_data.topics`), chapters of the language reference. Code: sources of the standard
+library. Both are on every machine that has Python, and the same for everyone with the same Python version.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+MODULES = (
+    *("argparse", "ast", "datetime", "difflib", "doctest", "fractions", "heapq", "inspect", "ipaddress", "mailbox"),
+    *("optparse", "pickle", "shutil", "statistics", "tarfile", "textwrap", "turtle", "typing", "zipfile"),
+)
+DOCUMENT_CHARACTERS = 1200  # some 300 tokens
+
+
+def prose() -> Iterator[str]:
+    """Documents of about `DOCUMENT_CHARACTERS`, cut at blank lines."""
+    for name in sorted(topics):
+        yield from _documents(topics[name])
+
+
+def code() -> Iterator[str]:
+    """The same of Python sources."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in MODULES:
+        yield from _documents((library / f"{name}.py").read_text(encoding="utf-8"))
+
+
+def token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> np.ndarray:
+    """int64 [rows, length]: windows of running text, prose and code in turn."""
+    streams = [_windows(tokenizer, list(documents), -(-rows // 2), length) for documents in (prose(), code())]
+    return np.stack(streams, axis=1).reshape(-1, length)[:rows]
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rows: int, length: int) -> np.ndarray:
+    tokens: list[int] = []
+    for document in documents:
+        if len(tokens) >= rows * length:
+            break
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.resize(np.array(tokens, np.int64), (rows, length))  # repeats the text should it be too short
+
+
+def _documents(text: str) -> Iterator[str]:
+    document = ""
+    for paragraph in text.split("\n\n"):
+        document += paragraph + "\n\n"
+        if len(document) >= DOCUMENT_CHARACTERS:
+            yield document
+            document = ""
+    if document.strip():
+        yield document

@@ -1,0 +1,144 @@
+"""What a training run is told: one frozen configuration, and from it transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from pipeline.errors import ConfigError
+from pipeline.losses import TailPolicy
+
+# What the run decides itself; a --training-args file may not.
+RESERVED = {
+    "output_dir": "use --output",
+    "resume_from_checkpoint": "use --resume",
+    "eval_strategy": "use --eval-cache, which is evaluated every --eval-steps",
+    "load_best_model_at_end": "always true with --eval-cache, and without one there is no best",
+    "average_tokens_across_devices": "always true: the loss is a mean over the tokens of all processes",
+    "remove_unused_columns": "always false: the targets are columns",
+    "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
+    "label_names": "the labels are in the cache",
+    "label_smoothing_factor": "the loss is that of --kd-weight, --temperature and --tail",
+    "use_liger_kernel": "head and loss are fused already",
+    "disable_tqdm": "distill shows its own progress",
+}
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,  # a fraction of all steps
+    "weight_decay": 0.0,
+    "num_train_epochs": 1.0,
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "seed": 0,
+    "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStudentConfig:
+    """One run of stage two. Fields named as in transformers.TrainingArguments are passed on to it; None: not given."""
+
+    cache: str  # cache directory or URL
+    output: str  # checkpoint directory
+    student: str | None = None  # transformers directory, hub name, .gguf file
+    student_layers: int | None = None  # keep so many of its layers
+    student_config: str | None = None  # config.json for random initialisation
+    eval_cache: str | None = None  # held-out cache
+    kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
+    temperature: float = 1.0
+    tail: TailPolicy = "bucket"
+    device: str = "auto"  # or cpu
+    resume: bool = False
+    overwrite: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    training_args: str | None = None  # JSON file of any TrainingArguments; flags win over it
+
+    per_device_train_batch_size: int | None = None  # rows
+    gradient_accumulation_steps: int | None = None
+    learning_rate: float | None = None
+    lr_scheduler_type: str | None = None
+    warmup_steps: float | None = None  # steps, or a fraction of them if below 1
+    weight_decay: float | None = None
+    num_train_epochs: float | None = None
+    max_steps: int | None = None  # optimizer steps; wins over epochs
+    seed: int | None = None
+    bf16: bool | None = None  # autocast
+    gradient_checkpointing: bool | None = None
+    logging_steps: int | None = None
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    dataloader_num_workers: int | None = None
+
+
+def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
+    """Defaults, then the --training-args file, then flags.
+
+    Raises:
+        ConfigError: unreadable file, unknown or reserved argument, or values that TrainingArguments refuses.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    values = dict(DEFAULTS)
+    if config.training_args is not None:
+        values |= read_training_args(config.training_args)
+    values |= {k: v for k, v in asdict(config).items() if k in known and v is not None}
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError(f"--device {config.device}: expected auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES")
+    if config.eval_cache is not None:
+        # The best checkpoint can only be kept if every evaluation has one.
+        steps = values.setdefault("eval_steps", 100)
+        values |= {"eval_strategy": "steps", "load_best_model_at_end": True}
+        values.setdefault("save_steps", steps)
+        values.setdefault("metric_for_best_model", "eval_loss")
+        values.setdefault("greater_is_better", False)
+        values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
+    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
+        values["activation_checkpointing"] = values.pop("gradient_checkpointing")
+    values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
+    try:
+        return TrainingArguments(
+            **values,
+            output_dir=config.output,
+            remove_unused_columns=False,
+            average_tokens_across_devices=True,
+            disable_tqdm=True,
+            label_names=["labels"],
+        )
+    except (ValueError, TypeError) as error:
+        where = "" if config.training_args is None else f" or {config.training_args}"
+        raise ConfigError(
+            f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the flags{where}."
+        ) from error
+
+
+def read_training_args(file: str) -> dict[str, Any]:
+    known = {field.name for field in fields(TrainingArguments)}
+    example = 'expected an object of training arguments, such as {"max_grad_norm": 0.5}'
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file, {example}. Check --training-args.") from error
+    except ValueError as error:  # JSON or UTF-8
+        raise ConfigError(f"{file}: not JSON ({error}), {example}. Correct it.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: found a {type(values).__name__}, {example}. Correct it.")
+    for name in values:
+        if name in RESERVED:
+            raise ConfigError(f"{file}: {name} cannot be set here: {RESERVED[name]}. Remove it from the file.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{file}: {name} is not an argument of transformers.TrainingArguments. "
+                + (f"Did you mean {near[0]}?" if near else "Remove it, or correct its spelling.")
+            )
+    return values

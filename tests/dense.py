@@ -1,0 +1,160 @@
+"""The truth that losses and caches are held to: fp64, full vocabulary, one position or document at a time.
+
+Shares no code with what it checks: every distribution is an explicit vector, every tail an explicit sum, and every
+document goes through the teacher alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cache_format as cf
+from pipeline.losses import IGNORE_INDEX, TargetBatch
+
+
+def random_targets(
+    positions: int,
+    vocab: int,
+    k: int,
+    *,
+    seed: int = 0,
+    masked: float = 0.25,
+    ragged: bool = True,
+    quantised: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> TargetBatch:
+    """Top-K targets of random teachers. Half of the labels are among the entries.
+
+    Args:
+        ragged: positions keep 1 to k entries; the places left over hold id 0 and -inf.
+        quantised: through the codebooks of a cache, so that entries and residual do not sum to one.
+    """
+    rng = np.random.default_rng(seed)
+    probs = _softmax(3.0 * rng.standard_normal((positions, vocab)))
+    counts = rng.integers(1, k + 1, positions) if ragged else np.full(positions, k)
+    ids = np.zeros((positions, k), np.int64)
+    logprobs = np.full((positions, k), -np.inf)
+    residual = np.full(positions, -np.inf)
+    labels = rng.integers(0, vocab, positions)
+    for t, count in enumerate(counts):
+        chosen = np.sort(np.argsort(-probs[t])[:count])
+        ids[t, :count], logprobs[t, :count] = chosen, np.log(probs[t, chosen])
+        if count < vocab:
+            residual[t] = np.log(np.delete(probs[t], chosen).sum())
+        if t % 2:
+            labels[t] = rng.choice(chosen)
+    if quantised:
+        entries, rest = cf.sqrt_probability_codebook(32, smallest=1e-4), cf.residual_codebook(32, smallest=1e-4)
+        present = logprobs > -np.inf
+        logprobs[present] = entries.decode(entries.encode(logprobs[present]))
+        residual = rest.decode(rest.encode(residual))
+    labels[rng.random(positions) < masked] = IGNORE_INDEX
+    return TargetBatch(
+        ids=torch.from_numpy(ids),
+        logprobs=torch.from_numpy(logprobs).to(dtype),
+        residual_logprob=torch.from_numpy(residual).to(dtype),
+        labels=torch.from_numpy(labels),
+    )
+
+
+def dense_losses(
+    logits: Tensor, targets: TargetBatch, *, temperature: float = 1.0, kd_weight: float = 1.0, tail: str = "bucket"
+) -> np.ndarray:
+    """[N] (1 − α)·CE + α·T²·KL of every position in fp64; 0 where it does not count."""
+    losses = np.zeros(len(targets))
+    for t, z in enumerate(logits.detach().double().numpy()):
+        label = int(targets.labels[t])
+        if label == IGNORE_INDEX:
+            continue
+        present = targets.logprobs[t].numpy() > -np.inf
+        ids = targets.ids[t].numpy()[present]
+        p = np.exp(targets.logprobs[t].double().numpy()[present])
+        m = np.exp(float(targets.residual_logprob[t]))
+        kl = dense_kl(z, ids, p, m, label, temperature, tail)
+        losses[t] = -(1 - kd_weight) * np.log(_softmax(z)[label]) + kd_weight * temperature**2 * kl
+    return losses
+
+
+def dense_kl(
+    z: np.ndarray, ids: np.ndarray, p: np.ndarray, m: float, label: int, temperature: float, tail: str
+) -> float:
+    """KL(teacher_T ‖ student_T) at one position: logits z [V], entries p at ids, residual m."""
+    q = _softmax(z / temperature)
+    outside = np.setdiff1d(np.arange(len(z)), ids)
+    if tail == "renormalise":
+        teacher, student = p ** (1 / temperature), q[ids] / q[ids].sum()
+    elif tail == "label":
+        full = np.zeros(len(z))
+        full[ids] = p
+        full[label] += m
+        teacher, student = full ** (1 / temperature), q
+    else:
+        # The tail's mass spread evenly over its tokens, tempered token by token, and added up again.
+        spread = np.full(len(outside), m / max(1, len(outside))) ** (1 / temperature)
+        teacher = np.append(p ** (1 / temperature), spread.sum())
+        student = np.append(q[ids], q[outside].sum())
+    teacher = teacher / teacher.sum()
+    there = teacher > 0
+    return float(np.sum(teacher[there] * (np.log(teacher[there]) - np.log(student[there]))))
+
+
+def _softmax(z: np.ndarray) -> np.ndarray:
+    exp = np.exp(z - z.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+class Deviation(NamedTuple):
+    """Largest differences between a cache and its teacher, each as a share of what its codebook states."""
+
+    logprobs: float
+    residual: float
+    entropy: float
+
+
+ROUNDING = 1e-4  # of the teacher's own fp32 arithmetic, in the codebooks' domains of square roots
+
+
+@torch.no_grad()
+def document_logprobs(model: PreTrainedModel, row: cf.CacheRow, vocab: int) -> np.ndarray:
+    """[T, V] the teacher's log-softmax at every position of a row, each of its documents read alone."""
+    documents = np.split(np.asarray(row.input_ids, np.int64), np.cumsum(row.segment_lengths)[:-1])
+    logits = [model(input_ids=torch.from_numpy(d)[None], use_cache=False).logits[0, :, :vocab] for d in documents]
+    return torch.cat(logits).double().log_softmax(1).numpy()
+
+
+def check_row(row: cf.CacheRow, exact: np.ndarray, metadata: cf.CacheMetadata) -> Deviation:
+    """Every stored position of a row against the teacher's [T, V] log-probabilities, within the codebooks' bounds.
+
+    The entries must be a top-K: none of the tokens left out more likely than one of them, beyond rounding.
+    """
+    targets, k = row.targets, metadata.targets["k"]
+    assert exact.shape == (len(row.input_ids), metadata.vocab_size), "vocabulary"
+    stored = np.asarray(targets.counts) > 0
+    if metadata.targets["positions"] == "counted":
+        assert np.array_equal(stored, row.loss_mask), "other positions than the counted ones"
+    assert (targets.counts[stored] == k).all() and (targets.exact_counts[stored] == k).all()
+    ids, found = (x.reshape(-1, k).astype(t) for x, t in ((targets.ids, np.int64), (targets.logprobs, np.float64)))
+    exact = exact[stored]
+    expected = np.take_along_axis(exact, ids, 1)
+    outside = exact.copy()
+    np.put_along_axis(outside, ids, -np.inf, 1)
+    if k < metadata.vocab_size:
+        assert (expected.min(axis=1) >= outside.max(axis=1) - ROUNDING).all(), "not a top-K"
+
+    probs = np.exp(exact)
+    shares = []
+    for column, a, b in (
+        ("target_logprobs", np.exp(found / 2), np.exp(expected / 2)),
+        ("residual_logprob", np.exp(targets.residual_logprob[stored] / 2.0), np.sqrt(np.exp(outside).sum(1))),
+        ("entropy", np.sqrt(targets.entropy[stored]), np.sqrt(-(probs * exact).sum(1))),
+    ):
+        bound = metadata.codebooks[column].max_error
+        worst = np.abs(a - b).max()
+        assert worst <= bound + ROUNDING, f"{column} off by {worst:.3g}, the codebook states {bound}"
+        shares.append(float(worst / bound))
+    return Deviation(*shares)

@@ -1,0 +1,109 @@
+"""Stage two on tiny models: caches and training runs that take a second or less.
+
+cache = build_cache(tmp / "cache", teacher_dir, text_file)      # stage one, in this process
+train(tmp / "student", cache, student=student_dir, ...)         # stage two
+distance(weights(a), weights(b))                                # 0.0 if bitwise equal
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import cache_format as cf
+from dense import dense_kl
+from pipeline.student.train import TrainStudentConfig, TrainSummary, train_student
+from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.corpus import DataConfig
+
+# Plain SGD without clipping: a step is proportional to the gradient. Adam divides a wrong scale of the loss out again.
+SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+
+def build_cache(
+    output: Path,
+    teacher: Path,
+    data: Path,
+    *,
+    top_k: int = 16,
+    window_length: int = 48,
+    rows_per_shard: int = 32,
+    packing: bool = True,
+) -> Path:
+    """Packed rows of up to 48 tokens; documents are lines, or conversations of which only answers count."""
+    text = DataConfig(data=str(data), window_length=window_length, sample_by="line", packing=packing)
+    cache_teacher(
+        CacheTeacherConfig(
+            teacher=str(teacher),
+            data=text,
+            output=str(output),
+            top_k=top_k,
+            batch_size=4,
+            device="cpu",
+            rows_per_shard=rows_per_shard,
+        )
+    )
+    return output
+
+
+def train(
+    output: Path, cache: Path, *, student: Path | None = None, arguments: dict[str, Any] | None = None, **options: Any
+) -> TrainSummary:
+    """`train_student` on the CPU. Keywords that begin with on_ are its callbacks.
+
+    Args:
+        arguments: contents of a --training-args file.
+    """
+    callbacks = {name: options.pop(name) for name in list(options) if name.startswith("on_")}
+    if arguments is not None:
+        file = output.with_name(f"{output.name}-arguments.json")
+        file.write_text(json.dumps(arguments))
+        options["training_args"] = str(file)
+    given = None if student is None else str(student)
+    config = TrainStudentConfig(cache=str(cache), output=str(output), student=given, device="cpu", **options)
+    return train_student(config, **callbacks)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of any weight."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def log_history(output: Path) -> list[dict[str, float]]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+@torch.no_grad()
+def dense_logits(model: PreTrainedModel, row: cf.CacheRow, vocab: int) -> np.ndarray:
+    """[T, V] float64, the plain way: every document alone, no padding, the model's own forward."""
+    documents = np.split(np.asarray(row.input_ids, np.int64), np.cumsum(row.segment_lengths)[:-1])
+    logits = [model(input_ids=torch.from_numpy(document)[None]).logits[0, :, :vocab] for document in documents]
+    return torch.cat(logits).double().numpy()
+
+
+def dense_evaluation(model: PreTrainedModel, rows: list[cf.CacheRow], vocab: int) -> dict[str, float]:
+    """Means over counted positions of kl, ce, agreement, from full logits in float64."""
+    kl, ce, agreement = [], [], []
+    for row in rows:
+        logits = dense_logits(model, row, vocab)
+        for t in np.flatnonzero(row.loss_mask):
+            ids, logprobs = row.targets.at(t)
+            label = int(row.input_ids[t + 1])
+            z = logits[t] - logits[t].max()
+            p, residual = np.exp(logprobs.astype(np.float64)), np.exp(float(row.targets.residual_logprob[t]))
+            kl.append(dense_kl(z, ids.astype(int), p, residual, label, 1.0, "bucket"))
+            ce.append(np.log(np.exp(z).sum()) - z[label])
+            agreement.append(z.argmax() in ids[logprobs == logprobs.max()])
+    return {"kl": np.mean(kl), "ce": np.mean(ce), "agreement": np.mean(agreement)}

@@ -1,0 +1,546 @@
+"""`sparse_kl`, the definition of the loss, against dense fp64 arithmetic; and the ways other tools get it wrong.
+
+The known failures each have a check that the code passes and that a deliberately broken variant does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import cache_format as cf
+from dense import dense_kl, dense_losses, random_targets
+from pipeline.losses import IGNORE_INDEX, TAIL_POLICIES, TargetBatch, fused, fused_head, reference, sparse_kl
+from pipeline.student.data import collate, targets_of
+
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+KD_WEIGHTS = (0.0, 0.3, 1.0)
+N, V, K = 23, 31, 6
+
+every_tail = pytest.mark.parametrize("tail", TAIL_POLICIES)
+every_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
+every_kd_weight = pytest.mark.parametrize("kd_weight", KD_WEIGHTS)
+
+
+def random_logits(n: int = N, vocab: int = V, *, seed: int = 1, scale: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(n, vocab, generator=generator, dtype=torch.float64)
+
+
+def full_targets(n: int = N, vocab: int = V, **options: object) -> TargetBatch:
+    return random_targets(n, vocab, vocab, ragged=False, **options)  # type: ignore[arg-type]
+
+
+def teacher_logprobs(targets: TargetBatch, vocab: int) -> Tensor:
+    """[N, V] where the targets hold every token."""
+    return torch.full((len(targets), vocab), -torch.inf, dtype=torch.float64).scatter(1, targets.ids, targets.logprobs)
+
+
+# ---- against dense fp64
+
+
+def test_all_tokens_is_torch_kl_div() -> None:
+    targets, logits = full_targets(masked=0.0), random_logits()
+    expected = F.kl_div(logits.log_softmax(1), teacher_logprobs(targets, V), log_target=True, reduction="batchmean")
+    torch.testing.assert_close(sparse_kl(logits, targets), expected, rtol=1e-13, atol=0)
+
+
+@every_temperature
+@every_tail
+def test_all_tokens_at_a_temperature_is_torch_kl_div(tail: str, temperature: float) -> None:
+    targets, logits = full_targets(masked=0.0), random_logits()
+    tempered = (teacher_logprobs(targets, V) / temperature).log_softmax(1)
+    student = (logits / temperature).log_softmax(1)
+    expected = temperature**2 * F.kl_div(student, tempered, log_target=True, reduction="batchmean")
+    found = sparse_kl(logits, targets, temperature=temperature, tail=tail)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@every_kd_weight
+@every_temperature
+@every_tail
+@pytest.mark.parametrize("quantised", [False, True])
+def test_equals_the_dense_computation(tail: str, temperature: float, kd_weight: float, quantised: bool) -> None:
+    targets, logits = random_targets(N, V, K, quantised=quantised), random_logits()
+    options = {"temperature": temperature, "kd_weight": kd_weight, "tail": tail}
+    expected = torch.from_numpy(dense_losses(logits, targets, **options))  # type: ignore[arg-type]
+    for reduction, value in (
+        ("none", expected),
+        ("sum", expected.sum()),
+        ("mean", expected.sum() / targets.counted.sum()),
+    ):
+        found = sparse_kl(logits, targets, reduction=reduction, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-13)
+
+
+def test_the_tail_of_the_bucket_at_a_temperature_by_hand() -> None:
+    # V = 6, entries .5 and .3, m = .2 over n = 4 tokens, T = 2:
+    # sqrt(.5) = 0.7071068, sqrt(.3) = 0.5477226, 4·sqrt(.2/4) = 0.8944272, together 2.1492565.
+    # Student uniform: q = 1/6, 1/6, 4/6. KL = Σ P·log(P/q) = 0.3290006·log(1.9740039) + 0.2548428·log(1.5290568)
+    # + 0.4161566·log(0.6242348) = 0.2237415 + 0.1082193 − 0.1961049 = 0.1358558, times T² = 4: 0.5434234.
+    targets = TargetBatch(
+        ids=torch.tensor([[1, 4]]),
+        logprobs=torch.tensor([[0.5, 0.3]], dtype=torch.float64).log(),
+        residual_logprob=torch.tensor([0.2], dtype=torch.float64).log(),
+        labels=torch.tensor([0]),
+    )
+    found = sparse_kl(torch.zeros(1, 6, dtype=torch.float64), targets, temperature=2.0)
+    assert found.item() == pytest.approx(0.5434234, abs=1e-7)
+
+
+def test_renormalise_at_a_temperature_is_exact() -> None:
+    """The entries are all it looks at, so the full distribution, tempered and then cut to them, gives the same."""
+    everything = full_targets(masked=0.0)
+    full = teacher_logprobs(everything, V)
+    top = full.topk(K).indices.sort(dim=1).values
+    targets = TargetBatch(
+        ids=top,
+        logprobs=full.gather(1, top),
+        residual_logprob=torch.log1p(-full.gather(1, top).exp().sum(1)),
+        labels=everything.labels,
+    )
+    logits = random_logits()
+    for temperature in TEMPERATURES:
+        p = (full / temperature).log_softmax(1).gather(1, top).log_softmax(1)
+        q = (logits / temperature).log_softmax(1).gather(1, top).log_softmax(1)
+        expected = temperature**2 * F.kl_div(q, p, log_target=True, reduction="batchmean")
+        found = sparse_kl(logits, targets, temperature=temperature, tail="renormalise")
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+
+
+def test_bucket_is_a_lower_bound_and_the_label_policy_is_the_kl_to_entries_plus_label() -> None:
+    targets, logits = random_targets(N, V, K, masked=0.0), random_logits()
+    everything = full_targets(masked=0.0)  # the same teachers: same seed
+    whole = sparse_kl(logits, everything, reduction="none")
+    assert (sparse_kl(logits, targets, reduction="none") <= whole + 1e-12).all()
+
+
+@every_temperature
+@every_tail
+def test_gradient(tail: str, temperature: float) -> None:
+    targets = random_targets(5, 9, 4, seed=3)
+    logits = random_logits(5, 9).requires_grad_()
+    for kd_weight in KD_WEIGHTS:
+        assert torch.autograd.gradcheck(
+            lambda z, a=kd_weight: sparse_kl(z, targets, temperature=temperature, kd_weight=a, tail=tail), logits
+        )
+
+
+@every_tail
+def test_gradient_wherever_the_label_is(tail: str) -> None:
+    """Label in the entries, outside them, or the only token outside them."""
+    base = random_targets(3, 5, 4, ragged=False, masked=0.0)
+    outside = torch.tensor([next(i for i in range(5) if i not in row) for row in base.ids.tolist()])
+    for labels in (base.ids[:, 0], base.ids[:, 3], outside):
+        logits = random_logits(3, 5).requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda z, y=labels: sparse_kl(z, base, labels=y, kd_weight=0.5, tail=tail), logits
+        )
+
+
+# ---- zero and never negative
+
+
+@every_temperature
+@every_tail
+def test_zero_where_student_and_teacher_are_equal(tail: str, temperature: float) -> None:
+    targets = full_targets()
+    student = teacher_logprobs(targets, V) + torch.arange(N)[:, None]  # a constant per row changes nothing
+    student.requires_grad_()
+    loss = sparse_kl(student, targets, temperature=temperature, tail=tail, reduction="none")
+    assert loss.abs().max() < 1e-12
+    loss.sum().backward()
+    assert student.grad is not None and student.grad.abs().max() < 1e-12
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    vocab=st.integers(2, 24),
+    share=st.floats(0.01, 1.0),
+    scale=st.sampled_from([0.0, 1.0, 10.0, 200.0, 1e4]),
+    temperature=st.sampled_from(TEMPERATURES),
+    quantised=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@example(seed=0, vocab=2, share=1.0, scale=1e4, temperature=0.5, quantised=True, dtype=torch.float32)
+def test_never_negative_and_always_finite(
+    seed: int, vocab: int, share: float, scale: float, temperature: float, quantised: bool, dtype: torch.dtype
+) -> None:
+    targets = random_targets(4, vocab, max(1, int(share * vocab)), seed=seed, masked=0.0, quantised=quantised)
+    logits = random_logits(4, vocab, seed=seed, scale=scale).to(dtype).requires_grad_()
+    for tail in TAIL_POLICIES:
+        loss = sparse_kl(logits, targets, temperature=temperature, tail=tail, reduction="none")
+        # Rounding of the teacher's sum, against log-ratios as large as the logits (at most 69 in the tail).
+        assert (loss >= -4 * temperature**2 * torch.finfo(dtype).eps * (10 + scale / temperature)).all()
+        assert loss.isfinite().all()
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert gradient.isfinite().all()
+
+
+# ---- entries that are not there
+
+
+def hostile_targets(dtype: torch.dtype = torch.float64) -> TargetBatch:
+    """One-hot teacher; zero-probability entries beside real ones; no entry at all; residual -inf and m = 1."""
+    inf = torch.inf
+    return TargetBatch(
+        ids=torch.tensor([[2, 0, 0], [1, 3, 4], [0, 0, 0], [0, 1, 2], [5, 0, 0]]),
+        logprobs=torch.tensor(
+            [
+                [0.0, -inf, -inf],
+                [np.log(0.7), -inf, np.log(0.3)],
+                [-inf, -inf, -inf],
+                [np.log(0.2), np.log(0.3), np.log(0.4)],
+                [np.log(1e-30), -inf, -inf],
+            ],
+            dtype=dtype,
+        ),
+        residual_logprob=torch.tensor([-inf, -inf, 0.0, np.log(0.1), 0.0], dtype=dtype),
+        labels=torch.tensor([2, 3, 0, 5, 1]),
+    )
+
+
+@every_kd_weight
+@every_temperature
+@every_tail
+def test_absent_entries(tail: str, temperature: float, kd_weight: float) -> None:
+    targets = hostile_targets()
+    options = {"temperature": temperature, "kd_weight": kd_weight, "tail": tail}
+    logits = random_logits(5, 7).requires_grad_()
+    found = sparse_kl(logits, targets, reduction="none", **options)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert found.isfinite().all() and gradient.isfinite().all()
+    keep = [0, 1, 3, 4] if tail == "renormalise" else [0, 1, 2, 3, 4]  # without entries there is nothing to renormalise
+    expected = dense_losses(logits[keep], targets[torch.tensor(keep)], **options)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found[keep].detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+@every_tail
+def test_padding_of_the_entry_list_changes_nothing(tail: str) -> None:
+    targets, logits = random_targets(N, V, K), random_logits()
+    wider = TargetBatch(
+        ids=torch.cat([torch.randint(V, (N, 3)), targets.ids, torch.randint(V, (N, 2))], dim=1),
+        logprobs=F.pad(targets.logprobs, (3, 2), value=-torch.inf),
+        residual_logprob=targets.residual_logprob,
+        labels=targets.labels,
+    )
+    options = {"temperature": 2.0, "kd_weight": 0.4, "tail": tail}
+    torch.testing.assert_close(
+        sparse_kl(logits, wider, **options), sparse_kl(logits, targets, **options), rtol=1e-13, atol=0
+    )
+
+
+@every_tail
+def test_a_student_sure_of_itself_keeps_its_gradient(tail: str) -> None:
+    """q_rest = 1e-26 is far below what 1 − Σq can resolve in fp32; the pull on the tail must still be there."""
+    targets = TargetBatch(
+        ids=torch.tensor([[0]]),
+        logprobs=torch.tensor([[0.5]]).log(),
+        residual_logprob=torch.tensor([0.5]).log(),
+        labels=torch.tensor([1]),
+    )
+    logits = torch.tensor([[60.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    sparse_kl(logits, targets, tail=tail).backward()
+    assert logits.grad is not None
+    # d/dz of −½·log q_rest: ½ of softmax over the rest; of the label alone under "label"; nothing under "renormalise".
+    expected = {"bucket": [0.5, -1 / 6, -1 / 6, -1 / 6], "label": [0.5, -0.5, 0, 0], "renormalise": [0, 0, 0, 0]}
+    torch.testing.assert_close(logits.grad, torch.tensor([expected[tail]], dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+# ---- masks, labels, shapes
+
+
+@every_tail
+def test_masked_positions_contribute_nothing_at_all(tail: str) -> None:
+    targets = random_targets(N, V, K, dtype=torch.float32)
+    masked = ~targets.counted
+    assert masked.any() and targets.counted.any()
+
+    def loss_and_gradient(z: Tensor, batch: TargetBatch) -> tuple[Tensor, Tensor]:
+        z = z.clone().requires_grad_()
+        loss = sparse_kl(z, batch, temperature=2.0, kd_weight=0.6, tail=tail)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+    logits = random_logits().float()
+    loss, gradient = loss_and_gradient(logits, targets)
+    other = random_targets(N, V, K, seed=99, dtype=torch.float32)
+    changed = TargetBatch(
+        ids=torch.where(masked[:, None], other.ids, targets.ids),
+        logprobs=torch.where(masked[:, None], other.logprobs, targets.logprobs),
+        residual_logprob=torch.where(masked, -torch.inf, targets.residual_logprob),
+        labels=targets.labels,
+    )
+    loss_2, gradient_2 = loss_and_gradient(torch.where(masked[:, None], 1e4 * logits.flip(0), logits), changed)
+    assert torch.equal(loss, loss_2)
+    assert torch.equal(gradient, gradient_2)
+    assert (gradient[masked] == 0).all() and (gradient[~masked].abs().amax(dim=1) > 0).all()
+
+
+@every_tail
+def test_all_masked_is_zero_and_has_a_backward(tail: str) -> None:
+    targets = random_targets(4, V, K)
+    logits = random_logits(4).requires_grad_()
+    nothing = torch.full((4,), IGNORE_INDEX)
+    for options in ({"labels": nothing}, {"loss_mask": torch.zeros(4, dtype=torch.bool)}):
+        loss = sparse_kl(logits, targets, kd_weight=0.5, tail=tail, **options)
+        assert loss.item() == 0.0
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert (gradient == 0).all()
+
+
+def test_batched_shapes_and_masks() -> None:
+    targets, logits = random_targets(12, V, K), random_logits(12)
+    batched = logits.view(3, 4, V)
+    assert torch.equal(sparse_kl(batched, targets), sparse_kl(logits, targets))
+    mask = torch.tensor([True, False] * 6)
+    found = sparse_kl(batched, targets, loss_mask=mask.view(3, 4))
+    assert found == sparse_kl(logits, targets, labels=targets.labels.masked_fill(~mask, IGNORE_INDEX).view(3, 4))
+    with pytest.raises(ValueError, match="11 positions, targets 12"):
+        sparse_kl(logits[:11], targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    vocab = 70_000  # ids that neither type can represent
+    targets, logits = random_targets(6, vocab, 5, dtype=torch.float32), random_logits(6, vocab).to(dtype)
+    for tail in TAIL_POLICIES:
+        found = sparse_kl(logits, targets, tail=tail, kd_weight=0.5)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, sparse_kl(logits.float(), targets, tail=tail, kd_weight=0.5))
+
+
+def sample_row(length: int = 8, *, seed: int = 0, vocab: int = V) -> cf.CacheRow:
+    """A row whose teacher is nearly sure of every next token, and right; two documents, a mask with gaps."""
+    rng = np.random.default_rng(seed)
+    input_ids = rng.integers(0, vocab, length)
+    loss_mask = np.ones(length, bool)
+    loss_mask[[0, length // 2 - 1, length - 1]] = False  # a prompt token and the ends of the documents
+    counts = np.where(loss_mask, 2, 0)
+    following = np.roll(input_ids, -1)[loss_mask]
+    ids = np.sort(np.stack([following, (following + 1) % vocab], axis=1), axis=1)
+    return cf.CacheRow(
+        row=seed,
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        segment_lengths=np.array([length // 2, length - length // 2]),
+        targets=cf.SparseTargets(
+            counts=counts,
+            ids=ids.reshape(-1),
+            logprobs=np.log(np.where(ids == following[:, None], 0.9, 0.05)).astype(np.float32).reshape(-1),
+            exact_counts=counts,
+            residual_logprob=np.where(loss_mask, np.log(0.05), 0.0).astype(np.float32),
+            entropy=np.zeros(length, np.float32),
+        ),
+    )
+
+
+def test_takes_the_targets_of_a_cache_row_as_they_are() -> None:
+    row, logits = sample_row(), random_logits(8)
+    batch = TargetBatch.from_rows([row])
+    counted = batch.counted
+    expected = dense_losses(logits, batch, kd_weight=0.3, tail="label")
+    found = sparse_kl(logits, row.targets, labels=torch.from_numpy(row.label_ids), kd_weight=0.3, tail="label")
+    assert found.item() == pytest.approx(expected.sum() / counted.sum().item(), rel=1e-6)
+    masked = sparse_kl(logits, row.targets, loss_mask=torch.from_numpy(row.loss_mask))
+    assert masked.item() == pytest.approx(dense_losses(logits, batch).sum() / counted.sum().item(), rel=1e-6)
+    for options in ({"kd_weight": 0.5}, {"tail": "label"}):
+        with pytest.raises(ValueError, match="labels are needed"):
+            sparse_kl(logits, row.targets, **options)  # type: ignore[arg-type]
+
+
+# ---- known failures of existing tools
+
+
+def check_alignment(rows: list[cf.CacheRow]) -> None:
+    """What a batch says at t is about the token at t + 1: label, target list and mask."""
+    batch = collate(rows)
+    targets = targets_of(batch)
+    length = batch["input_ids"].shape[1]
+    for i, row in enumerate(rows):
+        for t in range(length):
+            n = i * length + t
+            counts = t < len(row.input_ids) and bool(row.loss_mask[t])
+            assert bool(targets.counted[n]) == counts, "a position counts that should not, or the other way round"
+            if counts:
+                assert targets.labels[n] == row.input_ids[t + 1], "label"
+                assert targets.ids[n, targets.logprobs[n].argmax()] == row.input_ids[t + 1], "target list"
+    assert targets.counted.sum() == sum(int(row.loss_mask.sum()) for row in rows)
+
+
+ROWS = [sample_row(8, seed=0), sample_row(5, seed=1), sample_row(12, seed=2)]
+
+
+def test_targets_labels_and_mask_share_their_index() -> None:
+    check_alignment(ROWS)
+
+
+def test_a_target_list_off_by_one_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TargetBatch.from_rows
+
+    def late(rows: list[cf.CacheRow], length: int) -> TargetBatch:
+        batch = right(rows, length)
+        moved = {name: getattr(batch, name).roll(1, 0) for name in ("ids", "logprobs", "residual_logprob")}
+        return TargetBatch(labels=batch.labels, **moved)
+
+    monkeypatch.setattr(TargetBatch, "from_rows", late)
+    with pytest.raises(AssertionError, match="target list"):
+        check_alignment(ROWS)
+
+
+def test_labels_that_are_not_shifted_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    unshifted = property(lambda row: np.where(row.loss_mask, row.input_ids, IGNORE_INDEX))
+    monkeypatch.setattr(cf.CacheRow, "label_ids", unshifted)
+    with pytest.raises(AssertionError, match="label"):
+        check_alignment(ROWS)
+
+
+def test_a_mask_taken_at_the_predicted_token_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(row: cf.CacheRow) -> np.ndarray:
+        mask = np.append(row.loss_mask[1:], False)
+        return np.where(mask, np.append(row.input_ids[1:], 0), IGNORE_INDEX)
+
+    monkeypatch.setattr(cf.CacheRow, "label_ids", property(shifted))
+    with pytest.raises(AssertionError, match="a position counts that should not"):
+        check_alignment(ROWS)
+
+
+def check_gradient_is_that_of_the_reported_loss(loss_of: Callable[[Tensor], Tensor]) -> None:
+    """Along the gradient, the loss changes by its squared norm: central difference in fp64."""
+    x = random_logits(N, V).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(x), x)
+    with torch.no_grad():
+        step = 1e-5 * gradient / gradient.norm()
+        slope = (loss_of(x + step) - loss_of(x - step)) / 2e-5
+    assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-6), "gradient and loss disagree"
+
+
+def fused_on_logits(z: Tensor, targets: TargetBatch, temperature: float, kd_weight: float = 1.0) -> Tensor:
+    """The fused head with an identity matrix for a weight: its hidden states are the logits."""
+    weight = torch.eye(z.shape[1], dtype=z.dtype)
+    return fused_head(z, weight, None, targets, temperature=temperature, kd_weight=kd_weight, chunk_size=5).loss
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+def test_the_square_of_the_temperature_is_in_loss_and_gradient(temperature: float) -> None:
+    targets = random_targets(N, V, K)
+    check_gradient_is_that_of_the_reported_loss(lambda z: sparse_kl(z, targets, temperature=temperature))
+    check_gradient_is_that_of_the_reported_loss(lambda z: fused_on_logits(z, targets, temperature, 0.7))
+
+
+def test_the_square_of_the_temperature_in_the_loss_alone_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = random_targets(N, V, K)
+
+    def reported_only(z: Tensor) -> Tensor:
+        kl = sparse_kl(z, targets, temperature=2.0) / 4
+        return kl + 3 * kl.detach()
+
+    with pytest.raises(AssertionError, match="disagree"):
+        check_gradient_is_that_of_the_reported_loss(reported_only)
+
+    def without_square(*arguments: object) -> tuple[Tensor, Tensor | None]:
+        terms, d_logits = computed(*arguments)  # type: ignore[arg-type]
+        return terms, None if d_logits is None else d_logits / 4
+
+    computed = fused._loss_and_dlogits
+    monkeypatch.setattr(fused, "_loss_and_dlogits", without_square)
+    with pytest.raises(AssertionError, match="disagree"):
+        check_gradient_is_that_of_the_reported_loss(lambda z: fused_on_logits(z, targets, 2.0))
+
+
+def check_padded_rows_take_no_part(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A head with 7 rows of padding, whose logits are the largest, must give what the cut head gives."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(N, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V + 7, 8, generator=generator, dtype=torch.float64)
+    weight[V:] *= 5
+    weight.requires_grad_()
+    expected = sparse_kl(hidden @ weight[:V].T, random_targets(N, V, K), kd_weight=0.5, reduction="sum")
+    loss = loss_of(hidden, weight)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12), "padding is in the softmax"
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert (gradient[V:] == 0).all()
+
+
+def test_padded_vocabulary() -> None:
+    targets = random_targets(N, V, K)
+    check_padded_rows_take_no_part(
+        lambda hidden, weight: fused_head(hidden, weight, None, targets, kd_weight=0.5, vocab_size=V).loss
+    )
+
+
+def test_a_padded_vocabulary_left_in_is_detected() -> None:
+    targets = random_targets(N, V, K)
+    with pytest.raises(AssertionError, match="padding is in the softmax"):
+        check_padded_rows_take_no_part(
+            lambda hidden, weight: fused_head(hidden, weight, None, targets, kd_weight=0.5).loss
+        )
+
+
+def check_is_a_divergence(loss_of: Callable[[Tensor, TargetBatch], Tensor]) -> None:
+    """Never negative, also for a student that puts all its mass on the entries."""
+    targets = random_targets(N, V, K, masked=0.0)
+    for on_entries in (0.0, 3.0, 30.0):
+        student = random_logits()
+        student.scatter_add_(1, targets.ids, on_entries * targets.valid.double())
+        assert (loss_of(student, targets) >= -1e-12).all(), "negative"
+
+
+@every_tail
+def test_the_truncated_divergence_is_not_negative(tail: str) -> None:
+    check_is_a_divergence(lambda z, targets: sparse_kl(z, targets, tail=tail, reduction="none"))
+
+
+def test_a_sum_over_the_entries_alone_is_detected() -> None:
+    def truncated(z: Tensor, targets: TargetBatch) -> Tensor:
+        log_q = z.log_softmax(1).gather(1, targets.ids)
+        log_p = targets.logprobs
+        return torch.where(targets.valid, log_p.exp() * (log_p - log_q), 0.0).sum(1)
+
+    with pytest.raises(AssertionError, match="negative"):
+        check_is_a_divergence(truncated)
+
+
+def check_absent_entries_are_finite() -> None:
+    targets = hostile_targets()
+    for tail in TAIL_POLICIES:
+        for loss_of in (
+            lambda z, tail=tail: sparse_kl(z, targets, tail=tail, kd_weight=0.5),
+            lambda z, tail=tail: fused_head(z, torch.eye(7).double(), None, targets, tail=tail, kd_weight=0.5).loss,
+        ):
+            logits = random_logits(5, 7).requires_grad_()
+            loss = loss_of(logits)
+            assert loss.isfinite(), "the loss is not finite"
+            assert torch.autograd.grad(loss, logits)[0].isfinite().all(), "the gradient is not finite"
+
+
+def test_minus_infinity_gives_no_nan() -> None:
+    check_absent_entries_are_finite()
+
+
+@pytest.mark.parametrize("module", [reference, fused])
+def test_a_divergence_without_care_for_minus_infinity_is_detected(
+    module: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def naive(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+    monkeypatch.setattr(module, "forward_kl", naive)
+    with pytest.raises(AssertionError, match="not finite"):
+        check_absent_entries_are_finite()
+
+
+def test_the_dense_computation_itself_by_hand() -> None:
+    # Student uniform over 4, teacher .5/.25 and m = .25. Bucket: .5·log(.5/.25) + .25·log 1 + .25·log(.25/.5)
+    # = .25·log 2. Renormalised (2/3, 1/3) against (1/2, 1/2): log 2 − H(1/3) = .0566330. Label 3 gets m:
+    # .5·log 2 + 2·.25·log 1 = .5·log 2.
+    z, ids, p = np.zeros(4), np.array([0, 1]), np.array([0.5, 0.25])
+    assert dense_kl(z, ids, p, 0.25, 3, 1.0, "bucket") == pytest.approx(0.25 * np.log(2))
+    assert dense_kl(z, ids, p, 0.25, 3, 1.0, "renormalise") == pytest.approx(0.0566330, abs=1e-7)
+    assert dense_kl(z, ids, p, 0.25, 3, 1.0, "label") == pytest.approx(0.5 * np.log(2))
