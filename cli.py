@@ -184,7 +184,7 @@ DEVICE_OPTIONS = options(
     "cache-teacher",
     epilog=_examples(
         "distill cache-teacher --teacher models/teacher --data data/train.jsonl --output caches/train",
-        "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --top-k 32 --seq-len 512",
+        "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --seq-len 512",
     ),
 )
 @click.option("--teacher", required=True, help="transformers directory, hub name, or .gguf file.")

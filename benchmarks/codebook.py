@@ -143,8 +143,8 @@ def run(settings: Settings) -> Result:
             **{f"bytes_per_token_top_{k}": round(total[default][k], 2) for k in ks},
             f"quantisation_kl_top_{most}_nats": float(f"{errors[default][most].kl:.3g}"),
         },
-        conclusion=f"Fewest bytes with a KL below {MOST_KL} nats and no p > 1e-6 off by more than {MOST_CHANGE}: {best}. "
-        f"The format's default: {default}.",
+        conclusion=f"Fewest bytes with a KL below {MOST_KL} nats and no p > 1e-6 off by more than {MOST_CHANGE} nats: "
+        f"{best}. The format's default: {default}.",
     )
 
 

@@ -147,7 +147,7 @@ def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow]
     return Result(
         name="decode",
         question="Tokens per second and core at top-64: reading rows and batches of a cache, and writing one.",
-        bound=f"reading: SHA-256, zstd and one copy of the entries alone, {tokens / bound:,.0f} tokens/s; writing: zstd.",
+        bound=f"reading: SHA-256, zstd, one copy of the entries: {tokens / bound:,.0f} tokens/s; writing: zstd alone.",
         settings={
             "teacher": exact.teacher,
             "tokens": tokens,

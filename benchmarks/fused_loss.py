@@ -16,12 +16,13 @@ products, 1,024 positions at a time into memory that is there already, with noth
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -38,7 +39,7 @@ from pipeline.losses.fused import CHUNK_POSITIONS
 HIDDEN, ENTRIES, KD_WEIGHT = 576, 64, 0.9  # D and K of SmolLM2-135M and of the demo
 SIZES = ((49_152, 2048), (49_152, 4096), (128_256, 2048))  # vocabulary, positions
 QUICK_SIZES = ((8_192, 512),)
-CHUNKS = (128, 256, 512, 1024)
+CHUNKS, QUICK_CHUNKS = (128, 256, 512, 1024), (128, 512)
 PRODUCT_ROWS = 1024
 
 Step = Callable[[], object]
@@ -61,9 +62,10 @@ def run(settings: Settings) -> Result:
             summary |= {f"time_ratio_{name}_{vocab}_{positions}": round(time_ratio, 3)}
         summary |= {f"memory_ratio_{vocab}_{positions}": round(fused_bytes / plain_bytes, 3)}
     for vocab, positions in QUICK_SIZES if settings.quick else (SIZES[0], SIZES[-1]):
-        times = interleave(_chunked(vocab, positions), settings.rounds)
+        chunks = QUICK_CHUNKS if settings.quick else CHUNKS
+        times = interleave(_chunked(vocab, positions, chunks), settings.rounds)
         plain_bytes = extra_bytes("plain", vocab, positions)
-        for size in CHUNKS:
+        for size in chunks:
             used = extra_bytes("mix", vocab, positions, size)
             time_ratio = ratio(times, str(size), "plain")
             chunk_rows.append([vocab, positions, size, time_ratio, used / plain_bytes, used / 1e6])
@@ -80,6 +82,7 @@ def run(settings: Settings) -> Result:
     )
 
 
+@functools.cache
 def extra_bytes(step: str, vocab: int, positions: int, chunk: int = CHUNK_POSITIONS) -> int:
     """Peak memory of one step beyond inputs and gradients, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.fused_loss", step, str(vocab), str(positions), str(chunk)]
@@ -93,10 +96,10 @@ def _timed(vocab: int, positions: int) -> dict[str, Step]:
     return {**steps, "products": _products(hidden.detach(), weight.detach())}
 
 
-def _chunked(vocab: int, positions: int) -> dict[str, Step]:
+def _chunked(vocab: int, positions: int, chunks: Sequence[int]) -> dict[str, Step]:
     hidden, weight, targets = _inputs(vocab, positions)
-    chunks = {str(size): _step("mix", hidden, weight, targets, size) for size in CHUNKS}
-    return {"plain": _step("plain", hidden, weight, targets), **chunks}
+    steps = {str(size): _step("mix", hidden, weight, targets, size) for size in chunks}
+    return {"plain": _step("plain", hidden, weight, targets), **steps}
 
 
 def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, TargetBatch]:

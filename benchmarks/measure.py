@@ -1,8 +1,8 @@
 """Shared by all benchmarks: fair repetitions, what machine this is, and results as tables, JSON and Markdown.
 
-**Interleaved.** What is to be compared runs in turn, A B C A B C ..., so that a machine that slows down or is
-shared for a while slows all of them. A ratio is the median over the rounds of (A's time / B's time in the same round), not the
-ratio of two medians taken minutes apart.
+**Interleaved.** What is to be compared runs in turn, A B C A B C ..., so that a machine that slows down or is shared
+for a while slows all of them. A ratio is the median over the rounds of (A's time / B's time in the same round), not
+the ratio of two medians taken minutes apart.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def show(result: Result) -> None:
         console.print(drawn)
     if result.conclusion:
         console.print(result.conclusion, highlight=False)
-    print(json.dumps({"benchmark": result.name, **result.summary, "machine": result.record}), flush=True)
+    line = {"benchmark": result.name, **result.summary, "machine": result.record}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def write(result: Result, directory: Path, command: str) -> None:

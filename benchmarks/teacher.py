@@ -77,26 +77,29 @@ def _text_targets(directory: Path, rows: int, length: int) -> TextTargets:
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
     input_ids = token_rows(tokenizer, rows, length)
     positions = torch.arange(length)[None]
-    chunks: list[list[torch.Tensor]] = []
+    # Buffers, because chunks that come and go between small results that stay would scatter the heap over gigabytes.
+    logits, scratch, probs = torch.empty(3, CHUNK, head.vocab_size)
+    parts: list[list[np.ndarray]] = []
     for row in torch.from_numpy(input_ids):
         for states in head.hidden_states(row[None], positions)[0].split(CHUNK):
-            logits = head.logits(states).float()
-            exact = top_k_targets(logits, TOP_K)
-            parts = list(exact)
+            chunk = head.logits(states, out=logits)
+            exact = top_k_targets(chunk, TOP_K, scratch)
+            found = list(exact)
             for temperature in TEMPERATURES:
-                probs = torch.softmax(logits / temperature, dim=1)
-                parts.append(probs.gather(1, exact.ids).log())
-                parts.append(probs.scatter(1, exact.ids, 0.0).sum(dim=1).log())
-            chunks.append(parts)
-    ids, logprobs, residual, entropy, *tempered = (torch.cat(part).numpy() for part in zip(*chunks, strict=True))
+                torch.div(chunk, temperature, out=scratch[: len(chunk)])
+                tempered = torch.softmax(scratch[: len(chunk)], dim=1, out=probs[: len(chunk)])
+                found.append(tempered.gather(1, exact.ids).log())
+                found.append(tempered.scatter_(1, exact.ids, 0.0).sum(dim=1).log())
+            parts.append([tensor.numpy() for tensor in found])
+    ids, logprobs, residual, entropy, *tempered_parts = map(np.concatenate, zip(*parts, strict=True))
     return TextTargets(
         input_ids=input_ids,
         ids=ids,
         logprobs=logprobs,
         residual_logprob=residual,
         entropy=entropy,
-        tempered_entries=dict(zip(TEMPERATURES, tempered[::2], strict=True)),
-        tempered_tail=dict(zip(TEMPERATURES, tempered[1::2], strict=True)),
+        tempered_entries=dict(zip(TEMPERATURES, tempered_parts[::2], strict=True)),
+        tempered_tail=dict(zip(TEMPERATURES, tempered_parts[1::2], strict=True)),
         vocab_size=head.vocab_size,
         teacher=describe(model),
     )

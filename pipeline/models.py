@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
+
+# What transformers raises for files that are missing, damaged or of another kind.
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 def load_tokenizer(
@@ -28,11 +33,11 @@ def load_tokenizer(
     """
     source, options = _source(name)
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **options)
+    except UNREADABLE as error:
+        raise ModelError(
+            f"{name}: its tokenizer cannot be loaded: {reason(error)}. Check the path, and the tokenizer's files there."
+        ) from error
 
 
 def load_model(
@@ -54,15 +59,25 @@ def load_model(
     source, options = _source(name)
     device = torch.device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=resolve_dtype(dtype, device),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # to be named below
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ModelError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}") from error
+    except UNREADABLE as error:
+        raise ModelError(
+            f"{name}: cannot be loaded as a causal language model: {reason(error)}. Check that it is one and complete."
+        ) from error
+    # transformers fills these with random numbers and goes on.
+    if random := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
+        raise ModelError(
+            f"{name}: {len(random)} of its weights are missing or of another shape than config.json says, such as "
+            f"{random[0]}: expected all. Check that it is a causal language model and complete."
+        )
     if "gguf_file" in options:
         # The tensors are plain by now; these leftovers make `save_pretrained` refuse them.
         model.hf_quantizer = None
@@ -78,7 +93,9 @@ def resolve_device(name: str) -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise ConfigError(f"--device {name}: not a device torch knows. Use auto, cpu, cuda, cuda:1 or mps.") from error
+            raise ConfigError(
+                f"--device {name}: not a device torch knows. Use auto, cpu, cuda, cuda:1 or mps."
+            ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"--device {name}: torch sees no CUDA device here. Use --device auto or cpu.")
         return device
@@ -112,9 +129,12 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error message: what fits into one line of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def reason(error: BaseException) -> str:
+    """The first line of an error message without its full stop: what fits into one line of ours."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # its own first line only names a validator
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__).rstrip(".")
 
 
 def check_model_path(name: str) -> None:
@@ -127,7 +147,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"{name}: no such file")
+            raise ModelError(f"{name}: no such file. Check the path.")
         try:
             import gguf  # noqa: F401
         except ImportError as error:
@@ -135,9 +155,12 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.exists():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{name}: no config.json in it: expected a transformers model directory or a .gguf file")
+            raise ModelError(
+                f"{name}: no config.json in it, expected a model directory of transformers or a .gguf file. "
+                "Check the path."
+            )
         return str(path), {}
     # A hub name is `name` or `owner/name`; anything more path-like was meant to be on this disk.
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise ModelError(f"{name}: no such directory")
+        raise ModelError(f"{name}: no such directory. Check the path.")
     return name, {}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -44,14 +45,19 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def pairs(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+def titled(title: str, table: Table) -> RenderableType:
+    """A title of its own line. A table's own would be folded to its width, and paths are long."""
+    return Group(Text(title, style="italic"), table)
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> RenderableType:
     """A two-column table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows:
         table.add_row(name, value)
-    return table
+    return titled(title, table)
 
 
 def cache_stats(cache: cf.Cache) -> dict[str, Any]:
@@ -200,12 +206,12 @@ def inspect_view(row: dict[str, Any]) -> RenderableType:
     return Group(Text(head), Text(), table)
 
 
-def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Table:
+def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> RenderableType:
     """Students side by side: KL, CE, perplexity, agreement."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("student")
-    for name in ("KL to teacher (nats)", "CE (nats)", "perplexity", "top-1 agreement", "tokens"):
-        table.add_column(name, justify="right")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("student", overflow="fold", min_width=16)  # the one that gives way in a narrow terminal
+    for name in ("KL to teacher", "CE (nats)", "perplexity", "agreement", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for student, values in evaluations.items():
         table.add_row(
             student,
@@ -215,7 +221,7 @@ def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Tab
             f"{values['agreement']:.1%}",
             f"{int(values['tokens']):,}",
         )
-    return table
+    return titled(title, table)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

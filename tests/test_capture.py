@@ -401,6 +401,17 @@ def test_out_of_memory_later_keeps_the_complete_shards(
     assert summary.kept_mass == pytest.approx(1 - np.exp(np.concatenate(residual)).mean(), abs=1e-3)
 
 
+def test_out_of_memory_in_the_middle_of_a_shard_begins_it_anew(
+    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record batch of 32 rows has gone to the writer when a batch of the next one fails."""
+    options = {"rows_per_shard": 40}
+    cache_teacher(settings(teacher_dir, text_file, tmp_path / "four", batch_size=4, **options))
+    run_out_of_memory(monkeypatch, above=4, after_calls=4)
+    cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", batch_size=8, **options))
+    assert shards(tmp_path / "cache") == shards(tmp_path / "four")
+
+
 def test_a_single_row_that_does_not_fit_ends_the_run(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,8 +220,9 @@ def test_all_masked_is_zero_and_has_a_backward(tail: str) -> None:
         ]
         for output in heads:
             assert [value.item() for value in output] == [0.0] * 5
-            (gradient,) = torch.autograd.grad(output.loss, hidden)
-            assert (gradient == 0).all()
+            # Of the head's parameters too: a data-parallel process without one would keep the others waiting.
+            for gradient in torch.autograd.grad(output.loss, [hidden, weight, bias]):
+                assert (gradient == 0).all()
 
 
 def test_batched_hidden_states() -> None:

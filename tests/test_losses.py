@@ -316,6 +316,20 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
         assert torch.equal(found, sparse_kl(logits.float(), targets, tail=tail, kd_weight=0.5))
 
 
+def test_ids_survive_a_change_of_dtype() -> None:
+    """bfloat16 has eight bits: by way of it, token 517 would become 516."""
+    targets = TargetBatch(
+        ids=torch.tensor([[517, 2**24 + 1]]),
+        logprobs=torch.tensor([[-0.5, -1.0]]),
+        residual_logprob=torch.tensor([-4.0]),
+        labels=torch.tensor([2**24 + 1]),
+    )
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        moved = targets.to(dtype=dtype, device=torch.device("cpu"))
+        assert torch.equal(moved.ids, targets.ids) and torch.equal(moved.labels, targets.labels)
+        assert moved.logprobs.dtype == moved.residual_logprob.dtype == dtype
+
+
 def sample_row(length: int = 8, *, seed: int = 0, vocab: int = V) -> cf.CacheRow:
     """A row whose teacher is nearly sure of every next token, and right; two documents, a mask with gaps."""
     rng = np.random.default_rng(seed)

@@ -66,7 +66,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_cached_targets_equal_the_teachers_log_softmax(
     text: str, packing: bool, teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    data = DataConfig(data=str(texts[text]), window_length=WINDOW, packing=packing, sample_by="paragraph")
+    data = DataConfig(
+        data=str(texts[text]), window_length=WINDOW, packing=packing, sample_by="paragraph", max_documents=40
+    )
     config = CacheTeacherConfig(
         teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), batch_size=4, device="cpu"
     )
@@ -76,7 +78,7 @@ def test_cached_targets_equal_the_teachers_log_softmax(
     assert (max(len(row.segment_lengths) for row in cache.iter_rows()) > 1) == packing
 
     deviations, positions = [], 0
-    for row in cache.rows(range(0, len(cache), max(1, len(cache) // 24))):
+    for row in cache.rows(range(0, len(cache), max(1, len(cache) // 12))):
         deviations.append(check_row(row, document_logprobs(model, row, VOCAB), cache.metadata))
         positions += int(row.loss_mask.sum())
     worst = Deviation(*(max(column) for column in zip(*deviations, strict=True)))
@@ -87,7 +89,7 @@ def test_cached_targets_equal_the_teachers_log_softmax(
 def test_shuffled_batches_carry_their_own_targets_and_cost_what_the_codebook_costs(
     teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """KL(cache ‖ teacher), its own student: what quantisation costs (DESIGN: .0001 nats), not what a wrong pairing does."""
+    """The teacher as its own student: quantisation costs some .0001 nats, a wrong pairing whole ones."""
     data = DataConfig(data=str(texts["prose"]), window_length=WINDOW, sample_by="paragraph", max_documents=40)
     cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), device="cpu"))
     cache = cf.open_cache(tmp_path / "cache")

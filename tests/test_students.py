@@ -103,7 +103,9 @@ def test_layers_of_alternating_kinds_keep_their_kind(tmp_path: Path):
 
 @pytest.mark.parametrize("layers", [0, 7])
 def test_impossible_numbers_of_layers(deep_dir: Path, layers: int):
-    with pytest.raises(ConfigError, match=f"--student-layers {layers}: the model has 6 layers; expected 1 to 6"):
+    with pytest.raises(
+        ConfigError, match=f"--student-layers {layers}: the model has 6 layers. Give a number from 1 to 6"
+    ):
         load_student(str(deep_dir), layers=layers, vocab_size=400, seed=0)
 
 

@@ -299,14 +299,12 @@ def general_head(
         return _LossOfLogits.apply(logits, chunk.to(dtype=logits.dtype), (temperature, kd_weight, tail), torch.is_grad_enabled())
 
     losses, sums = [], []
-    for start in range(0, len(hidden), chunk_size):
+    # Once at least, though nothing counts: data-parallel training waits for a gradient of every parameter of the head.
+    for start in range(0, max(1, len(hidden)), chunk_size):
         here = slice(start, start + chunk_size)
         loss, terms = checkpoint(chunk_terms, hidden[here], targets[here], use_reentrant=False)
         losses.append(loss)
         sums.append(terms)
-    if not losses:
-        zero = hidden.sum() * 0.0
-        return HeadOutput(zero, *torch.zeros(4, device=hidden.device))
     total = torch.stack(sums).sum(dim=0)
     return HeadOutput(torch.stack(losses).sum() * scale, *total[1:].unbind())
 

@@ -93,7 +93,7 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
         values |= read_training_args(config.training_args)
     values |= {k: v for k, v in asdict(config).items() if k in known and v is not None}
     if config.device not in ("auto", "cpu"):
-        raise ConfigError(f"--device {config.device}: expected auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES")
+        raise ConfigError(f"--device {config.device}: expected auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES.")
     if config.eval_cache is not None:
         # The best checkpoint can only be kept if every evaluation has one.
         steps = values.setdefault("eval_steps", 100)

@@ -6,12 +6,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import check_model_path, first_line, load_tokenizer
+from pipeline.models import UNREADABLE, check_model_path, load_tokenizer, reason
 from pipeline.student.students import configuration
 from pipeline.tokenizers import check_same_tokenizer
 
@@ -59,7 +58,10 @@ def check_student(
         if _has_tokenizer(student):
             own = load_tokenizer(student, revision=revision, trust_remote_code=trust_remote_code)
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-    warnings = [] if own is None else check_same_tokenizer(teacher, own, vocab_size=vocab_size)
+    try:
+        warnings = [] if own is None else check_same_tokenizer(teacher, own, vocab_size=vocab_size)
+    except cf.MismatchError as error:
+        raise cf.MismatchError(f"{student}: {error}") from error
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{config_file or student}: predicts {rows:,} tokens, the cache {cache.path} has targets "
@@ -110,10 +112,9 @@ def _own_configuration(student: str, revision: str | None, trust_remote_code: bo
     check_model_path(student)
     try:
         return AutoConfig.from_pretrained(student, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except UNREADABLE as error:
         raise ModelError(
-            f"{student}: its configuration cannot be read: {first_line(error.__cause__ or error)}. "
-            "Check its config.json, or the name."
+            f"{student}: its configuration cannot be read: {reason(error)}. Check its config.json, or the name."
         ) from error
 
 

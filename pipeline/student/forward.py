@@ -31,12 +31,12 @@ class LossRecipe:
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_weight <= 1.0:
             raise ConfigError(
-                f"--kd-weight {self.kd_weight}: expected a number from 0 (labels only) to 1 (teacher only)"
+                f"--kd-weight {self.kd_weight}: expected a number from 0 (labels only) to 1 (teacher only)."
             )
         if self.temperature <= 0.0:
-            raise ConfigError(f"--temperature {self.temperature}: expected a positive number")
+            raise ConfigError(f"--temperature {self.temperature}: expected a positive number.")
         if self.tail not in TAIL_POLICIES:
-            raise ConfigError(f"--tail {self.tail}: expected one of {', '.join(TAIL_POLICIES)}")
+            raise ConfigError(f"--tail {self.tail}: expected one of {', '.join(TAIL_POLICIES)}.")
 
 
 def distillation_output(head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0) -> HeadOutput:

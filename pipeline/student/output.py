@@ -54,12 +54,15 @@ def check_output(config: TrainStudentConfig, cache: cf.Cache) -> str | None:
                 "--overwrite."
             )
         return str(checkpoint)
+    if found and not config.overwrite and ours:
+        state = "a finished" if _is_finished(output) else "an unfinished"
+        continuing = "Replace it with" if _is_finished(output) else "Continue it with --resume, replace it with"
+        raise ConfigError(
+            f"{output}: found {state} run, nothing was changed. {continuing} --overwrite, or choose another directory."
+        )
     if found and not config.overwrite:
         raise ConfigError(
-            f"{output}: is not empty, nothing was changed. Continue that run with --resume, replace it with "
-            "--overwrite, or choose another directory."
-            if ours
-            else f"{output}: found {min(output.iterdir()).name!r}, expected an empty directory: nothing was changed. "
+            f"{output}: found {min(output.iterdir()).name!r}, expected an empty directory: nothing was changed. "
             "Choose another directory."
         )
     if found and not ours:

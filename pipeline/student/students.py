@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import first_line, load_model
+from pipeline.models import load_model, reason
+
+EITHER = "give either --student or --student-config, not both: one of them says where the student's weights come from."
 
 
 def load_student(
@@ -38,7 +40,7 @@ def load_student(
         ConfigError, ModelError: contradictory options; a model that cannot be loaded.
     """
     if (student is None) == (config_file is None):
-        raise ConfigError("give either --student or --student-config: where the student's weights come from")
+        raise ConfigError(EITHER)
     if config_file is not None:
         model = _from_config(config_file, vocab_size, seed)
     else:
@@ -56,7 +58,7 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     """A new model of the same architecture with `keep` of `model`'s layers and everything else of it."""
     total = model.config.num_hidden_layers
     if not 1 <= keep <= total:
-        raise ConfigError(f"--student-layers {keep}: the model has {total} layers; expected 1 to {total}")
+        raise ConfigError(f"--student-layers {keep}: the model has {total} layers. Give a number from 1 to {total}.")
     kept = kept_layers(total, keep)
     prefix = _layer_list(model, total)
 
@@ -128,6 +130,6 @@ def _from_config(config_file: str, vocab_size: int, seed: int) -> PreTrainedMode
 
 def _not_a_model(config_file: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{config_file}: no causal language model can be built: {first_line(error.__cause__ or error)}. "
+        f"{config_file}: no causal language model can be built: {reason(error)}. "
         "Correct the configuration, or take that of a model like it."
     )

@@ -20,7 +20,7 @@ from pipeline.student.checks import check_same_teacher_tokens, check_student, is
 from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.forward import LossRecipe, remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
-from pipeline.student.students import load_student
+from pipeline.student.students import EITHER, load_student
 from pipeline.student.trainer import DistillTrainer
 
 
@@ -62,7 +62,7 @@ def train_student(
             "be trained yet. Give the cache of a causal teacher."
         )
     if (config.student is None) == (config.student_config is None):
-        raise ConfigError("give either --student or --student-config: where the student's weights come from")
+        raise ConfigError(EITHER)
     tokenizer, warnings = check_student(
         [cache] if held_out is None else [cache, held_out],
         config.student,

@@ -38,7 +38,7 @@ from pipeline.teacher.packing import TokenCorpus, TokenRow, build_corpus
 from pipeline.teacher.targets import ChunkTargets, top_k_targets
 from pipeline.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
 
-CHUNK_POSITIONS = 128
+CHUNK_POSITIONS = 256
 SHARD_TOKENS = 2**18
 GROUPS_IN_FLIGHT = 2
 
@@ -157,7 +157,7 @@ def _metadata(
     device: torch.device,
 ) -> cf.CacheMetadata:
     if config.top_k > head.vocab_size:
-        raise ConfigError(f"--top-k {config.top_k}: the vocabulary has {head.vocab_size:,} tokens")
+        raise ConfigError(f"--top-k {config.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
     rows_per_record_batch = max(32, config.batch_size)
     per_shard = config.rows_per_shard or max(1, SHARD_TOKENS // config.data.window_length)
     if config.rows_per_shard is None:

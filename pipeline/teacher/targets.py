@@ -54,9 +54,11 @@ def top_k_targets(logits: Tensor, k: int, scratch: Tensor | None = None) -> Chun
     largest = values.amax(dim=1)
 
     probs = torch.softmax(logits, dim=1, out=None if scratch is None else scratch[:n])  # [n, V]
-    expected_logit = torch.linalg.vecdot(probs, logits)
     entries = probs.gather(1, ids)
-    residual = probs.scatter_(1, ids, 0.0).sum(dim=1)
+    outside = probs.scatter_(1, ids, 0.0)
+    residual = outside.sum(dim=1)
+    # In place: the product of a `vecdot` is a fresh [n, V] tensor, whose page faults cost more than all the rest.
+    expected_logit = outside.mul_(logits).sum(dim=1) + (entries * values).sum(dim=1)
     # softmax divides by a plain running sum; what it is off by shows in Σp, which is summed pairwise here.
     total = entries.sum(dim=1) + residual
     lse = largest - entries.amax(dim=1).log() + total.log()
@@ -76,7 +78,7 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values.topk(k, dim=1, sorted=False)
     blocked = values[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
     best = blocked.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [n, k]
-    candidates = blocked.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    candidates = blocked[torch.arange(n, device=values.device)[:, None], best].flatten(1)  # [n, k·BLOCK]
     candidate_ids = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
     if blocks * BLOCK < width:  # the ragged end is always looked at
         candidates = torch.cat([candidates, values[:, blocks * BLOCK :]], dim=1)

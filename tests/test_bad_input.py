@@ -1,0 +1,370 @@
+"""What a user can get wrong is one clear line on stderr, status 1, and nothing lost or overwritten.
+
+Whatever the case, everything in the user's directory is compared byte by byte before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from transformers import PreTrainedTokenizerFast
+
+from cli import main
+from runs import build_cache, train
+from tiny import tiny_llama, tiny_tokenizer, write_jsonl
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    teacher_dir: Path,
+    student_dir: Path,
+    text_file: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A user's directory: models, data, a cache of several shards, a trained student and an interrupted run."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(teacher_dir, folder / "teacher")
+    shutil.copytree(student_dir, folder / "student")
+    shutil.copy(text_file, folder / "text.txt")
+    write_jsonl(folder / "records.jsonl", [{"body": "Some text."}, {"body": "Some more."}])
+    tiny_llama(folder / "stranger", tiny_tokenizer(seed=1), hidden=16)
+    build_cache(folder / "cache", teacher_dir, text_file, rows_per_shard=8)
+    train(folder / "trained", folder / "cache", student=student_dir, max_steps=2)
+
+    def stop(step: int, total: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        options = {"max_steps": 3, "save_steps": 1, "on_step": stop}
+        train(folder / "stopped", folder / "cache", student=student_dir, **options)
+    return folder
+
+
+@pytest.fixture()
+def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = Path(shutil.copytree(prepared, tmp_path / "here"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def complain(here: Path, command: str, *expected: str, status: int = 1, new: tuple[str, ...] = ()) -> str:
+    """Runs a command that must fail; returns its one line.
+
+    Args:
+        expected: words of the line: the file or option, what is wrong with it, a next step.
+        new: files that the command may leave behind.
+    """
+    before = contents(here)
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == status, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    assert result.stdout == ""
+    *stages, line = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    if status == 1:
+        assert all(stage.endswith("…") or stage[0].isdigit() for stage in stages), result.stderr  # progress
+        assert line.endswith(".") or line.endswith("?")
+    for words in expected:
+        assert words in line
+    after = contents(here)
+    for name in new:
+        assert after.pop(name, None) is not None, f"{name} is not there"
+    assert after == before
+    return line
+
+
+CACHE_TEACHER = "cache-teacher --teacher teacher --data text.txt --output new --seq-len 48 --device cpu"
+TRAIN = "train-student --cache cache --student student --output new --max-steps 1 --device cpu"
+EVALUATE = "evaluate --cache cache --student student --device cpu"
+
+
+def instead(command: str, option: str, value: str) -> str:
+    words = command.split()
+    words[words.index(option) + 1] = value
+    return " ".join(words)
+
+
+# -- stage one: text and teacher --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("--data", "nowhere.txt", ("nowhere.txt", "no such file", "Check the path")),
+        ("--data", "empty.txt", ("empty.txt", "is empty", "Check how it was written")),
+        ("--data", "no-rows.jsonl", ("no-rows.jsonl", "no rows", "Check how it was written")),
+        ("--data", "broken.jsonl", ("broken.jsonl, line 2", "invalid JSON", "Correct or remove")),
+        ("--teacher", "./nowhere", ("./nowhere", "no such directory")),
+        ("--teacher", "nowhere.gguf", ("nowhere.gguf", "no such file")),
+        ("--teacher", "cache", ("cache", "no config.json", "expected a model directory", "Check the path")),
+        ("--teacher", "text.txt", ("text.txt", "expected a model directory")),
+        ("--teacher", "garbled", ("garbled", "cannot be")),
+        ("--teacher", "no-weights", ("no-weights", "cannot be loaded")),
+        ("--teacher", "unheard-of", ("unheard-of", "cannot be")),
+        ("--teacher", "noise.gguf", ("noise.gguf", "cannot be")),
+        ("--seq-len", "4096", ("--seq-len 4096", "at most 2048", "Use --seq-len 2048")),
+        ("--device", "cuda", ("--device cuda", "no CUDA device", "--device auto or cpu")),
+        ("--device", "abacus", ("--device abacus", "not a device", "Use auto")),
+    ],
+)
+def test_text_or_teacher_that_cannot_be_used(here: Path, option: str, value: str, expected: tuple[str, ...]):
+    (here / "empty.txt").write_text("")
+    (here / "no-rows.jsonl").write_text("\n")
+    (here / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "not\n')
+    shutil.copytree(here / "teacher", here / "garbled")
+    (here / "garbled/model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{not a header...")
+    shutil.copytree(here / "teacher", here / "no-weights")
+    (here / "no-weights/model.safetensors").unlink()
+    shutil.copytree(here / "teacher", here / "unheard-of")
+    (here / "unheard-of/config.json").write_text('{"model_type": "unheard-of"}')
+    (here / "noise.gguf").write_bytes(bytes(range(256)))
+    complain(here, instead(CACHE_TEACHER, option, value), *expected)
+
+
+def test_column_that_is_not_there(here: Path):
+    complain(here, f"{CACHE_TEACHER.replace('text.txt', 'records.jsonl')} --text-column words", "words", "body")
+
+
+def test_more_candidates_than_tokens(here: Path):
+    complain(here, f"{CACHE_TEACHER} --top-k 500", "--top-k 500", "vocabulary has 400")
+
+
+# -- where the output goes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, output, expected",
+    [
+        (CACHE_TEACHER, "student", ("student", "nothing was changed", "Choose another directory")),
+        (CACHE_TEACHER, "cache", ("cache", "finished cache", "nothing was changed", "--overwrite")),
+        (CACHE_TEACHER, "trained", ("trained", "nothing was changed", "Choose another directory")),
+        (CACHE_TEACHER, "text.txt", ("text.txt", "found a file, expected a directory")),
+        (CACHE_TEACHER, "text.txt/new", ("text.txt", "Not a directory", "Check the path")),
+        (TRAIN, "student", ("student", "nothing was changed", "Choose another directory")),
+        (TRAIN, "cache", ("cache", "nothing was changed", "Choose another directory")),
+        (TRAIN, "trained", ("trained", "a finished run, nothing was changed", "--overwrite")),
+        (TRAIN, "stopped", ("stopped", "an unfinished run, nothing was changed", "--resume", "--overwrite")),
+        (TRAIN, "text.txt", ("text.txt", "found a file, expected a directory", "Choose another")),
+        (TRAIN, "text.txt/new", ("text.txt", "Not a directory", "Check the path")),
+        (f"{TRAIN} --overwrite", "student", ("student", "not a student of ours", "Choose another directory")),
+        (f"{TRAIN} --overwrite", "cache", ("cache", "not a student of ours", "Choose another directory")),
+        (f"{CACHE_TEACHER} --overwrite", "student", ("student", "nothing was changed", "Choose another directory")),
+        (f"{TRAIN} --resume", "new", ("new", "no checkpoint", "Start without --resume")),
+        (f"{TRAIN} --resume", "student", ("student", "no run of ours")),
+        (f"{TRAIN} --max-steps 2 --resume", "trained", ("trained", "finished run", "--overwrite")),
+        (f"{TRAIN} --max-steps 3 --save-steps 1 --kd-weight 0.5 --resume", "stopped", ("kd_weight was 0.9, is 0.5",)),
+        (f"{TRAIN} --max-steps 9 --save-steps 1 --resume", "stopped", ("max_steps was 3, is 9", "another --output")),
+    ],
+)
+def test_output_that_is_taken(here: Path, command: str, output: str, expected: tuple[str, ...]):
+    complain(here, instead(command, "--output", output), *expected)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("command", [CACHE_TEACHER, TRAIN])
+def test_output_without_permission(here: Path, command: str):
+    (here / "locked").mkdir(mode=0o500)
+    complain(here, instead(command, "--output", "locked/new"), "locked/new", "Permission denied", "permissions")
+
+
+def test_resuming_with_other_training_arguments(here: Path):
+    (here / "arguments.json").write_text('{"max_grad_norm": 0.5}')
+    command = f"{instead(TRAIN, '--output', 'stopped')} --max-steps 3 --save-steps 1 --resume"
+    complain(here, f"{command} --training-args arguments.json", "training_args was {}, is {'max_grad_norm': 0.5}")
+
+
+def test_resuming_on_another_cache(here: Path, teacher_dir: Path):
+    shutil.rmtree(here / "cache")
+    build_cache(here / "cache", teacher_dir, here / "text.txt", top_k=8)
+    command = f"{instead(TRAIN, '--output', 'stopped')} --max-steps 3 --save-steps 1 --resume"
+    complain(here, command, "does not hold the targets", "another --output")
+
+
+def test_resuming_a_run_whose_record_is_damaged(here: Path):
+    (here / "stopped/distill_config.json").write_text("{")
+    complain(here, f"{instead(TRAIN, '--output', 'stopped')} --resume", "distill_config.json", "--overwrite")
+
+
+def test_run_that_has_no_checkpoint_yet_is_begun_again(here: Path):
+    for checkpoint in (here / "stopped").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    command = f"{instead(TRAIN, '--output', 'stopped')} --resume"
+    complain(here, command, "no checkpoint", "Start with --overwrite instead of --resume")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda path: (path / "model.safetensors").write_bytes(b"noise"), "cannot be loaded"),
+        (lambda path: (path / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda path: (path / "config.json").write_text("{}"), "cannot be"),
+    ],
+)
+def test_overwrite_deletes_nothing_before_the_new_student_is_there(here: Path, change: Callable, words: str):
+    change(here / "student")
+    complain(here, f"{instead(TRAIN, '--output', 'trained')} --overwrite", "student", words)
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def newer(file: Path) -> None:
+    text = file.read_text()
+    assert '"format_version": 1' in text
+    file.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+
+
+def unfinished(cache: Path) -> None:
+    (cache / "manifest.json").rename(cache / "manifest.partial.json")
+
+
+SHARD = "shards/shard-00001.arrow"
+DAMAGE = {
+    "truncated shard": (lambda cache: truncate(cache / SHARD), (SHARD, "bytes", "run cache-teacher again")),
+    "flipped bit": (lambda cache: flip(cache / SHARD, 2000), (SHARD, "checksum", "run cache-teacher again")),
+    "missing shard": (lambda cache: (cache / SHARD).unlink(), (SHARD, "cannot be read", "run cache-teacher again")),
+    "newer version": (lambda cache: newer(cache / "manifest.json"), ("manifest.json", "version 2", "Install")),
+    "flipped bit in the manifest": (lambda cache: flip(cache / "manifest.json", 900), ("manifest.json",)),
+    "unfinished": (unfinished, ("unfinished", "Run cache-teacher again")),
+    "missing": (shutil.rmtree, ("cache: no such directory", "Give")),
+}
+IN_A_SHARD = {"truncated shard", "flipped bit", "missing shard"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", [TRAIN, EVALUATE, "verify cache", "stats cache"])
+def test_damaged_cache(here: Path, command: str, damage: str):
+    change, expected = DAMAGE[damage]
+    change(here / "cache")
+    begun = ("new/distill_config.json",) if "train" in command and damage in IN_A_SHARD else ()
+    complain(here, command, *expected, new=begun)
+
+
+def test_damage_that_another_process_finds(here: Path):
+    truncate(here / "cache" / SHARD)
+    begun = ("new/distill_config.json",)
+    line = complain(here, f"{TRAIN} --max-steps 9 --num-workers 1", SHARD, "run cache-teacher again", new=begun)
+    assert line.startswith(f"Error: cache/{SHARD}: found")
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in IN_A_SHARD])
+def test_damaged_cache_cannot_be_inspected(here: Path, damage: str):
+    change, expected = DAMAGE[damage]
+    change(here / "cache")
+    complain(here, "inspect cache", *expected)
+
+
+def test_damaged_shard_is_inspected_around(here: Path):
+    truncate(here / "cache" / SHARD)
+    assert CliRunner().invoke(main, ["inspect", "cache", "--row", "0"]).exit_code == 0
+    complain(here, "inspect cache --row 9", SHARD, "run cache-teacher again")
+
+
+@pytest.mark.parametrize("command", [instead(TRAIN, "--cache", "student"), "verify student", "stats student"])
+def test_something_else_as_cache(here: Path, command: str):
+    complain(here, command, "student", "not a cache", "Give the one that cache-teacher wrote")
+
+
+def test_file_as_cache(here: Path):
+    complain(here, "verify text.txt", "text.txt", "found a file, expected a directory", "Give that directory")
+
+
+# -- the student ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [TRAIN, EVALUATE])
+@pytest.mark.parametrize(
+    "student, expected",
+    [
+        (
+            "stranger",
+            (
+                "stranger: the student's tokenizer is not the teacher's",
+                "ids differ",
+                "Choose a student of the teacher's family",
+            ),
+        ),
+        ("cache", ("cache", "no config.json", "expected a model directory", "Check the path")),
+        ("./nowhere", ("./nowhere", "no such directory")),
+        ("nowhere.gguf", ("nowhere.gguf", "no such file")),
+    ],
+)
+def test_student_that_cannot_be_used(here: Path, command: str, student: str, expected: tuple[str, ...]):
+    complain(here, instead(command, "--student", student), *expected)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--student-layers 3", ("--student-layers 3", "1 layers", "from 1 to 1")),
+        ("--student-config student/config.json", ("either --student or --student-config",)),
+        ("--kd-weight 1.5", ("--kd-weight 1.5", "from 0", "to 1")),
+        ("--temperature 0", ("--temperature 0", "positive")),
+        ("--device cuda:1", ("--device cuda:1", "CUDA_VISIBLE_DEVICES")),
+        ("--lr-scheduler cosinus", ("cosinus", "Correct the flags")),
+        ("--eval-cache cache --eval-steps 3 --save-steps 2", ("saving steps", "evaluation steps", "Correct the flags")),
+        ("--eval-cache student", ("student", "not a cache")),
+        ("--training-args nowhere.json", ("nowhere.json", "no such file", "Check --training-args")),
+        ("--training-args text.txt", ("text.txt", "not JSON", "Correct it")),
+        ("--training-args list.json", ("list.json", "found a list, expected an object", "Correct it")),
+        ("--training-args typo.json", ("typo.json", "warmup_step is not", "Did you mean warmup_steps?")),
+        ("--training-args reserved.json", ("reserved.json", "output_dir cannot be set here", "use --output")),
+        ("--training-args cache", ("cache", "Is a directory", "Check the path")),
+    ],
+)
+def test_options_that_do_not_go_together(here: Path, options: str, expected: tuple[str, ...]):
+    for name, value in (("list", []), ("typo", {"warmup_step": 3}), ("reserved", {"output_dir": "elsewhere"})):
+        (here / f"{name}.json").write_text(json.dumps(value))
+    complain(here, f"{TRAIN} {options}", *expected)
+
+
+def test_no_student_at_all(here: Path):
+    complain(here, TRAIN.replace(" --student student", ""), "either --student or --student-config")
+
+
+# -- wrong usage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("cache-teacher --teacher teacher", "--data"),
+        ("train-student", "--cache"),
+        (f"{TRAIN} --batch-size 0", "--batch-size"),
+        (f"{TRAIN} --epochs 0", "--epochs"),
+        (f"{TRAIN} --tail shave", "--tail"),
+        (f"{CACHE_TEACHER} --top-k 0", "--top-k"),
+        (f"{CACHE_TEACHER} --loss-on everything", "--loss-on"),
+        ("inspect cache --row 5000", "--row"),
+        ("inspect cache --row -5000", "--row"),
+        ("inspect cache --row first", "--row"),
+        ("evaluate --cache cache", "--student"),
+        ("verify", "CACHE"),
+        ("distil", "distil"),
+        ("stats cache --jsn", "--json"),
+    ],
+)
+def test_wrong_usage_is_status_2(here: Path, command: str, expected: str):
+    complain(here, command, expected, status=2)

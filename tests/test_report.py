@@ -1,0 +1,160 @@
+"""What a person sees and a script reads: the numbers against the cache, and text that is shown as it is."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console, RenderableType
+from transformers import PreTrainedTokenizerFast
+
+import cache_format as cf
+from cli import out
+from pipeline.report import bar, cache_stats, duration, evaluation_view, inspect_row, inspect_view, size, stats_view
+from runs import build_cache
+
+
+@pytest.fixture(scope="module")
+def cache(teacher_dir: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> cf.Cache:
+    return cf.open_cache(build_cache(tmp_path_factory.mktemp("report") / "cache", teacher_dir, chat_file))
+
+
+def shown(view: RenderableType, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(view)
+    return console.file.getvalue()
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
+
+
+def test_bars_grow_by_eighths():
+    assert bar(0.0, 4) == "    " and bar(1.0, 4) == "████" and bar(0.5, 4) == "██  "
+    assert bar(1 / 32, 4) == "▏   " and bar(0.53125, 4) == "██▏ "
+    assert bar(-1.0, 4) == bar(0.0, 4) and bar(7.0, 4) == bar(1.0, 4)
+    assert all(len(bar(share, 5)) == 5 for share in np.linspace(0, 1, 101))
+
+
+@pytest.mark.parametrize(
+    "count, expected",
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_440_000, "1.4 MB"), (2e9, "2.0 GB"), (3.21e12, "3.21 TB")],
+)
+def test_sizes(count: float, expected: str):
+    assert size(count) == expected
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [(0, "0:00"), (65, "1:05"), (59.7, "1:00"), (3725, "1:02:05"), (float("nan"), "—"), (float("inf"), "—")],
+)
+def test_durations(seconds: float, expected: str):
+    assert duration(seconds) == expected
+
+
+# -- a whole cache ----------------------------------------------------------------------------------------------------
+
+
+def test_stats_are_those_of_the_rows(cache: cf.Cache):
+    stats = cache_stats(cache)
+    rows = list(cache.iter_rows())
+    kept = [np.exp(row.targets.at(t)[1].astype(float)).sum() for row in rows for t in np.flatnonzero(row.loss_mask)]
+    entropy = np.concatenate([row.targets.entropy[row.loss_mask] for row in rows])
+    assert stats["rows"] == len(rows) and stats["tokens"] == sum(len(row.input_ids) for row in rows)
+    assert stats["counted_tokens"] == len(kept) == len(entropy)
+    assert stats["entries"] == sum(row.targets.num_entries for row in rows)
+    assert stats["kept_mass_mean"] == pytest.approx(np.mean(kept), abs=0.005)  # residual and entries are both rounded
+    assert stats["kept_mass_p5"] == pytest.approx(np.quantile(kept, 0.05), abs=0.01)
+    assert stats["entropy_mean_nats"] == pytest.approx(entropy.mean())
+    edges, counts = stats["entropy_histogram"]["edges_nats"], stats["entropy_histogram"]["counts"]
+    assert sum(counts) == len(entropy) and len(edges) == len(counts) + 1
+    assert counts[4] == ((entropy >= edges[4]) & (entropy < edges[5])).sum()
+
+    # Columns and framing are all there is in the files.
+    shards = Path(cache.path).glob("shards/*.arrow")
+    total = sum(shard.stat().st_size for shard in shards)
+    assert stats["bytes"] == total and stats["bytes_per_token"] == total / stats["tokens"]
+    columns = stats["column_bytes_per_token"]
+    assert 0.2 * stats["bytes_per_token"] < sum(columns.values()) < stats["bytes_per_token"]
+    assert max(columns, key=columns.__getitem__) in ("target_ids", "target_logprobs")
+
+
+def test_stats_for_people(cache: cf.Cache):
+    stats = cache_stats(cache)
+    text = shown(stats_view(stats))
+    for words in ("top-k, K = 16", f"{stats['rows']:,} in 1 shards", f"{stats['bytes_per_token']:.1f} bytes per token"):
+        assert words in text
+    assert all(name in text for name in stats["column_bytes_per_token"])
+    assert cache.path in text.replace("\n", "")
+
+
+# -- one row ----------------------------------------------------------------------------------------------------------
+
+
+def test_row_says_what_the_cache_says(cache: cf.Cache, tokenizer: PreTrainedTokenizerFast):
+    index = next(i for i, row in enumerate(cache.iter_rows()) if len(row.segment_lengths) > 1)
+    row = cache[index]
+    found = inspect_row(cache, index, lambda i: tokenizer.decode([i]), candidates=3, start=0, positions=1000)
+    assert found["row"] == index and found["tokens"] == len(found["positions"]) == len(row.input_ids)
+    assert found["counted_tokens"] == sum(p["counted"] for p in found["positions"]) == row.loss_mask.sum()
+    segments = np.repeat(np.arange(len(row.segment_lengths)), row.segment_lengths)
+    for t, position in enumerate(found["positions"]):
+        assert position["position"] == t and position["segment"] == segments[t]
+        assert position["token"] == tokenizer.decode([row.input_ids[t]])
+        ids, logprobs = row.targets.at(t)
+        if not row.loss_mask[t]:
+            assert position["next_id"] is None and position["candidates"] == []
+            continue
+        assert position["next_id"] == row.input_ids[t + 1]
+        best = sorted(zip(-logprobs, ids, strict=True))[:3]
+        assert [c["id"] for c in position["candidates"]] == [i for _, i in best]
+        assert [c["prob"] for c in position["candidates"]] == pytest.approx([np.exp(-negative) for negative, _ in best])
+        if position["next_id"] in ids:
+            assert position["next_prob"] == pytest.approx(np.exp(logprobs[ids == position["next_id"]][0]))
+            assert position["next_rank"] - 1 <= (logprobs >= np.log(position["next_prob"]) - 1e-6).sum()
+        else:
+            assert position["next_rank"] is position["next_prob"] is None
+        assert position["kept_mass"] == pytest.approx(1 - np.exp(row.targets.residual_logprob[t]), abs=1e-6)
+
+
+def test_part_of_a_row(cache: cf.Cache):
+    found = inspect_row(cache, 0, str, candidates=2, start=5, positions=4)
+    assert [p["position"] for p in found["positions"]] == [5, 6, 7, 8]
+    assert inspect_row(cache, 0, str, candidates=2, start=10_000, positions=4)["positions"] == []
+
+
+def test_row_for_people(cache: cf.Cache, tokenizer: PreTrainedTokenizerFast):
+    index = next(i for i, row in enumerate(cache.iter_rows()) if len(row.segment_lengths) > 1)
+    found = inspect_row(cache, index, lambda i: tokenizer.decode([i]), candidates=3, start=0, positions=1000)
+    text = shown(inspect_view(found))
+    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['counted_tokens']:,} of them counted")
+    assert text.count("── next document ──") == len(found["segment_lengths"]) - 1
+    assert text.count("◀") == 1 + found["counted_tokens"]  # the legend, and each true next token
+    outside = sum(p["counted"] and p["next_prob"] is None for p in found["positions"])
+    assert text.count("tail") == outside > 0
+    assert "\\n" in text  # control characters are spelt out
+
+
+def test_tokens_are_shown_as_they_are(cache: cf.Cache):
+    found = inspect_row(cache, 0, lambda i: "[red]:smile:\x1b[31m", candidates=1, start=0, positions=30)
+    text = shown(inspect_view(found))
+    assert "[red]:smile:" in text and "\x1b" not in text
+
+
+# -- students side by side --------------------------------------------------------------------------------------------
+
+
+def test_students_side_by_side():
+    values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234}
+    text = shown(evaluation_view("Held out: a[b]", {"students/[i]one[/i]": values, "two": {**values, "kl": 0.125}}))
+    assert "Held out: a[b]" in text and "students/[i]one[/i]" in text
+    for words in ("0.2500", "0.1250", "2.0000", "7.39", "50.0%", "1,234"):
+        assert words in text
+
+
+def test_the_command_line_prints_without_markup(capsys: pytest.CaptureFixture[str]):
+    values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234}
+    out.print(evaluation_view("Held out: [/x]", {"[bold]:cat:": values}))
+    printed = capsys.readouterr().out
+    assert "Held out: [/x]" in printed and "[bold]:cat:" in printed
