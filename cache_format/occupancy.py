@@ -37,10 +37,14 @@ def recorded_manifest(directory: Directory) -> str | None:
     return recorded
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises CacheError unless a cache can be begun, continued or repaired at `path`."""
+def check_writable(path: str | os.PathLike[str], *, replace: bool = False) -> None:
+    """Raises CacheError unless a cache can be begun, continued or repaired at `path`.
+
+    Args:
+        replace: a cache that is there will be removed before; it is left alone until then.
+    """
     directory = open_directory(path)
-    if recorded_manifest(directory) != MANIFEST:
+    if recorded_manifest(directory) != MANIFEST or replace:
         return
     manifest = Manifest.from_bytes(directory.read_bytes(MANIFEST), directory.path(MANIFEST))
     shards = {f"shards/{name}" for name in directory.names("shards")}

@@ -478,11 +478,24 @@ def test_a_finished_cache_is_refused_or_overwritten(
         patch.setattr(capture, "load_model", lambda *_, **__: pytest.fail("loaded"))
         cache_teacher(replace(config, top_k=8))
     assert contents(tmp_path / "cache") == before
+    for broken in ({"teacher": str(tmp_path / "no-model")}, {"data": DataConfig(data=str(tmp_path / "no.txt"))}):
+        with pytest.raises(cf.DistillError, match="no such"):
+            cache_teacher(replace(config, overwrite=True, **broken))
+        assert contents(tmp_path / "cache") == before  # deleted only once everything has been read
     cache_teacher(replace(config, top_k=8, overwrite=True))
     cache = cf.open_cache(tmp_path / "cache")
     assert cache.metadata.targets["k"] == 8
     check_cache(tmp_path / "cache", teacher_dir)
     assert not [name for name in contents(tmp_path / "cache") if name.startswith("manifest.partial")]
+
+
+def test_several_processes_are_refused(
+    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_windows_longer_than_the_teacher_can_read_are_refused(

@@ -23,6 +23,7 @@ RESERVED = {
     "average_tokens_across_devices": "always true: the loss is a mean over the tokens of all processes",
     "remove_unused_columns": "always false: the targets are columns",
     "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
+    "fp16": "use bf16: gradients divided by the tokens of a step underflow in float16",
     "label_names": "the labels are in the cache",
     "label_smoothing_factor": "the loss is that of --kd-weight, --temperature and --tail",
     "use_liger_kernel": "head and loss are fused already",

@@ -17,6 +17,7 @@ reads of V floats; the [B, T, V] logits, and their memory, are saved. `benchmark
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -109,10 +110,13 @@ def cache_teacher(
         DataError, ModelError, ConfigError: the text, the teacher or the options cannot be used.
         CacheError: `output` holds something else; MismatchError: it holds an unfinished run with other settings.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "cache-teacher runs in one process, found WORLD_SIZE "
+            f"{os.environ['WORLD_SIZE']}: several would write the same shards. Start it without torchrun."
+        )
     # An occupied output is found out before minutes go into loading.
-    if config.overwrite:
-        cf.remove_cache(config.output)
-    cf.check_writable(config.output)
+    cf.check_writable(config.output, replace=config.overwrite)
     device = resolve_device(config.device)
 
     on_stage("reading and tokenising the text")
@@ -141,6 +145,8 @@ def cache_teacher(
     metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
 
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
+    if config.overwrite:
+        cf.remove_cache(config.output)  # only now that text and teacher have been read
     with cf.CacheWriter(
         config.output, metadata, tokenizer_files=tokenizer_files(tokenizer), resume=True
     ) as writer:
@@ -236,6 +242,7 @@ class _Capture:
         self.resumed_tokens = writer.complete_tokens
         self.rows_done, self.tokens_done = self.resumed_rows, self.resumed_tokens
         self.kept_sum, self.kept_count = 0.0, 0
+        self.kept_before_shard = 0.0, 0
         self.started = time.perf_counter()
         device, width = head.weight.device, head.vocab_size
         self.logits_buffer = torch.empty((CHUNK_POSITIONS, width), dtype=head.weight.dtype, device=device)
@@ -262,6 +269,7 @@ class _Capture:
 
     def _shard(self, start: int, background: ThreadPoolExecutor, pending: deque[Future[None]]) -> None:
         self.writer.annotate(batch_size=self.batch_size)
+        self.kept_before_shard = self.kept_sum, self.kept_count
         shard = start // self.metadata.rows_per_shard
         for group in self.metadata.record_batch_rows(shard):
             batches = []
@@ -330,6 +338,7 @@ class _Capture:
         self.batch_size //= 2
         self.rows_done = self.writer.next_row
         self.tokens_done = self.writer.complete_tokens
+        self.kept_sum, self.kept_count = self.kept_before_shard
 
     def _report(self, indices: list[int]) -> None:
         self.rows_done += len(indices)
