@@ -234,6 +234,4 @@ def _check_lengths(row: CacheRow) -> None:
         if length != num_tokens:
             raise ValueError(f"row {row.row}: {name} has {length} positions, expected {num_tokens}")
     if len(targets.logprobs) != len(targets.ids):
-        raise ValueError(
-            f"row {row.row}: {len(targets.logprobs)} logprobs for {len(targets.ids)} ids"
-        )
+        raise ValueError(f"row {row.row}: {len(targets.logprobs)} logprobs for {len(targets.ids)} ids")

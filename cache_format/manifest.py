@@ -84,9 +84,7 @@ class Sidecar:
 
         def build(raw: dict[str, Any]) -> Sidecar:
             known = _known(cls, raw)
-            batches = tuple(
-                RecordBatchInfo(**_known(RecordBatchInfo, b)) for b in raw["record_batches"]
-            )
+            batches = tuple(RecordBatchInfo(**_known(RecordBatchInfo, b)) for b in raw["record_batches"])
             known |= {
                 "header": ByteRange(**_known(ByteRange, raw["header"])),
                 "footer": ByteRange(**_known(ByteRange, raw["footer"])),
@@ -161,10 +159,7 @@ class Manifest:
                     raise ValueError(f"shard {shard.name!r}, expected {shard_name(index)!r}")
                 if shard.rows != len(metadata.shard_rows(index)):
                     raise ValueError(f"{shard.name}: {shard.rows} rows do not fit its place")
-            tokenizer_files = {
-                check_plain_name(name): str(digest)
-                for name, digest in raw["tokenizer_files"].items()
-            }
+            tokenizer_files = {check_plain_name(name): str(digest) for name, digest in raw["tokenizer_files"].items()}
             return cls(metadata, shards, tokenizer_files, raw)
 
         _check_version(data, where)
@@ -237,9 +232,7 @@ def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _parse(
-    data: bytes, build: Callable[[dict[str, Any]], T], where: str, error: type[CacheError]
-) -> T:
+def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error: type[CacheError]) -> T:
     try:
         raw = json.loads(data)
         if not isinstance(raw, dict):

@@ -31,8 +31,7 @@ def recorded_manifest(directory: Directory) -> str | None:
     found -= {folder for folder in FOLDERS if not directory.names(folder)}
     if found and not recorded:
         raise CacheError(
-            f"{where}: found {sorted(found)[0]!r} but no manifest: nothing was changed. "
-            "Choose another directory."
+            f"{where}: found {sorted(found)[0]!r} but no manifest: nothing was changed. Choose another directory."
         )
     return recorded
 

@@ -51,9 +51,7 @@ def open_cache(path: str | os.PathLike[str], *, cached_record_batches: int = 8) 
 class Cache(Sequence[CacheRow]):
     """The rows of a cache, as a sequence. Safe to pickle, to fork and to share between threads."""
 
-    def __init__(
-        self, directory: Directory, manifest: Manifest, cached_record_batches: int
-    ) -> None:
+    def __init__(self, directory: Directory, manifest: Manifest, cached_record_batches: int) -> None:
         self.manifest = manifest
         self._directory = directory
         self._cached_record_batches = cached_record_batches
@@ -173,13 +171,10 @@ def _no_manifest(directory: Directory) -> FormatError:
         )
     if not names and not directory.exists():
         return FormatError(f"{where}: no such directory. Give the one that cache-teacher wrote.")
-    return FormatError(
-        f"{where}: found no manifest.json: not a cache. Give the one that cache-teacher wrote."
-    )
+    return FormatError(f"{where}: found no manifest.json: not a cache. Give the one that cache-teacher wrote.")
 
 
 def _tokenizer_damaged(where: str, problem: str) -> FormatError:
     return FormatError(
-        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or "
-        "make the cache again."
+        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
     )

@@ -147,14 +147,12 @@ class ShardReader:
 
     def _missing(self, where: str, error: OSError) -> CorruptShardError:
         return CorruptShardError(
-            f"{where}: cannot be read ({_line(error)}), expected by the manifest. "
-            f"{_repair(self._name)}"
+            f"{where}: cannot be read ({_line(error)}), expected by the manifest. {_repair(self._name)}"
         )
 
     def _false(self, part: str, problem: str) -> CorruptShardError:
         return CorruptShardError(
-            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. "
-            f"{_repair(self._name)}"
+            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. {_repair(self._name)}"
         )
 
 

@@ -27,9 +27,7 @@ from cache_format.storage import Directory, write_bytes
 class ShardWriter:
     """Owns the file of the shard being written. End it with `finish` or `abandon`."""
 
-    def __init__(
-        self, directory: Directory, metadata: CacheMetadata, schema: pa.Schema, index: int
-    ) -> None:
+    def __init__(self, directory: Directory, metadata: CacheMetadata, schema: pa.Schema, index: int) -> None:
         self.index = index
         self._directory, self._metadata, self._schema = directory, metadata, schema
         self._creation: AbstractContextManager[str] = directory.create(shard_name(index))

@@ -19,9 +19,7 @@ class VerifySummary:
     shards: int
 
 
-def verify_cache(
-    path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
-) -> VerifySummary:
+def verify_cache(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> VerifySummary:
     """Read and check everything that the manifest names.
 
     Args:

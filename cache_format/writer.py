@@ -264,9 +264,7 @@ def _differences(prefix: str, recorded: Any, given: Any) -> list[str]:
         return [
             difference
             for key in sorted(set(recorded) | set(given))
-            for difference in _differences(
-                f"{prefix}.{key}" if prefix else key, recorded.get(key), given.get(key)
-            )
+            for difference in _differences(f"{prefix}.{key}" if prefix else key, recorded.get(key), given.get(key))
         ]
     if recorded == given:
         return []

@@ -57,8 +57,8 @@ class Head:
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: what the head is applied to.
 
-        Packed documents are kept apart by position ids that restart at 0, from which transformers builds a block-diagonal
-        mask; that holds only without an attention mask and without a key-value cache.
+        Packed documents are kept apart by position ids that restart at 0, from which transformers builds a
+        block-diagonal mask; that holds only without an attention mask and without a key-value cache.
         """
         decoder = _decoder(self.model)
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
@@ -74,7 +74,9 @@ class Head:
         if out is not None:
             out = torch.mm(hidden.to(weight.dtype), weight.T, out=out[: len(hidden)])
             return out if self.bias is None else out.add_(self.bias[: self.vocab_size])
-        return nn.functional.linear(hidden.to(weight.dtype), weight, self.bias if self.bias is None else self.bias[: self.vocab_size])
+        return nn.functional.linear(
+            hidden.to(weight.dtype), weight, self.bias if self.bias is None else self.bias[: self.vocab_size]
+        )
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """`logits` by the model's own forward, its decoder replaced by `hidden`."""
@@ -105,7 +107,7 @@ def open_head(model: PreTrainedModel, vocab_size: int) -> Head:
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     with evaluating(model), torch.no_grad():
-        # Twice, the second time with large logits: soft-capping leaves small ones, of a student just initialised, alone.
+        # Twice, the second time with large logits: soft-capping leaves the small ones of a new student alone.
         quiet = _logits_of_amplified_states(model, ids, positions, 1.0)[:, :vocab_size]
         if not quiet.isfinite().all():
             raise ModelError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from tiny import completions, conversations, english, tiny_llama, tiny_tokenizer, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

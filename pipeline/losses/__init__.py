@@ -1,7 +1,7 @@
 """Losses on sparse teacher targets: a plain reference and its fused twin.
 
-`sparse_kl` takes logits and is the definition; `fused_head_loss` takes hidden states and the head's weight, never builds
-the logits, and equals it within rounding. Both read a `TargetBatch`; see `tails` for the policies.
+`sparse_kl` takes logits and is the definition; `fused_head_loss` takes hidden states and the head's weight, never
+builds the logits, and equals it within rounding. Both read a `TargetBatch`; see `tails` for the policies.
 """
 
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head

@@ -296,7 +296,9 @@ def general_head(
     def chunk_terms(states: Tensor, chunk: TargetBatch) -> tuple[Tensor, Tensor]:
         logits = head(states)[:, :vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _LossOfLogits.apply(logits, chunk.to(dtype=logits.dtype), (temperature, kd_weight, tail), torch.is_grad_enabled())
+        return _LossOfLogits.apply(
+            logits, chunk.to(dtype=logits.dtype), (temperature, kd_weight, tail), torch.is_grad_enabled()
+        )
 
     losses, sums = [], []
     # Once at least, though nothing counts: data-parallel training waits for a gradient of every parameter of the head.

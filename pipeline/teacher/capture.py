@@ -3,15 +3,15 @@
     a group of rows (one record batch) ─▶ batches of similar length ─▶ decoder ─▶ hidden states [B, T, D]
         ─▶ head and top-K on a chunk of positions ─▶ copy to the host ─▶ one background thread: check, encode, write
 
-The main thread only computes. Copies off the device are asynchronous into pinned memory, and the background thread waits
-for them; it quantises, compresses and writes while the next batch computes, at most two groups behind.
+The main thread only computes. Copies off the device are asynchronous into pinned memory, and the background thread
+waits for them; it quantises, compresses and writes while the next batch computes, at most two groups behind.
 
 What a shard holds depends on the corpus, the teacher, the batch size and the device, never on timing: batches are cut
 inside record batches, record batches inside shards. A batch size that did not fit the memory is halved, the shard begun
 anew, and the size recorded in its sidecar.
 
-Cost beside the bare forward pass, per position: the head's product is the same; softmax, top-K and entropy are some five
-reads of V floats; the [B, T, V] logits, and their memory, are saved. `benchmarks/capture.py` measures it.
+Cost beside the bare forward pass, per position: the head's product is the same; softmax, top-K and entropy are some
+five reads of V floats; the [B, T, V] logits, and their memory, are saved. `benchmarks/capture.py` measures it.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def cache_teacher(
     device = resolve_device(config.device)
 
     on_stage("reading and tokenising the text")
-    tokenizer = load_tokenizer(
-        config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     corpus = build_corpus(config.data, tokenizer)
 
     on_stage(f"loading the teacher on {device}")
@@ -147,9 +145,7 @@ def cache_teacher(
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
     if config.overwrite:
         cf.remove_cache(config.output)  # only now that text and teacher have been read
-    with cf.CacheWriter(
-        config.output, metadata, tokenizer_files=tokenizer_files(tokenizer), resume=True
-    ) as writer:
+    with cf.CacheWriter(config.output, metadata, tokenizer_files=tokenizer_files(tokenizer), resume=True) as writer:
         capture = _Capture(config, corpus, head, metadata, writer, on_progress)
         capture.run()
     return capture.summary()
@@ -303,9 +299,7 @@ class _Capture:
         hidden = self.head.hidden_states(input_ids.to(device), position_ids.to(device))
         hidden = hidden[mask.to(device)]  # [n, D]
         chunks = [
-            top_k_targets(
-                self.head.logits(states, out=self.logits_buffer), self.config.top_k, self.scratch
-            )
+            top_k_targets(self.head.logits(states, out=self.logits_buffer), self.config.top_k, self.scratch)
             for states in hidden.split(CHUNK_POSITIONS)
         ]
         targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
@@ -326,9 +320,7 @@ class _Capture:
             batch.source = None
             rows += _cache_rows(batch)
         self.writer.write(sorted(rows, key=lambda row: row.row))
-        counted = np.concatenate(
-            [row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64
-        )
+        counted = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64)
         self.kept_sum += len(counted) - np.exp(counted).sum()
         self.kept_count += len(counted)
 

@@ -3,9 +3,9 @@
 Everything here runs on the teacher's device on [n, V] logits of a chunk of positions; [B, T, V] never exists. Four
 passes over the logits: block maxima, softmax, Σp·z, Σ of what is left once the entries are taken out.
 
-**Top-K without looking at everything twice.** The K largest of V values lie in the K blocks with the largest maxima. So:
-maxima of V/b blocks, the K best blocks, and a selection among their K·b values. With b = 32 and K = 64 the selection sees
-3,600 values instead of 49,152; exact, ties included in the sense that some valid top-K is returned, and a function of
+**Top-K without looking at everything twice.** The K largest of V values lie in the K blocks with the largest maxima.
+So: maxima of V/b blocks, the K best blocks, and a selection among their K·b values. With b = 32 and K = 64 the
+selection sees 3,600 values instead of 49,152; exact, ties included in the sense that some valid top-K is returned, and a function of
 the row alone, whatever shares the chunk.
 """
 

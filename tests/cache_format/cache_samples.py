@@ -34,9 +34,7 @@ def sample_metadata(rows: int = 10, **changes: Any) -> cf.CacheMetadata:
     return cf.CacheMetadata(**{**settings, **changes})
 
 
-def sample_row(
-    row: int, *, vocab: int = VOCAB, tokens: int = 7, most: int = 9, alignment: str = "next"
-) -> cf.CacheRow:
+def sample_row(row: int, *, vocab: int = VOCAB, tokens: int = 7, most: int = 9, alignment: str = "next") -> cf.CacheRow:
     """A random valid row that depends on its number only."""
     rng = np.random.default_rng(row)
     cut = int(rng.integers(1, tokens)) if tokens > 1 else tokens
@@ -44,9 +42,7 @@ def sample_row(
     loss_mask = rng.random(tokens) < 0.8
     if alignment == "next":
         loss_mask[np.cumsum(segments) - 1] = False
-    counts = rng.integers(1, min(most, vocab) + 1, tokens) * (
-        loss_mask | (rng.random(tokens) < 0.5)
-    )
+    counts = rng.integers(1, min(most, vocab) + 1, tokens) * (loss_mask | (rng.random(tokens) < 0.5))
     exact = np.array([int(rng.integers(0, c + 1)) for c in counts])
     ids = [_entry_ids(rng, int(e), int(c), vocab) for e, c in zip(exact, counts, strict=True)]
     probs = [rng.dirichlet(np.ones(c + 1))[:c] for c in counts]
@@ -82,9 +78,7 @@ def write_sample(path: Path | str, rows: int = 10, **changes: Any) -> cf.CacheMe
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
-    }
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -128,9 +122,7 @@ def reseal(path: Path) -> None:
         ranges = [data["header"], *data["record_batches"], data["footer"]]
         starts, stops = [0, *cuts], [*cuts, len(shard)]
         for part, start, stop in zip(ranges, starts, stops, strict=True):
-            part.update(
-                start=start, stop=stop, sha256=hashlib.sha256(shard[start:stop]).hexdigest()
-            )
+            part.update(start=start, stop=stop, sha256=hashlib.sha256(shard[start:stop]).hexdigest())
         data["file_bytes"] = len(shard)
 
     edit_json(path / SIDECAR, seal_sidecar)

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 import cache_format as cf
 
-PROBABILITIES = st.one_of(
-    st.floats(0, 1), st.floats(-40, 0).map(lambda x: float(np.exp(x))), st.just(0.0)
-)
+PROBABILITIES = st.one_of(st.floats(0, 1), st.floats(-40, 0).map(lambda x: float(np.exp(x))), st.just(0.0))
 
 
 def logs(probabilities: list[float]) -> np.ndarray:
@@ -76,9 +74,7 @@ def test_a_probability_is_never_quantised_to_zero():
     assert book.decode(book.encode([-np.inf]))[0] == book.values[0] < np.log(1e-12)
 
 
-@pytest.mark.parametrize(
-    "book", [cf.sqrt_probability_codebook(), cf.residual_codebook(), cf.entropy_codebook(1000)]
-)
+@pytest.mark.parametrize("book", [cf.sqrt_probability_codebook(), cf.residual_codebook(), cf.entropy_codebook(1000)])
 def test_every_level_is_its_own_nearest_and_survives_json(book):
     np.testing.assert_array_equal(book.encode(book.values), np.arange(256))
     again = cf.Codebook.from_json(book.to_json())

@@ -54,9 +54,7 @@ def path(tmp_path_factory):
     return path
 
 
-@pytest.mark.skipif(
-    pa.__version__ != RECORDED_WITH, reason=f"the shard's bytes were recorded with {RECORDED_WITH}"
-)
+@pytest.mark.skipif(pa.__version__ != RECORDED_WITH, reason=f"the shard's bytes were recorded with {RECORDED_WITH}")
 def test_bytes(path):
     assert hashlib.sha256((path / SHARD).read_bytes()).hexdigest() == SHARD_SHA256
 
@@ -73,9 +71,7 @@ def test_decoded_values(path):
     residual = np.exp(targets.residual_logprob.astype(np.float64) / 2)
     np.testing.assert_allclose(residual, [82 / 233, 1, 74 / 233, 0], rtol=1e-6)
     # Entropy levels are log(100) * (i/255)^2: sqrt(1.5 / log 100) * 255 = 145.5, and 75.2 for .4.
-    np.testing.assert_allclose(
-        targets.entropy, np.log(100) * (np.array([146, 0, 75, 0]) / 255) ** 2, rtol=1e-5
-    )
+    np.testing.assert_allclose(targets.entropy, np.log(100) * (np.array([146, 0, 75, 0]) / 255) ** 2, rtol=1e-5)
     row = cf.open_cache(path)[0]
     assert list(row.input_ids) == [7, 99, 0, 42]
     assert list(row.label_ids) == [99, -100, 42, -100]
@@ -116,14 +112,11 @@ def test_files_and_keys(path):
         "manifest_sha256 rows_per_record_batch rows_per_shard shards targets teacher tokenizer "
         "tokenizer_files vocab_size"
     )
-    assert " ".join(sorted(manifest["shards"][0])) == (
-        "bytes counted_tokens entries name rows sidecar_sha256 tokens"
-    )
+    assert " ".join(sorted(manifest["shards"][0])) == ("bytes counted_tokens entries name rows sidecar_sha256 tokens")
     assert " ".join(sorted(manifest["codebooks"]["entropy"])) == "domain max_error name values"
     assert manifest["codebooks"]["residual_logprob"]["values"][0] == "-inf"
     assert " ".join(sorted(sidecar)) == (
-        "annotations counted_tokens entries file_bytes first_row footer header record_batches "
-        "rows tokens"
+        "annotations counted_tokens entries file_bytes first_row footer header record_batches rows tokens"
     )
     assert " ".join(sorted(sidecar["record_batches"][0])) == (
         "counted_tokens entries first_row rows sha256 start stop tokens"

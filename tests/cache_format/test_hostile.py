@@ -87,9 +87,7 @@ def test_every_bit_of_the_json_files_counts(path):
             flip(path / name, position)
             message = complaint(path)
             # The manifest has to be parsed before its checksum can be found; a sidecar has not.
-            assert (
-                "manifest.json" in message if name != SIDECAR else f"{SIDECAR}: checksum" in message
-            )
+            assert "manifest.json" in message if name != SIDECAR else f"{SIDECAR}: checksum" in message
             (path / name).write_bytes(good)
 
 
@@ -268,9 +266,7 @@ def wild_offsets(columns):
     offsets[1] = 2**31 - 1
     column = columns["input_ids"]
     buffers = [None, pa.py_buffer(offsets)]
-    columns["input_ids"] = pa.Array.from_buffers(
-        column.type, len(column), buffers, children=[column.values]
-    )
+    columns["input_ids"] = pa.Array.from_buffers(column.type, len(column), buffers, children=[column.values])
 
 
 def other_dictionary(columns):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cache_samples import sample_metadata, sample_row
 
 import cache_format as cf
+from cache_samples import sample_metadata, sample_row
 
 
 def write_cache(path: Path, rows: int = 10, stop_after: int | None = None) -> None:

@@ -65,9 +65,7 @@ def test_polars(path, expected):
 
 def test_datasets(path, expected, tmp_path):
     datasets = pytest.importorskip("datasets")
-    loaded = datasets.load_dataset(
-        "arrow", data_files=str(path / SHARD), split="train", cache_dir=str(tmp_path)
-    )
+    loaded = datasets.load_dataset("arrow", data_files=str(path / SHARD), split="train", cache_dir=str(tmp_path))
     np.testing.assert_array_equal(np.float32(loaded[1]["target_logprobs"]), expected.logprobs)
 
 
@@ -101,9 +99,7 @@ def test_verify_reports_its_progress(path):
     cache = cf.open_cache(path)
     assert (summary.rows, summary.shards, summary.tokens) == (10, 3, 70)
     assert summary.counted_tokens == cache.num_counted_tokens
-    assert summary.bytes == sum(
-        (path / shard.name).stat().st_size for shard in cache.manifest.shards
-    )
+    assert summary.bytes == sum((path / shard.name).stat().st_size for shard in cache.manifest.shards)
 
 
 def test_opening_reads_the_manifest_only(path, tmp_path):
@@ -120,9 +116,7 @@ def test_tokenizer_files_come_back_checked(path):
 def test_importing_stays_light():
     code = "import sys, cache_format; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     modules = set(run.stdout.split())
     assert "pyarrow" in modules
     assert not modules & {"torch", "transformers", "datasets", "pandas", "accelerate", "pipeline"}

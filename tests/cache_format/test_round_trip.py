@@ -24,9 +24,7 @@ def assert_same_row(found: cf.CacheRow, written: cf.CacheRow, metadata: cf.Cache
     if written.labels is not None:
         np.testing.assert_array_equal(found.labels, written.labels)
     for name in ("counts", "ids", "exact_counts"):
-        np.testing.assert_array_equal(
-            getattr(found.targets, name), getattr(written.targets, name), name
-        )
+        np.testing.assert_array_equal(getattr(found.targets, name), getattr(written.targets, name), name)
     books = metadata.codebooks
     for name, column in (("logprobs", "target_logprobs"), ("residual_logprob",) * 2):
         roots = [np.exp(getattr(row.targets, name) / 2) for row in (found, written)]
@@ -56,9 +54,7 @@ def test_rows_come_back(first_seed, lengths, shard, batch, vocab, most, alignmen
     )
     rows = []
     for index, tokens in enumerate(lengths):
-        made = sample_row(
-            first_seed + index, vocab=vocab, tokens=tokens, most=min(most, 20), alignment=alignment
-        )
+        made = sample_row(first_seed + index, vocab=vocab, tokens=tokens, most=min(most, 20), alignment=alignment)
         rows.append(cf.CacheRow(**{**vars(made), "row": index}))
     with tempfile.TemporaryDirectory() as path:
         with cf.CacheWriter(path, metadata) as writer:

@@ -137,9 +137,7 @@ def test_an_unfinished_cache_is_not_overwritten_unasked(tmp_path):
 
 def test_resuming_with_other_settings_lists_every_difference(tmp_path):
     write_until(tmp_path / "cache", sample_metadata(), 6)
-    other = sample_metadata(
-        teacher={"name": "other", "revision": None, "dtype": "float32"}, rows_per_shard=5
-    )
+    other = sample_metadata(teacher={"name": "other", "revision": None, "dtype": "float32"}, rows_per_shard=5)
     with pytest.raises(cf.MismatchError) as caught:
         cf.CacheWriter(tmp_path / "cache", other, resume=True)
     message = str(caught.value)
@@ -182,9 +180,7 @@ BAD_ROWS = {
     ),
     "negative id": (lambda r: replace(r, input_ids=with_first(r.input_ids, -1)), "outside"),
     "descending ids": (
-        lambda r: change_targets(
-            ids=r.targets.ids[::-1], exact_counts=np.zeros_like(r.targets.counts)
-        )(r),
+        lambda r: change_targets(ids=r.targets.ids[::-1], exact_counts=np.zeros_like(r.targets.counts))(r),
         "expected ascending ids",
     ),
     "more exact than all": (
@@ -204,9 +200,7 @@ BAD_ROWS = {
         "row 0, position 0: target_logprobs 0.1",
     ),
     "NaN residual": (
-        lambda r: change_targets(residual_logprob=with_first(r.targets.residual_logprob, np.nan))(
-            r
-        ),
+        lambda r: change_targets(residual_logprob=with_first(r.targets.residual_logprob, np.nan))(r),
         "residual_logprob nan",
     ),
     "negative entropy": (
@@ -226,9 +220,7 @@ BAD_ROWS = {
         "loss_mask set at the end of a segment",
     ),
     "counted without targets": (
-        lambda r: change_targets(
-            counts=np.zeros(7, int), exact_counts=np.zeros(7, int), ids=[], logprobs=[]
-        )(r),
+        lambda r: change_targets(counts=np.zeros(7, int), exact_counts=np.zeros(7, int), ids=[], logprobs=[])(r),
         "a counted position without targets",
     ),
     "labels": (lambda r: replace(r, labels=r.input_ids), "some rows have labels and some"),
