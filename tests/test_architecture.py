@@ -238,7 +238,12 @@ TOP_LEVEL = {
 
 # A file that is longer for a reason is listed here, with the reason.
 LINES_ALLOWED = 450
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "tests/test_corpus.py": "every format of text, and every way it can be wrong",
+    "tests/test_losses.py": "every policy against the dense truth, and every known failure",
+    "tests/test_fused.py": "the same for the fused head, its gradients and its memory",
+    "tests/test_capture.py": "a run and everything that can interrupt it",
+}
 
 
 def test_top_level_is_as_agreed(repository_files: list[Path]):

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from cli import main
@@ -215,6 +217,24 @@ def test_run_that_has_no_checkpoint_yet_is_begun_again(here: Path):
 def test_overwrite_deletes_nothing_before_the_new_student_is_there(here: Path, change: Callable, words: str):
     change(here / "student")
     complain(here, f"{instead(TRAIN, '--output', 'trained')} --overwrite", "student", words)
+
+
+def test_overwrite_deletes_nothing_before_the_new_teacher_is_there(here: Path):
+    (here / "teacher/model.safetensors").write_bytes(b"noise")
+    complain(here, f"{instead(CACHE_TEACHER, '--output', 'cache')} --overwrite", "teacher", "cannot be loaded")
+    complain(here, f"{CACHE_TEACHER} --output cache --overwrite --data nowhere.txt", "nowhere.txt", "no such file")
+
+
+@pytest.mark.parametrize("shape", [None, (3,)])
+def test_weights_that_are_missing_or_of_another_shape_are_not_made_up(here: Path, shape: tuple[int] | None):
+    name = "model.layers.0.mlp.up_proj.weight"
+    given = load_file(here / "student/model.safetensors")
+    del given[name]
+    if shape is not None:
+        given[name] = torch.ones(shape)
+    save_file(given, here / "student/model.safetensors", metadata={"format": "pt"})
+    for command in (TRAIN, EVALUATE, instead(CACHE_TEACHER, "--teacher", "student")):
+        complain(here, command, "student", "1 of its weights", name, "Check")
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

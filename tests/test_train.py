@@ -340,8 +340,10 @@ def test_run_killed_while_it_saved_a_checkpoint_goes_on_from_the_one_before(
     train(tmp_path / "whole", cache, **options)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", cache, on_step=Stop(5), **options)
-    half = tmp_path / "parts/checkpoint-5"
-    shutil.copytree(student_dir, half)  # weights are written first, the state last
+    for step, state in ((4, None), (5, '{"global_st')):  # weights are written first, the state last
+        checkpoint = Path(shutil.copytree(student_dir, tmp_path / f"parts/checkpoint-{step}"))
+        if state is not None:
+            (checkpoint / "trainer_state.json").write_text(state)
     train(tmp_path / "parts", cache, resume=True, **options)
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
 

@@ -33,7 +33,7 @@ ABSENT = -1e30
 """Logit of a class that is not there. Finite, so that no gradient is ever inf − inf; its exp is exactly zero."""
 
 UNDERFLOW_NATS = 69.0
-"""How far below the largest logit `StudentValues.rest` may fall: exp(-69) = 1e-30 can still be divided by in float32."""
+"""How far below the largest logit `StudentValues.rest` may fall: exp(-69) = 1e-30 is still a divisor in float32."""
 
 
 class StudentValues(NamedTuple):

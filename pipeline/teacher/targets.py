@@ -5,8 +5,8 @@ passes over the logits: block maxima, softmax, Σp·z, Σ of what is left once t
 
 **Top-K without looking at everything twice.** The K largest of V values lie in the K blocks with the largest maxima.
 So: maxima of V/b blocks, the K best blocks, and a selection among their K·b values. With b = 32 and K = 64 the
-selection sees 3,600 values instead of 49,152; exact, ties included in the sense that some valid top-K is returned, and a function of
-the row alone, whatever shares the chunk.
+selection sees 3,600 values instead of 49,152; exact, ties included in the sense that some valid top-K is returned,
+and a function of the row alone, whatever shares the chunk.
 """
 
 from __future__ import annotations
