@@ -15,19 +15,23 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from cache_format.errors import DistillError
-from pipeline.progress import Status
 
 # Paths and tokens are printed as they are: "[b]" in one is not markup.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
+
+LINE_EVERY_S = 30.0
 
 
 class _Commands(click.Group):
@@ -72,6 +76,58 @@ def main() -> None:
     A large teacher runs once over a text and leaves a cache of sparse soft targets; any number of students are trained
     from the cache, on machines that never see the teacher.
     """
+
+
+class Status:
+    """Stages and progress on stderr: a live bar in a terminal, now and then a line in a log."""
+
+    def __init__(self) -> None:
+        self.silent = int(os.environ.get("RANK", "0")) != 0  # under torchrun, the first process speaks
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.last_line = 0.0
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def stage(self, text: str) -> None:
+        self._stop()
+        if not self.silent:
+            err.print(Text(text, style="bold"), "…")
+
+    def warn(self, text: str) -> None:
+        if not self.silent:
+            err.print(Text("warning:", style="yellow"), text)
+
+    def line(self, text: str) -> None:
+        if not self.silent:
+            err.print(text)
+
+    def step(self, done: float, total: float, text: str = "") -> None:
+        """`text`: facts beside the bar."""
+        if self.silent:
+            return
+        if not err.is_terminal and text:
+            now = time.monotonic()
+            if now - self.last_line >= LINE_EVERY_S or done >= total:
+                self.last_line = now
+                err.print(f"{done:,.0f}/{total:,.0f} {text}")
+        if not err.is_terminal:
+            return
+        if self.progress is None:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+            self.progress = Progress(*columns, console=err, transient=False)
+            self.task = self.progress.add_task("", total=total)
+            self.progress.start()
+        self.progress.update(self.task, completed=done, total=total, description=text)
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
 
 
 def print_json(data: Any, file: str | None = None) -> None:
@@ -191,7 +247,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
             facts += f" · batch size {p.batch_size} (out of memory)"
         status.step(p.rows, p.total_rows, facts)
 
-    with Status(err) as status:
+    with Status() as status:
         try:
             summary = cache_teacher(config, on_stage=status.stage, on_progress=show)
         except KeyboardInterrupt:
@@ -306,7 +362,7 @@ def train_student_command(as_json: bool, **given: Any) -> None:
                 f"agreement {logs['eval_agreement']:.1%}"
             )
 
-    with Status(err) as status:
+    with Status() as status:
         try:
             summary = train_student(
                 config,
@@ -363,7 +419,7 @@ def evaluate(students: tuple[str, ...], json_file: str | None, **given: Any) -> 
     from pipeline.report import evaluation_view
 
     results = {}
-    with Status(err) as status:
+    with Status() as status:
         for student in students:
             result = run(
                 EvaluateConfig(student=student, **given),
@@ -426,7 +482,7 @@ def verify(cache: str, as_json: bool) -> None:
     import cache_format as cf
     from pipeline.report import size
 
-    with Status(err) as status:
+    with Status() as status:
         summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"))
     if as_json:
         return print_json({"ok": True, **asdict(summary)})
