@@ -39,9 +39,10 @@ class DistillTrainer(Trainer):
         install_distillation_forward(head.model, head, recipe)
         super().__init__(model=head.model, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
-        self._loss_sum = 0.0  # of this process, over all steps of this call of train
-        self._sums = torch.zeros(len(HeadOutput._fields))
-        self._tokens_seen, self._since = 0, time.perf_counter()
+        # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
+        self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
+        self._loss_sum = torch.zeros((), device=self.args.device)  # over all steps of this call of train
+        self._since = time.perf_counter()
 
     def compute_loss(
         self,
@@ -56,23 +57,20 @@ class DistillTrainer(Trainer):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         scale = processes / torch.as_tensor(counted, device=inputs["labels"].device).clamp(min=1)
         output: HeadOutput = model(scale=scale, **inputs)  # through the wrapper: DDP averages gradients there
-        sums = torch.stack([value.detach().float() for value in output]).cpu()
-        self._loss_sum += sums[0].item() / processes
-        self._sums += sums
-        self._tokens_seen += int(inputs["num_tokens"])
+        self._sums += torch.stack([*output, inputs["num_tokens"]]).detach()
+        self._loss_sum += output.loss.detach() / processes
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds KL, CE and agreement since the last log, over all processes, to the training logs."""
         if "loss" in logs:
-            sums = torch.cat([self._sums, torch.tensor([float(self._tokens_seen)])])
-            *_, kl, ce, agreement, count, tokens = self._reduce(sums)
+            _, kl, ce, agreement, count, tokens = self._reduce(self._sums)
             seconds = time.perf_counter() - self._since
             if count:
                 logs |= {"kl": kl / count, "ce": ce / count, "agreement": agreement / count}
             logs["tokens_per_s"] = tokens / seconds
             self._sums.zero_()
-            self._tokens_seen, self._since = 0, time.perf_counter()
+            self._since = time.perf_counter()
         if "train_loss" in logs and (mean := self.mean_loss()) is not None:
             logs["train_loss"] = mean  # Trainer's own leaves out what other processes did since the last log
         super().log(logs, start_time)
@@ -80,7 +78,7 @@ class DistillTrainer(Trainer):
     def mean_loss(self) -> float | None:
         """Over the optimizer steps of this call of train; None if it had none to do."""
         steps = self.state.global_step - self._initial_global_step
-        (total,) = self._reduce(torch.tensor([self._loss_sum]))
+        (total,) = self._reduce(self._loss_sum[None])
         return total / steps if steps else None
 
     def evaluate(
