@@ -255,6 +255,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
             _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
     if as_json:
         return print_json(asdict(summary))
+    kept = "see distill stats" if summary.kept_mass is None else f"{summary.kept_mass:.4f} (mean)"
     left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
     out.print(
         pairs(
@@ -263,7 +264,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
                 ("rows", f"{summary.rows:,}"),
                 ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
                 ("left out or cut", ", ".join(f"{LEFT_OUT[n]}: {c:,}" for n, c in left_out.items()) or "nothing"),
-                ("mass kept", f"{summary.kept_mass:.4f} (mean)"),
+                ("mass kept", kept),
                 ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
                 ("time", f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} tokens/s"),
             ],

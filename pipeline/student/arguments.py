@@ -41,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "seed": 0,
     "report_to": "none",
+    "logging_nan_inf_filter": False,  # would log an average in place of a loss that is not a number
+    "log_level_replica": "passive",  # else the other processes speak of what the first is silent about
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 

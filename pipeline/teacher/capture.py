@@ -87,7 +87,7 @@ class CaptureSummary:
     tokens: int
     counted_tokens: int
     bytes: int
-    kept_mass: float
+    kept_mass: float | None  # mean probability mass of the entries; None if part of the rows was found complete
     seconds: float
     tokens_per_s: float
     resumed_rows: int  # found complete from an earlier run
@@ -363,7 +363,7 @@ class _Capture:
             tokens=cache.num_tokens,
             counted_tokens=cache.num_counted_tokens,
             bytes=sum(shard.bytes for shard in cache.manifest.shards),
-            kept_mass=self._kept_mass(),
+            kept_mass=None if self.resumed_rows else self._kept_mass(),
             seconds=seconds,
             tokens_per_s=(cache.num_tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,
