@@ -69,7 +69,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="distill")
+@click.version_option(package_name="distill", prog_name="distill")
 def main() -> None:
     """Offline knowledge distillation of language models.
 
