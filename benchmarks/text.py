@@ -21,17 +21,17 @@ MODULES = (
 DOCUMENT_CHARACTERS = 1200  # some 300 tokens
 
 
-def prose() -> Iterator[str]:
-    """Documents of about `DOCUMENT_CHARACTERS`, cut at blank lines."""
+def prose(characters: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
+    """Documents of about so many characters, cut at blank lines."""
     for name in sorted(topics):
-        yield from _documents(topics[name])
+        yield from _documents(topics[name], characters)
 
 
 def code() -> Iterator[str]:
     """The same of Python sources."""
     library = Path(sysconfig.get_path("stdlib"))
     for name in MODULES:
-        yield from _documents((library / f"{name}.py").read_text(encoding="utf-8"))
+        yield from _documents((library / f"{name}.py").read_text(encoding="utf-8"), DOCUMENT_CHARACTERS)
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> np.ndarray:
@@ -49,11 +49,11 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rows:
     return np.resize(np.array(tokens, np.int64), (rows, length))  # repeats the text should it be too short
 
 
-def _documents(text: str) -> Iterator[str]:
+def _documents(text: str, characters: int) -> Iterator[str]:
     document = ""
     for paragraph in text.split("\n\n"):
         document += paragraph + "\n\n"
-        if len(document) >= DOCUMENT_CHARACTERS:
+        if len(document) >= characters:
             yield document
             document = ""
     if document.strip():
