@@ -3,6 +3,7 @@
     distill cache-teacher   text + teacher ─▶ cache          distill inspect   one row, token by token
     distill train-student   cache + student ─▶ checkpoint    distill stats     sizes and distributions
     distill evaluate        held-out cache + student         distill verify    every checksum, every rule
+    distill convert         cache ─▶ other encoding, fewer entries, other shards
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and status 1, wrong
 usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen inside the commands: `--help` takes no torch.
@@ -168,6 +169,13 @@ MODEL_OPTIONS = options(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a hub model. Off by default."),
 )
+ENCODING_OPTION = click.option(
+    "--encoding",
+    default="columns",
+    show_default=True,
+    type=click.Choice(["columns", "packed"]),
+    help="columns: any Arrow reader shows the targets. packed: two thirds of the bytes, read by distill.",
+)
 DEVICE_OPTIONS = options(
     click.option("--device", default="auto", show_default=True, help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1, mps."),
     click.option(
@@ -192,7 +200,28 @@ DEVICE_OPTIONS = options(
     "--data", required=True, help="File, glob or directory (.txt .jsonl .parquet .csv .arrow), or hub dataset."
 )
 @click.option("--output", required=True, help="Cache directory or fsspec URL; an unfinished run in it is continued.")
-@click.option("--top-k", default=64, show_default=True, type=click.IntRange(1, 65535), help="Entries per position.")
+@click.option(
+    "--targets",
+    "kind",
+    default="top-k",
+    show_default=True,
+    type=click.Choice(["top-k", "top-p", "threshold", "random"]),
+    help="What is kept of each distribution. threshold: exact head, sampled tail, unbiased.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    help="Most likely tokens, exact. Default: 64; of threshold 1, besides those above τ.",
+)
+@click.option("--top-p", type=float, help="Mass of the exact entries of top-p. Default: 0.95.")
+@click.option("--max-entries", type=int, help="At most so many for top-p. Default: 128.")
+@click.option(
+    "--tail-threshold", type=float, help="τ of threshold: others are kept with probability p/τ. Default: 0.05."
+)
+@click.option("--draws", type=int, help="Draws with replacement of random. Default: 50.")
+@click.option("--samples", type=int, help="Samples of the tail per position, for train-student --resample. Default: 1.")
+@click.option("--seed", type=int, help="Of the sample; it depends on row and position besides. Default: 0.")
+@click.option("--temperature", default=1.0, show_default=True, type=float, help="T of the teacher's softmax.")
 @click.option("--seq-len", default=1024, show_default=True, type=click.IntRange(2), help="Tokens per row, at most.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
 @DEVICE_OPTIONS
@@ -219,6 +248,7 @@ DEVICE_OPTIONS = options(
 @click.option("--num-proc", type=click.IntRange(1), help="Processes for tokenising.")
 @click.option("--all-positions", is_flag=True, help="Targets also where the loss mask is off (prompts).")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Default: some 262,144 tokens per shard.")
+@ENCODING_OPTION
 @click.option("--compression-level", default=9, show_default=True, type=click.IntRange(1, 22), help="zstd.")
 @click.option("--overwrite", is_flag=True, help="Delete the cache that is in --output first.")
 @MODEL_OPTIONS
@@ -233,14 +263,18 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     from pipeline.report import duration, pairs, size
     from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
     from pipeline.teacher.corpus import DataConfig
+    from pipeline.teacher.rules import TargetRule
 
-    of_data = {name: given.pop(name) for name in list(given) if name in DataConfig.__dataclass_fields__}
-    config = CacheTeacherConfig(data=DataConfig(window_length=seq_len, **of_data), **given)
+    def take(part: Any) -> dict[str, Any]:
+        return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
+
+    data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
+    config = CacheTeacherConfig(data=data, targets=rule, **given)
 
     def show(p: CaptureProgress) -> None:
         facts = f"rows · {p.tokens_per_s:,.0f} tokens/s · {duration(p.seconds_left)} left"
-        if p.kept_mass == p.kept_mass:  # not before the first record batch
-            facts += f" · mass kept {p.kept_mass:.3f}"
+        if p.exact_mass == p.exact_mass:  # not before the first record batch
+            facts += f" · exact mass {p.exact_mass:.3f}"
         if p.bytes_per_token == p.bytes_per_token:
             facts += f" · {p.bytes_per_token:.1f} bytes/token"
         if p.batch_size < config.batch_size:
@@ -255,7 +289,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
             _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
     if as_json:
         return print_json(asdict(summary))
-    kept = "see distill stats" if summary.kept_mass is None else f"{summary.kept_mass:.4f} (mean)"
+    kept = "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"
     left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
     out.print(
         pairs(
@@ -264,7 +298,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
                 ("rows", f"{summary.rows:,}"),
                 ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
                 ("left out or cut", ", ".join(f"{LEFT_OUT[n]}: {c:,}" for n, c in left_out.items()) or "nothing"),
-                ("mass kept", kept),
+                ("exact mass", kept),
                 ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
                 ("time", f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} tokens/s"),
             ],
@@ -297,14 +331,14 @@ LEFT_OUT = {
 @click.option("--output", required=True, help="Directory for checkpoints and the trained student.")
 @click.option("--eval-cache", help="Held-out cache: evaluated during training, the best checkpoint is kept.")
 @click.option("--kd-weight", default=0.9, show_default=True, type=float, help="α: 0 hard labels only, 1 teacher only.")
-@click.option("--temperature", default=1.0, show_default=True, type=float, help="T of the soft loss; scaled by T².")
+@click.option("--temperature", type=float, help="T of the soft loss, scaled by T². Default: that of the cache.")
 @click.option(
     "--tail",
-    default="bucket",
-    show_default=True,
-    type=click.Choice(["bucket", "renormalise", "label"]),
-    help="Mass outside the entries: one class, ignored, or given to the label.",
+    type=click.Choice(["sampled", "realized", "bucket", "renormalise", "label"]),
+    help="Mass outside the exact entries: by its sample, by the teacher's own text, one class, ignored, or given "
+    "to the label. Default: sampled if the cache has a sample, else bucket.",
 )
+@click.option("--resample", is_flag=True, help="Every epoch another of the cache's several samples.")
 @click.option(
     "--batch-size",
     "per_device_train_batch_size",
@@ -467,7 +501,7 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(cache: str, as_json: bool) -> None:
-    """Show sizes, bytes per token by column, kept mass and the teacher's entropy."""
+    """Show sizes, bytes per token by column, exact mass and the teacher's entropy."""
     import cache_format as cf
     from pipeline.report import cache_stats, stats_view
 
@@ -490,6 +524,56 @@ def verify(cache: str, as_json: bool) -> None:
     out.print(
         f"{cache}: intact. {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.entries:,} entries, "
         f"{size(summary.bytes)} in {summary.shards:,} shards: every checksum and every rule holds."
+    )
+
+
+@main.command(
+    epilog=_examples(
+        "distill convert caches/train caches/train-packed --encoding packed",
+        "distill convert caches/top-64 caches/top-16 --top-k 16",
+    )
+)
+@click.argument("cache")
+@click.argument("output")
+@click.option("--encoding", type=click.Choice(["columns", "packed"]), help="packed takes two thirds of the bytes.")
+@click.option(
+    "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 % of columns, ten times slower."
+)
+@click.option("--levels", type=click.IntRange(32, 256), help="Values that a log-probability may take.")
+@click.option("--top-k", type=click.IntRange(1), help="Keep the most likely entries; the others join the residual.")
+@click.option("--samples", type=click.IntRange(1), help="Keep the first so many samples of the tail.")
+@click.option("--rows-per-shard", type=click.IntRange(1), help="Rows of a file.")
+@click.option("--rows-per-record-batch", type=click.IntRange(1), help="Rows that are compressed together.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def convert(cache: str, output: str, as_json: bool, **changes: Any) -> None:
+    """Write a cache again in another form: encoding, codebook, shards, fewer entries.
+
+    What is not named stays as it is. Interrupted, the same command continues where it stopped.
+    """
+    import cache_format as cf
+    from pipeline.report import pairs, size
+
+    source = cf.open_cache(cache)
+    with Status() as status:
+        try:
+            for done in cf.convert_cache(cache, output, cf.Conversion(**changes)):
+                status.step(done, len(source), "rows")
+        except KeyboardInterrupt:
+            _stopped(f"complete shards are kept in {output}. Run the same command again to continue.")
+    sizes = {path: cf.open_cache(path).manifest.stored_bytes for path in (cache, output)}
+    if as_json:
+        return print_json({"rows": len(source), "tokens": source.num_tokens, "bytes": sizes})
+    before, after = sizes[cache], sizes[output]
+    out.print(
+        pairs(
+            f"Converted {output}",
+            [
+                ("rows", f"{len(source):,}"),
+                ("tokens", f"{source.num_tokens:,}"),
+                ("size", f"{size(after)}, {after / source.num_tokens:.1f} bytes per token"),
+                ("before", f"{size(before)}, {before / source.num_tokens:.1f} bytes per token"),
+            ],
+        )
     )
 
 

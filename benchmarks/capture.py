@@ -33,6 +33,7 @@ from pipeline.padding import pad_rows
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureSummary, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.packing import build_corpus
+from pipeline.teacher.rules import TargetRule
 
 TOP_K, BATCH_ROWS = 64, 8
 
@@ -95,7 +96,7 @@ def _rounds(
             teacher=str(settings.teacher),
             data=data,
             output=str(scratch / f"cache-{i}"),
-            top_k=TOP_K,
+            targets=TargetRule(top_k=TOP_K),
             batch_size=BATCH_ROWS,
         )
         for way in ("bare", "capture") if i % 2 else ("capture", "bare"):

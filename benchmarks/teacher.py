@@ -21,7 +21,8 @@ from benchmarks.measure import Settings
 from benchmarks.text import token_rows
 from pipeline.heads import open_head
 from pipeline.models import load_model, load_tokenizer, weights_fingerprint
-from pipeline.teacher.targets import top_k_targets
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import sparse_targets
 from pipeline.tokenizers import real_vocab_size
 
 TOP_K = 64
@@ -77,19 +78,21 @@ def _text_targets(directory: Path, rows: int, length: int) -> TextTargets:
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
     input_ids = token_rows(tokenizer, rows, length)
     positions = torch.arange(length)[None]
+    rule = TargetRule(top_k=TOP_K)
     # Buffers, because chunks that come and go between small results that stay would scatter the heap over gigabytes.
     logits, scratch, probs = torch.empty(3, CHUNK, head.vocab_size)
     parts: list[list[np.ndarray]] = []
     for row in torch.from_numpy(input_ids):
         for states in head.hidden_states(row[None], positions)[0].split(CHUNK):
             chunk = head.logits(states, out=logits)
-            exact = top_k_targets(chunk, TOP_K, scratch)
-            found = list(exact)
+            exact = sparse_targets(chunk, rule, scratch=scratch)
+            ids = exact.ids.long()
+            found = [ids, exact.logprobs, exact.residual_logprob, exact.entropy]
             for temperature in TEMPERATURES:
                 torch.div(chunk, temperature, out=scratch[: len(chunk)])
                 tempered = torch.softmax(scratch[: len(chunk)], dim=1, out=probs[: len(chunk)])
-                found.append(tempered.gather(1, exact.ids).log())
-                found.append(tempered.scatter_(1, exact.ids, 0.0).sum(dim=1).log())
+                found.append(tempered.gather(1, ids).log())
+                found.append(tempered.scatter_(1, ids, 0.0).sum(dim=1).log())
             parts.append([tensor.numpy() for tensor in found])
     ids, logprobs, residual, entropy, *tempered_parts = map(np.concatenate, zip(*parts, strict=True))
     return TextTargets(

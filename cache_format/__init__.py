@@ -18,6 +18,7 @@ from cache_format.codebook import (
     residual_codebook,
     sqrt_probability_codebook,
 )
+from cache_format.convert import Conversion, convert_cache
 from cache_format.errors import (
     CacheError,
     CorruptShardError,
@@ -26,14 +27,23 @@ from cache_format.errors import (
     MismatchError,
 )
 from cache_format.manifest import Manifest
-from cache_format.metadata import FORMAT_VERSION, CacheMetadata, default_codebooks
+from cache_format.metadata import (
+    CODEBOOK_COLUMNS,
+    EXACT_LEVELS,
+    FORMAT_VERSION,
+    CacheMetadata,
+    default_codebooks,
+)
 from cache_format.occupancy import check_writable, remove_cache
 from cache_format.reader import Cache, open_cache
+from cache_format.row_batch import RowBatch
 from cache_format.types import IGNORE_INDEX, CacheRow, SparseTargets
 from cache_format.verify import VerifySummary, verify_cache
 from cache_format.writer import CacheWriter
 
 __all__ = [
+    "CODEBOOK_COLUMNS",
+    "EXACT_LEVELS",
     "FORMAT_VERSION",
     "IGNORE_INDEX",
     "Cache",
@@ -42,14 +52,17 @@ __all__ = [
     "CacheRow",
     "CacheWriter",
     "Codebook",
+    "Conversion",
     "CorruptShardError",
     "DistillError",
     "FormatError",
     "Manifest",
     "MismatchError",
+    "RowBatch",
     "SparseTargets",
     "VerifySummary",
     "check_writable",
+    "convert_cache",
     "default_codebooks",
     "entropy_codebook",
     "open_cache",

@@ -15,6 +15,7 @@ log-probabilities. Written for knowledge distillation without the teacher.
 | teacher | {teacher}, {precision} |
 | data | {source} |
 | targets | {targets} |
+| encoding | {encoding} |
 | alignment | {alignment} |
 | vocabulary | {vocab_size:,} |
 | sequences | {rows:,} |
@@ -24,6 +25,14 @@ log-probabilities. Written for knowledge distillation without the teacher.
 
 ## Reading it
 
+{reading}
+Position t speaks of the prediction made *from* t: {about}.
+`residual_logprob` is the log of the mass that the exact entries leave out; `loss_mask` says which
+positions count. {sampled}Checksums and every rule: `SPEC.md` of the package `cache_format`.
+"""
+
+READING = {
+    "columns": """\
 `manifest.json` describes everything; `shards/` are Arrow IPC files, which any Arrow reader opens. A
 table row is a token sequence, and every column is a list. The entries of all its positions stand
 one after the other: position t owns the next `target_counts[t]` of them. With plain pyarrow:
@@ -32,15 +41,31 @@ one after the other: position t owns the next `target_counts[t]` of them. With p
 import numpy as np, pyarrow as pa
 
 batch = pa.ipc.open_file(pa.memory_map("shards/shard-00000.arrow")).get_batch(0)
-row = {{name: np.array(batch[name][0].as_py()) for name in batch.schema.names}}
+row = {name: np.array(batch[name][0].as_py()) for name in batch.schema.names}
 ends = row["target_counts"].cumsum()
 ids = np.split(row["target_ids"], ends[:-1])  # ids[t]: what the teacher expects at position t
 logprobs = np.split(row["target_logprobs"], ends[:-1])
 ```
+""",
+    "packed": """\
+`manifest.json` describes everything; `shards/` are Arrow IPC files with a table row per token
+sequence. Tokens, loss mask and document lengths are columns that any Arrow reader shows; the targets
+are entropy-coded and read by the package `cache_format` (or rewritten as columns by
+`distill convert CACHE NEW --encoding columns`):
 
-Position t speaks of the prediction made *from* t: {about}.
-`residual_logprob` is the log of the mass that the entries leave out; `loss_mask` says which
-positions count. Checksums and every rule: `SPEC.md` of the package `cache_format`.
+```python
+import cache_format as cf
+
+row = cf.open_cache(".")[0]
+ids, logprobs = row.targets.at(0)  # what the teacher expects at position 0
+```
+""",
+}
+
+SAMPLED = """\
+The first `exact_counts[t]` entries are exact; the others are a
+sample of the tail, whose `logprobs` are the logs of weights: over all entries Σ w f(i) is an unbiased
+estimate of Σ p f(i) over the vocabulary.
 """
 
 ABOUT = {
@@ -56,14 +81,17 @@ def card(manifest: Manifest) -> str:
         precision=metadata.teacher.get("dtype", "unknown precision"),
         source=metadata.corpus.get("source", "not recorded"),
         targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None),
+        encoding=metadata.encoding,
         alignment=metadata.alignment,
+        reading=READING[metadata.encoding],
+        sampled=SAMPLED if metadata.sampled else "",
         about=ABOUT[metadata.alignment],
         vocab_size=metadata.vocab_size,
         rows=manifest.num_rows,
         tokens=manifest.num_tokens,
         counted_tokens=manifest.num_counted_tokens,
         entries=manifest.num_entries,
-        bytes=manifest.shard_bytes,
+        bytes=manifest.stored_bytes,
         shards=len(manifest.shards),
-        bytes_per_token=manifest.shard_bytes / manifest.num_tokens,
+        bytes_per_token=manifest.stored_bytes / manifest.num_tokens,
     )

@@ -163,5 +163,6 @@ def _logprobs(levels: int, smallest: float | None, exact: Sequence[float]) -> ND
             ]
         )
     for probability in exact:
-        roots[np.abs(roots - math.sqrt(probability)).argmin()] = math.sqrt(probability)
+        if probability < 1:  # which is the last level, and stays
+            roots[np.abs(roots[:-1] - math.sqrt(probability)).argmin()] = math.sqrt(probability)
     return (2 * np.log(roots)).astype(np.float32)

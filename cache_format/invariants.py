@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.columns import RowBatch
 from cache_format.metadata import CacheMetadata
+from cache_format.row_batch import RowBatch
 
 
 def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
@@ -26,6 +26,9 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
         return f"row numbers {_span(batch.rows)}, expected {rows.start} to {rows.stop - 1} in order"
     if (batch.labels is None) != (metadata.alignment == "next"):
         return f"labels do not go with alignment {metadata.alignment}: stored only for same"
+    shape = None if batch.sample_counts is None else batch.sample_counts.shape[1:]
+    if shape != (None if metadata.num_samples == 1 else (metadata.num_samples,)):
+        return f"sample counts do not go with {metadata.num_samples} samples: stored only for several"
     tokens_per_row = np.diff(batch.token_offsets)
     if (bad := tokens_per_row < 1).any():
         return f"row {rows[int(bad.argmax())]}: no tokens, expected at least one"
@@ -74,6 +77,13 @@ def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | N
         return _report(batch, rows, bad, f"target count outside 0 to {most}")
     if (bad := _outside(batch.exact_counts, most + 1) | (batch.exact_counts > counts)).any():
         return _report(batch, rows, bad, "more exact entries than entries")
+    if batch.sample_counts is not None:
+        of_samples = batch.sample_counts.sum(axis=1, dtype=np.int64)
+        bad = np.any(batch.sample_counts < 0, axis=1)
+        if bad.any():
+            return _report(batch, rows, bad, "a negative sample count")
+        if (bad := of_samples != counts.astype(np.int64) - batch.exact_counts).any():
+            return _report(batch, rows, bad, "sample counts that do not add up to the sampled entries")
     if (bad := batch.loss_mask & (counts == 0)).any():
         return _report(batch, rows, bad, "a counted position without targets")
     return None
@@ -99,8 +109,12 @@ def _entries(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | Non
     np.less_equal(ids[1:], ids[:-1], out=descends[1:])
     begins = starts[:-1]
     descends[begins[begins < len(ids)]] = False
-    sampled = batch.exact_counts < batch.counts
-    descends[(begins + batch.exact_counts)[sampled]] = False
+    if batch.sample_counts is None:
+        first = begins + batch.exact_counts
+    else:
+        sizes = np.column_stack([batch.exact_counts, batch.sample_counts[:, :-1]]).astype(np.int64)
+        first = (begins[:, None] + sizes.cumsum(axis=1)).ravel()
+    descends[first[first < len(ids)]] = False
     if descends.any():
         index = int(descends.argmax())
         where = _of_entry(batch, rows, index)

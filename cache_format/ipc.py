@@ -49,8 +49,14 @@ def cut_points(path: str) -> list[int]:
 
 
 def buffers_per_column(schema: pa.Schema) -> dict[str, int]:
-    """Buffers of each column in a message: validity and values, for a list also offsets."""
-    return {field.name: 4 if pa.types.is_list(field.type) else 2 for field in schema}
+    """Buffers of each column in a message: validity and values; for a list also those of its offsets."""
+
+    def buffers(kind: pa.DataType) -> int:
+        if pa.types.is_list(kind):
+            return 4
+        return 3 if pa.types.is_binary(kind) else 2
+
+    return {field.name: buffers(field.type) for field in schema}
 
 
 def message_buffers(data: pa.Buffer | memoryview) -> Iterator[MessageBuffers]:

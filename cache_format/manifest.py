@@ -116,6 +116,14 @@ class ShardInfo:
     sidecar_sha256: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """A file beside the shards."""
+
+    sha256: str
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A finished cache: its metadata and its shards."""
@@ -124,6 +132,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     tokenizer_files: Mapping[str, str]  # name inside tokenizer/ -> sha256
     raw: Mapping[str, Any]  # the JSON as it stands, unknown keys included
+    lexicon: FileInfo | None = None  # lexicon.arrow; packed encoding only
 
     @property
     def num_rows(self) -> int:
@@ -145,6 +154,11 @@ class Manifest:
     def shard_bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the shards and of what they are decoded with."""
+        return self.shard_bytes + (0 if self.lexicon is None else self.lexicon.bytes)
+
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
         """Raises: FormatError."""
@@ -160,7 +174,9 @@ class Manifest:
                 if shard.rows != len(metadata.shard_rows(index)):
                     raise ValueError(f"{shard.name}: {shard.rows} rows do not fit its place")
             tokenizer_files = {check_plain_name(name): str(digest) for name, digest in raw["tokenizer_files"].items()}
-            return cls(metadata, shards, tokenizer_files, raw)
+            packed = metadata.encoding == "packed"
+            lexicon = FileInfo(**_known(FileInfo, raw["lexicon"])) if packed else None
+            return cls(metadata, shards, tokenizer_files, raw, lexicon)
 
         _check_version(data, where)
         _check_self(data, where)
@@ -171,6 +187,7 @@ def manifest_bytes(
     metadata: CacheMetadata,
     tokenizer_files: Mapping[str, str],
     shards: Sequence[ShardInfo] | None = None,
+    lexicon: FileInfo | None = None,
 ) -> bytes:
     """`manifest.json`, or, without shards, `manifest.partial.json`."""
     data: dict[str, Any] = {
@@ -182,6 +199,8 @@ def manifest_bytes(
     }
     if shards is not None:
         data["shards"] = [asdict(shard) for shard in shards]
+    if lexicon is not None:
+        data["lexicon"] = asdict(lexicon)
     zeroed = json_text(data).encode()
     return zeroed.replace(_self_member(ZEROS), _self_member(sha256(zeroed)))
 

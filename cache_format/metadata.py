@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
 REQUIRED_KEYS = {
     "teacher": ("name",),
-    "targets": ("kind", "k", "temperature"),
+    "targets": ("kind", "temperature"),
     "corpus": ("rows",),
     "compression": ("codec", "level"),
 }
@@ -35,11 +35,15 @@ REQUIRED_KEYS = {
 UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
 
 
+EXACT_LEVELS, POSITION_LEVELS = 128, 64
+
+
 def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
+    """As many values as pay: the quantisation of 50 exact entries costs .0008 nats of KL (docs/measurements.md)."""
     return {
-        "target_logprobs": sqrt_probability_codebook(),
-        "residual_logprob": residual_codebook(),
-        "entropy": entropy_codebook(vocab_size),
+        "target_logprobs": sqrt_probability_codebook(EXACT_LEVELS),
+        "residual_logprob": residual_codebook(POSITION_LEVELS),
+        "entropy": entropy_codebook(vocab_size, POSITION_LEVELS),
     }
 
 
@@ -51,12 +55,13 @@ class CacheMetadata:
     tokenizer: Mapping[str, str]  # fingerprint: component -> sha256 in hex
     vocab_size: int  # real vocabulary, padded rows of the embedding cut off
     alignment: Alignment
-    targets: Mapping[str, Any]  # kind, k, temperature, seed, tail_threshold, max_entries (if not k)
+    targets: Mapping[str, Any]  # kind, temperature, max_entries (or k); what else the kind has
     corpus: Mapping[str, Any]  # source, rows, tokens, window_length, token_stream_sha256
     capture: Mapping[str, Any] = field(default_factory=dict)  # device, threads, dtype
     libraries: Mapping[str, str] = field(default_factory=dict)  # name -> version
     rows_per_shard: int = 512
     rows_per_record_batch: int = 32
+    encoding: str = "columns"  # or packed
     compression: Mapping[str, Any] = field(default_factory=lambda: {"codec": "zstd", "level": 9})
     codebooks: Mapping[str, Codebook] = field(default_factory=dict)  # by column; empty: defaults
 
@@ -68,10 +73,16 @@ class CacheMetadata:
             raise ValueError(f"metadata.alignment is {self.alignment!r}, expected next or same")
         if not 2 <= self.vocab_size < 2**31:
             raise ValueError(f"metadata.vocab_size is {self.vocab_size}, expected 2 or more")
+        if "max_entries" not in self.targets and "k" not in self.targets:
+            raise ValueError("metadata.targets lacks max_entries")
+        if not 1 <= self.num_samples < 2**8:
+            raise ValueError(f"metadata.targets: {self.num_samples} samples, expected 1 to 255")
         if not 1 <= self.max_entries < 2**16:
             raise ValueError(f"metadata.targets: {self.max_entries} entries, expected 1 to 65535")
         if min(self.num_rows, self.rows_per_shard, self.rows_per_record_batch) < 1:
             raise ValueError("metadata: rows and rows_per_... must be at least 1")
+        if self.encoding not in ("columns", "packed"):
+            raise ValueError(f"metadata.encoding is {self.encoding!r}, expected columns or packed")
         if self.compression["codec"] != "zstd":
             raise ValueError(f"metadata.compression: codec {self.compression['codec']!r}, not zstd")
         if not self.codebooks:
@@ -86,7 +97,17 @@ class CacheMetadata:
     @property
     def max_entries(self) -> int:
         """The most entries that a position may have."""
-        return int(self.targets.get("max_entries", self.targets["k"]))
+        return int(self.targets["max_entries"] if "max_entries" in self.targets else self.targets["k"])
+
+    @property
+    def num_samples(self) -> int:
+        """Independent samples of the tail at each position; 1 also if nothing is sampled."""
+        return int(self.targets.get("samples") or 1)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether positions may have sampled entries besides exact ones."""
+        return self.targets.get("samples") is not None
 
     @property
     def id_type(self) -> UnsignedType:
@@ -121,6 +142,6 @@ class CacheMetadata:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheMetadata:
         """Raises: KeyError, TypeError, ValueError, AttributeError for data of another shape."""
-        known = {f.name: data[f.name] for f in fields(cls)}
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name != "encoding"}
         books = {name: Codebook.from_json(book) for name, book in known["codebooks"].items()}
         return cls(**{**known, "codebooks": books})

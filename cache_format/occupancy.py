@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 
 from cache_format.errors import CacheError
+from cache_format.lexicon import LEXICON
 from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, "README.md", *FOLDERS}
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, "README.md", *FOLDERS}
 
 
 def recorded_manifest(directory: Directory) -> str | None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, overload
 
-from cache_format.columns import RowBatch
 from cache_format.errors import FormatError
+from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -23,6 +23,7 @@ from cache_format.manifest import (
     sidecar_name,
 )
 from cache_format.metadata import CacheMetadata
+from cache_format.row_batch import RowBatch
 from cache_format.shard_reader import ShardReader
 from cache_format.storage import Directory, open_directory
 from cache_format.types import CacheRow
@@ -138,12 +139,25 @@ class Cache(Sequence[CacheRow]):
             try:
                 files[name] = self._directory.read_bytes(inside)
             except OSError as error:
-                raise _tokenizer_damaged(self._directory.path(inside), "no such file") from error
+                raise _damaged(self._directory.path(inside), "no such file") from error
             if (found := sha256(files[name])) != expected:
-                raise _tokenizer_damaged(
-                    self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…"
-                )
+                raise _damaged(self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…")
         return files
+
+    @cached_property
+    def _lexicon(self) -> Lexicon | None:
+        """What packed targets are decoded with, checked. Raises: FormatError."""
+        if self.manifest.lexicon is None:
+            return None
+        expected = self.manifest.lexicon.sha256
+        where = self._directory.path(LEXICON)
+        try:
+            data = self._directory.read_bytes(LEXICON)
+        except OSError as error:
+            raise _damaged(where, "no such file") from error
+        if (found := sha256(data)) != expected:
+            raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
+        return Lexicon.from_bytes(data, self.metadata.vocab_size, where)
 
     def _row(self, row: int) -> CacheRow:
         shard, inside = divmod(row, self.metadata.rows_per_shard)
@@ -151,7 +165,7 @@ class Cache(Sequence[CacheRow]):
         return self._record_batch(shard, batch).row(index)
 
     def _open_shard(self, shard: int) -> ShardReader:
-        return ShardReader(self._directory, self.manifest, shard)
+        return ShardReader(self._directory, self.manifest, shard, self._lexicon)
 
     def _read_record_batch(self, shard: int, index: int) -> RowBatch:
         return self._shard(shard).record_batch(index)
@@ -174,7 +188,7 @@ def _no_manifest(directory: Directory) -> FormatError:
     return FormatError(f"{where}: found no manifest.json: not a cache. Give the one that cache-teacher wrote.")
 
 
-def _tokenizer_damaged(where: str, problem: str) -> FormatError:
+def _damaged(where: str, problem: str) -> FormatError:
     return FormatError(
         f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
     )

@@ -6,7 +6,7 @@ import struct
 
 import pyarrow as pa
 
-from cache_format.columns import RowBatch, arrow_schema, decode
+from cache_format.columns import arrow_schema, decode
 from cache_format.errors import CorruptShardError
 from cache_format.invariants import find_violation
 from cache_format.ipc import (
@@ -16,15 +16,19 @@ from cache_format.ipc import (
     read_record_batch,
     read_schema,
 )
+from cache_format.lexicon import Lexicon
 from cache_format.manifest import (
     ByteRange,
     Manifest,
+    RecordBatchInfo,
     Sidecar,
     sha256,
     sidecar_name,
 )
+from cache_format.row_batch import RowBatch
 from cache_format.storage import Directory, ShardFile
 
+PACKED_OVERHEAD = 2**20  # bytes of packed targets that are not for entries: frequencies and final states
 OPTIONAL_PREFIX = "hidden_"  # columns that a version 1 shard may have behind the required ones
 
 
@@ -34,7 +38,8 @@ class ShardReader:
     Raises: CorruptShardError, from every method.
     """
 
-    def __init__(self, directory: Directory, manifest: Manifest, index: int) -> None:
+    def __init__(self, directory: Directory, manifest: Manifest, index: int, lexicon: Lexicon | None = None) -> None:
+        self._lexicon = lexicon
         self._metadata = manifest.metadata
         self._name = manifest.shards[index].name
         self._where = directory.path(self._name)
@@ -51,10 +56,10 @@ class ShardReader:
         info, part = self.sidecar.record_batches[index], f"record batch {index}"
         data = self._checked(info, part)
         try:
-            elements = max(info.rows, info.tokens, info.entries)
-            self._buffer_bytes(data, elements + 1)
+            self._buffer_bytes(data, self._elements(info))
             known = list(range(len(self._schema)))
-            batch = decode(read_record_batch(self._header, data, known), self._metadata.codebooks)
+            found = read_record_batch(self._header, data, known)
+            batch = decode(found, self._metadata, self._lexicon, info.entries)
         except (ValueError, pa.ArrowException, OSError, struct.error) as error:
             raise self._false(part, _line(error)) from error
         rows = self._batch_rows[index]
@@ -72,12 +77,16 @@ class ShardReader:
         for index, info in enumerate(self.sidecar.record_batches):
             data = self._checked(info, f"record batch {index}")
             try:
-                sizes = self._buffer_bytes(data, max(info.rows, info.tokens, info.entries) + 1)
+                sizes = self._buffer_bytes(data, self._elements(info))
             except (ValueError, struct.error) as error:
                 raise self._false(f"record batch {index}", _line(error)) from error
             for name, size in sizes.items():
                 total[name] += size
         return total
+
+    def _elements(self, info: RecordBatchInfo) -> int:
+        """The most that a list column, offsets included, can have."""
+        return max(info.rows, info.tokens * self._metadata.num_samples, info.entries) + 1
 
     def _buffer_bytes(self, data: pa.Buffer, elements: int) -> dict[str, int]:
         """Compressed bytes by column, after judging what the buffers announce to expand to."""
@@ -86,7 +95,8 @@ class ShardReader:
         sizes, first = {}, 0
         for name, count in buffers_per_column(self._schema).items():
             own = slice(first, first + count)
-            if max(message.uncompressed[own], default=most + 1) > most:
+            allowed = most + PACKED_OVERHEAD if name == "packed" else most
+            if max(message.uncompressed[own], default=allowed + 1) > allowed:
                 raise ValueError(f"column {name} expands to more bytes than its entries need")
             sizes[name] = sum(message.compressed[own])
             first += count

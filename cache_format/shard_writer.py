@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from cache_format.columns import RowBatch, encode
+from cache_format.columns import encode
 from cache_format.errors import CacheError
 from cache_format.ipc import cut_points
+from cache_format.lexicon import Lexicon
 from cache_format.manifest import (
     ByteRange,
     RecordBatchInfo,
@@ -21,14 +22,23 @@ from cache_format.manifest import (
     sidecar_name,
 )
 from cache_format.metadata import CacheMetadata
+from cache_format.row_batch import RowBatch
 from cache_format.storage import Directory, write_bytes
 
 
 class ShardWriter:
     """Owns the file of the shard being written. End it with `finish` or `abandon`."""
 
-    def __init__(self, directory: Directory, metadata: CacheMetadata, schema: pa.Schema, index: int) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        metadata: CacheMetadata,
+        schema: pa.Schema,
+        index: int,
+        lexicon: Lexicon | None,
+    ) -> None:
         self.index = index
+        self._lexicon = lexicon
         self._directory, self._metadata, self._schema = directory, metadata, schema
         self._creation: AbstractContextManager[str] = directory.create(shard_name(index))
         self._path = self._creation.__enter__()
@@ -48,7 +58,7 @@ class ShardWriter:
 
     def write(self, batch: RowBatch) -> None:
         """Append a record batch. Raises: ValueError, and then nothing was written."""
-        self._arrow.write_batch(encode(batch, self._schema, self._metadata.codebooks))
+        self._arrow.write_batch(encode(batch, self._schema, self._metadata, self._lexicon))
         self._counts.append(
             {
                 "first_row": int(batch.rows[0]),

@@ -32,6 +32,10 @@ class SparseTargets:
     The entries of all positions stand one after the other. Those of one position: the exact ones
     first, then the sampled tail, each group by ascending id. An exact entry's `logprobs` is the
     token's log-probability; a sampled entry's is the log of its weight.
+
+    With M > 1 samples of the tail they stand one after the other, each by ascending id, with weights
+    that make all of them together one estimate: a token may occur in several. `sample` gives one
+    alone, `merged` each token once.
     """
 
     counts: IntArray  # [T] entries at each position; 0 only where loss_mask is False
@@ -40,6 +44,12 @@ class SparseTargets:
     exact_counts: IntArray  # [T] how many of the entries are exact
     residual_logprob: FloatArray  # [T] log(1 - sum of the exact probabilities), -inf allowed
     entropy: FloatArray  # [T] nats, of the teacher's full distribution
+    sample_counts: IntArray | None = None  # [T, M] entries of each sample, where there are several
+
+    @property
+    def num_samples(self) -> int:
+        """M: independent estimates of the same tail; 1 also if nothing is sampled."""
+        return 1 if self.sample_counts is None else self.sample_counts.shape[1]
 
     @property
     def num_entries(self) -> int:
@@ -56,6 +66,51 @@ class SparseTargets:
         entries = slice(self.offsets[position], self.offsets[position + 1])
         return self.ids[entries], self.logprobs[entries]
 
+    def sample(self, index: int) -> SparseTargets:
+        """The exact entries and sample `index` (0 to M - 1) alone, an unbiased estimate by itself."""
+        index = range(self.num_samples)[index]
+        if self.sample_counts is None:
+            return self
+        chosen = self._group == 1 + index
+        exact = self._group == 0
+        kept = exact | chosen
+        logprobs = np.where(exact, self.logprobs, self.logprobs + np.float32(np.log(self.num_samples)))
+        return replace(
+            self,
+            counts=np.asarray(self.exact_counts, np.int64) + self.sample_counts[:, index],
+            ids=self.ids[kept],
+            logprobs=np.minimum(logprobs[kept], np.float32(0)),
+            sample_counts=None,
+        )
+
+    def merged(self) -> SparseTargets:
+        """All samples as one: each token once, with the sum of its weights."""
+        if self.sample_counts is None:
+            return self
+        sampled = self._group > 0
+        position = np.repeat(np.arange(len(self.counts)), self.counts)  # [E]
+        order = np.lexsort((self.ids, sampled, position))
+        position, ids, sampled = position[order], self.ids[order], sampled[order]
+        same = (position[1:] == position[:-1]) & (ids[1:] == ids[:-1]) & sampled[1:] & sampled[:-1]
+        starts = np.flatnonzero(np.concatenate([[True], ~same])) if len(ids) else np.zeros(0, np.int64)
+        logprobs = self.logprobs[order].astype(np.float64)
+        if len(ids):
+            logprobs = np.log(np.add.reduceat(np.exp(logprobs), starts))
+        return replace(
+            self,
+            counts=np.bincount(position[starts], minlength=len(self.counts)),
+            ids=ids[starts],
+            logprobs=np.minimum(logprobs, 0).astype(np.float32),
+            sample_counts=None,
+        )
+
+    @cached_property
+    def _group(self) -> NDArray[np.int64]:  # [E]
+        """0 for an exact entry, 1 + i for one of sample i."""
+        assert self.sample_counts is not None
+        groups = np.column_stack([np.asarray(self.exact_counts, np.int64), self.sample_counts])  # [T, 1 + M]
+        return np.repeat(np.tile(np.arange(groups.shape[1]), len(groups)), groups.ravel())
+
     def sorted_by_probability(self) -> SparseTargets:
         """The same targets with the exact entries of each position most likely first.
 
@@ -64,7 +119,7 @@ class SparseTargets:
         position = np.repeat(np.arange(len(self.counts)), self.counts)  # [E]
         rank = np.arange(self.num_entries) - self.offsets[position]
         sampled = rank >= np.asarray(self.exact_counts)[position]
-        key = np.where(sampled, 0.0, -self.logprobs)
+        key = np.where(sampled, rank, -self.logprobs)
         order = np.lexsort((self.ids, key, sampled, position))
         return replace(self, ids=self.ids[order], logprobs=self.logprobs[order])
 

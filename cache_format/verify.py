@@ -15,7 +15,7 @@ class VerifySummary:
     tokens: int
     counted_tokens: int
     entries: int
-    bytes: int  # of all shards
+    bytes: int  # of all shards, and of the lexicon
     shards: int
 
 
@@ -40,6 +40,6 @@ def verify_cache(path: str | os.PathLike[str], progress: Callable[[int, int], No
         tokens=manifest.num_tokens,
         counted_tokens=manifest.num_counted_tokens,
         entries=manifest.num_entries,
-        bytes=manifest.shard_bytes,
+        bytes=manifest.stored_bytes,
         shards=len(manifest.shards),
     )

@@ -14,14 +14,18 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from cache_format.card import card
-from cache_format.columns import arrow_schema, concatenate
+from cache_format.columns import arrow_schema
 from cache_format.errors import CacheError, CorruptShardError, MismatchError
 from cache_format.invariants import find_invalid_value, find_violation
+from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
     MANIFEST,
     PARTIAL_MANIFEST,
     TOKENIZER_DIR,
+    FileInfo,
     Manifest,
     ShardInfo,
     Sidecar,
@@ -34,6 +38,7 @@ from cache_format.manifest import (
 )
 from cache_format.metadata import CacheMetadata
 from cache_format.occupancy import recorded_manifest
+from cache_format.row_batch import RowBatch, concatenate
 from cache_format.shard_writer import ShardWriter
 from cache_format.storage import is_temporary, open_directory, write_bytes
 from cache_format.types import CacheRow
@@ -71,6 +76,9 @@ class CacheWriter:
         self._complete: dict[int, ShardInfo] = {}
         self._pending: list[CacheRow] = []  # rows of the next record batch
         self._shard: ShardWriter | None = None
+        self._waiting: list[RowBatch] = []  # record batches of the unfinished shard, not yet written
+        self._lexicon: Lexicon | None = None
+        self._lexicon_file: FileInfo | None = None
         self._annotations: dict[str, Any] = {}
         self._finished_bytes = self._finished_tokens = 0
 
@@ -124,13 +132,14 @@ class CacheWriter:
 
     def abandon_shard(self) -> None:
         """Drop the unfinished shard: `next_row` goes back to its first row."""
-        if self._shard or self._pending:
+        if self._shard or self._pending or self._waiting:
             last_row = self.next_row - 1
             self.next_row = last_row - last_row % self._metadata.rows_per_shard
         if self._shard:
             self._shard.abandon()
             self._shard = None
         self._pending.clear()
+        self._waiting.clear()
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -166,17 +175,38 @@ class CacheWriter:
         for find in (find_violation, find_invalid_value):
             if problem := find(batch, expected, metadata):
                 raise ValueError(problem)
-        if self._shard is None:
-            self._shard = ShardWriter(self._directory, metadata, self._schema, shard)
-        self._shard.write(batch)
+        self._waiting.append(batch)
         self._pending.clear()
+        if metadata.encoding == "packed" and self._lexicon is None:
+            if not last_of_shard:
+                return
+            self._learn_lexicon()
+        if self._shard is None:
+            self._shard = ShardWriter(self._directory, metadata, self._schema, shard, self._lexicon)
+        for each in self._waiting:
+            self._shard.write(each)
+        self._waiting.clear()
         if last_of_shard:
             self._finished_tokens += self._shard.tokens_written
-            sidecar, digest = self._shard.finish(self._annotations)
+            sidecar, digest = self._shard.finish(self._annotations | self._shard_facts())
             self._finished_bytes += sidecar.file_bytes
             self._shard = None
             self._complete[shard] = _shard_info(shard, sidecar, digest)
             self.next_row = self._first_missing(shard + 1)
+
+    def _shard_facts(self) -> dict[str, Any]:
+        return {} if self._lexicon_file is None else {"lexicon_sha256": self._lexicon_file.sha256}
+
+    def _learn_lexicon(self) -> None:
+        """From the first shard that is written, which is why it waits in memory until then."""
+        contexts = [np.repeat(batch.input_ids.astype(np.int64), batch.counts) for batch in self._waiting]
+        ids = [batch.ids.astype(np.int64) for batch in self._waiting]
+        weight = self._metadata.num_rows / sum(len(batch) for batch in self._waiting)
+        vocab_size = self._metadata.vocab_size
+        self._lexicon = Lexicon.learn(np.concatenate(contexts), np.concatenate(ids), vocab_size, weight)
+        data = self._lexicon.to_bytes()
+        self._lexicon_file = FileInfo(sha256=sha256(data), bytes=len(data))
+        write_bytes(self._directory, LEXICON, data)
 
     def _first_missing(self, shard: int) -> int:
         while shard in self._complete:
@@ -224,6 +254,10 @@ class CacheWriter:
             )
 
     def _find_complete_shards(self) -> None:
+        if self._metadata.encoding == "packed" and LEXICON in self._directory.names():
+            data = self._directory.read_bytes(LEXICON)
+            self._lexicon = Lexicon.from_bytes(data, self._metadata.vocab_size, self._directory.path(LEXICON))
+            self._lexicon_file = FileInfo(sha256=sha256(data), bytes=len(data))
         names = set(self._directory.names("shards"))
         for index in range(self._metadata.num_shards):
             shard, sidecar_file = shard_name(index), sidecar_name(index)
@@ -235,12 +269,14 @@ class CacheWriter:
             except CorruptShardError:
                 continue  # written again, like any shard without a sidecar
             rows_fit = sidecar.rows == len(self._metadata.shard_rows(index))
+            if any(sidecar.annotations.get(key) != value for key, value in self._shard_facts().items()):
+                continue  # of another lexicon, which is lost
             if rows_fit and sidecar.file_bytes == self._directory.open(shard).size:
                 self._complete[index] = _shard_info(index, sidecar, sha256(data))
 
     def _write_manifest(self) -> None:
         shards = [self._complete[index] for index in range(self._metadata.num_shards)]
-        data = manifest_bytes(self._metadata, self._tokenizer_files, shards)
+        data = manifest_bytes(self._metadata, self._tokenizer_files, shards, self._lexicon_file)
         manifest = Manifest.from_bytes(data, self._directory.path(MANIFEST))
         write_bytes(self._directory, "README.md", card(manifest).encode())
         write_bytes(self._directory, MANIFEST, data)

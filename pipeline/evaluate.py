@@ -1,7 +1,8 @@
 """How far a student is from its teacher, on a cache that it was not trained on.
 
-    kl          KL(teacher‖student) at temperature 1, nats per token, the rest of the vocabulary as one class: a lower
-                bound of the full divergence, tight where the cache keeps most of the mass
+    kl          KL(teacher‖student), nats per token. On sampled targets an unbiased estimate of the full divergence; on
+                exact ones with the rest of the vocabulary as one class: a lower bound, tight where they keep most of
+                the mass
     ce          cross-entropy with the true next token, nats; perplexity = exp(ce)
     agreement   how often the student's most likely token is the teacher's
 
@@ -95,7 +96,7 @@ def evaluate(
             yield {name: tensor.to(model.device) for name, tensor in batch.items()}
             on_progress(min(rows, (i + 1) * config.batch_size), rows)
 
-    recipe = LossRecipe(kd_weight=1.0)
+    recipe = LossRecipe.for_cache(cache, kd_weight=1.0)
     with evaluating(model):
         _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, recipe), batches())
     return Evaluation.from_sums(kl, ce, agreement, count)

@@ -6,7 +6,7 @@ what a script reads are the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,21 +63,26 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> RenderableType:
 def cache_stats(cache: cf.Cache) -> dict[str, Any]:
     """Sizes and distributions of a whole cache; reads every record batch once.
 
-    Kept mass: Σp of the entries; entropy: of the teacher's full distribution, nats. Both over counted positions.
+    Column entropy: of order zero, what an ideal coder takes that knows how often each value occurs but not what comes
+    before it. Exact mass: Σp of the exact entries; entropy: of the teacher's full distribution, nats. Both over counted
+    positions.
     """
     kept, entropies = [], []
-    for row in cache.iter_rows():
-        kept.append(-np.expm1(row.targets.residual_logprob[row.loss_mask].astype(np.float64)))
-        entropies.append(row.targets.entropy[row.loss_mask])
+    streams: dict[str, np.ndarray] = {}  # column -> how often each value occurs
+    for batch in cache.iter_record_batches():
+        for name, values in _streams(batch, cache.metadata).items():
+            streams[name] = _add(streams.get(name, np.zeros(0, np.int64)), np.bincount(values))
+        kept.append(-np.expm1(batch.residual_logprob[batch.loss_mask].astype(np.float64)))
+        entropies.append(batch.entropy[batch.loss_mask])
     mass, entropy = np.concatenate(kept), np.concatenate(entropies)
     columns = cache.column_bytes()
-    tokens, total = cache.num_tokens, sum(shard.bytes for shard in cache.manifest.shards)
+    tokens, total = cache.num_tokens, cache.manifest.stored_bytes
     edges = np.arange(0.0, np.ceil(max(entropy.max(initial=0.0), 1.0)) + 0.5, 0.5)
     counts, _ = np.histogram(entropy, edges)
     return {
         "path": cache.path,
         "teacher": cache.metadata.teacher["name"],
-        "targets": {k: cache.metadata.targets[k] for k in ("kind", "k", "temperature")},
+        "targets": dict(cache.metadata.targets),
         "rows": cache.num_rows,
         "tokens": tokens,
         "counted_tokens": cache.num_counted_tokens,
@@ -86,11 +91,55 @@ def cache_stats(cache: cf.Cache) -> dict[str, Any]:
         "bytes": total,
         "bytes_per_token": total / tokens,
         "column_bytes_per_token": {name: value / tokens for name, value in columns.items()},
-        "kept_mass_mean": float(mass.mean()) if len(mass) else None,
-        "kept_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) else None,
+        "column_entropy_bytes_per_token": {name: _bits(counts) / 8 / tokens for name, counts in streams.items()},
+        "exact_mass_mean": float(mass.mean()) if len(mass) else None,
+        "exact_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) else None,
         "entropy_mean_nats": float(entropy.mean()) if len(entropy) else None,
         "entropy_histogram": {"edges_nats": edges.tolist(), "counts": counts.tolist()},
     }
+
+
+def _streams(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.ndarray]:
+    """The symbols of each column, as non-negative integers."""
+    streams = {
+        "input_ids": batch.input_ids,
+        "loss_mask": batch.loss_mask.view(np.uint8),
+        "segment_lengths": batch.segment_lengths,
+        "target_counts": batch.counts,
+        "exact_counts": batch.exact_counts,
+        "target_ids": batch.ids,
+    }
+    for name in cf.CODEBOOK_COLUMNS:
+        values = {"target_logprobs": batch.logprobs}.get(name, getattr(batch, name, None))
+        streams[name] = np.searchsorted(metadata.codebooks[name].values, values)
+    if batch.sample_counts is not None:
+        streams["sample_counts"] = batch.sample_counts.ravel()
+    return streams
+
+
+def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    total = longer.copy()
+    total[: len(shorter)] += shorter
+    return total
+
+
+def _bits(counts: np.ndarray) -> float:
+    """Empirical entropy of order zero, of all symbols together."""
+    counts = counts[counts > 0]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+def describe_targets(targets: Mapping[str, Any]) -> str:
+    """`targets` of a manifest in a line: threshold, τ = 0.05, K = 1, seed 0."""
+    names = {"tail_threshold": "τ", "k": "K", "top_p": "P", "draws": "N", "samples": "M", "temperature": "T"}
+    usual = {"samples": 1, "temperature": 1.0, "k": 0}
+    parts = [
+        f"{symbol} = {targets[name]:g}"
+        for name, symbol in names.items()
+        if targets.get(name) is not None and targets[name] != usual.get(name)
+    ]
+    return ", ".join([targets["kind"], *parts])
 
 
 def stats_view(stats: dict[str, Any]) -> RenderableType:
@@ -100,20 +149,26 @@ def stats_view(stats: dict[str, Any]) -> RenderableType:
         stats["path"],
         [
             ("teacher", stats["teacher"]),
-            ("targets", f"{targets['kind']}, K = {targets['k']}"),
+            ("targets", describe_targets(targets)),
             ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
             ("tokens", f"{stats['tokens']:,}, of which {stats['counted_tokens']:,} count"),
-            ("entries", f"{stats['entries']:,}"),
+            ("entries", f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"),
             ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token"),
-            ("kept mass", f"mean {_number(stats['kept_mass_mean'])}, 5th percentile {_number(stats['kept_mass_p5'])}"),
+            (
+                "exact mass",
+                f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}",
+            ),
             ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
         ],
     )
-    columns = Table(title="bytes per token by column", title_justify="left", box=None, show_header=False)
+    columns = Table(box=None, header_style="dim")
+    for name in ("bytes per token", "on disk", "entropy", ""):
+        columns.add_column(name, justify="right" if name in ("on disk", "entropy") else "left")
     by_size = sorted(stats["column_bytes_per_token"].items(), key=lambda item: -item[1])
     largest = max((value for _, value in by_size), default=1.0) or 1.0
     for name, value in by_size:
-        columns.add_row(Text(name, style="dim"), f"{value:7.2f}", bar(value / largest, 24))
+        floor = stats["column_entropy_bytes_per_token"].get(name)
+        columns.add_row(name, f"{value:.2f}", "" if floor is None else f"{floor:.2f}", bar(value / largest, 24))
     histogram = Table(title="teacher entropy, nats", title_justify="left", box=None, show_header=False)
     edges, counts = stats["entropy_histogram"]["edges_nats"], stats["entropy_histogram"]["counts"]
     total = max(1, sum(counts))
@@ -133,7 +188,7 @@ def inspect_row(
         start, positions: from which position, and how many.
     """
     row = cache[row_index]
-    by_probability = row.targets.sorted_by_probability()
+    by_probability = row.targets.merged().sorted_by_probability()
     labels, shown = row.label_ids, []
     for t in range(start, min(start + positions, len(row.input_ids))):
         ids, logprobs = by_probability.at(t)
@@ -152,10 +207,15 @@ def inspect_row(
                 "next_rank": int(among[0]) + 1 if len(among) else None,
                 "next_prob": float(probs[among[0]]) if len(among) else None,
                 "entropy_nats": float(row.targets.entropy[t]),
-                "kept_mass": float(-np.expm1(float(row.targets.residual_logprob[t]))),
+                "exact_mass": float(-np.expm1(float(row.targets.residual_logprob[t]))),
                 "candidates": [
-                    {"id": int(i), "token": text(int(i)), "prob": float(p)}
-                    for i, p in zip(ids[:candidates], probs[:candidates], strict=True)
+                    {
+                        "id": int(i),
+                        "token": text(int(i)),
+                        "prob": float(p),
+                        "sampled": bool(k >= by_probability.exact_counts[t]),
+                    }
+                    for k, (i, p) in enumerate(zip(ids[:candidates], probs[:candidates], strict=True))
                 ],
             }
         )
@@ -169,7 +229,7 @@ def inspect_row(
 
 
 def inspect_view(row: dict[str, Any]) -> RenderableType:
-    """`inspect_row` for people: the true next token is marked ◀."""
+    """`inspect_row` for people: the true next token is marked ◀, weights of sampled entries ~."""
     table = Table(box=None, padding=(0, 1), header_style="bold", show_edge=False)
     table.add_column("t", justify="right", style="dim")
     table.add_column("token")
@@ -186,22 +246,30 @@ def inspect_view(row: dict[str, Any]) -> RenderableType:
             note = "not counted" if not position["counted"] else "no entries"
             table.add_row(str(position["position"]), token, Text(note, style="dim"))
             continue
-        lines = [(c["token"], c["prob"], c["id"] == position["next_id"]) for c in position["candidates"]]
+        lines = [
+            (c["token"], c["prob"], "~" if c["sampled"] else "", c["id"] == position["next_id"])
+            for c in position["candidates"]
+        ]
         if position["next_id"] is not None and not any(true for *_, true in lines):
-            lines.append((position["next"], position["next_prob"], True))
-        for i, (text, prob, true) in enumerate(lines):
+            lines.append((position["next"], position["next_prob"], "", True))
+        for i, (text, prob, about, true) in enumerate(lines):
             style = "green" if true else ""
             table.add_row(
                 str(position["position"]) if i == 0 else "",
                 token if i == 0 else "",
                 Text(repr(text)[1:-1] + (" ◀" if true else ""), style=style),
-                Text("tail" if prob is None else f"{prob:.3f}", style=style),
+                Text("tail" if prob is None else f"{about}{prob:.3f}", style=style),
                 Text("" if prob is None else bar(prob), style=style),
             )
     documents = len(row["segment_lengths"])
     head = (
         f"row {row['row']}: {row['tokens']:,} tokens, {row['counted_tokens']:,} of them counted, "
         f"{documents} document{'s' if documents != 1 else ''}.  ◀ the true next token"
+        + (
+            "  ~ weight of a sampled token"
+            if any(c["sampled"] for p in row["positions"] for c in p["candidates"])
+            else ""
+        )
     )
     return Group(Text(head), Text(), table)
 

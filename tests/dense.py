@@ -6,6 +6,7 @@ document goes through the teacher alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache_format as cf
-from pipeline.losses import IGNORE_INDEX, TargetBatch
+from pipeline.losses import IGNORE_INDEX, UNBIASED, TargetBatch
 
 
 def random_targets(
@@ -25,29 +26,40 @@ def random_targets(
     seed: int = 0,
     masked: float = 0.25,
     ragged: bool = True,
+    sampled: int = 3,
     quantised: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> TargetBatch:
-    """Top-K targets of random teachers. Half of the labels are among the entries.
+    """Top-K targets of random teachers, with sampled entries. Of four labels two are exact entries and one is sampled.
+
+    The weights of the sampled entries do not make the entries sum to one, and may exceed the largest probability.
 
     Args:
         ragged: positions keep 1 to k entries; the places left over hold id 0 and -inf.
+        sampled: up to so many tokens outside the exact entries.
         quantised: through the codebooks of a cache, so that entries and residual do not sum to one.
     """
     rng = np.random.default_rng(seed)
     probs = _softmax(3.0 * rng.standard_normal((positions, vocab)))
     counts = rng.integers(1, k + 1, positions) if ragged else np.full(positions, k)
-    ids = np.zeros((positions, k), np.int64)
-    logprobs = np.full((positions, k), -np.inf)
+    width = max(min(k + sampled, vocab), 1)
+    ids = np.zeros((positions, width), np.int64)
+    logprobs = np.full((positions, width), -np.inf)
     residual = np.full(positions, -np.inf)
     labels = rng.integers(0, vocab, positions)
     for t, count in enumerate(counts):
-        chosen = np.sort(np.argsort(-probs[t])[:count])
+        order = np.argsort(-probs[t])
+        chosen = np.sort(order[:count])
         ids[t, :count], logprobs[t, :count] = chosen, np.log(probs[t, chosen])
         if count < vocab:
             residual[t] = np.log(np.delete(probs[t], chosen).sum())
+        drawn = np.sort(rng.permutation(order[count:])[: rng.integers(min(sampled, 1), sampled + 1)])
+        here = slice(count, count + len(drawn))
+        ids[t, here], logprobs[t, here] = drawn, np.log(rng.uniform(0.02, 0.5, len(drawn)))
         if t % 2:
             labels[t] = rng.choice(chosen)
+        elif t % 4 and len(drawn):
+            labels[t] = rng.choice(drawn)
     if quantised:
         entries, rest = cf.sqrt_probability_codebook(32, smallest=1e-4), cf.residual_codebook(32, smallest=1e-4)
         present = logprobs > -np.inf
@@ -57,9 +69,16 @@ def random_targets(
     return TargetBatch(
         ids=torch.from_numpy(ids),
         logprobs=torch.from_numpy(logprobs).to(dtype),
+        exact_counts=torch.from_numpy(counts.astype(np.int64)),
         residual_logprob=torch.from_numpy(residual).to(dtype),
+        entropy=torch.from_numpy(-(probs * np.log(probs)).sum(axis=1)).to(dtype),
         labels=torch.from_numpy(labels),
     )
+
+
+def captured_for(targets: TargetBatch, tail: str, temperature: float) -> TargetBatch:
+    """The same numbers, said to be of the temperature at which a loss is to use them where it can use no others."""
+    return replace(targets, temperature=temperature) if tail in UNBIASED else targets
 
 
 def dense_losses(
@@ -72,31 +91,58 @@ def dense_losses(
         if label == IGNORE_INDEX:
             continue
         present = targets.logprobs[t].numpy() > -np.inf
+        if tail != "sampled":
+            present[int(targets.exact_counts[t]) :] = False
         ids = targets.ids[t].numpy()[present]
         p = np.exp(targets.logprobs[t].double().numpy()[present])
         m = np.exp(float(targets.residual_logprob[t]))
-        kl = dense_kl(z, ids, p, m, label, temperature, tail)
+        more = {"entropy": float(targets.entropy[t]), "captured": targets.temperature}
+        kl = dense_kl(z, ids, p, m, label, temperature, tail, **more)
         losses[t] = -(1 - kd_weight) * np.log(_softmax(z)[label]) + kd_weight * temperature**2 * kl
     return losses
 
 
 def dense_kl(
-    z: np.ndarray, ids: np.ndarray, p: np.ndarray, m: float, label: int, temperature: float, tail: str
+    z: np.ndarray,
+    ids: np.ndarray,
+    p: np.ndarray,
+    m: float,
+    label: int,
+    temperature: float,
+    tail: str,
+    *,
+    entropy: float = np.nan,
+    captured: float = 1.0,
 ) -> float:
-    """KL(teacher_T ‖ student_T) at one position: logits z [V], entries p at ids, residual m."""
+    """KL(teacher_T ‖ student_T) at one position: logits z [V], entries p at ids, residual m.
+
+    Args:
+        ids: with the sampled entries, whose p are their weights, for "sampled"; the exact ones alone for all others.
+        captured: the temperature of p, m and the entropy.
+    """
+    if tail in ("sampled", "realized"):
+        assert temperature == captured
+        weights = np.zeros(len(z))
+        np.add.at(weights, ids, p)  # of several samples a token may be in two
+        if tail == "realized" and label not in ids:
+            weights[label] = 1.0
+        scaled = z / temperature
+        lse = scaled.max() + np.log(np.exp(scaled - scaled.max()).sum())
+        return float(lse - weights @ scaled - entropy)
     q = _softmax(z / temperature)
+    power = captured / temperature
     outside = np.setdiff1d(np.arange(len(z)), ids)
     if tail == "renormalise":
-        teacher, student = p ** (1 / temperature), q[ids] / q[ids].sum()
+        teacher, student = p**power, q[ids] / q[ids].sum()
     elif tail == "label":
         full = np.zeros(len(z))
         full[ids] = p
         full[label] += m
-        teacher, student = full ** (1 / temperature), q
+        teacher, student = full**power, q
     else:
         # The tail's mass spread evenly over its tokens, tempered token by token, and added up again.
-        spread = np.full(len(outside), m / max(1, len(outside))) ** (1 / temperature)
-        teacher = np.append(p ** (1 / temperature), spread.sum())
+        spread = np.full(len(outside), m / max(1, len(outside))) ** power
+        teacher = np.append(p**power, spread.sum())
         student = np.append(q[ids], q[outside].sum())
     teacher = teacher / teacher.sum()
     there = teacher > 0

@@ -22,6 +22,7 @@ from dense import dense_kl
 from pipeline.student.train import TrainStudentConfig, TrainSummary, train_student
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.rules import TargetRule
 
 # Plain SGD without clipping: a step is proportional to the gradient. Adam divides a wrong scale of the loss out again.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -33,18 +34,23 @@ def build_cache(
     data: Path,
     *,
     top_k: int = 16,
+    targets: TargetRule | None = None,
     window_length: int = 48,
     rows_per_shard: int = 32,
     packing: bool = True,
 ) -> Path:
-    """Packed rows of up to 48 tokens; documents are lines, or conversations of which only answers count."""
+    """Packed rows of up to 48 tokens; documents are lines, or conversations of which only answers count.
+
+    Args:
+        targets: default: the `top_k` most likely tokens.
+    """
     text = DataConfig(data=str(data), window_length=window_length, sample_by="line", packing=packing)
     cache_teacher(
         CacheTeacherConfig(
             teacher=str(teacher),
             data=text,
             output=str(output),
-            top_k=top_k,
+            targets=targets or TargetRule(top_k=top_k),
             batch_size=4,
             device="cpu",
             rows_per_shard=rows_per_shard,
@@ -93,17 +99,28 @@ def dense_logits(model: PreTrainedModel, row: cf.CacheRow, vocab: int) -> np.nda
     return torch.cat(logits).double().numpy()
 
 
-def dense_evaluation(model: PreTrainedModel, rows: list[cf.CacheRow], vocab: int) -> dict[str, float]:
-    """Means over counted positions of kl, ce, agreement, from full logits in float64."""
+def dense_evaluation(
+    model: PreTrainedModel, rows: list[cf.CacheRow], vocab: int, *, tail: str = "bucket", temperature: float = 1.0
+) -> dict[str, float]:
+    """Means over counted positions of kl, ce, agreement, from full logits in float64.
+
+    Args:
+        temperature: at which the rows were captured; the divergence is at the same.
+    """
     kl, ce, agreement = [], [], []
     for row in rows:
         logits = dense_logits(model, row, vocab)
         for t in np.flatnonzero(row.loss_mask):
             ids, logprobs = row.targets.at(t)
+            known = np.arange(len(ids)) < (row.targets.exact_counts[t] or len(ids))
+            likeliest = ids[known][logprobs[known] == logprobs[known].max()]
+            if tail != "sampled":
+                ids, logprobs = (part[: row.targets.exact_counts[t]] for part in (ids, logprobs))
             label = int(row.input_ids[t + 1])
-            z = logits[t] - logits[t].max()
+            z = logits[t]
             p, residual = np.exp(logprobs.astype(np.float64)), np.exp(float(row.targets.residual_logprob[t]))
-            kl.append(dense_kl(z, ids.astype(int), p, residual, label, 1.0, "bucket"))
-            ce.append(np.log(np.exp(z).sum()) - z[label])
-            agreement.append(z.argmax() in ids[logprobs == logprobs.max()])
+            more = {"entropy": float(row.targets.entropy[t]), "captured": temperature}
+            kl.append(dense_kl(z, ids.astype(int), p, residual, label, temperature, tail, **more))
+            ce.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[label])
+            agreement.append(z.argmax() in likeliest)
     return {"kl": np.mean(kl), "ce": np.mean(ce), "agreement": np.mean(agreement)}

@@ -244,6 +244,8 @@ LONGER: dict[str, str] = {
     "tests/test_losses.py": "every policy against the dense truth, and every known failure",
     "tests/test_fused.py": "the same for the fused head, its gradients and its memory",
     "tests/test_capture.py": "a run and everything that can interrupt it",
+    "tests/test_target_rules.py": "every kind of targets and every edge of a distribution",
+    "tests/cache_format/test_hostile.py": "every way in which a file can lie",
 }
 
 

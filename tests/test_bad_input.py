@@ -375,7 +375,7 @@ def test_no_student_at_all(here: Path):
         (f"{TRAIN} --batch-size 0", "--batch-size"),
         (f"{TRAIN} --epochs 0", "--epochs"),
         (f"{TRAIN} --tail shave", "--tail"),
-        (f"{CACHE_TEACHER} --top-k 0", "--top-k"),
+        (f"{CACHE_TEACHER} --top-k -1", "--top-k"),
         (f"{CACHE_TEACHER} --loss-on everything", "--loss-on"),
         ("inspect cache --row 5000", "--row"),
         ("inspect cache --row -5000", "--row"),

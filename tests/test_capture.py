@@ -24,21 +24,29 @@ from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, ta
 from pipeline.teacher import capture
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, CaptureSummary, cache_teacher
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.philox import uniforms
+from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets
+from sampled import check_draws, random, rule_name, threshold
 from tiny import english, tiny_llama
 
 K, WINDOW, ROWS_PER_SHARD = 16, 48, 16
 
 
+class Killed(Exception):
+    pass
+
+
 def settings(teacher: Path, data: Path, output: Path, **options: Any) -> CacheTeacherConfig:
     names = {"packing", "window_length", "loss_on"}
     data_options: dict[str, Any] = {"sample_by": "line", "window_length": WINDOW}
+    options = {"targets": TargetRule(top_k=K), **options}
     data_options |= {name: options.pop(name) for name in names & set(options)}
     return CacheTeacherConfig(
         teacher=str(teacher),
         data=DataConfig(data=str(data), **data_options),
         output=str(output),
-        **{"top_k": K, "rows_per_shard": ROWS_PER_SHARD, "device": "cpu", **options},
+        **{"rows_per_shard": ROWS_PER_SHARD, "device": "cpu", **options},
     )
 
 
@@ -106,12 +114,12 @@ def test_a_padded_vocabulary_is_cut_before_the_softmax(
 
 
 def test_all_tokens_as_entries(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", top_k=400))
+    cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", targets=TargetRule(top_k=400)))
     cache = cf.open_cache(tmp_path / "cache")
     assert (cache[0].targets.residual_logprob[cache[0].loss_mask] == -np.inf).all()
     check_cache(tmp_path / "cache", teacher_dir)
     with pytest.raises(ConfigError, match="--top-k 401"):
-        cache_teacher(settings(teacher_dir, text_file, tmp_path / "other", top_k=401))
+        cache_teacher(settings(teacher_dir, text_file, tmp_path / "other", targets=TargetRule(top_k=401)))
 
 
 def test_only_counted_positions_or_all(teacher_dir: Path, chat_file: Path, tmp_path: Path) -> None:
@@ -184,11 +192,133 @@ def test_the_summary_and_the_progress_count_what_is_there(
     )
     assert summary.bytes == sum(len(data) for name, data in shards(tmp_path / "cache").items() if ".arrow" in name)
     kept = [1 - np.exp(row.targets.residual_logprob[row.loss_mask].astype(np.float64)) for row in raw_rows]
-    assert summary.kept_mass == pytest.approx(np.concatenate(kept).mean(), rel=1e-9)
+    assert summary.exact_mass == pytest.approx(np.concatenate(kept).mean(), rel=1e-9)
     assert seen[-1].rows == seen[-1].total_rows == cache.num_rows
     assert seen[-1].tokens == seen[-1].total_tokens == cache.num_tokens
     assert [p.rows for p in seen] == sorted(p.rows for p in seen)
     assert summary.resumed_rows == 0
+
+
+# ---- other rules
+
+SAMPLING = [threshold(0.05, samples=2, seed=11), threshold(0.1, head=3, temperature=2.0), random(20, seed=11)]
+RULES = [*SAMPLING, TargetRule(kind="top-p", top_p=0.6, max_entries=50), TargetRule(top_k=9, temperature=0.5)]
+
+
+def check_targets(row: cf.CacheRow, logprobs: np.ndarray, metadata: cf.CacheMetadata, rule: TargetRule) -> float:
+    """Exact entries within the codebook's bound; sampled ones those that seed, row and position draw from the teacher.
+
+    Returns: the share of draws that leave no doubt, between the teacher in fp32 and in fp64.
+    """
+    targets, bound = row.targets, metadata.codebooks["target_logprobs"].max_error
+    logprobs = logprobs / rule.temperature
+    p = np.exp(logprobs - np.logaddexp.reduce(logprobs, axis=1, keepdims=True))
+    sure = []
+    for t in np.flatnonzero(row.loss_mask):
+        ids, values = targets.at(int(t))
+        exact = targets.exact_counts[t]
+        assert np.abs(np.exp(values[:exact] / 2) - np.sqrt(p[t, ids[:exact]])).max(initial=0) <= bound + 1e-4
+        outside = p[t].copy()
+        outside[ids[:exact]] = 0.0
+        residual = metadata.codebooks["residual_logprob"].max_error
+        assert abs(np.exp(targets.residual_logprob[t] / 2) - np.sqrt(outside.sum())) <= residual + 1e-4
+        entropy = metadata.codebooks["entropy"].max_error
+        assert abs(np.sqrt(targets.entropy[t]) - np.sqrt(-(p[t] * np.log(p[t])).sum())) <= entropy + 1e-4
+        drawn = uniforms(rule.seed or 0, np.array([row.row]), np.array([t]), rule.uniforms)[0]
+        samples = rule.samples if rule.sampled else 0
+        sizes = [len(ids) - exact] if targets.sample_counts is None else targets.sample_counts[t]
+        ends = np.cumsum([exact, *sizes])
+        for i in range(samples):
+            here = slice(ends[i], ends[i + 1])
+            weights = np.exp(values[here].astype(float)) * samples
+            if rule.kind == "random":
+                counts = np.rint(weights * rule.draws).astype(int)
+                assert counts.sum() == rule.draws
+                sure.append(check_draws(np.repeat(ids[here], counts), p[t], np.sort(drawn), 1e-4))
+            else:
+                tau = rule.tail_threshold
+                assert np.allclose(weights, tau, rtol=1e-6)
+                points = ((drawn[0] + i / samples) % 1 + np.arange(np.ceil(outside.sum() / tau) + 1)) * tau
+                sure.append(check_draws(ids[here], outside, points, 1e-4))
+        assert bool(len(ids) - exact) <= bool(samples)
+    return float(np.mean(sure)) if sure else 1.0
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_any_rule(rule: TargetRule, teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", targets=rule))
+    cache, model = cf.open_cache(tmp_path / "cache"), load(teacher_dir)
+    assert dict(cache.metadata.targets) == {**rule.to_json(), "positions": "counted"}
+    assert cache.metadata.sampled == rule.sampled and cache.metadata.num_samples == (rule.samples or 1)
+    sure = [
+        check_targets(row, document_logprobs(model, row, cache.metadata.vocab_size), cache.metadata, rule)
+        for row in cache.rows(range(0, len(cache), 5))
+    ]
+    assert np.mean(sure) > 0.9
+    assert cf.verify_cache(tmp_path / "cache").counted_tokens == cache.num_counted_tokens > 1500
+    counts = np.concatenate([row.targets.counts[row.loss_mask] for row in cache.iter_rows()])
+    assert counts.max() <= rule.most_entries and counts.min() >= 1
+
+
+def test_a_sample_of_another_row_or_position_is_detected(
+    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator that counts positions as they come would give other samples to another batch size."""
+    rule, real = SAMPLING[0], capture.uniforms
+
+    def as_they_come(seed: int, rows: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
+        return real(seed, np.zeros_like(rows), np.arange(len(positions)), draws)
+
+    monkeypatch.setattr(capture, "uniforms", as_they_come)
+    cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", targets=rule))
+    row = cf.open_cache(tmp_path / "cache")[7]
+    metadata = cf.open_cache(tmp_path / "cache").metadata
+    with pytest.raises(AssertionError):
+        check_targets(row, document_logprobs(load(teacher_dir), row, metadata.vocab_size), metadata, rule)
+
+
+@pytest.mark.parametrize("rule", SAMPLING, ids=rule_name)
+def test_neither_batch_size_nor_shards_change_a_sample(
+    rule: TargetRule, teacher_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """But for draws between two tokens, which the teacher's rounding in another batch may decide otherwise."""
+    found = []
+    for i, options in enumerate(({"batch_size": 8}, {"batch_size": 3, "rows_per_shard": 7})):
+        cache_teacher(settings(teacher_dir, text_file, tmp_path / str(i), targets=rule, **options))
+        rows = cf.open_cache(tmp_path / str(i)).iter_rows()
+        found.append([tuple(row.targets.at(int(t))[0]) for row in rows for t in np.flatnonzero(row.loss_mask)])
+    same = [a == b for a, b in zip(*found, strict=True)]
+    assert len(same) > 1500 and np.mean(same) > 0.995
+
+
+@pytest.mark.parametrize("rule", SAMPLING[:1] + SAMPLING[2:], ids=rule_name)
+def test_a_sampling_run_that_was_killed_goes_on_to_the_same_bytes(
+    rule: TargetRule, teacher_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    config = settings(teacher_dir, text_file, tmp_path / "cache", targets=rule)
+    cache_teacher(replace(config, output=str(tmp_path / "whole")))
+
+    def kill(progress: CaptureProgress) -> None:
+        if progress.rows > 2 * ROWS_PER_SHARD:
+            raise Killed
+
+    with pytest.raises(Killed):
+        cache_teacher(config, on_progress=kill)
+    with pytest.raises(cf.MismatchError, match=r"targets.seed recorded 11, given 12"):
+        cache_teacher(replace(config, targets=replace(rule, seed=12)))
+    summary = cache_teacher(config)
+    assert summary.resumed_rows > 0
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_another_seed_is_another_sample(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    rows = []
+    for seed in (0, 1):
+        cache_teacher(settings(teacher_dir, text_file, tmp_path / str(seed), targets=threshold(0.05, seed=seed)))
+        rows.append(cf.open_cache(tmp_path / str(seed))[0].targets)
+    assert np.array_equal(rows[0].exact_counts, rows[1].exact_counts)
+    assert np.array_equal(rows[0].residual_logprob, rows[1].residual_logprob)
+    assert rows[0].ids.tolist() != rows[1].ids.tolist()
 
 
 # ---- known failures of existing tools
@@ -206,18 +336,18 @@ def test_targets_one_position_late_are_detected(packed: Path, teacher_dir: Path)
 def test_padding_left_in_the_softmax_is_detected(
     padded_teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_logits, real_targets = Head.logits, capture.top_k_targets
+    real_logits, real_targets = Head.logits, capture.sparse_targets
 
     def all_rows(head: Head, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return real_logits(head, hidden) if out is None else hidden @ head.weight.T
 
-    def softmax_then_cut(logits: Tensor, k: int, scratch: Tensor) -> ChunkTargets:
-        found = real_targets(logits[:, :400], k, scratch)
+    def softmax_then_cut(logits: Tensor, rule: TargetRule, uniforms: None, scratch: Tensor) -> ChunkTargets:
+        found = real_targets(logits[:, :400], rule, uniforms, scratch)
         lost = logits[:, :400].logsumexp(1) - logits.logsumexp(1)
         return found._replace(logprobs=found.logprobs + lost[:, None])
 
     monkeypatch.setattr(Head, "logits", all_rows)
-    monkeypatch.setattr(capture, "top_k_targets", softmax_then_cut)
+    monkeypatch.setattr(capture, "sparse_targets", softmax_then_cut)
     cache_teacher(settings(padded_teacher_dir, text_file, tmp_path / "cache"))
     with pytest.raises(AssertionError, match="target_logprobs off by"):
         check_cache(tmp_path / "cache", padded_teacher_dir)
@@ -303,10 +433,6 @@ def test_a_second_run_writes_the_same_bytes(packed: Path, teacher_dir: Path, tex
     assert contents(tmp_path / "cache") == contents(packed)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("after", [1, ROWS_PER_SHARD, ROWS_PER_SHARD + 1, 2 * ROWS_PER_SHARD + 9])
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     after: int, packed: Path, teacher_dir: Path, text_file: Path, tmp_path: Path
@@ -345,7 +471,7 @@ def test_other_settings_do_not_continue_a_run(teacher_dir: Path, text_file: Path
         cache_teacher(config, on_progress=kill)
     before = contents(tmp_path / "cache")
     with pytest.raises(cf.MismatchError, match=r"targets.k recorded 16, given 8"):
-        cache_teacher(replace(config, top_k=8))
+        cache_teacher(replace(config, targets=TargetRule(top_k=8)))
     assert contents(tmp_path / "cache") == before
 
 
@@ -398,7 +524,7 @@ def test_out_of_memory_later_keeps_the_complete_shards(
     assert contents(tmp_path / "cache")[first] == contents(packed)[first]
     check_cache(tmp_path / "cache", teacher_dir)
     residual = [row.targets.residual_logprob[row.loss_mask] for row in cf.open_cache(packed).iter_rows()]
-    assert summary.kept_mass == pytest.approx(1 - np.exp(np.concatenate(residual)).mean(), abs=1e-3)
+    assert summary.exact_mass == pytest.approx(1 - np.exp(np.concatenate(residual)).mean(), abs=1e-3)
 
 
 def test_out_of_memory_in_the_middle_of_a_shard_begins_it_anew(
@@ -476,13 +602,13 @@ def test_a_finished_cache_is_refused_or_overwritten(
     before = contents(tmp_path / "cache")
     with monkeypatch.context() as patch, pytest.raises(cf.CacheError, match="finished"):
         patch.setattr(capture, "load_model", lambda *_, **__: pytest.fail("loaded"))
-        cache_teacher(replace(config, top_k=8))
+        cache_teacher(replace(config, targets=TargetRule(top_k=8)))
     assert contents(tmp_path / "cache") == before
     for broken in ({"teacher": str(tmp_path / "no-model")}, {"data": DataConfig(data=str(tmp_path / "no.txt"))}):
         with pytest.raises(cf.DistillError, match="no such"):
             cache_teacher(replace(config, overwrite=True, **broken))
         assert contents(tmp_path / "cache") == before  # deleted only once everything has been read
-    cache_teacher(replace(config, top_k=8, overwrite=True))
+    cache_teacher(replace(config, targets=TargetRule(top_k=8), overwrite=True))
     cache = cf.open_cache(tmp_path / "cache")
     assert cache.metadata.targets["k"] == 8
     check_cache(tmp_path / "cache", teacher_dir)

@@ -169,7 +169,8 @@ def test_collated_rows_are_the_rows(cache: Path):
             assert batch["target_ids"][i, t, : len(ids)].tolist() == ids.tolist()
             assert batch["target_logprobs"][i, t, : len(ids)].tolist() == logprobs.tolist()
             assert (batch["target_logprobs"][i, t, len(ids) :] == -torch.inf).all()
-            assert batch["target_residual"][i, t] == row.targets.residual_logprob[t]
+            for name in ("residual_logprob", "entropy", "exact_counts"):
+                assert batch[f"target_{name}"][i, t] == getattr(row.targets, name)[t]
             if row.loss_mask[t]:
                 assert batch["labels"][i, t] == row.input_ids[t + 1]
     assert (batch["labels"][3] == IGNORE_INDEX).all()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from dense import random_targets
+from dense import captured_for, random_targets
 from pipeline.heads import open_head
 from pipeline.losses import (
     IGNORE_INDEX,
@@ -62,6 +62,9 @@ class Problem:
 
         return leaf(self.hidden), leaf(self.weight), leaf(self.bias)
 
+    def targets_for(self, *, tail: str = "bucket", temperature: float = 1.0, **_: Any) -> TargetBatch:
+        return captured_for(self.targets, tail, temperature)
+
     def rounded(self, dtype: torch.dtype) -> Problem:
         """The same with values that `dtype` can hold, so that only the computation differs."""
         rounded = object.__new__(Problem)
@@ -74,16 +77,18 @@ class Problem:
 def reference(problem: Problem, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
     """Loss and gradients of `sparse_kl` on the logits of the real vocabulary."""
     hidden, weight, bias = problem.leaves(dtype)
+    targets = problem.targets_for(**options)
     logits = hidden @ weight[:V].T
     if bias is not None:
         logits = logits + bias[:V]
-    return gradients(sparse_kl(logits, problem.targets, **options), hidden, weight, bias)
+    return gradients(sparse_kl(logits, targets, **options), hidden, weight, bias)
 
 
 def by_fused(problem: Problem, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
     hidden, weight, bias = problem.leaves(dtype)
-    count = max(1, int(problem.targets.counted.sum()))
-    loss = fused_head(hidden, weight, bias, problem.targets, scale=1 / count, vocab_size=V, **options).loss
+    targets = problem.targets_for(**options)
+    count = max(1, int(targets.counted.sum()))
+    loss = fused_head(hidden, weight, bias, targets, scale=1 / count, vocab_size=V, **options).loss
     return gradients(loss, hidden, weight, bias)
 
 
@@ -137,12 +142,14 @@ def test_sums_are_those_of_the_reference(tail: str) -> None:
     problem = Problem()
     for temperature, kd_weight in ((1.0, 1.0), (2.0, 0.4)):
         options = {"tail": tail, "temperature": temperature}
-        found = fused_head(*problem.leaves(torch.float64), problem.targets, kd_weight=kd_weight, **options)
+        targets = problem.targets_for(**options)
+        found = fused_head(*problem.leaves(torch.float64), targets, kd_weight=kd_weight, **options)
         logits = problem.hidden @ problem.weight.T + problem.bias
-        kl = sparse_kl(logits, problem.targets, reduction="sum", **options) / temperature**2
-        ce = F.cross_entropy(logits, problem.targets.labels, reduction="sum")
-        counted = problem.targets.counted
-        likeliest = problem.targets.ids.gather(1, problem.targets.logprobs.argmax(1, keepdim=True)).squeeze(1)
+        kl = sparse_kl(logits, targets, reduction="sum", **options) / temperature**2
+        ce = F.cross_entropy(logits, targets.labels, reduction="sum")
+        counted = targets.counted
+        likeliest = targets.ids.gather(1, targets.exact.logprobs.argmax(1, keepdim=True)).squeeze(1)
+        assert (targets.logprobs.argmax(1) != targets.exact.logprobs.argmax(1)).any()  # a weight may be the largest
         agreement = (logits.argmax(1) == likeliest)[counted].sum()
         expected = HeadOutput(
             loss=(1 - kd_weight) * ce + kd_weight * temperature**2 * kl,
@@ -163,7 +170,7 @@ def test_gradient_by_finite_differences(tail: str, temperature: float) -> None:
     leaves = [
         torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((5, 3), (8, 3), (8,))
     ]
-    targets = random_targets(5, 8, 3, seed=1)
+    targets = captured_for(random_targets(5, 8, 3, seed=1), tail, temperature)
     assert torch.autograd.gradcheck(
         lambda *x: fused_head_loss(*x, targets, tail=tail, temperature=temperature, kd_weight=0.6, chunk_size=2),
         leaves,
@@ -177,7 +184,9 @@ def test_absent_entries_and_all_tokens(tail: str) -> None:
     sparse = TargetBatch(
         ids=torch.tensor([[2, 0, 0], [1, 3, 4], [0, 0, 0], [0, 1, 2]]),
         logprobs=torch.tensor([[0.0, -inf, -inf], [-0.36, -inf, -1.2], [-inf] * 3, [-1.6, -1.2, -0.92]]).double(),
+        exact_counts=torch.tensor([3, 3, 3, 2]),
         residual_logprob=torch.tensor([-inf, -inf, 0.0, -2.3]).double(),
+        entropy=torch.tensor([0.0, 0.6, 1.9, 1.5]).double(),
         labels=torch.tensor([2, 3, 0, 5]),
     )
     for targets, vocab in ((sparse, 7), (random_targets(6, 7, 7, ragged=False), 7), (random_targets(6, 2, 2), 2)):
@@ -186,8 +195,9 @@ def test_absent_entries_and_all_tokens(tail: str) -> None:
         weight = torch.randn(vocab, 3, generator=generator, dtype=torch.float64, requires_grad=True)
         for temperature, kd_weight in ((1.0, 1.0), (2.0, 0.5)):
             options = {"tail": tail, "temperature": temperature, "kd_weight": kd_weight}
-            expected = gradients(sparse_kl(hidden @ weight.T, targets, **options), hidden, weight)
-            found = gradients(fused_head_loss(hidden, weight, None, targets, **options), hidden, weight)
+            captured = captured_for(targets, tail, temperature)
+            expected = gradients(sparse_kl(hidden @ weight.T, captured, **options), hidden, weight)
+            found = gradients(fused_head_loss(hidden, weight, None, captured, **options), hidden, weight)
             assert all(x.isfinite().all() for x in found)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
@@ -203,6 +213,8 @@ def test_masked_positions_contribute_nothing_at_all(tail: str) -> None:
     problem.targets.ids[masked] = 1
     problem.targets.logprobs[masked] = -3.0
     problem.targets.residual_logprob[masked] = -torch.inf
+    problem.targets.exact_counts[masked] = 1
+    problem.targets.entropy[masked] = torch.nan
     for a, b in zip(by_fused(problem, torch.float32, **options), before, strict=True):
         assert torch.equal(a, b)
     assert (before[1][masked] == 0).all()
@@ -376,10 +388,11 @@ def test_general_head_equals_the_reference(tail: str, temperature: float) -> Non
 
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         hidden, weight, bias = problem.leaves(torch.float64)
-        expected = gradients(sparse_kl(head(hidden)[:, :V], problem.targets, **options), hidden, weight, bias)
+        targets = problem.targets_for(**options)
+        expected = gradients(sparse_kl(head(hidden)[:, :V], targets, **options), hidden, weight, bias)
         hidden, weight, bias = problem.leaves(dtype)
-        scale = 1 / int(problem.targets.counted.sum())
-        output = general_head(hidden, head, problem.targets, scale=scale, vocab_size=V, chunk_size=7, **options)
+        scale = 1 / int(targets.counted.sum())
+        output = general_head(hidden, head, targets, scale=scale, vocab_size=V, chunk_size=7, **options)
         assert max(relative_errors(gradients(output.loss, hidden, weight, bias), expected)) < bound
 
 
@@ -388,8 +401,9 @@ def test_general_head_equals_the_fused_one(tail: str) -> None:
     problem = Problem()
     hidden, weight, bias = problem.leaves(torch.float64)
     options = {"tail": tail, "temperature": 2.0, "kd_weight": 0.4, "chunk_size": 7}
-    fused_output = fused_head(hidden, weight, bias, problem.targets, **options)
-    general = general_head(hidden, lambda h: F.linear(h, weight, bias), problem.targets, **options)
+    targets = problem.targets_for(**options)
+    fused_output = fused_head(hidden, weight, bias, targets, **options)
+    general = general_head(hidden, lambda h: F.linear(h, weight, bias), targets, **options)
     for a, b in zip(general, fused_output, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     for a, b in zip(*(gradients(x.loss, hidden, weight, bias) for x in (general, fused_output)), strict=True):
@@ -420,7 +434,9 @@ def test_a_student_whose_head_is_its_own_trains_through_its_forward() -> None:
         "labels": targets.labels[None],
         "target_ids": targets.ids[None],
         "target_logprobs": targets.logprobs[None],
-        "target_residual": targets.residual_logprob[None],
+        "target_exact_counts": targets.exact_counts[None],
+        "target_residual_logprob": targets.residual_logprob[None],
+        "target_entropy": targets.entropy[None],
     }
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
     expected = sparse_kl(logits, targets, kd_weight=0.9, reduction="sum")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
-from dense import Deviation, check_row, document_logprobs
+from dense import Deviation, captured_for, check_row, document_logprobs
 from pipeline.heads import check_packing, open_head
 from pipeline.losses import TAIL_POLICIES, fused_head, sparse_kl
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
@@ -118,7 +118,7 @@ def test_fused_equals_the_reference_on_the_real_head(
     data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=4, loss_on="assistant")
     cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), device="cpu"))
     batch = collate(cf.open_cache(tmp_path / "cache").rows([0]))
-    targets = targets_of(batch)
+    targets = captured_for(targets_of(batch), tail, 2.0)
     head = open_head(model, VOCAB)
     with torch.no_grad():
         states = head.hidden_states(batch["input_ids"], batch["position_ids"]).flatten(0, 1)

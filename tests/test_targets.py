@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.teacher.targets import BLOCK, ChunkTargets, top_k, top_k_targets
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import BLOCK, ChunkTargets, sparse_targets, top_k
 
 SIZES = [(1, 1), (2, 1), (31, 31), (33, 1), (97, 97), (100, 7), (640, 5), (1000, 15), (1000, 16), (4999, 64), (5000, 1)]
 
@@ -17,12 +18,21 @@ def random_logits(n: int, vocab: int, *, seed: int = 0, scale: float = 3.0) -> T
     return scale * torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed))
 
 
+def top_k_targets(logits: Tensor, k: int, scratch: Tensor | None = None) -> ChunkTargets:
+    """Ids as int64, so that they can be used as indices. Every place is filled, every entry exact, nothing sampled."""
+    found = sparse_targets(logits, TargetRule(top_k=k), scratch=scratch)
+    assert found.ids.dtype == found.exact_counts.dtype == found.sample_counts.dtype == torch.int32
+    assert found.sample_counts.shape == (len(logits), 0)
+    assert (found.ids >= 0).all() and (found.exact_counts == found.ids.shape[1]).all()
+    return found._replace(ids=found.ids.long())
+
+
 def check(logits: Tensor, k: int, *, found: ChunkTargets | None = None) -> None:
     """A valid top-k in ascending order, and everything else as fp64 has it."""
     found = found or top_k_targets(logits, k)
     exact = logits.double().log_softmax(1)
     assert found.ids.shape == found.logprobs.shape == (len(logits), min(k, logits.shape[1]))
-    assert [x.dtype for x in found] == [torch.int64] + 3 * [torch.float32]
+    assert [x.dtype for x in (found.logprobs, found.residual_logprob, found.entropy)] == 3 * [torch.float32]
     assert (found.ids.diff(dim=1) > 0).all()
     # Of equal logits any may be chosen, so values are compared, not ids.
     chosen = logits.gather(1, found.ids).sort(dim=1).values

@@ -6,12 +6,13 @@ builds the logits, and equals it within rounding. Both read a `TargetBatch`; see
 
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
 from pipeline.losses.reference import sparse_kl
-from pipeline.losses.tails import TAIL_POLICIES, TailPolicy
+from pipeline.losses.tails import TAIL_POLICIES, UNBIASED, TailPolicy
 from pipeline.losses.targets import IGNORE_INDEX, TargetBatch
 
 __all__ = [
     "IGNORE_INDEX",
     "TAIL_POLICIES",
+    "UNBIASED",
     "HeadOutput",
     "TailPolicy",
     "TargetBatch",

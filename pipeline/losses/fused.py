@@ -28,15 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.losses.divergences import forward_kl
-from pipeline.losses.tails import (
-    ABSENT,
-    UNDERFLOW_NATS,
-    StudentValues,
-    TailPolicy,
-    student_classes,
-    teacher_classes,
-)
+from pipeline.losses.divergences import soft_loss
+from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
 from pipeline.losses.targets import TargetBatch
 
 CHUNK_POSITIONS = 512
@@ -116,6 +109,7 @@ def fused_head(
     """
     vocab_size = vocab_size or weight.shape[0]
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    targets = entries_of(targets, tail, temperature)
     kept = targets.counted.nonzero().squeeze(1)
     if len(kept) < len(targets):
         hidden, targets = hidden[kept], targets[kept]
@@ -239,15 +233,17 @@ def _loss_and_dlogits(
         at_t = at_1
         if temperature != 1.0:
             at_t = StudentValues(entries / temperature, label_alone / temperature, rest_t)
-        log_p = teacher_classes(targets, tail, temperature, logits.shape[1])
-        kl = forward_kl(log_p, student_classes(at_t, tail))  # [n]
+        kl = soft_loss(targets, at_t, tail, temperature, logits.shape[1])  # [n]
         z_label = torch.where(label_is_entry, torch.where(is_label, entries, 0.0).sum(dim=1), label_alone)
         ce = at_1.lse - z_label  # [n]
         loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * kl
         objective = loss.sum() * scale if want_grad else None
 
-    likeliest = targets.logprobs >= targets.logprobs.amax(dim=1, keepdim=True)
-    agrees = (likeliest & targets.valid & (entries >= largest[:, None])).any(dim=1)
+    # The weights of a sample say nothing about which token is likeliest; they are all there is where no entry is exact.
+    some_exact = targets.exact_counts > 0
+    known = torch.where(some_exact[:, None], targets.exact.logprobs, targets.logprobs)
+    likeliest = known >= known.amax(dim=1, keepdim=True)
+    agrees = (likeliest & (known > -torch.inf) & (entries >= largest[:, None])).any(dim=1)
     count = torch.full((), len(loss), dtype=loss.dtype, device=loss.device)
     terms = torch.stack([loss.sum(), kl.sum(), ce.sum(), agrees.sum(dtype=loss.dtype), count]).detach()
     if not want_grad:
@@ -290,6 +286,7 @@ def general_head(
     checkpointing), so here too nothing larger than chunk·V is kept. Costs one more matrix product than `fused_head`.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    targets = entries_of(targets, tail, temperature)
     kept = targets.counted.nonzero().squeeze(1)
     hidden, targets = hidden[kept], targets[kept]
 

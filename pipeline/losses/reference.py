@@ -10,21 +10,15 @@ T² keeps the size of the soft gradient from falling as 1/T²; it is part of the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cache_format import SparseTargets
-from pipeline.losses.divergences import forward_kl
-from pipeline.losses.tails import (
-    ABSENT,
-    UNDERFLOW_NATS,
-    StudentValues,
-    TailPolicy,
-    student_classes,
-    teacher_classes,
-)
+from pipeline.losses.divergences import soft_loss
+from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
 from pipeline.losses.targets import TargetBatch
 
 Reduction = Literal["mean", "sum", "none"]
@@ -39,6 +33,7 @@ def sparse_kl(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
+    capture_temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """(1 − kd_weight)·CE + kd_weight·T²·KL(teacher‖student); with the defaults exactly KL(teacher‖student) in nats.
@@ -54,6 +49,7 @@ def sparse_kl(
         temperature: T, divides both sides' logits in the KL (not in the CE).
         kd_weight: α.
         tail: what becomes of the mass outside the entries, see `pipeline.losses.tails`.
+        capture_temperature: of `SparseTargets`, as in the cache's metadata; a `TargetBatch` knows its own.
         reduction: "mean" over counted positions (0 if there are none), "sum", or "none" for [N].
 
     Raises:
@@ -62,24 +58,19 @@ def sparse_kl(
     logits = student_logits.reshape(-1, student_logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, SparseTargets):
-        if labels is None and (kd_weight != 1.0 or tail == "label"):
+        if labels is None and (kd_weight != 1.0 or tail in ("label", "realized")):
             raise ValueError(f"labels are needed for kd_weight={kd_weight}, tail={tail!r}: pass labels=row.label_ids")
-        targets = TargetBatch.from_sparse(targets)
+        targets = TargetBatch.from_sparse(targets, temperature=capture_temperature)
     if labels is not None or loss_mask is not None:
         new = targets.labels if labels is None else torch.as_tensor(labels).reshape(-1)
         if loss_mask is not None:
             new = new.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool).reshape(-1), -100)
-        targets = TargetBatch(
-            ids=targets.ids, logprobs=targets.logprobs, residual_logprob=targets.residual_logprob, labels=new
-        )
+        targets = replace(targets, labels=new)
     if len(targets) != len(logits):
         raise ValueError(f"student_logits have {len(logits)} positions, targets {len(targets)}")
-    targets = targets.to(device=logits.device, dtype=logits.dtype)
+    targets = entries_of(targets, tail, temperature).to(device=logits.device, dtype=logits.dtype)
 
-    kl = forward_kl(
-        teacher_classes(targets, tail, temperature, logits.shape[-1]),
-        student_classes(student_values(logits / temperature, targets), tail),
-    )
+    kl = soft_loss(targets, student_values(logits / temperature, targets), tail, temperature, logits.shape[-1])
     label = targets.labels.clamp(min=0)
     ce = -logits.log_softmax(dim=-1).gather(1, label[:, None]).squeeze(1)
     loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * kl

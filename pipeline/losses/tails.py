@@ -1,8 +1,16 @@
-"""From K entries to a pair of distributions: what happens to the mass the entries leave out.
+"""What a loss makes of the mass that the entries leave out.
 
-A divergence needs two distributions over the same classes. The teacher gives K entries and a residual mass m; the
-student gives K+2 numbers of its V logits: the entries' logits, the label's, and the log-sum-exp of everything else.
-A **tail policy** says which K+1 classes both are seen through (entries first, one class for the tail last):
+The teacher gives K entries and a residual mass m; the student gives K+2 numbers of its V logits: the entries' logits,
+the label's, and the log-sum-exp of everything else. A **tail policy** says what becomes of m.
+
+**Unbiased: a weighted sample stands for the whole distribution.** For everything linear in p, such as the forward KL:
+
+    sampled       the sampled entries of the cache, with their weights w. Σ w_i f(i) is Σ p_i f(i) on average.
+    realized      text that the teacher itself wrote at temperature 1: where the next token is no exact entry it is a
+                  draw from the tail, and gets weight 1. Costs no bytes; wrong on any other text.
+
+**Classes: both sides are seen through K+1 classes**, exact entries first, one class for the tail last. Two
+distributions that any divergence may compare; sampled entries are left out of these:
 
     bucket        the rest of the vocabulary is one class with teacher mass m. A lower bound of the full KL.
     renormalise   entries only, both sides rescaled to sum to one. Biased: it ignores the student's mass elsewhere.
@@ -11,7 +19,8 @@ A **tail policy** says which K+1 classes both are seen through (entries first, o
 Entries come from an 8-bit codebook, so they and m sum to one only nearly; the teacher side is always rescaled to
 sum to exactly one, which makes every KL here non-negative and zero where student and teacher agree.
 
-**Temperature.** The cache holds p at temperature 1. At T the entries become p_i^(1/T), exactly; of the tail only the
+**Temperature.** A cache that was captured at T holds p at T, and a sample drawn at T is of no use at another: refused.
+Exact entries of a cache captured at 1 can be tempered. At T the entries become p_i^(1/T), exactly; of the tail only the
 mass is known, and it is spread evenly over its n = V − K tokens: n·(m/n)^(1/T). By concavity that is the largest the
 tempered tail can be. Against SmolLM2's own tempered softmax at K = 64 and T = 2 that is off by .12 nats of KL, where
 m^(1/T), the residual tempered as if it were one token, is off by 1.6 (`benchmarks/results/temperature.md`).
@@ -26,8 +35,9 @@ from torch import Tensor
 
 from pipeline.losses.targets import TargetBatch
 
-TailPolicy = Literal["bucket", "renormalise", "label"]
+TailPolicy = Literal["sampled", "realized", "bucket", "renormalise", "label"]
 TAIL_POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)
+UNBIASED: tuple[TailPolicy, ...] = ("sampled", "realized")
 
 
 ABSENT = -1e30
@@ -63,8 +73,31 @@ class StudentValues(NamedTuple):
         return torch.logsumexp(torch.cat([self.entries, self.label[:, None], self.rest[:, None]], dim=1), dim=1)
 
 
+def entries_of(targets: TargetBatch, tail: TailPolicy, temperature: float) -> TargetBatch:
+    """The targets as a policy sees them: with or without the sampled entries.
+
+    Raises: ValueError if they were captured at a temperature from which there is no way to this one.
+    """
+    if temperature != targets.temperature and (tail in UNBIASED or targets.temperature != 1.0):
+        raise ValueError(
+            f"temperature {temperature} with targets captured at {targets.temperature}: "
+            + ("a sample" if targets.temperature == 1.0 else "their softmax")
+            + f" cannot be tempered again; use temperature={targets.temperature}, "
+            "or capture at the one you want (cache-teacher --temperature)"
+        )
+    return targets if tail == "sampled" else targets.exact
+
+
+def weights(targets: TargetBatch, tail: TailPolicy) -> tuple[Tensor, Tensor]:
+    """Weights of the entries [n, K] and of the label [n] (where it is no entry) under an unbiased policy."""
+    entries = targets.logprobs.exp()
+    realized = torch.full_like(targets.residual_logprob, float(tail == "realized"))
+    return entries, realized
+
+
 def teacher_classes(targets: TargetBatch, tail: TailPolicy, temperature: float, vocab_size: int) -> Tensor:
     """Teacher log-probabilities [n, K+1] under a tail policy, normalised; the last class is the tail (or the label)."""
+    temperature = temperature / targets.temperature
     logprobs, rest = targets.logprobs, targets.residual_logprob
     if tail == "renormalise":
         rest = torch.full_like(rest, -torch.inf)

@@ -58,8 +58,9 @@ class TrainStudentConfig:
     student_config: str | None = None  # config.json for random initialisation
     eval_cache: str | None = None  # held-out cache
     kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
-    temperature: float = 1.0
-    tail: TailPolicy = "bucket"
+    temperature: float | None = None  # default: that of the cache
+    tail: TailPolicy | None = None  # default: sampled if the cache has a sample of the tail, else bucket
+    resample: bool = False  # every epoch another of several samples
     device: str = "auto"  # or cpu
     resume: bool = False
     overwrite: bool = False

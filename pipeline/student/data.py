@@ -29,7 +29,11 @@ Batch = dict[str, torch.Tensor]
 
 
 class CacheDataset(Dataset[CacheRow]):
-    """The n rows of a cache. Index n + i is row i with no position that counts, to fill up a batch (`LocalShuffle`)."""
+    """The n rows of a cache, with all samples of the tail together.
+
+    What a sampler wants beyond a row's number is in the index, and so in whatever resumes or distributes indices:
+    n + i is row i with no position that counts, to fill up a batch; 2n·(s + 1) + i is i with sample s alone.
+    """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -38,10 +42,16 @@ class CacheDataset(Dataset[CacheRow]):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> CacheRow:
-        if index < len(self.cache):
-            return self.cache[index]
-        row = self.cache[index - len(self.cache)]
-        return replace(row, loss_mask=np.zeros_like(row.loss_mask))
+        if index < 0:
+            index = range(len(self))[index]
+        sample, index = divmod(index, 2 * len(self.cache))
+        filler, index = divmod(index, len(self.cache))
+        row = self.cache[index]
+        if filler:
+            row = replace(row, loss_mask=np.zeros_like(row.loss_mask))
+        if sample:
+            row = replace(row, targets=row.targets.sample(sample - 1))
+        return row
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
         # In the sampler's order, not sorted: a batch that reaches into the next window must be through with this one
@@ -53,16 +63,23 @@ class LocalShuffle(Sampler[int]):
     """A permutation of all rows per (seed, epoch), local to windows of record batches.
 
     Args:
+        samples: with more than one, every epoch uses one sample of the tail alone, the next one each time.
         multiple_of: filled up to a multiple of this with an uncounted row. Several processes must get equally many
             batches, and accelerate would fill up by training on the first rows once more.
     """
 
     def __init__(
-        self, record_batches: Sequence[tuple[int, int]], *, seed: int, window: int = WINDOW, multiple_of: int = 1
+        self,
+        record_batches: Sequence[tuple[int, int]],
+        *,
+        seed: int,
+        window: int = WINDOW,
+        samples: int = 1,
+        multiple_of: int = 1,
     ) -> None:
         self.record_batches = record_batches
         self.rows = sum(stop - start for start, stop in record_batches)
-        self.seed, self.window, self.epoch = seed, window, 0
+        self.seed, self.window, self.samples, self.epoch = seed, window, samples, 0
         self.fillers = -self.rows % multiple_of
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,9 +91,10 @@ class LocalShuffle(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.record_batches))
+        first = 2 * self.rows * (1 + self.epoch % self.samples) if self.samples > 1 else 0  # see CacheDataset
         for i in range(0, len(order), self.window):
             rows = np.concatenate([np.arange(*self.record_batches[j]) for j in order[i : i + self.window]])
-            rows = generator.permutation(rows).tolist()
+            rows = (first + generator.permutation(rows)).tolist()
             yield from rows
         yield from [self.rows + rows[-1]] * self.fillers
 
@@ -84,8 +102,9 @@ class LocalShuffle(Sampler[int]):
 def collate(rows: Sequence[CacheRow]) -> Batch:
     """Rows padded to the longest one. All tensors share the index t of the prediction made *from* t.
 
-    input_ids, position_ids, labels [B, T] int64; target_ids [B, T, K] int64; target_logprobs [B, T, K],
-    target_residual [B, T] float32; num_tokens [] int64 without padding.
+    input_ids, position_ids, labels [B, T] int64; target_ids [B, T, K] int64; target_logprobs [B, T, K] float32;
+    target_exact_counts [B, T] int64; target_residual_logprob, target_entropy [B, T] float32; num_tokens [] int64
+    without padding.
 
     `labels` are already aligned, so they are also given under the name `shift_labels`, by which transformers knows that
     nothing must be shifted when it counts the tokens of an optimizer step.
@@ -101,18 +120,23 @@ def collate(rows: Sequence[CacheRow]) -> Batch:
         "shift_labels": labels,
         "target_ids": targets.ids.view(len(rows), length, -1),
         "target_logprobs": targets.logprobs.view(len(rows), length, -1),
-        "target_residual": targets.residual_logprob.view(len(rows), length),
+        "target_exact_counts": targets.exact_counts.view(len(rows), length),
+        "target_residual_logprob": targets.residual_logprob.view(len(rows), length),
+        "target_entropy": targets.entropy.view(len(rows), length),
         "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
     }
 
 
-def targets_of(batch: Batch) -> TargetBatch:
-    """The flattened targets [N = B·T] of a collated batch."""
+def targets_of(batch: Batch, temperature: float = 1.0) -> TargetBatch:
+    """The flattened targets [N = B·T] of a collated batch, captured at `temperature`."""
     return TargetBatch(
         ids=batch["target_ids"].flatten(0, 1),
         logprobs=batch["target_logprobs"].flatten(0, 1),
-        residual_logprob=batch["target_residual"].flatten(),
+        exact_counts=batch["target_exact_counts"].flatten(),
+        residual_logprob=batch["target_residual_logprob"].flatten(),
+        entropy=batch["target_entropy"].flatten(),
         labels=batch["labels"].flatten(),
+        temperature=temperature,
     )
 
 

@@ -53,9 +53,15 @@ def train_student(
         ConfigError, ModelError: options or student cannot be used; nothing in `output` was touched.
     """
     config = replace(config, output=str(Path(config.output).expanduser()))
-    recipe = LossRecipe(kd_weight=config.kd_weight, temperature=config.temperature, tail=config.tail)
     cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1)
     held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache)
+    recipe = LossRecipe.for_cache(cache, kd_weight=config.kd_weight, temperature=config.temperature, tail=config.tail)
+    eval_recipe = None if held_out is None else recipe.for_held_out(held_out)
+    if config.resample and cache.metadata.num_samples == 1:
+        raise ConfigError(
+            f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
+            "--samples 2 or more."
+        )
     if cache.metadata.alignment != "next":
         raise ConfigError(
             f"{cache.path}: its targets are of a masked model; only causal students can "
@@ -104,6 +110,8 @@ def train_student(
     trainer = DistillTrainer(
         head=head,
         recipe=recipe,
+        eval_recipe=eval_recipe,
+        resample=config.resample,
         args=arguments,
         train_dataset=CacheDataset(cache),
         eval_dataset=None if held_out is None else CacheDataset(held_out),

@@ -30,12 +30,23 @@ class DistillTrainer(Trainer):
     Args:
         head: the student's head, from `open_head`.
         recipe: the loss.
+        eval_recipe: the loss on the held-out targets, if they are of another kind.
+        resample: with several samples of the tail, every epoch uses one alone.
         Everything else: as for `Trainer`; `args.remove_unused_columns` must be False.
     """
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, see compute_loss
 
-    def __init__(self, *, head: Head, recipe: LossRecipe, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        head: Head,
+        recipe: LossRecipe,
+        eval_recipe: LossRecipe | None = None,
+        resample: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.eval_recipe, self.resample = eval_recipe or recipe, resample
         install_distillation_forward(head.model, head, recipe)
         super().__init__(model=head.model, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
@@ -95,7 +106,7 @@ class DistillTrainer(Trainer):
         dataset = eval_dataset or self.eval_dataset
         model = self.accelerator.unwrap_model(self.model_wrapped) if not self.is_fsdp_enabled else self.model_wrapped
         with evaluating(model):
-            sums = sum_over(lambda batch: model(**batch), self._eval_batches(dataset))
+            sums = sum_over(lambda batch: model(recipe=self.eval_recipe, **batch), self._eval_batches(dataset))
         loss, kl, ce, agreement, count = self._reduce(torch.tensor(sums, dtype=torch.float64))
         result = Evaluation.from_sums(kl, ce, agreement, count)
         metrics = {
@@ -133,7 +144,8 @@ class DistillTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         processes = self.accelerator.num_processes
         multiple_of = 1 if processes == 1 else processes * self._train_batch_size
-        return LocalShuffle(dataset.cache.record_batches(), seed=seed, multiple_of=multiple_of)
+        samples = dataset.cache.metadata.num_samples if self.resample else 1
+        return LocalShuffle(dataset.cache.record_batches(), seed=seed, samples=samples, multiple_of=multiple_of)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at max_steps only after a step: resumed from its last one, it would train another.

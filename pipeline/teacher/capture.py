@@ -1,7 +1,7 @@
 """Rows ─▶ teacher ─▶ cache: the run that costs days, arranged so that the teacher never waits.
 
     a group of rows (one record batch) ─▶ batches of similar length ─▶ decoder ─▶ hidden states [B, T, D]
-        ─▶ head and top-K on a chunk of positions ─▶ copy to the host ─▶ one background thread: check, encode, write
+        ─▶ head and targets on a chunk of positions ─▶ copy to the host ─▶ one background thread: check, encode, write
 
 The main thread only computes. Copies off the device are asynchronous into pinned memory, and the background thread
 waits for them; it quantises, compresses and writes while the next batch computes, at most two groups behind.
@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,13 +30,16 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 import cache_format as cf
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError
 from pipeline.heads import Head, check_packing, open_head
 from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
 from pipeline.padding import pad_rows
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.packing import TokenCorpus, TokenRow, build_corpus
-from pipeline.teacher.targets import ChunkTargets, top_k_targets
+from pipeline.teacher.philox import uniforms
+from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import ChunkTargets, sparse_targets
 from pipeline.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
 
 CHUNK_POSITIONS = 256
@@ -51,7 +54,7 @@ class CacheTeacherConfig:
     teacher: str  # transformers directory, hub name, or .gguf file
     data: DataConfig
     output: str  # cache directory or fsspec URL
-    top_k: int = 64  # entries per position
+    targets: TargetRule = field(default_factory=TargetRule)
     all_positions: bool = False  # targets also where the loss mask is off
     batch_size: int = 8  # rows per forward pass; halved when out of memory
     device: str = "auto"
@@ -59,6 +62,7 @@ class CacheTeacherConfig:
     revision: str | None = None  # of a hub model
     trust_remote_code: bool = False
     rows_per_shard: int | None = None  # default: some 262,144 tokens' worth
+    encoding: str = "columns"  # or packed: smaller, read by this package only
     compression_level: int = 9  # zstd
     overwrite: bool = False  # delete a cache that is already in `output`
 
@@ -73,7 +77,7 @@ class CaptureProgress:
     total_tokens: int
     tokens_per_s: float  # of this run
     bytes_per_token: float  # on disk; nan before the first record batch is written
-    kept_mass: float  # mean probability mass of the entries at counted positions
+    exact_mass: float  # mean probability mass of the exact entries at counted positions
     seconds_left: float
     batch_size: int
 
@@ -87,7 +91,7 @@ class CaptureSummary:
     tokens: int
     counted_tokens: int
     bytes: int
-    kept_mass: float | None  # mean probability mass of the entries; None if part of the rows was found complete
+    exact_mass: float | None  # mean probability mass of the exact entries; None if part of the rows was found complete
     seconds: float
     tokens_per_s: float
     resumed_rows: int  # found complete from an earlier run
@@ -158,8 +162,9 @@ def _metadata(
     fingerprint: dict[str, str],
     device: torch.device,
 ) -> cf.CacheMetadata:
-    if config.top_k > head.vocab_size:
-        raise ConfigError(f"--top-k {config.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
+    rule = config.targets
+    if (rule.top_k or 0) > head.vocab_size:
+        raise ConfigError(f"--top-k {rule.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
     rows_per_record_batch = max(32, config.batch_size)
     per_shard = config.rows_per_shard or max(1, SHARD_TOKENS // config.data.window_length)
     if config.rows_per_shard is None:
@@ -176,14 +181,7 @@ def _metadata(
         tokenizer=fingerprint,
         vocab_size=head.vocab_size,
         alignment="next",
-        targets={
-            "kind": "top-k",
-            "k": config.top_k,
-            "temperature": 1.0,
-            "seed": None,
-            "tail_threshold": None,
-            "positions": "all" if config.all_positions else "counted",
-        },
+        targets={**rule.to_json(), "positions": "all" if config.all_positions else "counted"},
         corpus={
             **corpus.description,
             "rows": len(corpus),
@@ -200,9 +198,11 @@ def _metadata(
             "head": "linear" if head.linear else "own",
             "chunk_positions": CHUNK_POSITIONS,
         },
+        codebooks={**cf.default_codebooks(head.vocab_size), "target_logprobs": rule.codebook()},
         libraries={name: importlib.metadata.version(name) for name in libraries},
         rows_per_shard=per_shard,
         rows_per_record_batch=rows_per_record_batch,
+        encoding=config.encoding,
         compression={"codec": "zstd", "level": config.compression_level},
     )
 
@@ -298,12 +298,16 @@ class _Capture:
 
         hidden = self.head.hidden_states(input_ids.to(device), position_ids.to(device))
         hidden = hidden[mask.to(device)]  # [n, D]
-        chunks = [
-            top_k_targets(self.head.logits(states, out=self.logits_buffer), self.config.top_k, self.scratch)
-            for states in hidden.split(CHUNK_POSITIONS)
-        ]
+        rule, drawn = self.config.targets, None
+        if rule.uniforms:
+            row_of, position = (place.numpy() for place in mask.nonzero(as_tuple=True))
+            drawn = torch.from_numpy(uniforms(rule.seed or 0, np.array(indices)[row_of], position, rule.uniforms))
+        chunks = []
+        for start in range(0, len(hidden), CHUNK_POSITIONS):
+            here = slice(start, start + CHUNK_POSITIONS)
+            logits = self.head.logits(hidden[here], out=self.logits_buffer)
+            chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self.scratch))
         targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-        targets = targets._replace(ids=targets.ids.to(torch.int32))
         host = ChunkTargets(*(_to_host(tensor) for tensor in targets))
         copied = None
         if device.type == "cuda":
@@ -318,7 +322,12 @@ class _Capture:
             if batch.copied is not None:
                 batch.copied.synchronize()
             batch.source = None
-            rows += _cache_rows(batch)
+            stops = np.cumsum([stored.sum() for stored in batch.stored])[:-1].tolist()
+            of_rows = zip(*(tensor.tensor_split(stops) for tensor in batch.targets), strict=True)
+            rows += [
+                cache_row(index, row, stored, ChunkTargets(*targets))
+                for index, row, stored, targets in zip(batch.indices, batch.rows, batch.stored, of_rows, strict=True)
+            ]
         self.writer.write(sorted(rows, key=lambda row: row.row))
         counted = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64)
         self.kept_sum += len(counted) - np.exp(counted).sum()
@@ -345,13 +354,13 @@ class _Capture:
                 total_tokens=self.corpus.num_tokens,
                 tokens_per_s=speed,
                 bytes_per_token=self.writer.bytes_written / written if written else float("nan"),
-                kept_mass=self._kept_mass(),
+                exact_mass=self._exact_mass(),
                 seconds_left=(self.corpus.num_tokens - self.tokens_done) / speed,
                 batch_size=self.batch_size,
             )
         )
 
-    def _kept_mass(self) -> float:
+    def _exact_mass(self) -> float:
         return self.kept_sum / self.kept_count if self.kept_count else float("nan")
 
     def summary(self) -> CaptureSummary:
@@ -362,56 +371,12 @@ class _Capture:
             rows=cache.num_rows,
             tokens=cache.num_tokens,
             counted_tokens=cache.num_counted_tokens,
-            bytes=sum(shard.bytes for shard in cache.manifest.shards),
-            kept_mass=None if self.resumed_rows else self._kept_mass(),
+            bytes=cache.manifest.stored_bytes,
+            exact_mass=None if self.resumed_rows else self._exact_mass(),
             seconds=seconds,
             tokens_per_s=(cache.num_tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,
             corpus_report=dict(self.corpus.report),
-        )
-
-
-def _cache_rows(batch: _HostBatch) -> list[cf.CacheRow]:
-    ids, logprobs, residual, entropy = (tensor.numpy() for tensor in batch.targets)
-    k = ids.shape[1]
-    rows, start = [], 0
-    for index, row, stored in zip(batch.indices, batch.rows, batch.stored, strict=True):
-        stop = start + int(stored.sum())
-        _check_finite(entropy[start:stop], np.flatnonzero(stored), index)
-        counts = np.where(stored, k, 0)
-        per_position = []
-        for values in (residual, entropy):
-            spread = np.zeros(len(stored), np.float32)
-            spread[stored] = values[start:stop]
-            per_position.append(spread)
-        rows.append(
-            cf.CacheRow(
-                row=index,
-                input_ids=row.input_ids,
-                loss_mask=row.loss_mask,
-                segment_lengths=row.segment_lengths,
-                targets=cf.SparseTargets(
-                    counts=counts,
-                    ids=ids[start:stop].reshape(-1),
-                    logprobs=logprobs[start:stop].reshape(-1),
-                    exact_counts=counts,
-                    residual_logprob=per_position[0],
-                    entropy=per_position[1],
-                ),
-            )
-        )
-        start = stop
-    return rows
-
-
-def _check_finite(entropy: np.ndarray, positions: np.ndarray, row: int) -> None:
-    """Any logit that is not a finite number leaves an entropy that is not (`top_k_targets`)."""
-    bad = ~np.isfinite(entropy)
-    if bad.any():
-        raise ModelError(
-            f"row {row}, position {positions[bad][0]}: the teacher's logits hold NaN or infinity "
-            f"({bad.sum()} positions of this row): a cache of them would spoil every student. "
-            "Try --dtype float32 (or bfloat16 instead of float16); complete shards are kept."
         )
 
 

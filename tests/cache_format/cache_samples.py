@@ -34,7 +34,9 @@ def sample_metadata(rows: int = 10, **changes: Any) -> cf.CacheMetadata:
     return cf.CacheMetadata(**{**settings, **changes})
 
 
-def sample_row(row: int, *, vocab: int = VOCAB, tokens: int = 7, most: int = 9, alignment: str = "next") -> cf.CacheRow:
+def sample_row(
+    row: int, *, vocab: int = VOCAB, tokens: int = 7, most: int = 9, alignment: str = "next", samples: int = 1
+) -> cf.CacheRow:
     """A random valid row that depends on its number only."""
     rng = np.random.default_rng(row)
     cut = int(rng.integers(1, tokens)) if tokens > 1 else tokens
@@ -47,6 +49,14 @@ def sample_row(row: int, *, vocab: int = VOCAB, tokens: int = 7, most: int = 9, 
     ids = [_entry_ids(rng, int(e), int(c), vocab) for e, c in zip(exact, counts, strict=True)]
     probs = [rng.dirichlet(np.ones(c + 1))[:c] for c in counts]
     kept = np.array([p[:e].sum() for p, e in zip(probs, exact, strict=True)])
+    sample_counts = None
+    if samples > 1:
+        sample_counts = np.array(
+            [rng.multinomial(c - e, np.ones(samples) / samples) for c, e in zip(counts, exact, strict=True)]
+        )
+        for position, (e, sizes) in enumerate(zip(exact, sample_counts, strict=True)):
+            drawn = [np.sort(rng.permutation(vocab)[:size]) for size in sizes]  # a token may be in several
+            ids[position] = np.concatenate([ids[position][:e], *drawn])
     with np.errstate(divide="ignore"):
         return cf.CacheRow(
             row=row,
@@ -60,6 +70,7 @@ def sample_row(row: int, *, vocab: int = VOCAB, tokens: int = 7, most: int = 9, 
                 exact_counts=exact,
                 residual_logprob=np.log1p(-kept).astype(np.float32),
                 entropy=rng.uniform(0, np.log(vocab), tokens).astype(np.float32),
+                sample_counts=sample_counts,
             ),
             labels=rng.integers(0, vocab, tokens) if alignment == "same" else None,
         )
@@ -72,9 +83,16 @@ def _entry_ids(rng: np.random.Generator, exact: int, count: int, vocab: int) -> 
 
 def write_sample(path: Path | str, rows: int = 10, **changes: Any) -> cf.CacheMetadata:
     metadata = sample_metadata(rows, **changes)
+    options = {"alignment": metadata.alignment, "samples": metadata.num_samples}
     with cf.CacheWriter(path, metadata, tokenizer_files={"tokenizer.json": b"{}"}) as writer:
-        writer.write([sample_row(row, alignment=metadata.alignment) for row in range(rows)])
+        writer.write([sample_row(row, **options) for row in range(rows)])
     return metadata
+
+
+def several_samples(samples: int = 3, most: int = 9) -> dict[str, Any]:
+    """Metadata of targets with so many samples of the tail at each position."""
+    targets = {"kind": "threshold", "k": 1, "temperature": 1.0, "tail_threshold": 0.4, "seed": 0}
+    return {"targets": {**targets, "samples": samples, "max_entries": most}}
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -108,7 +108,7 @@ def test_files_and_keys(path):
     manifest = json.loads((path / "manifest.json").read_bytes())
     sidecar = json.loads((path / SIDECAR).read_bytes())
     assert " ".join(sorted(manifest)) == (
-        "alignment capture codebooks compression corpus format format_version libraries "
+        "alignment capture codebooks compression corpus encoding format format_version libraries "
         "manifest_sha256 rows_per_record_batch rows_per_shard shards targets teacher tokenizer "
         "tokenizer_files vocab_size"
     )

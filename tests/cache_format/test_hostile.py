@@ -23,6 +23,7 @@ from cache_samples import (
     forge_shard,
     reseal,
     seal_manifest,
+    several_samples,
     write_sample,
 )
 
@@ -332,6 +333,97 @@ def test_lying_shard(path, name):
     forge_shard(path, change)
     message = complaint(path, cf.CorruptShardError)
     assert expected in message and "shard-00000.arrow" in message
+
+
+@pytest.fixture(scope="module")
+def original_with_samples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("samples") / "cache"
+    write_sample(path, **several_samples())
+    return path
+
+
+def shift_sample_offsets(columns):
+    column = columns["sample_counts"]
+    offsets = column.offsets.to_numpy().copy()
+    offsets[1] -= 1
+    columns["sample_counts"] = relist(column, column.values, pa.array(offsets))
+
+
+def half_of_the_samples(columns):
+    column = columns["sample_counts"]
+    columns["sample_counts"] = relist(column, column.values, pa.array(column.offsets.to_numpy() // 3))
+
+
+SAMPLE_LIES = {
+    "count": (put("sample_counts", 0, 9), "row 0, position 0: sample counts that do not add up"),
+    "count that would wrap": (put("sample_counts", 1, 255), "sample counts that do not add up"),
+    "exact count": (put("exact_counts", 0, 0), "sample counts that do not add up"),
+    "offsets": (shift_sample_offsets, "sample_counts has not 3 numbers for each of input_ids"),
+    "length": (half_of_the_samples, "sample_counts has not 3 numbers for each of input_ids"),
+    "descending ids": (swap_ids, "expected ascending ids"),
+    "no samples": (lambda c: c.update(hidden_samples=c.pop("sample_counts")), "columns are not those"),
+    "type": (lambda c: c.update(sample_counts=c["row"]), "columns are not those"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE_LIES)
+def test_lying_sample_counts(original_with_samples, tmp_path, name):
+    path = shutil.copytree(original_with_samples, tmp_path / "cache")
+    change, expected = SAMPLE_LIES[name]
+    forge_shard(path, change)
+    message = complaint(path, cf.CorruptShardError)
+    assert expected in message and "shard-00000.arrow" in message
+
+
+@pytest.mark.parametrize(
+    "samples, expected",
+    [
+        (2, "sample_counts has not 2 numbers"),
+        (4, "sample_counts has not 4 numbers"),
+        (1, "columns are not those"),
+        (None, "columns are not those"),
+        (256, "256 samples, expected 1 to 255"),
+        (-1, "-1 samples, expected 1 to 255"),
+        (10**30, "samples, expected 1 to 255"),
+        ("three", "invalid literal"),
+        ([3], "int()"),
+        (float("nan"), "NaN"),
+    ],
+)
+def test_lying_number_of_samples(original_with_samples, tmp_path, samples, expected):
+    path = shutil.copytree(original_with_samples, tmp_path / "cache")
+    seal_manifest(path, lambda m: m["targets"].update(samples=samples))
+    assert expected in complaint(path)
+
+
+def test_samples_that_are_not_there(path):
+    """Of a cache that has none."""
+    seal_manifest(path, lambda m: m["targets"].update(samples=3))
+    assert "columns are not those" in complaint(path, cf.CorruptShardError)
+
+
+def test_random_damage_to_sample_counts_never_crashes(original_with_samples, tmp_path):
+    path = shutil.copytree(original_with_samples, tmp_path / "cache")
+    good, rng = contents(path), np.random.default_rng(0)
+    sidecar = json.loads(good[SIDECAR])
+    span = sidecar["record_batches"][0]
+    outcomes = set()
+    for _ in range(150):
+        data = bytearray(good[SHARD])
+        data[rng.integers(span["start"], span["stop"])] = rng.integers(256)
+        (path / SHARD).write_bytes(data)
+        span["sha256"] = hashlib.sha256(data[span["start"] : span["stop"]]).hexdigest()
+        (path / SIDECAR).write_text(json.dumps(sidecar))
+        seal_manifest(path)
+        try:
+            row = cf.open_cache(path)[0]
+            for index in range(3):
+                row.targets.sample(index)
+            row.targets.merged()
+            outcomes.add("rows")
+        except cf.CacheError:
+            outcomes.add("error")
+    assert outcomes == {"rows", "error"}
 
 
 def test_columns_of_hidden_states_are_passed_over(path):

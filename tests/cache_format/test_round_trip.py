@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import cache_format as cf
 from cache_format.shard_reader import ShardReader
-from cache_samples import contents, sample_metadata, sample_row, write_sample
+from cache_samples import contents, sample_metadata, sample_row, several_samples, write_sample
 
 
 def assert_same_row(found: cf.CacheRow, written: cf.CacheRow, metadata: cf.CacheMetadata) -> None:
@@ -25,6 +25,9 @@ def assert_same_row(found: cf.CacheRow, written: cf.CacheRow, metadata: cf.Cache
         np.testing.assert_array_equal(found.labels, written.labels)
     for name in ("counts", "ids", "exact_counts"):
         np.testing.assert_array_equal(getattr(found.targets, name), getattr(written.targets, name), name)
+    assert (found.targets.sample_counts is None) == (written.targets.sample_counts is None)
+    if written.targets.sample_counts is not None:
+        np.testing.assert_array_equal(found.targets.sample_counts, written.targets.sample_counts)
     books = metadata.codebooks
     for name, column in (("logprobs", "target_logprobs"), ("residual_logprob",) * 2):
         roots = [np.exp(getattr(row.targets, name) / 2) for row in (found, written)]
@@ -42,19 +45,21 @@ def assert_same_row(found: cf.CacheRow, written: cf.CacheRow, metadata: cf.Cache
     vocab=st.sampled_from([2, 300, 2**16, 2**16 + 1]),
     most=st.sampled_from([1, 9, 255, 256]),
     alignment=st.sampled_from(["next", "same"]),
+    samples=st.sampled_from([1, 2, 5]),
 )
-def test_rows_come_back(first_seed, lengths, shard, batch, vocab, most, alignment):
+def test_rows_come_back(first_seed, lengths, shard, batch, vocab, most, alignment, samples):
     metadata = sample_metadata(
         len(lengths),
         vocab_size=vocab,
         alignment=alignment,
-        targets={"kind": "any", "k": most, "temperature": 1.0},
+        targets={"kind": "any", "max_entries": most, "temperature": 1.0, "samples": samples},
         rows_per_shard=shard,
         rows_per_record_batch=batch,
     )
     rows = []
     for index, tokens in enumerate(lengths):
-        made = sample_row(first_seed + index, vocab=vocab, tokens=tokens, most=min(most, 20), alignment=alignment)
+        kind = {"most": min(most, 20), "alignment": alignment, "samples": samples}
+        made = sample_row(first_seed + index, vocab=vocab, tokens=tokens, **kind)
         rows.append(cf.CacheRow(**{**vars(made), "row": index}))
     with tempfile.TemporaryDirectory() as path:
         with cf.CacheWriter(path, metadata) as writer:
@@ -144,3 +149,31 @@ def test_column_bytes_account_for_the_shards(tmp_path):
     assert columns["target_ids"] > columns["target_logprobs"] > columns["segment_lengths"] > 0
     # What is left is framing: 2 files x (schema, three dictionaries, footer) and 4 messages.
     assert 0 < cache.manifest.shard_bytes - sum(columns.values()) < 2 * 8_000 + 4 * 2_000
+
+
+@pytest.mark.parametrize("most, dtype", [(9, np.uint8), (300, np.uint16)])
+def test_several_samples_of_the_tail_come_back(tmp_path, most, dtype):
+    metadata = write_sample(tmp_path / "cache", **several_samples(3, most))
+    assert metadata.num_samples == 3 and metadata.sampled
+    cache = cf.open_cache(tmp_path / "cache")
+    assert cache.metadata.to_json() == metadata.to_json()
+    for row in cache.iter_rows():
+        written = sample_row(row.row, samples=3)
+        assert_same_row(row, written, metadata)
+        counts = row.targets.sample_counts
+        assert counts.dtype == dtype and counts.shape == (7, 3) and row.targets.num_samples == 3
+        assert not counts.flags.writeable
+        for index in range(3):
+            alone = row.targets.sample(index)
+            np.testing.assert_array_equal(alone.ids, written.targets.sample(index).ids)
+    assert "sample_counts" in cache.column_bytes()
+    assert cf.verify_cache(tmp_path / "cache").rows == 10
+
+
+def test_one_sample_needs_no_column(tmp_path):
+    targets = {"kind": "threshold", "k": 1, "temperature": 1.0, "samples": 1, "max_entries": 9}
+    metadata = write_sample(tmp_path / "cache", targets=targets)
+    assert metadata.num_samples == 1 and metadata.sampled
+    cache = cf.open_cache(tmp_path / "cache")
+    assert cache[0].targets.sample_counts is None and "sample_counts" not in cache.column_bytes()
+    assert not sample_metadata().sampled and sample_metadata().num_samples == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cache_format as cf
-from cache_samples import SHARD, contents, sample_metadata, sample_row, write_sample
+from cache_samples import SHARD, contents, sample_metadata, sample_row, several_samples, write_sample
 
 
 class Killed(Exception):
@@ -236,6 +236,50 @@ def test_bad_rows_are_refused(tmp_path, name):
     assert not (tmp_path / "cache" / SHARD).exists()
 
 
+WRONG_NUMBER = "rows have different numbers of samples|do not go with 3 samples"
+BAD_SAMPLES = {
+    "none": (lambda s: None, WRONG_NUMBER),
+    "too few of them": (lambda s: s[:, :2], WRONG_NUMBER),
+    "too many of them": (lambda s: np.append(s, 0 * s[:, :1], axis=1), WRONG_NUMBER),
+    "one number per position": (lambda s: s[:, 0], WRONG_NUMBER),
+    "positions missing": (lambda s: s[1:], "row 0: sample_counts has 6 positions, expected 7"),
+    "one too many": (lambda s: s + np.eye(7, 3, dtype=int), "position 0: sample counts that do not add up"),
+    "one too few": (
+        lambda s: np.where(np.arange(7)[:, None] == s.sum(axis=1).argmax(), 0, s),
+        "sample counts that do not add up to the sampled entries",
+    ),
+    "negative": (lambda s: s + np.eye(7, 3, dtype=int) * 300 - np.eye(7, 3, 1, dtype=int) * 300, "a negative sample"),
+    "not cut": (lambda s: np.eye(1, 3, dtype=int) * s.sum(axis=1, keepdims=True), "expected ascending ids"),
+}
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_bad_samples_are_refused(tmp_path, name, both):
+    """In one of two rows, where they may disagree with the other, or in both."""
+    spoil, complaint = BAD_SAMPLES[name]
+    metadata = sample_metadata(**several_samples())
+    rows = [sample_row(0, samples=3), sample_row(1, samples=3)]
+    with cf.CacheWriter(tmp_path / "good", sample_metadata(2, **several_samples())) as writer:
+        writer.write(rows)
+    for row in rows[: 1 + both]:
+        object.__setattr__(row, "targets", replace(row.targets, sample_counts=spoil(row.targets.sample_counts)))
+    with pytest.raises(ValueError, match=complaint):
+        with cf.CacheWriter(tmp_path / "cache", metadata) as writer:
+            writer.write(rows)
+    assert not (tmp_path / "cache" / SHARD).exists()
+
+
+def test_sample_counts_without_several_samples_are_refused(tmp_path):
+    for targets in (
+        {"kind": "top-k", "k": 9, "temperature": 1.0},
+        {"kind": "threshold", "max_entries": 9, "temperature": 1.0, "samples": 1},
+    ):
+        with pytest.raises(ValueError, match="sample counts do not go with 1 samples"):
+            with cf.CacheWriter(tmp_path / targets["kind"], sample_metadata(targets=targets)) as writer:
+                writer.write([sample_row(0, samples=3), sample_row(1, samples=3)])
+
+
 def test_labels_are_checked_where_they_count(tmp_path):
     metadata = sample_metadata(alignment="same")
     row = sample_row(0, alignment="same")
@@ -258,6 +302,10 @@ def test_labels_are_checked_where_they_count(tmp_path):
         ({"alignment": "previous"}, "alignment is 'previous'"),
         ({"vocab_size": 1}, "vocab_size is 1"),
         ({"targets": {"kind": "top-k", "k": 2**16, "temperature": 1.0}}, "expected 1 to 65535"),
+        ({"targets": {"kind": "top-k", "temperature": 1.0}}, "targets lacks max_entries"),
+        ({"targets": {"kind": "top-p", "temperature": 1.0, "max_entries": 0}}, "0 entries, expected 1 to 65535"),
+        (several_samples(256), "256 samples, expected 1 to 255"),
+        (several_samples(-1), "-1 samples, expected 1 to 255"),
         ({"compression": {"codec": "gzip", "level": 9}}, "not zstd"),
         ({"rows_per_shard": 0}, "at least 1"),
     ],

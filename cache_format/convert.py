@@ -1,0 +1,161 @@
+"""One cache ─▶ another with the same text: other encoding, codebook or compression, other shards, fewer entries.
+
+A record batch at a time, so memory does not grow with the cache; interrupted, the same call goes on after the last
+complete shard. What was exact stays what it was unless entries are dropped: their mass then joins the residual. Values
+are quantised again only if the codebook changes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from cache_format.codebook import Codebook, sqrt_probability_codebook
+from cache_format.errors import MismatchError
+from cache_format.metadata import CacheMetadata
+from cache_format.reader import Cache, open_cache
+from cache_format.row_batch import RowBatch
+from cache_format.writer import CacheWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to be different. None: as it is."""
+
+    encoding: str | None = None  # columns or packed
+    compression_level: int | None = None  # zstd, 1 to 22
+    levels: int | None = None  # values of the codebook of log-probabilities, at most 256
+    top_k: int | None = None  # entries per position, the most likely ones; of exact targets
+    samples: int | None = None  # the first so many; of targets with several samples
+    rows_per_shard: int | None = None
+    rows_per_record_batch: int | None = None
+
+
+def convert_cache(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], conversion: Conversion
+) -> Iterator[int]:
+    """Writes the new cache while it is iterated over; yields the number of rows done, after every record batch.
+
+    Raises:
+        MismatchError: a change that these targets do not admit, or an unfinished cache of other settings in `output`.
+        CacheError: `output` holds something else, or `source` cannot be read.
+    """
+    cache = open_cache(source)
+    metadata = converted_metadata(cache, conversion)
+    with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), resume=True) as writer:
+        for batch in cache.iter_record_batches():
+            if int(batch.rows[-1]) >= writer.next_row:
+                batch = _fewer(batch, cache.metadata, conversion)
+                writer.write([batch.row(i) for i in range(len(batch))])
+            yield int(batch.rows[-1]) + 1
+
+
+def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
+    """The metadata of the new cache. Raises: MismatchError."""
+    old, targets, codebooks = cache.metadata, dict(cache.metadata.targets), dict(cache.metadata.codebooks)
+    _check(cache, conversion)
+    if conversion.top_k is not None:
+        targets |= {"k": conversion.top_k, "max_entries": conversion.top_k}
+    if conversion.samples is not None:
+        targets |= {"samples": conversion.samples}
+        codebooks["target_logprobs"] = _reweighted(codebooks["target_logprobs"], old, conversion.samples)
+    if conversion.levels is not None:
+        weight = [] if not old.sampled else [targets["tail_threshold"] / targets["samples"]]
+        codebooks["target_logprobs"] = sqrt_probability_codebook(conversion.levels, exact=weight)
+    level = conversion.compression_level or old.compression["level"]
+    changes = {f.name: value for f in fields(conversion) if (value := getattr(conversion, f.name)) is not None}
+    geometry = {name: changes[name] for name in ("rows_per_shard", "rows_per_record_batch") if name in changes}
+    return replace(
+        old,
+        targets=targets,
+        codebooks=codebooks,
+        compression={**old.compression, "level": level},
+        encoding=conversion.encoding or old.encoding,
+        capture={**old.capture, "converted": [*old.capture.get("converted", ()), changes]},
+        **geometry,
+    )
+
+
+def _check(cache: Cache, conversion: Conversion) -> None:
+    targets, metadata = cache.metadata.targets, cache.metadata
+    problem = None
+    if conversion.top_k is not None and metadata.sampled:
+        problem = f"--top-k: {targets['kind']} targets are unbiased only with all their entries"
+    elif conversion.top_k is not None and conversion.top_k > metadata.max_entries:
+        problem = f"--top-k {conversion.top_k}: found up to {metadata.max_entries} entries per position"
+    elif conversion.samples is not None and not metadata.sampled:
+        problem = f"--samples {conversion.samples}: {targets['kind']} targets have none"
+    elif conversion.samples is not None and not 1 <= conversion.samples <= metadata.num_samples:
+        problem = f"--samples {conversion.samples}: found {metadata.num_samples} per position"
+    elif conversion.levels is not None and metadata.sampled and "tail_threshold" not in targets:
+        problem = f"--levels: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
+    if problem is not None:
+        raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
+
+
+def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codebook:
+    """The weights of M samples together, made those of fewer: sampled weights times M/S."""
+    factor = old.num_samples / samples
+    if "tail_threshold" not in old.targets:
+        values = np.append(codebook.values[:-1].astype(np.float64) + np.log(factor), 0.0)
+        values = np.unique(np.minimum(values, 0.0).astype(np.float32))
+        return Codebook(codebook.name, codebook.domain, values)
+    return sqrt_probability_codebook(len(codebook.values), exact=[old.targets["tail_threshold"] / samples])
+
+
+def _fewer(batch: RowBatch, metadata: CacheMetadata, conversion: Conversion) -> RowBatch:
+    if conversion.top_k is not None:
+        batch = _most_likely(batch, conversion.top_k)
+    if conversion.samples is not None and batch.sample_counts is not None:
+        batch = _first_samples(batch, conversion.samples)
+    return batch
+
+
+def _most_likely(batch: RowBatch, k: int) -> RowBatch:
+    """At most k entries per position; the mass of the others joins the residual."""
+    position = np.repeat(np.arange(batch.num_tokens), batch.counts)  # [E]
+    order = np.lexsort((batch.ids, -batch.logprobs, position))
+    starts = np.concatenate([[0], np.cumsum(batch.counts, dtype=np.int64)])[:-1]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - starts[position]
+    keep = rank < k
+    dropped = np.bincount(position[~keep], np.exp(batch.logprobs[~keep].astype(np.float64)), batch.num_tokens)
+    with np.errstate(divide="ignore"):
+        residual = np.log(np.minimum(np.exp(batch.residual_logprob.astype(np.float64)) + dropped, 1.0))
+    counts = np.minimum(batch.counts, k)
+    return _with_entries(
+        batch,
+        keep,
+        batch.logprobs,
+        counts=counts,
+        exact_counts=counts,
+        residual_logprob=np.where(dropped > 0, residual, batch.residual_logprob).astype(np.float32),
+    )
+
+
+def _first_samples(batch: RowBatch, samples: int) -> RowBatch:
+    """Of several samples the first so many, as one estimate."""
+    assert batch.sample_counts is not None
+    factor = batch.sample_counts.shape[1] / samples
+    groups = np.column_stack([batch.exact_counts, batch.sample_counts]).astype(np.int64)  # [N, 1 + M]
+    group = np.repeat(np.tile(np.arange(groups.shape[1]), len(groups)), groups.ravel())  # [E]
+    logprobs = np.where(group > 0, np.minimum(batch.logprobs + np.float32(np.log(factor)), 0), batch.logprobs)
+    kept = groups[:, : 1 + samples]
+    return _with_entries(
+        batch,
+        group <= samples,
+        logprobs.astype(np.float32),
+        counts=kept.sum(axis=1),
+        sample_counts=kept[:, 1:] if samples > 1 else None,
+    )
+
+
+def _with_entries(batch: RowBatch, keep: np.ndarray, logprobs: np.ndarray, **changes: Any) -> RowBatch:
+    ends = np.concatenate([[0], np.cumsum(keep)])
+    return replace(
+        batch, ids=batch.ids[keep], logprobs=logprobs[keep], entry_offsets=ends[batch.entry_offsets], **changes
+    )

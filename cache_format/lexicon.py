@@ -1,0 +1,132 @@
+"""Which tokens a teacher is likely to expect after each token: learned from the first shard, stored once.
+
+A target id of 16 or 17 bits says little that is new: after most tokens the teacher considers the same few dozens, and
+everywhere the frequent words. So the packed encoding names a target by its **rank**: first the candidates of the input
+token, most frequent first, then all tokens of the vocabulary by their frequency among all targets. A rank stands for
+exactly one token, and every token has one.
+
+The table pays for itself: a candidate is kept if it occurred often enough in the sample that naming it by its place in
+the list saves more over the whole cache than its own bytes.
+
+Shapes: V vocabulary, P candidates of all tokens, E entries.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cache_format.errors import FormatError
+
+LEXICON = "lexicon.arrow"
+MOST_CANDIDATES = 256  # of one token
+COST, SAVING = 14, 4  # bits of a candidate in the table, and by which it shortens an entry: rough, and not critical
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Lexicon:
+    """`order` [V]: all tokens, frequent ones first. Token c's candidates: `candidates[starts[c] : starts[c + 1]]`."""
+
+    order: Ints  # [V]
+    starts: Ints  # [V + 1]
+    candidates: Ints  # [P]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.order)
+
+    @classmethod
+    def learn(cls, contexts: Ints, ids: Ints, vocab_size: int, weight: float) -> Lexicon:
+        """From entries: target `ids` [E], each with the input token from which it is predicted.
+
+        Args:
+            weight: how many times as many entries the whole cache has.
+        """
+        order = np.argsort(-np.bincount(ids, minlength=vocab_size), kind="stable")
+        pairs, counts = np.unique(contexts * vocab_size + ids, return_counts=True)
+        often = counts >= max(2, COST / SAVING / weight)
+        pairs, counts = pairs[often], counts[often]
+        pairs = pairs[np.lexsort((-counts, pairs // vocab_size))]
+        first = np.searchsorted(pairs // vocab_size, np.arange(vocab_size))
+        pairs = pairs[np.arange(len(pairs)) - first[pairs // vocab_size] < MOST_CANDIDATES]
+        starts = np.searchsorted(pairs // vocab_size, np.arange(vocab_size + 1))
+        return cls(order, starts, pairs % vocab_size)
+
+    def ranks(self, contexts: Ints, ids: Ints) -> Ints:
+        """[E] the rank of each id after its input token."""
+        pairs, places = self._by_pair
+        lists = np.diff(self.starts)[contexts]
+        ranks = lists + self._place_in_order[ids]
+        if len(pairs):
+            wanted = contexts * self.vocab_size + ids
+            found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+            ranks = np.where(pairs[found] == wanted, places[found], ranks)
+        return ranks
+
+    def ids(self, contexts: Ints, ranks: Ints) -> Ints:
+        """Inverse of `ranks`. Raises: ValueError for a rank that stands for nothing."""
+        in_order = ranks - np.diff(self.starts)[contexts]
+        if (in_order >= self.vocab_size).any() or (ranks < 0).any():
+            raise ValueError("packed targets hold a rank that no token has")
+        if not len(self.candidates):
+            return self.order[in_order]
+        place = np.minimum(self.starts[contexts] + ranks, len(self.candidates) - 1)
+        return np.where(in_order < 0, self.candidates[place], self.order[np.maximum(in_order, 0)])
+
+    @cached_property
+    def _place_in_order(self) -> Ints:
+        places = np.empty(self.vocab_size, np.int64)
+        places[self.order] = np.arange(self.vocab_size)
+        return places
+
+    @cached_property
+    def _by_pair(self) -> tuple[Ints, Ints]:
+        """Pairs of input token and candidate as one ascending number, and the place of each in its list."""
+        lists = np.diff(self.starts)
+        pairs = np.repeat(np.arange(self.vocab_size), lists) * self.vocab_size + self.candidates
+        places = np.arange(len(pairs)) - np.repeat(self.starts[:-1], lists)
+        by_pair = np.argsort(pairs)
+        return pairs[by_pair], places[by_pair]
+
+    def to_bytes(self) -> bytes:
+        """An Arrow IPC file of one row per token of the vocabulary."""
+        narrow = pa.uint16() if self.vocab_size <= 2**16 else pa.uint32()
+        candidates = pa.ListArray.from_arrays(
+            pa.array(self.starts.astype(np.int32)), pa.array(self.candidates).cast(narrow)
+        )
+        table = pa.record_batch({"order": pa.array(self.order).cast(narrow), "candidates": candidates})
+        sink = io.BytesIO()
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=19))
+        with pa.ipc.new_file(sink, table.schema, options=options) as file:
+            file.write_batch(table)
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, vocab_size: int, where: str) -> Lexicon:
+        """Raises: FormatError, naming `where`."""
+        try:
+            batch = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks().to_batches()[0]
+            batch.validate(full=True)
+            order = batch.column("order").to_numpy().astype(np.int64)
+            lists = batch.column("candidates")
+            lexicon = cls(order, lists.offsets.to_numpy().astype(np.int64), lists.values.to_numpy().astype(np.int64))
+        except (pa.ArrowException, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
+            raise FormatError(
+                f"{where}: not a lexicon ({' '.join(str(error).split())}). Restore it from a copy."
+            ) from error
+        candidates = lexicon.candidates
+        whole = len(order) == vocab_size and np.array_equal(np.sort(order), np.arange(vocab_size))
+        listed = whole and lexicon.starts[0] == 0 and lexicon.starts[-1] == len(candidates)
+        if not listed or candidates.min(initial=0) < 0 or candidates.max(initial=0) >= vocab_size:
+            raise FormatError(
+                f"{where}: found a lexicon of other tokens, expected the {vocab_size:,} of the manifest. "
+                "Restore it from a copy."
+            )
+        return lexicon
