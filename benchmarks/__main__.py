@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from benchmarks import measure
 
-NAMES = ("fused_loss", "capture", "decode", "codebook", "temperature")
+NAMES = ("fused_loss", "capture", "decode", "sizes", "codebook", "temperature")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -12,7 +12,7 @@ are left out. Codebooks compared, all of at most 256 values (one byte):
 Error: KL(exact ‖ decoded) of the K entries and the residual as one class, renormalised as the losses do; and the
 largest changes of single values.
 
-Rule for the default: the fewest bytes at top-64 among the codebooks with a mean KL below 0.0005 nats that move no
+Rule for the default: the fewest bytes at top-64 among the codebooks with a mean KL below 0.001 nats that move no
 probability above 1e-6 by more than 0.5 nats.
 
 Bound: the empirical entropy of the codes, one by one; the ids cost log2 C(V, K)/8 bytes if nothing is known of them.
@@ -41,7 +41,7 @@ TOP_KS = (16, 50, 64)
 LEVELS = (3, 9, 19)
 BATCHES = (8, 32, 128)  # rows of a record batch
 LEVEL, BATCH = 9, 32
-MOST_KL, MOST_CHANGE = 0.0005, 0.5  # nats
+MOST_KL, MOST_CHANGE = 0.001, 0.5  # nats
 HALF = "float16"
 
 Bytes = Mapping[str, float]  # column -> bytes per token
@@ -155,7 +155,7 @@ def candidates(vocab_size: int) -> dict[str, Books]:
         return Books(entries, Codebook("residual", "sqrt_probability", residual), cf.entropy_codebook(vocab_size))
 
     found = {f"√p, {n}": books(cf.sqrt_probability_codebook(n, smallest=None)) for n in (31, 63, 127, 255)}
-    for steps in (31, 63, 127, 160, 190, 234):
+    for steps in (31, 63, 85, 107, 127, 160, 190, 234):
         # Two levels of the uniform part are the first of the geometric one, whose ratio is 2/3.
         below = math.ceil(math.log(2 / steps / math.sqrt(SMALLEST)) / math.log(3 / 2))
         book = cf.sqrt_probability_codebook(steps - 1 + below, smallest=SMALLEST)
@@ -240,7 +240,7 @@ def _decoded(values: np.ndarray, book: Codebook | None) -> np.ndarray:
 
 
 def _is_default(books: Books) -> bool:
-    default = cf.sqrt_probability_codebook().values
+    default = cf.sqrt_probability_codebook(cf.EXACT_LEVELS).values
     return books.entries is not None and np.array_equal(books.entries.values, default)
 
 

@@ -1,6 +1,7 @@
 """What a real teacher says about real text, exactly: the input of the benchmarks on targets.
 
-Computed once per process and shared: the forward pass costs minutes, everything after it seconds.
+The forward pass costs minutes and is kept as the last hidden states, in float16 under `benchmarks/work`: the teacher is
+by definition what its head says of those. Everything after it costs seconds.
 
 Shapes: N positions, K entries, V vocabulary.
 """
@@ -8,6 +9,7 @@ Shapes: N positions, K entries, V vocabulary.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ TOP_K = 64
 ROW_TOKENS = 512
 TEMPERATURES = (2.0, 4.0)
 CHUNK = 128
+WORK = Path(__file__).parent / "work"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,23 @@ def text_targets(settings: Settings) -> TextTargets:
     return _text_targets(settings.teacher, 4 if settings.quick else 128, 256 if settings.quick else ROW_TOKENS)
 
 
+@torch.inference_mode()
+def hidden_states(model: PreTrainedModel, input_ids: np.ndarray) -> np.ndarray:
+    """[rows, T, D] float16 at every position of rows that are one document each; kept on disk for the next time."""
+    text = hashlib.sha256(np.ascontiguousarray(input_ids, np.int64).tobytes()).hexdigest()[:8]
+    file = WORK / f"states-{weights_fingerprint(model)[:8]}-{text}.npy"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        head = open_head(model, model.get_output_embeddings().weight.shape[0])
+        positions = torch.arange(input_ids.shape[1])[None]
+        found = [head.hidden_states(row[None], positions)[0].half().numpy() for row in torch.from_numpy(input_ids)]
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, np.stack(found))
+        partial.rename(file)
+    return np.load(file, mmap_mode="r")
+
+
 @functools.lru_cache(1)
 @torch.inference_mode()
 def _text_targets(directory: Path, rows: int, length: int) -> TextTargets:
@@ -77,13 +97,12 @@ def _text_targets(directory: Path, rows: int, length: int) -> TextTargets:
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
     input_ids = token_rows(tokenizer, rows, length)
-    positions = torch.arange(length)[None]
     rule = TargetRule(top_k=TOP_K)
     # Buffers, because chunks that come and go between small results that stay would scatter the heap over gigabytes.
     logits, scratch, probs = torch.empty(3, CHUNK, head.vocab_size)
     parts: list[list[np.ndarray]] = []
-    for row in torch.from_numpy(input_ids):
-        for states in head.hidden_states(row[None], positions)[0].split(CHUNK):
+    for row in hidden_states(model, input_ids):
+        for states in torch.from_numpy(row.astype(np.float32)).split(CHUNK):
             chunk = head.logits(states, out=logits)
             exact = sparse_targets(chunk, rule, scratch=scratch)
             ids = exact.ids.long()

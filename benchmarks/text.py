@@ -36,11 +36,12 @@ def code() -> Iterator[str]:
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> np.ndarray:
     """int64 [rows, length]: windows of running text, prose and code in turn."""
-    streams = [_windows(tokenizer, list(documents), -(-rows // 2), length) for documents in (prose(), code())]
+    streams = [windows(tokenizer, list(documents), -(-rows // 2), length) for documents in (prose(), code())]
     return np.stack(streams, axis=1).reshape(-1, length)[:rows]
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rows: int, length: int) -> np.ndarray:
+def windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rows: int, length: int) -> np.ndarray:
+    """int64 [rows, length]: consecutive windows of all documents."""
     tokens: list[int] = []
     for document in documents:
         if len(tokens) >= rows * length:

@@ -19,6 +19,7 @@ from cache_format.errors import MismatchError
 from cache_format.metadata import CacheMetadata
 from cache_format.reader import Cache, open_cache
 from cache_format.row_batch import RowBatch
+from cache_format.types import entry_groups, group_counts
 from cache_format.writer import CacheWriter
 
 
@@ -93,6 +94,11 @@ def _check(cache: Cache, conversion: Conversion) -> None:
         problem = f"--samples {conversion.samples}: found {metadata.num_samples} per position"
     elif conversion.levels is not None and metadata.sampled and "tail_threshold" not in targets:
         problem = f"--levels: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
+    elif conversion.levels is not None:
+        try:
+            sqrt_probability_codebook(conversion.levels)
+        except ValueError as error:
+            problem = f"--levels: {error}"
     if problem is not None:
         raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
 
@@ -139,10 +145,9 @@ def _most_likely(batch: RowBatch, k: int) -> RowBatch:
 
 def _first_samples(batch: RowBatch, samples: int) -> RowBatch:
     """Of several samples the first so many, as one estimate."""
-    assert batch.sample_counts is not None
-    factor = batch.sample_counts.shape[1] / samples
-    groups = np.column_stack([batch.exact_counts, batch.sample_counts]).astype(np.int64)  # [N, 1 + M]
-    group = np.repeat(np.tile(np.arange(groups.shape[1]), len(groups)), groups.ravel())  # [E]
+    groups = group_counts(batch)  # [N, 1 + M]
+    group = entry_groups(groups)  # [E]
+    factor = (groups.shape[1] - 1) / samples
     logprobs = np.where(group > 0, np.minimum(batch.logprobs + np.float32(np.log(factor)), 0), batch.logprobs)
     kept = groups[:, : 1 + samples]
     return _with_entries(

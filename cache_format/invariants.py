@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cache_format.metadata import CacheMetadata
 from cache_format.row_batch import RowBatch
+from cache_format.types import entry_groups, group_counts
 
 
 def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
@@ -33,6 +34,21 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
     if (bad := tokens_per_row < 1).any():
         return f"row {rows[int(bad.argmax())]}: no tokens, expected at least one"
     return _positions(batch, rows, metadata) or _entries(batch, rows, metadata)
+
+
+def find_repeated_token(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
+    """A token that is both exact and sampled at one position, which a loss would count twice.
+
+    Not asked at every reading: it needs the entries sorted.
+    """
+    counts = group_counts(batch)
+    exact = entry_groups(counts) == 0
+    position = np.repeat(np.arange(batch.num_tokens), batch.counts)
+    keys = position * metadata.vocab_size + batch.ids
+    if (bad := np.isin(keys[~exact], keys[exact], assume_unique=metadata.num_samples == 1)).any():
+        index = int(np.flatnonzero(~exact)[bad.argmax()])
+        return f"{_of_entry(batch, rows, index)}: target id {batch.ids[index]} is both exact and sampled"
+    return None
 
 
 def find_invalid_value(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:

@@ -96,37 +96,44 @@ class Lexicon:
         return pairs[by_pair], places[by_pair]
 
     def to_bytes(self) -> bytes:
-        """An Arrow IPC file of one row per token of the vocabulary."""
+        """An Arrow IPC file of one row: tokens in order, candidates per token, candidates of all tokens."""
         narrow = pa.uint16() if self.vocab_size <= 2**16 else pa.uint32()
-        candidates = pa.ListArray.from_arrays(
-            pa.array(self.starts.astype(np.int32)), pa.array(self.candidates).cast(narrow)
-        )
-        table = pa.record_batch({"order": pa.array(self.order).cast(narrow), "candidates": candidates})
+        # Tokens that no target names stand at the end, ascending: nothing has to be said of them.
+        ends = np.flatnonzero(np.diff(self.order) < 0)
+        named = self.order[: ends[-1] + 2] if len(ends) else self.order[:0]
+        lists = {"order": named, "candidate_counts": np.diff(self.starts), "candidates": self.candidates}
+        types = {"order": narrow, "candidate_counts": pa.uint16(), "candidates": narrow}
+        row = pa.record_batch({name: pa.array([values], pa.list_(types[name])) for name, values in lists.items()})
         sink = io.BytesIO()
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=19))
-        with pa.ipc.new_file(sink, table.schema, options=options) as file:
-            file.write_batch(table)
+        with pa.ipc.new_file(sink, row.schema, options=options) as file:
+            file.write_batch(row)
         return sink.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, vocab_size: int, where: str) -> Lexicon:
         """Raises: FormatError, naming `where`."""
         try:
-            batch = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks().to_batches()[0]
+            batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
             batch.validate(full=True)
-            order = batch.column("order").to_numpy().astype(np.int64)
-            lists = batch.column("candidates")
-            lexicon = cls(order, lists.offsets.to_numpy().astype(np.int64), lists.values.to_numpy().astype(np.int64))
+            named, counts, candidates = (
+                batch.column(name).values.to_numpy().astype(np.int64)
+                for name in ("order", "candidate_counts", "candidates")
+            )
         except (pa.ArrowException, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
-            raise FormatError(
-                f"{where}: not a lexicon ({' '.join(str(error).split())}). Restore it from a copy."
-            ) from error
-        candidates = lexicon.candidates
-        whole = len(order) == vocab_size and np.array_equal(np.sort(order), np.arange(vocab_size))
-        listed = whole and lexicon.starts[0] == 0 and lexicon.starts[-1] == len(candidates)
-        if not listed or candidates.min(initial=0) < 0 or candidates.max(initial=0) >= vocab_size:
+            reason = " ".join(str(error).split())
+            raise FormatError(f"{where}: not a lexicon ({reason}). Restore it from a copy.") from error
+        others = np.setdiff1d(np.arange(vocab_size), named, assume_unique=True)
+        lexicon = cls(np.concatenate([named, others]), np.concatenate([[0], np.cumsum(counts)]), candidates)
+        tokens = max(named.max(initial=0), candidates.max(initial=0))
+        if tokens >= vocab_size or lexicon.vocab_size != vocab_size or len(counts) != vocab_size:
             raise FormatError(
                 f"{where}: found a lexicon of other tokens, expected the {vocab_size:,} of the manifest. "
+                "Restore it from a copy."
+            )
+        if lexicon.starts[-1] != len(candidates):
+            raise FormatError(
+                f"{where}: found {len(candidates)} candidates, its counts add up to {lexicon.starts[-1]}. "
                 "Restore it from a copy."
             )
         return lexicon

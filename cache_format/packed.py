@@ -38,6 +38,7 @@ from cache_format.lexicon import Lexicon
 from cache_format.metadata import CacheMetadata
 from cache_format.rans import BITS, Decoder, Encoder, Ints, Model
 from cache_format.row_batch import RowBatch
+from cache_format.types import entry_groups, group_counts
 
 LANES = 512
 HEADER = struct.Struct("<IHI")  # entries, lanes, bytes of the compressed frequencies
@@ -87,7 +88,7 @@ class Codes:
     exact_ranks: Ints  # [of exact entries] ascending within a position
     exact_codes: Ints  # [of exact entries]
     residual: Ints  # [N]
-    sample_counts: Ints  # [M, N]; M = 0 for exact targets
+    sample_counts: Ints  # [M, N]
     sample_ranks: list[Ints]  # M times [of entries]
     sample_codes: list[Ints]
 
@@ -125,21 +126,23 @@ def unpack(
 
 def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexicon) -> Codes:
     books = metadata.codebooks
-    counts = _group_counts(batch, metadata)  # [1 + M, N]
-    group = np.repeat(np.tile(np.arange(len(counts)), batch.num_tokens), counts.T.ravel())  # [E]
+    counts = group_counts(batch)  # [N, 1 + M]
+    if not metadata.sampled and counts[:, 1:].any():
+        raise ValueError("there are sampled entries, but no `samples` in the targets of the metadata")
+    group = entry_groups(counts)  # [E]
     position = np.repeat(np.arange(batch.num_tokens), batch.counts)
     ranks = lexicon.ranks(tokens[position], batch.ids.astype(np.int64))
     codes = books["target_logprobs"].encode(batch.logprobs).astype(np.int64)
     ordered = np.argsort((group * batch.num_tokens + position) * 2**32 + ranks)
-    ends = np.cumsum(counts.sum(axis=1))[:-1]
+    ends = np.cumsum(counts.sum(axis=0))[:-1]
     of_ranks, of_codes = (np.split(values[ordered], ends) for values in (ranks, codes))
     return Codes(
         entropy=books["entropy"].encode(batch.entropy).astype(np.int64),
-        exact_counts=counts[0],
+        exact_counts=counts[:, 0],
         exact_ranks=of_ranks[0],
         exact_codes=of_codes[0],
         residual=books["residual_logprob"].encode(batch.residual_logprob).astype(np.int64),
-        sample_counts=counts[1:],
+        sample_counts=counts[:, 1:].T,
         sample_ranks=of_ranks[1:],
         sample_codes=of_codes[1:],
     )
@@ -166,19 +169,6 @@ def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexico
     if metadata.num_samples > 1:
         fields["sample_counts"] = codes.sample_counts.T.astype(narrow)
     return fields
-
-
-def _group_counts(batch: RowBatch, metadata: CacheMetadata) -> Ints:
-    """[1 + M, N] exact entries, then those of each sample; M = 0 where nothing is sampled."""
-    exact = batch.exact_counts.astype(np.int64)
-    if not metadata.sampled:
-        if (batch.counts != batch.exact_counts).any():
-            raise ValueError("there are sampled entries, but no `samples` in the targets of the metadata")
-        return exact[None]
-    sampled = batch.sample_counts
-    if sampled is None:
-        sampled = (batch.counts.astype(np.int64) - exact)[:, None]
-    return np.concatenate([exact[None], sampled.T.astype(np.int64)])
 
 
 def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metadata: CacheMetadata) -> Codes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +71,9 @@ class SparseTargets:
         index = range(self.num_samples)[index]
         if self.sample_counts is None:
             return self
-        chosen = self._group == 1 + index
-        exact = self._group == 0
+        group = entry_groups(group_counts(self))
+        chosen = group == 1 + index
+        exact = group == 0
         kept = exact | chosen
         logprobs = np.where(exact, self.logprobs, self.logprobs + np.float32(np.log(self.num_samples)))
         return replace(
@@ -87,7 +88,7 @@ class SparseTargets:
         """All samples as one: each token once, with the sum of its weights."""
         if self.sample_counts is None:
             return self
-        sampled = self._group > 0
+        sampled = entry_groups(group_counts(self)) > 0
         position = np.repeat(np.arange(len(self.counts)), self.counts)  # [E]
         order = np.lexsort((self.ids, sampled, position))
         position, ids, sampled = position[order], self.ids[order], sampled[order]
@@ -104,13 +105,6 @@ class SparseTargets:
             sample_counts=None,
         )
 
-    @cached_property
-    def _group(self) -> NDArray[np.int64]:  # [E]
-        """0 for an exact entry, 1 + i for one of sample i."""
-        assert self.sample_counts is not None
-        groups = np.column_stack([np.asarray(self.exact_counts, np.int64), self.sample_counts])  # [T, 1 + M]
-        return np.repeat(np.tile(np.arange(groups.shape[1]), len(groups)), groups.ravel())
-
     def sorted_by_probability(self) -> SparseTargets:
         """The same targets with the exact entries of each position most likely first.
 
@@ -122,6 +116,30 @@ class SparseTargets:
         key = np.where(sampled, rank, -self.logprobs)
         order = np.lexsort((self.ids, key, sampled, position))
         return replace(self, ids=self.ids[order], logprobs=self.logprobs[order])
+
+
+class _Entries(Protocol):
+    """What `SparseTargets` and `RowBatch` have in common."""
+
+    @property
+    def counts(self) -> IntArray: ...
+    @property
+    def exact_counts(self) -> IntArray: ...
+    @property
+    def sample_counts(self) -> IntArray | None: ...
+
+
+def group_counts(entries: _Entries) -> NDArray[np.int64]:
+    """[N, 1 + M] at each position the exact entries, then those of each sample; M is 1 where nothing is sampled."""
+    exact, samples = np.asarray(entries.exact_counts, np.int64), entries.sample_counts
+    if samples is None:
+        samples = np.asarray(entries.counts, np.int64) - exact
+    return np.column_stack([exact, samples]).astype(np.int64)
+
+
+def entry_groups(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[E] 0 for an exact entry, 1 + i for one of sample i, from `group_counts`."""
+    return np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.ravel())
 
 
 @dataclass(frozen=True, eq=False)

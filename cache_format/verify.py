@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cache_format.errors import CorruptShardError
+from cache_format.invariants import find_repeated_token
 from cache_format.reader import open_cache
 
 
@@ -31,6 +33,9 @@ def verify_cache(path: str | os.PathLike[str], progress: Callable[[int, int], No
     cache.tokenizer_files()
     rows = 0
     for batch in cache.iter_record_batches():
+        here = range(rows, rows + len(batch))
+        if problem := find_repeated_token(batch, here, cache.metadata):
+            raise CorruptShardError(f"{cache.path}: {problem}: it was written like this. Make the cache again.")
         rows += len(batch)
         if progress is not None:
             progress(rows, cache.num_rows)

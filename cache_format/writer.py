@@ -19,7 +19,7 @@ import numpy as np
 from cache_format.card import card
 from cache_format.columns import arrow_schema
 from cache_format.errors import CacheError, CorruptShardError, MismatchError
-from cache_format.invariants import find_invalid_value, find_violation
+from cache_format.invariants import find_invalid_value, find_repeated_token, find_violation
 from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
     MANIFEST,
@@ -172,7 +172,7 @@ class CacheWriter:
             return
         batch = concatenate(self._pending)
         expected = range(next_row - len(self._pending), next_row)
-        for find in (find_violation, find_invalid_value):
+        for find in (find_violation, find_invalid_value, find_repeated_token):
             if problem := find(batch, expected, metadata):
                 raise ValueError(problem)
         self._waiting.append(batch)

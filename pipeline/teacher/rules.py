@@ -78,9 +78,9 @@ class TargetRule:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p {self.top_p}: expected a probability mass above 0 and up to 1.")
         if self.tail_threshold is not None:
-            if not 1e-4 <= self.tail_threshold <= 1.0:
+            if not 1e-3 <= self.tail_threshold <= 1.0:
                 raise ConfigError(
-                    f"--tail-threshold {self.tail_threshold}: expected 0.0001 to 1; a position gets up to 1/τ entries."
+                    f"--tail-threshold {self.tail_threshold}: expected 0.001 to 1; a position gets up to 1/τ entries."
                 )
         if not 0.0 < self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature}: expected a positive number.")

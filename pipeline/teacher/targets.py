@@ -89,10 +89,11 @@ def sparse_targets(
         sampled = []
     # In place: the product of a `vecdot` is a fresh [n, V] tensor, whose page faults cost more than all the rest.
     expected_logit = outside.mul_(logits).sum(dim=1) + (kept * values).sum(dim=1)
-    lse = largest - candidates[:, 0].log() + total.log()
 
     ids, order = torch.where(keep, ids, vocab_size).sort(dim=1)  # by id, those not kept last
-    logprobs = (values.gather(1, order) - lse[:, None]).clamp_(max=0.0)
+    # Relative to the largest logit first: a large constant in all logits costs no digits.
+    normaliser = total.log() - candidates[:, 0].log()
+    logprobs = (values.gather(1, order) - largest[:, None] - normaliser[:, None]).clamp_(max=0.0)
     exact = [(torch.where(ids < vocab_size, ids, -1), logprobs)] if rule.kind != "random" else []
     ids, logprobs = (torch.cat(parts, dim=1) for parts in zip(*exact, *sampled, strict=True))
     sample_counts = [(ids >= 0).sum(dim=1) for ids, _ in sampled]
@@ -102,7 +103,7 @@ def sparse_targets(
         exact_counts=keep.sum(dim=1, dtype=torch.int32),
         sample_counts=torch.stack(sample_counts, dim=1).to(torch.int32) if sampled else ids.new_zeros((n, 0)).int(),
         residual_logprob=(residual / total).log(),
-        entropy=(lse - expected_logit / total).clamp(min=0.0),
+        entropy=(largest + normaliser - expected_logit / total).clamp(min=0.0),
     )
 
 

@@ -116,17 +116,17 @@ def test_all_samples_as_one():
 def test_merging_never_mixes_exact_and_sampled_entries_or_positions():
     """Neighbouring positions that end and begin with the same token; an exact token that is sampled too (a lie)."""
     targets = cf.SparseTargets(
-        counts=np.array([2, 3]),
-        ids=np.array([5, 5, 5, 5, 5]),
-        logprobs=np.log(np.array([0.5, 0.1, 0.2, 0.1, 0.1], np.float32)),
-        exact_counts=np.array([1, 1]),
-        residual_logprob=np.zeros(2, np.float32),
-        entropy=np.zeros(2, np.float32),
-        sample_counts=np.array([[1, 0], [1, 1]]),
+        counts=np.array([2, 3, 2]),
+        ids=np.array([5, 5, 5, 5, 5, 5, 5]),
+        logprobs=np.log(np.array([0.5, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1], np.float32)),
+        exact_counts=np.array([1, 1, 0]),
+        residual_logprob=np.zeros(3, np.float32),
+        entropy=np.zeros(3, np.float32),
+        sample_counts=np.array([[1, 0], [1, 1], [1, 1]]),
     )
     merged = targets.merged()
-    assert list(merged.counts) == [2, 2] and list(merged.ids) == [5, 5, 5, 5]
-    np.testing.assert_allclose(np.exp(merged.logprobs), [0.5, 0.1, 0.2, 0.2], rtol=1e-6)
+    assert list(merged.counts) == [2, 2, 1] and list(merged.ids) == [5, 5, 5, 5, 5]
+    np.testing.assert_allclose(np.exp(merged.logprobs), [0.5, 0.1, 0.2, 0.2, 0.2], rtol=1e-6)
 
 
 def test_samples_of_nothing():

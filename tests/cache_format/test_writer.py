@@ -320,3 +320,27 @@ def test_tokenizer_files_cannot_climb_out(tmp_path, name):
     with pytest.raises(ValueError, match="not a plain relative path"):
         cf.CacheWriter(tmp_path / "cache", sample_metadata(), tokenizer_files={name: b""})
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_token_that_is_exact_and_sampled_is_refused(tmp_path):
+    targets = {"kind": "threshold", "samples": 1, "max_entries": 9, "temperature": 1.0}
+    row = sample_row(0, tokens=2, most=1)
+    twice = cf.SparseTargets(
+        counts=np.array([2, 0]),
+        ids=np.array([5, 5]),
+        logprobs=np.log([0.5, 0.25]).astype(np.float32),
+        exact_counts=np.array([1, 0]),
+        residual_logprob=np.log([0.5, 1.0]).astype(np.float32),
+        entropy=np.ones(2, np.float32),
+    )
+    mask, segments = np.array([True, False]), np.array([2])
+    row = replace(row, targets=twice, loss_mask=mask, segment_lengths=segments)
+    with (
+        pytest.raises(ValueError, match="row 0, position 0: target id 5 is both exact and sampled"),
+        cf.CacheWriter(tmp_path / "cache", sample_metadata(1, targets=targets)) as writer,
+    ):
+        writer.write([row])
+    apart = replace(row, targets=replace(twice, ids=np.array([5, 4])))
+    with cf.CacheWriter(tmp_path / "other", sample_metadata(1, targets=targets)) as writer:
+        writer.write([apart])
+    cf.verify_cache(tmp_path / "other")

@@ -1,0 +1,209 @@
+"""Bytes per token of every kind of targets in both encodings, every column included, and what reading them costs.
+
+English prose (the Python manual, one document per row), cached by the code of stage one from the logits on; each size
+is that of the shards on disk, divided by all tokens. The lexicon of `packed` is learned from the first shard, as
+always, so the last rows are read with candidates that other text has suggested: **packed** is measured on those alone.
+**entropy** is of order zero, column by column: what columns would take with a coder that wastes nothing.
+**error** is what the codebooks do to the exact entries and what they leave out, as a KL in nats.
+
+Cost: seconds of the processor for `sparse_targets` against that of top-64, and tokens per second and core of reading.
+
+    python -m benchmarks sizes
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache_format as cf
+from benchmarks.measure import Result, Settings, Table
+from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
+from benchmarks.text import prose, windows
+from pipeline.heads import Head, open_head
+from pipeline.report import cache_stats
+from pipeline.teacher.packing import TokenRow
+from pipeline.teacher.philox import uniforms
+from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.tokenizers import real_vocab_size
+
+ROWS, QUICK_ROWS = 208, 8
+CHUNK = 256
+RULES = {
+    "top-64": TargetRule(top_k=64),
+    "top-50": TargetRule(top_k=50),
+    "top-16": TargetRule(top_k=16),
+    "top-p .95": TargetRule(kind="top-p"),
+    "random, 50 draws": TargetRule(kind="random", draws=50),
+    "random, 13 draws": TargetRule(kind="random", draws=13),
+    "threshold 1/8": TargetRule(kind="threshold", tail_threshold=1 / 8),
+    "threshold 1/20": TargetRule(kind="threshold", tail_threshold=1 / 20),
+    "threshold 1/50": TargetRule(kind="threshold", tail_threshold=1 / 50),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The teacher's states of some rows, and what makes logits of them."""
+
+    input_ids: np.ndarray  # [rows, T]
+    states: np.ndarray  # [rows, T, D] float16
+    head: Head
+
+
+def run(settings: Settings) -> Result:
+    model, tokenizer = open_teacher(settings.teacher)
+    rows, length = (QUICK_ROWS, 64) if settings.quick else (ROWS, ROW_TOKENS)
+    input_ids = windows(tokenizer, list(prose()), rows, length)
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
+    text = Text(input_ids, hidden_states(model, input_ids), head)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        costs = _costs(text, settings.rounds)
+        with tempfile.TemporaryDirectory() as scratch:
+            table = [_sizes(name, rule, text, Path(scratch)) + [costs[name]] for name, rule in RULES.items()]
+    finally:
+        torch.set_num_threads(threads)
+    columns = ["targets", "entries", "columns z9", "columns z19", "entropy", "packed", "packed/columns z9", "error"]
+    columns += ["columns tokens/s", "packed tokens/s", "cost/top-64"]
+    return Result(
+        name="sizes",
+        question="Bytes per token of every kind of targets, every column included, and the cost of making them.",
+        bound="order-zero entropy for columns; for making them, the softmax and one more pass over the logits.",
+        settings={"teacher": describe(model), "rows": rows, "row_tokens": length},
+        tables=[Table("Bytes per token", columns, table)],
+        summary={f"{row[0]}, {column}": row[i] for row in table for i, column in ((2, "columns"), (5, "packed"))},
+    )
+
+
+def _sizes(name: str, rule: TargetRule, text: Text, scratch: Path) -> list[str | float]:
+    rows, exact = _rows(rule, text)
+    half = len(rows) // 2
+    caches, seconds = {}, {}
+    for encoding, level in (("columns", 9), ("columns", 19), ("packed", 9)):
+        path = scratch / f"{name.replace('/', '-')}-{encoding}-{level}"
+        metadata = cf.CacheMetadata(
+            teacher={"name": "benchmark"},
+            tokenizer={},
+            vocab_size=text.head.vocab_size,
+            alignment="next",
+            targets=rule.to_json(),
+            corpus={"rows": len(rows)},
+            codebooks={**cf.default_codebooks(text.head.vocab_size), "target_logprobs": rule.codebook()},
+            rows_per_shard=half,
+            rows_per_record_batch=min(64, half),
+            encoding=encoding,
+            compression={"codec": "zstd", "level": level},
+        )
+        with cf.CacheWriter(path, metadata) as writer:
+            writer.write(rows)
+        cache = caches[encoding, level] = cf.open_cache(path)
+        began = time.process_time()
+        for _ in cache.iter_record_batches():
+            pass
+        seconds[encoding] = time.process_time() - began
+    columns, best = (_per_token(caches["columns", level], 0) for level in (9, 19))
+    packed = _per_token(caches["packed", 9], 1)
+    floor = sum(cache_stats(caches["columns", 9])["column_entropy_bytes_per_token"].values())
+    tokens = text.input_ids.size
+    return [
+        name,
+        exact / tokens,
+        columns,
+        best,
+        floor,
+        packed,
+        packed / columns,
+        _error(rows, caches["columns", 9]),
+        round(tokens / seconds["columns"]),
+        round(tokens / seconds["packed"]),
+    ]
+
+
+def _per_token(cache: cf.Cache, first_shard: int) -> float:
+    shards = cache.manifest.shards[first_shard:]
+    return sum(shard.bytes for shard in shards) / sum(shard.tokens for shard in shards)
+
+
+def _rows(rule: TargetRule, text: Text) -> tuple[list[cf.CacheRow], int]:
+    """Rows as stage one hands them to the writer, and how many entries they have."""
+    length = text.input_ids.shape[1]
+    mask = np.arange(length) < length - 1
+    logits, scratch = torch.empty(2, CHUNK, text.head.vocab_size)
+    rows, entries = [], 0
+    for index, states in enumerate(text.states):
+        parts = []
+        for start in range(0, length - 1, CHUNK):
+            positions = np.arange(start, min(start + CHUNK, length - 1))
+            hidden = torch.from_numpy(states[positions].astype(np.float32))
+            drawn = torch.from_numpy(uniforms(0, np.full(len(positions), index), positions, rule.uniforms))
+            with torch.inference_mode():
+                found = text.head.logits(hidden, out=logits)
+                parts.append(sparse_targets(found, rule, drawn if rule.uniforms else None, scratch))
+        targets = ChunkTargets(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        token_row = TokenRow(input_ids=text.input_ids[index], loss_mask=mask, segment_lengths=np.array([length]))
+        rows.append(cache_row(index, token_row, mask, targets))
+        entries += rows[-1].targets.num_entries
+    return rows, entries
+
+
+def _error(rows: list[cf.CacheRow], cache: cf.Cache) -> float:
+    """Mean over positions of KL(exact ‖ decoded) of the exact entries and their residual; 0 where none is exact."""
+    total, positions = 0.0, 0
+    for before, after in zip(rows, cache.iter_rows(), strict=True):
+        targets = before.targets
+        position = np.repeat(np.arange(len(targets.counts)), targets.counts)
+        exact = np.arange(targets.num_entries) - targets.offsets[position] < targets.exact_counts[position]
+        t = len(targets.counts)
+
+        def mass(weights: np.ndarray, which: np.ndarray = position[exact], t: int = t) -> np.ndarray:
+            return np.bincount(which, weights, t)
+
+        log_p, log_q = (row.targets.logprobs[exact].astype(np.float64) for row in (before, after))
+        rest_p, rest_q = (np.exp(row.targets.residual_logprob.astype(np.float64)) for row in (before, after))
+        norm_p, norm_q = mass(np.exp(log_p)) + rest_p, mass(np.exp(log_q)) + rest_q
+        p, q = np.exp(log_p) / norm_p[position[exact]], np.exp(log_q) / norm_q[position[exact]]
+        rest_p, rest_q = np.maximum(rest_p / norm_p, 1e-30), np.maximum(rest_q / norm_q, 1e-30)
+        kl = mass(p * np.log(p / q)) + rest_p * np.log(rest_p / rest_q)
+        total += float(kl[before.loss_mask].sum())
+        positions += int(before.loss_mask.sum())
+    return total / positions
+
+
+def _costs(text: Text, rounds: int) -> dict[str, float]:
+    """Processor time of `sparse_targets` on one chunk, as a multiple of top-64's in the same round; medians."""
+    states = text.states.reshape(-1, text.states.shape[-1])[:CHUNK].astype(np.float32)
+    with torch.inference_mode():
+        logits = text.head.logits(torch.from_numpy(states)).clone()
+    scratch = torch.empty_like(logits)
+    places = np.arange(len(states))
+
+    def step(rule: TargetRule) -> Callable[[], object]:
+        def once() -> object:
+            drawn = torch.from_numpy(uniforms(0, places, places, rule.uniforms)) if rule.uniforms else None
+            return sparse_targets(logits, rule, drawn, scratch)
+
+        return once
+
+    steps = {name: step(rule) for name, rule in RULES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):  # the first to warm up
+        for name, once in steps.items():
+            began = time.thread_time()
+            once()
+            if i:
+                seconds[name].append(time.thread_time() - began)
+    plain = seconds["top-64"]
+    return {
+        name: statistics.median(a / b for a, b in zip(times, plain, strict=True)) for name, times in seconds.items()
+    }
