@@ -303,7 +303,7 @@ class _Capture:
             row_of, position = (place.numpy() for place in mask.nonzero(as_tuple=True))
             drawn = torch.from_numpy(uniforms(rule.seed or 0, np.array(indices)[row_of], position, rule.uniforms))
         chunks = []
-        for start in range(0, len(hidden), CHUNK_POSITIONS):
+        for start in range(0, max(1, len(hidden)), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
             logits = self.head.logits(hidden[here], out=self.logits_buffer)
             chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self.scratch))
