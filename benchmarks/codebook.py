@@ -132,7 +132,7 @@ def run(settings: Settings) -> Result:
             ),
             Table(f"Where the bytes are at top-{most} ({default})", ["column", "bytes/token"], list(columns.items())),
             Table(
-                "Entropy, 256 values uniform in its square root",
+                "Entropy, the default's 64 values uniform in its square root",
                 ["", "nats"],
                 [["mean |Δ|", float(entropy_error.mean())], ["max |Δ|", float(entropy_error.max())]],
             ),
@@ -152,10 +152,10 @@ def candidates(vocab_size: int) -> dict[str, Books]:
     def books(entries: Codebook) -> Books:
         # The residual through the same table, its least value giving way to exactly nothing.
         residual = np.concatenate([[-np.inf], entries.values[-255:]]).astype(np.float32)
-        return Books(entries, Codebook("residual", "sqrt_probability", residual), cf.entropy_codebook(vocab_size))
+        return Books(entries, Codebook("residual", "sqrt_probability", residual), cf.default_codebooks(vocab_size)["entropy"])
 
     found = {f"√p, {n}": books(cf.sqrt_probability_codebook(n, smallest=None)) for n in (31, 63, 127, 255)}
-    for steps in (31, 63, 85, 107, 127, 160, 190, 234):
+    for steps in (31, 63, 72, 88, 104, 127, 160, 190, 234):
         # Two levels of the uniform part are the first of the geometric one, whose ratio is 2/3.
         below = math.ceil(math.log(2 / steps / math.sqrt(SMALLEST)) / math.log(3 / 2))
         book = cf.sqrt_probability_codebook(steps - 1 + below, smallest=SMALLEST)

@@ -71,7 +71,11 @@ def run(settings: Settings) -> Result:
     try:
         costs = _costs(text, settings.rounds)
         with tempfile.TemporaryDirectory() as scratch:
-            table = [_sizes(name, rule, text, Path(scratch)) + [costs[name]] for name, rule in RULES.items()]
+            rows_of = _rows(text)
+            table = [
+                _sizes(name, rule, rows_of.pop(name), text, Path(scratch)) + [costs[name]]
+                for name, rule in RULES.items()
+            ]
     finally:
         torch.set_num_threads(threads)
     columns = ["targets", "entries", "columns z9", "columns z19", "entropy", "packed", "packed/columns z9", "error"]
@@ -86,8 +90,7 @@ def run(settings: Settings) -> Result:
     )
 
 
-def _sizes(name: str, rule: TargetRule, text: Text, scratch: Path) -> list[str | float]:
-    rows, exact = _rows(rule, text)
+def _sizes(name: str, rule: TargetRule, rows: list[cf.CacheRow], text: Text, scratch: Path) -> list[str | float]:
     half = len(rows) // 2
     caches, seconds = {}, {}
     for encoding, level in (("columns", 9), ("columns", 19), ("packed", 9)):
@@ -118,7 +121,7 @@ def _sizes(name: str, rule: TargetRule, text: Text, scratch: Path) -> list[str |
     tokens = text.input_ids.size
     return [
         name,
-        exact / tokens,
+        sum(row.targets.num_entries for row in rows) / tokens,
         columns,
         best,
         floor,
@@ -135,26 +138,26 @@ def _per_token(cache: cf.Cache, first_shard: int) -> float:
     return sum(shard.bytes for shard in shards) / sum(shard.tokens for shard in shards)
 
 
-def _rows(rule: TargetRule, text: Text) -> tuple[list[cf.CacheRow], int]:
-    """Rows as stage one hands them to the writer, and how many entries they have."""
+@torch.inference_mode()
+def _rows(text: Text) -> dict[str, list[cf.CacheRow]]:
+    """Rows as stage one hands them to the writer, by rule; the logits of a chunk are computed once for all rules."""
     length = text.input_ids.shape[1]
     mask = np.arange(length) < length - 1
     logits, scratch = torch.empty(2, CHUNK, text.head.vocab_size)
-    rows, entries = [], 0
+    rows: dict[str, list[cf.CacheRow]] = {name: [] for name in RULES}
     for index, states in enumerate(text.states):
-        parts = []
+        parts: dict[str, list[ChunkTargets]] = {name: [] for name in RULES}
         for start in range(0, length - 1, CHUNK):
             positions = np.arange(start, min(start + CHUNK, length - 1))
-            hidden = torch.from_numpy(states[positions].astype(np.float32))
-            drawn = torch.from_numpy(uniforms(0, np.full(len(positions), index), positions, rule.uniforms))
-            with torch.inference_mode():
-                found = text.head.logits(hidden, out=logits)
-                parts.append(sparse_targets(found, rule, drawn if rule.uniforms else None, scratch))
-        targets = ChunkTargets(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            found = text.head.logits(torch.from_numpy(states[positions].astype(np.float32)), out=logits)
+            for name, rule in RULES.items():
+                drawn = torch.from_numpy(uniforms(0, np.full(len(positions), index), positions, rule.uniforms))
+                parts[name].append(sparse_targets(found, rule, drawn if rule.uniforms else None, scratch))
         token_row = TokenRow(input_ids=text.input_ids[index], loss_mask=mask, segment_lengths=np.array([length]))
-        rows.append(cache_row(index, token_row, mask, targets))
-        entries += rows[-1].targets.num_entries
-    return rows, entries
+        for name in RULES:
+            targets = ChunkTargets(*(torch.cat(tensors) for tensors in zip(*parts[name], strict=True)))
+            rows[name].append(cache_row(index, token_row, mask, targets))
+    return rows
 
 
 def _error(rows: list[cf.CacheRow], cache: cf.Cache) -> float:

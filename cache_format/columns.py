@@ -185,6 +185,8 @@ def _unpacked(
         if not np.array_equal(offsets[name], tokens):
             raise ValueError(f"the lists of {name} and input_ids differ in length")
     block = record_batch.column("packed")
+    if not len(block):
+        raise ValueError("there are no rows")
     if any(len(cell.as_buffer()) for cell in block[1:]):
         raise ValueError("packed targets in another row than the first")
     input_ids = values["input_ids"].astype(np.int64)

@@ -123,15 +123,16 @@ class Lexicon:
         except (pa.ArrowException, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise FormatError(f"{where}: not a lexicon ({reason}). Restore it from a copy.") from error
-        others = np.setdiff1d(np.arange(vocab_size), named, assume_unique=True)
+        tokens = np.concatenate([named, candidates])
+        known = len(counts) == vocab_size and 0 <= tokens.min(initial=0) <= tokens.max(initial=0) < vocab_size
+        others = np.setdiff1d(np.arange(vocab_size if known else 0), named, assume_unique=True)
         lexicon = cls(np.concatenate([named, others]), np.concatenate([[0], np.cumsum(counts)]), candidates)
-        tokens = max(named.max(initial=0), candidates.max(initial=0))
-        if tokens >= vocab_size or lexicon.vocab_size != vocab_size or len(counts) != vocab_size:
+        if not known or lexicon.vocab_size != vocab_size:
             raise FormatError(
                 f"{where}: found a lexicon of other tokens, expected the {vocab_size:,} of the manifest. "
                 "Restore it from a copy."
             )
-        if lexicon.starts[-1] != len(candidates):
+        if lexicon.starts[-1] != len(candidates) or counts.min() < 0:
             raise FormatError(
                 f"{where}: found {len(candidates)} candidates, its counts add up to {lexicon.starts[-1]}. "
                 "Restore it from a copy."

@@ -35,7 +35,7 @@ REQUIRED_KEYS = {
 UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
 
 
-EXACT_LEVELS, POSITION_LEVELS = 128, 64
+EXACT_LEVELS, POSITION_LEVELS = 112, 64
 
 
 def default_codebooks(vocab_size: int) -> dict[str, Codebook]:

@@ -53,7 +53,7 @@ def _normalised(counts: Ints) -> Ints:
     """Integers that add up to 2^12, in proportion to the counts, at least 1 where there is any."""
     present = counts > 0
     frequencies = np.where(present, np.maximum(1, counts * TOTAL // counts.sum()), 0)
-    # Four leading bits are enough: they cost a thousandth in the codes, and save half of the table.
+    # Four leading bits are enough: they cost a few thousandths in the codes, and save half of the table.
     coarse = np.maximum(np.frexp(frequencies)[1] - KEPT_BITS, 0)
     frequencies = frequencies >> coarse << coarse
     # What is missing or too much goes to, or comes from, the most frequent ones.

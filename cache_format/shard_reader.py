@@ -113,6 +113,9 @@ class ShardReader:
         if sha256(data) != expected:
             raise _damaged(where, sha256(data), expected, self._name)
         sidecar = Sidecar.from_bytes(data, where)
+        lexicon = None if manifest.lexicon is None else manifest.lexicon.sha256
+        if sidecar.annotations.get("lexicon_sha256") != lexicon:
+            raise self._false("sidecar", "it was packed with another lexicon than the manifest's")
         batches = [range(b.first_row, b.first_row + b.rows) for b in sidecar.record_batches]
         shard = manifest.shards[index]
         if batches != self._batch_rows or sidecar.file_bytes != shard.bytes:

@@ -254,7 +254,9 @@ class CacheWriter:
             )
 
     def _find_complete_shards(self) -> None:
-        if self._metadata.encoding == "packed" and LEXICON in self._directory.names():
+        if self._metadata.encoding == "packed":
+            if LEXICON not in self._directory.names():
+                return  # without it the shards cannot be read
             data = self._directory.read_bytes(LEXICON)
             self._lexicon = Lexicon.from_bytes(data, self._metadata.vocab_size, self._directory.path(LEXICON))
             self._lexicon_file = FileInfo(sha256=sha256(data), bytes=len(data))

@@ -55,8 +55,10 @@ def sample_row(
             [rng.multinomial(c - e, np.ones(samples) / samples) for c, e in zip(counts, exact, strict=True)]
         )
         for position, (e, sizes) in enumerate(zip(exact, sample_counts, strict=True)):
-            drawn = [np.sort(rng.permutation(vocab)[:size]) for size in sizes]  # a token may be in several
-            ids[position] = np.concatenate([ids[position][:e], *drawn])
+            exact_ids = ids[position][:e]
+            tokens_of = [rng.permutation(vocab) for _ in sizes]  # in several, but not exact too
+            drawn = [np.sort(t[~np.isin(t, exact_ids)][:size]) for t, size in zip(tokens_of, sizes, strict=True)]
+            ids[position] = np.concatenate([exact_ids, *drawn])
     with np.errstate(divide="ignore"):
         return cf.CacheRow(
             row=row,
