@@ -539,7 +539,7 @@ def verify(cache: str, as_json: bool) -> None:
 @click.option(
     "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 % of columns, ten times slower."
 )
-@click.option("--levels", type=click.IntRange(32, 256), help="Values that a log-probability may take.")
+@click.option("--levels", type=click.IntRange(36, 256), help="Values that a log-probability may take.")
 @click.option("--top-k", type=click.IntRange(1), help="Keep the most likely entries; the others join the residual.")
 @click.option("--samples", type=click.IntRange(1), help="Keep the first so many samples of the tail.")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Rows of a file.")
