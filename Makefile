@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-lowest lint format bench clean
+.PHONY: help setup demo test test-real test-lowest lint format bench bench-quality clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ format: $(STAMP) ## let ruff rewrite what lint would complain of
 
 bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 	$(PY) -m benchmarks
+
+bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable
+	$(PY) -m pip install --quiet matplotlib==3.11.2
+	$(PY) -m benchmarks.quality
 
 clean:           ## remove everything that the targets above have made
 	rm -rf .venv .venv-lowest build dist *.egg-info demo-output benchmarks/work \

@@ -53,7 +53,7 @@ def test_with_all_candidates_it_is_the_divergence_of_the_two_models(folder: Path
         kl.append((np.exp(p) * (p - q)).sum(axis=1))
         agreement.append(p.argmax(axis=1) == q.argmax(axis=1))
     found = run(folder / "full", student_dir)
-    assert found.kl == pytest.approx(np.concatenate(kl).mean(), rel=2e-3)  # one byte per probability
+    assert found.kl == pytest.approx(np.concatenate(kl).mean(), rel=5e-3)  # 112 values for a probability
     # The codebook makes near-equals equal, and either of them is the teacher's choice then.
     assert found.agreement == pytest.approx(np.concatenate(agreement).mean(), abs=0.02)
     # Fewer candidates see less of the divergence, never more.

@@ -1,0 +1,133 @@
+"""The caches that `cache-teacher` would have written with each rule, all of them made from the stored states at once.
+
+The same code as in stage one from the logits on: `sparse_targets`, the rule's codebook, the writer. So quantisation,
+sampling and bytes per token are the real thing; only the teacher's forward pass is not repeated for every rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache_format as cf
+from benchmarks.quality.corpora import Corpus
+from benchmarks.quality.states import States
+from benchmarks.quality.tracks import Arm, Track
+from pipeline.heads import Head
+from pipeline.teacher.capture import CHUNK_POSITIONS
+from pipeline.teacher.philox import uniforms
+from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import ChunkTargets, sparse_targets
+
+TEXT_COLUMNS = ("row", "input_ids", "loss_mask", "segment_lengths")
+
+
+def cache_name(rule: TargetRule) -> str:
+    """Arms with the same rule share a cache, arms of several epochs by reading its first rows."""
+    parts = {"top-k": rule.top_k, "random": rule.draws}.get(rule.kind) or f"{1 / (rule.tail_threshold or 1):.0f}"
+    return f"{rule.kind}-{parts}" + (f"-samples-{rule.samples}" if (rule.samples or 1) > 1 else "")
+
+
+def rows_of(arm: Arm, rows: int) -> int:
+    """How many of the corpus's rows an arm sees, `arm.epochs` times."""
+    return rows // arm.epochs
+
+
+@torch.inference_mode()
+def build_caches(
+    track: Track,
+    arms: Sequence[Arm],
+    corpus: Corpus,
+    states: States,
+    head: Head,
+    fingerprint: dict[str, str],
+    directory: Path,
+) -> dict[str, Path]:
+    """Cache of each arm that reads one, by the arm's name. Unfinished ones go on where they stopped, shard by shard."""
+    paths = {}
+    wanted: dict[Path, tuple[TargetRule, int]] = {}
+    for arm in arms:
+        if arm.rule is not None:
+            path = paths[arm.name] = directory / cache_name(arm.rule)
+            rows = rows_of(arm, len(corpus.rows)) if (arm.rule.samples or 1) > 1 else len(corpus.rows)
+            if not (path / "manifest.json").exists():
+                wanted[path] = arm.rule, rows
+    if not wanted:
+        return paths
+    began = time.monotonic()
+    logits = torch.empty(CHUNK_POSITIONS, head.vocab_size)
+    scratch = torch.empty_like(logits)
+    with contextlib.ExitStack() as stack:
+        writers = {
+            path: stack.enter_context(
+                cf.CacheWriter(path, _metadata(track, rule, rows, head, fingerprint), resume=True)
+            )
+            for path, (rule, rows) in wanted.items()
+        }
+        for start in range(0, len(corpus.rows), track.record_batch_rows):
+            group = range(start, min(start + track.record_batch_rows, len(corpus.rows)))
+            here = {path: writer for path, writer in writers.items() if writer.next_row == start < wanted[path][1]}
+            if not here:
+                continue
+            chunks: dict[Path, list[ChunkTargets]] = {path: [] for path in here}
+            row_of = np.repeat(np.array(group), corpus.counted[group.start : group.stop])
+            position = np.concatenate([np.flatnonzero(corpus.rows[row].loss_mask) for row in group])
+            hidden = states.of_rows(group)
+            for first in range(0, len(hidden), CHUNK_POSITIONS):
+                chunk = slice(first, first + CHUNK_POSITIONS)
+                found = head.logits(hidden[chunk], out=logits)
+                for path in here:
+                    rule = wanted[path][0]
+                    drawn = None
+                    if rule.uniforms:
+                        drawn = torch.from_numpy(
+                            uniforms(rule.seed or 0, row_of[chunk], position[chunk], rule.uniforms)
+                        )
+                    chunks[path].append(sparse_targets(found, rule, drawn, scratch))
+            for path, writer in here.items():
+                whole = [torch.cat(parts) for parts in zip(*chunks[path], strict=True)]
+                stops = np.cumsum(corpus.counted[group.start : group.stop])[:-1].tolist()
+                of_rows = zip(*(tensor.tensor_split(stops) for tensor in whole), strict=True)
+                writer.write(
+                    [
+                        cache_row(row, corpus.rows[row], corpus.rows[row].loss_mask, ChunkTargets(*targets))
+                        for row, targets in zip(group, of_rows, strict=True)
+                    ]
+                )
+            if group.stop % track.shard_rows == 0 or group.stop == len(corpus.rows):
+                minutes = (time.monotonic() - began) / 60
+                print(f"caches: {group.stop:,} of {len(corpus.rows):,} rows, {minutes:.1f} minutes", flush=True)
+    return paths
+
+
+def _metadata(track: Track, rule: TargetRule, rows: int, head: Head, fingerprint: dict[str, str]) -> cf.CacheMetadata:
+    return cf.CacheMetadata(
+        teacher={"name": f"teacher of track {track.number}"},
+        tokenizer=fingerprint,
+        vocab_size=head.vocab_size,
+        alignment="next",
+        targets={**rule.to_json(), "positions": "counted"},
+        corpus={"rows": rows, "window_length": track.window},
+        codebooks={**cf.default_codebooks(head.vocab_size), "target_logprobs": rule.codebook()},
+        rows_per_shard=track.shard_rows,
+        rows_per_record_batch=track.record_batch_rows,
+    )
+
+
+def sizes(path: Path) -> dict[str, float]:
+    """What a cache takes on disk, every column, and its entries at a position that counts."""
+    cache = cf.open_cache(path)
+    exact = sum(int(np.asarray(row.targets.exact_counts, np.int64).sum()) for row in cache.iter_rows())
+    text = sum(size for name, size in cache.column_bytes().items() if name in TEXT_COLUMNS)
+    return {
+        "bytes_per_token": sum(shard.bytes for shard in cache.manifest.shards) / cache.num_tokens,
+        "text_bytes_per_token": text / cache.num_tokens,
+        "entries_per_token": sum(shard.entries for shard in cache.manifest.shards) / cache.num_counted_tokens,
+        "exact_entries_per_token": exact / cache.num_counted_tokens,
+    }

@@ -1,0 +1,32 @@
+"""How far an arm's gradient points away from the one under the whole distribution: one batch, one student.
+
+Over all parameters but the embedding, which is the head as well: its gradient is dominated by the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.objectives import Objective
+from pipeline.heads import Head
+
+
+def body_gradient(head: Head, objective: Objective, indices: Sequence[int]) -> Tensor:
+    """Flat gradient of the mean loss over these rows."""
+    model = head.model
+    embedding = model.get_input_embeddings().weight
+    body = [parameter for parameter in model.parameters() if parameter is not embedding]
+    loss = objective(head, indices)
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, body)])
+
+
+def compare(gradient: Tensor, reference: Tensor) -> dict[str, float]:
+    """Angle in degrees, and |gradient| / |reference|."""
+    a, b = gradient.double(), reference.double()
+    # Not from the cosine alone, which rounds to 1 for small angles.
+    along, across = a @ b / b.norm(), (a - (a @ b / (b @ b)) * b).norm()
+    return {"angle": math.degrees(math.atan2(float(across), float(along))), "norm_ratio": float(a.norm() / b.norm())}

@@ -1,0 +1,129 @@
+"""An arm's loss on a batch of rows: mean over its counted positions, in nats.
+
+    labels   cross-entropy with the true next token, by the fused head with no teacher
+    full     KL(teacher‖student) over the whole vocabulary, the teacher's head applied to its stored states
+    cache    what `train-student --kd-weight 1` computes from a cache: read back, collated, fused
+
+The same indices mean the same rows in the same order, whatever the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cache_format as cf
+from benchmarks.quality.corpora import Corpus
+from benchmarks.quality.dense import dense_loss
+from benchmarks.quality.states import States
+from benchmarks.quality.tracks import Arm
+from pipeline.heads import Head
+from pipeline.losses import IGNORE_INDEX, TargetBatch, fused_head
+from pipeline.padding import pad_rows
+from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.student.forward import LossRecipe, distillation_output
+from pipeline.teacher.packing import TokenRow
+
+SHUFFLE_WINDOW = 8  # record batches
+
+Objective = Callable[[Head, Sequence[int]], Tensor]
+"""Student's head, indices as `order` gives them → mean loss, with its gradient."""
+
+
+def order(track_rows: int, record_batch_rows: int, seed: int, samples: int) -> LocalShuffle:
+    """The sampler of `train-student`, on the first rows of a corpus: indices of each epoch."""
+    starts = range(0, track_rows, record_batch_rows)
+    batches = [(start, min(start + record_batch_rows, track_rows)) for start in starts]
+    return LocalShuffle(batches, seed=seed, window=SHUFFLE_WINDOW, samples=samples)
+
+
+def labels_objective(corpus: Corpus) -> Objective:
+    def loss(head: Head, indices: Sequence[int]) -> Tensor:
+        hidden, labels = student_states(head, [corpus.rows[i] for i in indices])
+        nothing = torch.zeros(len(labels))
+        targets = TargetBatch(
+            ids=torch.zeros(len(labels), 1, dtype=torch.int64),
+            logprobs=torch.full((len(labels), 1), -torch.inf),
+            residual_logprob=nothing,
+            labels=labels,
+        )
+        output = fused_head(
+            hidden,
+            head.weight,
+            head.bias,
+            targets,
+            kd_weight=0.0,
+            scale=1.0 / len(labels),
+            vocab_size=head.vocab_size,
+        )
+        return output.loss
+
+    return loss
+
+
+def full_objective(corpus: Corpus, states: States, teacher: Head) -> Objective:
+    def loss(head: Head, indices: Sequence[int]) -> Tensor:
+        hidden, labels = student_states(head, [corpus.rows[i] for i in indices])
+        known = states.of_rows(indices)
+        weight = head.weight[: head.vocab_size]
+        return dense_loss(hidden, weight, lambda at: probabilities(teacher, known[at]), scale=1.0 / len(labels))
+
+    return loss
+
+
+def cache_objective(path: Path, arm: Arm) -> Objective:
+    dataset, recipe = open_dataset(path, arm)
+
+    def loss(head: Head, indices: Sequence[int]) -> Tensor:
+        batch = collate(dataset.__getitems__(indices))
+        counted = int((batch["labels"] != IGNORE_INDEX).sum())
+        return distillation_output(head, batch, recipe, 1.0 / counted).loss
+
+    return loss
+
+
+def shift_invariant_objective(path: Path, arm: Arm) -> Objective:
+    """The unbiased estimate with Σw instead of 1 before lse: a variant that `pipeline.losses` does not have."""
+    dataset, _ = open_dataset(path, arm)
+
+    def loss(head: Head, indices: Sequence[int]) -> Tensor:
+        rows = dataset.__getitems__(indices)
+        hidden, labels = student_states(head, rows)
+        targets = targets_of(collate(rows))
+        targets = targets[targets.counted]
+
+        def weights(at: slice) -> Tensor:
+            here = targets[at]
+            return torch.zeros(len(here), head.vocab_size).scatter_add_(1, here.ids, here.logprobs.exp())
+
+        weight = head.weight[: head.vocab_size]
+        return dense_loss(hidden, weight, weights, shift_invariant=True, scale=1.0 / len(labels))
+
+    return loss
+
+
+def open_dataset(path: Path, arm: Arm) -> tuple[CacheDataset, LossRecipe]:
+    cache = cf.open_cache(path, cached_record_batches=SHUFFLE_WINDOW + 1)
+    return CacheDataset(cache), LossRecipe.for_cache(cache, kd_weight=1.0, tail=arm.tail)
+
+
+def student_states(head: Head, rows: Sequence[TokenRow | cf.CacheRow]) -> tuple[Tensor, Tensor]:
+    """Hidden states [n, D] and labels [n] at the counted positions, row after row."""
+    input_ids, position_ids = pad_rows(rows)
+    labels = np.full(input_ids.shape, IGNORE_INDEX, np.int64)
+    for i, row in enumerate(rows):
+        at = np.flatnonzero(row.loss_mask)
+        labels[i, at] = np.asarray(row.input_ids)[at + 1]
+    labels = torch.from_numpy(labels)
+    counted = labels != IGNORE_INDEX
+    return head.hidden_states(input_ids, position_ids)[counted], labels[counted]
+
+
+@torch.no_grad()
+def probabilities(teacher: Head, states: Tensor) -> Tensor:
+    """[n, V] of the teacher, float32."""
+    return torch.softmax(teacher.logits(states).float(), dim=1)

@@ -1,0 +1,61 @@
+"""Quality against bytes: how much of the gain from labels to the full distribution each cache keeps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from benchmarks.quality.report import Line
+
+LOWEST = -20  # percent; what is below is drawn here, with its number
+KINDS = {"sampled": "o", "bucket": "s", "renormalise": "^", "label": "D"}
+
+
+def draw(lines: Mapping[str, Sequence[Line]], file: Path) -> bool:
+    """One panel per track; False, with a word of why, if there is nothing to draw or nothing to draw with."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        click.echo("quality.svg: not drawn: matplotlib is not installed.", err=True)
+        return False
+    panels = {}
+    for track, here in lines.items():
+        points = [line for line in here if line.cache and line.arm.epochs == 1 and line.shares("in-domain", "ce")]
+        if points:
+            panels[track] = points
+    if not panels:
+        return False
+    figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
+    for axes, (track, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        groups: dict[tuple[str, str], list[tuple[float, float, float, str]]] = {}
+        for line in points:
+            assert line.arm.rule is not None and line.arm.tail is not None and line.cache is not None
+            shares = [100 * share for share in line.shares("in-domain", "ce")]
+            deviation = statistics.stdev(shares) if len(shares) > 1 else 0.0
+            point = (line.cache["bytes_per_token"], statistics.mean(shares), deviation, line.arm.title)
+            groups.setdefault((line.arm.rule.kind, line.arm.tail), []).append(point)
+        for (kind, tail), group in groups.items():
+            x, y, error, titles = zip(*sorted(group), strict=True)
+            name = kind if tail == "sampled" else f"{kind}, {tail}"
+            shown = [max(value, LOWEST) for value in y]
+            above = -11 if kind == "random" else 5  # or they would lie on those of threshold
+            axes.errorbar(x, shown, yerr=error, marker=KINDS[tail], capsize=2, linewidth=1, label=name)
+            for at, height, value, title in zip(x, shown, y, titles, strict=True):
+                text = title.rpartition(" ")[2] if tail != "sampled" or kind == "threshold" else title.split()[1]
+                text += f" ({value:.0f} %)" if value < LOWEST else ""
+                axes.annotate(text, (at, height), textcoords="offset points", xytext=(4, above), fontsize=7)
+        axes.axhline(100, color="gray", linewidth=0.8)
+        axes.axhline(0, color="gray", linewidth=0.8)
+        axes.set(xscale="log", xlabel="bytes per token on disk, every column", title=f"Track {track[-1]}")
+        axes.set_ylabel("gain from labels to full distribution kept, held-out loss, %")
+        axes.set(xlim=(5, 140), ylim=(LOWEST - 5, 115))
+        axes.set_xticks([5, 10, 20, 50, 100], labels=["5", "10", "20", "50", "100"])
+        axes.minorticks_off()
+        axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(file, metadata={"Date": None})
+    return True

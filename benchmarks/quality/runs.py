@@ -1,0 +1,296 @@
+"""What has to be run, what is there already, and one run.
+
+Everything of a track lies in one directory of the work directory. A run's file is written when the run is done, by
+renaming, and carries a digest of all that decided it (text, teacher, student, settings, arm): a run with another digest
+counts as missing. So a process may be killed at any moment, and what it had finished stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_model, save_model
+
+from benchmarks.measure import machine
+from benchmarks.quality.caches import build_caches, rows_of, sizes
+from benchmarks.quality.corpora import Corpus, build_corpora
+from benchmarks.quality.gradients import body_gradient, compare
+from benchmarks.quality.metrics import Held, evaluate
+from benchmarks.quality.objectives import (
+    Objective,
+    cache_objective,
+    full_objective,
+    labels_objective,
+    order,
+    shift_invariant_objective,
+)
+from benchmarks.quality.sources import Domain
+from benchmarks.quality.states import States, run_teacher
+from benchmarks.quality.teachers import bpe_tokenizer, describe, new_model, trained_teacher
+from benchmarks.quality.tracks import FULL, LABELS, SEARCH_SEED, Arm, Track
+from benchmarks.quality.train import train
+from benchmarks.teacher import open_teacher
+from pipeline.heads import Head, open_head
+from pipeline.models import weights_fingerprint
+from pipeline.tokenizers import real_vocab_size, tokenizer_fingerprint
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A track with everything its runs need."""
+
+    track: Track
+    directory: Path
+    teacher: Head
+    corpus: Corpus
+    states: States
+    held_out: Held
+    caches: dict[str, Path]  # by arm
+    digest: str
+
+
+def track_directory(track: Track, work: Path) -> Path:
+    return work / track.name
+
+
+def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: Path, teacher: Path) -> Prepared:
+    """Teacher, text, states and caches; makes what is missing."""
+    directory = track_directory(track, work)
+    if track.teacher is None:
+        model, tokenizer = open_teacher(teacher)
+        corpora, domain_sizes = build_corpora(track, domains, tokenizer, directory)
+    else:
+        assert track.vocab_size is not None
+        tokenizer = bpe_tokenizer(track.vocab_size, domains, directory / "tokenizer")
+        corpora, domain_sizes = build_corpora(track, domains, tokenizer, directory)
+        model = trained_teacher(track, corpora[0], len(tokenizer), directory / "teacher")
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
+
+    held_out, digests = [], []
+    for corpus in reversed(corpora):  # the long one last
+        digests.append(_digest([corpus.sha256, len(corpus.rows), weights_fingerprint(model)]))
+        path = directory / "states" / f"{corpus.name}-{digests[-1]}"
+        run_teacher(head, corpus, path)
+        held_out.append((corpus, States(path, corpus)))
+    corpus, states = held_out.pop()
+    caches = build_caches(
+        track,
+        arms,
+        corpus,
+        states,
+        head,
+        tokenizer_fingerprint(tokenizer),
+        directory / "caches" / digests[-1],
+    )
+    student = open_head(new_model(track.student, head.vocab_size, track.window, 0), head.vocab_size)
+    decides = asdict(replace(track, arms=(), seeds=0, search_rates=(), search_share=0.0))
+    prepared = Prepared(
+        track=track,
+        directory=directory,
+        teacher=head,
+        corpus=corpus,
+        states=states,
+        held_out=held_out,
+        caches=caches,
+        digest=_digest([digests, decides]),
+    )
+    facts = directory / "prepared.json"
+    if not facts.exists() or json.loads(facts.read_text())["digest"] != prepared.digest:
+        found = {
+            "digest": prepared.digest,
+            "teacher": describe(head),
+            "student": describe(student),
+            "domains": domain_sizes,
+            "training_tokens": int(corpus.counted.sum()),
+            "teacher_held_out": evaluate(None, head, held_out),
+        }
+        write_json(facts, found)
+    return prepared
+
+
+def run_missing(prepared: Prepared, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+    """All runs of these arms and seeds that are not there yet; seed by seed, so that tables fill evenly."""
+    track = prepared.track
+    search(prepared)
+    learning_rate = chosen_rate(prepared.directory, track, prepared.digest)
+    assert learning_rate is not None
+    for seed in seeds:
+        for arm in arms:
+            file, digest = run_file(prepared.directory, arm, seed), run_digest(prepared.digest, learning_rate, arm)
+            if _is_done(file, digest):
+                continue
+            _say(track, arm.title, seed, "starts")
+            run = one_run(prepared, arm, seed, learning_rate)
+            write_json(file, {**run, "digest": digest})
+            in_domain = run["held_out"]["in-domain"]
+            _say(track, arm.title, seed, f"{run['seconds']:,.0f} s, KL {in_domain['kl']:.4f}, CE {in_domain['ce']:.4f}")
+
+
+def search(prepared: Prepared) -> None:
+    """The labels and full arms at several learning rates, on a seed of their own and a share of the text."""
+    track = prepared.track
+    for rate in track.search_rates:
+        for arm in (LABELS, FULL):
+            file, digest = search_file(prepared.directory, track, prepared.digest, arm, rate)
+            if _is_done(file, digest):
+                continue
+            began, head = time.monotonic(), student_head(prepared, SEARCH_SEED)
+            _train(prepared, arm, SEARCH_SEED, head, rate, share=track.search_share)
+            found = evaluate(head, prepared.teacher, prepared.held_out)
+            seconds = time.monotonic() - began
+            write_json(
+                file,
+                {"arm": arm.title, "learning_rate": rate, "held_out": found, "seconds": seconds, "digest": digest},
+            )
+            _say(track, f"{arm.title} at {rate:g}", SEARCH_SEED, f"{seconds:,.0f} s, KL {found['in-domain']['kl']:.4f}")
+
+
+def search_file(directory: Path, track: Track, digest: str, arm: Arm, rate: float) -> tuple[Path, str]:
+    """Where a run of the search is, and its digest."""
+    file = directory / "search" / f"{arm.name}-{rate:g}.json"
+    return file, _digest([run_digest(digest, rate, arm), track.search_share])
+
+
+def chosen_rate(directory: Path, track: Track, digest: str) -> float | None:
+    """The rate at which labels and full arms together have the lowest held-out loss; None before the search."""
+    losses = dict.fromkeys(track.search_rates, 0.0)
+    for rate in track.search_rates:
+        for arm in (LABELS, FULL):
+            file, expected = search_file(directory, track, digest, arm, rate)
+            if not _is_done(file, expected):
+                return None
+            losses[rate] += json.loads(file.read_text())["held_out"]["in-domain"]["ce"]
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Run:
+    """Trains one student, measures it, and says what was found."""
+    track, began = prepared.track, time.monotonic()
+    gradients = {}
+    if arm.epochs == 1:
+        gradients["start"] = _gradients(prepared, arm, student_head(prepared, seed))
+    head = student_head(prepared, seed)
+    curve, steps, train_seconds = _train(prepared, arm, seed, head, learning_rate)
+    held_out = evaluate(head, prepared.teacher, prepared.held_out)
+    model_file = prepared.directory / "models" / f"{FULL.name}-seed{seed}.safetensors"
+    if arm.name == FULL.name:
+        model_file.parent.mkdir(exist_ok=True)
+        partial = model_file.with_suffix(".partial")
+        save_model(head.model, os.fspath(partial))
+        partial.rename(model_file)
+    if arm.epochs == 1:
+        load_model(head.model, model_file)
+        gradients["end"] = _gradients(prepared, arm, head)
+    return {
+        "track": track.number,
+        "arm": arm.name,
+        "title": arm.title,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "tokens": steps * track.batch_rows * track.window,
+        "train_seconds": train_seconds,
+        "seconds": time.monotonic() - began,
+        "train_loss": curve,
+        "held_out": held_out,
+        "gradients": gradients,
+        "cache": sizes(prepared.caches[arm.name]) if arm.rule is not None else None,
+        "machine": machine(),
+    }
+
+
+def finished(directory: Path, track: Track, arms: Sequence[Arm], seeds: Sequence[int]) -> Iterator[Run]:
+    """The runs that are there, of those wanted."""
+    facts = directory / "prepared.json"
+    if not facts.exists():
+        return
+    digest = json.loads(facts.read_text())["digest"]
+    learning_rate = chosen_rate(directory, track, digest)
+    if learning_rate is None:
+        return
+    for arm in arms:
+        for seed in seeds:
+            file = run_file(directory, arm, seed)
+            if _is_done(file, run_digest(digest, learning_rate, arm)):
+                yield json.loads(file.read_text())
+
+
+def run_file(directory: Path, arm: Arm, seed: int) -> Path:
+    return directory / "runs" / f"{arm.name}-seed{seed}.json"
+
+
+def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
+    rule = arm.rule and {name: value for name, value in vars(arm.rule).items() if value is not None}
+    return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample])
+
+
+def student_head(prepared: Prepared, seed: int) -> Head:
+    vocab_size = prepared.teacher.vocab_size
+    return open_head(new_model(prepared.track.student, vocab_size, prepared.track.window, seed), vocab_size)
+
+
+def objective_of(prepared: Prepared, arm: Arm) -> Objective:
+    if arm.source == "labels":
+        return labels_objective(prepared.corpus)
+    if arm.source == "full":
+        return full_objective(prepared.corpus, prepared.states, prepared.teacher)
+    return cache_objective(prepared.caches[arm.name], arm)
+
+
+def write_json(file: Path, data: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(file)
+
+
+def _train(
+    prepared: Prepared, arm: Arm, seed: int, head: Head, learning_rate: float, share: float = 1.0
+) -> tuple[list[float], int, float]:
+    """Training curve, steps, seconds."""
+    track, began = prepared.track, time.monotonic()
+    rows = int(rows_of(arm, len(prepared.corpus.rows)) * share)
+    samples = arm.epochs if arm.resample else 1
+    schedule = order(rows, track.record_batch_rows, seed, samples)
+    curve = train(
+        head,
+        objective_of(prepared, arm),
+        schedule,
+        epochs=arm.epochs,
+        batch_rows=track.batch_rows,
+        learning_rate=learning_rate,
+    )
+    return curve, arm.epochs * -(-rows // track.batch_rows), time.monotonic() - began
+
+
+def _gradients(prepared: Prepared, arm: Arm, head: Head) -> dict[str, dict[str, float]]:
+    """The arm's gradient at this student beside that of the full distribution, on rows from all over the corpus."""
+    rows = np.linspace(0, len(prepared.corpus.rows) - 1, prepared.track.gradient_rows).round().astype(int).tolist()
+    reference = body_gradient(head, objective_of(prepared, FULL), rows)
+    found = {"loss": compare(body_gradient(head, objective_of(prepared, arm), rows), reference)}
+    if arm.tail == "sampled":
+        variant = shift_invariant_objective(prepared.caches[arm.name], arm)
+        found["shift_invariant"] = compare(body_gradient(head, variant, rows), reference)
+    return found
+
+
+def _is_done(file: Path, digest: str) -> bool:
+    return file.exists() and json.loads(file.read_text())["digest"] == digest
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _say(track: Track, what: str, seed: int, text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {track.name} {what}, seed {seed}: {text}", flush=True)

@@ -1,0 +1,72 @@
+"""What the teacher says about a corpus, kept as its last hidden states: the one pass of the teacher.
+
+A hidden state is 576 numbers where a distribution is 49,152, and the head makes the one from the other whenever an arm
+or a metric wants it. They are float16 on disk; the teacher is by definition what its head says of the rounded states,
+for all arms alike.
+
+Files of some rows each, written to a temporary name and renamed: a pass that was killed goes on where it stopped.
+
+Shapes: D the teacher's width; positions are those that have a next token, row after row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.quality.corpora import Corpus
+from pipeline.heads import Head
+from pipeline.padding import pad_rows
+
+ROWS_PER_FILE = 64
+BATCH_ROWS = 8
+
+
+class States:
+    """The states of a corpus, memory-mapped."""
+
+    def __init__(self, directory: Path, corpus: Corpus) -> None:
+        files = range(-(-len(corpus.rows) // ROWS_PER_FILE))
+        self._files = [np.load(directory / f"{i:05}.npy", mmap_mode="r") for i in files]
+        self._offsets = np.concatenate([[0], np.cumsum(corpus.counted)])
+
+    def of_rows(self, rows: Sequence[int]) -> Tensor:
+        """[n, D] float32 at the counted positions of these rows, in this order."""
+        parts = []
+        for row in rows:
+            file = row // ROWS_PER_FILE
+            base = self._offsets[file * ROWS_PER_FILE]
+            parts.append(self._files[file][self._offsets[row] - base : self._offsets[row + 1] - base])
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+
+@torch.inference_mode()
+def run_teacher(head: Head, corpus: Corpus, directory: Path) -> None:
+    """Fills `directory` with what is missing of the corpus's states."""
+    directory.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(corpus.rows), ROWS_PER_FILE)
+    for i, start in enumerate(starts):
+        file = directory / f"{i:05}.npy"
+        if file.exists():
+            continue
+        began, parts = time.monotonic(), []
+        rows = corpus.rows[start : start + ROWS_PER_FILE]
+        for first in range(0, len(rows), BATCH_ROWS):
+            batch = rows[first : first + BATCH_ROWS]
+            input_ids, position_ids = pad_rows(batch)
+            hidden = head.hidden_states(input_ids, position_ids)
+            parts += [hidden[j, : len(row.loss_mask)][torch.from_numpy(row.loss_mask)] for j, row in enumerate(batch)]
+        states = torch.cat(parts).to(torch.float16).numpy()
+        if not np.isfinite(states).all():
+            raise ValueError(f"{corpus.name}: the teacher's states are too large for float16")
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, states)
+        partial.rename(file)
+        speed = len(states) / (time.monotonic() - began)
+        print(f"teacher: {corpus.name} {i + 1}/{len(starts)}, {speed:,.0f} tokens/s", flush=True)

@@ -1,0 +1,82 @@
+"""The teacher of each track, with its tokenizer: a transformers directory, or a model trained here once.
+
+The second track's teacher learns from the true tokens of the same text, by the same loop as the students, for more
+epochs and with more parameters; the report says by how much it is better than a student trained on labels.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from benchmarks.quality.corpora import TRAIN, Corpus
+from benchmarks.quality.objectives import labels_objective, order
+from benchmarks.quality.sources import Domain
+from benchmarks.quality.tracks import Shape, Track
+from benchmarks.quality.train import train
+from pipeline.heads import Head, open_head
+from pipeline.models import load_model
+
+EOS = "<|endoftext|>"
+SEED = 0
+
+
+def bpe_tokenizer(vocab_size: int, domains: Sequence[Domain], directory: Path) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of the training documents; from `directory` if it is there."""
+    if not (directory / "tokenizer.json").exists():
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+        )
+        documents = (d.text for domain in domains if domain.trained_on for d in domain.documents if not d.held_out)
+        core.train_from_iterator(documents, trainer)
+        PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS).save_pretrained(directory)
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def new_model(shape: Shape, vocab_size: int, window: int, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(shape.config(vocab_size, window))
+
+
+def trained_teacher(track: Track, corpus: Corpus, vocab_size: int, directory: Path) -> PreTrainedModel:
+    """From `directory`, or trained now and saved there."""
+    assert track.teacher is not None and corpus.name == TRAIN
+    if not (directory / "config.json").exists():
+        began = time.monotonic()
+        print(f"teacher: training on {corpus.counted.sum():,} tokens, {track.teacher_epochs} epochs", flush=True)
+        head = open_head(new_model(track.teacher, vocab_size, track.window, SEED), vocab_size)
+        curve = train(
+            head,
+            labels_objective(corpus),
+            order(len(corpus.rows), track.record_batch_rows, SEED, 1),
+            epochs=track.teacher_epochs,
+            batch_rows=track.batch_rows,
+            learning_rate=track.teacher_rate,
+        )
+        partial = directory.with_name(directory.name + ".partial")
+        head.model.save_pretrained(partial)
+        facts = {"seconds": time.monotonic() - began, "train_loss": curve}
+        (partial / "training.json").write_text(json.dumps(facts))
+        print(f"teacher: trained in {facts['seconds']:,.0f} s", flush=True)
+        partial.rename(directory)
+    return load_model(str(directory))
+
+
+def describe(head: Head) -> str:
+    parameters = sum(p.numel() for p in head.model.parameters())
+    body = parameters - head.weight.numel()
+    config = head.model.config
+    return (
+        f"{parameters / 1e6:.2f}M parameters ({body / 1e6:.2f}M without the tied embedding), "
+        f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {head.vocab_size:,}"
+    )

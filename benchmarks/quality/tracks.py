@@ -1,0 +1,196 @@
+"""The two tracks: how much text, which models, which arms. Everything that decides a number is in here.
+
+An **arm** is a way to teach: what of the teacher the student sees, and how the loss treats the rest. Distilling arms
+learn from the teacher alone (kd_weight 1), the labels arm from the true tokens alone (kd_weight 0): mixing the two
+would hide part of what the arms are compared for. All arms of a track share one learning rate, found by a small search
+on labels and full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformers import LlamaConfig
+
+from pipeline.losses import TailPolicy
+from pipeline.teacher.rules import TargetRule
+
+SEARCH_SEED = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    name: str  # of its files too
+    title: str
+    source: Literal["labels", "full", "cache"] = "cache"
+    rule: TargetRule | None = None  # of the cache
+    tail: TailPolicy | None = None
+    epochs: int = 1  # of more than one: over so many times fewer rows, so that all arms see equally many tokens
+    resample: bool = False  # an epoch uses one of the cache's samples alone, the next one each time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama with tied embeddings."""
+
+    width: int
+    layers: int
+    heads: int
+
+    def config(self, vocab_size: int, window: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.width,
+            intermediate_size=3 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=window,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    number: int
+    vocab_size: int | None  # tokens of the BPE trained here; None: the given teacher's own
+    teacher: Shape | None
+    teacher_epochs: int
+    teacher_rate: float
+    student: Shape
+    train_tokens: int  # about
+    held_out_tokens: int  # about, per domain
+    window: int  # tokens of a row
+    batch_rows: int
+    search_rates: tuple[float, ...]  # of which one is chosen, see `runs.chosen_rate`
+    search_share: float  # of the training tokens, in the search
+    seeds: int
+    gradient_rows: int
+    record_batch_rows: int  # of the caches; some 32,768 tokens, as `cache-teacher` makes them
+    shard_rows: int
+    arms: tuple[Arm, ...]
+
+    @property
+    def name(self) -> str:
+        return f"track{self.number}"
+
+    @property
+    def most_epochs(self) -> int:
+        return max(arm.epochs for arm in self.arms)
+
+
+def _slug(title: str) -> str:
+    return title.replace(" ", "-").replace("/", "-").replace(",", "").replace("×", "x")
+
+
+def arm(title: str, **parts: object) -> Arm:
+    return Arm(name=_slug(title), title=title, **parts)  # type: ignore[arg-type]
+
+
+def top_k(k: int, *tails: TailPolicy) -> list[Arm]:
+    names = {"renormalise": "renormalised", "bucket": "bucket", "label": "residual to label"}
+    rule = TargetRule(kind="top-k", top_k=k)
+    return [arm(f"{names[tail]} top-{k}", rule=rule, tail=tail) for tail in tails]
+
+
+def random(draws: int) -> Arm:
+    return arm(f"random {draws} draws", rule=TargetRule(kind="random", draws=draws), tail="sampled")
+
+
+def threshold(denominator: int) -> Arm:
+    rule = TargetRule(kind="threshold", tail_threshold=1 / denominator)
+    return arm(f"threshold 1/{denominator}", rule=rule, tail="sampled")
+
+
+LABELS, FULL = arm("labels", source="labels"), arm("full", source="full")
+
+
+def several_epochs(epochs: int, denominator: int) -> list[Arm]:
+    """The same sample in every epoch, a new one in every epoch, and as many as epochs all at once."""
+    one = TargetRule(kind="threshold", tail_threshold=1 / denominator)
+    more = replace(one, samples=epochs)
+    name = f"threshold 1/{denominator}"
+    return [
+        arm(f"labels ×{epochs}", source="labels", epochs=epochs),
+        arm(f"full ×{epochs}", source="full", epochs=epochs),
+        arm(f"{name} ×{epochs}, one sample", rule=one, tail="sampled", epochs=epochs),
+        arm(f"{name} ×{epochs}, resample", rule=more, tail="sampled", epochs=epochs, resample=True),
+        arm(f"{name} ×{epochs}, {epochs} samples together", rule=more, tail="sampled", epochs=epochs),
+    ]
+
+
+TRACK_1 = Track(
+    number=1,
+    vocab_size=None,
+    teacher=None,
+    teacher_epochs=0,
+    teacher_rate=0.0,
+    student=Shape(width=128, layers=4, heads=4),
+    train_tokens=600_000,
+    held_out_tokens=8_192,
+    window=256,
+    batch_rows=4,
+    search_rates=(2e-3, 4e-3, 8e-3),
+    search_share=0.5,
+    seeds=2,
+    gradient_rows=8,
+    record_batch_rows=128,
+    shard_rows=1024,
+    arms=(
+        FULL,
+        LABELS,
+        *top_k(50, "renormalise", "bucket"),
+        *top_k(16, "label"),
+        random(50),
+        *map(threshold, (8, 20, 50)),
+    ),
+)
+
+TRACK_2 = replace(
+    TRACK_1,
+    number=2,
+    vocab_size=4096,
+    teacher=Shape(width=192, layers=4, heads=6),
+    teacher_epochs=2,
+    teacher_rate=2e-3,
+    student=Shape(width=64, layers=2, heads=4),
+    train_tokens=3_200_000,
+    held_out_tokens=32_768,
+    batch_rows=16,
+    search_rates=(2e-3, 4e-3, 8e-3, 16e-3),
+    seeds=5,
+    arms=(
+        FULL,
+        LABELS,
+        *top_k(16, "renormalise", "bucket", "label"),
+        *top_k(50, "renormalise", "bucket"),
+        *top_k(64, "renormalise", "bucket"),
+        *map(random, (13, 50)),
+        *map(threshold, (4, 8, 13, 20, 50, 200)),
+        *several_epochs(4, 8),
+    ),
+)
+TRACKS = {1: TRACK_1, 2: TRACK_2}
+
+
+def quick(track: Track) -> Track:
+    """The same, tiny: a look or a test, seconds each, numbers not worth keeping."""
+    return replace(
+        track,
+        vocab_size=track.vocab_size and 300,
+        teacher=track.teacher and Shape(width=16, layers=1, heads=2),
+        teacher_epochs=1,
+        student=Shape(width=8, layers=1, heads=2),
+        train_tokens=2048,
+        held_out_tokens=128,
+        window=32,
+        batch_rows=4,
+        search_rates=(1e-3, 1e-2),
+        seeds=min(track.seeds, 2),
+        gradient_rows=4,
+        record_batch_rows=4,
+        shard_rows=16,
+    )
