@@ -19,7 +19,7 @@ test test-real test-lowest: export OMP_NUM_THREADS := 1
 .PHONY: help setup demo test test-real test-lowest lint format bench bench-quality clean
 
 help:            ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with the tested versions of everything
 
