@@ -336,7 +336,26 @@ LEFT_OUT = {
     "--tail",
     type=click.Choice(["sampled", "realized", "bucket", "renormalise", "label"]),
     help="Mass outside the exact entries: by its sample, by the teacher's own text, one class, ignored, or given "
-    "to the label. Default: sampled if the cache has a sample, else bucket.",
+    "to the label. Default: sampled if the cache has a sample and the divergence can use it, else bucket.",
+)
+@click.option(
+    "--divergence",
+    default="forward-kl",
+    show_default=True,
+    help="What the soft loss measures: forward-kl, reverse-kl, js(0.5), skew-forward-kl(0.1), skew-reverse-kl(0.1), "
+    "tvd, alpha-beta(0.5,0.5), logit-mse, pairwise, my_module.my_function; sums as forward-kl:0.7,reverse-kl:0.3.",
+)
+@click.option(
+    "--kd-schedule",
+    help="α over the run, for --kd-weight: linear:FROM:TO, wsd:FROM:PEAK:TO[:WARMUP:DECAY], constant:V.",
+)
+@click.option("--temperature-schedule", help="T over the run, for --temperature; as --kd-schedule.")
+@click.option(
+    "--position-weighting",
+    default="uniform",
+    show_default=True,
+    type=click.Choice(["uniform", "teacher-entropy", "student-entropy"]),
+    help="Weight of a position: 1, or entropy / log V.",
 )
 @click.option("--resample", is_flag=True, help="Every epoch another of the cache's several samples.")
 @click.option(
@@ -380,6 +399,8 @@ def train_student_command(as_json: bool, **given: Any) -> None:
     from pipeline.student.output import last_checkpoint
     from pipeline.student.train import TrainStudentConfig, train_student
 
+    if given["kd_schedule"] is not None and _was_given("kd_weight"):
+        raise click.UsageError("--kd-schedule takes the place of --kd-weight: give one of them.")
     config = TrainStudentConfig(**given)
     facts = ""
 
@@ -575,6 +596,11 @@ def convert(cache: str, output: str, as_json: bool, **changes: Any) -> None:
             ],
         )
     )
+
+
+def _was_given(parameter: str) -> bool:
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is not click.core.ParameterSource.DEFAULT
 
 
 def _stopped(what_is_kept: str) -> NoReturn:

@@ -152,7 +152,8 @@ def candidates(vocab_size: int) -> dict[str, Books]:
     def books(entries: Codebook) -> Books:
         # The residual through the same table, its least value giving way to exactly nothing.
         residual = np.concatenate([[-np.inf], entries.values[-255:]]).astype(np.float32)
-        return Books(entries, Codebook("residual", "sqrt_probability", residual), cf.default_codebooks(vocab_size)["entropy"])
+        entropy = cf.default_codebooks(vocab_size)["entropy"]
+        return Books(entries, Codebook("residual", "sqrt_probability", residual), entropy)
 
     found = {f"√p, {n}": books(cf.sqrt_probability_codebook(n, smallest=None)) for n in (31, 63, 127, 255)}
     for steps in (31, 63, 72, 88, 104, 127, 160, 190, 234):

@@ -24,7 +24,8 @@ from pipeline.losses import HeadOutput
 from pipeline.models import load_model, resolve_device
 from pipeline.student.checks import check_student, is_packed
 from pipeline.student.data import Batch, CacheDataset, collate
-from pipeline.student.forward import LossRecipe, distillation_output
+from pipeline.student.forward import distillation_output
+from pipeline.student.recipe import LossRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

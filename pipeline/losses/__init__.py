@@ -1,19 +1,26 @@
 """Losses on sparse teacher targets: a plain reference and its fused twin.
 
 `sparse_kl` takes logits and is the definition; `fused_head_loss` takes hidden states and the head's weight, never
-builds the logits, and equals it within rounding. Both read a `TargetBatch`; see `tails` for the policies.
+builds the logits, and equals it within rounding. Both read a `TargetBatch`; see `tails` for the policies, `mixture` for
+the names of divergences, `weighting` for the weights of positions.
 """
 
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
+from pipeline.losses.mixture import DIVERGENCES, Mixture
 from pipeline.losses.reference import sparse_kl
 from pipeline.losses.tails import TAIL_POLICIES, UNBIASED, TailPolicy
 from pipeline.losses.targets import IGNORE_INDEX, TargetBatch
+from pipeline.losses.weighting import POSITION_WEIGHTINGS, PositionWeighting
 
 __all__ = [
+    "DIVERGENCES",
     "IGNORE_INDEX",
+    "POSITION_WEIGHTINGS",
     "TAIL_POLICIES",
     "UNBIASED",
     "HeadOutput",
+    "Mixture",
+    "PositionWeighting",
     "TailPolicy",
     "TargetBatch",
     "fused_head",

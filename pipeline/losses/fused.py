@@ -28,19 +28,45 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.losses.divergences import soft_loss
+from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
 from pipeline.losses.targets import TargetBatch
+from pipeline.losses.weighting import PositionWeighting, check_weighting, entropy_of_parts, position_weight
 
 CHUNK_POSITIONS = 512
 """Positions per chunk: enough rows for the matrix product to run at speed (measured in `benchmarks/`)."""
 
 
+class Objective(NamedTuple):
+    """What is minimised at a position: w·[(1 − kd_weight)·CE + kd_weight·T²·D], as in `sparse_kl`."""
+
+    temperature: float
+    kd_weight: float
+    tail: TailPolicy
+    mixture: Mixture
+    weighting: PositionWeighting
+
+    @classmethod
+    def checked(
+        cls,
+        temperature: float,
+        kd_weight: float,
+        tail: TailPolicy,
+        divergence: str | Mixture,
+        weighting: PositionWeighting,
+    ) -> Objective:
+        """Raises: ValueError for a divergence or weighting that is not known, or a divergence without this policy."""
+        check_weighting(weighting)
+        mixture = Mixture.parse(divergence)
+        mixture.check_tail(tail)
+        return cls(temperature, kd_weight, tail, mixture, weighting)
+
+
 class HeadOutput(NamedTuple):
     """Sums over counted positions, all float32 scalars (float64 for float64 input). Only `loss` carries a gradient.
 
-    loss:      (1 − α)·CE + α·T²·KL, times `scale`.
-    kl:        KL(teacher_T‖student_T) under the tail policy, nats.
+    loss:      w·[(1 − α)·CE + α·T²·D], times `scale`; D is the KL unless another divergence is trained.
+    kl:        KL(teacher_T‖student_T) under the tail policy, nats, whatever D is: runs can be compared by it.
     ce:        cross-entropy with the hard label, nats.
     agreement: positions where the student's most likely token is (one of) the teacher's.
     count:     counted positions.
@@ -62,6 +88,8 @@ def fused_head_loss(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
+    divergence: str | Mixture = FORWARD_KL,
+    position_weighting: PositionWeighting = "uniform",
     chunk_size: int = CHUNK_POSITIONS,
 ) -> Tensor:
     """Equals `sparse_kl(hidden @ weight.T + bias, targets, …)`, mean over counted positions, without the logits.
@@ -78,6 +106,8 @@ def fused_head_loss(
         temperature=temperature,
         kd_weight=kd_weight,
         tail=tail,
+        divergence=divergence,
+        position_weighting=position_weighting,
         scale=1.0 / count,
         chunk_size=chunk_size,
     )
@@ -93,6 +123,8 @@ def fused_head(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
+    divergence: str | Mixture = FORWARD_KL,
+    position_weighting: PositionWeighting = "uniform",
     scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_size: int = CHUNK_POSITIONS,
@@ -103,10 +135,12 @@ def fused_head(
         hidden: [N, D] or [B, T, D] states that the head is applied to.
         weight: [≥V, D]; rows from `vocab_size` on are padding and take no part.
         targets: N positions; those that do not count cost nothing.
+        temperature, kd_weight, tail, divergence, position_weighting: as in `sparse_kl`.
         scale: multiplies `loss`, typically one over the counted positions of the whole optimizer step. Given here
             rather than multiplied afterwards, the backward pass has nothing left to do.
         chunk_size: positions at a time; the result does not depend on it beyond rounding.
     """
+    objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting)
     vocab_size = vocab_size or weight.shape[0]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = entries_of(targets, tail, temperature)
@@ -121,7 +155,7 @@ def fused_head(
         weight,
         bias,
         targets,
-        (temperature, kd_weight, tail),
+        objective,
         scale,
         vocab_size,
         chunk_size,
@@ -139,7 +173,7 @@ class _FusedHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: TargetBatch,
-        recipe: tuple[float, float, TailPolicy],
+        objective: Objective,
         scale: float | Tensor,
         vocab_size: int,
         chunk_size: int,
@@ -166,7 +200,7 @@ class _FusedHead(torch.autograd.Function):
             logits = torch.mm(states, head.T, out=buffer[: len(states)]).to(accumulate)  # [n, V]
             if head_bias is not None:
                 logits += head_bias
-            terms, d_logits = _loss_and_dlogits(logits, targets[here], *recipe, scale if want_any else None)
+            terms, d_logits = _loss_and_dlogits(logits, targets[here], objective, scale if want_any else None)
             sums += terms
             if d_logits is None:
                 continue
@@ -201,15 +235,14 @@ class _FusedHead(torch.autograd.Function):
 def _loss_and_dlogits(
     logits: Tensor,
     targets: TargetBatch,
-    temperature: float,
-    kd_weight: float,
-    tail: TailPolicy,
+    objective: Objective,
     scale: float | Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums [loss, kl, ce, agreement, count] of one chunk, and d(scale·loss)/dlogits [n, V] in the logits' place.
 
     All positions count. `scale` None: no gradient. Everything vocabulary-wide is here and in `_exp_rest`.
     """
+    temperature, kd_weight, tail, mixture, weighting = objective
     want_grad = scale is not None
     label = targets.labels[:, None]  # [n, 1]
     is_label = (targets.ids == label) & targets.valid  # [n, K]
@@ -223,6 +256,8 @@ def _loss_and_dlogits(
 
     # The rest at T = 1 for the label, at T for the divergence; `logits` is overwritten by the last of them.
     others, total, rest = _exp_rest(logits if temperature == 1.0 else logits.clone(), largest, taken)
+    if weighting == "student-entropy":
+        own = entropy_of_parts(others, (torch.cat([entries, label_alone[:, None]], dim=1) - largest[:, None]).exp())
     others_t, total_t, rest_t = others, total, rest
     if temperature != 1.0:
         others_t, total_t, rest_t = _exp_rest(logits.div_(temperature), largest / temperature, taken)
@@ -233,11 +268,13 @@ def _loss_and_dlogits(
         at_t = at_1
         if temperature != 1.0:
             at_t = StudentValues(entries / temperature, label_alone / temperature, rest_t)
-        kl = soft_loss(targets, at_t, tail, temperature, logits.shape[1])  # [n]
+        kl, soft = soft_losses(targets, at_t, tail, temperature, logits.shape[1], mixture)  # [n], usually the same
         z_label = torch.where(label_is_entry, torch.where(is_label, entries, 0.0).sum(dim=1), label_alone)
         ce = at_1.lse - z_label  # [n]
-        loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * kl
-        objective = loss.sum() * scale if want_grad else None
+        loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
+        if weighting != "uniform":
+            loss = loss * position_weight(targets.entropy if weighting == "teacher-entropy" else own, logits.shape[1])
+        total_loss = loss.sum() * scale if want_grad else None
 
     # The weights of a sample say nothing about which token is likeliest; they are all there is where no entry is exact.
     some_exact = targets.exact_counts > 0
@@ -250,7 +287,7 @@ def _loss_and_dlogits(
         return terms, None
 
     d_entries, d_label, d_rest, d_rest_t = torch.autograd.grad(
-        objective, leaves, allow_unused=True, materialize_grads=True
+        total_loss, leaves, allow_unused=True, materialize_grads=True
     )
     d_logits = others.mul_((d_rest / total)[:, None])
     if temperature != 1.0:
@@ -276,6 +313,8 @@ def general_head(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
+    divergence: str | Mixture = FORWARD_KL,
+    position_weighting: PositionWeighting = "uniform",
     scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_size: int = CHUNK_POSITIONS,
@@ -285,6 +324,7 @@ def general_head(
     The head's logits and their gradient are recomputed chunk by chunk in the backward pass (activation
     checkpointing), so here too nothing larger than chunk·V is kept. Costs one more matrix product than `fused_head`.
     """
+    objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = entries_of(targets, tail, temperature)
     kept = targets.counted.nonzero().squeeze(1)
@@ -293,9 +333,7 @@ def general_head(
     def chunk_terms(states: Tensor, chunk: TargetBatch) -> tuple[Tensor, Tensor]:
         logits = head(states)[:, :vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _LossOfLogits.apply(
-            logits, chunk.to(dtype=logits.dtype), (temperature, kd_weight, tail), torch.is_grad_enabled()
-        )
+        return _LossOfLogits.apply(logits, chunk.to(dtype=logits.dtype), objective, torch.is_grad_enabled())
 
     losses, sums = [], []
     # Once at least, though nothing counts: data-parallel training waits for a gradient of every parameter of the head.
@@ -312,8 +350,8 @@ class _LossOfLogits(torch.autograd.Function):
     """Sum of the loss over one chunk of logits [n, V]; the gradient is computed with it."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: TargetBatch, recipe, needs_grad: bool):  # type: ignore[override]
-        terms, d_logits = _loss_and_dlogits(logits.clone(), targets, *recipe, 1.0 if needs_grad else None)
+    def forward(ctx, logits: Tensor, targets: TargetBatch, objective: Objective, needs_grad: bool):  # type: ignore[override]
+        terms, d_logits = _loss_and_dlogits(logits.clone(), targets, objective, 1.0 if needs_grad else None)
         ctx.save_for_backward(d_logits)
         ctx.mark_non_differentiable(terms)
         return terms[0].clone(), terms

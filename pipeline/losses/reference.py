@@ -3,9 +3,10 @@
 Takes full student logits, works in fp32 (fp64 for fp64 logits), lets autograd do the rest. Memory: several
 [N, V] tensors. For training use `pipeline.losses.fused_head_loss`, which equals this on `hidden @ weight.T + bias`.
 
-    L = (1 − α)·CE(label) + α·T²·KL(teacher_T ‖ student_T)         Hinton et al., 2015, https://arxiv.org/abs/1503.02531
+    L = w·[(1 − α)·CE(label) + α·T²·D(teacher_T ‖ student_T)]      Hinton et al., 2015, https://arxiv.org/abs/1503.02531
 
-T² keeps the size of the soft gradient from falling as 1/T²; it is part of the loss, hence of the gradient.
+D is the forward KL unless another divergence is named, w is 1 unless positions are weighted. T² keeps the size of the
+soft gradient from falling as 1/T²; it is part of the loss, hence of the gradient.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from cache_format import SparseTargets
-from pipeline.losses.divergences import soft_loss
+from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
 from pipeline.losses.targets import TargetBatch
+from pipeline.losses.weighting import PositionWeighting, check_weighting, position_weight
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -33,10 +35,12 @@ def sparse_kl(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
+    divergence: str | Mixture = FORWARD_KL,
+    position_weighting: PositionWeighting = "uniform",
     capture_temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """(1 − kd_weight)·CE + kd_weight·T²·KL(teacher‖student); with the defaults exactly KL(teacher‖student) in nats.
+    """w·[(1 − kd_weight)·CE + kd_weight·T²·D(teacher‖student)]; with the defaults exactly KL(teacher‖student) in nats.
 
     With K = V and the defaults it equals
     `F.kl_div(log_softmax(student_logits), teacher_logprobs, log_target=True, reduction="batchmean")`.
@@ -46,15 +50,21 @@ def sparse_kl(
         targets: a `TargetBatch` of N positions, or one row's `SparseTargets` straight from a cache.
         labels: [N] int64 true tokens with -100 where a position does not count; overrides those of a `TargetBatch`.
         loss_mask: [N] bool, further positions that do not count.
-        temperature: T, divides both sides' logits in the KL (not in the CE).
+        temperature: T, divides both sides' logits in the divergence (not in the CE).
         kd_weight: α.
         tail: what becomes of the mass outside the entries, see `pipeline.losses.tails`.
+        divergence: D: a name, a weighted sum, or a function of your own, see `pipeline.losses.mixture`.
+        position_weighting: w, see `pipeline.losses.weighting`. Of "mean" the divisor stays the number of positions.
         capture_temperature: of `SparseTargets`, as in the cache's metadata; a `TargetBatch` knows its own.
         reduction: "mean" over counted positions (0 if there are none), "sum", or "none" for [N].
 
     Raises:
-        ValueError: shapes that do not match, or a loss that needs labels without any.
+        ValueError: shapes that do not match, a loss that needs labels without any, a divergence that is not known or
+            means nothing under this policy.
     """
+    check_weighting(position_weighting)
+    mixture = Mixture.parse(divergence)
+    mixture.check_tail(tail)
     logits = student_logits.reshape(-1, student_logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, SparseTargets):
@@ -70,10 +80,16 @@ def sparse_kl(
         raise ValueError(f"student_logits have {len(logits)} positions, targets {len(targets)}")
     targets = entries_of(targets, tail, temperature).to(device=logits.device, dtype=logits.dtype)
 
-    kl = soft_loss(targets, student_values(logits / temperature, targets), tail, temperature, logits.shape[-1])
+    student = student_values(logits / temperature, targets)
+    _, soft = soft_losses(targets, student, tail, temperature, logits.shape[-1], mixture)
     label = targets.labels.clamp(min=0)
-    ce = -logits.log_softmax(dim=-1).gather(1, label[:, None]).squeeze(1)
-    loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * kl
+    log_q = logits.log_softmax(dim=-1)
+    ce = -log_q.gather(1, label[:, None]).squeeze(1)
+    loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
+    if position_weighting != "uniform":
+        entropy = targets.entropy if position_weighting == "teacher-entropy" else -(log_q.exp() * log_q).sum(dim=1)
+        # Of a position that does not count the entropy may be NaN, and NaN·0 is no gradient.
+        loss = loss * position_weight(torch.where(targets.counted, entropy, 0.0), logits.shape[-1])
 
     loss = torch.where(targets.counted, loss, 0.0)
     if reduction == "none":

@@ -125,3 +125,19 @@ def student_classes(student: StudentValues, tail: TailPolicy) -> Tensor:
         return torch.cat([student.entries - lse, torch.full_like(lse, ABSENT)], dim=1)
     last = student.outside if tail == "bucket" else student.label
     return torch.cat([student.entries, last[:, None]], dim=1) - student.lse[:, None]
+
+
+def distributions(
+    targets: TargetBatch, student: StudentValues, tail: TailPolicy, temperature: float, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Teacher's and student's log-probabilities over the classes of a policy, each summing to one: [n, C].
+
+    C is K+1, and K+2 under `label`: there the K+1 classes leave out tokens on which the student has mass and p′ none,
+    which the forward KL never looks at and every other divergence does.
+    """
+    log_p = teacher_classes(targets, tail, temperature, vocab_size)
+    log_q = student_classes(student, tail)
+    if tail != "label":
+        return log_p, log_q
+    rest = (student.rest - student.lse)[:, None]
+    return torch.cat([log_p, torch.full_like(rest, -torch.inf)], dim=1), torch.cat([log_q, rest], dim=1)

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
-from pipeline.losses import TailPolicy
+from pipeline.losses import PositionWeighting, TailPolicy
 
 # What the run decides itself; a --training-args file may not.
 RESERVED = {
@@ -25,7 +25,7 @@ RESERVED = {
     "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
     "fp16": "use bf16: gradients divided by the tokens of a step underflow in float16",
     "label_names": "the labels are in the cache",
-    "label_smoothing_factor": "the loss is that of --kd-weight, --temperature and --tail",
+    "label_smoothing_factor": "the loss is that of --kd-weight, --divergence, --temperature and --tail",
     "use_liger_kernel": "head and loss are fused already",
     "disable_tqdm": "distill shows its own progress",
 }
@@ -60,6 +60,10 @@ class TrainStudentConfig:
     kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
     temperature: float | None = None  # default: that of the cache
     tail: TailPolicy | None = None  # default: sampled if the cache has a sample of the tail, else bucket
+    divergence: str = "forward-kl"  # of the soft loss; weighted sums and own functions: see pipeline.losses.mixture
+    kd_schedule: str | None = None  # in the place of kd_weight, see pipeline.student.schedules
+    temperature_schedule: str | None = None  # in the place of temperature
+    position_weighting: PositionWeighting = "uniform"
     resample: bool = False  # every epoch another of several samples
     device: str = "auto"  # or cpu
     resume: bool = False

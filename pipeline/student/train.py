@@ -18,8 +18,9 @@ from pipeline.heads import check_packing, open_head
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
 from pipeline.student.checks import check_same_teacher_tokens, check_student, is_packed
 from pipeline.student.data import WINDOW, CacheDataset
-from pipeline.student.forward import LossRecipe, remove_distillation_forward
+from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
+from pipeline.student.recipe import LossRecipe
 from pipeline.student.students import EITHER, load_student
 from pipeline.student.trainer import DistillTrainer
 
@@ -55,7 +56,16 @@ def train_student(
     config = replace(config, output=str(Path(config.output).expanduser()))
     cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1)
     held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache)
-    recipe = LossRecipe.for_cache(cache, kd_weight=config.kd_weight, temperature=config.temperature, tail=config.tail)
+    recipe = LossRecipe.for_cache(
+        cache,
+        kd_weight=config.kd_weight,
+        temperature=config.temperature,
+        tail=config.tail,
+        divergence=config.divergence,
+        position_weighting=config.position_weighting,
+        kd_schedule=config.kd_schedule,
+        temperature_schedule=config.temperature_schedule,
+    )
     eval_recipe = None if held_out is None else recipe.for_held_out(held_out)
     if config.resample and cache.metadata.num_samples == 1:
         raise ConfigError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, uncounted
-from pipeline.student.forward import LossRecipe, install_distillation_forward
+from pipeline.student.forward import install_distillation_forward
+from pipeline.student.recipe import LossRecipe
 
 
 class DistillTrainer(Trainer):
@@ -29,7 +31,7 @@ class DistillTrainer(Trainer):
 
     Args:
         head: the student's head, from `open_head`.
-        recipe: the loss.
+        recipe: the loss, with its schedules.
         eval_recipe: the loss on the held-out targets, if they are of another kind.
         resample: with several samples of the tail, every epoch uses one alone.
         Everything else: as for `Trainer`; `args.remove_unused_columns` must be False.
@@ -46,13 +48,17 @@ class DistillTrainer(Trainer):
         resample: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.eval_recipe, self.resample = eval_recipe or recipe, resample
+        self.recipe, self.resample = recipe, resample
+        # Weighted positions leave no way back from the sum of the loss to that of its parts.
+        self._logs_soft = not recipe.mixture.is_forward_kl and recipe.position_weighting == "uniform"
+        self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
         install_distillation_forward(head.model, head, recipe)
         super().__init__(model=head.model, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
         self._loss_sum = torch.zeros((), device=self.args.device)  # over all steps of this call of train
+        self._soft = torch.zeros(2, device=self.args.device)  # since the last log: sum of T²·D, its positions
         self._since = time.perf_counter()
 
     def compute_loss(
@@ -67,20 +73,37 @@ class DistillTrainer(Trainer):
             counted = (inputs["labels"] != -100).sum()
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         scale = processes / torch.as_tensor(counted, device=inputs["labels"].device).clamp(min=1)
-        output: HeadOutput = model(scale=scale, **inputs)  # through the wrapper: DDP averages gradients there
+        recipe = self.recipe.at(self.state.global_step, self.state.max_steps)
+        # Through the wrapper: DDP averages gradients there.
+        output: HeadOutput = model(scale=scale, recipe=recipe, **inputs)
+        if self._logs_soft and recipe.kd_weight > 0.0:
+            soft = (output.loss.detach() / scale - (1.0 - recipe.kd_weight) * output.ce) / recipe.kd_weight
+            self._soft += torch.stack([soft, output.count])
         self._sums += torch.stack([*output, inputs["num_tokens"]]).detach()
         self._loss_sum += output.loss.detach() / processes
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds KL, CE and agreement since the last log, over all processes, to the training logs."""
+        """Adds KL, CE and agreement since the last log, over all processes, to the training logs.
+
+        `soft`, T²·D, if the divergence trained is another than the KL; what a schedule gave at the last step.
+        """
         if "loss" in logs:
             _, kl, ce, agreement, count, tokens = self._reduce(self._sums)
             seconds = time.perf_counter() - self._since
             if count:
                 logs |= {"kl": kl / count, "ce": ce / count, "agreement": agreement / count}
+            if self._logs_soft:
+                soft, positions = self._reduce(self._soft)
+                logs |= {"soft": soft / positions} if positions else {}
+            done = self.recipe.at(self.state.global_step - 1, self.state.max_steps)
+            if self.recipe.kd_schedule is not None:
+                logs["kd_weight"] = done.kd_weight
+            if self.recipe.temperature_schedule is not None:
+                logs["temperature"] = done.temperature
             logs["tokens_per_s"] = tokens / seconds
             self._sums.zero_()
+            self._soft.zero_()
             self._since = time.perf_counter()
         if "train_loss" in logs and (mean := self.mean_loss()) is not None:
             logs["train_loss"] = mean  # Trainer's own leaves out what other processes did since the last log
@@ -98,9 +121,11 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement.
+        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement, and soft as
+        in `log`.
 
-        `eval_loss` is the training objective's mean; `eval_kl` at the training temperature.
+        `eval_loss` is the mean of the objective as it is at the last step, with positions that count alike; `eval_kl`
+        at the same temperature.
         """
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
@@ -116,6 +141,9 @@ class DistillTrainer(Trainer):
             "perplexity": result.perplexity,
             "agreement": result.agreement,
         }
+        kd_weight = self.eval_recipe.kd_weight
+        if kd_weight > 0.0 and not self.eval_recipe.mixture.is_forward_kl:
+            metrics["soft"] = (metrics["loss"] - (1.0 - kd_weight) * result.ce) / kd_weight
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -1,0 +1,170 @@
+"""What a student is trained on: the loss in one frozen object, checked against the cache before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from cache_format import Cache
+from pipeline.errors import ConfigError
+from pipeline.losses import POSITION_WEIGHTINGS, TAIL_POLICIES, UNBIASED, Mixture, PositionWeighting, TailPolicy
+from pipeline.losses.mixture import FORWARD_KL
+from pipeline.student.schedules import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRecipe:
+    """L = w·[(1 − kd_weight)·CE + kd_weight·temperature²·D], with the teacher's tail treated by policy.
+
+    With a schedule, `kd_weight` or `temperature` is the value of the last step, and `at` gives that of any other.
+    """
+
+    kd_weight: float = 0.9
+    temperature: float = 1.0
+    tail: TailPolicy = "bucket"
+    capture_temperature: float = 1.0  # of the cache
+    divergence: str = FORWARD_KL  # D: a specification of pipeline.losses.mixture
+    position_weighting: PositionWeighting = "uniform"  # w
+    kd_schedule: Schedule | None = None
+    temperature_schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        weights = (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
+        given = f"--kd-weight {self.kd_weight}" if self.kd_schedule is None else f"--kd-schedule {self.kd_schedule}"
+        if not all(0.0 <= weight <= 1.0 for weight in weights):
+            numbers = "a number" if self.kd_schedule is None else "numbers"
+            raise ConfigError(f"{given}: expected {numbers} from 0 (labels only) to 1 (teacher only).")
+        temperatures, given = (self.temperature,), f"--temperature {self.temperature}"
+        if self.temperature_schedule is not None:
+            temperatures, given = (
+                self.temperature_schedule.values,
+                f"--temperature-schedule {self.temperature_schedule}",
+            )
+        if not all(0.0 < temperature < math.inf for temperature in temperatures):
+            numbers = "a positive number" if self.temperature_schedule is None else "positive numbers"
+            raise ConfigError(f"{given}: expected {numbers}.")
+        if self.tail not in TAIL_POLICIES:
+            raise ConfigError(f"--tail {self.tail}: expected one of {', '.join(TAIL_POLICIES)}.")
+        if self.position_weighting not in POSITION_WEIGHTINGS:
+            raise ConfigError(
+                f"--position-weighting {self.position_weighting}: expected one of {', '.join(POSITION_WEIGHTINGS)}."
+            )
+        try:
+            self.mixture.check_tail(self.tail)
+        except ValueError as error:  # it begins with the name of the option
+            raise ConfigError(f"--{error}.") from error
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture.parse(self.divergence)
+
+    def at(self, step: int, max_steps: int) -> LossRecipe:
+        """The recipe for the optimizer step number `step`, counted from 0, of `max_steps`."""
+        if self.kd_schedule is None and self.temperature_schedule is None:
+            return self
+        kd, temperature = self.kd_schedule, self.temperature_schedule
+        return replace(
+            self,
+            kd_weight=self.kd_weight if kd is None else kd.at(step, max_steps),
+            temperature=self.temperature if temperature is None else temperature.at(step, max_steps),
+            kd_schedule=None,
+            temperature_schedule=None,
+        )
+
+    @classmethod
+    def for_cache(
+        cls,
+        cache: Cache,
+        *,
+        kd_weight: float,
+        temperature: float | None = None,
+        tail: TailPolicy | None = None,
+        divergence: str = FORWARD_KL,
+        position_weighting: PositionWeighting = "uniform",
+        kd_schedule: str | None = None,
+        temperature_schedule: str | None = None,
+    ) -> LossRecipe:
+        """The recipe on a cache's targets; None: what goes with them, unbiased if they are and the divergence can be.
+
+        Args:
+            kd_schedule: specification of pipeline.student.schedules, takes the place of `kd_weight`.
+            temperature_schedule: likewise, of `temperature`.
+
+        Raises: ConfigError for a loss that these targets cannot serve, with the reason.
+        """
+        targets = cache.metadata.targets
+        captured, sampled = float(targets["temperature"]), cache.metadata.sampled
+        try:
+            mixture = Mixture.parse(divergence)
+        except ValueError as error:
+            raise ConfigError(f"--{error}.") from error
+        if tail is None:
+            tail = "sampled" if sampled and "sampled" in mixture.tails else "bucket"
+            if tail != "sampled" and targets["kind"] == "random":
+                raise ConfigError(
+                    f"--divergence {mixture}: {cache.path} has random targets, without any exact entry, and of a "
+                    "sample only forward-kl is unbiased. Use --divergence forward-kl, or cache with --targets top-k."
+                )
+        of_kd = None if kd_schedule is None else Schedule.parse(kd_schedule, "--kd-schedule")
+        of_temperature = None
+        if temperature_schedule is not None:
+            if temperature is not None:
+                raise ConfigError(
+                    f"--temperature-schedule {temperature_schedule}: found --temperature {temperature} beside it, "
+                    "expected one of them. Leave one out."
+                )
+            of_temperature = Schedule.parse(temperature_schedule, "--temperature-schedule")
+            temperature = of_temperature.at(1, 1)
+        recipe = cls(
+            kd_weight=kd_weight if of_kd is None else of_kd.at(1, 1),
+            temperature=captured if temperature is None else temperature,
+            tail=tail,
+            capture_temperature=captured,
+            divergence=str(mixture),
+            position_weighting=position_weighting,
+            kd_schedule=of_kd,
+            temperature_schedule=of_temperature,
+        )
+        if recipe.tail == "sampled" and not sampled:
+            raise ConfigError(
+                f"--tail sampled: {cache.path} has {targets['kind']} targets, exact entries without a sample of the "
+                "tail. Use --tail bucket, or cache with --targets threshold."
+            )
+        if recipe.tail != "sampled" and targets["kind"] == "random":
+            raise ConfigError(
+                f"--tail {recipe.tail}: {cache.path} has random targets, without any exact entry, and this policy is "
+                "not linear in the teacher's probabilities: on a sample it is biased. Use --tail sampled."
+            )
+        used = (recipe.temperature,) if of_temperature is None else of_temperature.values
+        if recipe.tail == "realized" and captured != 1.0:
+            raise ConfigError(
+                f"--tail realized: {cache.path} was captured at temperature {captured}, where the teacher's own text "
+                "is no sample of its distribution. Use --tail bucket, or cache with --temperature 1."
+            )
+        other = next((value for value in used if value != captured), None)
+        if other is not None and (recipe.tail in UNBIASED or captured != 1.0):
+            what = "a sample" if recipe.tail in UNBIASED else "truncated targets"
+            option = f"--temperature {other}"
+            instead = f"Use --temperature {captured}, or cache with --temperature {other}."
+            if of_temperature is not None:
+                option, instead = f"--temperature-schedule {of_temperature}", f"Use --temperature {captured}."
+            raise ConfigError(
+                f"{option}: {cache.path} was captured at temperature {captured}, and {what} "
+                f"cannot be tempered afterwards. {instead}"
+            )
+        return recipe
+
+    def for_held_out(self, cache: Cache) -> LossRecipe:
+        """The same loss on other targets, by the same policy if they can serve it.
+
+        Evaluations are to be compared with one another: all of them use the last values of a schedule, and positions
+        count alike, since a student's entropy falls as it learns.
+        """
+        serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
+        return LossRecipe.for_cache(
+            cache,
+            kd_weight=self.kd_weight,
+            temperature=self.temperature,
+            tail=self.tail if serves else None,
+            divergence=self.divergence,
+        )

@@ -1,0 +1,173 @@
+"""Every divergence from its published formula: numpy, fp64, explicit vectors, one position at a time.
+
+Shares no code with what it checks. Distributions are vectors over the vocabulary or over the classes of a policy, pairs
+are a double loop, and every limit is its own line.
+
+textbook("js(0.1):0.5,tvd", logits, targets, tail="label", temperature=2.0)     # [N], times T² or T
+
+`CASES` are the specifications that tests go through, each under every policy that it can be taken under.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.losses import IGNORE_INDEX, Mixture, TargetBatch
+
+SPECS = (
+    "reverse-kl",
+    "js(0.1)",
+    "js(0.9)",
+    "skew-forward-kl(0.1)",
+    "skew-reverse-kl(0.3)",
+    "tvd",
+    "alpha-beta(0.2,0.7)",
+    "alpha-beta(1.5,1)",
+    "alpha-beta(0.6,0)",
+    "alpha-beta(0,0.6)",
+    "alpha-beta(0,0)",
+    "logit-mse",
+    "pairwise",
+    "forward-kl:0.7,reverse-kl:0.3",
+    "js(0.5):2,tvd:0.5,pairwise:0.1",
+)
+CASES = [(spec, tail) for spec in SPECS for tail in Mixture.parse(spec).tails]
+
+FLOOR = 2.0**-23  # float32's epsilon, where the logarithm of a probability 0 is needed
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    there = p > 0
+    return float(np.sum(p[there] * np.log(p[there] / q[there])))
+
+
+def floored(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.where(p == 0, FLOOR, p), np.where(p == 0, np.maximum(q, FLOOR), q)
+
+
+def reverse_kl(p: np.ndarray, q: np.ndarray) -> float:
+    p, q = floored(p, q)
+    return kl(q, p)
+
+
+def js(p: np.ndarray, q: np.ndarray, beta: float = 0.5) -> float:
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def skew_forward_kl(p: np.ndarray, q: np.ndarray, skew: float = 0.1) -> float:
+    return kl(p, skew * p + (1 - skew) * q)
+
+
+def skew_reverse_kl(p: np.ndarray, q: np.ndarray, skew: float = 0.1) -> float:
+    return kl(q, skew * q + (1 - skew) * p)
+
+
+def tvd(p: np.ndarray, q: np.ndarray) -> float:
+    return float(np.abs(p - q).sum() / 2)
+
+
+def alpha_beta(p: np.ndarray, q: np.ndarray, a: float = 0.5, b: float = 0.5) -> float:
+    p, q = floored(p, q)
+    if a == b == 0:
+        terms = (np.log(p) - np.log(q)) ** 2 / 2
+    elif b == 0:
+        terms = (p**a * np.log(p**a / q**a) - p**a + q**a) / a**2
+    elif a == 0:
+        terms = (q**b * np.log(q**b / p**b) - q**b + p**b) / b**2
+    else:
+        terms = -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)) / (a * b)
+    return float(terms.sum())
+
+
+def logit_mse(log_p: np.ndarray, z: np.ndarray) -> float:
+    if not len(z):
+        return 0.0
+    return float(np.mean(((z - z.mean()) - (log_p - log_p.mean())) ** 2))
+
+
+def pairwise(log_p: np.ndarray, z: np.ndarray) -> float:
+    p = np.exp(log_p) / np.exp(log_p).sum()
+    total = 0.0
+    for i in range(len(z)):
+        for j in range(i):
+            total += p[i] * p[j] * ((z[i] - z[j]) - (log_p[i] - log_p[j])) ** 2
+    return total
+
+
+OF_DISTRIBUTIONS: dict[str, Callable[..., float]] = {
+    "forward-kl": kl,
+    "reverse-kl": reverse_kl,
+    "js": js,
+    "skew-forward-kl": skew_forward_kl,
+    "skew-reverse-kl": skew_reverse_kl,
+    "tvd": tvd,
+    "alpha-beta": alpha_beta,
+}
+OF_ENTRIES: dict[str, Callable[..., float]] = {"logit-mse": logit_mse, "pairwise": pairwise}
+
+
+def terms(spec: str) -> list[tuple[str, list[float], float]]:
+    """(name, parameters, weight) of each."""
+    found = re.findall(r"([a-z-]+)(?:\(([\d.,]*)\))?(?::([\d.]+))?(?:,|$)", spec)
+    return [(name, [float(x) for x in given.split(",") if x], float(weight or 1)) for name, given, weight in found]
+
+
+def textbook(
+    spec: str, logits: Tensor, targets: TargetBatch, *, tail: str = "bucket", temperature: float = 1.0
+) -> np.ndarray:
+    """[N] Σ weight·T²·D, of total variation T·D, on exact entries captured at T = 1; 0 where nothing counts."""
+    losses = np.zeros(len(targets))
+    for t, z in enumerate(logits.detach().double().numpy()):
+        label = int(targets.labels[t])
+        if label == IGNORE_INDEX:
+            continue
+        count = int(targets.exact_counts[t])
+        logprobs = targets.logprobs[t, :count].double().numpy()
+        ids = targets.ids[t, :count].numpy()[logprobs > -np.inf]
+        p = np.exp(logprobs[logprobs > -np.inf])
+        m = float(np.exp(float(targets.residual_logprob[t])))
+        for name, parameters, weight in terms(spec):
+            if name in OF_ENTRIES:
+                value = OF_ENTRIES[name](np.log(p) / temperature, z[ids] / temperature)
+            else:
+                sides = distributions(z / temperature, ids, p, m, label, 1 / temperature, tail)
+                value = OF_DISTRIBUTIONS[name](*sides, *parameters)
+            losses[t] += weight * temperature ** (1 if name == "tvd" else 2) * value
+    return losses
+
+
+def distributions(
+    z: np.ndarray, ids: np.ndarray, p: np.ndarray, m: float, label: int, power: float, tail: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Teacher and student as one position's policy shows them; of `label` over the whole vocabulary."""
+    q = np.exp(z - z.max())
+    q /= q.sum()
+    if tail == "renormalise":
+        teacher, student = p**power, q[ids] / q[ids].sum()
+    elif tail == "label":
+        teacher, student = np.zeros(len(z)), q
+        teacher[ids] = p
+        teacher[label] += m
+        teacher = teacher**power
+    else:
+        outside = np.setdiff1d(np.arange(len(z)), ids)
+        n = max(1, len(outside))
+        teacher = np.append(p**power, n * (m / n) ** power)
+        student = np.append(q[ids], q[outside].sum())
+        if not len(outside):  # no such class
+            teacher, student = teacher[:-1], student[:-1]
+    return teacher / teacher.sum(), student
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
