@@ -44,6 +44,9 @@ from pipeline.tokenizers import real_vocab_size, tokenizer_fingerprint
 
 Run = dict[str, Any]
 
+# Named, so that a part that rules get later does not make every finished run count as missing.
+RULE_PARTS = ("kind", "top_k", "top_p", "max_entries", "tail_threshold", "draws", "samples", "seed", "temperature")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -230,7 +233,8 @@ def run_file(directory: Path, arm: Arm, seed: int) -> Path:
 
 
 def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
-    rule = arm.rule and {name: value for name, value in vars(arm.rule).items() if value is not None}
+    parts = {name: getattr(arm.rule, name) for name in RULE_PARTS} if arm.rule else {}
+    rule = {name: value for name, value in parts.items() if value is not None} or None
     return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample])
 
 
