@@ -50,7 +50,7 @@ def convert_cache(
     with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), resume=True) as writer:
         for batch in cache.iter_record_batches():
             if int(batch.rows[-1]) >= writer.next_row:
-                batch = _fewer(batch, cache.metadata, conversion)
+                batch = _fewer(batch, conversion)
                 writer.write([batch.row(i) for i in range(len(batch))])
             yield int(batch.rows[-1]) + 1
 
@@ -113,7 +113,7 @@ def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codeboo
     return sqrt_probability_codebook(len(codebook.values), exact=[old.targets["tail_threshold"] / samples])
 
 
-def _fewer(batch: RowBatch, metadata: CacheMetadata, conversion: Conversion) -> RowBatch:
+def _fewer(batch: RowBatch, conversion: Conversion) -> RowBatch:
     if conversion.top_k is not None:
         batch = _most_likely(batch, conversion.top_k)
     if conversion.samples is not None and batch.sample_counts is not None:

@@ -124,3 +124,14 @@ def dense_evaluation(
             ce.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[label])
             agreement.append(z.argmax() in likeliest)
     return {"kl": np.mean(kl), "ce": np.mean(ce), "agreement": np.mean(agreement)}
+
+
+class Stop:
+    """Presses Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, step: int, total: int) -> None:
+        if step == self.step:
+            raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.schedules import Schedule
 from pipeline.teacher.rules import TargetRule
-from runs import SGD, build_cache, distance, log_history, train, weights
+from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from sampled import threshold
 from tiny import conversations, write_jsonl
 
@@ -220,17 +220,6 @@ def test_a_constant_schedule_is_the_constant(tmp_path: Path, folder: Path, stude
     scheduled = weights(tmp_path / "scheduled")
     assert distance(scheduled, weights(tmp_path / "constant")) == 0.0
     assert distance(scheduled, weights(tmp_path / "other")) > 1e-5
-
-
-class Stop:
-    """Presses Ctrl-C after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, step: int, total: int) -> None:
-        if step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_resumed_run_has_the_values_of_an_uninterrupted_one(tmp_path: Path, folder: Path, student_dir: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.losses import TAIL_POLICIES, sparse_kl
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.student.forward import LossRecipe, distillation_output
 from pipeline.teacher.rules import TargetRule
-from runs import SGD, build_cache, dense_evaluation, distance, log_history, train, weights
+from runs import SGD, Stop, build_cache, dense_evaluation, distance, log_history, train, weights
 from sampled import random, threshold
 from tiny import conversations, write_jsonl
 
@@ -292,17 +292,6 @@ def test_a_resampled_run_is_one_on_each_sample_in_turn(tmp_path: Path, folder: P
     assert distance(trained, weights(student_dir)) > 0.05
     assert by_hand([0, 1]) < 2e-6
     assert min(by_hand([0, 0]), by_hand([1, 0])) > 1e-4
-
-
-class Stop:
-    """Presses Ctrl-C after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, step: int, total: int) -> None:
-        if step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 import cache_format as cf
 from cache_format.ipc import cut_points
@@ -165,3 +166,13 @@ def seal_manifest(path: Path, change: Callable[[dict[str, Any]], Any] = lambda d
     digest = hashlib.sha256(text.encode()).hexdigest()
     member = '"manifest_sha256": "{}"'
     file.write_text(text.replace(member.format("0" * 64), member.format(digest)))
+
+
+def complaint(path: Path, error: type[cf.CacheError] = cf.CacheError) -> str:
+    """What is said of a damaged cache: one line that names it."""
+    with pytest.raises(error) as caught:
+        cf.verify_cache(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message and message.endswith(".")
+    return message

@@ -18,6 +18,7 @@ import cache_format as cf
 from cache_samples import (
     SHARD,
     SIDECAR,
+    complaint,
     contents,
     edit_json,
     forge_shard,
@@ -38,15 +39,6 @@ def original(tmp_path_factory):
 @pytest.fixture
 def path(original, tmp_path):
     return shutil.copytree(original, tmp_path / "cache")
-
-
-def complaint(path, error=cf.CacheError) -> str:
-    with pytest.raises(error) as caught:
-        cf.verify_cache(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert path.name in message and message.endswith(".")
-    return message
 
 
 def flip(file, position: int) -> None:

@@ -22,7 +22,7 @@ from cache_format.invariants import find_violation
 from cache_format.lexicon import LEXICON
 from cache_format.rans import Encoder
 from cache_format.row_batch import concatenate
-from cache_samples import SHARD, SIDECAR, contents, edit_json, forge_shard, seal_manifest
+from cache_samples import SHARD, SIDECAR, complaint, contents, edit_json, forge_shard, seal_manifest
 from packed_samples import (
     KINDS,
     THRESHOLD,
@@ -327,15 +327,6 @@ def original(tmp_path_factory):
 @pytest.fixture
 def path(original, tmp_path):
     return shutil.copytree(original, tmp_path / "cache")
-
-
-def complaint(path, error=cf.CacheError) -> str:
-    with pytest.raises(error) as caught:
-        cf.verify_cache(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert path.name in message and message.endswith(".")
-    return message
 
 
 def change_blocks(change):
