@@ -2,7 +2,7 @@
 
     distill cache-teacher   text + teacher ─▶ cache          distill inspect   one row, token by token
     distill train-student   cache + student ─▶ checkpoint    distill stats     sizes and distributions
-    distill evaluate        held-out cache + student         distill verify    every checksum, every rule
+    distill evaluate        held-out cache + student         distill verify    checksums, values, teacher
     distill convert         cache ─▶ other encoding, fewer entries, other shards
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and status 1, wrong
@@ -530,22 +530,73 @@ def stats(cache: str, as_json: bool) -> None:
     print_json(found) if as_json else out.print(stats_view(found))
 
 
-@main.command(epilog=_examples("distill verify caches/train"))
+@main.command(
+    epilog=_examples(
+        "distill verify caches/train",
+        "distill verify caches/train --deep --against-teacher models/teacher --rows 16",
+    )
+)
 @click.argument("cache")
+@click.option("--checksums", is_flag=True, help="Every byte against its checksum: the default.")
+@click.option("--deep", is_flag=True, help="Every value too: counts, ids, order, sums of probabilities, entropy.")
+@click.option("--against-teacher", metavar="TEACHER", help="Compute some rows again, and compare.")
+@click.option("--rows", type=click.IntRange(1), help="How many rows for --against-teacher. Default: 8.")
+@DEVICE_OPTIONS
+@MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(cache: str, as_json: bool) -> None:
-    """Read every byte of a cache and check it: checksums, counts, ids, probabilities."""
+def verify(
+    cache: str, checksums: bool, deep: bool, against_teacher: str | None, rows: int | None, as_json: bool, **given: Any
+) -> None:
+    """Check a cache: every byte, on demand every value, and some rows against the teacher.
+
+    Status 1 if anything is wrong, with the file and the place.
+    """
+    del checksums  # always
+    if rows is not None and against_teacher is None:
+        raise click.UsageError("--rows: only the rows for --against-teacher are counted. Name the teacher.")
     import cache_format as cf
-    from pipeline.report import size
+    from pipeline.report import pairs, size
 
     with Status() as status:
-        summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"))
+        summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"), deep=deep)
+        found = None
+        if against_teacher is not None:
+            _quiet_libraries()
+            from pipeline.verify import TeacherCheckConfig, verify_against_teacher
+
+            found = verify_against_teacher(
+                TeacherCheckConfig(cache=cache, teacher=against_teacher, rows=rows or 8, **given),
+                on_stage=status.stage,
+                on_progress=lambda done, total: status.step(done, total, "rows computed"),
+            )
     if as_json:
-        return print_json({"ok": True, **asdict(summary)})
-    out.print(
-        f"{cache}: intact. {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.entries:,} entries, "
-        f"{size(summary.bytes)} in {summary.shards:,} shards: every checksum and every rule holds."
-    )
+        teacher = {} if found is None else {"teacher": {**asdict(found), "allowed": found.allowed}}
+        print_json({"ok": found is None or found.agrees, **asdict(summary), **teacher})
+    else:
+        out.print(
+            f"{cache}: intact. {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.entries:,} entries, "
+            f"{size(summary.bytes)} in {summary.shards:,} shards: every checksum holds"
+            + (", and every rule." if deep else ".")
+        )
+        if found is not None:
+            out.print(pairs(f"Against {against_teacher}", _teacher_check(found)))
+    if found is not None and not found.agrees:
+        raise click.ClickException(
+            f"{cache}: it is not what {against_teacher} says: off by up to {found.deviation:.2g} nats at "
+            f"{found.deviation_at} (allowed {found.allowed:.2g}), same entries at {found.same_entries:.1%} of the "
+            f"positions (this teacher with itself: {found.same_entries_noise:.1%}). Was it cached with other weights, "
+            "another dtype or device? If not, make it again."
+        )
+
+
+def _teacher_check(found: Any) -> list[tuple[str, str]]:
+    return [
+        ("compared", f"{found.rows:,} rows, {found.positions:,} positions, {found.entries:,} exact entries"),
+        ("deviation", f"{found.deviation:.2g} nats beyond rounding, allowed {found.allowed:.2g}"),
+        ("noise", f"{found.noise:.2g} nats between two runs of the teacher on this machine"),
+        ("same entries", f"{found.same_entries:.2%} of the positions; two runs: {found.same_entries_noise:.2%}"),
+        ("weights", "the same" if found.same_weights else "not the same by fingerprint (or another dtype)"),
+    ]
 
 
 @main.command(

@@ -103,6 +103,13 @@ class Codebook:
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self.values[codes]
 
+    def rounded_from(self, values: ArrayLike) -> tuple[Float64, Float64]:
+        """Between which numbers each of these values, of this table, lay before rounding: (low, high)."""
+        codes = np.searchsorted(self._thresholds, np.asarray(values, np.float32))
+        lowest = -np.inf if self.domain == "sqrt_probability" else 0.0
+        edges = np.concatenate([[lowest], self._thresholds, [self.values[-1] + ROUNDING]]).astype(np.float64)
+        return edges[codes], edges[codes + 1]
+
     def to_json(self) -> dict[str, Any]:
         # str() of a float32 is the shortest decimal that reads back as the same float32.
         values = [float(str(v)) if np.isfinite(v) else "-inf" for v in self.values]

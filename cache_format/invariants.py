@@ -60,7 +60,7 @@ def find_invalid_value(batch: RowBatch, rows: range, metadata: CacheMetadata) ->
     ):
         if (bad := metadata.codebooks[name].invalid(values)).any():
             index = int(bad.argmax())
-            where = _of_entry if name == "target_logprobs" else _of_position
+            where = _of_entry if name == "target_logprobs" else of_position
             highest = metadata.codebooks[name].values[-1]
             return f"{where(batch, rows, index)}: {name} {values[index]}, expected up to {highest}"
     return None
@@ -83,7 +83,7 @@ def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | N
         return _report(batch, rows, bad, f"input id outside the vocabulary of {vocab_size}")
     if batch.labels is None:
         if (bad := batch.loss_mask[last := np.cumsum(lengths) - 1]).any():
-            where = _of_position(batch, rows, int(last[bad.argmax()]))
+            where = of_position(batch, rows, int(last[bad.argmax()]))
             return f"{where}: loss_mask set at the end of a segment, where nothing is predicted"
     elif (bad := batch.loss_mask & _outside(batch.labels, vocab_size)).any():
         return _report(batch, rows, bad, f"label outside the vocabulary of {vocab_size}")
@@ -151,14 +151,15 @@ def _outside(values: NDArray[Any], limit: int) -> NDArray[np.bool_]:
 
 
 def _report(batch: RowBatch, rows: range, bad: NDArray[np.bool_], what: str) -> str:
-    return f"{_of_position(batch, rows, int(bad.argmax()))}: {what}"
+    return f"{of_position(batch, rows, int(bad.argmax()))}: {what}"
 
 
-def _of_position(batch: RowBatch, rows: range, index: int) -> str:
+def of_position(batch: RowBatch, rows: range, index: int) -> str:
+    """Where the position at `index` of all those of the batch is, in words."""
     row = int(np.searchsorted(batch.token_offsets, index, side="right")) - 1
     return f"row {rows[row]}, position {index - batch.token_offsets[row]}"
 
 
 def _of_entry(batch: RowBatch, rows: range, index: int) -> str:
     position = int(np.searchsorted(_entry_starts(batch), index, side="right")) - 1
-    return _of_position(batch, rows, position)
+    return of_position(batch, rows, position)

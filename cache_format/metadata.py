@@ -110,6 +110,12 @@ class CacheMetadata:
         return self.targets.get("samples") is not None
 
     @property
+    def rounded_once(self) -> bool:
+        """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
+        changes = self.capture.get("converted", ())
+        return not any(name in change for change in changes for name in ("levels", "top_k", "samples"))
+
+    @property
     def id_type(self) -> UnsignedType:
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 

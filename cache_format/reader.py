@@ -115,6 +115,17 @@ class Cache(Sequence[CacheRow]):
             for index, _ in enumerate(self.metadata.record_batch_rows(shard)):
                 yield self._read_record_batch(shard, index)
 
+    def check_bytes(self) -> Iterator[int]:
+        """Every byte of the shards against its checksum, without decoding; yields the number of rows done.
+
+        Raises: CorruptShardError, FormatError.
+        """
+        for shard in range(len(self.manifest.shards)):
+            reader = self._shard(shard)
+            for index, rows in enumerate(self.metadata.record_batch_rows(shard)):
+                reader.check_bytes(index)
+                yield rows.stop
+
     def record_batches(self) -> list[tuple[int, int]]:
         """(start_row, stop_row) of each record batch: shuffle these, then the rows within some."""
         return [

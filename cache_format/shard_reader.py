@@ -71,6 +71,10 @@ class ShardReader:
                 raise self._false(part, f"{name} is {found}, the sidecar says {expected}")
         return batch
 
+    def check_bytes(self, index: int) -> None:
+        """Read one record batch, and compare its checksum."""
+        self._checked(self.sidecar.record_batches[index], f"record batch {index}")
+
     def column_bytes(self) -> dict[str, int]:
         """Compressed bytes of each column; the rest of the file is framing and dictionaries."""
         total = dict.fromkeys(self._schema.names, 0)

@@ -59,7 +59,7 @@ def check_cache(path: Path, teacher: Path) -> int:
     cache, model = cf.open_cache(path), load(teacher)
     for row in cache.iter_rows():
         check_row(row, document_logprobs(model, row, cache.metadata.vocab_size), cache.metadata)
-    cf.verify_cache(path)
+    cf.verify_cache(path, deep=True)
     return cache.num_counted_tokens
 
 

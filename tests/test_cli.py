@@ -259,7 +259,7 @@ def test_interrupted_training_is_resumed(folder: Path, tmp_path: Path, student_d
 
 
 def test_interrupt_anywhere_else(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def verify_cache(*_: object) -> None:
+    def verify_cache(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cf, "verify_cache", verify_cache)
@@ -268,7 +268,7 @@ def test_interrupt_anywhere_else(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cf, "verify_cache", lambda *_: 1 / 0)
+    monkeypatch.setattr(cf, "verify_cache", lambda *_, **__: 1 / 0)
     result = CliRunner().invoke(main, ["verify", str(folder / "cache")])
     assert isinstance(result.exception, ZeroDivisionError)
 

@@ -15,6 +15,7 @@ same number τ, which costs no bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -94,6 +95,13 @@ class TargetRule:
         """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""
         parts = {"k" if name == "top_k" else name: getattr(self, name) for name in PARTS[self.kind]}
         return {"kind": self.kind, "temperature": self.temperature, **parts, "max_entries": self.most_entries}
+
+    @classmethod
+    def from_json(cls, targets: Mapping[str, Any]) -> TargetRule:
+        """From a manifest's `targets`. Raises: ConfigError for a kind, or a part of it, that is not one of these."""
+        parts = PARTS.get(targets["kind"], {})
+        given = {name: targets.get("k" if name == "top_k" else name) for name in parts}
+        return cls(kind=targets["kind"], temperature=targets["temperature"], **given)
 
     def codebook(self) -> Codebook:
         """For `target_logprobs`: the weights of sampled entries exactly, those of exact ones to within its bound."""

@@ -171,7 +171,7 @@ def seal_manifest(path: Path, change: Callable[[dict[str, Any]], Any] = lambda d
 def complaint(path: Path, error: type[cf.CacheError] = cf.CacheError) -> str:
     """What is said of a damaged cache: one line that names it."""
     with pytest.raises(error) as caught:
-        cf.verify_cache(path)
+        cf.verify_cache(path, deep=True)
     message = str(caught.value)
     assert "\n" not in message
     assert path.name in message and message.endswith(".")

@@ -420,7 +420,7 @@ def test_random_damage_to_sample_counts_never_crashes(original_with_samples, tmp
 
 def test_columns_of_hidden_states_are_passed_over(path):
     forge_shard(path, lambda columns: columns.update(hidden_0=columns["row"]))
-    assert cf.verify_cache(path).rows == 10
+    assert cf.verify_cache(path, deep=True).rows == 10
 
 
 def test_compression_bomb(path):

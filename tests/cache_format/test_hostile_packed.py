@@ -402,7 +402,7 @@ def test_lying_columns(path, name):
 
 def test_columns_of_hidden_states_are_passed_over(path):
     forge_shard(path, lambda columns: columns.update(hidden_0=columns["row"]))
-    assert cf.verify_cache(path).rows == 10
+    assert cf.verify_cache(path, deep=True).rows == 10
 
 
 def test_a_block_that_expands_without_end(path):
@@ -450,7 +450,7 @@ def test_random_damage_under_true_checksums_never_crashes(path):
         for name in (SHARD, SIDECAR, "manifest.json"):
             (path / name).write_bytes(good[name])
     assert outcomes >= {"error"}
-    assert cf.verify_cache(path).rows == 10
+    assert cf.verify_cache(path, deep=True).rows == 10
 
 
 # -- the lexicon of a cache -------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_a_changed_lexicon(path):
     (path / LEXICON).write_bytes(data[:-1])
     assert f"{LEXICON}: checksum" in complaint(path, cf.FormatError)
     (path / LEXICON).write_bytes(data)
-    assert cf.verify_cache(path).rows == 10
+    assert cf.verify_cache(path, deep=True).rows == 10
 
 
 def seal_lexicon(path, data: bytes) -> None:
@@ -496,7 +496,7 @@ def test_another_lexicon_gives_rows_that_obey_the_rules_or_an_error(path):
     for other in (empty_lexicon(1000), lexicon_of(rows * 2, 1000, 100.0)):
         seal_lexicon(path, other.to_bytes())
         try:
-            assert cf.verify_cache(path).rows == 10
+            assert cf.verify_cache(path, deep=True).rows == 10
         except cf.CorruptShardError as error:
             assert "shard-0000" in str(error)
 
@@ -537,4 +537,4 @@ def test_a_manifest_of_before_there_were_two_encodings(tmp_path):
     write_cache(tmp_path / "cache", metadata_of(TOP_K))
     seal_manifest(tmp_path / "cache", lambda m: m.pop("encoding"))
     assert cf.open_cache(tmp_path / "cache").metadata.encoding == "columns"
-    assert cf.verify_cache(tmp_path / "cache").rows == 10
+    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10

@@ -64,7 +64,7 @@ def test_a_removed_cache_leaves_room_for_another(tmp_path: Path) -> None:
     cf.remove_cache(tmp_path)
     assert contents(tmp_path) == {}
     write_cache(tmp_path)
-    cf.verify_cache(tmp_path)
+    cf.verify_cache(tmp_path, deep=True)
 
 
 def test_on_an_object_store() -> None:

@@ -59,7 +59,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("packed") / "whole"
     with cf.CacheWriter(path, METADATA) as writer:
         writer.write(ROWS)
-    assert cf.verify_cache(path).rows == 10
+    assert cf.verify_cache(path, deep=True).rows == 10
     return contents(path)
 
 
@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_columns(tmp_path, kind, alignment):
     for found, expected in zip(packed.iter_record_batches(), columns.iter_record_batches(), strict=True):
         assert_same_batch(found, expected)
     assert [row.row for row in packed.rows([7, 0, 7, -1])] == [7, 0, 7, 9]
-    summary, expected = cf.verify_cache(tmp_path / "packed"), cf.verify_cache(tmp_path / "columns")
+    summary, expected = cf.verify_cache(tmp_path / "packed", deep=True), cf.verify_cache(tmp_path / "columns")
     assert replace(summary, bytes=0) == replace(expected, bytes=0)
 
 
@@ -96,7 +96,7 @@ def test_sizes_include_the_lexicon(tmp_path, whole):
     cache = cf.open_cache(tmp_path / "cache")
     shards = sum(len(data) for name, data in whole.items() if name.endswith(".arrow") and name != LEXICON)
     assert cache.manifest.shard_bytes == shards
-    assert cache.manifest.stored_bytes == cf.verify_cache(cache.path).bytes == shards + len(whole[LEXICON])
+    assert cache.manifest.stored_bytes == cf.verify_cache(cache.path, deep=True).bytes == shards + len(whole[LEXICON])
     columns = cache.column_bytes()
     assert set(columns) == {"row", "input_ids", "loss_mask", "segment_lengths", "packed"}
     assert 0 < sum(columns.values()) < shards
@@ -109,7 +109,7 @@ def test_only_the_first_shard_teaches(tmp_path, whole):
     found = contents(tmp_path / "cache")
     assert found[LEXICON] == whole[LEXICON] and found[SHARD] == whole[SHARD]
     assert found[SHARD.replace("00000", "00001")] != whole[SHARD.replace("00000", "00001")]
-    assert cf.verify_cache(tmp_path / "cache").rows == 10
+    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
 
 
 @pytest.mark.parametrize("sizes", [[1] * 10, [3, 0, 6, 1], [10]])
@@ -159,7 +159,7 @@ def test_rows_without_any_entry_teach_nothing_and_harm_nothing(tmp_path):
     with cf.CacheWriter(tmp_path / "cache", metadata) as writer:
         writer.write(rows)
     cache = cf.open_cache(tmp_path / "cache")
-    assert cache.manifest.shards[0].entries == 0 and cf.verify_cache(cache.path).rows == 10
+    assert cache.manifest.shards[0].entries == 0 and cf.verify_cache(cache.path, deep=True).rows == 10
     for row in range(4, 10):
         np.testing.assert_array_equal(cache[row].targets.ids, rows[row].targets.ids)
     with cf.CacheWriter(tmp_path / "columns", replace(metadata, encoding="columns")) as writer:
@@ -188,7 +188,7 @@ def test_other_places(whole):
     with cf.CacheWriter(url, METADATA, resume=True) as writer:
         assert writer.next_row == 4
         writer.write(ROWS[4:])
-    assert cf.verify_cache(url).rows == 10
+    assert cf.verify_cache(url, deep=True).rows == 10
     fs, root = fsspec.core.url_to_fs(url)
     assert fs.cat_file(f"{root}/{LEXICON}") == whole[LEXICON]
     assert fs.cat_file(f"{root}/manifest.json") == whole["manifest.json"]
@@ -293,7 +293,7 @@ def test_shards_of_a_lost_lexicon_are_written_again(tmp_path, whole, written):
     assert SIDECAR in contents(tmp_path / "cache")
     (tmp_path / "cache" / LEXICON).unlink()
     assert finish(tmp_path / "cache") == 0
-    assert cf.verify_cache(tmp_path / "cache").rows == 10
+    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
     assert contents(tmp_path / "cache") == whole
 
 
@@ -309,7 +309,7 @@ def test_shards_of_another_lexicon_are_written_again(tmp_path):
     write_until(tmp_path / "cache", 8)
     (tmp_path / "cache" / LEXICON).write_bytes(empty_lexicon(1000).to_bytes())
     assert finish(tmp_path / "cache") == 0
-    assert cf.verify_cache(tmp_path / "cache").rows == 10
+    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
     for row in cf.open_cache(tmp_path / "cache"):
         np.testing.assert_array_equal(row.targets.ids, ROWS[row.row].targets.ids)
 

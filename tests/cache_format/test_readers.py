@@ -85,11 +85,11 @@ def test_fsspec_urls(path, tmp_path):
         writer.write([sample_row(row) for row in range(4, 10)])
     fsspec.filesystem("memory").get(url, str(tmp_path / "copy"), recursive=True)
     assert contents(tmp_path / "copy") == contents(path)
-    assert cf.verify_cache(url) == cf.verify_cache(path)
+    assert cf.verify_cache(url, deep=True) == cf.verify_cache(path)
     assert cf.open_cache(path.as_uri())[7].row == 7
     fsspec.filesystem("memory").rm_file(f"{url}/{SHARD}")
     with pytest.raises(cf.CorruptShardError, match=f"{url}/{SHARD}: cannot be read"):
-        cf.verify_cache(url)
+        cf.verify_cache(url, deep=True)
 
 
 def test_verify_reports_its_progress(path):

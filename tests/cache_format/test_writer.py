@@ -49,7 +49,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(tmp_path):
     with cf.CacheWriter(tmp_path / "cache", metadata, resume=True) as writer:
         assert writer.next_row == 4
         writer.write([sample_row(row) for row in range(4, 10)])
-    assert cf.verify_cache(tmp_path / "cache").rows == 10
+    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
     assert not [file for file in contents(tmp_path / "cache") if file.endswith(".tmp")]
 
 
@@ -97,7 +97,7 @@ def test_an_abandoned_shard_starts_again(tmp_path):
     assert notes == [{"batch_size": 8}, {"batch_size": 8}, {"batch_size": 4}]
     cache = cf.open_cache(tmp_path / "cache")
     assert writer.bytes_written == cache.manifest.shard_bytes
-    assert cf.verify_cache(tmp_path / "cache").rows == 10
+    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
 
 
 def test_too_few_rows_make_no_cache_and_lose_nothing(tmp_path):
@@ -343,4 +343,4 @@ def test_a_token_that_is_exact_and_sampled_is_refused(tmp_path):
     apart = replace(row, targets=replace(twice, ids=np.array([5, 4])))
     with cf.CacheWriter(tmp_path / "other", sample_metadata(1, targets=targets)) as writer:
         writer.write([apart])
-    cf.verify_cache(tmp_path / "other")
+    cf.verify_cache(tmp_path / "other", deep=True)
