@@ -3,7 +3,7 @@
     distill cache-teacher   text + teacher ─▶ cache          distill inspect   one row, token by token
     distill train-student   cache + student ─▶ checkpoint    distill stats     sizes and distributions
     distill evaluate        held-out cache + student         distill verify    checksums, values, teacher
-    distill convert         cache ─▶ other encoding, fewer entries, other shards
+    distill plan            bytes and time, beforehand       distill convert   other encoding, shards, fewer entries
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and status 1, wrong
 usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen inside the commands: `--help` takes no torch.
@@ -261,15 +261,9 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     """
     _quiet_libraries()
     from pipeline.report import duration, pairs, size
-    from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
-    from pipeline.teacher.corpus import DataConfig
-    from pipeline.teacher.rules import TargetRule
+    from pipeline.teacher.capture import CaptureProgress, cache_teacher
 
-    def take(part: Any) -> dict[str, Any]:
-        return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
-
-    data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
-    config = CacheTeacherConfig(data=data, targets=rule, **given)
+    config = _cache_teacher_config(seq_len, given)
 
     def show(p: CaptureProgress) -> None:
         facts = f"rows · {p.tokens_per_s:,.0f} tokens/s · {duration(p.seconds_left)} left"
@@ -306,6 +300,19 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     )
 
 
+def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
+    """The config that the options of cache-teacher make."""
+    from pipeline.teacher.capture import CacheTeacherConfig
+    from pipeline.teacher.corpus import DataConfig
+    from pipeline.teacher.rules import TargetRule
+
+    def take(part: Any) -> dict[str, Any]:
+        return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
+
+    data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
+    return CacheTeacherConfig(data=data, targets=rule, **given)
+
+
 # corpus report -> words; what a user should know happened to the text
 LEFT_OUT = {
     "documents_cut": "documents cut into windows",
@@ -314,6 +321,52 @@ LEFT_OUT = {
     "windows_without_targets": "windows without anything to learn dropped",
     "ignored_files": "files of other types ignored",
 }
+
+
+@main.command(
+    "plan",
+    epilog=_examples(
+        "distill plan --teacher models/teacher --data data/train.jsonl --output caches/train",
+        "distill plan --teacher models/teacher --data data/train.jsonl --output caches/train \\",
+        "    --targets threshold --tail-threshold 0.02 --cost-per-hour 2.5",
+    ),
+)
+@click.option(
+    "--rows", default=32, show_default=True, type=click.IntRange(1), help="Rows to run, from all over the text."
+)
+@click.option("--cost-per-hour", type=float, help="Price of this machine, in any currency.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_command(rows: int, cost_per_hour: float | None, seq_len: int, as_json: bool, **given: Any) -> None:
+    """Predict bytes and time of a cache, before the days of work.
+
+    Takes the options of cache-teacher, runs the teacher on a few rows, and shows other kinds of targets beside the one
+    asked for. Nothing is written to --output.
+    """
+    _quiet_libraries()
+    from pipeline.report import plan_view, size
+    from pipeline.teacher.plan import plan_cache
+
+    with Status() as status:
+        plan = plan_cache(
+            _cache_teacher_config(seq_len, given),
+            sample_rows=rows,
+            cost_per_hour=cost_per_hour,
+            on_stage=status.stage,
+            on_progress=lambda done, total: status.step(done, total, "rows"),
+        )
+        if as_json:
+            print_json({**asdict(plan), "fits": plan.fits})
+        else:
+            out.print(plan_view(plan))
+        if not plan.fits:
+            status.warn(
+                f"{given.get('output')}: {size(plan.free_bytes or 0)} are free there, the cache will take about "
+                f"{size(plan.chosen.bytes[plan.encoding])}. Choose another place, or fewer bytes."
+            )
+
+
+# The same words as for the real thing, but for what only that can do.
+plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not in ("overwrite", "as_json")]
 
 
 @main.command(

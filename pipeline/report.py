@@ -7,7 +7,7 @@ what a script reads are the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -16,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 import cache_format as cf
+
+if TYPE_CHECKING:
+    from pipeline.teacher.plan import Plan
 
 BARS = " ▏▎▍▌▋▊▉█"
 
@@ -175,6 +178,47 @@ def stats_view(stats: dict[str, Any]) -> RenderableType:
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         histogram.add_row(f"{low:4.1f} – {high:4.1f}", f"{count / total:6.1%}", bar(count / max(max(counts), 1), 24))
     return Group(summary, Text(), columns, Text(), histogram)
+
+
+def _name_of_targets(targets: Mapping[str, Any]) -> str:
+    """The kind and its one most telling number: threshold 0.05."""
+    telling = {"top-k": "k", "top-p": "top_p", "threshold": "tail_threshold", "random": "draws"}
+    return f"{targets['kind']} {targets[telling[targets['kind']]]:g}"
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """`plan_cache` for people; the settings asked for are marked ▶."""
+    per_million = plan.cost_per_million_tokens(plan.chosen)
+    paid = per_million is not None
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
+    table.add_column("targets", no_wrap=True)
+    for name in ("entries", "mass", "B/token", "packed", "cache", "tokens/s", "time", "cost")[: 8 if paid else 7]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for rule in plan.rules:
+        cells = [
+            ("▶ " if rule.chosen else "  ") + _name_of_targets(rule.targets),
+            f"{rule.entries_per_token:.1f}",
+            f"{rule.exact_mass:.2f}",
+            f"{rule.bytes_per_token['columns']:.1f}",
+            f"{rule.bytes_per_token['packed']:.1f}",
+            size(rule.bytes[plan.encoding]),
+            f"{rule.tokens_per_s:,.0f}" + ("*" if rule.writer_bound else ""),
+            duration(rule.seconds),
+        ]
+        if paid:
+            cells.append(f"{(plan.cost_per_hour or 0.0) * rule.seconds / 3600:,.2f}")
+        table.add_row(*cells, style="bold" if rule.chosen else "")
+    slowest, fastest = plan.forward_tokens_per_s
+    facts = [
+        ("text", f"{plan.rows:,} rows, {plan.tokens:,} tokens, of which {plan.counted_tokens:,} count"),
+        ("measured on", f"{plan.sample_rows:,} rows, {plan.sample_tokens:,} tokens"),
+        ("teacher alone", f"{slowest:,.0f} to {fastest:,.0f} tokens/s, by batch"),
+        ("free on disk", "unknown" if plan.free_bytes is None else size(plan.free_bytes)),
+    ]
+    if per_million is not None:
+        facts.append(("cost", f"{per_million:,.4g} per million tokens, at {plan.cost_per_hour:g} an hour"))
+    notes = [Text("* limited by encoding and writing")] if any(rule.writer_bound for rule in plan.rules) else []
+    return Group(pairs("What this cache will take", facts), Text(), table, *notes)
 
 
 def inspect_row(

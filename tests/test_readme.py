@@ -66,7 +66,8 @@ def test_every_command_and_block_runs(run, capsys: pytest.CaptureFixture[str]) -
     run(["cache-teacher", "--teacher", "demo-output/teacher", "--data", "demo-output/heldout.jsonl"]
         + ["--output", "demo-output/caches/heldout", "--seq-len", "64"])  # fmt: skip
     ran = [words[1] for words in commands() if words[0] == "distill" and run(words[1:])]
-    assert set(ran) == {"cache-teacher", "train-student", "evaluate", "inspect", "stats", "verify", "convert"}
+    commands_of = {"plan", "cache-teacher", "train-student", "evaluate", "inspect", "stats", "verify", "convert"}
+    assert set(ran) == commands_of
     python = blocks("python")
     assert len(python) >= 3
     for block in python:

@@ -1,0 +1,284 @@
+"""What a cache will cost, before the days of work: bytes, time, entries and mass kept, for several kinds of targets.
+
+One record batch of rows from all over the corpus goes through the real teacher, the real selection of entries and the
+real writer, once for every kind of targets and encoding; everything is then in proportion to the tokens.
+
+    seconds a token = forward pass and head (the same for all kinds) + choosing and sampling entries (of the kind),
+                      or what the background thread takes to encode and write, if that is more
+
+Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
+there from a whole shard. Text that changes on its way through the corpus costs more than a sample says.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache_format as cf
+from pipeline.errors import ConfigError
+from pipeline.heads import Head, check_packing, open_head
+from pipeline.models import load_model, load_tokenizer, resolve_device
+from pipeline.padding import pad_rows
+from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig
+from pipeline.teacher.packing import TokenCorpus, TokenRow, build_corpus
+from pipeline.teacher.philox import uniforms
+from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.tokenizers import real_vocab_size
+
+OTHERS = (
+    TargetRule(top_k=16),
+    TargetRule(top_k=64),
+    TargetRule(kind="random"),
+    TargetRule(kind="threshold", tail_threshold=1 / 8),
+    TargetRule(kind="threshold", tail_threshold=1 / 20),
+    TargetRule(kind="threshold", tail_threshold=1 / 50),
+)
+"""Shown beside the user's own."""
+
+ENCODINGS = ("columns", "packed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulePlan:
+    """One kind of targets on the whole corpus."""
+
+    targets: dict[str, object]  # as in a manifest
+    chosen: bool  # the one that was asked for
+    bytes_per_token: dict[str, float]  # by encoding
+    bytes: dict[str, int]  # of the whole cache
+    entries_per_token: float  # at positions that have targets
+    exact_mass: float  # mean probability of the exact entries
+    tokens_per_s: float
+    seconds: float
+    writer_bound: bool  # whether encoding and writing take longer than the teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was measured, on what, and what follows from it."""
+
+    rows: int
+    tokens: int
+    counted_tokens: int
+    sample_rows: int
+    sample_tokens: int
+    forward_tokens_per_s: tuple[float, float]  # slowest and fastest batch, without choosing entries
+    rules: tuple[RulePlan, ...]
+    encoding: str  # asked for
+    free_bytes: int | None  # where the cache is to lie; None on an object store
+    cost_per_hour: float | None
+
+    @property
+    def chosen(self) -> RulePlan:
+        return next(rule for rule in self.rules if rule.chosen)
+
+    def cost_per_million_tokens(self, rule: RulePlan) -> float | None:
+        """In the currency of `cost_per_hour`."""
+        return None if self.cost_per_hour is None else self.cost_per_hour / 3600 / rule.tokens_per_s * 1e6
+
+    @property
+    def fits(self) -> bool:
+        return self.free_bytes is None or self.chosen.bytes[self.encoding] < self.free_bytes
+
+
+def plan_cache(
+    config: CacheTeacherConfig,
+    *,
+    sample_rows: int = 32,
+    cost_per_hour: float | None = None,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """Runs the teacher over a sample of the text that `config` names; writes nothing to its output.
+
+    Args:
+        sample_rows: evenly spaced over the corpus.
+        cost_per_hour: of the machine, in any currency.
+
+    Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
+    """
+    device = resolve_device(config.device)
+    on_stage("reading and tokenising the text")
+    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    corpus = build_corpus(config.data, tokenizer)
+    on_stage(f"loading the teacher on {device}")
+    model = load_model(
+        config.teacher,
+        dtype=config.dtype,
+        device=device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
+    if config.data.packing:
+        check_packing(model, head)
+    if (config.targets.top_k or 0) > head.vocab_size:
+        raise ConfigError(f"--top-k {config.targets.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
+    others = [rule for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
+    rules = [config.targets, *(rule for rule in others if rule.to_json() != config.targets.to_json())]
+
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(sample_rows, len(corpus))).round().astype(int)).tolist()
+    rows = sorted((corpus[index] for index in chosen), key=lambda row: -len(row.input_ids))
+    on_stage(f"running the teacher on {len(rows)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
+    sample = _Sample(config, head, rules)
+    for start in range(0, len(rows), config.batch_size):
+        sample.run(rows[start : start + config.batch_size])
+        on_progress(min(start + config.batch_size, len(rows)), len(rows))
+    return Plan(
+        rows=len(corpus),
+        tokens=corpus.num_tokens,
+        counted_tokens=corpus.num_counted_tokens,
+        sample_rows=len(rows),
+        sample_tokens=sample.tokens,
+        forward_tokens_per_s=sample.forward_speeds,
+        rules=tuple(sample.plan(rule, corpus, chosen=i == 0) for i, rule in enumerate(rules)),
+        encoding=config.encoding,
+        free_bytes=_free_bytes(config.output),
+        cost_per_hour=cost_per_hour,
+    )
+
+
+class _Sample:
+    """The rows that were run, with the targets that each rule makes of them, and the seconds of each part."""
+
+    def __init__(self, config: CacheTeacherConfig, head: Head, rules: Sequence[TargetRule]) -> None:
+        self.config, self.head, self.rules = config, head, rules
+        self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
+        self.tokens = 0
+        self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
+        self.choosing: list[list[float]] = [[] for _ in rules]  # seconds of each batch
+        device, width = head.weight.device, head.vocab_size
+        self.logits = torch.empty((CHUNK_POSITIONS, width), dtype=head.weight.dtype, device=device)
+        self.scratch = torch.empty((CHUNK_POSITIONS, width), dtype=torch.float32, device=device)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[TokenRow]) -> None:
+        if not self.forward:
+            self._hidden(rows)  # the first pass pays for allocations
+        tokens = sum(len(row.input_ids) for row in rows)
+        began = self._clock()
+        hidden, stored = self._hidden(rows)
+        forward, choosing = self._clock() - began, [0.0] * len(self.rules)
+        first = len(self.rows[0])
+        row_of = np.repeat(np.arange(first, first + len(rows)), [mask.sum() for mask in stored])
+        position = np.concatenate([np.flatnonzero(mask) for mask in stored])
+        chunks: list[list[ChunkTargets]] = [[] for _ in self.rules]
+        for start in range(0, len(hidden), CHUNK_POSITIONS):
+            here = slice(start, start + CHUNK_POSITIONS)
+            began = self._clock()
+            logits = self.head.logits(hidden[here], out=self.logits)
+            forward += self._clock() - began
+            for i, rule in enumerate(self.rules):
+                began, drawn = self._clock(), None
+                if rule.uniforms:
+                    numbers = uniforms(rule.seed or 0, row_of[here], position[here], rule.uniforms)
+                    drawn = torch.from_numpy(numbers)
+                chunks[i].append(sparse_targets(logits, rule, drawn, self.scratch))
+                choosing[i] += self._clock() - began
+        self.tokens += tokens
+        self.forward.append((tokens, forward))
+        stops = np.cumsum([mask.sum() for mask in stored])[:-1].tolist()
+        for i, found in enumerate(chunks):
+            self.choosing[i].append(choosing[i])
+            targets = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
+            of_rows = zip(*(tensor.tensor_split(stops) for tensor in targets), strict=True)
+            self.rows[i] += [
+                cache_row(first + j, row, mask, ChunkTargets(*parts))
+                for j, (row, mask, parts) in enumerate(zip(rows, stored, of_rows, strict=True))
+            ]
+
+    @property
+    def forward_speeds(self) -> tuple[float, float]:
+        speeds = [tokens / seconds for tokens, seconds in self.forward]
+        return min(speeds), max(speeds)
+
+    def plan(self, rule: TargetRule, corpus: TokenCorpus, *, chosen: bool) -> RulePlan:
+        index = self.rules.index(rule)
+        rows = self.rows[index]
+        bytes_per_token, total, writing = {}, {}, {}
+        for encoding in ENCODINGS:
+            began = time.perf_counter()
+            columns, of_shard, once = _written(rows, rule, self.config, self.head.vocab_size, encoding)
+            writing[encoding] = (time.perf_counter() - began) / self.tokens
+            shards = max(1, corpus.num_tokens / SHARD_TOKENS)
+            total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once)
+            bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
+        batches = zip(self.forward, self.choosing[index], strict=True)
+        computing = statistics.median((seconds + choosing) / tokens for (tokens, seconds), choosing in batches)
+        per_token = max(computing, writing[self.config.encoding])
+        counts = np.concatenate([row.targets.counts[row.loss_mask] for row in rows])
+        residual = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows])
+        return RulePlan(
+            targets=rule.to_json(),
+            chosen=chosen,
+            bytes_per_token=bytes_per_token,
+            bytes=total,
+            entries_per_token=float(counts.mean()),
+            exact_mass=float((1.0 - np.exp(residual.astype(np.float64))).mean()),
+            tokens_per_s=1 / per_token,
+            seconds=corpus.num_tokens * per_token,
+            writer_bound=writing[self.config.encoding] > computing,
+        )
+
+    def _hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """States [n, D] of the positions that get targets, and which of each row they are."""
+        device = self.head.weight.device
+        input_ids, position_ids = pad_rows(rows)
+        everywhere = self.config.all_positions
+        stored = [np.ones(len(row.loss_mask), bool) if everywhere else np.array(row.loss_mask, bool) for row in rows]
+        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+        for i, of_row in enumerate(stored):
+            mask[i, : len(of_row)] = torch.from_numpy(of_row)
+        hidden = self.head.hidden_states(input_ids.to(device), position_ids.to(device))
+        return hidden[mask.to(device)], stored
+
+    def _clock(self) -> float:
+        if self.head.weight.device.type == "cuda":
+            torch.cuda.synchronize(self.head.weight.device)
+        return time.perf_counter()
+
+
+def _written(
+    rows: Sequence[cf.CacheRow], rule: TargetRule, config: CacheTeacherConfig, vocab_size: int, encoding: str
+) -> tuple[int, int, int]:
+    """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
+    metadata = cf.CacheMetadata(
+        teacher={"name": config.teacher},
+        tokenizer={},
+        vocab_size=vocab_size,
+        alignment="next",
+        targets=rule.to_json(),
+        corpus={"rows": len(rows)},
+        codebooks={**cf.default_codebooks(vocab_size), "target_logprobs": rule.codebook()},
+        rows_per_shard=len(rows),
+        rows_per_record_batch=len(rows),
+        encoding=encoding,
+        compression={"codec": "zstd", "level": config.compression_level},
+    )
+    with tempfile.TemporaryDirectory(prefix="distill-plan-") as folder:
+        with cf.CacheWriter(folder, metadata) as writer:
+            writer.write([replace(row, row=i) for i, row in enumerate(rows)])
+        cache = cf.open_cache(folder)
+        columns, manifest = sum(cache.column_bytes().values()), cache.manifest
+        return columns, manifest.shard_bytes - columns, manifest.stored_bytes - manifest.shard_bytes
+
+
+def _free_bytes(output: str) -> int | None:
+    if "://" in output:
+        return None
+    place = Path(os.path.abspath(output))
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,153 @@
+"""`distill plan`: what it says beforehand is what `cache-teacher` then does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import cache_format as cf
+from cli import main
+from pipeline.report import describe_targets
+from pipeline.teacher import plan
+from tiny import english
+
+ROWS_TAKEN = 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "text.txt"
+    path.write_text(english(900), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(teacher_dir: Path, text: Path) -> list[Any]:
+    """Options of both commands, but for the output."""
+    return ["--teacher", teacher_dir, "--data", text, "--seq-len", 64, "--device", "cpu"]
+
+
+def run(*given: Any, status: int = 0) -> Result:
+    result = CliRunner().invoke(main, list(map(str, given)))
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def planned(words: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("planned") / "cache"
+    found = json.loads(run("plan", *words, "--output", output, "--rows", ROWS_TAKEN, "--json").stdout)
+    assert not output.exists() and not list(output.parent.iterdir())
+    return found
+
+
+@pytest.mark.parametrize("targets", ["top-k --top-k 64", "threshold", "random", "threshold --tail-threshold 0.125"])
+@pytest.mark.parametrize("encoding", ["columns", "packed"])
+def test_bytes_entries_and_mass_are_those_of_the_cache(
+    planned: dict[str, Any], words: list[Any], tmp_path: Path, targets: str, encoding: str
+):
+    run("cache-teacher", *words, "--output", tmp_path / "cache", "--targets", *targets.split(), "--encoding", encoding)
+    cache = cf.open_cache(tmp_path / "cache")
+    assert (planned["rows"], planned["tokens"]) == (len(cache), cache.num_tokens)
+    assert planned["sample_rows"] == ROWS_TAKEN < len(cache) / 4
+    kept = describe_targets(cache.metadata.targets)
+    (rule,) = (rule for rule in planned["rules"] if describe_targets(rule["targets"]) == kept)
+    assert rule["bytes"][encoding] == pytest.approx(cache.manifest.stored_bytes, rel=0.12)
+    counted = np.concatenate([row.loss_mask for row in cache.iter_rows()])
+    entries = np.concatenate([row.targets.counts for row in cache.iter_rows()])[counted]
+    residual = np.concatenate([row.targets.residual_logprob for row in cache.iter_rows()])[counted]
+    assert rule["entries_per_token"] == pytest.approx(entries.mean(), rel=0.05)
+    assert rule["exact_mass"] == pytest.approx(1 - np.exp(residual).mean(), abs=0.02)
+
+
+def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: Path, planned: dict[str, Any]):
+    given = ["--targets", "threshold", "--tail-threshold", 0.02, "--output", tmp_path / "c", "--rows", 2, "--json"]
+    rules = json.loads(run("plan", *words, *given).stdout)["rules"]
+    names = [describe_targets(rule["targets"]) for rule in rules]
+    assert [rule["chosen"] for rule in rules] == [True] + [False] * (len(rules) - 1)
+    assert names[0] == "threshold, τ = 0.02, K = 1" and len(set(names)) == len(names)
+    default = planned["rules"][0]
+    assert default["chosen"] and default["targets"]["kind"] == "top-k"
+
+
+def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):
+    output = run("plan", *words, "--output", tmp_path / "c", "--rows", 4, "--cost-per-hour", 36, "--json").stdout
+    found = json.loads(output)
+    for rule in found["rules"]:
+        assert rule["seconds"] == pytest.approx(found["tokens"] / rule["tokens_per_s"])
+    table = run("plan", *words, "--output", tmp_path / "c", "--rows", 4, "--cost-per-hour", 36).stdout
+    assert "per million tokens, at 36 an hour" in table and "▶ top-k 64" in table
+    assert max(map(len, table.splitlines())) <= 80 and "…" not in table
+
+
+def test_slow_writing_limits_the_speed(words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def slow(rows: list[cf.CacheRow], *given: Any) -> tuple[int, int, int]:
+        clock["seconds"] += 100.0
+        return 1000, 100, 10
+
+    clock = {"seconds": 0.0}
+    monkeypatch.setattr(plan, "_written", slow)
+    monkeypatch.setattr(
+        plan.time, "perf_counter", lambda: clock.update(seconds=clock["seconds"] + 1e-3) or clock["seconds"]
+    )
+    found = json.loads(run("plan", *words, "--output", tmp_path / "c", "--rows", 4, "--json").stdout)
+    for rule in found["rules"]:
+        assert rule["writer_bound"] and rule["tokens_per_s"] == pytest.approx(found["sample_tokens"] / 100, rel=0.01)
+    assert "* limited by encoding" in run("plan", *words, "--output", tmp_path / "c", "--rows", 4).stdout
+
+
+def test_a_disk_that_is_too_small_is_said(words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Usage(NamedTuple):
+        total: int = 10**9
+        used: int = 10**9 - 1000
+        free: int = 1000
+
+    given = [*words, "--output", tmp_path / "not/yet/there", "--rows", 4]
+    assert "warning" not in run("plan", *given).stderr
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage() if path == tmp_path else 1 / 0)
+    result = run("plan", *given)
+    assert "1.0 kB are free there, the cache will take about" in result.stderr
+    assert json.loads(run("plan", *given, "--json").stdout)["fits"] is False
+    assert json.loads(run("plan", *words, "--output", "memory://x", "--rows", 4, "--json").stdout)["fits"] is True
+
+
+def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A text whose second half is one word: much of the sample must be of it."""
+    text = tmp_path / "text.txt"
+    text.write_text(english(200) + "snow snow snow snow snow snow\n" * 500, encoding="utf-8")
+    seen: list[float] = []
+    run_rows = plan._Sample.run
+
+    def watched(self: Any, rows: Any) -> None:
+        seen.extend(np.bincount(row.input_ids).max() / len(row.input_ids) for row in rows)
+        run_rows(self, rows)
+
+    monkeypatch.setattr(plan._Sample, "run", watched)
+    words = ["--teacher", teacher_dir, "--data", text, "--seq-len", 64, "--device", "cpu", "--output", tmp_path / "c"]
+    run("plan", *words, "--rows", 20)
+    repeated = sum(share > 0.2 for share in seen)
+    assert len(seen) == 20 and 4 <= repeated <= 16
+
+
+def test_every_option_of_the_real_thing_is_there_and_complains_alike(words: list[Any], tmp_path: Path):
+    real, planning = ({p.name for p in main.commands[name].params} for name in ("cache-teacher", "plan"))
+    assert real - planning == {"overwrite"}
+    assert planning - real == {"rows", "cost_per_hour"}
+    given = [*words, "--output", tmp_path / "c"]
+    for wrong in (["--targets", "random", "--top-p", 0.5], ["--top-k", 5000]):
+        assert (
+            run("plan", *given, *wrong, status=1).stderr.splitlines()[-1]
+            == (run("cache-teacher", *given, *wrong, status=1).stderr.splitlines()[-1])
+        )
+
+
+def test_nothing_of_it_needs_gradients(words: list[Any], tmp_path: Path):
+    run("plan", *words, "--output", tmp_path / "c", "--rows", 2)
+    assert torch.is_grad_enabled()
