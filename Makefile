@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-lowest lint format bench bench-quality clean
+.PHONY: help setup demo test test-real test-lowest lint format bench bench-quality fuzz clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable
 	$(PY) -m pip install --quiet matplotlib==3.11.2
 	$(PY) -m benchmarks.quality
+
+fuzz: $(STAMP)   ## an hour of looking for bytes that reading a cache does not survive
+	$(PY) -m pip install --quiet atheris==3.0.0
+	$(PY) -m benchmarks.fuzz --seconds 600 --count 12000
 
 clean:           ## remove everything that the targets above have made
 	rm -rf .venv .venv-lowest build dist *.egg-info demo-output benchmarks/work \
