@@ -5,7 +5,7 @@ python -m benchmarks.fuzz shard --seconds 900    one, for longer
 python -m benchmarks.fuzz flips --count 10000    single bits of intact caches instead
 
 Coverage-guided (atheris, libFuzzer): inputs that reach new code are kept in `benchmarks/work/fuzz/TARGET`, the smallest
-of them in `tests/cache_format/fuzz/TARGET` (`--keep`), which the test suite replays. The part of a cache that is fuzzed
+of them in `tests/cache_format/fuzz/TARGET.zip` (`--keep`), which the test suite replays. The part of a cache that is fuzzed
 gets true checksums again before it is read: a liar with a hash function, who comes past the first defence.
 
 `flips` needs no such liar: each single flip must be found, with the name of the file, or must not change a value.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ WORK, SEEDS = ROOT / "benchmarks/work/fuzz", ROOT / "tests/cache_format/fuzz"
 SHARD, SIDECAR, LEXICON = "shards/shard-00000.arrow", "shards/shard-00000.json", "lexicon.arrow"
 VOCAB, ROWS, TOKENS = 300, 6, 9
 LIMIT_MB, TIMEOUT_S, MOST_BYTES = 2048, 10, 2**15
-SEED_BYTES = 40_000  # of a target, for the test suite
+SEED_BYTES = 20_000  # of a target, for the test suite
 
 Files = dict[str, bytes]
 
@@ -187,8 +188,15 @@ def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
     for folder in (corpus, found):
         folder.mkdir(parents=True, exist_ok=True)
     (corpus / "sound").write_bytes(part_of(*TARGETS[target])[0])
-    given = [os.fspath(corpus), *([os.fspath(SEEDS / target)] if (SEEDS / target).is_dir() else [])]
-    given += [f"-max_total_time={seconds}", f"-seed={seed}", f"-rss_limit_mb={LIMIT_MB}", f"-timeout={TIMEOUT_S}"]
+    for i, data in enumerate(seeds(target) if (SEEDS / f"{target}.zip").exists() else ()):
+        (corpus / f"kept-{i}").write_bytes(data)
+    given = [
+        os.fspath(corpus),
+        f"-max_total_time={seconds}",
+        f"-seed={seed}",
+        f"-rss_limit_mb={LIMIT_MB}",
+        f"-timeout={TIMEOUT_S}",
+    ]
     given += [f"-max_len={MOST_BYTES}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
     began = time.monotonic()
     process = _process(target, given)
@@ -207,16 +215,23 @@ def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
 
 def keep_seeds(target: str) -> int:
     """The smallest of the inputs that reached new code, some kilobytes of them, for the test suite."""
-    shutil.rmtree(SEEDS / target, ignore_errors=True)
-    (SEEDS / target).mkdir(parents=True)
+    SEEDS.mkdir(parents=True, exist_ok=True)
     kept, total = 0, 0
-    for file in sorted((WORK / target).iterdir(), key=lambda file: (file.stat().st_size, file.name)):
-        total += file.stat().st_size
-        if total > SEED_BYTES:
-            break
-        shutil.copy(file, SEEDS / target / file.name[:12])
-        kept += 1
+    with zipfile.ZipFile(SEEDS / f"{target}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted((WORK / target).iterdir(), key=lambda file: (file.stat().st_size, file.name)):
+            total += file.stat().st_size
+            if total > SEED_BYTES:
+                break
+            # No time of writing: the same inputs are the same archive.
+            archive.writestr(zipfile.ZipInfo(file.name[:12]), file.read_bytes())
+            kept += 1
     return kept
+
+
+def seeds(target: str) -> list[bytes]:
+    """The inputs that `keep_seeds` kept."""
+    with zipfile.ZipFile(SEEDS / f"{target}.zip") as archive:
+        return [archive.read(name) for name in archive.namelist()]
 
 
 def _process(target: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
