@@ -7,7 +7,7 @@ from cache_format.manifest import Manifest
 TEMPLATE = """\
 # Teacher targets of {teacher}
 
-For each token of a tokenised corpus: the most likely next tokens of the teacher, with their
+For each token of a tokenised corpus: {expected}, with their
 log-probabilities. Written for knowledge distillation without the teacher.
 
 | | |
@@ -68,6 +68,11 @@ sample of the tail, whose `logprobs` are the logs of weights: over all entries Î
 estimate of Î£ p f(i) over the vocabulary.
 """
 
+EXPECTED = {
+    "next": "the most likely next tokens of the teacher",
+    "same": "the tokens that the teacher, a masked model, expects in its place",
+}
+
 ABOUT = {
     "next": "the token at t + 1",
     "same": "the token at t, which is in `labels`",
@@ -86,6 +91,7 @@ def card(manifest: Manifest) -> str:
         reading=READING[metadata.encoding],
         sampled=SAMPLED if metadata.sampled else "",
         about=ABOUT[metadata.alignment],
+        expected=EXPECTED[metadata.alignment],
         vocab_size=metadata.vocab_size,
         rows=manifest.num_rows,
         tokens=manifest.num_tokens,
