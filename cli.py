@@ -689,6 +689,7 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
 @click.option("--levels", type=click.IntRange(36, 256), help="Values that a log-probability may take.")
 @click.option("--top-k", type=click.IntRange(1), help="Keep the most likely entries; the others join the residual.")
 @click.option("--samples", type=click.IntRange(1), help="Keep the first so many samples of the tail.")
+@click.option("--drop-hidden", is_flag=True, default=None, help="Without the hidden states.")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Rows of a file.")
 @click.option("--rows-per-record-batch", type=click.IntRange(1), help="Rows that are compressed together.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -16,6 +16,7 @@ log-probabilities. Written for knowledge distillation without the teacher.
 | data | {source} |
 | targets | {targets} |
 | encoding | {encoding} |
+| hidden states | {hidden} |
 | alignment | {alignment} |
 | vocabulary | {vocab_size:,} |
 | sequences | {rows:,} |
@@ -85,7 +86,10 @@ def card(manifest: Manifest) -> str:
         teacher=metadata.teacher["name"],
         precision=metadata.teacher.get("dtype", "unknown precision"),
         source=metadata.corpus.get("source", "not recorded"),
-        targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None),
+        targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None and k != "hidden"),
+        hidden="none"
+        if metadata.hidden is None
+        else ", ".join(f"{k} {v}" for k, v in metadata.hidden.to_json().items()),
         encoding=metadata.encoding,
         alignment=metadata.alignment,
         reading=READING[metadata.encoding],
