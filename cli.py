@@ -169,6 +169,13 @@ MODEL_OPTIONS = options(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a hub model. Off by default."),
 )
+MASK_OPTIONS = options(
+    click.option("--mask-probability", type=float, help="Of a masked teacher: share of the tokens. Default: 0.15."),
+    click.option("--mask-replace-prob", type=float, help="Of these, share replaced by the mask token. Default: 0.8."),
+    click.option("--random-replace-prob", type=float, help="Of these, share replaced by any token. Default: 0.1."),
+    click.option("--mask-seed", type=int, help="Of the masks; they depend on row and position besides. Default: 0."),
+    click.option("--mask-copies", type=int, help="Rows per window of text, each masked anew. Default: 1."),
+)
 ENCODING_OPTION = click.option(
     "--encoding",
     default="columns",
@@ -200,6 +207,13 @@ DEVICE_OPTIONS = options(
     "--data", required=True, help="File, glob or directory (.txt .jsonl .parquet .csv .arrow), or hub dataset."
 )
 @click.option("--output", required=True, help="Cache directory or fsspec URL; an unfinished run in it is continued.")
+@click.option(
+    "--objective",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "causal", "masked"]),
+    help="What the teacher predicts: the next token, or masked ones. auto: what it was trained for.",
+)
 @click.option(
     "--targets",
     "kind",
@@ -233,8 +247,13 @@ DEVICE_OPTIONS = options(
     type=click.Choice(["auto", "all", "assistant", "completion"]),
     help="Tokens to learn. auto: all of a text, answers of a chat, completions of prompts.",
 )
-@click.option("--packing/--no-packing", default=True, show_default=True, help="Several short documents per row.")
-@click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End every text with EOS.")
+@click.option(
+    "--packing/--no-packing", default=None, help="Several short documents per row. Default: for causal teachers."
+)
+@click.option(
+    "--append-eos/--no-append-eos", default=None, help="End every text with EOS. Default: for causal teachers."
+)
+@MASK_OPTIONS
 @click.option(
     "--sample-by",
     default="document",
@@ -304,13 +323,16 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     """The config that the options of cache-teacher make."""
     from pipeline.teacher.capture import CacheTeacherConfig
     from pipeline.teacher.corpus import DataConfig
+    from pipeline.teacher.masking import FLAGS, MaskRule
     from pipeline.teacher.rules import TargetRule
 
     def take(part: Any) -> dict[str, Any]:
         return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
 
     data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
-    return CacheTeacherConfig(data=data, targets=rule, **given)
+    masks = {name: given.pop(flag[2:].replace("-", "_")) for name, flag in FLAGS.items()}
+    masks = {name: value for name, value in masks.items() if value is not None}
+    return CacheTeacherConfig(data=data, targets=rule, masking=MaskRule(**masks) if masks else None, **given)
 
 
 # corpus report -> words; what a user should know happened to the text
@@ -667,6 +689,7 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
 @click.option("--levels", type=click.IntRange(36, 256), help="Values that a log-probability may take.")
 @click.option("--top-k", type=click.IntRange(1), help="Keep the most likely entries; the others join the residual.")
 @click.option("--samples", type=click.IntRange(1), help="Keep the first so many samples of the tail.")
+@click.option("--drop-hidden", is_flag=True, default=None, help="Without the hidden states.")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Rows of a file.")
 @click.option("--rows-per-record-batch", type=click.IntRange(1), help="Rows that are compressed together.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -26,6 +26,7 @@ from cache_format.errors import (
     FormatError,
     MismatchError,
 )
+from cache_format.hidden import HiddenSpec, HiddenStates
 from cache_format.manifest import Manifest
 from cache_format.metadata import (
     CODEBOOK_COLUMNS,
@@ -56,6 +57,8 @@ __all__ = [
     "CorruptShardError",
     "DistillError",
     "FormatError",
+    "HiddenSpec",
+    "HiddenStates",
     "Manifest",
     "MismatchError",
     "RowBatch",

@@ -7,7 +7,7 @@ from cache_format.manifest import Manifest
 TEMPLATE = """\
 # Teacher targets of {teacher}
 
-For each token of a tokenised corpus: the most likely next tokens of the teacher, with their
+For each token of a tokenised corpus: {expected}, with their
 log-probabilities. Written for knowledge distillation without the teacher.
 
 | | |
@@ -16,6 +16,7 @@ log-probabilities. Written for knowledge distillation without the teacher.
 | data | {source} |
 | targets | {targets} |
 | encoding | {encoding} |
+| hidden states | {hidden} |
 | alignment | {alignment} |
 | vocabulary | {vocab_size:,} |
 | sequences | {rows:,} |
@@ -68,6 +69,11 @@ sample of the tail, whose `logprobs` are the logs of weights: over all entries Î
 estimate of Î£ p f(i) over the vocabulary.
 """
 
+EXPECTED = {
+    "next": "the most likely next tokens of the teacher",
+    "same": "the tokens that the teacher, a masked model, expects in its place",
+}
+
 ABOUT = {
     "next": "the token at t + 1",
     "same": "the token at t, which is in `labels`",
@@ -80,12 +86,16 @@ def card(manifest: Manifest) -> str:
         teacher=metadata.teacher["name"],
         precision=metadata.teacher.get("dtype", "unknown precision"),
         source=metadata.corpus.get("source", "not recorded"),
-        targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None),
+        targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None and k != "hidden"),
+        hidden="none"
+        if metadata.hidden is None
+        else ", ".join(f"{k} {v}" for k, v in metadata.hidden.to_json().items()),
         encoding=metadata.encoding,
         alignment=metadata.alignment,
         reading=READING[metadata.encoding],
         sampled=SAMPLED if metadata.sampled else "",
         about=ABOUT[metadata.alignment],
+        expected=EXPECTED[metadata.alignment],
         vocab_size=metadata.vocab_size,
         rows=manifest.num_rows,
         tokens=manifest.num_tokens,

@@ -3,17 +3,21 @@
     columns    every field is a column of a native Arrow type; log-probabilities through their codebooks
     packed     tokens, loss mask and segments are columns; the targets of all rows are one block of bytes (`packed`)
 
+Hidden states, if there are any, are columns behind these in both (`hidden`).
+
 Going from arrays to columns is a table lookup for the quantised ones, going back is the same lookup.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cache_format.hidden import PREFIX, from_arrow, to_arrow
 from cache_format.lexicon import Lexicon
 from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, CacheMetadata
 from cache_format.packed import pack, unpack
@@ -46,17 +50,20 @@ def arrow_schema(metadata: CacheMetadata) -> pa.Schema:
         columns["labels"] = pa.int32()
     if metadata.num_samples > 1 and not packed:
         columns["sample_counts"] = count
-    lists = [
-        pa.field(name, pa.list_(pa.field("item", item, nullable=False)), nullable=False)
-        for name, item in columns.items()
-    ]
+    of_targets, of_hidden = (
+        [
+            pa.field(name, pa.list_(pa.field("item", item, nullable=False)), nullable=False)
+            for name, item in group.items()
+        ]
+        for group in (columns, {} if metadata.hidden is None else metadata.hidden.types())
+    )
     about = {
         "format": FORMAT_NAME,
         "format_version": str(FORMAT_VERSION),
         "spec": "cache_format/SPEC.md",
     }
     block = [pa.field("packed", pa.binary(), nullable=False)] if packed else []
-    return pa.schema([pa.field("row", pa.uint64(), nullable=False), *lists, *block], metadata=about)
+    return pa.schema([pa.field("row", pa.uint64(), nullable=False), *of_targets, *block, *of_hidden], metadata=about)
 
 
 def encode(
@@ -84,8 +91,13 @@ def encode(
         columns["labels"] = (tokens, batch.labels)
     if batch.sample_counts is not None:
         columns["sample_counts"] = (tokens * batch.sample_counts.shape[1], batch.sample_counts.ravel())
+    if (batch.hidden is None) != (metadata.hidden is None):
+        raise ValueError(f"{'no' if batch.hidden is None else 'some'} hidden states, unlike the metadata")
     arrays = [pa.array(batch.rows)]
     for name in schema.names[1:]:
+        if batch.hidden is not None and metadata.hidden is not None and name.startswith(PREFIX):
+            arrays.append(to_arrow(name, batch.hidden, metadata.hidden, tokens, schema.field(name).type))
+            continue
         if name == "packed":
             assert lexicon is not None
             # All of the record batch in its first row: what rows have in common is coded once.
@@ -121,7 +133,11 @@ def decode(
     codebooks = metadata.codebooks
     offsets: dict[str, Offsets] = {}
     values: dict[str, NDArray[Any]] = {}
+    hidden: dict[str, pa.ListArray] = {}
     for name, column in zip(record_batch.schema.names, record_batch.columns, strict=True):
+        if name.startswith(PREFIX):
+            hidden[name] = column
+            continue
         items = column if name in ("row", "packed") else column.values
         if column.null_count or items.null_count:
             raise ValueError(f"column {name} holds nulls, expected none")
@@ -140,8 +156,10 @@ def decode(
         else:
             values[name] = items.to_numpy(zero_copy_only=False)
         values[name].setflags(write=False)
+    states = None if metadata.hidden is None else from_arrow(hidden, metadata.hidden, offsets["input_ids"])
     if metadata.encoding == "packed":
-        return _unpacked(record_batch, values, offsets, metadata, lexicon, most_entries)
+        batch = _unpacked(record_batch, values, offsets, metadata, lexicon, most_entries)
+        return replace(batch, hidden=states)
     for name in POSITION_COLUMNS + (("labels",) if "labels" in values else ()):
         if not np.array_equal(offsets[name], offsets["input_ids"]):
             raise ValueError(f"the lists of {name} and input_ids differ in length")
@@ -168,6 +186,7 @@ def decode(
         entropy=values["entropy"],
         labels=values.get("labels"),
         sample_counts=samples,
+        hidden=states,
     )
 
 
@@ -193,7 +212,7 @@ def _unpacked(
     if (input_ids >= metadata.vocab_size).any():
         raise ValueError(f"an input id is outside the vocabulary of {metadata.vocab_size}")
     data = memoryview(block[0].as_buffer())
-    fields = unpack(data, input_ids, values["loss_mask"], metadata, lexicon, most_entries)
+    fields: dict[str, Any] = dict(unpack(data, input_ids, values["loss_mask"], metadata, lexicon, most_entries))
     entries = np.concatenate([[0], np.cumsum(fields["counts"], dtype=np.int64)])
     for array in fields.values():
         array.setflags(write=False)

@@ -34,6 +34,7 @@ class Conversion:
     samples: int | None = None  # the first so many; of targets with several samples
     rows_per_shard: int | None = None
     rows_per_record_batch: int | None = None
+    drop_hidden: bool | None = None  # without the hidden states
 
 
 def convert_cache(
@@ -45,7 +46,7 @@ def convert_cache(
         MismatchError: a change that these targets do not admit, or an unfinished cache of other settings in `output`.
         CacheError: `output` holds something else, or `source` cannot be read.
     """
-    cache = open_cache(source)
+    cache = open_cache(source, hidden_layers=[] if conversion.drop_hidden else None)
     metadata = converted_metadata(cache, conversion)
     with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), resume=True) as writer:
         for batch in cache.iter_record_batches():
@@ -67,6 +68,8 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
     if conversion.levels is not None:
         weight = [] if not old.sampled else [targets["tail_threshold"] / targets["samples"]]
         codebooks["target_logprobs"] = sqrt_probability_codebook(conversion.levels, exact=weight)
+    if conversion.drop_hidden:
+        del targets["hidden"]
     level = conversion.compression_level or old.compression["level"]
     changes = {f.name: value for f in fields(conversion) if (value := getattr(conversion, f.name)) is not None}
     geometry = {name: changes[name] for name in ("rows_per_shard", "rows_per_record_batch") if name in changes}
@@ -84,7 +87,9 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
 def _check(cache: Cache, conversion: Conversion) -> None:
     targets, metadata = cache.metadata.targets, cache.metadata
     problem = None
-    if conversion.top_k is not None and metadata.sampled:
+    if conversion.drop_hidden and metadata.hidden is None:
+        problem = "--drop-hidden: there are no hidden states"
+    elif conversion.top_k is not None and metadata.sampled:
         problem = f"--top-k: {targets['kind']} targets are unbiased only with all their entries"
     elif conversion.top_k is not None and conversion.top_k > metadata.max_entries:
         problem = f"--top-k {conversion.top_k}: found up to {metadata.max_entries} entries per position"

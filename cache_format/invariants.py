@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.hidden import find_invalid_state
 from cache_format.metadata import CacheMetadata
 from cache_format.row_batch import RowBatch
 from cache_format.types import entry_groups, group_counts
@@ -33,6 +34,8 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
     tokens_per_row = np.diff(batch.token_offsets)
     if (bad := tokens_per_row < 1).any():
         return f"row {rows[int(bad.argmax())]}: no tokens, expected at least one"
+    if batch.hidden is not None and (found := find_invalid_state(batch.hidden)):
+        return f"{of_position(batch, rows, found[0])}: {found[1]}"
     return _positions(batch, rows, metadata) or _entries(batch, rows, metadata)
 
 

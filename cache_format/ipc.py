@@ -49,11 +49,13 @@ def cut_points(path: str) -> list[int]:
 
 
 def buffers_per_column(schema: pa.Schema) -> dict[str, int]:
-    """Buffers of each column in a message: validity and values; for a list also those of its offsets."""
+    """Buffers of each column in a message: validity and values; of a list validity, offsets and items'."""
 
     def buffers(kind: pa.DataType) -> int:
         if pa.types.is_list(kind):
-            return 4
+            return 2 + buffers(kind.value_type)
+        if pa.types.is_fixed_size_list(kind):
+            return 1 + buffers(kind.value_type)
         return 3 if pa.types.is_binary(kind) else 2
 
     return {field.name: buffers(field.type) for field in schema}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cache_format.codebook import (
     residual_codebook,
     sqrt_probability_codebook,
 )
+from cache_format.hidden import HiddenSpec
 from cache_format.types import Alignment
 
 FORMAT_NAME = "distill-cache"
@@ -87,6 +89,7 @@ class CacheMetadata:
             raise ValueError(f"metadata.compression: codec {self.compression['codec']!r}, not zstd")
         if not self.codebooks:
             object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
+        _ = self.hidden  # raises what is wrong with it
         if set(self.codebooks) != set(CODEBOOK_COLUMNS):
             raise ValueError(f"metadata.codebooks must be {', '.join(CODEBOOK_COLUMNS)}")
 
@@ -114,6 +117,12 @@ class CacheMetadata:
         """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
         changes = self.capture.get("converted", ())
         return not any(name in change for change in changes for name in ("levels", "top_k", "samples"))
+
+    @cached_property
+    def hidden(self) -> HiddenSpec | None:
+        """The hidden states that stand beside the targets, if any."""
+        data = self.targets.get("hidden")
+        return None if data is None else HiddenSpec.from_json(data)
 
     @property
     def id_type(self) -> UnsignedType:

@@ -31,12 +31,15 @@ from cache_format.types import CacheRow
 OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
 
 
-def open_cache(path: str | os.PathLike[str], *, cached_record_batches: int = 8) -> Cache:
+def open_cache(
+    path: str | os.PathLike[str], *, cached_record_batches: int = 8, hidden_layers: Sequence[int] | None = None
+) -> Cache:
     """Open a finished cache.
 
     Args:
         path: the directory, or an fsspec URL of it.
         cached_record_batches: how many decoded record batches to keep in memory.
+        hidden_layers: whose hidden states to decode, of those that the cache holds; default: all of them.
 
     Raises: FormatError if there is no finished cache of this format version.
     """
@@ -46,21 +49,29 @@ def open_cache(path: str | os.PathLike[str], *, cached_record_batches: int = 8) 
     except OSError:
         raise _no_manifest(directory) from None
     manifest = Manifest.from_bytes(data, directory.path(MANIFEST))
-    return Cache(directory, manifest, cached_record_batches)
+    layers = None if hidden_layers is None else tuple(hidden_layers)
+    return Cache(directory, manifest, cached_record_batches, layers)
 
 
 class Cache(Sequence[CacheRow]):
     """The rows of a cache, as a sequence. Safe to pickle, to fork and to share between threads."""
 
-    def __init__(self, directory: Directory, manifest: Manifest, cached_record_batches: int) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        manifest: Manifest,
+        cached_record_batches: int,
+        hidden_layers: tuple[int, ...] | None = None,
+    ) -> None:
         self.manifest = manifest
+        self._hidden_layers = hidden_layers
         self._directory = directory
         self._cached_record_batches = cached_record_batches
         self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
         self._record_batch = lru_cache(cached_record_batches)(self._read_record_batch)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self._directory, self.manifest, self._cached_record_batches)
+        return Cache, (self._directory, self.manifest, self._cached_record_batches, self._hidden_layers)
 
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
@@ -176,7 +187,7 @@ class Cache(Sequence[CacheRow]):
         return self._record_batch(shard, batch).row(index)
 
     def _open_shard(self, shard: int) -> ShardReader:
-        return ShardReader(self._directory, self.manifest, shard, self._lexicon)
+        return ShardReader(self._directory, self.manifest, shard, self._lexicon, self._hidden_layers)
 
     def _read_record_batch(self, shard: int, index: int) -> RowBatch:
         return self._shard(shard).record_batch(index)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.hidden import HiddenStates, joined
 from cache_format.types import CacheRow, FloatArray, IntArray, SparseTargets
 
 Offsets = NDArray[np.int64]
@@ -38,6 +39,7 @@ class RowBatch:
     entropy: FloatArray  # [N]
     labels: IntArray | None  # [N], alignment "same"
     sample_counts: IntArray | None = None  # [N, M], where positions have several samples
+    hidden: HiddenStates | None = None  # of the layers that were asked for
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +75,7 @@ class RowBatch:
                 sample_counts=None if self.sample_counts is None else self.sample_counts[tokens],
             ),
             labels=None if self.labels is None else self.labels[tokens],
+            hidden=None if self.hidden is None else self.hidden.cut(tokens),
         )
 
 
@@ -87,6 +90,9 @@ def concatenate(rows: Sequence[CacheRow]) -> RowBatch:
     samples = [t.sample_counts for t in targets if t.sample_counts is not None]
     if len(samples) not in (0, len(rows)) or len({each.shape[1:] for each in samples}) > 1:
         raise ValueError("rows have different numbers of samples")
+    hidden = [row.hidden for row in rows if row.hidden is not None]
+    if len(hidden) not in (0, len(rows)) or len({tuple(each.states) for each in hidden}) > 1:
+        raise ValueError("rows have hidden states of different layers")
     return RowBatch(
         rows=np.array([row.row for row in rows], np.uint64),
         token_offsets=_offsets([len(row.input_ids) for row in rows]),
@@ -103,6 +109,7 @@ def concatenate(rows: Sequence[CacheRow]) -> RowBatch:
         entropy=np.concatenate([t.entropy for t in targets]).astype(np.float32),
         labels=np.concatenate(labels) if labels else None,
         sample_counts=np.concatenate(samples) if samples else None,
+        hidden=joined(hidden) if hidden else None,
     )
 
 
@@ -124,5 +131,7 @@ def _check_lengths(row: CacheRow) -> None:
     for name, length in lengths.items():
         if length != num_tokens:
             raise ValueError(f"row {row.row}: {name} has {length} positions, expected {num_tokens}")
+    if row.hidden is not None and (problem := row.hidden.problem(num_tokens, f"row {row.row}")):
+        raise ValueError(problem)
     if len(targets.logprobs) != len(targets.ids):
         raise ValueError(f"row {row.row}: {len(targets.logprobs)} logprobs for {len(targets.ids)} ids")

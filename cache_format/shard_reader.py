@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from cache_format.columns import arrow_schema, decode
 from cache_format.errors import CorruptShardError
+from cache_format.hidden import PREFIX
 from cache_format.invariants import find_violation
 from cache_format.ipc import (
     MAGIC_BYTES,
@@ -29,7 +30,6 @@ from cache_format.row_batch import RowBatch
 from cache_format.storage import Directory, ShardFile
 
 PACKED_OVERHEAD = 2**20  # bytes of packed targets that are not for entries: frequencies and final states
-OPTIONAL_PREFIX = "hidden_"  # columns that a version 1 shard may have behind the required ones
 
 
 class ShardReader:
@@ -38,7 +38,14 @@ class ShardReader:
     Raises: CorruptShardError, from every method.
     """
 
-    def __init__(self, directory: Directory, manifest: Manifest, index: int, lexicon: Lexicon | None = None) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        manifest: Manifest,
+        index: int,
+        lexicon: Lexicon | None = None,
+        hidden_layers: tuple[int, ...] | None = None,
+    ) -> None:
         self._lexicon = lexicon
         self._metadata = manifest.metadata
         self._name = manifest.shards[index].name
@@ -49,6 +56,11 @@ class ShardReader:
         self._header = self._checked(self.sidecar.header, "header")
         self._checked(self.sidecar.footer, "footer")
         self._schema = arrow_schema(manifest.metadata)
+        hidden = manifest.metadata.hidden
+        wanted = [] if hidden is None else hidden.columns(hidden_layers)
+        self._columns = [
+            i for i, name in enumerate(self._schema.names) if not name.startswith(PREFIX) or name in wanted
+        ]
         self._check_header()
 
     def record_batch(self, index: int) -> RowBatch:
@@ -56,9 +68,8 @@ class ShardReader:
         info, part = self.sidecar.record_batches[index], f"record batch {index}"
         data = self._checked(info, part)
         try:
-            self._buffer_bytes(data, self._elements(info))
-            known = list(range(len(self._schema)))
-            found = read_record_batch(self._header, data, known)
+            self._buffer_bytes(data, info)
+            found = read_record_batch(self._header, data, self._columns)
             batch = decode(found, self._metadata, self._lexicon, info.entries)
         except (ValueError, pa.ArrowException, OSError, struct.error) as error:
             raise self._false(part, _line(error)) from error
@@ -81,7 +92,7 @@ class ShardReader:
         for index, info in enumerate(self.sidecar.record_batches):
             data = self._checked(info, f"record batch {index}")
             try:
-                sizes = self._buffer_bytes(data, self._elements(info))
+                sizes = self._buffer_bytes(data, info)
             except (ValueError, struct.error) as error:
                 raise self._false(f"record batch {index}", _line(error)) from error
             for name, size in sizes.items():
@@ -92,14 +103,17 @@ class ShardReader:
         """The most that a list column, offsets included, can have."""
         return max(info.rows, info.tokens * self._metadata.num_samples, info.entries) + 1
 
-    def _buffer_bytes(self, data: pa.Buffer, elements: int) -> dict[str, int]:
+    def _buffer_bytes(self, data: pa.Buffer, info: RecordBatchInfo) -> dict[str, int]:
         """Compressed bytes by column, after judging what the buffers announce to expand to."""
         (message,) = message_buffers(data)
-        most = 8 * elements + 64  # no element is wider, and Arrow pads to 64
+        most = 8 * self._elements(info) + 64  # no element is wider, and Arrow pads to 64
+        width = 0 if self._metadata.hidden is None else self._metadata.hidden.width
         sizes, first = {}, 0
         for name, count in buffers_per_column(self._schema).items():
             own = slice(first, first + count)
             allowed = most + PACKED_OVERHEAD if name == "packed" else most
+            if name.startswith(PREFIX):
+                allowed += 2 * info.tokens * width
             if max(message.uncompressed[own], default=allowed + 1) > allowed:
                 raise ValueError(f"column {name} expands to more bytes than its entries need")
             sizes[name] = sum(message.compressed[own])
@@ -174,7 +188,7 @@ class ShardReader:
 
 
 def _is_optional(field: pa.Field) -> bool:
-    return bool(field.name.startswith(OPTIONAL_PREFIX))
+    return bool(field.name.startswith(PREFIX))
 
 
 def _damaged(where: str, found: str, expected: str, shard: str) -> CorruptShardError:

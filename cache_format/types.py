@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.hidden import HiddenStates
+
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.float32]
 
@@ -152,6 +154,7 @@ class CacheRow:
     segment_lengths: IntArray  # [S] lengths of the packed documents; their sum is T
     targets: SparseTargets
     labels: IntArray | None = None  # [T] stored only where the alignment is "same"
+    hidden: HiddenStates | None = None  # of the layers that the cache holds and was opened with
 
     @property
     def label_ids(self) -> NDArray[np.int64]:  # [T]

@@ -3,10 +3,11 @@
     kl          KL(teacher‖student), nats per token. On sampled targets an unbiased estimate of the full divergence; on
                 exact ones with the rest of the vocabulary as one class: a lower bound, tight where they keep most of
                 the mass
-    ce          cross-entropy with the true next token, nats; perplexity = exp(ce)
+    ce          cross-entropy with the true token, nats; perplexity = exp(ce)
     agreement   how often the student's most likely token is the teacher's
 
-Means over counted positions. The same loop serves `distill evaluate` and the evaluation during training.
+Means over counted positions: of a masked model, the masked ones. The same loop serves `distill evaluate` and the
+evaluation during training.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import cache_format as cf
-from pipeline.heads import check_packing, evaluating, open_head
+from pipeline.heads import evaluating, open_head
 from pipeline.losses import HeadOutput
 from pipeline.models import load_model, resolve_device
-from pipeline.student.checks import check_student, is_packed
+from pipeline.objective import objective_for
+from pipeline.student.checks import check_isolation, check_student
 from pipeline.student.data import Batch, CacheDataset, collate
 from pipeline.student.forward import distillation_output
 from pipeline.student.recipe import LossRecipe
@@ -78,16 +80,17 @@ def evaluate(
     cache = cf.open_cache(config.cache)
     check_student([cache], config.student, revision=config.revision, trust_remote_code=config.trust_remote_code)
     on_stage("loading the student")
+    objective = objective_for(cache.metadata.alignment)
     model = load_model(
         config.student,
+        objective=objective,
         dtype=config.dtype,
         device=resolve_device(config.device),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    head = open_head(model, cache.metadata.vocab_size)
-    if is_packed(cache):
-        check_packing(model, head)
+    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
+    check_isolation(cache, head)
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
     loader = DataLoader(CacheDataset(cache), batch_size=config.batch_size, sampler=range(rows), collate_fn=collate)

@@ -1,4 +1,4 @@
-"""Loading causal language models and tokenizers: a transformers directory, a hub name, or a `.gguf` file.
+"""Loading language models and tokenizers: a transformers directory, a hub name, or a `.gguf` file.
 
 Remote code stays off unless asked for. A GGUF file is dequantised by transformers into a plain model.
 """
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
+from pipeline.objective import NAMES, Objective, auto_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
@@ -40,26 +41,45 @@ def load_tokenizer(
         ) from error
 
 
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """The configuration of a model; None for a .gguf file, which is known only once it is loaded.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    source, options = _source(name)
+    if options:
+        return None
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
+        raise ModelError(
+            f"{name}: its configuration cannot be read: {reason(error)}. Check its config.json, or the name."
+        ) from error
+
+
 def load_model(
     name: str,
     *,
+    objective: Objective = "causal",
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model on `device`, in evaluation mode.
+    """A language model on `device`, in evaluation mode.
 
     Args:
+        objective: what it was trained to predict, which decides the class that it is loaded as.
         dtype: "auto" is float32 on a CPU (faster there and exact) and the checkpoint's own dtype elsewhere.
 
     Raises:
-        ModelError: it cannot be found, read, or is not a causal language model.
+        ModelError: it cannot be found, read, or is not a language model of this kind.
     """
     source, options = _source(name)
     device = torch.device(device)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(objective).from_pretrained(
             source,
             dtype=resolve_dtype(dtype, device),
             revision=revision,
@@ -70,13 +90,13 @@ def load_model(
         )
     except UNREADABLE as error:
         raise ModelError(
-            f"{name}: cannot be loaded as a causal language model: {reason(error)}. Check that it is one and complete."
+            f"{name}: cannot be loaded as a {NAMES[objective]}: {reason(error)}. Check that it is one and complete."
         ) from error
     # transformers fills these with random numbers and goes on.
     if random := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
         raise ModelError(
             f"{name}: {len(random)} of its weights are missing or of another shape than config.json says, such as "
-            f"{random[0]}: expected all. Check that it is a causal language model and complete."
+            f"{random[0]}: expected all. Check that it is a {NAMES[objective]} and complete."
         )
     if "gguf_file" in options:
         # The tensors are plain by now; these leftovers make `save_pretrained` refuse them.

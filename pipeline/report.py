@@ -115,6 +115,8 @@ def _streams(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.nda
     for name in cf.CODEBOOK_COLUMNS:
         values = {"target_logprobs": batch.logprobs}.get(name, getattr(batch, name, None))
         streams[name] = np.searchsorted(metadata.codebooks[name].values, values)
+    if batch.labels is not None:
+        streams["labels"] = np.where(batch.loss_mask, batch.labels.astype(np.int64) + 1, 0)
     if batch.sample_counts is not None:
         streams["sample_counts"] = batch.sample_counts.ravel()
     return streams
@@ -224,7 +226,9 @@ def plan_view(plan: Plan) -> RenderableType:
 def inspect_row(
     cache: cf.Cache, row_index: int, text: Callable[[int], str], *, candidates: int, start: int, positions: int
 ) -> dict[str, Any]:
-    """One row, token by token: what the teacher expected after each, and what came.
+    """One row, token by token: what the teacher expected after each, and what came (`next`, `next_id`, …).
+
+    Of a masked model: what it expected in the place of each, and what stood there (`label`, `label_id`, …).
 
     Args:
         text: token id -> what it says.
@@ -234,6 +238,7 @@ def inspect_row(
     row = cache[row_index]
     by_probability = row.targets.merged().sorted_by_probability()
     labels, shown = row.label_ids, []
+    about = "next" if cache.metadata.alignment == "next" else "label"
     for t in range(start, min(start + positions, len(row.input_ids))):
         ids, logprobs = by_probability.at(t)
         probs = np.exp(logprobs.astype(np.float64))
@@ -246,10 +251,10 @@ def inspect_row(
                 "token_id": int(row.input_ids[t]),
                 "token": text(int(row.input_ids[t])),
                 "counted": bool(row.loss_mask[t]),
-                "next_id": label if label >= 0 else None,
-                "next": text(label) if label >= 0 else None,
-                "next_rank": int(among[0]) + 1 if len(among) else None,
-                "next_prob": float(probs[among[0]]) if len(among) else None,
+                f"{about}_id": label if label >= 0 else None,
+                about: text(label) if label >= 0 else None,
+                f"{about}_rank": int(among[0]) + 1 if len(among) else None,
+                f"{about}_prob": float(probs[among[0]]) if len(among) else None,
                 "entropy_nats": float(row.targets.entropy[t]),
                 "exact_mass": float(-np.expm1(float(row.targets.residual_logprob[t]))),
                 "candidates": [
@@ -265,6 +270,7 @@ def inspect_row(
         )
     return {
         "row": row_index,
+        "alignment": cache.metadata.alignment,
         "tokens": len(row.input_ids),
         "counted_tokens": int(row.loss_mask.sum()),
         "segment_lengths": [int(n) for n in row.segment_lengths],
@@ -273,11 +279,13 @@ def inspect_row(
 
 
 def inspect_view(row: dict[str, Any]) -> RenderableType:
-    """`inspect_row` for people: the true next token is marked ◀, weights of sampled entries ~."""
+    """`inspect_row` for people: the true token is marked ◀, weights of sampled entries ~."""
+    causal = row["alignment"] == "next"
+    label, expects, true_token = ("next", "next", "next token") if causal else ("label", "here", "token")
     table = Table(box=None, padding=(0, 1), header_style="bold", show_edge=False)
     table.add_column("t", justify="right", style="dim")
     table.add_column("token")
-    table.add_column("teacher expects next")
+    table.add_column(f"teacher expects {expects}")
     table.add_column("p", justify="right")
     table.add_column("")
     segment = 0
@@ -291,11 +299,11 @@ def inspect_view(row: dict[str, Any]) -> RenderableType:
             table.add_row(str(position["position"]), token, Text(note, style="dim"))
             continue
         lines = [
-            (c["token"], c["prob"], "~" if c["sampled"] else "", c["id"] == position["next_id"])
+            (c["token"], c["prob"], "~" if c["sampled"] else "", c["id"] == position[f"{label}_id"])
             for c in position["candidates"]
         ]
-        if position["next_id"] is not None and not any(true for *_, true in lines):
-            lines.append((position["next"], position["next_prob"], "", True))
+        if position[f"{label}_id"] is not None and not any(true for *_, true in lines):
+            lines.append((position[label], position[f"{label}_prob"], "", True))
         for i, (text, prob, about, true) in enumerate(lines):
             style = "green" if true else ""
             table.add_row(
@@ -308,7 +316,7 @@ def inspect_view(row: dict[str, Any]) -> RenderableType:
     documents = len(row["segment_lengths"])
     head = (
         f"row {row['row']}: {row['tokens']:,} tokens, {row['counted_tokens']:,} of them counted, "
-        f"{documents} document{'s' if documents != 1 else ''}.  ◀ the true next token"
+        f"{documents} document{'s' if documents != 1 else ''}.  ◀ the true {true_token}"
         + (
             "  ~ weight of a sampled token"
             if any(c["sampled"] for p in row["positions"] for c in p["candidates"])

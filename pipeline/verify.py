@@ -24,7 +24,8 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import Head, open_head
 from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
-from pipeline.padding import pad_rows
+from pipeline.objective import objective_for
+from pipeline.padding import model_inputs
 from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
@@ -107,14 +108,16 @@ def verify_against_teacher(
             f"{str(expected)[:8]}…): it is not the teacher that wrote this cache. Give that one."
         )
     on_stage("loading the teacher")
+    objective = objective_for(cache.metadata.alignment)
     model = load_model(
         config.teacher,
+        objective=objective,
         dtype=config.dtype,
         device=resolve_device(config.device),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    head = open_head(model, cache.metadata.vocab_size)
+    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(config.rows, len(cache))).round().astype(int)).tolist()
     on_stage(f"computing {len(chosen)} of {len(cache):,} rows again, twice")
     rows = cache.rows(chosen)
@@ -145,8 +148,7 @@ def verify_against_teacher(
 def _ask(head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf.CacheMetadata) -> list[_Asked]:
     """One forward pass over these rows together."""
     device = head.weight.device
-    input_ids, position_ids = pad_rows(rows)
-    hidden = head.hidden_states(input_ids.to(device), position_ids.to(device))
+    hidden = head.hidden_states(*(tensor.to(device) for tensor in model_inputs(rows, masked=head.masked)))
     asked = []
     for i, row in enumerate(rows):
         stored = _stored(row, metadata)

@@ -90,6 +90,14 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 
 
 @pytest.fixture(scope="session")
+def masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked teacher of each kind, and its cache. Shared by all tests: do not write into it."""
+    from masked_runs import build_masked
+
+    return build_masked(tmp_path_factory.mktemp("masked"))
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 7 kB of English, one document per line."""
     from tiny import english

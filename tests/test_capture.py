@@ -21,7 +21,7 @@ from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.heads import Head, check_packing, open_head
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, targets_of
-from pipeline.teacher import capture
+from pipeline.teacher import capture, opening
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, CaptureSummary, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.philox import uniforms
@@ -371,7 +371,7 @@ def test_packed_documents_that_see_one_another_are_refused_and_detected(
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "alone", packing=False))
     check_cache(tmp_path / "alone", teacher_dir)
 
-    monkeypatch.setattr(capture, "check_packing", lambda *_: None)
+    monkeypatch.setattr(opening, "check_packing", lambda *_: None)
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "leaking"))
     with pytest.raises(AssertionError):
         check_cache(tmp_path / "leaking", teacher_dir)
@@ -583,7 +583,7 @@ def test_an_occupied_output_is_refused_before_anything_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(capture, "load_model", never)
+    monkeypatch.setattr(opening, "load_model", never)
     monkeypatch.setattr(capture, "load_tokenizer", never)
     output = tmp_path / "output"
     output.mkdir()
@@ -601,7 +601,7 @@ def test_a_finished_cache_is_refused_or_overwritten(
     cache_teacher(config)
     before = contents(tmp_path / "cache")
     with monkeypatch.context() as patch, pytest.raises(cf.CacheError, match="finished"):
-        patch.setattr(capture, "load_model", lambda *_, **__: pytest.fail("loaded"))
+        patch.setattr(opening, "load_model", lambda *_, **__: pytest.fail("loaded"))
         cache_teacher(replace(config, targets=TargetRule(top_k=8)))
     assert contents(tmp_path / "cache") == before
     for broken in ({"teacher": str(tmp_path / "no-model")}, {"data": DataConfig(data=str(tmp_path / "no.txt"))}):

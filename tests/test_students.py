@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import cache_format as cf
 import pipeline.student.students as students
 from pipeline.errors import ConfigError, DistillError, ModelError
 from pipeline.student.students import kept_layers, load_student
@@ -144,10 +143,13 @@ def test_student_with_random_weights_gets_the_tokenizer_of_the_cache(tmp_path: P
         ("{", "not JSON"),
         ("[]", "no model_type"),
         ('{"vocab_size": 400}', "no model_type"),
-        ('{"model_type": "unheard-of"}', "no causal language model"),
-        ('{"model_type": "t5", "vocab_size": 400}', "no causal language model"),
-        ('{"model_type": "llama", "vocab_size": 400, "hidden_size": "wide"}', "no causal language model"),
-        ('{"model_type": "llama", "vocab_size": 400, "hidden_size": 30, "num_attention_heads": 4}', "causal language"),
+        ('{"model_type": "unheard-of"}', "no causal or masked language model"),
+        ('{"model_type": "t5", "vocab_size": 400}', "no causal or masked language model"),
+        ('{"model_type": "llama", "vocab_size": 400, "hidden_size": "wide"}', "no causal or masked language model"),
+        (
+            '{"model_type": "llama", "vocab_size": 400, "hidden_size": 30, "num_attention_heads": 4}',
+            "causal or masked language",
+        ),
     ],
 )
 def test_configurations_that_are_none(tmp_path: Path, text: str | None, expected: str):
@@ -283,19 +285,6 @@ def test_student_without_tokenizer_gets_that_of_the_cache(
         file.unlink()
     train(tmp_path / "student", cache, student=path, max_steps=1)
     assert AutoTokenizer.from_pretrained(tmp_path / "student").get_vocab() == tokenizer.get_vocab()
-
-
-def test_alignment_of_a_masked_model_is_refused(tmp_path: Path, cache: Path, student_dir: Path, monkeypatch):
-    metadata = cf.open_cache(cache).metadata
-    monkeypatch.setattr(cf.Cache, "metadata", property(lambda self: _masked(metadata)))
-    with pytest.raises(ConfigError, match="masked model"):
-        train(tmp_path / "student", cache, student=student_dir)
-
-
-def _masked(metadata: cf.CacheMetadata) -> cf.CacheMetadata:
-    from dataclasses import replace
-
-    return replace(metadata, alignment="same")
 
 
 def test_architecture_that_cannot_lose_layers(tmp_path: Path):

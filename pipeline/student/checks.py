@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.errors import ConfigError, ModelError
-from pipeline.models import UNREADABLE, check_model_path, load_tokenizer, reason
+from pipeline.errors import ConfigError
+from pipeline.heads import Head, check_packing, check_padding
+from pipeline.models import load_config, load_tokenizer
+from pipeline.objective import NAMES, most_positions, objective_for, objective_of
 from pipeline.student.students import configuration
 from pipeline.tokenizers import check_same_tokenizer
 
@@ -53,8 +55,7 @@ def check_student(
     if config_file is not None:
         config = configuration(config_file, vocab_size)
     elif student is not None:
-        if not student.endswith(".gguf"):
-            config = _own_configuration(student, revision, trust_remote_code)
+        config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
         if _has_tokenizer(student):
             own = load_tokenizer(student, revision=revision, trust_remote_code=trust_remote_code)
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
@@ -69,6 +70,7 @@ def check_student(
             "a configuration with at least that vocab_size."
         )
     if config is not None:
+        _check_objective(cache, config, config_file or student)
         for each in caches:
             _check_length(each, config, config_file or student)
     return own or teacher, warnings
@@ -92,9 +94,20 @@ def check_same_teacher_tokens(train: cf.Cache, held_out: cf.Cache) -> list[str]:
     return []
 
 
+def _check_objective(cache: cf.Cache, student: PreTrainedConfig, name: str | None) -> None:
+    """Raises MismatchError if a student does not predict what the targets are about."""
+    expected, found = objective_for(cache.metadata.alignment), objective_of(student)
+    if found != expected:
+        about = {"causal": "the next token", "masked": "masked tokens"}
+        raise cf.MismatchError(
+            f"{name}: is a {NAMES[found]}, expected a {NAMES[expected]}: the targets of {cache.path} are about "
+            f"{about[expected]}. Choose another student, or cache the text with a {NAMES[found]}."
+        )
+
+
 def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str | None) -> None:
     """Raises ConfigError if the rows of a cache are longer than a student's configuration admits."""
-    limit = getattr(student.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(student)
     window = cache.metadata.corpus.get("window_length")
     if limit is not None and window is not None and window > limit:
         raise ConfigError(
@@ -103,19 +116,12 @@ def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str | None) 
         )
 
 
-def is_packed(cache: cf.Cache) -> bool:
-    """Whether rows may hold several documents."""
-    return bool(cache.metadata.corpus.get("packing", True))
-
-
-def _own_configuration(student: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    check_model_path(student)
-    try:
-        return AutoConfig.from_pretrained(student, revision=revision, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise ModelError(
-            f"{student}: its configuration cannot be read: {reason(error)}. Check its config.json, or the name."
-        ) from error
+def check_isolation(cache: cf.Cache, head: Head) -> None:
+    """Raises ModelError if the student would see what is not part of a document: its neighbours, or the padding."""
+    if head.masked:
+        check_padding(head.model, head)
+    elif cache.metadata.corpus.get("packing", True):  # rows may hold several documents
+        check_packing(head.model, head)
 
 
 def _has_tokenizer(student: str) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cache_format import Cache, CacheRow
 from pipeline.losses import IGNORE_INDEX, TargetBatch
-from pipeline.padding import pad_rows
+from pipeline.padding import pad_rows, padding_mask
 
 WINDOW = 16
 """Record batches that are mixed with one another, and that the reader must keep decoded."""
@@ -104,7 +104,7 @@ def collate(rows: Sequence[CacheRow]) -> Batch:
 
     input_ids, position_ids, labels [B, T] int64; target_ids [B, T, K] int64; target_logprobs [B, T, K] float32;
     target_exact_counts [B, T] int64; target_residual_logprob, target_entropy [B, T] float32; num_tokens [] int64
-    without padding.
+    without padding; of masked models attention_mask [B, T] int64, 1 but for padding.
 
     `labels` are already aligned, so they are also given under the name `shift_labels`, by which transformers knows that
     nothing must be shifted when it counts the tokens of an optimizer step.
@@ -113,7 +113,8 @@ def collate(rows: Sequence[CacheRow]) -> Batch:
     length = input_ids.shape[1]
     targets = TargetBatch.from_rows(rows, length)
     labels = targets.labels.view(len(rows), length)
-    return {
+    both_sides = {} if rows[0].labels is None else {"attention_mask": padding_mask(rows)}
+    return both_sides | {
         "input_ids": input_ids,
         "position_ids": position_ids,
         "labels": labels,

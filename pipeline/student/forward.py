@@ -21,7 +21,7 @@ from pipeline.student.recipe import LossRecipe
 
 def distillation_output(head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0) -> HeadOutput:
     """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient."""
-    hidden = head.hidden_states(batch["input_ids"], batch["position_ids"])
+    hidden = head.hidden_states(batch["input_ids"], batch["position_ids"], batch.get("attention_mask"))
     options = {
         "kd_weight": recipe.kd_weight,
         "temperature": recipe.temperature,

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_model, reason
+from pipeline.objective import Objective, auto_class, objective_of
 
 EITHER = "give either --student or --student-config, not both: one of them says where the student's weights come from."
 
@@ -25,6 +26,7 @@ def load_student(
     config_file: str | None = None,
     vocab_size: int,
     seed: int,
+    objective: Objective = "causal",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -35,6 +37,7 @@ def load_student(
         layers: keep this many of its layers, evenly spaced, first and last included; embeddings and head are kept.
         config_file: a transformers `config.json`; random weights from `seed`.
         vocab_size: used where the configuration does not say.
+        objective: what it is to predict, which decides the class that it is loaded as.
 
     Raises:
         ConfigError, ModelError: contradictory options; a model that cannot be loaded.
@@ -45,7 +48,8 @@ def load_student(
         model = _from_config(config_file, vocab_size, seed)
     else:
         assert student is not None
-        model = load_model(student, dtype="float32", revision=revision, trust_remote_code=trust_remote_code)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = load_model(student, objective=objective, dtype="float32", **source)
     return model if layers is None else keep_layers(model, layers)
 
 
@@ -67,7 +71,7 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
         if isinstance(value, list) and len(value) == total:  # one item per layer, such as layer_types
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = keep
-    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    smaller = auto_class(objective_of(config)).from_config(config, dtype=torch.float32)
 
     renamed = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
     weights = {}
@@ -80,7 +84,8 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
         weights[name] = tensor
     smaller.load_state_dict(weights, strict=True)
     smaller.tie_weights()
-    smaller.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # masked models generate nothing
+        smaller.generation_config = model.generation_config
     return smaller.eval()
 
 
@@ -123,13 +128,13 @@ def _from_config(config_file: str, vocab_size: int, seed: int) -> PreTrainedMode
     config = configuration(config_file, vocab_size)
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return auto_class(objective_of(config)).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
         raise _not_a_model(config_file, error) from error
 
 
 def _not_a_model(config_file: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{config_file}: no causal language model can be built: {reason(error)}. "
+        f"{config_file}: no causal or masked language model can be built: {reason(error)}. "
         "Correct the configuration, or take that of a model like it."
     )

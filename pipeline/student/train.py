@@ -14,9 +14,10 @@ from transformers.trainer_callback import PrinterCallback
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.heads import check_packing, open_head
+from pipeline.heads import open_head
+from pipeline.objective import objective_for
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
-from pipeline.student.checks import check_same_teacher_tokens, check_student, is_packed
+from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student
 from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
@@ -72,11 +73,6 @@ def train_student(
             f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
             "--samples 2 or more."
         )
-    if cache.metadata.alignment != "next":
-        raise ConfigError(
-            f"{cache.path}: its targets are of a masked model; only causal students can "
-            "be trained yet. Give the cache of a causal teacher."
-        )
     if (config.student is None) == (config.student_config is None):
         raise ConfigError(EITHER)
     tokenizer, warnings = check_student(
@@ -100,18 +96,19 @@ def train_student(
         on_warning(warning)
 
     on_stage("loading the student")
+    objective = objective_for(cache.metadata.alignment)
     model = load_student(
         config.student,
         layers=config.student_layers,
         config_file=config.student_config,
         vocab_size=cache.metadata.vocab_size,
         seed=arguments.seed,
+        objective=objective,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    head = open_head(model, cache.metadata.vocab_size)
-    if is_packed(cache):
-        check_packing(model, head)
+    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
+    check_isolation(cache, head)
 
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()

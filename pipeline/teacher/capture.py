@@ -31,16 +31,19 @@ from torch import Tensor
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.heads import Head, check_packing, open_head
-from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
-from pipeline.padding import pad_rows
+from pipeline.heads import Head
+from pipeline.models import load_tokenizer, resolve_device, weights_fingerprint
+from pipeline.objective import ALIGNMENT
+from pipeline.padding import model_inputs
 from pipeline.teacher.corpus import DataConfig
-from pipeline.teacher.packing import TokenCorpus, TokenRow, build_corpus
+from pipeline.teacher.masking import MaskRule
+from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
+from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
-from pipeline.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
+from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
 CHUNK_POSITIONS = 256
 SHARD_TOKENS = 2**18
@@ -55,6 +58,8 @@ class CacheTeacherConfig:
     data: DataConfig
     output: str  # cache directory or fsspec URL
     targets: TargetRule = field(default_factory=TargetRule)
+    objective: str | None = None  # causal or masked; default: what the teacher was trained for
+    masking: MaskRule | None = None  # of a masked teacher; default: MaskRule()
     all_positions: bool = False  # targets also where the loss mask is off
     batch_size: int = 8  # rows per forward pass; halved when out of memory
     device: str = "auto"
@@ -125,25 +130,10 @@ def cache_teacher(
 
     on_stage("reading and tokenising the text")
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    corpus = build_corpus(config.data, tokenizer)
+    corpus = open_corpus(config, tokenizer)
 
     on_stage(f"loading the teacher on {device}")
-    model = load_model(
-        config.teacher,
-        dtype=config.dtype,
-        device=device,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
-    if config.data.packing:
-        check_packing(model, head)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and config.data.window_length > limit:
-        raise ConfigError(
-            f"--seq-len {config.data.window_length}: this teacher was trained on at most {limit} positions. "
-            f"Use --seq-len {limit} or less."
-        )
+    head = open_teacher(config, corpus, tokenizer, device)
     metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
 
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
@@ -157,7 +147,7 @@ def cache_teacher(
 
 def _metadata(
     config: CacheTeacherConfig,
-    corpus: TokenCorpus,
+    corpus: Corpus,
     head: Head,
     fingerprint: dict[str, str],
     device: torch.device,
@@ -180,7 +170,7 @@ def _metadata(
         },
         tokenizer=fingerprint,
         vocab_size=head.vocab_size,
-        alignment="next",
+        alignment=ALIGNMENT[corpus.objective],
         targets={**rule.to_json(), "positions": "all" if config.all_positions else "counted"},
         corpus={
             **corpus.description,
@@ -225,7 +215,7 @@ class _Capture:
     def __init__(
         self,
         config: CacheTeacherConfig,
-        corpus: TokenCorpus,
+        corpus: Corpus,
         head: Head,
         metadata: cf.CacheMetadata,
         writer: cf.CacheWriter,
@@ -287,16 +277,16 @@ class _Capture:
     def _forward(self, indices: list[int]) -> _HostBatch:
         rows = [self.corpus[index] for index in indices]
         device = self.head.weight.device
-        input_ids, position_ids = pad_rows(rows)
+        inputs = model_inputs(rows, masked=self.head.masked)
         stored = [
             np.ones_like(row.loss_mask) if self.config.all_positions else np.asarray(row.loss_mask, bool)
             for row in rows
         ]
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+        mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, here in enumerate(stored):
             mask[i, : len(here)] = torch.from_numpy(here)
 
-        hidden = self.head.hidden_states(input_ids.to(device), position_ids.to(device))
+        hidden = self.head.hidden_states(*(tensor.to(device) for tensor in inputs))
         hidden = hidden[mask.to(device)]  # [n, D]
         rule, drawn = self.config.targets, None
         if rule.uniforms:

@@ -49,9 +49,9 @@ class DataConfig:
     text_column: str | None = None  # strings or messages; None: see examples.find_columns
     sample_by: Literal["document", "paragraph", "line"] = "document"  # one document of a .txt file
     loss_on: Literal["auto", "all", "assistant", "completion"] = "auto"  # auto: by the format
-    append_eos: bool = True  # end text and completions with EOS; chat templates bring their own
+    append_eos: bool | None = None  # end text with EOS; chat templates bring their own. None: for causal models
     max_documents: int | None = None  # only the first so many
-    packing: bool = True  # several short documents per row; else one document or window per row
+    packing: bool | None = None  # several short documents per row, else one or a window. None: for causal models
     window_length: int = 1024  # tokens in a row, at most
     num_proc: int | None = None  # processes; None: this one, with the tokenizer's own threads
 
@@ -77,8 +77,14 @@ class Documents:
     source: Source
 
 
-def tokenise_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """Load, render, tokenise. Raises DataError, ModelError, ConfigError, with the next step."""
+def tokenise_documents(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = True
+) -> Documents:
+    """Load, render, tokenise. Raises DataError, ModelError, ConfigError, with the next step.
+
+    Args:
+        special_tokens: begin and end texts as the tokenizer does, and with EOS if `config.append_eos` is not False.
+    """
     source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
     rows = source.rows
     if config.max_documents is not None:
@@ -90,7 +96,7 @@ def tokenise_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -
             f"{config.data}: loss on {loss_on} does not go with {columns.format} data "
             f"(column {', '.join(columns.names)}), expected {' or '.join(columns.loss_choices)}."
         )
-    append_eos = config.append_eos and not columns.is_chat
+    append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
     _check_tokenizer(tokenizer, columns, loss_on, append_eos)
     tokens = _map_cached(
         rows,
@@ -100,9 +106,10 @@ def tokenise_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -
             columns=columns,
             loss_on=loss_on,
             append_eos=append_eos,
+            affixes=special_tokens and not columns.is_chat,  # a chat template writes its special tokens itself
             tokenizer=tokenizer,
         ),
-        _fingerprint(rows, columns, loss_on, append_eos, tokenizer),
+        _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
         config.num_proc,
     )
     return Documents(tokens, columns, loss_on, source)
@@ -131,6 +138,7 @@ def _tokenise_batch(
     columns: Columns,
     loss_on: str,
     append_eos: bool,
+    affixes: bool,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, list[np.ndarray]]:
     """Rows of the source, to the columns of `_FEATURES`."""
@@ -144,8 +152,7 @@ def _tokenise_batch(
         )
         for place, row in enumerate(indices)
     ]
-    # A chat template writes its special tokens itself.
-    prefix, suffix = ([], []) if columns.is_chat else encoding.special_affixes(tokenizer)
+    prefix, suffix = encoding.special_affixes(tokenizer) if affixes else ([], [])
     if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
         suffix = [*suffix, tokenizer.eos_token_id]
     input_ids, is_target = encoding.encode(texts, tokenizer, prefix=prefix, suffix=suffix)
@@ -179,6 +186,7 @@ def _fingerprint(
     columns: Columns,
     loss_on: str,
     append_eos: bool,
+    special_tokens: bool,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """Of everything that decides the tokens, this code included: corrected, it must not find what
@@ -189,6 +197,7 @@ def _fingerprint(
         "columns": [columns.format, *columns.names],
         "loss_on": loss_on,
         "append_eos": append_eos,
+        "special_tokens": special_tokens,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules],
     }

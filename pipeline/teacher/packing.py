@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
+from pipeline.objective import Objective
 from pipeline.teacher.corpus import DataConfig, Documents, tokenise_documents
 
 # Rows open for further pieces. On log-normal, uniform and chat-like lengths, window 1024: 8 open
@@ -141,6 +142,7 @@ class TokenRow:
     input_ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]; at t: the prediction made from t, of token t + 1, counts
     segment_lengths: np.ndarray  # int32 [S], sum T
+    labels: np.ndarray | None = None  # int32 [T]; of masked rows the true token at t, -100 where none is asked for
 
 
 class TokenCorpus:
@@ -148,21 +150,24 @@ class TokenCorpus:
 
     Attributes:
         num_tokens, num_counted_tokens: over all rows; counted: predictions that are in the loss.
+        objective: of the models that these rows are for.
         report: what was cut, dropped and packed, counts by name.
         description: where the text comes from and how it was treated, for the cache's metadata.
     """
 
+    objective: Objective = "causal"
+
     def __init__(self, documents: Documents, config: DataConfig) -> None:
-        self._tokens = _DocumentTokens(documents.tokens)
+        self._tokens = DocumentTokens(documents.tokens)
         plan = plan_rows(
             self._tokens.lengths,
             window_length=config.window_length,
-            packing=config.packing,
+            packing=config.packing is not False,
             keep=lambda pieces: self._tokens.count_targets(pieces) > 0,
         )
         if plan.num_rows == 0:
             raise DataError(
-                f"{config.data}: nothing to learn in it ({_readable(plan.report)}), expected texts "
+                f"{config.data}: nothing to learn in it ({readable(plan.report)}), expected texts "
                 f"of two tokens or more, loss on {documents.loss_on}. Check the column, and what "
                 "the loss is on."
             )
@@ -175,15 +180,7 @@ class TokenCorpus:
             "fill_ratio": self.num_tokens / (plan.num_rows * config.window_length),
             "ignored_files": documents.source.ignored_files,
         }
-        decides = {key: value for key, value in asdict(config).items() if key not in ("data", "num_proc")}
-        self.description: dict[str, Any] = {
-            "source": config.data,
-            "files": documents.source.describe_files(),
-            "format": documents.columns.format,
-            "columns": list(documents.columns.names),
-            **decides,
-            "loss_on": documents.loss_on,
-        }
+        self.description = describe(documents, config)
 
     def __len__(self) -> int:
         return self._plan.num_rows
@@ -193,7 +190,7 @@ class TokenCorpus:
             raise IndexError(f"row {row} of {len(self)}")
         row %= len(self)
         pieces = self._plan.pieces[slice(self._plan.offsets[row], self._plan.offsets[row + 1])]
-        ids, masks = zip(*self._tokens.read(pieces), strict=True)
+        ids, masks = zip(*self._tokens.read_predictions(pieces), strict=True)
         return TokenRow(np.concatenate(ids), np.concatenate(masks), pieces.lengths.astype(np.int32))
 
     def __iter__(self) -> Iterator[TokenRow]:
@@ -201,20 +198,40 @@ class TokenCorpus:
 
     @cached_property
     def token_stream_sha256(self) -> str:
-        """Of all rows: T and S as little-endian int64, ids int32, mask uint8, segments int32."""
+        """Of all rows: T and S as little-endian int64, ids int32, mask uint8, segments int32, labels int32 if any."""
         digest = hashlib.sha256()
         for row in self:
-            digest.update(struct.pack("<qq", len(row.input_ids), len(row.segment_lengths)))
-            for array, dtype in (
-                (row.input_ids, "<i4"),
-                (row.loss_mask, "u1"),
-                (row.segment_lengths, "<i4"),
-            ):
-                digest.update(array.astype(dtype, copy=False))
+            add_row_to(digest, row)
         return digest.hexdigest()
 
 
-class _DocumentTokens:
+def add_row_to(digest: Any, row: TokenRow) -> None:
+    """What a fingerprint of the tokens sees of a row."""
+    digest.update(struct.pack("<qq", len(row.input_ids), len(row.segment_lengths)))
+    for array, dtype in (
+        (row.input_ids, "<i4"),
+        (row.loss_mask, "u1"),
+        (row.segment_lengths, "<i4"),
+        (row.labels, "<i4"),
+    ):
+        if array is not None:
+            digest.update(array.astype(dtype, copy=False))
+
+
+def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
+    """Where the text comes from and how it was treated, for the cache's metadata."""
+    decides = {key: value for key, value in asdict(config).items() if key not in ("data", "num_proc")}
+    return {
+        "source": config.data,
+        "files": documents.source.describe_files(),
+        "format": documents.columns.format,
+        "columns": list(documents.columns.names),
+        **decides,
+        "loss_on": documents.loss_on,
+    }
+
+
+class DocumentTokens:
     """The tokens of all documents as numpy views into the memory-mapped record batches."""
 
     def __init__(self, tokens: datasets.Dataset) -> None:
@@ -226,18 +243,23 @@ class _DocumentTokens:
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
+    def read_predictions(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Token ids int32 [T] and loss mask bool [T] of each piece: of what a causal model predicts from t."""
+        for ids, targets in self.read(pieces):
+            mask = np.zeros(len(ids), dtype=bool)
+            # From t the token at t + 1 is predicted; from the last of a segment, nothing.
+            mask[:-1] = targets[1:]
+            yield ids, mask
+
     def read(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [T] and loss mask bool [T] of each piece."""
+        """Token ids int32 [T] of each piece, and bool [T]: which of them are to be learned."""
         batches = np.searchsorted(self._first, pieces.document, side="right") - 1
         places = pieces.document - self._first[batches]
         for batch, place, start, stop in zip(batches, places, pieces.start, pieces.stop, strict=True):
             base = self._offsets[batch][place]
             length = stop - start
             ids = self._ids[batch].values.slice(base + start, length).to_numpy()
-            mask = np.zeros(length, dtype=bool)
-            # From t the token at t + 1 is predicted; from the last of a segment, nothing.
-            mask[:-1] = _bools(self._targets[batch], base + start + 1, length - 1)
-            yield ids, mask
+            yield ids, _bools(self._targets[batch], base + start, length)
 
     def count_targets(self, pieces: Pieces) -> np.ndarray:
         """Predictions that count in each piece, int64 [P]."""
@@ -256,7 +278,8 @@ class _DocumentTokens:
 
 
 def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenCorpus:
-    """Text to rows. Raises DataError, ModelError, ConfigError, each with the next step."""
+    """Text to rows for a causal model. Raises DataError, ModelError, ConfigError, each with the next step."""
+    config = replace(config, packing=config.packing is not False, append_eos=config.append_eos is not False)
     return TokenCorpus(tokenise_documents(config, tokenizer), config)
 
 
@@ -264,5 +287,6 @@ def _bools(column: Any, start: int, length: int) -> np.ndarray:
     return column.values.slice(start, length).to_numpy(zero_copy_only=False)
 
 
-def _readable(report: dict[str, int]) -> str:
+def readable(report: Mapping[str, int | float]) -> str:
+    """Counts for an error message."""
     return ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in report.items())

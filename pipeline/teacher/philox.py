@@ -30,15 +30,18 @@ def philox(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.u
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-def uniforms(seed: int, rows: NDArray[np.integer], positions: NDArray[np.integer], draws: int) -> NDArray[np.float64]:
+def uniforms(
+    seed: int, rows: NDArray[np.integer], positions: NDArray[np.integer], draws: int, *, stream: int = 0
+) -> NDArray[np.float64]:
     """[n, draws] numbers in [0, 1) with 53 random bits, for n places (row, position) of the corpus.
 
-    Draw j of a place does not depend on how many draws are asked for.
+    Draw j of a place does not depend on how many draws are asked for. Two purposes take two streams (0 to 255): their
+    numbers have nothing to do with one another, though seed, row and position are the same.
     """
     blocks = -(-draws // 2)
     counter = np.empty((len(rows), blocks, 4), np.uint64)
     place = np.asarray(rows, np.uint64)[:, None]
-    counter[..., 0] = np.arange(blocks, dtype=np.uint64)
+    counter[..., 0] = np.arange(blocks, dtype=np.uint64) + np.uint64(stream << 24)  # 2^24 blocks are enough
     counter[..., 1] = np.asarray(positions, np.uint64)[:, None]
     counter[..., 2] = place & LOW
     counter[..., 3] = place >> HALF

@@ -26,16 +26,16 @@ import torch
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.heads import Head, check_packing, open_head
-from pipeline.models import load_model, load_tokenizer, resolve_device
-from pipeline.padding import pad_rows
+from pipeline.heads import Head
+from pipeline.models import load_tokenizer, resolve_device
+from pipeline.padding import model_inputs
 from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig
-from pipeline.teacher.packing import TokenCorpus, TokenRow, build_corpus
+from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
+from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
-from pipeline.tokenizers import real_vocab_size
 
 OTHERS = (
     TargetRule(top_k=16),
@@ -112,18 +112,9 @@ def plan_cache(
     device = resolve_device(config.device)
     on_stage("reading and tokenising the text")
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    corpus = build_corpus(config.data, tokenizer)
+    corpus = open_corpus(config, tokenizer)
     on_stage(f"loading the teacher on {device}")
-    model = load_model(
-        config.teacher,
-        dtype=config.dtype,
-        device=device,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
-    if config.data.packing:
-        check_packing(model, head)
+    head = open_teacher(config, corpus, tokenizer, device)
     if (config.targets.top_k or 0) > head.vocab_size:
         raise ConfigError(f"--top-k {config.targets.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
     others = [rule for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
@@ -204,7 +195,7 @@ class _Sample:
         speeds = [tokens / seconds for tokens, seconds in self.forward]
         return min(speeds), max(speeds)
 
-    def plan(self, rule: TargetRule, corpus: TokenCorpus, *, chosen: bool) -> RulePlan:
+    def plan(self, rule: TargetRule, corpus: Corpus, *, chosen: bool) -> RulePlan:
         index = self.rules.index(rule)
         rows = self.rows[index]
         bytes_per_token, total, writing = {}, {}, {}
@@ -235,13 +226,13 @@ class _Sample:
     def _hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, list[np.ndarray]]:
         """States [n, D] of the positions that get targets, and which of each row they are."""
         device = self.head.weight.device
-        input_ids, position_ids = pad_rows(rows)
+        inputs = model_inputs(rows, masked=self.head.masked)
         everywhere = self.config.all_positions
         stored = [np.ones(len(row.loss_mask), bool) if everywhere else np.array(row.loss_mask, bool) for row in rows]
-        mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+        mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, of_row in enumerate(stored):
             mask[i, : len(of_row)] = torch.from_numpy(of_row)
-        hidden = self.head.hidden_states(input_ids.to(device), position_ids.to(device))
+        hidden = self.head.hidden_states(*(tensor.to(device) for tensor in inputs))
         return hidden[mask.to(device)], stored
 
     def _clock(self) -> float:
@@ -258,7 +249,7 @@ def _written(
         teacher={"name": config.teacher},
         tokenizer={},
         vocab_size=vocab_size,
-        alignment="next",
+        alignment="next" if rows[0].labels is None else "same",
         targets=rule.to_json(),
         corpus={"rows": len(rows)},
         codebooks={**cf.default_codebooks(vocab_size), "target_logprobs": rule.codebook()},

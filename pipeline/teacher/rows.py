@@ -44,6 +44,7 @@ def cache_row(index: int, row: TokenRow, stored: np.ndarray, targets: ChunkTarge
             entropy=spread(entropy),
             sample_counts=spread(sample_counts) if sample_counts.shape[1] > 1 else None,
         ),
+        labels=row.labels,
     )
 
 

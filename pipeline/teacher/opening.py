@@ -1,0 +1,69 @@
+"""What a run of stage one begins with: the text as rows, and the teacher, checked to be what the rows are for.
+
+Shared by everything that puts a text to a teacher: capture, and the plan of one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.errors import ConfigError
+from pipeline.heads import Head, check_packing, check_padding, open_head
+from pipeline.models import load_config, load_model
+from pipeline.objective import check_objective, most_positions
+from pipeline.teacher.masked_corpus import MaskedCorpus, build_masked_corpus
+from pipeline.teacher.masking import FLAGS, MaskRule
+from pipeline.teacher.packing import TokenCorpus, build_corpus
+from pipeline.tokenizers import real_vocab_size
+
+if TYPE_CHECKING:
+    from pipeline.teacher.capture import CacheTeacherConfig
+
+Corpus = TokenCorpus | MaskedCorpus
+
+
+def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """The rows that the teacher of a run is to see: of what it predicts, masked or not.
+
+    Raises: DataError, ModelError, ConfigError, each with the next step.
+    """
+    # What llama.cpp runs, and hence what a .gguf file holds, predicts the next token.
+    found = load_config(config.teacher, **_source(config)) or PreTrainedConfig()
+    if check_objective(config.objective, found, config.teacher) == "masked":
+        return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
+    if config.masking is not None:
+        raise ConfigError(
+            f"{', '.join(FLAGS.values())}: {config.teacher} is a causal language model, of whose input nothing is "
+            "masked. Leave them out."
+        )
+    return build_corpus(config.data, tokenizer)
+
+
+def open_teacher(
+    config: CacheTeacherConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Head:
+    """The teacher on `device`, and the way to run its head.
+
+    Raises: ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
+    """
+    masked = corpus.objective == "masked"
+    model = load_model(config.teacher, objective=corpus.objective, dtype=config.dtype, device=device, **_source(config))
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
+    if masked:
+        check_padding(model, head)
+    elif corpus.description["packing"]:
+        check_packing(model, head)
+    limit = most_positions(model.config)
+    if limit is not None and config.data.window_length > limit:
+        raise ConfigError(
+            f"--seq-len {config.data.window_length}: this teacher was trained on at most {limit} positions. "
+            f"Use --seq-len {limit} or less."
+        )
+    return head
+
+
+def _source(config: CacheTeacherConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}

@@ -1,0 +1,57 @@
+"""Every command and every Python block of the pages in docs/ runs, in order, where the files that they name are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pages import ROOT, commands, linked_files, play, text
+from runs import build_cache
+from tiny import conversations, english, tiny_llama, tiny_tokenizer, write_jsonl
+from tiny_masked import tiny_masked
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+
+
+def causal_models(root: Path) -> None:
+    """A teacher, a student, and the cache of some chats."""
+    tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=2, hidden=32)
+    tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
+    data = write_jsonl(root / "data/chats.jsonl", conversations(20))
+    (root / "data/book.txt").write_text(english(40), encoding="utf-8")
+    build_cache(root / "caches/chats", root / "models/teacher", data)
+
+
+def masked_models(root: Path) -> None:
+    tiny_masked(root / "models/bert", "bert")
+    tiny_masked(root / "models/small-bert", "bert", layers=1, hidden=16, seed=1)
+    (root / "data/book.txt").write_text(english(40), encoding="utf-8")
+    (root / "data/heldout.txt").write_text(english(8, seed=1), encoding="utf-8")
+
+
+SETTINGS: dict[str, Callable[[Path], None]] = {
+    "docs/divergences.md": causal_models,
+    "docs/masked.md": masked_models,
+}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_every_command_and_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("models", "data", "caches"):
+        (tmp_path / folder).mkdir()
+    SETTINGS[page](tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert play(page) == commands(page) and {words[0] for words in commands(page)} == {"distill"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_it_names_exists(page: str) -> None:
+    assert [name for name in set(linked_files(page)) if not (ROOT / name).exists()] == []
+    assert "@@" not in text(page)
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    assert set(PAGES) <= set(linked_files("README.md"))

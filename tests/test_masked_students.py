@@ -1,0 +1,131 @@
+"""Students of masked teachers: trained, cut to fewer layers, built from a configuration, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
+
+import cache_format as cf
+from dense import document_logprobs
+from masked_runs import load
+from pipeline.errors import ConfigError
+from pipeline.evaluate import EvaluateConfig, evaluate
+from pipeline.student.data import LocalShuffle
+from pipeline.student.students import keep_layers
+from runs import SGD, build_cache, distance, log_history, train, weights
+from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked
+
+
+@pytest.fixture(scope="module")
+def trained(masked_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller BERT, trained for 12 steps on the cache of the larger one."""
+    folder = tmp_path_factory.mktemp("masked-student")
+    student = tiny_masked(folder / "student", "bert", layers=1, hidden=16, seed=9)
+    options = {"eval_cache": str(masked_dir / "bert-cache"), "eval_steps": 6, "max_steps": 12, "learning_rate": 1e-2}
+    train(folder / "trained", masked_dir / "bert-cache", student=student, seed=1, **options)
+    return folder / "trained"
+
+
+def test_a_student_learns_and_is_evaluated_by_its_own_logits(trained: Path, masked_dir: Path) -> None:
+    evaluations = [entry for entry in log_history(trained) if "eval_kl" in entry]
+    assert evaluations[-1]["eval_kl"] < evaluations[0]["eval_kl"]
+    cache, model = cf.open_cache(masked_dir / "bert-cache"), load(trained)
+    ce, agrees = [], []
+    for row in cache.iter_rows():
+        logprobs = document_logprobs(model, row, VOCAB)
+        for t in np.flatnonzero(row.loss_mask):
+            ids, values = row.targets.at(int(t))
+            ce.append(-logprobs[t, row.labels[t]])
+            agrees.append(logprobs[t].argmax() in ids[values == values.max()])
+    found = evaluate(EvaluateConfig(cache=str(cache.path), student=str(trained), device="cpu", batch_size=5))
+    assert found.ce == pytest.approx(np.mean(ce), rel=1e-5)
+    assert found.agreement == pytest.approx(np.mean(agrees), abs=1e-9)
+    assert found.tokens == cache.num_counted_tokens
+    assert evaluations[-1]["eval_ce"] == pytest.approx(found.ce, rel=1e-5)
+
+
+def test_training_by_hand_gives_the_same_student(masked_dir: Path, tmp_path: Path) -> None:
+    """Hard labels only, SGD: masked-language-model training as everybody writes it."""
+    path = tiny_masked(tmp_path / "student", "roberta", layers=1, hidden=16, seed=9, hidden_dropout_prob=0.0)
+    config = json.loads((path / "config.json").read_text()) | {"attention_probs_dropout_prob": 0.0}
+    (path / "config.json").write_text(json.dumps(config))
+    cache = cf.open_cache(masked_dir / "roberta-cache")
+    options = {"kd_weight": 0.0, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 8, "seed": 7}
+    train(tmp_path / "trained", masked_dir / "roberta-cache", student=path, arguments=SGD, **options)
+    model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32)
+    order = list(LocalShuffle(cache.record_batches(), seed=7))
+    for start in (0, 8):
+        total, count = torch.zeros(()), 0
+        for row in cache.rows(order[start : start + 8]):
+            logits = model(input_ids=torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0]
+            total = total + F.cross_entropy(logits, torch.from_numpy(row.labels.astype(np.int64)), reduction="sum")
+            count += int((row.labels != -100).sum())
+        model.zero_grad()
+        (total / count).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    by_hand = model.state_dict()
+    found = weights(tmp_path / "trained")
+    assert distance(found, weights(path)) > 0.02
+    assert distance(found, {name: by_hand[name] for name in found}) < 5e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_layers_are_the_kept_ones(kind: str, tmp_path: Path) -> None:
+    model = load(tiny_masked(tmp_path / kind, kind, layers=4)).float()
+    smaller = keep_layers(model, 2)
+    assert type(smaller) is type(model) and smaller.config.num_hidden_layers == 2
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+        for index in (1, 2):  # 0 and 3 are kept
+            layers[index].register_forward_hook(lambda m, inputs, output: _like(output, inputs[0]))
+        torch.testing.assert_close(smaller(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def _like(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def test_students_from_layers_and_from_a_configuration(masked_dir: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 2, "learning_rate": 1e-3}
+    train(
+        tmp_path / "one",
+        masked_dir / "distilbert-cache",
+        student=masked_dir / "distilbert",
+        student_layers=1,
+        **options,
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "one").n_layers == 1
+    masked_config("modernbert", hidden=16).to_json_file(tmp_path / "config.json")
+    of_config = {"student_config": str(tmp_path / "config.json"), **options}
+    train(tmp_path / "two", masked_dir / "modernbert-cache", **of_config)
+    assert type(load(tmp_path / "two")).__name__ == "ModernBertForMaskedLM"
+
+
+def test_students_that_predict_something_else_are_refused(
+    masked_dir: Path, teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"  # without a tokenizer, which would be refused first
+    load(masked_dir / "bert").save_pretrained(bare)
+    causal = build_cache(tmp_path / "causal", teacher_dir, text_file)
+    with pytest.raises(cf.MismatchError, match=r"bare: is a masked language model, expected a causal language model"):
+        train(tmp_path / "x", causal, student=bare)
+    config = json.loads((student_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(cf.MismatchError, match=r"is a causal language model, expected a masked .* about masked tokens"):
+        train(tmp_path / "x", masked_dir / "bert-cache", student_config=str(tmp_path / "config.json"))
+    short = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=33, pad_token_id=1)
+    short.to_json_file(tmp_path / "short.json")
+    with pytest.raises(ConfigError, match="takes at most 31 positions, the rows of .* have up to 32"):
+        train(tmp_path / "x", masked_dir / "roberta-cache", student_config=str(tmp_path / "short.json"))
+    assert not (tmp_path / "x").exists()
