@@ -5,8 +5,8 @@ python -m benchmarks.fuzz shard --seconds 900    one, for longer
 python -m benchmarks.fuzz flips --count 10000    single bits of intact caches instead
 
 Coverage-guided (atheris, libFuzzer): inputs that reach new code are kept in `benchmarks/work/fuzz/TARGET`, the smallest
-of them in `tests/cache_format/fuzz/TARGET.zip` (`--keep`), which the test suite replays. The part of a cache that is fuzzed
-gets true checksums again before it is read: a liar with a hash function, who comes past the first defence.
+of them in `tests/cache_format/fuzz/TARGET.zip` (`--keep`), which the test suite replays. The part of a cache that is
+fuzzed gets true checksums again before it is read: a liar with a hash function, who comes past the first defence.
 
 `flips` needs no such liar: each single flip must be found, with the name of the file, or must not change a value.
 """
@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -197,7 +196,7 @@ def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
         f"-rss_limit_mb={LIMIT_MB}",
         f"-timeout={TIMEOUT_S}",
     ]
-    given += [f"-max_len={MOST_BYTES}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
+    given += [f"-rss_limit_mb={LIMIT_MB}", f"-max_len={MOST_BYTES}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
     began = time.monotonic()
     process = _process(target, given)
     runs = [line.split()[-1] for line in process.stderr.splitlines() if "number_of_executed_units" in line]
