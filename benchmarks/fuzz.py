@@ -196,7 +196,12 @@ def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
         f"-rss_limit_mb={LIMIT_MB}",
         f"-timeout={TIMEOUT_S}",
     ]
-    given += [f"-rss_limit_mb={LIMIT_MB}", f"-max_len={MOST_BYTES}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
+    given += [
+        f"-rss_limit_mb={LIMIT_MB}",
+        f"-max_len={MOST_BYTES}",
+        f"-artifact_prefix={found}/",
+        "-print_final_stats=1",
+    ]
     began = time.monotonic()
     process = _process(target, given)
     runs = [line.split()[-1] for line in process.stderr.splitlines() if "number_of_executed_units" in line]
