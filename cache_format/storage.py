@@ -288,7 +288,7 @@ def _link_new(final: Path, data: bytes) -> bool:
             if error.errno not in NO_LINKS:
                 raise
             return _open_new(final, data)
-        _fsync(final.parent)
+        _flush_or_remove(final, final.parent)
         return True
     finally:
         temporary.unlink(missing_ok=True)
@@ -296,13 +296,27 @@ def _link_new(final: Path, data: bytes) -> bool:
 
 def _open_new(final: Path, data: bytes) -> bool:
     try:
-        with final.open("xb") as file:
-            file.write(data)
+        file = final.open("xb")
     except FileExistsError:
         return False
-    _fsync(final)
-    _fsync(final.parent)
+    try:
+        with file:
+            file.write(data)
+    except OSError:
+        final.unlink()
+        raise
+    _flush_or_remove(final, final, final.parent)
     return True
+
+
+def _flush_or_remove(final: Path, *paths: Path) -> None:
+    """Whoever is told that creating a file has failed will not remove it."""
+    try:
+        for path in paths:
+            _fsync(path)
+    except OSError:
+        final.unlink()
+        raise
 
 
 def _make_folder(folder: Path) -> None:
