@@ -4,6 +4,7 @@
     distill train-student   cache + student ─▶ checkpoint    distill stats     sizes and distributions
     distill evaluate        held-out cache + student         distill verify    checksums, values, teacher
     distill plan            bytes and time, beforehand       distill convert   other encoding, shards, fewer entries
+    distill merge           shards of several machines ─▶ cache
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and status 1, wrong
 usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen inside the commands: `--help` takes no torch.
@@ -46,7 +47,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
-            raise click.ClickException(" ".join(str(error).split("\n"))) from error
+            raise click.ClickException(_of_rank() + " ".join(str(error).split("\n"))) from error
         except KeyboardInterrupt:
             _stopped("nothing was changed.")
         except BrokenPipeError:
@@ -54,7 +55,12 @@ class _Commands(click.Group):
         except OSError as error:
             # The environment, not a bug: no space, no permission, a name that is too long.
             where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{where}{error.strerror or error}. {_remedy(error)}") from error
+            raise click.ClickException(f"{_of_rank()}{where}{error.strerror or error}. {_remedy(error)}") from error
+
+
+def _of_rank() -> str:
+    """Which of several processes speaks: those beside the first are otherwise silent."""
+    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _remedy(error: OSError) -> str:
@@ -194,6 +200,28 @@ DEVICE_OPTIONS = options(
     ),
 )
 
+WORKER_OPTIONS = options(
+    click.option(
+        "--num-workers",
+        type=click.IntRange(1),
+        help="So many processes write this cache together, each started by itself. Default: as torchrun says.",
+    ),
+    click.option("--worker-index", type=click.IntRange(0), help="Which of them this is, from 0."),
+    click.option("--shard-range", metavar="A:B", help="Write these shards only: from A, before B."),
+    click.option(
+        "--allow-rounding",
+        is_flag=True,
+        help="Continue on another kind of device, or with other threads, batch size or library versions.",
+    ),
+    click.option(
+        "--stale-after",
+        type=click.FloatRange(0, min_open=True),
+        default=300.0,
+        show_default=True,
+        help="Seconds of silence after which a writer on another machine counts as gone.",
+    ),
+)
+
 
 @main.command(
     "cache-teacher",
@@ -270,13 +298,14 @@ DEVICE_OPTIONS = options(
 @ENCODING_OPTION
 @click.option("--compression-level", default=9, show_default=True, type=click.IntRange(1, 22), help="zstd.")
 @click.option("--overwrite", is_flag=True, help="Delete the cache that is in --output first.")
+@WORKER_OPTIONS
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     """Run a teacher over a text and cache its targets.
 
     Text comes from a column of strings, of chat messages, or from prompt and completion columns. Interrupted, the same
-    command continues where it stopped.
+    command continues where it stopped. On several GPUs: torchrun --nproc-per-node N --no-python distill cache-teacher …
     """
     _quiet_libraries()
     from pipeline.report import duration, pairs, size
@@ -296,17 +325,22 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
 
     with Status() as status:
         try:
-            summary = cache_teacher(config, on_stage=status.stage, on_progress=show)
+            summary = cache_teacher(config, on_stage=status.stage, on_progress=show, on_warning=status.warn)
         except KeyboardInterrupt:
             again = "the same command without --overwrite" if config.overwrite else "the same command again"
             _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
+    if status.silent:
+        return
     if as_json:
         return print_json(asdict(summary))
     kept = "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"
     left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
+    title = f"Cached {summary.output}"
+    if not summary.finished:
+        title = f"Not all of {summary.output} is there yet: the last process to end, or distill merge, finishes it"
     out.print(
         pairs(
-            f"Cached {summary.output}",
+            title,
             [
                 ("rows", f"{summary.rows:,}"),
                 ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
@@ -325,6 +359,7 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     from pipeline.teacher.corpus import DataConfig
     from pipeline.teacher.masking import FLAGS, MaskRule
     from pipeline.teacher.rules import TargetRule
+    from pipeline.teacher.workers import WorkerConfig
 
     def take(part: Any) -> dict[str, Any]:
         return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
@@ -332,7 +367,9 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
     masks = {name: given.pop(flag[2:].replace("-", "_")) for name, flag in FLAGS.items()}
     masks = {name: value for name, value in masks.items() if value is not None}
-    return CacheTeacherConfig(data=data, targets=rule, masking=MaskRule(**masks) if masks else None, **given)
+    masking = MaskRule(**masks) if masks else None
+    workers = WorkerConfig(**take(WorkerConfig))
+    return CacheTeacherConfig(data=data, targets=rule, masking=masking, workers=workers, **given)
 
 
 # corpus report -> words; what a user should know happened to the text
@@ -388,7 +425,8 @@ def plan_command(rows: int, cost_per_hour: float | None, seq_len: int, as_json: 
 
 
 # The same words as for the real thing, but for what only that can do.
-plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not in ("overwrite", "as_json")]
+_OF_WRITING = {"overwrite", "as_json", "num_workers", "worker_index", "shard_range", "allow_rounding", "stale_after"}
+plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not in _OF_WRITING]
 
 
 @main.command(
@@ -725,13 +763,36 @@ def convert(cache: str, output: str, as_json: bool, **changes: Any) -> None:
     )
 
 
+@main.command(epilog=_examples("distill merge caches/train"))
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def merge(cache: str, as_json: bool) -> None:
+    """Finish a cache whose shards are all there: write its manifest.
+
+    The last of several processes does so by itself; this is for shards that were written apart (cache-teacher
+    --shard-range) and then brought together in one directory. A finished cache stays as it is.
+    """
+    import cache_format as cf
+    from pipeline.report import size
+
+    manifest = cf.finish_cache(cache)
+    if as_json:
+        summary = {"rows": manifest.num_rows, "tokens": manifest.num_tokens, "shards": len(manifest.shards)}
+        return print_json({**summary, "bytes": manifest.stored_bytes})
+    out.print(
+        f"{cache}: finished. {manifest.num_rows:,} rows, {manifest.num_tokens:,} tokens, "
+        f"{size(manifest.stored_bytes)} in {len(manifest.shards):,} shards."
+    )
+
+
 def _was_given(parameter: str) -> bool:
     source = click.get_current_context().get_parameter_source(parameter)
     return source is not click.core.ParameterSource.DEFAULT
 
 
 def _stopped(what_is_kept: str) -> NoReturn:
-    err.print(f"Interrupted: {what_is_kept}")
+    if int(os.environ.get("RANK", "0")) == 0:
+        err.print(f"Interrupted: {what_is_kept}")
     sys.exit(130)
 
 

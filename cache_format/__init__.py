@@ -19,8 +19,10 @@ from cache_format.codebook import (
     sqrt_probability_codebook,
 )
 from cache_format.convert import Conversion, convert_cache
+from cache_format.differences import differences, listed
 from cache_format.errors import (
     CacheError,
+    ClaimLostError,
     CorruptShardError,
     DistillError,
     FormatError,
@@ -35,10 +37,12 @@ from cache_format.metadata import (
     CacheMetadata,
     default_codebooks,
 )
-from cache_format.occupancy import check_writable, remove_cache
+from cache_format.occupancy import check_writable, finished_already, finished_manifest, remove_cache
 from cache_format.reader import Cache, open_cache
 from cache_format.row_batch import RowBatch
+from cache_format.shared_writer import Share, SharedCacheWriter, parse_shard_range
 from cache_format.types import IGNORE_INDEX, CacheRow, SparseTargets
+from cache_format.unfinished import finish_cache
 from cache_format.verify import VerifySummary, verify_cache
 from cache_format.writer import CacheWriter
 
@@ -52,6 +56,7 @@ __all__ = [
     "CacheMetadata",
     "CacheRow",
     "CacheWriter",
+    "ClaimLostError",
     "Codebook",
     "Conversion",
     "CorruptShardError",
@@ -62,13 +67,21 @@ __all__ = [
     "Manifest",
     "MismatchError",
     "RowBatch",
+    "Share",
+    "SharedCacheWriter",
     "SparseTargets",
     "VerifySummary",
     "check_writable",
     "convert_cache",
     "default_codebooks",
+    "differences",
     "entropy_codebook",
+    "finish_cache",
+    "finished_already",
+    "finished_manifest",
+    "listed",
     "open_cache",
+    "parse_shard_range",
     "remove_cache",
     "residual_codebook",
     "sqrt_probability_codebook",

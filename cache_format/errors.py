@@ -4,7 +4,8 @@
     └── CacheError               a cache directory; raised itself when a writer refuses one
         ├── FormatError          the directory as a whole: no cache, unfinished, newer, damaged
         ├── CorruptShardError    one shard is missing, damaged or says something false
-        └── MismatchError        two things that must agree do not: every difference is listed
+        ├── MismatchError        two things that must agree do not: every difference is listed
+        └── ClaimLostError       another writer has taken over
 
 Messages are one line: where, what was found, what was expected, because of what, next step. A wrong
 argument is a bug of the caller and stays a ValueError or a TypeError.
@@ -31,3 +32,7 @@ class CorruptShardError(CacheError):
 
 class MismatchError(CacheError):
     """What is given differs from what is recorded."""
+
+
+class ClaimLostError(CacheError):
+    """Another writer has taken over what this one was writing."""

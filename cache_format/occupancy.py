@@ -1,19 +1,21 @@
 """What already lies where a cache is to be written: nothing, an unfinished cache, a finished one, or something else.
 
-Asked before a run loads anything, and again by the writer. Deleting is possible only for what is certainly a cache.
+Asked before a run loads anything, and again by the writer. Deleting is possible only for what is certainly a cache, and
+that nobody is writing.
 """
 
 from __future__ import annotations
 
 import os
 
+from cache_format.claims import CLAIMS, WHOLE, Claims, refused
 from cache_format.errors import CacheError
 from cache_format.lexicon import LEXICON
 from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, "README.md", *FOLDERS}
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, "README.md", *FOLDERS, CLAIMS}
 
 
 def recorded_manifest(directory: Directory) -> str | None:
@@ -30,6 +32,7 @@ def recorded_manifest(directory: Directory) -> str | None:
         )
     recorded = next((name for name in (MANIFEST, PARTIAL_MANIFEST) if name in found), None)
     found -= {folder for folder in FOLDERS if not directory.names(folder)}
+    found -= {CLAIMS}  # the first thing that a writer leaves, before it has recorded anything
     if found and not recorded:
         raise CacheError(
             f"{where}: found {sorted(found)[0]!r} but no manifest: nothing was changed. Choose another directory."
@@ -37,36 +40,72 @@ def recorded_manifest(directory: Directory) -> str | None:
     return recorded
 
 
-def check_writable(path: str | os.PathLike[str], *, replace: bool = False) -> None:
+def check_writable(path: str | os.PathLike[str], *, replace: bool = False, shared: bool = False) -> None:
     """Raises CacheError unless a cache can be begun, continued or repaired at `path`.
 
     Args:
         replace: a cache that is there will be removed before; it is left alone until then.
+        shared: for one of several writers, whom other such writers do not disturb.
     """
     directory = open_directory(path)
-    if recorded_manifest(directory) != MANIFEST or replace:
-        return
+    recorded_manifest(directory)
+    claims = Claims(directory)
+    for holder in claims.others():
+        if holder.name == WHOLE or not shared:
+            raise refused(directory, holder, claims.stale_after_s)
+    if not replace and (manifest := finished_manifest(path)) is not None:
+        raise finished_already(path, manifest)
+
+
+def finished_manifest(path: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a finished cache at `path`; None if there is none, or one that lacks shards."""
+    directory = open_directory(path)
+    if recorded_manifest(directory) != MANIFEST:
+        return None
     manifest = Manifest.from_bytes(directory.read_bytes(MANIFEST), directory.path(MANIFEST))
     shards = {f"shards/{name}" for name in directory.names("shards")}
-    if all(shard.name in shards for shard in manifest.shards):
-        raise CacheError(
-            f"{directory.path()}: found a finished cache ({manifest.num_rows:,} rows), nothing was "
-            "changed. Choose another directory, or replace it with --overwrite."
-        )
+    return manifest if all(shard.name in shards for shard in manifest.shards) else None
+
+
+def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:
+    return CacheError(
+        f"{open_directory(path).path()}: found a finished cache ({manifest.num_rows:,} rows){because}, nothing was "
+        "changed. Choose another directory, or replace it with --overwrite."
+    )
 
 
 def remove_cache(path: str | os.PathLike[str]) -> None:
     """Delete the cache at `path`, finished or not; nothing happens if there is none.
 
-    Raises: CacheError if there is something else.
+    Raises: CacheError if there is something else, or if somebody is writing it.
     """
     directory = open_directory(path)
-    recorded = recorded_manifest(directory)
-    if recorded is None:
+    if recorded_manifest(directory) is None:
         return
-    # The manifest first: whatever happens next, nobody takes the rest for a whole cache.
-    directory.remove(recorded)
-    for folder in FOLDERS:
-        directory.remove_tree(folder)
-    for name in directory.names():
-        directory.remove(name)
+    claims = Claims(directory)
+    try:
+        claim_alone(directory, claims)
+        if (recorded := recorded_manifest(directory)) is None:
+            return
+        # Killed in the middle, this leaves an unfinished cache, which can be removed again.
+        if recorded == MANIFEST:
+            directory.create_new(PARTIAL_MANIFEST, directory.read_bytes(MANIFEST))
+            directory.remove(MANIFEST)
+        for folder in FOLDERS:
+            directory.remove_tree(folder)
+        claims.sweep()
+        for name in directory.names():
+            if name not in (PARTIAL_MANIFEST, CLAIMS):
+                directory.remove(name)
+        directory.remove(PARTIAL_MANIFEST)
+    finally:
+        claims.close()
+
+
+def claim_alone(directory: Directory, claims: Claims) -> None:
+    """Claims the whole cache. Raises: CacheError if anybody else has a claim on it, or on part of it."""
+    if (holder := claims.take(WHOLE)) is not None:
+        raise refused(directory, holder, claims.stale_after_s)
+    if others := claims.others():
+        claims.release(WHOLE)
+        raise refused(directory, others[0], claims.stale_after_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -81,7 +82,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._sink.close()
+        with contextlib.suppress(OSError):  # a full disk, which may be why the shard is abandoned
+            self._sink.close()
         reason = CacheError("shard abandoned")
         self._creation.__exit__(CacheError, reason, None)
 

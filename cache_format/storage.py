@@ -1,14 +1,17 @@
 """Where a cache lives: a local directory, or anything that fsspec can reach.
 
 Both kinds offer the same few operations. Locally a file appears under its name only when it is
-complete and on disk (temporary name, fsync, rename), and shards are read through a memory map. On
-object stores there is no rename; an upload is visible only when finished, so files go straight to
-their final names.
+complete and on disk (temporary name, fsync, rename, fsync of the directory), and shards are read
+through a memory map. On object stores there is no rename; an upload is visible only when finished,
+so files go straight to their final names.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +26,8 @@ import pyarrow as pa
 from cache_format.errors import FormatError
 
 TEMPORARY_SUFFIX = ".tmp"
+# What file systems without hard links say to one (FAT, some network and user-space file systems).
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
 class ShardFile(Protocol):
@@ -49,7 +54,23 @@ class Directory(Protocol):
     def create(self, name: str) -> AbstractContextManager[str]:
         """Context manager: a path to write to; the file gets its name if the block ends well."""
 
+    def create_new(self, name: str, data: bytes) -> bool:
+        """Write a small file unless there is one of that name: of several processes one gets True.
+
+        Local: a hard link, which network file systems make atomically as well. Object stores: a conditional upload
+        where the store has it, else a look before.
+        """
+
+    def touch(self, name: str) -> None:
+        """Make `modified` now. Raises: FileNotFoundError."""
+
+    def modified(self, name: str) -> float | None:
+        """Seconds, by the clock of the storage; None if it tells no times. Raises: FileNotFoundError."""
+
     def remove(self, name: str) -> None: ...
+
+    def remove_folder(self, name: str) -> None:
+        """An empty folder; one that is not, or not there, is left."""
 
     def remove_tree(self, name: str) -> None:
         """A folder and everything in it, if it is there."""
@@ -116,8 +137,8 @@ class LocalDirectory:
     @contextmanager
     def create(self, name: str) -> Iterator[str]:
         final = self.root / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        _make_folder(final.parent)
+        temporary = _temporary(final)
         try:
             yield str(temporary)
             _fsync(temporary)
@@ -126,8 +147,29 @@ class LocalDirectory:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def create_new(self, name: str, data: bytes) -> bool:
+        final = self.root / name
+        for attempt in range(8):
+            try:
+                _make_folder(final.parent)
+                return _link_new(final, data)
+            except FileNotFoundError:  # another process has just removed the folder, empty as it was
+                if attempt == 7:
+                    raise
+        raise AssertionError
+
+    def touch(self, name: str) -> None:
+        os.utime(self.root / name)
+
+    def modified(self, name: str) -> float | None:
+        return (self.root / name).stat().st_mtime
+
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.root / name).rmdir()
 
     def remove_tree(self, name: str) -> None:
         if (self.root / name).is_dir():
@@ -181,9 +223,31 @@ class RemoteDirectory:
         finally:
             os.unlink(scratch)
 
+    def create_new(self, name: str, data: bytes) -> bool:
+        self.fs.makedirs(self._full(name).rpartition("/")[0], exist_ok=True)
+        try:
+            self.fs.pipe_file(self._full(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def touch(self, name: str) -> None:
+        self.fs.pipe_file(self._full(name), self.read_bytes(name))
+
+    def modified(self, name: str) -> float | None:
+        self.fs.invalidate_cache()
+        try:
+            return float(self.fs.modified(self._full(name)).timestamp())
+        except NotImplementedError:
+            return None
+
     def remove(self, name: str) -> None:
         if self.fs.exists(self._full(name)):
-            self.fs.rm_file(self._full(name))
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                self.fs.rm_file(self._full(name))
+
+    def remove_folder(self, name: str) -> None:
+        """An object store has none; what has them (memory, ssh) may keep an empty one."""
 
     def remove_tree(self, name: str) -> None:
         if self.fs.exists(self._full(name)):
@@ -203,6 +267,64 @@ def _local(root: Path) -> LocalDirectory:
             "manifest.json. Give that directory."
         )
     return LocalDirectory(root)
+
+
+def _temporary(final: Path) -> Path:
+    """A name that no other process or machine uses."""
+    return final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def _link_new(final: Path, data: bytes) -> bool:
+    temporary = _temporary(final)
+    try:
+        temporary.write_bytes(data)
+        _fsync(temporary)
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            # On NFS the answer to a link that was made may get lost, and its repetition fails: the count tells.
+            return temporary.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return _open_new(final, data)
+        _flush_or_remove(final, final.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open_new(final: Path, data: bytes) -> bool:
+    try:
+        file = final.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(data)
+    except OSError:
+        final.unlink()
+        raise
+    _flush_or_remove(final, final, final.parent)
+    return True
+
+
+def _flush_or_remove(final: Path, *paths: Path) -> None:
+    """Whoever is told that creating a file has failed will not remove it."""
+    try:
+        for path in paths:
+            _fsync(path)
+    except OSError:
+        final.unlink()
+        raise
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents, each on disk: what lies in a folder that a power cut took away is gone."""
+    if not folder.exists():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync(folder.parent)
 
 
 def _fsync(path: Path) -> None:

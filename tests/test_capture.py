@@ -615,15 +615,6 @@ def test_a_finished_cache_is_refused_or_overwritten(
     assert not [name for name in contents(tmp_path / "cache") if name.startswith("manifest.partial")]
 
 
-def test_several_processes_are_refused(
-    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="without torchrun"):
-        cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache"))
-    assert not (tmp_path / "cache").exists()
-
-
 def test_windows_longer_than_the_teacher_can_read_are_refused(
     teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -6,9 +6,9 @@
 The main thread only computes. Copies off the device are asynchronous into pinned memory, and the background thread
 waits for them; it quantises, compresses and writes while the next batch computes, at most two groups behind.
 
-What a shard holds depends on the corpus, the teacher, the batch size and the device, never on timing: batches are cut
-inside record batches, record batches inside shards. A batch size that did not fit the memory is halved, the shard begun
-anew, and the size recorded in its sidecar.
+What a shard holds depends on the corpus, the teacher, the batch size and the device, never on timing, nor on which of
+several processes computes it (`workers`): batches are cut inside record batches, record batches inside shards. A batch
+size that did not fit the memory is halved, the shard begun anew, and the size recorded in its sidecar.
 
 Cost beside the bare forward pass, per position: the head's product is the same; softmax, top-K and entropy are some
 five reads of V floats; the [B, T, V] logits, and their memory, are saved. `benchmarks/capture.py` measures it.
@@ -17,7 +17,6 @@ five reads of V floats; the [B, T, V] logits, and their memory, are saved. `benc
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import Head
-from pipeline.models import load_tokenizer, resolve_device, weights_fingerprint
+from pipeline.models import load_tokenizer, weights_fingerprint
 from pipeline.objective import ALIGNMENT
 from pipeline.padding import model_inputs
 from pipeline.teacher.corpus import DataConfig
@@ -43,6 +42,7 @@ from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.workers import WorkerConfig, check_output, this_worker
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
 CHUNK_POSITIONS = 256
@@ -70,6 +70,7 @@ class CacheTeacherConfig:
     encoding: str = "columns"  # or packed: smaller, read by this package only
     compression_level: int = 9  # zstd
     overwrite: bool = False  # delete a cache that is already in `output`
+    workers: WorkerConfig = field(default_factory=WorkerConfig)  # this process among others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +90,19 @@ class CaptureProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSummary:
-    """What a finished run wrote."""
+    """What is there when a run ends: the whole cache, but for a run that was to write some shards only."""
 
     output: str
     rows: int
     tokens: int
     counted_tokens: int
     bytes: int
-    exact_mass: float | None  # mean probability mass of the exact entries; None if part of the rows was found complete
+    exact_mass: float | None  # mean probability mass of the exact entries; None if others wrote part of the rows
     seconds: float
     tokens_per_s: float
     resumed_rows: int  # found complete from an earlier run
     corpus_report: dict[str, float]
+    finished: bool = True  # whether the manifest is there; else rows, tokens and bytes are of the complete shards
 
 
 def cache_teacher(
@@ -108,25 +110,25 @@ def cache_teacher(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[CaptureProgress], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> CaptureSummary:
-    """Runs the teacher over the text and writes the cache; continues an unfinished run of the same settings.
+    """Runs the teacher over the text and writes the cache; continues an unfinished run of the same settings, and does
+    nothing to a finished one. One of several such processes writes its share (`config.workers`).
 
     Args:
         on_stage: told what happens next, once a stage, in words.
         on_progress: told where the run stands, after every batch.
+        on_warning: told what the user should know and need not act on.
 
     Raises:
         DataError, ModelError, ConfigError: the text, the teacher or the options cannot be used.
-        CacheError: `output` holds something else; MismatchError: it holds an unfinished run with other settings.
+        CacheError: `output` holds something else, or another process is writing it alone; MismatchError: it holds a
+            run with other settings.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "cache-teacher runs in one process, found WORLD_SIZE "
-            f"{os.environ['WORLD_SIZE']}: several would write the same shards. Start it without torchrun."
-        )
+    worker = this_worker(config.workers)
     # An occupied output is found out before minutes go into loading.
-    cf.check_writable(config.output, replace=config.overwrite)
-    device = resolve_device(config.device)
+    check_output(config, worker)
+    device = worker.device(config.device)
 
     on_stage("reading and tokenising the text")
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
@@ -139,7 +141,9 @@ def cache_teacher(
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
     if config.overwrite:
         cf.remove_cache(config.output)  # only now that text and teacher have been read
-    with cf.CacheWriter(config.output, metadata, tokenizer_files=tokenizer_files(tokenizer), resume=True) as writer:
+    with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage) as writer:
+        for holder in writer.taken_over:
+            on_warning(f"{config.output}: {holder} is gone; this run takes over")
         capture = _Capture(config, corpus, head, metadata, writer, on_progress)
         capture.run()
     return capture.summary()
@@ -183,7 +187,8 @@ def _metadata(
         },
         capture={
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
+            # Elsewhere than on a CPU no sum is split over them.
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "batch_size": config.batch_size,
             "head": "linear" if head.linear else "own",
             "chunk_positions": CHUNK_POSITIONS,
@@ -224,8 +229,8 @@ class _Capture:
         self.config, self.corpus, self.head, self.metadata = config, corpus, head, metadata
         self.writer, self.on_progress = writer, on_progress
         self.batch_size = config.batch_size
-        self.resumed_rows = writer.complete_rows
-        self.resumed_tokens = writer.complete_tokens
+        self.alone = not isinstance(writer, cf.SharedCacheWriter)
+        self.resumed_rows, self.resumed_tokens = writer.complete.rows, writer.complete.tokens
         self.rows_done, self.tokens_done = self.resumed_rows, self.resumed_tokens
         self.kept_sum, self.kept_count = 0.0, 0
         self.kept_before_shard = 0.0, 0
@@ -237,26 +242,29 @@ class _Capture:
     def run(self) -> None:
         with ThreadPoolExecutor(1, thread_name_prefix="cache-writer") as background:
             pending: deque[Future[None]] = deque()
-            while (start := self.writer_row) < len(self.corpus):
+            while (shard := self.writer.begin_shard()) is not None:
                 try:
-                    self._shard(start, background, pending)
+                    self._shard(shard, background, pending)
                     _drain(pending)
-                except Exception as error:
+                except BaseException as error:
                     for future in pending:
                         future.cancel()
-                    _drain(pending, ignore=True)
-                    if not should_reduce_batch_size(error) or self.batch_size == 1:
+                    if not isinstance(error, Exception):  # Ctrl-C: the writer waits for the record batch in hand
                         raise
-                    self._halve_batch()
+                    _drain(pending, ignore=True)
+                    if isinstance(error, cf.ClaimLostError) and not self.alone:
+                        self._forget_shard()
+                    elif should_reduce_batch_size(error) and self.batch_size > 1:
+                        self._halve_batch()
+                    else:
+                        raise
 
-    @property
-    def writer_row(self) -> int:
-        return self.writer.next_row
-
-    def _shard(self, start: int, background: ThreadPoolExecutor, pending: deque[Future[None]]) -> None:
+    def _shard(self, shard: int, background: ThreadPoolExecutor, pending: deque[Future[None]]) -> None:
         self.writer.annotate(batch_size=self.batch_size)
         self.kept_before_shard = self.kept_sum, self.kept_count
-        shard = start // self.metadata.rows_per_shard
+        # Shards that others have written meanwhile count as well.
+        complete = self.writer.complete
+        self.rows_done, self.tokens_done = complete.rows, complete.tokens
         for group in self.metadata.record_batch_rows(shard):
             batches = []
             for indices in self._batches(group):
@@ -324,11 +332,12 @@ class _Capture:
         self.kept_count += len(counted)
 
     def _halve_batch(self) -> None:
-        self.writer.abandon_shard()
+        self._forget_shard()
         clear_device_cache(garbage_collection=True)
         self.batch_size //= 2
-        self.rows_done = self.writer.next_row
-        self.tokens_done = self.writer.complete_tokens
+
+    def _forget_shard(self) -> None:
+        self.writer.abandon_shard()
         self.kept_sum, self.kept_count = self.kept_before_shard
 
     def _report(self, indices: list[int]) -> None:
@@ -355,18 +364,19 @@ class _Capture:
 
     def summary(self) -> CaptureSummary:
         seconds = time.perf_counter() - self.started
-        cache = cf.open_cache(self.config.output)
+        size = self.writer.complete
         return CaptureSummary(
             output=self.config.output,
-            rows=cache.num_rows,
-            tokens=cache.num_tokens,
-            counted_tokens=cache.num_counted_tokens,
-            bytes=cache.manifest.stored_bytes,
-            exact_mass=None if self.resumed_rows else self._exact_mass(),
+            rows=size.rows,
+            tokens=size.tokens,
+            counted_tokens=size.counted_tokens,
+            bytes=size.bytes,
+            exact_mass=self._exact_mass() if self.kept_count == self.corpus.num_counted_tokens else None,
             seconds=seconds,
-            tokens_per_s=(cache.num_tokens - self.resumed_tokens) / seconds,
+            tokens_per_s=(size.tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,
             corpus_report=dict(self.corpus.report),
+            finished=self.writer.is_finished,
         )
 
 

@@ -3,7 +3,8 @@
     rows of any source ─▶ text and spans to learn ─▶ token ids, and which of them are to be learned
 
 The result lies as Arrow files in the cache of `datasets` (HF_DATASETS_CACHE), some 4 bytes per
-token, and is memory-mapped; a second run on the same text, tokenizer and options finds it there.
+token, and is memory-mapped; a second run on the same text, tokenizer and options finds it there, and of
+several processes that want it one does the work.
 Cost: the tokenizer's speed, and memory for one batch of documents.
 """
 
@@ -21,6 +22,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from cache_format.claims import Claims, wait_for
+from cache_format.storage import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.teacher import chat, encoding, examples
 from pipeline.teacher.examples import Columns, find_columns, read_example
@@ -165,6 +168,17 @@ def _map_cached(
     # An explicit file: the default lies beside the source, which may be the user's own folder.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "distill"
     cache.mkdir(parents=True, exist_ok=True)
+    claims = Claims(open_directory(cache))
+    try:
+        wait_for(claims, f"documents-{fingerprint}")
+        return _map(rows, function, fingerprint, num_proc, cache)
+    finally:
+        claims.close()
+
+
+def _map(
+    rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None, cache: Path
+) -> datasets.Dataset:
     with quiet_datasets():
         return rows.map(
             function,

@@ -1,0 +1,549 @@
+"""Kills `cache-teacher` at random moments, and at every step that it takes on purpose, and compares what is left.
+
+    PYTHONPATH=. python tests/torture.py                  what `make torture` does: some 150 kills, ten minutes
+    PYTHONPATH=. python tests/torture.py --kills 6        a look
+
+Several runs, each of 1, 2 or 3 processes on one output. Processes are killed with SIGKILL and started again with the
+same arguments until the cache is finished; then every file must be that of a run that nobody disturbed, byte for byte,
+and every shard that had a sidecar when somebody was killed must be the same file still, not one that was written again.
+A file system of a few hundred kilobytes that fills up is treated likewise.
+
+Processes are forks of this one, which has imported everything and computed nothing: a start costs milliseconds, not the
+ten seconds of importing. What a process was doing when it was killed it says through a shared page of memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HOME = tempfile.mkdtemp(prefix="distill-torture-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=HOME,
+    HF_DATASETS_CACHE=os.path.join(HOME, "datasets"),
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    CUDA_VISIBLE_DEVICES="",
+)
+
+import click  # noqa: E402
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+import cache_format as cf  # noqa: E402
+from cache_format import unfinished  # noqa: E402
+from cache_format.claims import CLAIMS  # noqa: E402
+from cache_format.storage import LocalDirectory, is_temporary  # noqa: E402
+from pipeline.heads import Head  # noqa: E402
+from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher  # noqa: E402
+from pipeline.teacher.corpus import DataConfig  # noqa: E402
+from pipeline.teacher.rules import TargetRule  # noqa: E402
+from pipeline.teacher.workers import WorkerConfig  # noqa: E402
+from tiny import english, tiny_llama, tiny_tokenizer  # noqa: E402
+
+ENCODINGS = ("columns", "packed")
+DEADLINE_S = 120.0  # of a process that nobody kills
+
+# What a process may be doing, in the order of the flow.
+STAGES = (
+    "starting",
+    "tokenising",
+    "loading the teacher",
+    "claiming",
+    "recording the settings",
+    "forward",
+    "encoding a shard",
+    "lexicon",
+    "naming a shard",
+    "between shard and sidecar",
+    "sidecar",
+    "card",
+    "manifest",
+    "between manifest and end",
+    "waiting for others",
+)
+
+
+class Page:
+    """Shared by the killer and its processes: what each is doing. Two bytes each: the main thread and the writer's."""
+
+    def __init__(self, processes: int) -> None:
+        self.memory = mmap.mmap(-1, max(2 * processes, 1))
+
+    def set(self, process: int, stage: str | None, *, writer: bool = False) -> None:
+        self.memory[2 * process + writer] = 0 if stage is None else 1 + STAGES.index(stage)
+
+    def stage(self, process: int) -> str:
+        main, writer = self.memory[2 * process], self.memory[2 * process + 1]
+        return STAGES[(writer or main or 1) - 1]
+
+
+@dataclass
+class Aim:
+    """Kills its own process at the n-th time that it comes to a stage."""
+
+    stage: str
+    count: int = 1
+    tries: int = 6  # a process may end before it comes there
+
+
+@dataclass
+class Outcome:
+    """Of one run: one cache, from nothing to finished."""
+
+    processes: int
+    encoding: str
+    kills: list[tuple[str, str]] = field(default_factory=list)  # (at random or aimed, stage)
+    starts: int = 0
+    kept_shards: int = 0  # at all kills together
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+# -- a process ---------------------------------------------------------------------------------------------------------
+
+
+def settings(folder: Path, output: Path, encoding: str, worker: tuple[int, int] | None) -> CacheTeacherConfig:
+    """worker: index and count, or None for a process that torchrun or nobody has told."""
+    index, count = worker or (None, None)
+    return CacheTeacherConfig(
+        teacher=str(folder / "teacher"),
+        data=DataConfig(data=str(folder / "text.txt"), sample_by="line", window_length=48),
+        output=str(output),
+        targets=TargetRule(kind="threshold", top_k=1, tail_threshold=0.05, samples=1, seed=7),
+        batch_size=4,
+        device="cpu",
+        rows_per_shard=8,
+        encoding=encoding,
+        workers=WorkerConfig(num_workers=count, worker_index=index, stale_after=20.0),
+    )
+
+
+def instrument(mark: Callable[..., None]) -> None:
+    """Makes the code say what it is doing. Nothing else about it is changed."""
+
+    def wrap(owner: Any, name: str, before: str | None = None, after: str | None = None, writer: bool = False) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            if before:
+                mark(before, writer)
+            try:
+                return real(*args, **options)
+            finally:
+                if after:
+                    mark(None if after == "nothing" else after, writer)
+
+        setattr(owner, name, call)
+
+    wrap(Head, "hidden_states", before="forward")
+    wrap(cf.CacheWriter, "write", before="encoding a shard", after="nothing", writer=True)
+    wrap(unfinished.UnfinishedCache, "learn_lexicon", before="lexicon", after="encoding a shard", writer=True)
+    wrap(cf.SharedCacheWriter, "begin_shard", before="claiming")
+    wrap(unfinished.UnfinishedCache, "begin", before="recording the settings")
+    create = LocalDirectory.create
+
+    @contextlib.contextmanager
+    def creating(directory: LocalDirectory, name: str) -> Iterator[str]:
+        kind = name.rpartition("/")[2]
+        shard, sidecar = kind.endswith(".arrow"), kind.startswith("shard-") and kind.endswith(".json")
+        before = {"README.md": "card", "manifest.json": "manifest"}.get(kind, "sidecar" if sidecar else None)
+        if before:
+            mark(before, sidecar)
+        with create(directory, name) as path:
+            yield path
+            if shard:
+                mark("naming a shard", True)
+        if shard:
+            mark("between shard and sidecar", True)
+        elif sidecar:
+            mark("encoding a shard", True)
+        elif kind == "manifest.json":
+            mark("between manifest and end", False)
+
+    LocalDirectory.create = creating  # type: ignore[method-assign]
+
+
+def process(config: CacheTeacherConfig, page: Page, slot: int, aim: Aim | None, log: Path) -> None:
+    """What a fork does. Never returns."""
+    # Without its killer it would be nobody's.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    left = 0 if aim is None else aim.count
+
+    def mark(stage: str | None, writer: bool = False) -> None:
+        nonlocal left
+        page.set(slot, stage, writer=writer)
+        if aim is not None and stage == aim.stage:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_stage(text: str) -> None:
+        stages = {"reading": "tokenising", "loading": "loading the teacher", "waiting": "waiting for others"}
+        mark(stages.get(text.split()[0], "claiming"))
+
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        instrument(mark)
+        cache_teacher(config, on_stage=on_stage)
+        status = 0
+    except OSError as error:
+        log.write_text(f"{type(error).__name__}: {error}")
+        status = 28 if error.errno == errno.ENOSPC else 1
+    except BaseException as error:
+        log.write_text(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(status)
+
+
+def fork(
+    config: CacheTeacherConfig,
+    page: Page,
+    slot: int,
+    aim: Aim | None,
+    log: Path,
+    variables: Mapping[str, str] | None = None,
+) -> int:
+    """variables: of its environment."""
+    page.set(slot, "starting")
+    page.set(slot, None, writer=True)
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(variables or {})
+        process(config, page, slot, aim, log)
+    return pid
+
+
+def ended(pid: int, seconds: float) -> int | None:
+    """Exit status within so many seconds, negative for a signal; None if it still runs."""
+    until = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.002)
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def vouched(output: Path) -> dict[str, int]:
+    """Files of shards that have a sidecar, with what tells one file from another of the same name."""
+    sidecars = [f for f in (output / "shards").glob("*.json") if not is_temporary(f.name)]
+    return {f.name: f.stat().st_mtime_ns for s in sidecars for f in (s, s.with_suffix(".arrow"))}
+
+
+def torture(
+    folder: Path,
+    encoding: str,
+    processes: int,
+    kills: int,
+    aims: list[Aim],
+    expected: dict[str, bytes],
+    typical_s: float,
+    rng: random.Random,
+) -> Outcome:
+    """One cache, `kills` times at a random moment and once at each aim."""
+    outcome = Outcome(processes, encoding)
+    output, log = folder / f"cache-{encoding}-{processes}", folder / "log"
+    page, began = Page(processes), time.monotonic()
+    kept: dict[str, int] = {}
+    aims, random_kills = list(aims), kills
+
+    def start(slot: int) -> tuple[int, Aim | None]:
+        worker = None if processes == 1 else (slot, processes)
+        aim = aims.pop() if aims and rng.random() < 0.7 else None
+        outcome.starts += 1
+        variables = {}
+        if worker is not None and encoding == "columns":  # as torchrun would say it; the others by options
+            variables = {"RANK": str(slot), "LOCAL_RANK": str(slot), "WORLD_SIZE": str(processes)}
+            worker = None
+        return fork(settings(folder, output, encoding, worker), page, slot, aim, log, variables), aim
+
+    def killed(slot: int, how: str) -> None:
+        outcome.kills.append((how, page.stage(slot)))
+        there = vouched(output)
+        for name, when in kept.items():
+            if there.get(name) != when:
+                outcome.faults.append(f"{name} had a sidecar, and was {'written again' if name in there else 'lost'}")
+        kept.update(there)
+        outcome.kept_shards = max(outcome.kept_shards, len(kept) // 2)
+
+    running = {slot: start(slot) for slot in range(processes)}
+    while running or random_kills or aims:
+        if not running:  # finished before all kills were spent: again, on a cache that has lost two shards
+            for name in rng.sample(
+                sorted(name for name in expected if name.startswith("shards/") and name.endswith(".arrow")), 2
+            ):
+                for file in (name, name.replace(".arrow", ".json")):
+                    (output / file).unlink()
+                    kept.pop(file.rpartition("/")[2], None)
+            running = {slot: start(slot) for slot in range(processes)}
+        victim = rng.choice(sorted(running))
+        pause = rng.uniform(0.0, typical_s) if random_kills else DEADLINE_S
+        until = time.monotonic() + pause
+        while time.monotonic() < until and victim in running:
+            for slot, (pid, aim) in list(running.items()):
+                status = ended(pid, 0.0)
+                if status is None:
+                    continue
+                del running[slot]
+                if status == -signal.SIGKILL and aim is not None:
+                    killed(slot, "aimed")
+                    running[slot] = start(slot)
+                elif status == 0 and aim is not None and aim.tries > 1:
+                    aims.append(replace(aim, count=1, tries=aim.tries - 1))
+                elif status != 0:
+                    outcome.faults.append(f"a process ended with {status}: {log.read_text() if log.exists() else ''}")
+            time.sleep(0.002)
+        if victim in running and random_kills:
+            pid, _ = running.pop(victim)
+            os.kill(pid, signal.SIGKILL)
+            status = ended(pid, DEADLINE_S)
+            if status == -signal.SIGKILL:
+                random_kills -= 1
+                killed(victim, "random")
+                running[victim] = start(victim)
+        elif victim in running:
+            for pid, _ in running.values():
+                os.kill(pid, signal.SIGKILL)
+            outcome.faults.append(f"after {DEADLINE_S:.0f} s still {page.stage(victim)}")
+            break
+    found = contents(output)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            outcome.faults.append(f"{name} is {'different' if name in found and name in expected else 'amiss'}")
+    outcome.seconds = time.monotonic() - began
+    shutil.rmtree(output)
+    return outcome
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def full_disk(folder: Path, encoding: str, expected: dict[str, bytes]) -> dict[str, Any]:
+    """Runs on a file system that is too small, which is then made a little larger, until it is large enough."""
+    mount = folder / "small"
+    mount.mkdir(exist_ok=True)
+    total = sum(len(data) for data in expected.values())
+    room = 64 * 1024
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={room}", "none", str(mount)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        return {"encoding": encoding, "ran": "no: mounting a file system is not allowed here"}
+    fills, faults = 0, []
+    kept: dict[str, int] = {}
+    try:
+        while True:
+            page, log = Page(1), folder / "log"
+            status = ended(fork(settings(folder, mount / "cache", encoding, None), page, 0, None, log), DEADLINE_S)
+            there = vouched(mount / "cache") if (mount / "cache").exists() else {}
+            faults += [f"{name} was not kept" for name, when in kept.items() if there.get(name) != when]
+            kept = there
+            left = [f.name for f in mount.rglob("*") if is_temporary(f.name) or f.parent.name == CLAIMS]
+            faults += [f"{name} was left behind" for name in left]
+            if status == 0:
+                break
+            if status != 28:
+                faults.append(f"ended with {status}: {log.read_text()}")
+                break
+            fills += 1
+            room += 24 * 1024
+            subprocess.run(["mount", "-o", f"remount,size={room}", str(mount)], check=True)
+        found = contents(mount / "cache")
+        faults += [
+            f"{name} differs" for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+        ]
+    finally:
+        subprocess.run(["umount", str(mount)], check=False)
+    return {"encoding": encoding, "ran": "tmpfs", "cache_bytes": total, "times_full": fills, "faults": faults}
+
+
+# -- everything --------------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path) -> None:
+    """Teacher and text. In a fork, so that the parent of all others has computed nothing."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            tiny_llama(folder / "teacher", tiny_tokenizer(), seed=1)
+            (folder / "text.txt").write_text(english(260, seed=3), encoding="utf-8")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if ended(pid, DEADLINE_S) != 0:
+        raise click.ClickException("the tiny teacher could not be made")
+
+
+def undisturbed(folder: Path, encoding: str) -> tuple[dict[str, bytes], float]:
+    """The files of a run that nobody kills, and its seconds."""
+    began, log = time.monotonic(), folder / "log"
+    output = folder / f"whole-{encoding}"
+    status = ended(fork(settings(folder, output, encoding, None), Page(1), 0, None, log), DEADLINE_S)
+    if status != 0:
+        raise click.ClickException(f"the run that nobody kills ended with {status}: {log.read_text()}")
+    return contents(output), time.monotonic() - began
+
+
+def all_runs(
+    kills: int,
+    seed: int,
+    aimed: bool,
+    plans: Sequence[tuple[str, int]],
+    disk: bool,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """plans: encoding and processes of each run."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory(dir=HOME) as scratch:
+        folder = Path(scratch)
+        prepare(folder)
+        encodings = sorted({encoding for encoding, _ in plans})
+        expected: dict[str, dict[str, bytes]] = {}
+        typical: dict[str, float] = {}
+        for number, encoding in enumerate(encodings):
+            if number == 0:  # the text is tokenised once, which is not typical
+                undisturbed(folder, encoding)
+                shutil.rmtree(folder / f"whole-{encoding}")
+            expected[encoding], typical[encoding] = undisturbed(folder, encoding)
+        outcomes = []
+        for number, (encoding, processes) in enumerate(plans):
+            share = kills // len(plans) + (number < kills % len(plans))
+            aims = [Aim(stage, rng.randint(1, 3)) for stage in AIMS if stage != "lexicon" or encoding == "packed"]
+            aims = [replace(aim, count=1) if aim.stage in ONCE else aim for aim in aims] if aimed else []
+            if share or aims:
+                outcomes.append(
+                    torture(folder, encoding, processes, share, aims, expected[encoding], typical[encoding], rng)
+                )
+                done = outcomes[-1]
+                progress(
+                    f"{many(processes)}, {encoding}: {len(done.kills)} kills, {done.starts} starts, "
+                    f"{done.seconds:.0f} s: {'; '.join(done.faults) or 'every byte the same'}"
+                )
+        disks = [full_disk(folder, encoding, expected[encoding]) for encoding in encodings if disk]
+        for filled in disks:
+            progress(f"full disk, {filled}")
+    return {"outcomes": outcomes, "disks": disks}
+
+
+AIMS = (
+    *("tokenising", "recording the settings", "forward", "encoding a shard", "lexicon", "naming a shard"),
+    *("between shard and sidecar", "sidecar", "card", "manifest", "between manifest and end"),
+)
+ONCE = {"tokenising", "recording the settings", "lexicon", "card", "manifest", "between manifest and end"}
+
+
+def many(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
+def record(found: dict[str, Any], results: Path | None, command: str) -> None:
+    from benchmarks.measure import Result, Table, show, write
+
+    outcomes: list[Outcome] = found["outcomes"]
+    where: dict[str, Counter[tuple[int, str]]] = {stage: Counter() for stage in STAGES}
+    for outcome in outcomes:
+        for how, stage in outcome.kills:
+            where[stage][outcome.processes, how] += 1
+    columns = [
+        "killed while",
+        *(f"{n} process{'es' * (n > 1)}, {how}" for n in (1, 2, 3) for how in ("random", "aimed")),
+    ]
+    rows = [
+        [stage, *(counts[n, how] for n in (1, 2, 3) for how in ("random", "aimed"))]
+        for stage, counts in where.items()
+        if counts
+    ]
+    runs = [
+        [f"{o.processes} {o.encoding}", len(o.kills), o.starts, round(o.seconds, 1), "; ".join(o.faults) or "none"]
+        for o in outcomes
+    ]
+    disks = [
+        [d["encoding"], d["ran"], d.get("times_full", 0), "; ".join(d.get("faults", [])) or "none"]
+        for d in found["disks"]
+    ]
+    kills = sum(len(o.kills) for o in outcomes)
+    faults = sum(len(o.faults) for o in outcomes) + sum(len(d.get("faults", [])) for d in found["disks"])
+    result = Result(
+        name="torture",
+        question="cache-teacher killed with SIGKILL and started again until the cache is finished: is every file, byte "
+        "for byte, that of a run that nobody disturbed, and was no shard that had a sidecar written again?",
+        bound="0 faults.",
+        settings={"rows_per_shard": 8, "record_batch_rows": 32, "batch_rows": 4, "row_tokens": 48},
+        tables=[
+            Table("What was killed where", columns, rows),
+            Table("Runs", ["processes, encoding", "kills", "starts", "seconds", "faults"], runs),
+            Table("A full disk", ["encoding", "file system", "times full", "faults"], disks),
+        ],
+        summary={"kills": kills, "runs": len(outcomes), "faults": faults},
+    )
+    show(result)
+    if results is not None:
+        write(result, results, command)
+
+
+@click.command()
+@click.option("--kills", default=108, show_default=True, help="At random moments, over all runs.")
+@click.option("--aimed/--no-aimed", default=True, show_default=True, help="One more at each step, in every run.")
+@click.option("--processes", multiple=True, type=click.IntRange(1, 8), default=(1, 2, 3), show_default=True)
+@click.option("--encoding", "encodings", multiple=True, type=click.Choice(ENCODINGS), default=ENCODINGS)
+@click.option("--disk/--no-disk", default=True, show_default=True, help="Fill a small file system as well.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), help="Where to record; else only printed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcomes as one line of JSON.")
+def main(
+    kills: int,
+    aimed: bool,
+    processes: tuple[int, ...],
+    encodings: tuple[str, ...],
+    disk: bool,
+    seed: int,
+    results: Path | None,
+    as_json: bool,
+) -> None:
+    """Kill cache-teacher again and again; exit status 1 if anything differs afterwards."""
+    logging.disable_progress_bar()
+    try:
+        plans = [(encoding, count) for count in processes for encoding in encodings]
+        found = all_runs(kills, seed, aimed, plans, disk, lambda text: click.echo(text, err=True))
+        if as_json:
+            click.echo(json.dumps({"runs": [vars(o) for o in found["outcomes"]], "disks": found["disks"]}))
+        else:
+            aimed_flag = "" if aimed else " --no-aimed"
+            record(found, results, f"PYTHONPATH=. python tests/torture.py --kills {kills}{aimed_flag} --seed {seed}")
+    finally:
+        shutil.rmtree(HOME, ignore_errors=True)
+    faults = [fault for o in found["outcomes"] for fault in o.faults]
+    faults += [fault for disk in found["disks"] for fault in disk.get("faults", [])]
+    if faults:
+        raise click.ClickException(f"{len(faults)} faults: {faults[0]}")
+
+
+if __name__ == "__main__":
+    main()
