@@ -23,44 +23,57 @@ from cache_format.manifest import (
     sidecar_name,
 )
 from cache_format.metadata import CacheMetadata
+from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
 from cache_format.shard_reader import ShardReader
-from cache_format.storage import Directory, open_directory
+from cache_format.storage import Directory, LocalDirectory, open_directory
 from cache_format.types import CacheRow
 
 OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
 
 
-def open_cache(path: str | os.PathLike[str], *, cached_record_batches: int = 8) -> Cache:
+def open_cache(
+    path: str | os.PathLike[str], *, cached_record_batches: int = 8, read_cache: ReadCache | None = None
+) -> Cache:
     """Open a finished cache.
 
     Args:
         path: the directory, or an fsspec URL of it.
         cached_record_batches: how many decoded record batches to keep in memory.
+        read_cache: where to keep what was read of a remote cache; a local one has no use for it.
 
     Raises: FormatError if there is no finished cache of this format version.
     """
     directory = open_directory(path)
     try:
         data = directory.read_bytes(MANIFEST)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise _no_manifest(directory) from None
     manifest = Manifest.from_bytes(data, directory.path(MANIFEST))
-    return Cache(directory, manifest, cached_record_batches)
+    if isinstance(directory, LocalDirectory):
+        read_cache = None
+    return Cache(directory, manifest, cached_record_batches, read_cache)
 
 
 class Cache(Sequence[CacheRow]):
     """The rows of a cache, as a sequence. Safe to pickle, to fork and to share between threads."""
 
-    def __init__(self, directory: Directory, manifest: Manifest, cached_record_batches: int) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        manifest: Manifest,
+        cached_record_batches: int,
+        read_cache: ReadCache | None = None,
+    ) -> None:
         self.manifest = manifest
         self._directory = directory
         self._cached_record_batches = cached_record_batches
+        self._read_cache = read_cache
         self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
         self._record_batch = lru_cache(cached_record_batches)(self._read_record_batch)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self._directory, self.manifest, self._cached_record_batches)
+        return Cache, (self._directory, self.manifest, self._cached_record_batches, self._read_cache)
 
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
@@ -165,7 +178,7 @@ class Cache(Sequence[CacheRow]):
         return self._record_batch(shard, batch).row(index)
 
     def _open_shard(self, shard: int) -> ShardReader:
-        return ShardReader(self._directory, self.manifest, shard, self._lexicon)
+        return ShardReader(self._directory, self.manifest, shard, self._lexicon, self._read_cache)
 
     def _read_record_batch(self, shard: int, index: int) -> RowBatch:
         return self._shard(shard).record_batch(index)
