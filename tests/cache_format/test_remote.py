@@ -140,16 +140,16 @@ def test_a_cache_on_s3_has_the_same_bytes(server: Any, tmp_path: Path, encoding:
 def test_nothing_is_lost_to_faults(server: Any, tmp_path: Path):
     """Written, resumed, verified and read at random, with one request in seven spoilt."""
     server.faults, server.injected, server.requests = dict(ALL_FAULTS), type(server.injected)(), type(server.requests)()
-    written(server.url("faults"), rows=40)
-    written(tmp_path / "cache", rows=40)
+    written(server.url("faults"), rows=24)
+    written(tmp_path / "cache", rows=24)
     cf.verify_cache(server.url("faults"))
     cache = cf.open_cache(server.url("faults"), cached_record_batches=1)
-    for row in np.random.default_rng(0).permutation(40):
+    for row in np.random.default_rng(0).permutation(24):
         expected = sample_row(int(row))
         np.testing.assert_array_equal(cache[int(row)].targets.ids, expected.targets.ids)
     server.faults = {}
     assert downloaded(server.url("faults")) == contents(tmp_path / "cache")
-    assert sum(server.requests.values()) > 150
+    assert sum(server.requests.values()) > 90
     assert set(server.injected) == set(ALL_FAULTS), server.injected
 
 
