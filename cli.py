@@ -68,6 +68,8 @@ def _remedy(error: OSError) -> str:
         return "Free some space and run the same command again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Change its permissions, or choose another path."
+    if error.errno in (errno.EIO, errno.ETIMEDOUT):
+        return "Check the connection (or the disk), and run the same command again."
     return "Check the path."
 
 

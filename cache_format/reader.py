@@ -23,16 +23,21 @@ from cache_format.manifest import (
     sidecar_name,
 )
 from cache_format.metadata import CacheMetadata
+from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
 from cache_format.shard_reader import ShardReader
-from cache_format.storage import Directory, open_directory
+from cache_format.storage import Directory, LocalDirectory, open_directory
 from cache_format.types import CacheRow
 
 OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
 
 
 def open_cache(
-    path: str | os.PathLike[str], *, cached_record_batches: int = 8, hidden_layers: Sequence[int] | None = None
+    path: str | os.PathLike[str],
+    *,
+    cached_record_batches: int = 8,
+    hidden_layers: Sequence[int] | None = None,
+    read_cache: ReadCache | None = None,
 ) -> Cache:
     """Open a finished cache.
 
@@ -40,17 +45,20 @@ def open_cache(
         path: the directory, or an fsspec URL of it.
         cached_record_batches: how many decoded record batches to keep in memory.
         hidden_layers: whose hidden states to decode, of those that the cache holds; default: all of them.
+        read_cache: where to keep what was read of a remote cache; a local one has no use for it.
 
     Raises: FormatError if there is no finished cache of this format version.
     """
     directory = open_directory(path)
     try:
         data = directory.read_bytes(MANIFEST)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise _no_manifest(directory) from None
     manifest = Manifest.from_bytes(data, directory.path(MANIFEST))
     layers = None if hidden_layers is None else tuple(hidden_layers)
-    return Cache(directory, manifest, cached_record_batches, layers)
+    if isinstance(directory, LocalDirectory):
+        read_cache = None
+    return Cache(directory, manifest, cached_record_batches, layers, read_cache)
 
 
 class Cache(Sequence[CacheRow]):
@@ -62,16 +70,19 @@ class Cache(Sequence[CacheRow]):
         manifest: Manifest,
         cached_record_batches: int,
         hidden_layers: tuple[int, ...] | None = None,
+        read_cache: ReadCache | None = None,
     ) -> None:
         self.manifest = manifest
         self._hidden_layers = hidden_layers
         self._directory = directory
         self._cached_record_batches = cached_record_batches
+        self._read_cache = read_cache
         self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
         self._record_batch = lru_cache(cached_record_batches)(self._read_record_batch)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self._directory, self.manifest, self._cached_record_batches, self._hidden_layers)
+        kept = self._cached_record_batches, self._hidden_layers, self._read_cache
+        return Cache, (self._directory, self.manifest, *kept)
 
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
@@ -187,7 +198,8 @@ class Cache(Sequence[CacheRow]):
         return self._record_batch(shard, batch).row(index)
 
     def _open_shard(self, shard: int) -> ShardReader:
-        return ShardReader(self._directory, self.manifest, shard, self._lexicon, self._hidden_layers)
+        options = self._lexicon, self._hidden_layers, self._read_cache
+        return ShardReader(self._directory, self.manifest, shard, *options)
 
     def _read_record_batch(self, shard: int, index: int) -> RowBatch:
         return self._shard(shard).record_batch(index)

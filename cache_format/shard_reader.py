@@ -26,6 +26,7 @@ from cache_format.manifest import (
     sha256,
     sidecar_name,
 )
+from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
 from cache_format.storage import Directory, ShardFile
 
@@ -45,8 +46,10 @@ class ShardReader:
         index: int,
         lexicon: Lexicon | None = None,
         hidden_layers: tuple[int, ...] | None = None,
+        read_cache: ReadCache | None = None,
     ) -> None:
         self._lexicon = lexicon
+        self._read_cache = read_cache
         self._metadata = manifest.metadata
         self._name = manifest.shards[index].name
         self._where = directory.path(self._name)
@@ -156,13 +159,21 @@ class ShardReader:
         return file
 
     def _checked(self, part: ByteRange, name: str) -> pa.Buffer:
-        try:
-            data = self._file.read(part.start, part.stop)
-        except OSError as error:
-            raise self._missing(f"{self._where}, {name}", error) from error
-        if (found := sha256(data)) != part.sha256:
-            raise _damaged(f"{self._where}, {name}", found, part.sha256, self._name)
-        return data
+        if self._read_cache is not None and (data := self._read_cache.get(part.sha256)) is not None:
+            if sha256(data) == part.sha256:
+                return data
+            self._read_cache.drop(part.sha256)
+        found = ""
+        for _ in range(self._file.readings):
+            try:
+                data = self._file.read(part.start, part.stop)
+            except OSError as error:
+                raise self._missing(f"{self._where}, {name}", error) from error
+            if (found := sha256(data)) == part.sha256:
+                if self._read_cache is not None:
+                    self._read_cache.put(part.sha256, data)
+                return data
+        raise _damaged(f"{self._where}, {name}", found, part.sha256, self._name)
 
     def _check_header(self) -> None:
         try:

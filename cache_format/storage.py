@@ -13,19 +13,18 @@ import errno
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import fsspec
 import pyarrow as pa
 
 from cache_format.errors import FormatError
+from cache_format.remote import TEMPORARY_SUFFIX, RemoteDirectory
 
-TEMPORARY_SUFFIX = ".tmp"
 # What file systems without hard links say to one (FAT, some network and user-space file systems).
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
@@ -33,6 +32,10 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 class ShardFile(Protocol):
     @property
     def size(self) -> int: ...
+
+    @property
+    def readings(self) -> int:
+        """How often to read what has a wrong checksum before believing it."""
 
     def read(self, start: int, stop: int) -> pa.Buffer: ...
 
@@ -86,7 +89,7 @@ def open_directory(location: str | os.PathLike[str]) -> Directory:
     fs, root = fsspec.core.url_to_fs(text)
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
         return _local(Path(root))
-    return RemoteDirectory(fs, root.rstrip("/"), text.rstrip("/"))
+    return RemoteDirectory(text.rstrip("/"), root.rstrip("/"))
 
 
 def is_temporary(name: str) -> bool:
@@ -102,6 +105,7 @@ def write_bytes(directory: Directory, name: str, data: bytes) -> None:
 @dataclass(frozen=True)
 class MappedFile:
     buffer: pa.Buffer
+    readings = 1
 
     @property
     def size(self) -> int:
@@ -177,87 +181,6 @@ class LocalDirectory:
 
     def path(self, name: str = "") -> str:
         return str(self.root / name)
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    fs: Any
-    full_name: str
-    size: int
-
-    def read(self, start: int, stop: int) -> pa.Buffer:
-        return pa.py_buffer(self.fs.cat_file(self.full_name, start=start, end=stop))
-
-
-@dataclass(frozen=True)
-class RemoteDirectory:
-    fs: Any  # fsspec.AbstractFileSystem
-    root: str
-    url: str
-
-    def names(self, name: str = "") -> list[str]:
-        self.fs.invalidate_cache()
-        try:
-            entries = self.fs.ls(self._full(name), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
-
-    def exists(self) -> bool:
-        return bool(self.fs.exists(self.root))
-
-    def read_bytes(self, name: str) -> bytes:
-        return bytes(self.fs.cat_file(self._full(name)))
-
-    def open(self, name: str) -> ShardFile:
-        return RemoteFile(self.fs, self._full(name), int(self.fs.size(self._full(name))))
-
-    @contextmanager
-    def create(self, name: str) -> Iterator[str]:
-        handle, scratch = tempfile.mkstemp(suffix=TEMPORARY_SUFFIX)
-        os.close(handle)
-        try:
-            yield scratch
-            self.fs.makedirs(self._full(name).rpartition("/")[0], exist_ok=True)
-            self.fs.put_file(scratch, self._full(name))
-        finally:
-            os.unlink(scratch)
-
-    def create_new(self, name: str, data: bytes) -> bool:
-        self.fs.makedirs(self._full(name).rpartition("/")[0], exist_ok=True)
-        try:
-            self.fs.pipe_file(self._full(name), data, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def touch(self, name: str) -> None:
-        self.fs.pipe_file(self._full(name), self.read_bytes(name))
-
-    def modified(self, name: str) -> float | None:
-        self.fs.invalidate_cache()
-        try:
-            return float(self.fs.modified(self._full(name)).timestamp())
-        except NotImplementedError:
-            return None
-
-    def remove(self, name: str) -> None:
-        if self.fs.exists(self._full(name)):
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                self.fs.rm_file(self._full(name))
-
-    def remove_folder(self, name: str) -> None:
-        """An object store has none; what has them (memory, ssh) may keep an empty one."""
-
-    def remove_tree(self, name: str) -> None:
-        if self.fs.exists(self._full(name)):
-            self.fs.rm(self._full(name), recursive=True)
-
-    def path(self, name: str = "") -> str:
-        return f"{self.url}/{name}" if name else self.url
-
-    def _full(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
 
 
 def _local(root: Path) -> LocalDirectory:

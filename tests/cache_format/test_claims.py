@@ -36,7 +36,7 @@ def plant(directory: storage.Directory, name: str, age_s: float = 0.0, **owner: 
         then = time.time() - age_s
         os.utime(directory.root / f"{CLAIMS}/{name}.0.json", (then, then))
     else:
-        store = directory.fs.store[directory._full(f"{CLAIMS}/{name}.0.json")]
+        store = directory.fs.store[directory.full(f"{CLAIMS}/{name}.0.json")]
         store.modified = type(store.modified).fromtimestamp(time.time() - age_s, store.modified.tzinfo)
 
 

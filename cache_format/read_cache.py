@@ -1,0 +1,86 @@
+"""Parts of remote shards on a local disk, so that an epoch after the first reads nothing over the network.
+
+A part is found by the checksum that the sidecar has for it: nothing can be stale, and what is damaged here is fetched
+again. Several processes may share a directory: files appear by renaming, and whoever finds the limit exceeded removes
+what was used least recently. The limit is kept to within a twentieth of it for each process that writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+SHARE_BETWEEN_LOOKS = 20
+
+
+@dataclass
+class ReadCache:
+    """At most `max_bytes` of parts in `directory`."""
+
+    directory: Path
+    max_bytes: int
+    _written: int = field(default=-1, compare=False)  # since the directory was looked through; -1: never was
+
+    def get(self, digest: str) -> pa.Buffer | None:
+        """The part with this SHA-256, if it is there; not checked."""
+        path = self._path(digest)
+        try:
+            os.utime(path)  # used now
+            with pa.memory_map(os.fspath(path)) as file:
+                return file.read_buffer()
+        except (OSError, pa.ArrowException):
+            return None
+
+    def put(self, digest: str, data: pa.Buffer) -> None:
+        """Keep a part. A full or unwritable disk is no error: it is fetched again next time."""
+        if data.size > self.max_bytes:
+            return
+        path = self._path(digest)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self._written < 0 or self._written + data.size > self.max_bytes // SHARE_BETWEEN_LOOKS:
+                self._make_room(data.size)
+            handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                os.replace(scratch, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(scratch)
+                raise
+            self._written += data.size
+        except OSError:
+            return
+
+    def drop(self, digest: str) -> None:
+        """Forget a part that is not what its name says."""
+        with contextlib.suppress(OSError):
+            self._path(digest).unlink()
+
+    def _path(self, digest: str) -> Path:
+        return self.directory / digest[:2] / digest
+
+    def _make_room(self, coming: int) -> None:
+        found = []
+        for folder in os.scandir(self.directory):
+            if folder.is_dir() and len(folder.name) == 2:
+                for file in os.scandir(folder):
+                    with contextlib.suppress(FileNotFoundError):  # another process removed it
+                        facts = file.stat()
+                        found.append((facts.st_mtime_ns, facts.st_size, file.path))
+        total = sum(size for _, size, _ in found)
+        # So far down that the writes until the next look fit in.
+        allowed = max(0, self.max_bytes - max(coming, self.max_bytes // SHARE_BETWEEN_LOOKS))
+        for _, size, path in sorted(found):
+            if total <= allowed:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            total -= size
+        self._written = 0
