@@ -4,7 +4,7 @@
     distill train-student   cache + student ─▶ checkpoint    distill stats     sizes and distributions
     distill evaluate        held-out cache + student         distill verify    checksums, values, teacher
     distill plan            bytes and time, beforehand       distill convert   other encoding, shards, fewer entries
-    distill merge           shards of several machines ─▶ cache
+    distill merge           shards of several machines       distill push      cache ─▶ hub
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and status 1, wrong
 usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen inside the commands: `--help` takes no torch.
@@ -300,6 +300,7 @@ WORKER_OPTIONS = options(
 @ENCODING_OPTION
 @click.option("--compression-level", default=9, show_default=True, type=click.IntRange(1, 22), help="zstd.")
 @click.option("--overwrite", is_flag=True, help="Delete the cache that is in --output first.")
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Then upload the cache, as distill push does.")
 @WORKER_OPTIONS
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -313,6 +314,11 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     from pipeline.report import duration, pairs, size
     from pipeline.teacher.capture import CaptureProgress, cache_teacher
 
+    repository = given.pop("push_to_hub")
+    if repository is not None:
+        from pipeline.hub import check_repository
+
+        check_repository(repository)
     config = _cache_teacher_config(seq_len, given)
 
     def show(p: CaptureProgress) -> None:
@@ -333,6 +339,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
             _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
     if status.silent:
         return
+    if repository is not None and summary.finished:
+        _push(config.output, repository, private=False)
     if as_json:
         return print_json(asdict(summary))
     kept = "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"
@@ -427,7 +435,16 @@ def plan_command(rows: int, cost_per_hour: float | None, seq_len: int, as_json: 
 
 
 # The same words as for the real thing, but for what only that can do.
-_OF_WRITING = {"overwrite", "as_json", "num_workers", "worker_index", "shard_range", "allow_rounding", "stale_after"}
+_OF_WRITING = {
+    "overwrite",
+    "push_to_hub",
+    "as_json",
+    "num_workers",
+    "worker_index",
+    "shard_range",
+    "allow_rounding",
+    "stale_after",
+}
 plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not in _OF_WRITING]
 
 
@@ -785,6 +802,33 @@ def merge(cache: str, as_json: bool) -> None:
         f"{cache}: finished. {manifest.num_rows:,} rows, {manifest.num_tokens:,} tokens, "
         f"{size(manifest.stored_bytes)} in {len(manifest.shards):,} shards."
     )
+
+
+@main.command(epilog=_examples("distill push caches/train owner/name --private"))
+@click.argument("cache")
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="A new repository can be seen by its owner only.")
+def push(cache: str, repository: str, private: bool) -> None:
+    """Upload a cache to the Hugging Face hub, as a dataset.
+
+    REPOSITORY is OWNER/NAME. Every byte is checked first. Read it as hf://datasets/OWNER/NAME, or with
+    datasets.load_dataset.
+    """
+    _push(cache, repository, private)
+
+
+def _push(cache: str, repository: str, private: bool) -> None:
+    from pipeline.hub import push_cache
+
+    with Status() as status:
+        address = push_cache(
+            cache,
+            repository,
+            private=private,
+            on_stage=status.stage,
+            on_progress=lambda done, total: status.step(done, total, "rows checked"),
+        )
+    err.print(f"Pushed to {address}")
 
 
 def _was_given(parameter: str) -> bool:

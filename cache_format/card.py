@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from cache_format.manifest import Manifest
 
+# What the hub shows and `datasets.load_dataset` goes by, of a local directory too: without it, it would guess.
+HEADER = """\
+---
+tags:
+- knowledge-distillation
+- distill-cache
+configs:
+- config_name: default
+  data_files: "shards/*.arrow"
+---
+"""
+
 TEMPLATE = """\
 # Teacher targets of {teacher}
 
@@ -82,7 +94,7 @@ ABOUT = {
 
 def card(manifest: Manifest) -> str:
     metadata = manifest.metadata
-    return TEMPLATE.format(
+    return HEADER + TEMPLATE.format(
         teacher=metadata.teacher["name"],
         precision=metadata.teacher.get("dtype", "unknown precision"),
         source=metadata.corpus.get("source", "not recorded"),

@@ -51,7 +51,18 @@ def run(*words: object, status: int = 0) -> Result:
 
 
 def test_commands_stand_in_the_order_of_the_flow():
-    names = ["cache-teacher", "plan", "train-student", "evaluate", "inspect", "stats", "verify", "convert", "merge"]
+    names = [
+        "cache-teacher",
+        "plan",
+        "train-student",
+        "evaluate",
+        "inspect",
+        "stats",
+        "verify",
+        "convert",
+        "merge",
+        "push",
+    ]
     assert list(main.commands) == names
     text = run("--help").stdout
     places = [text.index(f"\n  {name} ") for name in main.commands]

@@ -1,0 +1,82 @@
+"""A finished cache ─▶ a dataset repository on the Hugging Face hub.
+
+The card that every cache has says where its shards are, so `datasets.load_dataset(repo)` opens it, and
+`distill train-student --cache hf://datasets/OWNER/NAME` trains from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+import cache_format as cf
+from pipeline.errors import ConfigError, DataError
+
+FILES = ("manifest.json", "README.md", "lexicon.arrow", "shards/*.arrow", "shards/*.json", "tokenizer/**")
+CONNECTION = (
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "httpcore2",
+    "requests",
+    "urllib3",
+)  # below the client
+
+
+def check_repository(name: str) -> None:
+    """Raises: ConfigError for what cannot be the name of a repository, before days of work rather than after."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"--push-to-hub {name}: {error} Give OWNER/NAME.") from error
+
+
+def push_cache(
+    path: str | os.PathLike[str],
+    repository: str,
+    *,
+    private: bool = False,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Uploads a cache, and returns the address of its repository; one that exists gets the files that differ.
+
+    Every byte is compared with its checksum first. The manifest arrives last, in a commit of its own: until then the
+    repository is an unfinished cache, and is read as one.
+
+    Raises:
+        ConfigError: `repository` is no name, or the cache lies on another machine. CacheError: it is damaged.
+        DataError: the hub refuses, or cannot be reached.
+    """
+    check_repository(repository)
+    if "://" in os.fspath(path):
+        raise ConfigError(f"{path}: only a local cache can be pushed. Copy it to a disk first.")
+    on_stage(f"checking {path}")
+    cf.verify_cache(path, on_progress)
+    on_stage(f"uploading to {repository}")
+    api, folder = HfApi(), Path(path)
+    try:
+        address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        for patterns, message in ((FILES[1:], "shards"), (FILES[:1], "manifest")):
+            api.upload_folder(
+                repo_id=repository,
+                repo_type="dataset",
+                folder_path=folder,
+                allow_patterns=list(patterns),
+                commit_message=f"distill cache: {message}",
+            )
+    except Exception as error:
+        expected = isinstance(error, (HfHubHTTPError, OSError, ValueError))
+        if not expected and type(error).__module__.partition(".")[0] not in CONNECTION:
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"{repository}: the hub did not take the cache: {lines[0].rstrip('.')}. {path} is complete and unchanged; "
+            f"log in (hf auth login) or check the connection, then: distill push {path} {repository}"
+        ) from error
+    return str(address)

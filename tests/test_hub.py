@@ -1,0 +1,128 @@
+"""A cache as a dataset of the hub: what is uploaded, in which order, and that `datasets` opens it. No network."""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from huggingface_hub.errors import HfHubHTTPError
+
+import cache_format as cf
+from cli import main
+from pipeline import hub
+from runs import build_cache
+from sampled import threshold
+
+
+class Hub:
+    """What the client would have been asked, and a folder that holds what the repository would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls, self.error = folder, [], None
+
+    def __call__(self) -> Hub:
+        return self
+
+    def create_repo(self, repository: str, **options: Any) -> str:
+        self.calls.append(("create", repository, options))
+        if self.error is not None:
+            raise self.error
+        return f"https://hub/datasets/{repository}"
+
+    def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **options: Any) -> None:
+        files = [f.relative_to(folder_path).as_posix() for f in sorted(folder_path.rglob("*")) if f.is_file()]
+        chosen = [name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
+        self.calls.append(("upload", options["repo_id"], chosen))
+        assert options["repo_type"] == "dataset"
+        for name in chosen:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder_path / name, self.folder / name)
+
+
+@pytest.fixture()
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub(tmp_path / "hub")
+    monkeypatch.setattr(hub, "HfApi", found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_file: Path) -> Path:
+    return build_cache(tmp_path_factory.mktemp("hub") / "cache", teacher_dir, text_file, targets=threshold(0.1))
+
+
+def push(*words: Any, status: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["push", *map(str, words)])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_the_repository_is_the_cache_and_its_manifest_comes_last(cache: Path, fake: Hub):
+    (cache / "stray.txt").write_text("not of the cache")
+    result = push(cache, "someone/targets", "--private")
+    (cache / "stray.txt").unlink()
+    assert "Pushed to https://hub/datasets/someone/targets" in result.stderr
+    (_, _, options), (_, _, first), (_, _, last) = fake.calls
+    assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    assert last == ["manifest.json"] and "manifest.json" not in first and "stray.txt" not in first
+    pushed = cf.open_cache(fake.folder)
+    cf.verify_cache(fake.folder, deep=True)
+    assert pushed.tokenizer_files() == cf.open_cache(cache).tokenizer_files()
+
+
+def test_datasets_opens_it_by_its_card(cache: Path, fake: Hub, tmp_path: Path):
+    push(cache, "someone/targets")
+    loaded = datasets.load_dataset(str(fake.folder), cache_dir=str(tmp_path / "datasets"))["train"]
+    expected = cf.open_cache(cache)
+    assert len(loaded) == len(expected)
+    for index in (0, len(expected) - 1):
+        assert loaded[index]["input_ids"] == expected[index].input_ids.tolist()
+        np.testing.assert_array_equal(np.float32(loaded[index]["target_logprobs"]), expected[index].targets.logprobs)
+
+
+def test_a_damaged_cache_stays_at_home(cache: Path, fake: Hub, tmp_path: Path):
+    damaged = shutil.copytree(cache, tmp_path / "damaged")
+    shard = damaged / "shards/shard-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert "checksum" in push(damaged, "someone/targets", status=1).stderr
+    assert fake.calls == []
+
+
+def test_what_the_hub_says_is_passed_on_with_the_next_step(cache: Path, fake: Hub):
+    class Response:
+        headers: dict[str, str] = {}
+        request = None
+        status_code = 401
+
+    fake.error = HfHubHTTPError("401 Client Error: Unauthorized", response=Response())  # type: ignore[arg-type]
+    line = push(cache, "someone/targets", status=1).stderr.splitlines()[-1]
+    assert "401" in line and "hf auth login" in line and f"distill push {cache} someone/targets" in line
+    fake.error = ZeroDivisionError()  # a bug is not dressed up
+    with pytest.raises(ZeroDivisionError):
+        CliRunner().invoke(main, ["push", str(cache), "someone/targets"], catch_exceptions=False)
+
+
+def test_names_are_looked_at_before_any_work(cache: Path, fake: Hub, teacher_dir: Path, tmp_path: Path):
+    assert "Give OWNER/NAME" in push(cache, "a/b/c", status=1).stderr
+    words = ["cache-teacher", "--teacher", teacher_dir, "--data", "nowhere.txt", "--output", tmp_path / "c"]
+    result = CliRunner().invoke(main, [str(word) for word in [*words, "--push-to-hub", "no spaces"]])
+    assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr
+    assert "only a local cache" in push("memory://cache", "someone/targets", status=1).stderr
+    assert fake.calls == []
+
+
+def test_capture_pushes_what_it_has_finished(fake: Hub, teacher_dir: Path, text_file: Path, tmp_path: Path):
+    words = ["cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "c"]
+    words += ["--seq-len", 48, "--device", "cpu", "--push-to-hub", "someone/new"]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert [call[0] for call in fake.calls] == ["create", "upload", "upload"]
+    assert len(cf.open_cache(fake.folder)) == len(cf.open_cache(tmp_path / "c"))
