@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from benchmarks import measure
 
-NAMES = ("fused_loss", "capture", "decode", "sizes", "codebook", "temperature")
+NAMES = ("fused_loss", "capture", "decode", "sizes", "codebook", "temperature", "reading")
 RESULTS = Path(__file__).parent / "results"
 
 
