@@ -133,8 +133,8 @@ TRACK_1 = Track(
     held_out_tokens=8_192,
     window=256,
     batch_rows=4,
-    search_rates=(2e-3, 4e-3, 8e-3),
-    search_share=0.5,
+    search_rates=(1e-3, 2e-3, 4e-3),
+    search_share=0.25,
     seeds=2,
     gradient_rows=8,
     record_batch_rows=128,
@@ -152,6 +152,7 @@ TRACK_1 = Track(
 TRACK_2 = replace(
     TRACK_1,
     number=2,
+    search_share=0.5,
     vocab_size=4096,
     teacher=Shape(width=192, layers=4, heads=6),
     teacher_epochs=2,
