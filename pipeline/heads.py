@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
+from pipeline.placement import compute_device, is_here
 
 PROBE_TOKENS = 12
 LOUD_LOGIT = 100.0
@@ -54,6 +55,11 @@ class Head:
         """[≥V] or None"""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where logits are computed."""
+        return compute_device(self.model.get_output_embeddings())
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: what the head is applied to.
 
@@ -61,7 +67,7 @@ class Head:
         block-diagonal mask; that holds only without an attention mask and without a key-value cache.
         """
         decoder = _decoder(self.model)
-        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0].to(self.device)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, D] → [n, V], in the dtype the model computes them in.
@@ -102,7 +108,7 @@ def open_head(model: PreTrainedModel, vocab_size: int) -> Head:
             f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}: "
             "they do not belong together. Use a model and a cache of the same tokenizer."
         )
-    device = output.weight.device
+    device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
@@ -117,7 +123,7 @@ def open_head(model: PreTrainedModel, vocab_size: int) -> Head:
         factor = LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)
         loud = _logits_of_amplified_states(model, ids, positions, factor)[:, :vocab_size]
         worst = {}
-        for linear in (True, False) if isinstance(output, nn.Linear) else (False,):
+        for linear in (True, False) if isinstance(output, nn.Linear) and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size)
             hidden = head.hidden_states(ids, positions)[0]
             ratios = [
@@ -140,7 +146,7 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
     The second document must be what it is alone, and the same whatever the first is; the latter to the last bits in any
     dtype, since nothing but the first document changes.
     """
-    device = head.weight.device
+    device = head.device
     generator = torch.Generator().manual_seed(1)
     first, other, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 7, 5))
     alone = torch.arange(second.shape[1], device=device)[None]
@@ -210,7 +216,7 @@ def _logits_of_amplified_states(model: PreTrainedModel, ids: Tensor, positions: 
 
     hook = _decoder(model).register_forward_hook(amplify)
     try:
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].to(ids.device)
     finally:
         hook.remove()
 
