@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-lowest lint format bench bench-quality fuzz clean
+.PHONY: help setup demo test test-real test-lowest torture fuzz lint format bench bench-quality clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
 test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)
 	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
+
+torture: $(STAMP)  ## kill stage one a hundred times and more, fill a small disk, compare every byte: five minutes
+	PYTHONPATH=. $(PY) tests/torture.py --results benchmarks/results
 
 lint: $(STAMP)   ## ruff (rules and format), mypy
 	$(PY) -m ruff check .

@@ -202,6 +202,16 @@ DEVICE_OPTIONS = options(
     ),
 )
 
+PLACEMENT_OPTIONS = options(
+    click.option(
+        "--device-map",
+        metavar="auto|FILE",
+        help="Spread the teacher over all devices, CPU and disk: auto (accelerate), or JSON of modules and devices.",
+    ),
+    click.option(
+        "--tp", "tensor_parallel", is_flag=True, help="Split the teacher over the processes of torchrun (transformers)."
+    ),
+)
 WORKER_OPTIONS = options(
     click.option(
         "--num-workers",
@@ -269,6 +279,7 @@ WORKER_OPTIONS = options(
 @click.option("--seq-len", default=1024, show_default=True, type=click.IntRange(2), help="Tokens per row, at most.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
 @DEVICE_OPTIONS
+@PLACEMENT_OPTIONS
 @click.option("--text-column", help="Column of strings or chat messages. Default: messages, prompt+completion, text.")
 @click.option(
     "--loss-on",

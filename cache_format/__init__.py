@@ -42,7 +42,7 @@ from cache_format.reader import Cache, open_cache
 from cache_format.row_batch import RowBatch
 from cache_format.shared_writer import Share, SharedCacheWriter, parse_shard_range
 from cache_format.types import IGNORE_INDEX, CacheRow, SparseTargets
-from cache_format.unfinished import finish_cache
+from cache_format.unfinished import CacheSize, finish_cache
 from cache_format.verify import VerifySummary, verify_cache
 from cache_format.writer import CacheWriter
 
@@ -55,6 +55,7 @@ __all__ = [
     "CacheError",
     "CacheMetadata",
     "CacheRow",
+    "CacheSize",
     "CacheWriter",
     "ClaimLostError",
     "Codebook",

@@ -14,7 +14,6 @@ ROUNDING = {
     "capture.threads": "sums split over another number of threads round differently",
     "capture.batch_size": "another batch size rounds differently",
     "capture.chunk_positions": "another chunk size rounds differently",
-    "capture.device_map": "layers placed elsewhere round differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }
 LIBRARIES = "another version may round or compress differently"

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
+from pipeline.placement import compute_device, is_here
 
 PROBE_TOKENS = 12
 LOUD_LOGIT = 100.0
@@ -58,6 +59,11 @@ class Head:
         """[≥V] or None"""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where logits are computed."""
+        return compute_device(self.model.get_output_embeddings())
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: what the head is applied to.
 
@@ -68,7 +74,7 @@ class Head:
         Args:
             attention_mask: [B, T] int64, 1 but for padding; for masked models, default: nothing is padding.
         """
-        return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0]
+        return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, D] → [n, V], in the dtype the model computes them in.
@@ -114,7 +120,7 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         )
     if masked and "attention_mask" not in inspect.signature(_body(model).forward).parameters:
         raise ModelError(f"{name} takes no attention mask, so it cannot tell text from padding. Use another model.")
-    device = output.weight.device
+    device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
@@ -133,7 +139,7 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         hidden = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked).hidden_states(ids, positions)[0]
         # The decoder of an ELECTRA takes states of another width than its body gives.
         may_be_linear = isinstance(output, nn.Linear) and output.weight.shape[1] == hidden.shape[-1]
-        for linear in (True, False) if may_be_linear else (False,):
+        for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size, masked=masked)
             ratios = [
                 _deviation(head.logits(hidden * by), expected) / _tolerance(expected, roundings=4)
@@ -155,7 +161,7 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
     The second document must be what it is alone, and the same whatever the first is; the latter to the last bits in any
     dtype, since nothing but the first document changes.
     """
-    device = head.weight.device
+    device = head.device
     generator = torch.Generator().manual_seed(1)
     first, other, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 7, 5))
     alone = torch.arange(second.shape[1], device=device)[None]
@@ -175,7 +181,7 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
 
 def check_padding(model: PreTrainedModel, head: Head) -> None:
     """Raises `ModelError` if a document's states in this masked model depend on what pads its row."""
-    device = head.weight.device
+    device = head.device
     generator = torch.Generator().manual_seed(1)
     document, padding = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 5))
     rows = torch.cat([torch.cat([document, torch.zeros_like(padding)], dim=1), torch.cat([document, padding], dim=1)])
@@ -263,7 +269,7 @@ def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], 
 
     hook = _body(model).register_forward_hook(amplify)
     try:
-        return model(**inputs).logits[0]
+        return model(**inputs).logits[0].to(inputs["input_ids"].device)
     finally:
         hook.remove()
 

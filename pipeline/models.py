@@ -6,6 +6,9 @@ Remote code stays off unless asked for. A GGUF file is dequantised by transforme
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.objective import NAMES, Objective, auto_class
+from pipeline.placement import begin_tensor_parallel, named_tensors, parse_device_map
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
@@ -66,18 +70,29 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | None = None,
+    tensor_parallel: bool = False,
 ) -> PreTrainedModel:
     """A language model on `device`, in evaluation mode.
 
     Args:
         objective: what it was trained to predict, which decides the class that it is loaded as.
         dtype: "auto" is float32 on a CPU (faster there and exact) and the checkpoint's own dtype elsewhere.
+        device_map: spread over several devices, CPU and disk instead: a strategy of accelerate, or a JSON file.
+        tensor_parallel: split over the processes of torchrun instead.
 
     Raises:
         ModelError: it cannot be found, read, or is not a language model of this kind.
     """
     source, options = _source(name)
     device = torch.device(device)
+    folder = None
+    if tensor_parallel:
+        options["distributed_config"] = begin_tensor_parallel(device)
+    elif device_map is not None:
+        # For what has to be converted before it can be left on disk; a safetensors checkpoint is read where it lies.
+        folder = tempfile.mkdtemp(prefix="distill-offload-")
+        options |= {"device_map": parse_device_map(device_map), "offload_folder": folder}
     try:
         model, found = auto_class(objective).from_pretrained(
             source,
@@ -104,7 +119,21 @@ def load_model(
         for config in (model.config, model.generation_config):
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-    return model.to(device).eval()
+    if folder is not None:
+        _check_tied(model, device_map)
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    return (model if tensor_parallel or device_map is not None else model.to(device)).eval()
+
+
+def _check_tied(model: PreTrainedModel, device_map: str | None) -> None:
+    """What is one tensor cannot be kept on disk and in memory: the hooks would look for it in vain."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(model.config, "tie_word_embeddings", False) and outputs is not None:
+        if inputs.weight.is_meta != outputs.weight.is_meta:
+            raise ConfigError(
+                f"--device-map {device_map}: embedding and head are one tensor in this model, found one of them on "
+                "disk or CPU and the other elsewhere. Give them the same place."
+            )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -140,9 +169,9 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     edits single values.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in named_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.reshape(-1)
         count = min(flat.numel(), FINGERPRINT_VALUES)
         index = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)
         digest.update(flat[index.to(flat.device)].float().cpu().numpy().tobytes())

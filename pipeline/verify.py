@@ -147,7 +147,7 @@ def verify_against_teacher(
 @torch.inference_mode()
 def _ask(head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf.CacheMetadata) -> list[_Asked]:
     """One forward pass over these rows together."""
-    device = head.weight.device
+    device = head.device
     hidden = head.hidden_states(*(tensor.to(device) for tensor in model_inputs(rows, masked=head.masked)))
     asked = []
     for i, row in enumerate(rows):

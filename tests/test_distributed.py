@@ -70,6 +70,9 @@ def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
 
     (folder / "worker.py").write_text(WORKER)
     given = {"output": folder / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 2}
+    # Both processes read it: neither may write it.
+    given["training_args"] = folder / "arguments.json"
+    given["training_args"].write_text(json.dumps(options.pop("arguments")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

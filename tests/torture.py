@@ -14,11 +14,7 @@ ten seconds of importing. What a process was doing when it was killed it says th
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import json
-import mmap
 import os
 import random
 import shutil
@@ -27,81 +23,18 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-HOME = tempfile.mkdtemp(prefix="distill-torture-")
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    HF_HOME=HOME,
-    HF_DATASETS_CACHE=os.path.join(HOME, "datasets"),
-    TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="1",
-    CUDA_VISIBLE_DEVICES="",
-)
+import click
 
-import click  # noqa: E402
-import torch  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-import cache_format as cf  # noqa: E402
-from cache_format import unfinished  # noqa: E402
-from cache_format.claims import CLAIMS  # noqa: E402
-from cache_format.storage import LocalDirectory, is_temporary  # noqa: E402
-from pipeline.heads import Head  # noqa: E402
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher  # noqa: E402
-from pipeline.teacher.corpus import DataConfig  # noqa: E402
-from pipeline.teacher.rules import TargetRule  # noqa: E402
-from pipeline.teacher.workers import WorkerConfig  # noqa: E402
-from tiny import english, tiny_llama, tiny_tokenizer  # noqa: E402
+from victim import AIMS, DEADLINE_S, HOME, ONCE, STAGES, Aim, Page, ended, fork, prepare, settings  # isort: skip (it sets the environment of what the others import)
+from cache_format.claims import CLAIMS
+from cache_format.storage import is_temporary
 
 ENCODINGS = ("columns", "packed")
-DEADLINE_S = 120.0  # of a process that nobody kills
-
-# What a process may be doing, in the order of the flow.
-STAGES = (
-    "starting",
-    "tokenising",
-    "loading the teacher",
-    "claiming",
-    "recording the settings",
-    "forward",
-    "encoding a shard",
-    "lexicon",
-    "naming a shard",
-    "between shard and sidecar",
-    "sidecar",
-    "card",
-    "manifest",
-    "between manifest and end",
-    "waiting for others",
-)
-
-
-class Page:
-    """Shared by the killer and its processes: what each is doing. Two bytes each: the main thread and the writer's."""
-
-    def __init__(self, processes: int) -> None:
-        self.memory = mmap.mmap(-1, max(2 * processes, 1))
-
-    def set(self, process: int, stage: str | None, *, writer: bool = False) -> None:
-        self.memory[2 * process + writer] = 0 if stage is None else 1 + STAGES.index(stage)
-
-    def stage(self, process: int) -> str:
-        main, writer = self.memory[2 * process], self.memory[2 * process + 1]
-        return STAGES[(writer or main or 1) - 1]
-
-
-@dataclass
-class Aim:
-    """Kills its own process at the n-th time that it comes to a stage."""
-
-    stage: str
-    count: int = 1
-    tries: int = 6  # a process may end before it comes there
 
 
 @dataclass
@@ -115,133 +48,6 @@ class Outcome:
     kept_shards: int = 0  # at all kills together
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
-
-
-# -- a process ---------------------------------------------------------------------------------------------------------
-
-
-def settings(folder: Path, output: Path, encoding: str, worker: tuple[int, int] | None) -> CacheTeacherConfig:
-    """worker: index and count, or None for a process that torchrun or nobody has told."""
-    index, count = worker or (None, None)
-    return CacheTeacherConfig(
-        teacher=str(folder / "teacher"),
-        data=DataConfig(data=str(folder / "text.txt"), sample_by="line", window_length=48),
-        output=str(output),
-        targets=TargetRule(kind="threshold", top_k=1, tail_threshold=0.05, samples=1, seed=7),
-        batch_size=4,
-        device="cpu",
-        rows_per_shard=8,
-        encoding=encoding,
-        workers=WorkerConfig(num_workers=count, worker_index=index, stale_after=20.0),
-    )
-
-
-def instrument(mark: Callable[..., None]) -> None:
-    """Makes the code say what it is doing. Nothing else about it is changed."""
-
-    def wrap(owner: Any, name: str, before: str | None = None, after: str | None = None, writer: bool = False) -> None:
-        real = getattr(owner, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            if before:
-                mark(before, writer)
-            try:
-                return real(*args, **options)
-            finally:
-                if after:
-                    mark(None if after == "nothing" else after, writer)
-
-        setattr(owner, name, call)
-
-    wrap(Head, "hidden_states", before="forward")
-    wrap(cf.CacheWriter, "write", before="encoding a shard", after="nothing", writer=True)
-    wrap(unfinished.UnfinishedCache, "learn_lexicon", before="lexicon", after="encoding a shard", writer=True)
-    wrap(cf.SharedCacheWriter, "begin_shard", before="claiming")
-    wrap(unfinished.UnfinishedCache, "begin", before="recording the settings")
-    create = LocalDirectory.create
-
-    @contextlib.contextmanager
-    def creating(directory: LocalDirectory, name: str) -> Iterator[str]:
-        kind = name.rpartition("/")[2]
-        shard, sidecar = kind.endswith(".arrow"), kind.startswith("shard-") and kind.endswith(".json")
-        before = {"README.md": "card", "manifest.json": "manifest"}.get(kind, "sidecar" if sidecar else None)
-        if before:
-            mark(before, sidecar)
-        with create(directory, name) as path:
-            yield path
-            if shard:
-                mark("naming a shard", True)
-        if shard:
-            mark("between shard and sidecar", True)
-        elif sidecar:
-            mark("encoding a shard", True)
-        elif kind == "manifest.json":
-            mark("between manifest and end", False)
-
-    LocalDirectory.create = creating  # type: ignore[method-assign]
-
-
-def process(config: CacheTeacherConfig, page: Page, slot: int, aim: Aim | None, log: Path) -> None:
-    """What a fork does. Never returns."""
-    # Without its killer it would be nobody's.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    left = 0 if aim is None else aim.count
-
-    def mark(stage: str | None, writer: bool = False) -> None:
-        nonlocal left
-        page.set(slot, stage, writer=writer)
-        if aim is not None and stage == aim.stage:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_stage(text: str) -> None:
-        stages = {"reading": "tokenising", "loading": "loading the teacher", "waiting": "waiting for others"}
-        mark(stages.get(text.split()[0], "claiming"))
-
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        instrument(mark)
-        cache_teacher(config, on_stage=on_stage)
-        status = 0
-    except OSError as error:
-        log.write_text(f"{type(error).__name__}: {error}")
-        status = 28 if error.errno == errno.ENOSPC else 1
-    except BaseException as error:
-        log.write_text(f"{type(error).__name__}: {error}")
-    finally:
-        os._exit(status)
-
-
-def fork(
-    config: CacheTeacherConfig,
-    page: Page,
-    slot: int,
-    aim: Aim | None,
-    log: Path,
-    variables: Mapping[str, str] | None = None,
-) -> int:
-    """variables: of its environment."""
-    page.set(slot, "starting")
-    page.set(slot, None, writer=True)
-    pid = os.fork()
-    if pid == 0:
-        os.environ.update(variables or {})
-        process(config, page, slot, aim, log)
-    return pid
-
-
-def ended(pid: int, seconds: float) -> int | None:
-    """Exit status within so many seconds, negative for a signal; None if it still runs."""
-    until = time.monotonic() + seconds
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= until:
-            return None
-        time.sleep(0.002)
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
@@ -387,20 +193,6 @@ def full_disk(folder: Path, encoding: str, expected: dict[str, bytes]) -> dict[s
 # -- everything --------------------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path) -> None:
-    """Teacher and text. In a fork, so that the parent of all others has computed nothing."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            tiny_llama(folder / "teacher", tiny_tokenizer(), seed=1)
-            (folder / "text.txt").write_text(english(260, seed=3), encoding="utf-8")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    if ended(pid, DEADLINE_S) != 0:
-        raise click.ClickException("the tiny teacher could not be made")
-
-
 def undisturbed(folder: Path, encoding: str) -> tuple[dict[str, bytes], float]:
     """The files of a run that nobody kills, and its seconds."""
     began, log = time.monotonic(), folder / "log"
@@ -450,13 +242,6 @@ def all_runs(
         for filled in disks:
             progress(f"full disk, {filled}")
     return {"outcomes": outcomes, "disks": disks}
-
-
-AIMS = (
-    *("tokenising", "recording the settings", "forward", "encoding a shard", "lexicon", "naming a shard"),
-    *("between shard and sidecar", "sidecar", "card", "manifest", "between manifest and end"),
-)
-ONCE = {"tokenising", "recording the settings", "lexicon", "card", "manifest", "between manifest and end"}
 
 
 def many(processes: int) -> str:
@@ -528,7 +313,6 @@ def main(
     as_json: bool,
 ) -> None:
     """Kill cache-teacher again and again; exit status 1 if anything differs afterwards."""
-    logging.disable_progress_bar()
     try:
         plans = [(encoding, count) for count in processes for encoding in encodings]
         found = all_runs(kills, seed, aimed, plans, disk, lambda text: click.echo(text, err=True))

@@ -42,7 +42,7 @@ from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
-from pipeline.teacher.workers import WorkerConfig, check_output, this_worker
+from pipeline.teacher.workers import WorkerConfig, check_output, device_names, this_worker
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
 CHUNK_POSITIONS = 256
@@ -69,6 +69,8 @@ class CacheTeacherConfig:
     rows_per_shard: int | None = None  # default: some 262,144 tokens' worth
     encoding: str = "columns"  # or packed: smaller, read by this package only
     compression_level: int = 9  # zstd
+    device_map: str | None = None  # spread the teacher over devices, CPU and disk: a strategy of accelerate, or a file
+    tensor_parallel: bool = False  # split it over the processes of torchrun, which are one worker then
     overwrite: bool = False  # delete a cache that is already in `output`
     workers: WorkerConfig = field(default_factory=WorkerConfig)  # this process among others
 
@@ -125,9 +127,10 @@ def cache_teacher(
         CacheError: `output` holds something else, or another process is writing it alone; MismatchError: it holds a
             run with other settings.
     """
-    worker = this_worker(config.workers)
+    worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     # An occupied output is found out before minutes go into loading.
-    check_output(config, worker)
+    if not worker.follows:
+        check_output(config, worker)
     device = worker.device(config.device)
 
     on_stage("reading and tokenising the text")
@@ -139,9 +142,9 @@ def cache_teacher(
     metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
 
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
-    if config.overwrite:
+    if config.overwrite and not worker.follows:
         cf.remove_cache(config.output)  # only now that text and teacher have been read
-    with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage) as writer:
+    with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
         for holder in writer.taken_over:
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
         capture = _Capture(config, corpus, head, metadata, writer, on_progress)
@@ -186,12 +189,13 @@ def _metadata(
             "report": corpus.report,
         },
         capture={
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": device_names(head.model, device),
             # Elsewhere than on a CPU no sum is split over them.
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "batch_size": config.batch_size,
             "head": "linear" if head.linear else "own",
             "chunk_positions": CHUNK_POSITIONS,
+            **({"tensor_parallel": torch.distributed.get_world_size()} if config.tensor_parallel else {}),
         },
         codebooks={**cf.default_codebooks(head.vocab_size), "target_logprobs": rule.codebook()},
         libraries={name: importlib.metadata.version(name) for name in libraries},
@@ -235,7 +239,7 @@ class _Capture:
         self.kept_sum, self.kept_count = 0.0, 0
         self.kept_before_shard = 0.0, 0
         self.started = time.perf_counter()
-        device, width = head.weight.device, head.vocab_size
+        device, width = head.device, head.vocab_size
         self.logits_buffer = torch.empty((CHUNK_POSITIONS, width), dtype=head.weight.dtype, device=device)
         self.scratch = torch.empty((CHUNK_POSITIONS, width), dtype=torch.float32, device=device)
 
@@ -254,6 +258,11 @@ class _Capture:
                     _drain(pending, ignore=True)
                     if isinstance(error, cf.ClaimLostError) and not self.alone:
                         self._forget_shard()
+                    elif should_reduce_batch_size(error) and self.config.tensor_parallel:
+                        raise ConfigError(
+                            f"--batch-size {self.batch_size}: out of memory. With --tp it is not halved, since all "
+                            "processes would have to. Use a smaller one; complete shards are kept."
+                        ) from error
                     elif should_reduce_batch_size(error) and self.batch_size > 1:
                         self._halve_batch()
                     else:
@@ -284,7 +293,7 @@ class _Capture:
     @torch.inference_mode()
     def _forward(self, indices: list[int]) -> _HostBatch:
         rows = [self.corpus[index] for index in indices]
-        device = self.head.weight.device
+        device = self.head.device
         inputs = model_inputs(rows, masked=self.head.masked)
         stored = [
             np.ones_like(row.loss_mask) if self.config.all_positions else np.asarray(row.loss_mask, bool)

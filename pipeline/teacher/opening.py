@@ -50,7 +50,15 @@ def open_teacher(
     Raises: ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
     """
     masked = corpus.objective == "masked"
-    model = load_model(config.teacher, objective=corpus.objective, dtype=config.dtype, device=device, **_source(config))
+    model = load_model(
+        config.teacher,
+        objective=corpus.objective,
+        dtype=config.dtype,
+        device=device,
+        device_map=config.device_map,
+        tensor_parallel=config.tensor_parallel,
+        **_source(config),
+    )
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
     if masked:
         check_padding(model, head)

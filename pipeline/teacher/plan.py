@@ -150,7 +150,7 @@ class _Sample:
         self.tokens = 0
         self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
         self.choosing: list[list[float]] = [[] for _ in rules]  # seconds of each batch
-        device, width = head.weight.device, head.vocab_size
+        device, width = head.device, head.vocab_size
         self.logits = torch.empty((CHUNK_POSITIONS, width), dtype=head.weight.dtype, device=device)
         self.scratch = torch.empty((CHUNK_POSITIONS, width), dtype=torch.float32, device=device)
 
@@ -225,7 +225,7 @@ class _Sample:
 
     def _hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, list[np.ndarray]]:
         """States [n, D] of the positions that get targets, and which of each row they are."""
-        device = self.head.weight.device
+        device = self.head.device
         inputs = model_inputs(rows, masked=self.head.masked)
         everywhere = self.config.all_positions
         stored = [np.ones(len(row.loss_mask), bool) if everywhere else np.array(row.loss_mask, bool) for row in rows]
@@ -236,8 +236,8 @@ class _Sample:
         return hidden[mask.to(device)], stored
 
     def _clock(self) -> float:
-        if self.head.weight.device.type == "cuda":
-            torch.cuda.synchronize(self.head.weight.device)
+        if self.head.device.type == "cuda":
+            torch.cuda.synchronize(self.head.device)
         return time.perf_counter()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,8 @@ import cache_format as cf
 from cache_format.claims import STALE_AFTER_S
 from pipeline.errors import ConfigError
 from pipeline.models import resolve_device
+from pipeline.placement import computing_devices
+from pipeline.teacher.tensor_parallel import Follower, Leader
 
 if TYPE_CHECKING:
     from pipeline.teacher.capture import CacheTeacherConfig
@@ -45,10 +47,16 @@ class Worker:
     share: cf.Share | None  # None: alone
     local_rank: int | None  # under torchrun: which device of this machine
     config: WorkerConfig = field(default_factory=WorkerConfig)
+    rank: int | None = None  # of the processes over which a teacher is split; the first one writes
 
     @property
     def alone(self) -> bool:
         return self.share is None
+
+    @property
+    def follows(self) -> bool:
+        """Whether this process only computes."""
+        return bool(self.rank)
 
     def device(self, name: str) -> torch.device:
         """`auto` and `cuda` are a device of its own for each process that torchrun has started on this machine."""
@@ -69,8 +77,14 @@ class Worker:
         metadata: cf.CacheMetadata,
         tokenizer_files: Mapping[str, bytes],
         on_wait: Callable[[str], None],
-    ) -> cf.CacheWriter:
-        """Raises: CacheError, MismatchError."""
+        device: torch.device,
+    ) -> Any:
+        """A `CacheWriter`, or what stands for it if the teacher is split. Raises: CacheError, MismatchError."""
+        if self.rank is not None:
+            if self.follows:
+                return Follower(device)
+            alone = replace(self, rank=None)
+            return Leader(alone.open_writer(output, metadata, tokenizer_files, on_wait, device), device)
         options: dict[str, Any] = {
             "tokenizer_files": tokenizer_files,
             "allow_rounding": self.config.allow_rounding,
@@ -81,17 +95,26 @@ class Worker:
         return cf.CacheWriter(output, metadata, resume=True, allow_finished=True, **options)
 
 
-def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False) -> Worker:
+def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_map: str | None = None) -> Worker:
     """Which of several workers this process is, by the options or by what torchrun has set.
 
     Args:
         tensor_parallel: the processes of torchrun are one worker together.
+        device_map: one process uses all devices.
 
     Raises: ConfigError.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ["LOCAL_RANK"]) if torchrun else None
+    if device_map is not None and tensor_parallel:
+        raise ConfigError("--device-map and --tp are two ways to spread one teacher: give one of them.")
+    if device_map is not None and world > 1:
+        raise ConfigError(
+            f"--device-map: found {world} processes of torchrun, each of which would spread its teacher over all "
+            "devices. Start one for each group of devices, with CUDA_VISIBLE_DEVICES, --num-workers and --worker-index."
+        )
+    rank = int(os.environ.get("RANK", "0")) if tensor_parallel else None
     if (config.num_workers is None) != (config.worker_index is None):
         raise ConfigError("--num-workers and --worker-index belong together: give both or neither.")
     try:
@@ -106,10 +129,10 @@ def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False) -> Worke
         elif config.shard_range is not None:
             share = cf.Share(first=first, stop=stop)
         else:
-            return Worker(None, local_rank, config)
+            return Worker(None, local_rank, config, rank)
     except ValueError as error:
         raise ConfigError(f"--num-workers, --worker-index, --shard-range: {error}. Correct them.") from error
-    return Worker(share, local_rank, config)
+    return Worker(share, local_rank, config, rank)
 
 
 def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
@@ -138,6 +161,12 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     found = [d for part in given for d in cf.differences(_like(recorded[part], given[part]), given[part], part)]
     if found:
         raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+
+
+def device_names(model: torch.nn.Module, device: torch.device) -> str:
+    """Kinds of devices that a model computes on: of one kind, rounding is the same."""
+    places = computing_devices(model, device)
+    return " + ".join(sorted({torch.cuda.get_device_name(p) if p.type == "cuda" else p.type for p in places}))
 
 
 def _like(recorded: Any, given: Any) -> Any:
