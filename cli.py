@@ -523,6 +523,20 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 @click.option("--eval-steps", type=click.IntRange(1), help="With --eval-cache. Default: 100.")
 @click.option("--save-steps", type=click.IntRange(1), help="Default: as --eval-steps, or 500.")
 @click.option(
+    "--early-stopping",
+    multiple=True,
+    metavar="METRIC:MIN_DELTA:PATIENCE",
+    help="Stop when a held-out metric has not improved by MIN_DELTA (0.01, 0.5% or noise) in PATIENCE evaluations; "
+    "may be given several times. default: kl:0.5%:3 with ce:noise:3.",
+)
+@click.option(
+    "--early-stopping-mode",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "any"]),
+    help="How many of several conditions must hold.",
+)
+@click.option(
     "--num-workers", "dataloader_num_workers", type=click.IntRange(0), help="Processes that read the cache. Default: 0."
 )
 @click.option("--training-args", help="JSON file of any transformers.TrainingArguments; flags win over it.")
@@ -538,7 +552,7 @@ def train_student_command(as_json: bool, **given: Any) -> None:
     --no-python distill train-student …
     """
     _quiet_libraries()
-    from pipeline.report import duration, pairs
+    from pipeline.report import curves_view, duration, pairs
     from pipeline.student.output import last_checkpoint
     from pipeline.student.train import TrainStudentConfig, train_student
 
@@ -560,6 +574,8 @@ def train_student_command(as_json: bool, **given: Any) -> None:
                 f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
                 f"agreement {logs['eval_agreement']:.1%}"
             )
+        elif "stopped" in logs:
+            status.line(f"step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
 
     with Status() as status:
         try:
@@ -578,9 +594,10 @@ def train_student_command(as_json: bool, **given: Any) -> None:
         return
     if as_json:
         return print_json(asdict(summary))
+    of = "" if summary.stopped is None else f" of {summary.planned_steps:,}, stopped early,"
     rows = [
         ("parameters", f"{summary.parameters / 1e6:.1f} M"),
-        ("steps", f"{summary.steps:,} in {duration(summary.seconds)}"),
+        ("steps", f"{summary.steps:,}{of} in {duration(summary.seconds)}"),
         ("training loss", "—" if summary.train_loss is None else f"{summary.train_loss:.4f} (mean)"),
     ]
     if summary.eval:
@@ -594,6 +611,8 @@ def train_student_command(as_json: bool, **given: Any) -> None:
             )
         )
     out.print(pairs(f"Trained {summary.output}", rows))
+    if len(summary.evaluations) > 1:
+        out.print(curves_view(summary.evaluations, best_step=summary.best_step, stopped=summary.stopped))
 
 
 @main.command(

@@ -6,6 +6,7 @@ what a script reads are the same numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -342,6 +343,46 @@ def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Ren
             f"{int(values['tokens']):,}",
         )
     return titled(title, table)
+
+
+CURVE_ROWS = 24
+
+
+def curves_view(
+    evaluations: Sequence[Mapping[str, float]],
+    *,
+    best_step: int | None = None,
+    stopped: Mapping[str, Any] | None = None,
+) -> RenderableType:
+    """Both held-out losses of a run over its steps, the saved checkpoint and an early stop marked.
+
+    Bars reach from the lowest value of a column, with a sliver, to its highest. Of many evaluations every n-th is
+    shown, and always the first, the best and the last.
+    """
+    every = math.ceil(len(evaluations) / CURVE_ROWS)
+    last = len(evaluations) - 1
+    columns = {"kl": "KL to teacher", "ce": "CE (nats)"}
+    finite = {name: [e[name] for e in evaluations if np.isfinite(e[name])] for name in columns}
+    low = {name: min(values, default=0.0) for name, values in finite.items()}
+    span = {name: max(values, default=0.0) - low[name] for name, values in finite.items()}
+    table = Table(box=None, header_style="dim")
+    table.add_column("step", justify="right")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+        table.add_column()
+    table.add_column()
+    for i, evaluation in enumerate(evaluations):
+        step = evaluation["step"]
+        if not (i % every == 0 or i == last or step == best_step):
+            continue
+        cells = []
+        for name in columns:
+            value = evaluation[name]
+            share = (value - low[name]) / span[name] if span[name] and np.isfinite(value) else 0.0
+            cells += [f"{value:.4f}", bar(0.02 + 0.98 * share, 12)]
+        marks = [("◀ saved", step == best_step), ("■ stop", stopped is not None and step == stopped["step"])]
+        table.add_row(f"{step:,}", *cells, "  ".join(mark for mark, here in marks if here))
+    return titled("Held out", table)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

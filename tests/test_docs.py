@@ -16,12 +16,13 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glo
 
 
 def causal_models(root: Path) -> None:
-    """A teacher, a student, and the cache of some chats."""
+    """A teacher, a student, and the caches of some chats and of others."""
     tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=2, hidden=32)
     tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
-    data = write_jsonl(root / "data/chats.jsonl", conversations(20))
     (root / "data/book.txt").write_text(english(40), encoding="utf-8")
-    build_cache(root / "caches/chats", root / "models/teacher", data)
+    for name, count in (("chats", 20), ("heldout", 8)):
+        data = write_jsonl(root / f"data/{name}.jsonl", conversations(count, seed=count))
+        build_cache(root / "caches" / name, root / "models/teacher", data)
 
 
 def masked_models(root: Path) -> None:
@@ -34,6 +35,7 @@ def masked_models(root: Path) -> None:
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
     "docs/masked.md": masked_models,
+    "docs/stopping.md": causal_models,
 }
 
 

@@ -12,7 +12,17 @@ from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
 from cli import out
-from pipeline.report import bar, cache_stats, duration, evaluation_view, inspect_row, inspect_view, size, stats_view
+from pipeline.report import (
+    bar,
+    cache_stats,
+    curves_view,
+    duration,
+    evaluation_view,
+    inspect_row,
+    inspect_view,
+    size,
+    stats_view,
+)
 from runs import build_cache
 
 
@@ -151,6 +161,18 @@ def test_students_side_by_side():
     assert "Held out: a[b]" in text and "students/[i]one[/i]" in text
     for words in ("0.2500", "0.1250", "2.0000", "7.39", "50.0%", "1,234"):
         assert words in text
+
+
+def test_curves_mark_what_was_saved_and_where_it_stopped():
+    curve = [{"step": 10 * i, "kl": 1 / i, "ce": 4.0 - 0.01 * i} for i in range(1, 101)]
+    curve[56]["kl"] = float("nan")
+    text = shown(curves_view(curve, best_step=570, stopped={"step": 1000, "reasons": []}))
+    rows = {words[0]: words for words in map(str.split, text.splitlines()[2:])}
+    assert len(rows) <= 24 + 3 and {"10", "570", "1,000"} <= rows.keys()
+    assert rows["10"][1] == "1.0000" and rows["570"][1] == "nan" and "3.4300" in rows["570"]
+    assert "saved" in rows["570"] and "stop" in rows["1,000"]
+    assert sum("saved" in words for words in rows.values()) == sum("stop" in words for words in rows.values()) == 1
+    assert "█" * 12 in text.splitlines()[2] and max(map(len, text.splitlines())) <= 80
 
 
 def test_the_command_line_prints_without_markup(capsys: pytest.CaptureFixture[str]):

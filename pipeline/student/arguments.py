@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
 from pipeline.losses import PositionWeighting, TailPolicy
+from pipeline.student.stopping import Mode
 
 # What the run decides itself; a --training-args file may not.
 RESERVED = {
@@ -65,6 +66,8 @@ class TrainStudentConfig:
     temperature_schedule: str | None = None  # in the place of temperature
     position_weighting: PositionWeighting = "uniform"
     resample: bool = False  # every epoch another of several samples
+    early_stopping: tuple[str, ...] = ()  # conditions, see pipeline.student.stopping
+    early_stopping_mode: Mode = "all"  # of them must hold, or any
     device: str = "auto"  # or cpu
     resume: bool = False
     overwrite: bool = False

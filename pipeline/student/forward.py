@@ -14,13 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.heads import Head
-from pipeline.losses import HeadOutput, fused_head, general_head
+from pipeline.losses import HeadOutput, TargetBatch, fused_head, general_head
 from pipeline.student.data import Batch, targets_of
 from pipeline.student.recipe import LossRecipe
 
 
-def distillation_output(head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0) -> HeadOutput:
-    """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient."""
+def distillation_output(
+    head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0, *, by_row: bool = False
+) -> HeadOutput:
+    """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient.
+
+    Args:
+        by_row: sums of each row, [B] instead of scalars: the head runs on a row at a time.
+    """
     hidden = head.hidden_states(batch["input_ids"], batch["position_ids"], batch.get("attention_mask"))
     options = {
         "kd_weight": recipe.kd_weight,
@@ -32,13 +38,22 @@ def distillation_output(head: Head, batch: Batch, recipe: LossRecipe, scale: flo
         "vocab_size": head.vocab_size,
     }
     targets = targets_of(batch, recipe.capture_temperature)
-    if head.linear:
-        return fused_head(hidden, head.weight, head.bias, targets, **options)
-    return general_head(hidden, head.own_logits, targets, **options)
+
+    def sums(hidden: Tensor, targets: TargetBatch) -> HeadOutput:
+        if head.linear:
+            return fused_head(hidden, head.weight, head.bias, targets, **options)
+        return general_head(hidden, head.own_logits, targets, **options)
+
+    if not by_row:
+        return sums(hidden, targets)
+    length = hidden.shape[1]
+    rows = [sums(hidden[i], targets[i * length : (i + 1) * length]) for i in range(len(hidden))]
+    return HeadOutput(*map(torch.stack, zip(*rows, strict=True)))
 
 
 def install_distillation_forward(model: PreTrainedModel, head: Head, recipe: LossRecipe) -> None:
-    """Makes `model(scale=…, recipe=…, **batch)` return a `HeadOutput`; `remove_distillation_forward` undoes it.
+    """Makes `model(scale=…, recipe=…, by_row=…, **batch)` return a `HeadOutput`; undone by
+    `remove_distillation_forward`.
 
     Args:
         recipe: where a call names none.
@@ -46,9 +61,13 @@ def install_distillation_forward(model: PreTrainedModel, head: Head, recipe: Los
     default = recipe
 
     def forward(
-        self: PreTrainedModel, scale: float | Tensor = 1.0, recipe: LossRecipe | None = None, **batch: Tensor
+        self: PreTrainedModel,
+        scale: float | Tensor = 1.0,
+        recipe: LossRecipe | None = None,
+        by_row: bool = False,
+        **batch: Tensor,
     ) -> HeadOutput:
-        return distillation_output(head, batch, recipe or default, scale)
+        return distillation_output(head, batch, recipe or default, scale, by_row=by_row)
 
     # On the instance, as a method, so that accelerate can wrap it and the class still saves and loads as itself.
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from transformers import TrainerState
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.student.arguments import TrainStudentConfig, read_training_args
+from pipeline.student.stopping import stopped_by
 
 CONFIG_FILE = "distill_config.json"
 
@@ -50,8 +51,8 @@ def check_output(config: TrainStudentConfig, cache: cf.Cache) -> str | None:
         _check_same_run(config, cache, output / CONFIG_FILE)
         if _is_finished(output):
             raise ConfigError(
-                f"{output}: found a finished run, nothing to resume. Choose another --output, or replace it with "
-                "--overwrite."
+                f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another --output, or "
+                "replace it with --overwrite."
             )
         return str(checkpoint)
     if found and not config.overwrite and ours:
@@ -84,7 +85,16 @@ def last_checkpoint(output: str | Path) -> Path | None:
 def _is_finished(output: Path) -> bool:
     """Whether the student itself was saved: the state beside it is the last thing written."""
     state = _state(output / TRAINER_STATE)
-    return state is not None and state.global_step >= state.max_steps
+    return state is not None and (state.global_step >= state.max_steps or stopped_by(state) is not None)
+
+
+def _early(output: Path) -> str:
+    """Words for a run that ended before its last step."""
+    state = _state(output / TRAINER_STATE)
+    stopped = None if state is None else stopped_by(state)
+    if state is None or stopped is None:
+        return ""
+    return f" that had stopped early at step {stopped['step']} of {state.max_steps} ({'; '.join(stopped['reasons'])})"
 
 
 def _state(file: Path) -> TrainerState | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import cache_format as cf
@@ -22,8 +23,9 @@ from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
 from pipeline.student.recipe import LossRecipe
+from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, load_student
-from pipeline.student.trainer import DistillTrainer
+from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,30 @@ class TrainSummary:
 
     output: str
     steps: int
+    planned_steps: int
     train_loss: float | None  # mean over the steps of this call; None if it was resumed with none left
     seconds: float
     parameters: int
     eval: dict[str, float]  # of the saved checkpoint; empty without a held-out cache
     best_step: int | None
+    stopped: dict[str, Any] | None  # by --early-stopping: {"step", "reasons"}
+    evaluations: list[dict[str, float]]  # every held-out evaluation, with its step
+    warnings: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run of which everything has been checked that can be without weights; nothing was touched."""
+
+    config: TrainStudentConfig
+    cache: cf.Cache
+    held_out: cf.Cache | None
+    recipe: LossRecipe
+    eval_recipe: LossRecipe | None
+    arguments: TrainingArguments
+    stopping: list[Condition]
+    tokenizer: PreTrainedTokenizerBase
+    resume_from: str | None
     warnings: list[str]
 
 
@@ -45,14 +66,28 @@ def train_student(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
-    on_log: Callable[[dict[str, float]], None] = lambda _: None,
+    on_log: Callable[[dict[str, Any]], None] = lambda _: None,
     on_warning: Callable[[str], None] = lambda _: None,
 ) -> TrainSummary:
     """Trains a student on a cache and saves it as a plain transformers directory with tokenizer and configuration.
 
+    Args:
+        on_log: gets Trainer's logs with their step; when the run stops early {"stopped": reasons, "step"}.
+
     Raises:
         CacheError: a cache cannot be read; MismatchError: student and cache do not belong together.
         ConfigError, ModelError: options or student cannot be used; nothing in `output` was touched.
+    """
+    run = check_run(config)
+    for warning in run.warnings:
+        on_warning(warning)
+    return perform(run, on_stage=on_stage, on_step=on_step, on_log=on_log)
+
+
+def check_run(config: TrainStudentConfig) -> CheckedRun:
+    """Everything that can be wrong with a run and is found out in seconds.
+
+    Raises: as `train_student`.
     """
     config = replace(config, output=str(Path(config.output).expanduser()))
     cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1)
@@ -68,6 +103,12 @@ def train_student(
         temperature_schedule=config.temperature_schedule,
     )
     eval_recipe = None if held_out is None else recipe.for_held_out(held_out)
+    stopping = check_conditions(
+        config.early_stopping,
+        config.early_stopping_mode,
+        metrics=held_out_metrics(eval_recipe or recipe),
+        held_out_rows=None if held_out is None else len(held_out),
+    )
     if config.resample and cache.metadata.num_samples == 1:
         raise ConfigError(
             f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
@@ -91,10 +132,33 @@ def train_student(
             f"{arguments.n_gpu} --no-python distill train-student …"
         )
         arguments._n_gpu = 1  # else Trainer would use nn.DataParallel, which cannot split sparse targets
-    resume_from = check_output(config, cache)
-    for warning in warnings:
-        on_warning(warning)
+    never = too_few_evaluations(
+        stopping, config.early_stopping_mode, steps=_planned_steps(cache, arguments), every=arguments.eval_steps or 1
+    )
+    warnings += [] if never is None else [never]
+    return CheckedRun(
+        config=config,
+        cache=cache,
+        held_out=held_out,
+        recipe=recipe,
+        eval_recipe=eval_recipe,
+        arguments=arguments,
+        stopping=stopping,
+        tokenizer=tokenizer,
+        resume_from=check_output(config, cache),
+        warnings=warnings,
+    )
 
+
+def perform(
+    run: CheckedRun,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+    on_log: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> TrainSummary:
+    """Loads the student, trains and saves it."""
+    config, cache, held_out, arguments = run.config, run.cache, run.held_out, run.arguments
     on_stage("loading the student")
     objective = objective_for(cache.metadata.alignment)
     model = load_student(
@@ -112,18 +176,21 @@ def train_student(
 
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
-    if arguments.process_index == 0 and resume_from is None:
+    if arguments.process_index == 0 and run.resume_from is None:
         begin_output(config, cache)
+    callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
+    if run.stopping:
+        callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
     trainer = DistillTrainer(
         head=head,
-        recipe=recipe,
-        eval_recipe=eval_recipe,
+        recipe=run.recipe,
+        eval_recipe=run.eval_recipe,
         resample=config.resample,
         args=arguments,
         train_dataset=CacheDataset(cache),
         eval_dataset=None if held_out is None else CacheDataset(held_out),
-        processing_class=tokenizer,
-        callbacks=[_Report(on_step, on_log)],
+        processing_class=run.tokenizer,
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the command line shows progress, not the library
     parameters = sum(p.numel() for p in model.parameters())
@@ -131,7 +198,7 @@ def train_student(
         f"training {parameters / 1e6:.1f} M parameters on {len(cache):,} rows, {cache.num_counted_tokens:,} targets"
     )
     try:
-        result = trainer.train(resume_from_checkpoint=resume_from)
+        result = trainer.train(resume_from_checkpoint=run.resume_from)
     except cf.CacheError as error:
         raise type(error)(_own_message(error)) from error
     except torch.OutOfMemoryError as error:
@@ -139,7 +206,13 @@ def train_student(
             f"--batch-size {arguments.per_device_train_batch_size}: out of memory on {arguments.device}. Use a smaller "
             "one with as many --gradient-accumulation-steps more, or --gradient-checkpointing."
         ) from error
-    best = trainer.state.best_model_checkpoint
+    state, stopping = trainer.state, trainer.early_stopping
+    if stopping is not None:  # a stop between two checkpoints
+        state.stateful_callbacks[type(stopping).__name__] = stopping.state()
+    stopped = stopped_by(state)
+    if stopped is not None and state.is_world_process_zero:
+        on_log({"stopped": stopped["reasons"], "step": stopped["step"]})
+    best = state.best_model_checkpoint
     best_step = None if best is None else int(best.rpartition("-")[2])
     metrics = _evaluation_at(trainer, best_step)
     if held_out is not None and not metrics:
@@ -151,14 +224,27 @@ def train_student(
     trainer.save_state()
     return TrainSummary(
         output=config.output,
-        steps=trainer.state.global_step,
+        steps=state.global_step,
+        planned_steps=state.max_steps,
         train_loss=trainer.mean_loss(),
         seconds=result.metrics["train_runtime"],
         parameters=parameters,
-        eval={name.removeprefix("eval_"): value for name, value in metrics.items()},
+        eval=_without_prefix(metrics),
         best_step=best_step,
-        warnings=warnings,
+        stopped=stopped,
+        evaluations=[
+            {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
+        ],
+        warnings=run.warnings,
     )
+
+
+def _planned_steps(cache: cf.Cache, arguments: TrainingArguments) -> int:
+    """Optimizer steps, as Trainer will count them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(len(cache) / (arguments.per_device_train_batch_size * arguments.world_size))
+    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 
 def _evaluation_at(trainer: DistillTrainer, step: int | None) -> dict[str, float]:
@@ -167,6 +253,11 @@ def _evaluation_at(trainer: DistillTrainer, step: int | None) -> dict[str, float
         if entry["step"] == step and "eval_kl" in entry:
             return {name: value for name, value in entry.items() if name.startswith("eval_")}
     return {}
+
+
+def _without_prefix(logs: dict[str, float]) -> dict[str, float]:
+    """The held-out numbers among logs, by their short names."""
+    return {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
 
 
 def _own_message(error: Exception) -> str:

@@ -24,6 +24,14 @@ from pipeline.losses import HeadOutput
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, uncounted
 from pipeline.student.forward import install_distillation_forward
 from pipeline.student.recipe import LossRecipe
+from pipeline.student.stopping import EarlyStopping
+
+METRICS = ("loss", "kl", "ce", "perplexity", "agreement")
+
+
+def held_out_metrics(recipe: LossRecipe) -> tuple[str, ...]:
+    """What an evaluation by this recipe reports, without eval_."""
+    return METRICS if recipe.mixture.is_forward_kl or recipe.kd_weight == 0.0 else (*METRICS, "soft")
 
 
 class DistillTrainer(Trainer):
@@ -129,10 +137,13 @@ class DistillTrainer(Trainer):
         """
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
-        model = self.accelerator.unwrap_model(self.model_wrapped) if not self.is_fsdp_enabled else self.model_wrapped
-        with evaluating(model):
-            sums = sum_over(lambda batch: model(recipe=self.eval_recipe, **batch), self._eval_batches(dataset))
-        loss, kl, ce, agreement, count = self._reduce(torch.tensor(sums, dtype=torch.float64))
+        stopping = self.early_stopping
+        if stopping is not None and stopping.needs_rows:
+            rows = self._row_sums(dataset)
+            stopping.rows = dict(zip(HeadOutput._fields, rows.numpy(), strict=True))
+            loss, kl, ce, agreement, count = rows.sum(dim=1).tolist()
+        else:
+            loss, kl, ce, agreement, count = self._sums_over(dataset)
         result = Evaluation.from_sums(kl, ce, agreement, count)
         metrics = {
             "loss": loss / max(count, 1.0),
@@ -142,13 +153,46 @@ class DistillTrainer(Trainer):
             "agreement": result.agreement,
         }
         kd_weight = self.eval_recipe.kd_weight
-        if kd_weight > 0.0 and not self.eval_recipe.mixture.is_forward_kl:
+        if "soft" in held_out_metrics(self.eval_recipe):
             metrics["soft"] = (metrics["loss"] - (1.0 - kd_weight) * result.ce) / kd_weight
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._since += time.perf_counter() - started  # training speed does not include this
         return metrics
+
+    @property
+    def early_stopping(self) -> EarlyStopping | None:
+        """The one among the callbacks; Trainer may have put another in the place of the one that it was given."""
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, EarlyStopping)), None)
+
+    def _sums_over(self, dataset: CacheDataset) -> list[float]:
+        model = self._model_to_evaluate()
+        with evaluating(model):
+            sums = sum_over(lambda batch: model(recipe=self.eval_recipe, **batch), self._eval_batches(dataset))
+        return self._reduce(torch.tensor(sums, dtype=torch.float64))
+
+    @torch.no_grad()
+    def _row_sums(self, dataset: CacheDataset) -> Tensor:
+        """[5, R] float64 on the CPU: `HeadOutput` of every row, on every process."""
+        model, found = self._model_to_evaluate(), []
+        with evaluating(model):
+            for batch in self._eval_batches(dataset):
+                found.append(torch.stack(model(recipe=self.eval_recipe, by_row=True, **batch)).double().cpu())
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = torch.zeros((len(HeadOutput._fields), len(dataset)), dtype=torch.float64)
+        mine = rows[:, rank::processes]
+        mine.copy_(torch.cat(found, dim=1)[:, : mine.shape[1]])  # without what only filled up
+        return rows if processes == 1 else torch.tensor(self._reduce(rows.flatten())).view_as(rows)
+
+    def _model_to_evaluate(self) -> nn.Module:
+        return self.model_wrapped if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model_wrapped)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Trainer can only keep the best checkpoint if there is one: also between two --save-steps.
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best
+        return best
 
     def _eval_batches(self, dataset: CacheDataset) -> Iterator[Batch]:
         """This process's share of the rows. Every process gets the same number of batches, since a sharded model's
@@ -176,8 +220,8 @@ class DistillTrainer(Trainer):
         return LocalShuffle(dataset.cache.record_batches(), seed=seed, samples=samples, multiple_of=multiple_of)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer looks at max_steps only after a step: resumed from its last one, it would train another.
-        if self.state.global_step < self.state.max_steps:
+        # Trainer looks at these only after a step: resumed from its last one, it would train another.
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _reduce(self, sums: Tensor) -> list[float]:
