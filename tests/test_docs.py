@@ -36,6 +36,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
     "docs/masked.md": masked_models,
     "docs/stopping.md": causal_models,
+    "docs/students.md": causal_models,
 }
 
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
 from pipeline.losses import PositionWeighting, TailPolicy
+from pipeline.student.pruning import Sizes
 from pipeline.student.stopping import Mode
 
 # What the run decides itself; a --training-args file may not.
@@ -57,6 +58,11 @@ class TrainStudentConfig:
     student: str | None = None  # transformers directory, hub name, .gguf file
     student_layers: int | None = None  # keep so many of its layers
     student_config: str | None = None  # config.json for random initialisation
+    student_random: bool = False  # of `student` the architecture alone, with random weights
+    student_width: int | None = None  # channels of the hidden state to keep
+    student_intermediate: int | None = None  # neurons of each MLP to keep
+    student_heads: int | None = None  # query heads of each layer to keep
+    freeze_embeddings: bool = False  # and with them a head that is tied to them
     eval_cache: str | None = None  # held-out cache
     kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
     temperature: float | None = None  # default: that of the cache
@@ -90,6 +96,10 @@ class TrainStudentConfig:
     eval_steps: int | None = None
     save_steps: int | None = None
     dataloader_num_workers: int | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(width=self.student_width, intermediate=self.student_intermediate, heads=self.student_heads)
 
 
 def training_arguments(config: TrainStudentConfig) -> TrainingArguments:

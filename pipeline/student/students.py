@@ -1,4 +1,7 @@
-"""Where a student comes from: a checkpoint, fewer layers of a larger model, or a configuration and random weights."""
+"""Where a student comes from: a checkpoint, fewer layers of a larger model, or a configuration and random weights.
+
+Narrower ones are cut out in `pruning`, adapters put on in `pipeline.adapters`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import load_model, reason
+from pipeline.models import load_config, load_model, reason
 from pipeline.objective import Objective, auto_class, objective_of
+from pipeline.student.pruning import Sizes, resized
 
 EITHER = "give either --student or --student-config, not both: one of them says where the student's weights come from."
 
@@ -24,6 +28,8 @@ def load_student(
     *,
     layers: int | None = None,
     config_file: str | None = None,
+    random: bool = False,
+    sizes: Sizes | None = None,
     vocab_size: int,
     seed: int,
     objective: Objective = "causal",
@@ -36,6 +42,8 @@ def load_student(
         student: transformers directory, hub name or .gguf file; None with `config_file`.
         layers: keep this many of its layers, evenly spaced, first and last included; embeddings and head are kept.
         config_file: a transformers `config.json`; random weights from `seed`.
+        random: of `student` only the architecture is taken, with random weights from `seed`.
+        sizes: with `random`, a narrower one of it. What is to be kept of weights is for `pruning.prune` to find out.
         vocab_size: used where the configuration does not say.
         objective: what it is to predict, which decides the class that it is loaded as.
 
@@ -45,12 +53,22 @@ def load_student(
     if (student is None) == (config_file is None):
         raise ConfigError(EITHER)
     if config_file is not None:
-        model = _from_config(config_file, vocab_size, seed)
-    else:
-        assert student is not None
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model = load_model(student, objective=objective, dtype="float32", **source)
+        model = _from_config(configuration(config_file, vocab_size), seed, config_file)
+        return model if layers is None else keep_layers(model, layers)
+    assert student is not None
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if random:
+        # What a .gguf file holds is known only once it is loaded.
+        config = load_config(student, **options) or load_model(student, dtype="float32", **options).config
+        config = config if layers is None else with_layers(config, layers)
+        return _from_config(resized(config, sizes) if sizes else config, seed, student)
+    model = load_model(student, objective=objective, dtype="float32", **options)
     return model if layers is None else keep_layers(model, layers)
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Takes the token embeddings out of training; a head that is tied to them is the same tensor and goes with them."""
+    model.get_input_embeddings().requires_grad_(False)
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -61,16 +79,9 @@ def kept_layers(total: int, keep: int) -> list[int]:
 def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     """A new model of the same architecture with `keep` of `model`'s layers and everything else of it."""
     total = model.config.num_hidden_layers
-    if not 1 <= keep <= total:
-        raise ConfigError(f"--student-layers {keep}: the model has {total} layers. Give a number from 1 to {total}.")
+    config = with_layers(model.config, keep)
     kept = kept_layers(total, keep)
     prefix = _layer_list(model, total)
-
-    config = copy.deepcopy(model.config)
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:  # one item per layer, such as layer_types
-            setattr(config, name, [value[i] for i in kept])
-    config.num_hidden_layers = keep
     smaller = auto_class(objective_of(config)).from_config(config, dtype=torch.float32)
 
     renamed = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
@@ -87,6 +98,20 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     if hasattr(model, "generation_config"):  # masked models generate nothing
         smaller.generation_config = model.generation_config
     return smaller.eval()
+
+
+def with_layers(config: PreTrainedConfig, keep: int) -> PreTrainedConfig:
+    """A copy of a configuration with `keep` of its layers."""
+    total = config.num_hidden_layers
+    if not 1 <= keep <= total:
+        raise ConfigError(f"--student-layers {keep}: the model has {total} layers. Give a number from 1 to {total}.")
+    kept = kept_layers(total, keep)
+    config = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # one item per layer, such as layer_types
+            setattr(config, name, [value[i] for i in kept])
+    config.num_hidden_layers = keep
+    return config
 
 
 def _layer_list(model: PreTrainedModel, total: int) -> str:
@@ -124,13 +149,12 @@ def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:
         raise _not_a_model(config_file, error) from error
 
 
-def _from_config(config_file: str, vocab_size: int, seed: int) -> PreTrainedModel:
-    config = configuration(config_file, vocab_size)
+def _from_config(config: PreTrainedConfig, seed: int, name: str) -> PreTrainedModel:
     torch.manual_seed(seed)
     try:
         return auto_class(objective_of(config)).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
-        raise _not_a_model(config_file, error) from error
+        raise _not_a_model(name, error) from error
 
 
 def _not_a_model(config_file: str, error: Exception) -> ConfigError:

@@ -22,9 +22,10 @@ from pipeline.student.checks import check_isolation, check_same_teacher_tokens, 
 from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
+from pipeline.student.pruning import calibration_batches, prune
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
-from pipeline.student.students import EITHER, load_student
+from pipeline.student.students import EITHER, freeze_embeddings, load_student
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
 
@@ -114,8 +115,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
             f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
             "--samples 2 or more."
         )
-    if (config.student is None) == (config.student_config is None):
-        raise ConfigError(EITHER)
+    check_origin(config)
     tokenizer, warnings = check_student(
         [cache] if held_out is None else [cache, held_out],
         config.student,
@@ -150,6 +150,19 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     )
 
 
+def check_origin(config: TrainStudentConfig) -> None:
+    """Raises ConfigError if the options that say where the student's weights come from contradict one another."""
+    if (config.student is None) == (config.student_config is None):
+        raise ConfigError(EITHER)
+    if config.student_config is not None and config.student_random:
+        raise ConfigError("--student-random: a --student-config has random weights already. Leave it out.")
+    if config.student_config is not None and config.sizes:
+        raise ConfigError(
+            "--student-width, --student-intermediate, --student-heads: there is nothing to cut out of random weights. "
+            f"Write the sizes into {config.student_config}."
+        )
+
+
 def perform(
     run: CheckedRun,
     *,
@@ -165,12 +178,19 @@ def perform(
         config.student,
         layers=config.student_layers,
         config_file=config.student_config,
+        random=config.student_random,
+        sizes=config.sizes,
         vocab_size=cache.metadata.vocab_size,
         seed=arguments.seed,
         objective=objective,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.sizes and not config.student_random:
+        on_stage("measuring which parts of it to keep")
+        model = prune(model.to(arguments.device), config.sizes, calibration_batches(cache))
+    if config.freeze_embeddings:
+        freeze_embeddings(model)
     head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
 
@@ -194,8 +214,10 @@ def perform(
     )
     trainer.remove_callback(PrinterCallback)  # the command line shows progress, not the library
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of = "" if trained == parameters else f" of {parameters / 1e6:.1f}"
     on_stage(
-        f"training {parameters / 1e6:.1f} M parameters on {len(cache):,} rows, {cache.num_counted_tokens:,} targets"
+        f"training {trained / 1e6:.1f}{of} M parameters on {len(cache):,} rows, {cache.num_counted_tokens:,} targets"
     )
     try:
         result = trainer.train(resume_from_checkpoint=run.resume_from)
