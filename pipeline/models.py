@@ -1,4 +1,4 @@
-"""Loading language models and tokenizers: a transformers directory, a hub name, or a `.gguf` file.
+"""Loading language models and tokenizers: a transformers directory, a hub name, an adapter, or a `.gguf` file.
 
 Remote code stays off unless asked for. A GGUF file is dequantised by transformers into a plain model.
 """
@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.adapters import base_of, with_adapter
 from pipeline.errors import ConfigError, ModelError
 from pipeline.objective import NAMES, Objective, auto_class
 from pipeline.placement import begin_tensor_parallel, named_tensors, parse_device_map
@@ -46,11 +47,15 @@ def load_tokenizer(
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig | None:
-    """The configuration of a model; None for a .gguf file, which is known only once it is loaded.
+    """The configuration of a model, of an adapter that of its base.
+
+    None for a .gguf file, which is known only once it is loaded.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
+    if (base := base_of(name)) is not None:
+        return load_config(base, trust_remote_code=trust_remote_code)
     source, options = _source(name)
     if options:
         return None
@@ -73,7 +78,7 @@ def load_model(
     device_map: str | None = None,
     tensor_parallel: bool = False,
 ) -> PreTrainedModel:
-    """A language model on `device`, in evaluation mode.
+    """A language model on `device`, in evaluation mode; an adapter is merged into its base model.
 
     Args:
         objective: what it was trained to predict, which decides the class that it is loaded as.
@@ -84,6 +89,18 @@ def load_model(
     Raises:
         ModelError: it cannot be found, read, or is not a language model of this kind.
     """
+    if (base := base_of(name)) is not None:
+        if device_map is not None or tensor_parallel:
+            raise ConfigError(
+                f"{name}: an adapter, which is merged into its base model on one device. Merge and save it first, or "
+                "leave out --device-map and --tensor-parallel."
+            )
+        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        try:
+            model = load_model(base, objective=objective, **options)
+        except ModelError as error:
+            raise ModelError(f"{name}: an adapter to {base}, which cannot be loaded: {error}") from error
+        return with_adapter(model, name).eval()
     source, options = _source(name)
     device = torch.device(device)
     folder = None
@@ -203,7 +220,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
             raise ModelError(f"{name}: reading GGUF needs the gguf package: pip install 'distill[gguf]'") from error
         return str(path.parent), {"gguf_file": path.name}
     if path.exists():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and base_of(name) is None:
             raise ModelError(
                 f"{name}: no config.json in it, expected a model directory of transformers or a .gguf file. "
                 "Check the path."

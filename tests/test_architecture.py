@@ -202,7 +202,7 @@ def test_nothing_unpickles():
 
 def test_imports_are_declared():
     runtime = {name.replace("-", "_") for name in requirements()} | BROUGHT_BY_OTHERS
-    optional = {name.replace("-", "_") for name in requirements("gguf")}
+    optional = {name.replace("-", "_") for name in requirements("gguf", "peft")}
     for path in SHIPPED:
         undeclared = third_party(path) - runtime - optional
         assert undeclared == set(), f"{relative(path)} imports what pyproject.toml does not list"
@@ -212,7 +212,7 @@ def test_imports_are_declared():
 
 def test_everything_declared_is_pinned_for_setup():
     pinned = pins("constraints.txt")
-    declared = requirements() | requirements("gguf", "demo", "test")
+    declared = requirements() | requirements("gguf", "peft", "demo", "test")
     assert declared.keys() - pinned.keys() == set()
     for name, requirement in declared.items():
         assert requirement.specifier.contains(pinned[name]), f"{requirement} excludes {pinned[name]}"
@@ -221,7 +221,7 @@ def test_everything_declared_is_pinned_for_setup():
 
 def test_lower_bounds_are_those_that_are_tried():
     pinned = pins("constraints-lowest.txt")
-    declared = requirements() | requirements("gguf", "demo", "test")
+    declared = requirements() | requirements("gguf", "peft", "demo", "test")
     for name, requirement in declared.items():
         bounds = [s.version for s in requirement.specifier if s.operator == ">="]
         assert len(bounds) == 1, f"{requirement} has no lower bound"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from pipeline.adapters import Lora
 from pipeline.errors import ConfigError
 from pipeline.losses import PositionWeighting, TailPolicy
 from pipeline.student.pruning import Sizes
@@ -63,6 +65,13 @@ class TrainStudentConfig:
     student_intermediate: int | None = None  # neurons of each MLP to keep
     student_heads: int | None = None  # query heads of each layer to keep
     freeze_embeddings: bool = False  # and with them a head that is tied to them
+    lora_rank: int | None = None  # train adapters of this rank alone
+    lora_alpha: float | None = None  # default: twice the rank
+    lora_dropout: float | None = None
+    lora_targets: str = "auto"  # or ends of layer names with commas
+    dora: bool = False
+    lora_head: bool = False
+    merge_adapter: bool = False  # save a plain model
     eval_cache: str | None = None  # held-out cache
     kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
     temperature: float | None = None  # default: that of the cache
@@ -100,6 +109,33 @@ class TrainStudentConfig:
     @property
     def sizes(self) -> Sizes:
         return Sizes(width=self.student_width, intermediate=self.student_intermediate, heads=self.student_heads)
+
+    @property
+    def lora(self) -> Lora | None:
+        """Raises: ConfigError for options of an adapter without one, or numbers that make none."""
+        if self.lora_rank is None:
+            for option, given in (
+                ("--lora-alpha", self.lora_alpha is not None),
+                ("--lora-dropout", self.lora_dropout is not None),
+                ("--lora-targets", self.lora_targets != "auto"),
+                ("--dora", self.dora),
+                ("--lora-head", self.lora_head),
+                ("--merge-adapter", self.merge_adapter),
+            ):
+                if given:
+                    raise ConfigError(f"{option}: found no --lora-rank, so there is no adapter. Give one, such as 16.")
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        dropout = self.lora_dropout or 0.0
+        if self.lora_rank < 1 or not 0.0 < alpha < math.inf or not 0.0 <= dropout < 1.0:
+            raise ConfigError(
+                f"--lora-rank {self.lora_rank}, --lora-alpha {alpha:g}, --lora-dropout {dropout:g}: expected a rank of "
+                "1 or more, a positive alpha, and a dropout from 0 to below 1."
+            )
+        targets = () if self.lora_targets == "auto" else tuple(t.strip() for t in self.lora_targets.split(","))
+        return Lora(
+            rank=self.lora_rank, alpha=alpha, dropout=dropout, targets=targets, dora=self.dora, head=self.lora_head
+        )
 
 
 def training_arguments(config: TrainStudentConfig) -> TrainingArguments:

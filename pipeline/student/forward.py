@@ -11,7 +11,6 @@ import types
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline.heads import Head
 from pipeline.losses import HeadOutput, TargetBatch, fused_head, general_head
@@ -51,17 +50,18 @@ def distillation_output(
     return HeadOutput(*map(torch.stack, zip(*rows, strict=True)))
 
 
-def install_distillation_forward(model: PreTrainedModel, head: Head, recipe: LossRecipe) -> None:
+def install_distillation_forward(model: torch.nn.Module, head: Head, recipe: LossRecipe) -> None:
     """Makes `model(scale=…, recipe=…, by_row=…, **batch)` return a `HeadOutput`; undone by
     `remove_distillation_forward`.
 
     Args:
+        model: `head.model`, or a wrapper around it.
         recipe: where a call names none.
     """
     default = recipe
 
     def forward(
-        self: PreTrainedModel,
+        self: torch.nn.Module,
         scale: float | Tensor = 1.0,
         recipe: LossRecipe | None = None,
         by_row: bool = False,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 import cache_format as cf
+from pipeline.adapters import attach, merged, require_peft
 from pipeline.errors import ConfigError
 from pipeline.heads import open_head
 from pipeline.objective import objective_for
@@ -161,6 +162,17 @@ def check_origin(config: TrainStudentConfig) -> None:
             "--student-width, --student-intermediate, --student-heads: there is nothing to cut out of random weights. "
             f"Write the sizes into {config.student_config}."
         )
+    if config.lora is None:
+        return
+    require_peft("--lora-rank")
+    made = config.student_config or config.student_layers or config.student_random or config.sizes
+    if made and not config.merge_adapter:
+        raise ConfigError(
+            "--lora-rank: an adapter is saved without the model that it belongs to, and this student's is made in this "
+            "run. Add --merge-adapter, or train an adapter to a student that has been saved."
+        )
+    if config.freeze_embeddings:
+        raise ConfigError("--freeze-embeddings: with --lora-rank only adapters are trained. Leave it out.")
 
 
 def perform(
@@ -191,6 +203,8 @@ def perform(
         model = prune(model.to(arguments.device), config.sizes, calibration_batches(cache))
     if config.freeze_embeddings:
         freeze_embeddings(model)
+    lora = config.lora
+    adapted = None if lora is None else attach(model, lora, base=_place(config.student), seed=arguments.seed)
     head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
 
@@ -203,6 +217,7 @@ def perform(
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
     trainer = DistillTrainer(
         head=head,
+        model=adapted,
         recipe=run.recipe,
         eval_recipe=run.eval_recipe,
         resample=config.resample,
@@ -242,6 +257,8 @@ def perform(
 
     trainer.accelerator.wait_for_everyone()
     remove_distillation_forward(trainer.accelerator.unwrap_model(trainer.model))
+    if adapted is not None and config.merge_adapter:
+        trainer.model = merged(adapted)
     trainer.save_model()
     trainer.save_state()
     return TrainSummary(
@@ -259,6 +276,11 @@ def perform(
         ],
         warnings=run.warnings,
     )
+
+
+def _place(student: str | None) -> str:
+    """What an adapter names as its base: a path that is good from any directory, or a hub name."""
+    return "" if student is None else str(Path(student).resolve()) if Path(student).exists() else student
 
 
 def _planned_steps(cache: cf.Cache, arguments: TrainingArguments) -> int:

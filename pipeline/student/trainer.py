@@ -35,10 +35,11 @@ def held_out_metrics(recipe: LossRecipe) -> tuple[str, ...]:
 
 
 class DistillTrainer(Trainer):
-    """Trains `head.model` on a `CacheDataset`.
+    """Trains a student on a `CacheDataset`.
 
     Args:
         head: the student's head, from `open_head`.
+        model: what is trained and saved, if it is a wrapper around `head.model`.
         recipe: the loss, with its schedules.
         eval_recipe: the loss on the held-out targets, if they are of another kind.
         resample: with several samples of the tail, every epoch uses one alone.
@@ -54,14 +55,16 @@ class DistillTrainer(Trainer):
         recipe: LossRecipe,
         eval_recipe: LossRecipe | None = None,
         resample: bool = False,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         self.recipe, self.resample = recipe, resample
         # Weighted positions leave no way back from the sum of the loss to that of its parts.
         self._logs_soft = not recipe.mixture.is_forward_kl and recipe.position_weighting == "uniform"
         self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
-        install_distillation_forward(head.model, head, recipe)
-        super().__init__(model=head.model, data_collator=collate, **kwargs)
+        model = model or head.model
+        install_distillation_forward(model, head, recipe)
+        super().__init__(model=model, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
