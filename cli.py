@@ -13,6 +13,7 @@ usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen insid
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import signal
@@ -468,7 +469,12 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
     ),
 )
 @click.option("--cache", required=True, help="Cache directory or URL.")
-@click.option("--student", help="transformers directory, hub name, or .gguf file.")
+@click.option(
+    "--student",
+    "students",
+    multiple=True,
+    help="transformers directory, hub name, or .gguf file. Several: one pass over the cache, each into OUTPUT/NAME.",
+)
 @click.option("--student-layers", type=click.IntRange(1), help="Keep so many of its layers, evenly spaced.")
 @click.option("--student-width", type=click.IntRange(1), help="Keep so many channels of its hidden state.")
 @click.option("--student-intermediate", type=click.IntRange(1), help="Keep so many neurons of each MLP.")
@@ -557,24 +563,26 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 @click.option("--overwrite", is_flag=True, help="Delete the student that is in --output first.")
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train_student_command(as_json: bool, **given: Any) -> None:
+def train_student_command(as_json: bool, students: tuple[str, ...], **given: Any) -> None:
     """Train a student on a cache.
 
     The result is an ordinary transformers directory with tokenizer. On several GPUs: torchrun --nproc-per-node N
     --no-python distill train-student …
     """
     _quiet_libraries()
-    from pipeline.report import curves_view, duration, pairs
+    from pipeline.report import training_view
+    from pipeline.student.many import train_students
     from pipeline.student.output import last_checkpoint
     from pipeline.student.train import TrainStudentConfig, train_student
 
     if given["kd_schedule"] is not None and _was_given("kd_weight"):
         raise click.UsageError("--kd-schedule takes the place of --kd-weight: give one of them.")
-    config = TrainStudentConfig(**given)
+    config = TrainStudentConfig(student=students[0] if len(students) == 1 else None, **given)
     facts = ""
 
-    def log(logs: dict[str, float]) -> None:
+    def log(logs: dict[str, Any]) -> None:
         nonlocal facts
+        of = f"{logs['student']}: " if "student" in logs else ""
         if "loss" in logs:
             facts = (
                 f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
@@ -582,49 +590,37 @@ def train_student_command(as_json: bool, **given: Any) -> None:
             )
         elif "eval_kl" in logs:
             status.line(
-                f"step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
+                f"{of}step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
                 f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
                 f"agreement {logs['eval_agreement']:.1%}"
             )
         elif "stopped" in logs:
-            status.line(f"step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
+            status.line(f"{of}step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
 
     with Status() as status:
+        report: dict[str, Any] = {
+            "on_stage": status.stage,
+            "on_step": lambda step, total: status.step(step, total, facts),
+            "on_log": log,
+            "on_warning": status.warn,
+        }
         try:
-            summary = train_student(
-                config,
-                on_stage=status.stage,
-                on_step=lambda step, total: status.step(step, total, facts),
-                on_log=log,
-                on_warning=status.warn,
-            )
+            if len(students) > 1:
+                summaries = list(train_students(config, students, **report).values())
+            else:
+                summaries = [train_student(config, **report)]
         except KeyboardInterrupt:
-            if last_checkpoint(config.output) is None:
+            outputs = [config.output, *glob.glob(f"{glob.escape(config.output)}/*")]
+            if all(last_checkpoint(output) is None for output in outputs):
                 _stopped(f"no checkpoint was saved in {config.output} yet. Start again with --overwrite.")
             _stopped(f"checkpoints are kept in {config.output}. Continue from the last one with --resume.")
     if status.silent:
         return
     if as_json:
-        return print_json(asdict(summary))
-    of = "" if summary.stopped is None else f" of {summary.planned_steps:,}, stopped early,"
-    rows = [
-        ("parameters", f"{summary.parameters / 1e6:.1f} M"),
-        ("steps", f"{summary.steps:,}{of} in {duration(summary.seconds)}"),
-        ("training loss", "—" if summary.train_loss is None else f"{summary.train_loss:.4f} (mean)"),
-    ]
-    if summary.eval:
-        saved = "the last" if summary.best_step is None else f"step {summary.best_step:,}, the best"
-        rows.append(("checkpoint", saved))
-        rows.append(
-            (
-                "held out",
-                f"KL {summary.eval['kl']:.4f} · CE {summary.eval['ce']:.4f} · "
-                f"perplexity {summary.eval['perplexity']:,.2f} · agreement {summary.eval['agreement']:.1%}",
-            )
-        )
-    out.print(pairs(f"Trained {summary.output}", rows))
-    if len(summary.evaluations) > 1:
-        out.print(curves_view(summary.evaluations, best_step=summary.best_step, stopped=summary.stopped))
+        found = [asdict(summary) for summary in summaries]
+        return print_json(found[0] if len(students) <= 1 else {"students": found})
+    for summary in summaries:
+        out.print(training_view(asdict(summary)))
 
 
 @main.command(

@@ -345,6 +345,31 @@ def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Ren
     return titled(title, table)
 
 
+def training_view(summary: Mapping[str, Any]) -> RenderableType:
+    """A finished run, as the dictionary of its `TrainSummary`, for people."""
+    of = "" if summary["stopped"] is None else f" of {summary['planned_steps']:,}, stopped early,"
+    loss, found = summary["train_loss"], summary["eval"]
+    rows = [
+        ("parameters", f"{summary['parameters'] / 1e6:.1f} M"),
+        ("steps", f"{summary['steps']:,}{of} in {duration(summary['seconds'])}"),
+        ("training loss", "—" if loss is None else f"{loss:.4f} (mean)"),
+    ]
+    if found:
+        best = summary["best_step"]
+        rows += [
+            ("checkpoint", "the last" if best is None else f"step {best:,}, the best"),
+            (
+                "held out",
+                f"KL {found['kl']:.4f} · CE {found['ce']:.4f} · perplexity {found['perplexity']:,.2f} · "
+                f"agreement {found['agreement']:.1%}",
+            ),
+        ]
+    view = pairs(f"Trained {summary['output']}", rows)
+    if len(summary["evaluations"]) < 2:
+        return view
+    return Group(view, curves_view(summary["evaluations"], best_step=summary["best_step"], stopped=summary["stopped"]))
+
+
 CURVE_ROWS = 24
 
 

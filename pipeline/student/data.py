@@ -58,6 +58,10 @@ class CacheDataset(Dataset[CacheRow]):
         # before the reader drops its record batches for those of the next.
         return [self[index] for index in indices]
 
+    def collate(self, rows: Sequence[CacheRow]) -> Batch:
+        """A batch of what `__getitems__` gives."""
+        return collate(rows)
+
 
 class LocalShuffle(Sampler[int]):
     """A permutation of all rows per (seed, epoch), local to windows of record batches.

@@ -49,15 +49,15 @@ def check_output(config: TrainStudentConfig, cache: cf.Cache) -> str | None:
             instead = "with --overwrite instead of" if found else "without"
             raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} --resume.")
         _check_same_run(config, cache, output / CONFIG_FILE)
-        if _is_finished(output):
+        if is_finished(output):
             raise ConfigError(
                 f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another --output, or "
                 "replace it with --overwrite."
             )
         return str(checkpoint)
     if found and not config.overwrite and ours:
-        state = "a finished" if _is_finished(output) else "an unfinished"
-        continuing = "Replace it with" if _is_finished(output) else "Continue it with --resume, replace it with"
+        state = "a finished" if is_finished(output) else "an unfinished"
+        continuing = "Replace it with" if is_finished(output) else "Continue it with --resume, replace it with"
         raise ConfigError(
             f"{output}: found {state} run, nothing was changed. {continuing} --overwrite, or choose another directory."
         )
@@ -82,7 +82,7 @@ def last_checkpoint(output: str | Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _is_finished(output: Path) -> bool:
+def is_finished(output: Path) -> bool:
     """Whether the student itself was saved: the state beside it is the last thing written."""
     state = _state(output / TRAINER_STATE)
     return state is not None and (state.global_step >= state.max_steps or stopped_by(state) is not None)

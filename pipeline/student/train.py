@@ -181,8 +181,15 @@ def perform(
     on_stage: Callable[[str], None] = lambda _: None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
     on_log: Callable[[dict[str, Any]], None] = lambda _: None,
+    when_loaded: Callable[[], None] = lambda: None,
+    dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset,
 ) -> TrainSummary:
-    """Loads the student, trains and saves it."""
+    """Loads the student, trains and saves it.
+
+    Args:
+        when_loaded: called once nothing but training is left that could go wrong, before the output is touched.
+        dataset_of: what reads a cache.
+    """
     config, cache, held_out, arguments = run.config, run.cache, run.held_out, run.arguments
     on_stage("loading the student")
     objective = objective_for(cache.metadata.alignment)
@@ -208,6 +215,7 @@ def perform(
     head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
 
+    when_loaded()
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
@@ -222,8 +230,8 @@ def perform(
         eval_recipe=run.eval_recipe,
         resample=config.resample,
         args=arguments,
-        train_dataset=CacheDataset(cache),
-        eval_dataset=None if held_out is None else CacheDataset(held_out),
+        train_dataset=dataset_of(cache),
+        eval_dataset=None if held_out is None else dataset_of(held_out),
         processing_class=run.tokenizer,
         callbacks=callbacks,
     )

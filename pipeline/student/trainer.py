@@ -21,7 +21,7 @@ from transformers import Trainer
 from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
-from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, uncounted
+from pipeline.student.data import Batch, CacheDataset, LocalShuffle, uncounted
 from pipeline.student.forward import install_distillation_forward
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.stopping import EarlyStopping
@@ -64,7 +64,7 @@ class DistillTrainer(Trainer):
         self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
         model = model or head.model
         install_distillation_forward(model, head, recipe)
-        super().__init__(model=model, data_collator=collate, **kwargs)
+        super().__init__(model=model, data_collator=kwargs["train_dataset"].collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
@@ -205,13 +205,13 @@ class DistillTrainer(Trainer):
         rows = range(rank, len(dataset), processes)
         batches = math.ceil(math.ceil(len(dataset) / processes) / size)
         shares = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-        loader = DataLoader(dataset, batch_sampler=shares, collate_fn=collate)
+        loader = DataLoader(dataset, batch_sampler=shares, collate_fn=dataset.collate)
         batch = None
         for batch in loader:
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
             yield batch
         for _ in range(batches - len(shares)):
-            filler = batch or {k: v.to(self.args.device) for k, v in collate([dataset[0]]).items()}
+            filler = batch or {k: v.to(self.args.device) for k, v in dataset.collate([dataset[0]]).items()}
             yield uncounted(filler)
 
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
