@@ -489,6 +489,11 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 @click.option("--lora-head", is_flag=True, help="Adapt the vocabulary head too.")
 @click.option("--merge-adapter", is_flag=True, help="Save a plain model instead of an adapter.")
 @click.option("--freeze-embeddings", is_flag=True, help="Do not train token embeddings, nor a head tied to them.")
+@click.option(
+    "--cross-tokenizer",
+    type=click.Choice(["project", "uld"]),
+    help="For a student with another tokenizer: targets of the tokens both have, or sorted probabilities.",
+)
 @click.option("--output", required=True, help="Directory for checkpoints and the trained student.")
 @click.option("--eval-cache", help="Held-out cache: evaluated during training, the best checkpoint is kept.")
 @click.option("--kd-weight", default=0.9, show_default=True, type=float, help="α: 0 hard labels only, 1 teacher only.")
@@ -632,6 +637,7 @@ def train_student_command(as_json: bool, students: tuple[str, ...], **given: Any
 )
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
 @click.option("--max-rows", type=click.IntRange(1), help="Only the first so many rows.")
+@click.option("--cross-tokenizer", is_flag=True, help="Students have another tokenizer: compare where tokens agree.")
 @DEVICE_OPTIONS
 @MODEL_OPTIONS
 @click.option(

@@ -24,8 +24,9 @@ from pipeline.heads import evaluating, open_head
 from pipeline.losses import HeadOutput
 from pipeline.models import load_model, resolve_device
 from pipeline.objective import objective_for
-from pipeline.student.checks import check_isolation, check_student
-from pipeline.student.data import Batch, CacheDataset, collate
+from pipeline.student.checks import check_isolation, check_student, longest_row
+from pipeline.student.cross_tokenizer import check_cross_tokenizer, for_foreign_student
+from pipeline.student.data import Batch, CacheDataset
 from pipeline.student.forward import distillation_output
 from pipeline.student.recipe import LossRecipe
 
@@ -38,6 +39,7 @@ class EvaluateConfig:
     student: str  # transformers directory, hub name or .gguf file
     batch_size: int = 8  # rows per forward pass
     max_rows: int | None = None  # only the first so many
+    cross_tokenizer: bool = False  # the student has another tokenizer: compare where tokens of both end together
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
@@ -78,7 +80,19 @@ def evaluate(
         MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
     cache = cf.open_cache(config.cache)
-    check_student([cache], config.student, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer, _ = check_student(
+        [cache],
+        config.student,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        cross_tokenizer=config.cross_tokenizer,
+    )
+    dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
+    if config.cross_tokenizer:
+        tail = check_cross_tokenizer(cache)
+        limit = longest_row(config.student, config.trust_remote_code)
+        dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limit)
+        dataset = dataset_of(cache)
     on_stage("loading the student")
     objective = objective_for(cache.metadata.alignment)
     model = load_model(
@@ -89,18 +103,18 @@ def evaluate(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
+    head = open_head(model, vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
-    loader = DataLoader(CacheDataset(cache), batch_size=config.batch_size, sampler=range(rows), collate_fn=collate)
+    loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)
 
     def batches() -> Iterable[Batch]:
         for i, batch in enumerate(loader):
             yield {name: tensor.to(model.device) for name, tensor in batch.items()}
             on_progress(min(rows, (i + 1) * config.batch_size), rows)
 
-    recipe = LossRecipe.for_cache(cache, kd_weight=1.0)
+    recipe = LossRecipe.for_cache(cache, kd_weight=1.0, tail=tail)
     with evaluating(model):
         _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, recipe), batches())
     return Evaluation.from_sums(kl, ce, agreement, count)

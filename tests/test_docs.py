@@ -16,9 +16,10 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glo
 
 
 def causal_models(root: Path) -> None:
-    """A teacher, a student, and the caches of some chats and of others."""
+    """A teacher, students, one of them with another tokenizer, and the caches of some chats and of others."""
     tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=2, hidden=32)
     tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
+    tiny_llama(root / "models/foreign", tiny_tokenizer(350, seed=3), layers=1, hidden=16)
     (root / "data/book.txt").write_text(english(40), encoding="utf-8")
     for name, count in (("chats", 20), ("heldout", 8)):
         data = write_jsonl(root / f"data/{name}.jsonl", conversations(count, seed=count))

@@ -243,6 +243,7 @@ def test_names_and_outputs_that_clash(tmp_path: Path, cache: Path, students: dic
     [
         ({"dataloader_num_workers": 1}, "--num-workers: a worker would read for one student alone"),
         ({"training_args": "args.json"}, "such a log is of one run"),
+        ({"cross_tokenizer": "project"}, "--cross-tokenizer: each would need batches in its own tokens"),
     ],
 )
 def test_options_that_several_students_cannot_have(

@@ -22,6 +22,7 @@ from transformers import (
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import EvaluateConfig, evaluate
+from pipeline.student.data import CacheDataset
 from pipeline.student.pruning import CALIBRATION_ROWS, SUPPORTED, Sizes, calibration_batches, prune, resized
 from pipeline.student.students import load_student
 from runs import build_cache, distance, train, weights
@@ -207,7 +208,7 @@ def test_measuring_leaves_the_model_as_it_was():
 
 def test_measured_rows_are_spread_over_the_cache(cache: Path):
     opened = cf.open_cache(cache)
-    found = list(calibration_batches(opened))
+    found = list(calibration_batches(CacheDataset(opened)))
     assert len(opened) > CALIBRATION_ROWS == len(found)
     assert found[0]["input_ids"].tolist() == [opened[0].input_ids.tolist()]
     assert found[-1]["input_ids"].tolist() == [opened[-1].input_ids.tolist()]

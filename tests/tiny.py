@@ -145,6 +145,29 @@ def tiny_tokenizer(vocab_size: int = 400, *, add_bos: bool = False, seed: int = 
     )
 
 
+def tiny_sentencepiece(seed: int = 0) -> PreTrainedTokenizerFast:
+    """As Llama 2's: ▁ for a space, one put before every text, bytes as <0x41>, <s> added at the beginning."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    names = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=names, show_progress=False)
+    core.train_from_iterator([english(200, seed=seed)], trainer)
+    trained = json.loads(core.to_str())["model"]
+    vocab = {name: i for i, name in enumerate([*names, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    for token in sorted(trained["vocab"], key=trained["vocab"].__getitem__):
+        vocab.setdefault(token, len(vocab))
+    merges = [tuple(merge) for merge in trained["merges"]]
+    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 def tiny_llama(
     path: Path,
     tokenizer: PreTrainedTokenizerFast,

@@ -72,6 +72,7 @@ class TrainStudentConfig:
     dora: bool = False
     lora_head: bool = False
     merge_adapter: bool = False  # save a plain model
+    cross_tokenizer: str | None = None  # project or uld: the student has another tokenizer than the teacher
     eval_cache: str | None = None  # held-out cache
     kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
     temperature: float | None = None  # default: that of the cache

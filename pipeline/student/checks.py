@@ -34,6 +34,7 @@ def check_student(
     config_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cross_tokenizer: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer to save with the student, and warnings.
 
@@ -43,6 +44,7 @@ def check_student(
     Args:
         caches: the one that the student is trained or evaluated on, and others of the same tokens.
         student, config_file: as in `load_student`.
+        cross_tokenizer: the student's tokens are to be its own; rows are cut to its length by who converts them.
 
     Raises:
         MismatchError: the student's tokens are not the cache's, with what differs.
@@ -58,11 +60,17 @@ def check_student(
         config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
         if _has_tokenizer(student):
             own = load_tokenizer(student, revision=revision, trust_remote_code=trust_remote_code)
+    if cross_tokenizer:
+        if config is not None:
+            _check_objective(cache, config, student)
+        return _foreign_tokenizer(teacher, own, student or config_file or "")
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     try:
         warnings = [] if own is None else check_same_tokenizer(teacher, own, vocab_size=vocab_size)
     except cf.MismatchError as error:
-        raise cf.MismatchError(f"{student}: {error}") from error
+        raise cf.MismatchError(
+            f"{student}: {error} Or train across tokenizers: --cross-tokenizer project, or uld."
+        ) from error
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{config_file or student}: predicts {rows:,} tokens, the cache {cache.path} has targets "
@@ -74,6 +82,22 @@ def check_student(
         for each in caches:
             _check_length(each, config, config_file or student)
     return own or teacher, warnings
+
+
+def _foreign_tokenizer(
+    teacher: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None, name: str
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    if own is None:
+        raise ConfigError(
+            f"--cross-tokenizer: {name} has no tokenizer of its own to train it with. Give a --student that has one."
+        )
+    try:
+        check_same_tokenizer(teacher, own)
+    except cf.MismatchError:
+        return own, []
+    return own, [
+        "--cross-tokenizer is not needed: the student's tokenizer is the teacher's. Training is faster without."
+    ]
 
 
 def check_same_teacher_tokens(train: cf.Cache, held_out: cf.Cache) -> list[str]:
@@ -103,6 +127,12 @@ def _check_objective(cache: cf.Cache, student: PreTrainedConfig, name: str | Non
             f"{name}: is a {NAMES[found]}, expected a {NAMES[expected]}: the targets of {cache.path} are about "
             f"{about[expected]}. Choose another student, or cache the text with a {NAMES[found]}."
         )
+
+
+def longest_row(student: str, trust_remote_code: bool = False) -> int | None:
+    """Positions that a student takes, if its configuration says so; a .gguf file is not asked."""
+    config = load_config(student, trust_remote_code=trust_remote_code)
+    return None if config is None else most_positions(config)
 
 
 def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str | None) -> None:

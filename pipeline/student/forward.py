@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.heads import Head
-from pipeline.losses import HeadOutput, TargetBatch, fused_head, general_head
+from pipeline.losses import HeadOutput, fused_head, general_head
+from pipeline.losses.uld import uld_head
+from pipeline.student.cross_tokenizer import sorted_targets_of
 from pipeline.student.data import Batch, targets_of
 from pipeline.student.recipe import LossRecipe
 
@@ -38,16 +40,21 @@ def distillation_output(
     }
     targets = targets_of(batch, recipe.capture_temperature)
 
-    def sums(hidden: Tensor, targets: TargetBatch) -> HeadOutput:
-        if head.linear:
-            return fused_head(hidden, head.weight, head.bias, targets, **options)
-        return general_head(hidden, head.own_logits, targets, **options)
+    hidden = hidden.flatten(0, 1)
 
+    def sums(here: slice) -> HeadOutput:
+        if recipe.uld:
+            ordered = sorted_targets_of(batch)[here]
+            return uld_head(hidden[here], head.logits, targets[here], ordered, kd_weight=recipe.kd_weight, scale=scale)
+        if head.linear:
+            return fused_head(hidden[here], head.weight, head.bias, targets[here], **options)
+        return general_head(hidden[here], head.own_logits, targets[here], **options)
+
+    rows, length = batch["labels"].shape
     if not by_row:
-        return sums(hidden, targets)
-    length = hidden.shape[1]
-    rows = [sums(hidden[i], targets[i * length : (i + 1) * length]) for i in range(len(hidden))]
-    return HeadOutput(*map(torch.stack, zip(*rows, strict=True)))
+        return sums(slice(None))
+    found = [sums(slice(i * length, (i + 1) * length)) for i in range(rows)]
+    return HeadOutput(*map(torch.stack, zip(*found, strict=True)))
 
 
 def install_distillation_forward(model: torch.nn.Module, head: Head, recipe: LossRecipe) -> None:

@@ -145,6 +145,7 @@ def _check(config: TrainStudentConfig, students: Sequence[str]) -> dict[str, Che
         for refused, found, why in (
             (run.arguments.world_size > 1, f"{run.arguments.world_size} processes", "batches are shared within one"),
             (run.arguments.dataloader_num_workers > 0, "--num-workers", "a worker would read for one student alone"),
+            (run.config.cross_tokenizer is not None, "--cross-tokenizer", "each would need batches in its own tokens"),
             (bool(run.arguments.report_to), f"report_to {run.arguments.report_to}", "such a log is of one run"),
         ):
             if refused:

@@ -26,10 +26,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cache_format import Cache
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import reason
-from pipeline.student.data import Batch, collate
+from pipeline.student.data import Batch, CacheDataset
 
 # Tested, each of them. Others may add parameters, tie sizes together or scale the hidden state by its width.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -91,10 +90,10 @@ def resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
         ) from error
 
 
-def calibration_batches(cache: Cache) -> Iterable[Batch]:
+def calibration_batches(dataset: CacheDataset) -> Iterable[Batch]:
     """Rows evenly spaced over a cache, each alone, so that there is no padding to leave out."""
-    indices = np.linspace(0, len(cache) - 1, min(CALIBRATION_ROWS, len(cache))).round().astype(int)
-    return (collate([cache[int(i)]]) for i in indices)
+    indices = np.linspace(0, len(dataset) - 1, min(CALIBRATION_ROWS, len(dataset))).round().astype(int)
+    return (dataset.collate([dataset[int(i)]]) for i in indices)
 
 
 def prune(model: PreTrainedModel, sizes: Sizes, batches: Iterable[Batch]) -> PreTrainedModel:

@@ -27,6 +27,7 @@ class LossRecipe:
     position_weighting: PositionWeighting = "uniform"  # w
     kd_schedule: Schedule | None = None
     temperature_schedule: Schedule | None = None
+    uld: bool = False  # D is universal logit distillation, of pipeline.losses.uld
 
     def __post_init__(self) -> None:
         weights = (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
@@ -57,6 +58,11 @@ class LossRecipe:
     @property
     def mixture(self) -> Mixture:
         return Mixture.parse(self.divergence)
+
+    @property
+    def trains_kl(self) -> bool:
+        """Whether D is what is logged as kl."""
+        return self.mixture.is_forward_kl and not self.uld
 
     def at(self, step: int, max_steps: int) -> LossRecipe:
         """The recipe for the optimizer step number `step`, counted from 0, of `max_steps`."""
@@ -161,10 +167,11 @@ class LossRecipe:
         count alike, since a student's entropy falls as it learns.
         """
         serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
-        return LossRecipe.for_cache(
+        recipe = LossRecipe.for_cache(
             cache,
             kd_weight=self.kd_weight,
             temperature=self.temperature,
             tail=self.tail if serves else None,
             divergence=self.divergence,
         )
+        return replace(recipe, uld=self.uld)

@@ -19,7 +19,8 @@ from pipeline.errors import ConfigError
 from pipeline.heads import open_head
 from pipeline.objective import objective_for
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
-from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student
+from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student, longest_row
+from pipeline.student.cross_tokenizer import CrossTokenizerDataset, check_cross_tokenizer, for_foreign_student
 from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
@@ -94,16 +95,30 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     config = replace(config, output=str(Path(config.output).expanduser()))
     cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1)
     held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache)
+    tail = config.tail
+    if config.cross_tokenizer is not None:
+        for each in [cache] if held_out is None else [held_out, cache]:
+            tail = check_cross_tokenizer(
+                each,
+                config.cross_tokenizer,
+                tail=config.tail,
+                divergence=config.divergence,
+                temperature=config.temperature,
+                scheduled_temperature=config.temperature_schedule is not None,
+                position_weighting=config.position_weighting,
+                resample=config.resample,
+            )
     recipe = LossRecipe.for_cache(
         cache,
         kd_weight=config.kd_weight,
         temperature=config.temperature,
-        tail=config.tail,
+        tail=tail,
         divergence=config.divergence,
         position_weighting=config.position_weighting,
         kd_schedule=config.kd_schedule,
         temperature_schedule=config.temperature_schedule,
     )
+    recipe = replace(recipe, uld=config.cross_tokenizer == "uld")
     eval_recipe = None if held_out is None else recipe.for_held_out(held_out)
     stopping = check_conditions(
         config.early_stopping,
@@ -123,6 +138,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         config_file=config.student_config,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        cross_tokenizer=config.cross_tokenizer is not None,
     )
     if held_out is not None:
         warnings += check_same_teacher_tokens(cache, held_out)
@@ -191,6 +207,14 @@ def perform(
         dataset_of: what reads a cache.
     """
     config, cache, held_out, arguments = run.config, run.cache, run.held_out, run.arguments
+    vocab_size = cache.metadata.vocab_size
+    if config.cross_tokenizer is not None:
+        limit = None if config.student is None else longest_row(config.student, config.trust_remote_code)
+        dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limit)
+    train_dataset = dataset_of(cache)
+    eval_dataset = None if held_out is None else dataset_of(held_out)
+    if isinstance(train_dataset, CrossTokenizerDataset):
+        on_stage(f"re-tokenising the text: {train_dataset.describe()}")
     on_stage("loading the student")
     objective = objective_for(cache.metadata.alignment)
     model = load_student(
@@ -199,7 +223,7 @@ def perform(
         config_file=config.student_config,
         random=config.student_random,
         sizes=config.sizes,
-        vocab_size=cache.metadata.vocab_size,
+        vocab_size=vocab_size,
         seed=arguments.seed,
         objective=objective,
         revision=config.revision,
@@ -207,12 +231,12 @@ def perform(
     )
     if config.sizes and not config.student_random:
         on_stage("measuring which parts of it to keep")
-        model = prune(model.to(arguments.device), config.sizes, calibration_batches(cache))
+        model = prune(model.to(arguments.device), config.sizes, calibration_batches(train_dataset))
     if config.freeze_embeddings:
         freeze_embeddings(model)
     lora = config.lora
     adapted = None if lora is None else attach(model, lora, base=_place(config.student), seed=arguments.seed)
-    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
+    head = open_head(model, vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
 
     when_loaded()
@@ -230,8 +254,8 @@ def perform(
         eval_recipe=run.eval_recipe,
         resample=config.resample,
         args=arguments,
-        train_dataset=dataset_of(cache),
-        eval_dataset=None if held_out is None else dataset_of(held_out),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=run.tokenizer,
         callbacks=callbacks,
     )

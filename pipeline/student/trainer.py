@@ -31,7 +31,7 @@ METRICS = ("loss", "kl", "ce", "perplexity", "agreement")
 
 def held_out_metrics(recipe: LossRecipe) -> tuple[str, ...]:
     """What an evaluation by this recipe reports, without eval_."""
-    return METRICS if recipe.mixture.is_forward_kl or recipe.kd_weight == 0.0 else (*METRICS, "soft")
+    return METRICS if recipe.trains_kl or recipe.kd_weight == 0.0 else (*METRICS, "soft")
 
 
 class DistillTrainer(Trainer):
@@ -60,7 +60,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         self.recipe, self.resample = recipe, resample
         # Weighted positions leave no way back from the sum of the loss to that of its parts.
-        self._logs_soft = not recipe.mixture.is_forward_kl and recipe.position_weighting == "uniform"
+        self._logs_soft = not recipe.trains_kl and recipe.position_weighting == "uniform"
         self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
         model = model or head.model
         install_distillation_forward(model, head, recipe)
