@@ -18,7 +18,9 @@ from dense import document_logprobs
 from masked_runs import load
 from pipeline.errors import ConfigError
 from pipeline.evaluate import EvaluateConfig, evaluate
+from pipeline.student.arguments import TrainStudentConfig
 from pipeline.student.data import LocalShuffle
+from pipeline.student.many import train_students
 from pipeline.student.students import keep_layers
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked
@@ -129,3 +131,46 @@ def test_students_that_predict_something_else_are_refused(
     with pytest.raises(ConfigError, match="takes at most 31 positions, the rows of .* have up to 32"):
         train(tmp_path / "x", masked_dir / "roberta-cache", student_config=str(tmp_path / "short.json"))
     assert not (tmp_path / "x").exists()
+
+
+# -- with what other students can have --------------------------------------------------------------------------------
+
+
+def test_adapters_of_a_masked_student_are_saved_alone_or_merged(masked_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"student": masked_dir / "bert", "lora_rank": 2, "max_steps": 3, "learning_rate": 1e-2}
+    train(tmp_path / "adapter", masked_dir / "bert-cache", **options)
+    train(tmp_path / "merged", masked_dir / "bert-cache", merge_adapter=True, **options)
+    found = {}
+    for name in ("adapter", "merged"):
+        config = EvaluateConfig(cache=str(masked_dir / "bert-cache"), student=str(tmp_path / name), device="cpu")
+        found[name] = evaluate(config)
+    assert found["adapter"].kl == pytest.approx(found["merged"].kl, rel=1e-5)
+    assert distance(weights(tmp_path / "merged"), weights(masked_dir / "bert")) > 1e-3
+
+
+def test_masked_students_share_a_pass_and_stop_by_the_noise_of_rows(masked_dir: Path, tmp_path: Path) -> None:
+    students = [tiny_masked(tmp_path / f"s{i}", "bert", layers=1, hidden=16, seed=i) for i in (1, 2)]
+    cache = str(masked_dir / "bert-cache")
+    options = {"eval_cache": cache, "eval_steps": 1, "max_steps": 6, "early_stopping": ("loss:noise:1",)}
+    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    config = TrainStudentConfig(cache=cache, output=str(tmp_path / "many"), device="cpu", **options)
+    together = train_students(config, [str(path) for path in students])
+    for path in students:
+        alone = train(tmp_path / f"{path.name}-alone", Path(cache), student=path, **options)
+        assert together[path.name].eval == alone.eval and together[path.name].stopped == alone.stopped
+        assert distance(weights(tmp_path / f"{path.name}-alone"), weights(tmp_path / "many" / path.name)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"student_width": 16}, "is a bert, expected llama, mistral, qwen2, qwen3"),
+        ({"cross_tokenizer": "project"}, "targets about masked tokens.*Use a student with the teacher's tokenizer"),
+    ],
+)
+def test_what_masked_students_cannot_have(
+    masked_dir: Path, tmp_path: Path, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        train(tmp_path / "s", masked_dir / "bert-cache", student=masked_dir / "bert", **options)
+    assert not (tmp_path / "s").exists()
