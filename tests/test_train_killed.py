@@ -22,7 +22,7 @@ LAUNCHER = """
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from pipeline.student.output import _is_finished, last_checkpoint
+from pipeline.student.output import is_finished, last_checkpoint
 from runs import train
 
 output, cache, student, kills, options = json.loads(sys.argv[1])
@@ -70,7 +70,7 @@ while True:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     said.append(step())
-    if _is_finished(Path(output)):  # killed when all was done
+    if is_finished(Path(output)):  # killed when all was done
         status = 0
         break
 print(json.dumps([status, said]))
