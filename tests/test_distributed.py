@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
 import cache_format as cf
 from pipeline.evaluate import EvaluateConfig, evaluate
@@ -64,6 +65,7 @@ def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
         "logging_steps": 1,
         "eval_steps": 3,
         "kd_weight": 0.7,
+        "early_stopping": ["ce:noise:50"],  # held-out sums row by row, gathered; it does not stop
         "arguments": arguments,
     }
     train(folder / "one", cache, student=student_dir, per_device_train_batch_size=4, **options)
@@ -116,3 +118,15 @@ def test_evaluation_by_two_processes_counts_every_row_once(runs: Path):
     alone = evaluate(EvaluateConfig(cache=str(runs / "held-out"), student=str(runs / "two"), device="cpu"))
     for name in ("kl", "ce", "agreement"):
         assert best[f"eval_{name}"] == pytest.approx(getattr(alone, name), rel=1e-6)
+
+
+def test_two_processes_know_the_sums_of_every_row_in_its_place(runs: Path):
+    (one,), (two,) = (
+        TrainerState.load_from_json(str(runs / name / "trainer_state.json")).stateful_callbacks["EarlyStopping"][
+            "attributes"
+        ]["progress"]
+        for name in ("one", "two")
+    )
+    assert len(one["rows"]) == len(cf.open_cache(runs / "held-out")) and one["step"] == two["step"]
+    assert two["rows"] == pytest.approx(one["rows"], rel=1e-5) and len(set(one["rows"])) > 5
+    assert two["delta"] == pytest.approx(one["delta"], rel=1e-3)
