@@ -184,6 +184,13 @@ MASK_OPTIONS = options(
     click.option("--mask-seed", type=int, help="Of the masks; they depend on row and position besides. Default: 0."),
     click.option("--mask-copies", type=int, help="Rows per window of text, each masked anew. Default: 1."),
 )
+HIDDEN_OPTIONS = options(
+    click.option("--hidden-states", help="Store hidden states too: last, all, or layers such as 6,12,18."),
+    click.option(
+        "--hidden-dtype", type=click.Choice(["float16", "int8"]), help="int8: a scale each. Default: float16."
+    ),
+    click.option("--hidden-every", type=int, help="Of one in so many positions. Default: 1."),
+)
 ENCODING_OPTION = click.option(
     "--encoding",
     default="columns",
@@ -306,6 +313,7 @@ WORKER_OPTIONS = options(
 @click.option("--data-config", help="Configuration of a hub dataset.")
 @click.option("--max-documents", type=click.IntRange(1), help="Only the first so many documents.")
 @click.option("--num-proc", type=click.IntRange(1), help="Processes for tokenising.")
+@HIDDEN_OPTIONS
 @click.option("--all-positions", is_flag=True, help="Targets also where the loss mask is off (prompts).")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Default: some 262,144 tokens per shard.")
 @ENCODING_OPTION
@@ -374,10 +382,14 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     )
 
 
+HIDDEN_PARTS = {"layers": "states", "dtype": "dtype", "every": "every"}  # of HiddenRule, and of --hidden-…
+
+
 def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     """The config that the options of cache-teacher make."""
     from pipeline.teacher.capture import CacheTeacherConfig
     from pipeline.teacher.corpus import DataConfig
+    from pipeline.teacher.hidden import HiddenRule
     from pipeline.teacher.masking import FLAGS, MaskRule
     from pipeline.teacher.rules import TargetRule
     from pipeline.teacher.workers import WorkerConfig
@@ -386,11 +398,16 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
         return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
 
     data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
+    states = {name: given.pop(f"hidden_{option}") for name, option in HIDDEN_PARTS.items()}
+    states = {name: value for name, value in states.items() if value is not None}
+    if states and "layers" not in states:
+        raise click.UsageError("--hidden-dtype and --hidden-every belong to --hidden-states: name the layers.")
+    hidden = HiddenRule(**states) if states else None
     masks = {name: given.pop(flag[2:].replace("-", "_")) for name, flag in FLAGS.items()}
     masks = {name: value for name, value in masks.items() if value is not None}
     masking = MaskRule(**masks) if masks else None
     workers = WorkerConfig(**take(WorkerConfig))
-    return CacheTeacherConfig(data=data, targets=rule, masking=masking, workers=workers, **given)
+    return CacheTeacherConfig(data=data, targets=rule, masking=masking, hidden=hidden, workers=workers, **given)
 
 
 # corpus report -> words; what a user should know happened to the text
