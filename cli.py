@@ -517,6 +517,13 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
     type=click.Choice(["uniform", "teacher-entropy", "student-entropy"]),
     help="Weight of a position: 1, or entropy / log V.",
 )
+@click.option(
+    "--hidden-loss",
+    type=click.Choice(["cosine", "mse", "normalized-mse"]),
+    help="Draw hidden states to those in the cache (cache-teacher --hidden-states).",
+)
+@click.option("--hidden-weight", type=float, help="γ, the weight of --hidden-loss. Default: 1.")
+@click.option("--layer-map", help="Which layers: uniform, last, or STUDENT:TEACHER as in 3:6,6:12. Default: uniform.")
 @click.option("--resample", is_flag=True, help="Every epoch another of the cache's several samples.")
 @click.option(
     "--batch-size",
@@ -564,18 +571,21 @@ def train_student_command(as_json: bool, **given: Any) -> None:
     config = TrainStudentConfig(**given)
     facts = ""
 
+    def features(logs: dict[str, float], name: str) -> str:
+        return f" · features {logs[name]:.4f}" if name in logs else ""
+
     def log(logs: dict[str, float]) -> None:
         nonlocal facts
         if "loss" in logs:
             facts = (
                 f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
-                f"agreement {logs['agreement']:.1%} · {logs['tokens_per_s']:,.0f} tokens/s"
+                f"agreement {logs['agreement']:.1%}{features(logs, 'features')} · {logs['tokens_per_s']:,.0f} tokens/s"
             )
         elif "eval_kl" in logs:
             status.line(
                 f"step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
                 f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
-                f"agreement {logs['eval_agreement']:.1%}"
+                f"agreement {logs['eval_agreement']:.1%}{features(logs, 'eval_features')}"
             )
 
     with Status() as status:
@@ -607,7 +617,8 @@ def train_student_command(as_json: bool, **given: Any) -> None:
             (
                 "held out",
                 f"KL {summary.eval['kl']:.4f} · CE {summary.eval['ce']:.4f} · "
-                f"perplexity {summary.eval['perplexity']:,.2f} · agreement {summary.eval['agreement']:.1%}",
+                f"perplexity {summary.eval['perplexity']:,.2f} · agreement {summary.eval['agreement']:.1%}"
+                + features(summary.eval, "features"),
             )
         )
     out.print(pairs(f"Trained {summary.output}", rows))
@@ -663,7 +674,7 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
     from pipeline.report import inspect_row, inspect_view
     from pipeline.student.checks import load_cache_tokenizer
 
-    opened = cf.open_cache(cache)
+    opened = cf.open_cache(cache, hidden_layers=[])
     if not -len(opened) <= row < len(opened):
         raise click.BadParameter(f"{cache} has rows 0 to {len(opened) - 1}", param_hint="--row")
     tokenizer = load_cache_tokenizer(opened)
@@ -686,7 +697,7 @@ def stats(cache: str, as_json: bool) -> None:
     import cache_format as cf
     from pipeline.report import cache_stats, stats_view
 
-    found = cache_stats(cf.open_cache(cache))
+    found = cache_stats(cf.open_cache(cache, hidden_layers=[]))
     print_json(found) if as_json else out.print(stats_view(found))
 
 

@@ -33,6 +33,7 @@ def masked_models(root: Path) -> None:
 
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
+    "docs/features.md": causal_models,
     "docs/masked.md": masked_models,
 }
 

@@ -8,6 +8,7 @@ sharded weight. Here hidden states, head and loss are all inside that one call.
 from __future__ import annotations
 
 import types
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,39 @@ from transformers import PreTrainedModel
 from pipeline.heads import Head
 from pipeline.losses import HeadOutput, fused_head, general_head
 from pipeline.student.data import Batch, targets_of
+from pipeline.student.features import Features
 from pipeline.student.recipe import LossRecipe
 
 
-def distillation_output(head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0) -> HeadOutput:
-    """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient."""
-    hidden = head.hidden_states(batch["input_ids"], batch["position_ids"], batch.get("attention_mask"))
+class FeatureOutput(NamedTuple):
+    """`HeadOutput` of a student that is trained on features besides.
+
+    loss: with γ·features in it, times `scale`.
+    features: the sum that γ weights, of the counted positions.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+    agreement: Tensor
+    count: Tensor
+    features: Tensor
+
+
+def distillation_output(
+    head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0, features: Features | None = None
+) -> HeadOutput | FeatureOutput:
+    """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient.
+
+    Args:
+        features: what hidden states are drawn together by, if the batch has the teacher's.
+    """
+    inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
+    states: dict[int, Tensor] = {}
+    if features is None or "hidden_index" not in batch:
+        features, hidden = None, head.hidden_states(*inputs)
+    else:
+        hidden, states = head.states(features.student_layers, *inputs)
     options = {
         "kd_weight": recipe.kd_weight,
         "temperature": recipe.temperature,
@@ -33,22 +61,32 @@ def distillation_output(head: Head, batch: Batch, recipe: LossRecipe, scale: flo
     }
     targets = targets_of(batch, recipe.capture_temperature)
     if head.linear:
-        return fused_head(hidden, head.weight, head.bias, targets, **options)
-    return general_head(hidden, head.own_logits, targets, **options)
+        output = fused_head(hidden, head.weight, head.bias, targets, **options)
+    else:
+        output = general_head(hidden, head.own_logits, targets, **options)
+    if features is None:
+        return output
+    drawn = features(states, batch).sum()
+    loss, *rest = output
+    return FeatureOutput(loss + features.weight * scale * drawn, *rest, drawn.detach())
 
 
-def install_distillation_forward(model: PreTrainedModel, head: Head, recipe: LossRecipe) -> None:
-    """Makes `model(scale=…, recipe=…, **batch)` return a `HeadOutput`; `remove_distillation_forward` undoes it.
+def install_distillation_forward(
+    model: PreTrainedModel, head: Head, recipe: LossRecipe, features: Features | None = None
+) -> None:
+    """Makes `model(scale=…, recipe=…, **batch)` return a `HeadOutput`, with features a `FeatureOutput`;
+    `remove_distillation_forward` undoes it.
 
     Args:
         recipe: where a call names none.
+        features: already part of the model.
     """
     default = recipe
 
     def forward(
         self: PreTrainedModel, scale: float | Tensor = 1.0, recipe: LossRecipe | None = None, **batch: Tensor
-    ) -> HeadOutput:
-        return distillation_output(head, batch, recipe or default, scale)
+    ) -> HeadOutput | FeatureOutput:
+        return distillation_output(head, batch, recipe or default, scale, features)
 
     # On the instance, as a method, so that accelerate can wrap it and the class still saves and loads as itself.
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

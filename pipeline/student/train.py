@@ -19,6 +19,7 @@ from pipeline.objective import objective_for
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
 from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student
 from pipeline.student.data import WINDOW, CacheDataset
+from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
 from pipeline.student.recipe import LossRecipe
@@ -55,8 +56,11 @@ def train_student(
         ConfigError, ModelError: options or student cannot be used; nothing in `output` was touched.
     """
     config = replace(config, output=str(Path(config.output).expanduser()))
-    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1)
-    held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache)
+    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1, hidden_layers=[])
+    held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache, hidden_layers=[])
+    of_features = FeatureRecipe.for_cache(
+        cache, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
+    )
     recipe = LossRecipe.for_cache(
         cache,
         kd_weight=config.kd_weight,
@@ -84,6 +88,10 @@ def train_student(
     )
     if held_out is not None:
         warnings += check_same_teacher_tokens(cache, held_out)
+        if of_features is not None and not of_features.serves(held_out):
+            warnings.append(
+                f"{held_out.path}: has not the hidden states of {cache.path}: its loss is without --hidden-loss"
+            )
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
         warnings.append(
@@ -109,6 +117,13 @@ def train_student(
     )
     head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
+    parameters = sum(p.numel() for p in model.parameters())
+    features = None
+    if of_features is not None:
+        features = Features.of(of_features, head, arguments.seed)
+        cache = cache.with_hidden(features.teacher_layers)
+        if held_out is not None and of_features.serves(held_out):
+            held_out = held_out.with_hidden(features.teacher_layers)
 
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
@@ -119,6 +134,7 @@ def train_student(
         recipe=recipe,
         eval_recipe=eval_recipe,
         resample=config.resample,
+        features=features,
         args=arguments,
         train_dataset=CacheDataset(cache),
         eval_dataset=None if held_out is None else CacheDataset(held_out),
@@ -126,7 +142,6 @@ def train_student(
         callbacks=[_Report(on_step, on_log)],
     )
     trainer.remove_callback(PrinterCallback)  # the command line shows progress, not the library
-    parameters = sum(p.numel() for p in model.parameters())
     on_stage(
         f"training {parameters / 1e6:.1f} M parameters on {len(cache):,} rows, {cache.num_counted_tokens:,} targets"
     )
@@ -147,6 +162,8 @@ def train_student(
 
     trainer.accelerator.wait_for_everyone()
     remove_distillation_forward(trainer.accelerator.unwrap_model(trainer.model))
+    if features is not None:
+        features.detach(model)
     trainer.save_model()
     trainer.save_state()
     return TrainSummary(

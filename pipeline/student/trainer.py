@@ -22,7 +22,8 @@ from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, uncounted
-from pipeline.student.forward import install_distillation_forward
+from pipeline.student.features import Features
+from pipeline.student.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.recipe import LossRecipe
 
 
@@ -33,6 +34,7 @@ class DistillTrainer(Trainer):
         head: the student's head, from `open_head`.
         recipe: the loss, with its schedules.
         eval_recipe: the loss on the held-out targets, if they are of another kind.
+        features: what hidden states are drawn together by; part of `head.model` from now on.
         resample: with several samples of the tail, every epoch uses one alone.
         Everything else: as for `Trainer`; `args.remove_unused_columns` must be False.
     """
@@ -46,17 +48,22 @@ class DistillTrainer(Trainer):
         recipe: LossRecipe,
         eval_recipe: LossRecipe | None = None,
         resample: bool = False,
+        features: Features | None = None,
         **kwargs: Any,
     ) -> None:
         self.recipe, self.resample = recipe, resample
         # Weighted positions leave no way back from the sum of the loss to that of its parts.
         self._logs_soft = not recipe.mixture.is_forward_kl and recipe.position_weighting == "uniform"
         self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
-        install_distillation_forward(head.model, head, recipe)
+        self.features = features
+        if features is not None:
+            features.attach(head.model)
+        install_distillation_forward(head.model, head, recipe, features)
         super().__init__(model=head.model, data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
+        self._features = torch.zeros((), device=self.args.device)  # since the last log: the sum that γ weights
         self._loss_sum = torch.zeros((), device=self.args.device)  # over all steps of this call of train
         self._soft = torch.zeros(2, device=self.args.device)  # since the last log: sum of T²·D, its positions
         self._since = time.perf_counter()
@@ -76,23 +83,33 @@ class DistillTrainer(Trainer):
         recipe = self.recipe.at(self.state.global_step, self.state.max_steps)
         # Through the wrapper: DDP averages gradients there.
         output: HeadOutput = model(scale=scale, recipe=recipe, **inputs)
+        of_features = torch.zeros((), device=scale.device)
+        if isinstance(output, FeatureOutput):
+            of_features = self.features.weight * output.features
+            self._features += output.features
         if self._logs_soft and recipe.kd_weight > 0.0:
-            soft = (output.loss.detach() / scale - (1.0 - recipe.kd_weight) * output.ce) / recipe.kd_weight
+            own = output.loss.detach() / scale - of_features
+            soft = (own - (1.0 - recipe.kd_weight) * output.ce) / recipe.kd_weight
             self._soft += torch.stack([soft, output.count])
-        self._sums += torch.stack([*output, inputs["num_tokens"]]).detach()
+        self._sums += torch.stack([*output[: len(HeadOutput._fields)], inputs["num_tokens"]]).detach()
         self._loss_sum += output.loss.detach() / processes
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds KL, CE and agreement since the last log, over all processes, to the training logs.
 
-        `soft`, T²·D, if the divergence trained is another than the KL; what a schedule gave at the last step.
+        `features`, if there are any, without their weight; `soft`, T²·D, if the divergence trained is another than the
+        KL; what a schedule gave at the last step.
         """
         if "loss" in logs:
             _, kl, ce, agreement, count, tokens = self._reduce(self._sums)
             seconds = time.perf_counter() - self._since
             if count:
                 logs |= {"kl": kl / count, "ce": ce / count, "agreement": agreement / count}
+            if self.features is not None:
+                (drawn,) = self._reduce(self._features[None])
+                logs |= {"features": drawn / count} if count else {}
+                self._features.zero_()
             if self._logs_soft:
                 soft, positions = self._reduce(self._soft)
                 logs |= {"soft": soft / positions} if positions else {}
@@ -121,8 +138,8 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement, and soft as
-        in `log`.
+        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement, and features
+        and soft as in `log`.
 
         `eval_loss` is the mean of the objective as it is at the last step, with positions that count alike; `eval_kl`
         at the same temperature.
@@ -132,7 +149,7 @@ class DistillTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model_wrapped) if not self.is_fsdp_enabled else self.model_wrapped
         with evaluating(model):
             sums = sum_over(lambda batch: model(recipe=self.eval_recipe, **batch), self._eval_batches(dataset))
-        loss, kl, ce, agreement, count = self._reduce(torch.tensor(sums, dtype=torch.float64))
+        loss, kl, ce, agreement, count, *drawn = self._reduce(torch.tensor(sums, dtype=torch.float64))
         result = Evaluation.from_sums(kl, ce, agreement, count)
         metrics = {
             "loss": loss / max(count, 1.0),
@@ -141,9 +158,13 @@ class DistillTrainer(Trainer):
             "perplexity": result.perplexity,
             "agreement": result.agreement,
         }
+        of_features = 0.0
+        if drawn and self.features is not None:  # the held-out cache has states as well
+            metrics["features"] = drawn[0] / max(count, 1.0)
+            of_features = self.features.weight * metrics["features"]
         kd_weight = self.eval_recipe.kd_weight
         if kd_weight > 0.0 and not self.eval_recipe.mixture.is_forward_kl:
-            metrics["soft"] = (metrics["loss"] - (1.0 - kd_weight) * result.ce) / kd_weight
+            metrics["soft"] = (metrics["loss"] - of_features - (1.0 - kd_weight) * result.ce) / kd_weight
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -166,6 +187,21 @@ class DistillTrainer(Trainer):
         for _ in range(batches - len(shares)):
             filler = batch or {k: v.to(self.args.device) for k, v in collate([dataset[0]]).items()}
             yield uncounted(filler)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.features is not None and self.args.should_save:
+            self.features.save(output_dir or self.args.output_dir)  # before the state, which says that all is there
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.features is not None:
+            self.features.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.features is not None:
+            self.features.load(self.state.best_model_checkpoint)
 
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
         dataset = train_dataset or self.train_dataset
