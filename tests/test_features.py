@@ -25,7 +25,7 @@ from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.rules import TargetRule
-from runs import SGD, Stop, distance, log_history, train, weights
+from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import tiny_llama
 
 # ---- the losses
@@ -330,8 +330,6 @@ def test_a_student_of_the_teachers_width_needs_no_projections(caches: Path, toke
 def test_what_a_cache_cannot_serve_is_refused_before_anything_is_touched(
     caches: Path, student_dir: Path, teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    from runs import build_cache
-
     bare = build_cache(tmp_path / "bare", teacher_dir, text_file)
     for cache, options, words in (
         (bare, {"hidden_loss": "mse"}, "holds no hidden states. Cache the text with --hidden-states"),
@@ -342,6 +340,10 @@ def test_what_a_cache_cannot_serve_is_refused_before_anything_is_touched(
         with pytest.raises(ConfigError, match=words):
             train(tmp_path / "student", cache, student=student_dir, **options)
         assert not (tmp_path / "student").exists()
+    sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    with pytest.raises(ConfigError, match="projections between them cannot be sharded"):
+        train(tmp_path / "student", caches / "all", student=student_dir, hidden_loss="mse", arguments=sharded)
+    assert not (tmp_path / "student").exists()
     warned: list[str] = []
     options = {"hidden_loss": "mse", "max_steps": 1, "eval_cache": str(bare), "on_warning": warned.append}
     summary = train(tmp_path / "student", caches / "all", student=student_dir, **options)

@@ -121,6 +121,11 @@ def train_student(
     features = None
     if of_features is not None:
         features = Features.of(of_features, head, arguments.seed)
+        if arguments.fsdp and len(features.maps):
+            raise ConfigError(
+                "--hidden-loss: the student's states are of another width than the teacher's, and projections between "
+                "them cannot be sharded. Train without fsdp, or a student of the teacher's width."
+            )
         cache = cache.with_hidden(features.teacher_layers)
         if held_out is not None and of_features.serves(held_out):
             held_out = held_out.with_hidden(features.teacher_layers)
