@@ -80,6 +80,13 @@ class FeatureRecipe:
         weight = 1.0 if weight is None else weight
         return cls(loss=loss, weight=weight, layer_map=layer_map or "uniform", spec=spec)  # type: ignore[arg-type]
 
+    @property
+    def teacher_layers(self) -> list[int]:
+        """Whose states a student may be drawn to; for `uniform`, how many of them depends on the student."""
+        if self.layer_map == "last":
+            return [self.spec.teacher_layers]
+        return sorted({teacher for _, teacher in self._given}) if self._given else list(self.spec.layers)
+
     def serves(self, cache: cf.Cache) -> bool:
         """Whether another cache has the same states, so that a student can be measured on it."""
         other, ours = cache.metadata.hidden, self.spec
@@ -173,10 +180,6 @@ class Features(nn.Module):
     @property
     def student_layers(self) -> list[int]:
         return sorted({student for student, _ in self.pairs})
-
-    @property
-    def teacher_layers(self) -> list[int]:
-        return sorted({teacher for _, teacher in self.pairs})
 
     def forward(self, states: dict[int, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """[B] sums over the counted positions of each row that have states.

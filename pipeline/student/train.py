@@ -61,6 +61,10 @@ def train_student(
     of_features = FeatureRecipe.for_cache(
         cache, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
     )
+    if of_features is not None:
+        cache = cache.with_hidden(of_features.teacher_layers)
+        if held_out is not None and of_features.serves(held_out):
+            held_out = held_out.with_hidden(of_features.teacher_layers)
     recipe = LossRecipe.for_cache(
         cache,
         kd_weight=config.kd_weight,
@@ -126,9 +130,6 @@ def train_student(
                 "--hidden-loss: the student's states are of another width than the teacher's, and projections between "
                 "them cannot be sharded. Train without fsdp, or a student of the teacher's width."
             )
-        cache = cache.with_hidden(features.teacher_layers)
-        if held_out is not None and of_features.serves(held_out):
-            held_out = held_out.with_hidden(features.teacher_layers)
 
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
