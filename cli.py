@@ -185,6 +185,13 @@ MASK_OPTIONS = options(
     click.option("--mask-seed", type=int, help="Of the masks; they depend on row and position besides. Default: 0."),
     click.option("--mask-copies", type=int, help="Rows per window of text, each masked anew. Default: 1."),
 )
+HIDDEN_OPTIONS = options(
+    click.option("--hidden-states", help="Store hidden states too: last, all, or layers such as 6,12,18."),
+    click.option(
+        "--hidden-dtype", type=click.Choice(["float16", "int8"]), help="int8: a scale each. Default: float16."
+    ),
+    click.option("--hidden-every", type=int, help="Of one in so many positions. Default: 1."),
+)
 ENCODING_OPTION = click.option(
     "--encoding",
     default="columns",
@@ -307,6 +314,7 @@ WORKER_OPTIONS = options(
 @click.option("--data-config", help="Configuration of a hub dataset.")
 @click.option("--max-documents", type=click.IntRange(1), help="Only the first so many documents.")
 @click.option("--num-proc", type=click.IntRange(1), help="Processes for tokenising.")
+@HIDDEN_OPTIONS
 @click.option("--all-positions", is_flag=True, help="Targets also where the loss mask is off (prompts).")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Default: some 262,144 tokens per shard.")
 @ENCODING_OPTION
@@ -375,10 +383,14 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     )
 
 
+HIDDEN_PARTS = {"layers": "states", "dtype": "dtype", "every": "every"}  # of HiddenRule, and of --hidden-…
+
+
 def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     """The config that the options of cache-teacher make."""
     from pipeline.teacher.capture import CacheTeacherConfig
     from pipeline.teacher.corpus import DataConfig
+    from pipeline.teacher.hidden import HiddenRule
     from pipeline.teacher.masking import FLAGS, MaskRule
     from pipeline.teacher.rules import TargetRule
     from pipeline.teacher.workers import WorkerConfig
@@ -387,11 +399,16 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
         return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
 
     data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
+    states = {name: given.pop(f"hidden_{option}") for name, option in HIDDEN_PARTS.items()}
+    states = {name: value for name, value in states.items() if value is not None}
+    if states and "layers" not in states:
+        raise click.UsageError("--hidden-dtype and --hidden-every belong to --hidden-states: name the layers.")
+    hidden = HiddenRule(**states) if states else None
     masks = {name: given.pop(flag[2:].replace("-", "_")) for name, flag in FLAGS.items()}
     masks = {name: value for name, value in masks.items() if value is not None}
     masking = MaskRule(**masks) if masks else None
     workers = WorkerConfig(**take(WorkerConfig))
-    return CacheTeacherConfig(data=data, targets=rule, masking=masking, workers=workers, **given)
+    return CacheTeacherConfig(data=data, targets=rule, masking=masking, hidden=hidden, workers=workers, **given)
 
 
 # corpus report -> words; what a user should know happened to the text
@@ -523,6 +540,13 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
     type=click.Choice(["uniform", "teacher-entropy", "student-entropy"]),
     help="Weight of a position: 1, or entropy / log V.",
 )
+@click.option(
+    "--hidden-loss",
+    type=click.Choice(["cosine", "mse", "normalized-mse"]),
+    help="Draw hidden states to those in the cache (cache-teacher --hidden-states).",
+)
+@click.option("--hidden-weight", type=float, help="γ, the weight of --hidden-loss. Default: 1.")
+@click.option("--layer-map", help="Which layers: uniform, last, or STUDENT:TEACHER as in 3:6,6:12. Default: uniform.")
 @click.option("--resample", is_flag=True, help="Every epoch another of the cache's several samples.")
 @click.option(
     "--batch-size",
@@ -585,19 +609,22 @@ def train_student_command(as_json: bool, students: tuple[str, ...], **given: Any
     config = TrainStudentConfig(student=students[0] if len(students) == 1 else None, **given)
     facts = ""
 
+    def features(name: str, logs: dict[str, Any]) -> str:
+        return f" · features {logs[name]:.4f}" if name in logs else ""
+
     def log(logs: dict[str, Any]) -> None:
         nonlocal facts
         of = f"{logs['student']}: " if "student" in logs else ""
         if "loss" in logs:
             facts = (
                 f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
-                f"agreement {logs['agreement']:.1%} · {logs['tokens_per_s']:,.0f} tokens/s"
+                f"agreement {logs['agreement']:.1%}{features('features', logs)} · {logs['tokens_per_s']:,.0f} tokens/s"
             )
         elif "eval_kl" in logs:
             status.line(
                 f"{of}step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
                 f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
-                f"agreement {logs['eval_agreement']:.1%}"
+                f"agreement {logs['eval_agreement']:.1%}{features('eval_features', logs)}"
             )
         elif "stopped" in logs:
             status.line(f"{of}step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
@@ -679,7 +706,7 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
     from pipeline.report import inspect_row, inspect_view
     from pipeline.student.checks import load_cache_tokenizer
 
-    opened = cf.open_cache(cache)
+    opened = cf.open_cache(cache, hidden_layers=[])
     if not -len(opened) <= row < len(opened):
         raise click.BadParameter(f"{cache} has rows 0 to {len(opened) - 1}", param_hint="--row")
     tokenizer = load_cache_tokenizer(opened)
@@ -702,7 +729,7 @@ def stats(cache: str, as_json: bool) -> None:
     import cache_format as cf
     from pipeline.report import cache_stats, stats_view
 
-    found = cache_stats(cf.open_cache(cache))
+    found = cache_stats(cf.open_cache(cache, hidden_layers=[]))
     print_json(found) if as_json else out.print(stats_view(found))
 
 

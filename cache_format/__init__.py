@@ -28,7 +28,7 @@ from cache_format.errors import (
     FormatError,
     MismatchError,
 )
-from cache_format.hidden import HiddenSpec, HiddenStates
+from cache_format.hidden import HiddenSpec, HiddenStates, find_invalid_state
 from cache_format.manifest import Manifest
 from cache_format.metadata import (
     CODEBOOK_COLUMNS,
@@ -77,6 +77,7 @@ __all__ = [
     "default_codebooks",
     "differences",
     "entropy_codebook",
+    "find_invalid_state",
     "finish_cache",
     "finished_already",
     "finished_manifest",

@@ -149,8 +149,10 @@ def find_invalid_state(hidden: HiddenStates) -> tuple[int, str] | None:
         if states.dtype == np.float16:
             # An exponent of all ones is infinity or NaN; numpy's own test converts every number first.
             bad = ((states.view(np.uint16) & 0x7C00) == 0x7C00).any(axis=1)
-        else:
+        elif layer in hidden.scales:
             bad = ~(np.isfinite(hidden.scales[layer]) & (hidden.scales[layer] >= 0))
+        else:
+            continue  # of a dtype that is never written
         if bad.any():
             return int(positions[bad.argmax()]), f"the hidden state of layer {layer} is not finite"
     return None
@@ -175,6 +177,10 @@ def to_arrow(
 
     Raises: ValueError for states of another dtype or width than the metadata say.
     """
+    if (tuple(hidden.scales) if spec.dtype == "int8" else spec.layers) != spec.layers:
+        raise ValueError(
+            f"scales of layers {list(hidden.scales)}, the metadata name int8 states of {list(spec.layers)}"
+        )
     if tuple(hidden.states) != spec.layers:
         raise ValueError(f"hidden states of layers {list(hidden.states)}, the metadata name {list(spec.layers)}")
     if name == MASK:

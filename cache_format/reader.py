@@ -84,6 +84,11 @@ class Cache(Sequence[CacheRow]):
         kept = self._cached_record_batches, self._hidden_layers, self._read_cache
         return Cache, (self._directory, self.manifest, *kept)
 
+    def with_hidden(self, layers: Sequence[int]) -> Cache:
+        """The same cache, with the hidden states of these layers decoded, instead of those that it was opened with."""
+        kept = self._cached_record_batches, tuple(layers), self._read_cache
+        return Cache(self._directory, self.manifest, *kept)
+
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
 

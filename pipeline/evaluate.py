@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
-    cache = cf.open_cache(config.cache)
+    cache = cf.open_cache(config.cache, hidden_layers=[])
     tokenizer, _ = check_student(
         [cache],
         config.student,
@@ -121,10 +121,10 @@ def evaluate(
 
 
 @torch.no_grad()
-def sum_over(forward: Callable[[Batch], HeadOutput], batches: Iterable[Batch]) -> list[float]:
-    """Totals of `HeadOutput` over batches, in float64: [loss, kl, ce, agreement, count]."""
-    totals = [0.0] * len(HeadOutput._fields)
+def sum_over(forward: Callable[[Batch], tuple[torch.Tensor, ...]], batches: Iterable[Batch]) -> list[float]:
+    """Totals of `HeadOutput`, or what begins with it, over batches, in float64: [loss, kl, ce, agreement, count]."""
+    totals: list[float] = []
     for batch in batches:
         values = torch.stack([value.float() for value in forward(batch)]).tolist()
-        totals = [total + value for total, value in zip(totals, values, strict=True)]
-    return totals
+        totals = [total + value for total, value in zip(totals or [0.0] * len(values), values, strict=True)]
+    return totals or [0.0] * len(HeadOutput._fields)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,36 @@ class Head:
             attention_mask: [B, T] int64, 1 but for padding; for masked models, default: nothing is padding.
         """
         return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
+
+    def states(
+        self, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """`hidden_states`, and those of some layers [B, T, D]: 0 the embeddings' output, i that of layer i.
+
+        The last layer's are what the head is applied to, with the norm that follows it in most architectures.
+        """
+        inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
+        output = _body(self.model)(**inputs, output_hidden_states=True)
+        return output[0], {layer: output.hidden_states[layer] for layer in layers}
+
+    def layers(self) -> tuple[int, int]:
+        """L, the number of the last layer, and D, the width of all their states.
+
+        Raises: ModelError if the model does not give its layers' states as `states` takes them to be.
+        """
+        device = self.weight.device
+        ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
+        inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
+        with evaluating(self.model), torch.no_grad():
+            output = _body(self.model)(**inputs, output_hidden_states=True)
+        found = getattr(output, "hidden_states", None) or ()
+        widths = {tuple(each.shape) for each in found}
+        if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
+            raise ModelError(
+                f"{type(self.model).__name__} does not give the hidden states of its layers as other models do "
+                f"({len(found)} of shapes {sorted(widths)}): features cannot be distilled from or into it."
+            )
+        return len(found) - 1, found[-1].shape[-1]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, D] → [n, V], in the dtype the model computes them in.

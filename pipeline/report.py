@@ -361,7 +361,8 @@ def training_view(summary: Mapping[str, Any]) -> RenderableType:
             (
                 "held out",
                 f"KL {found['kl']:.4f} · CE {found['ce']:.4f} · perplexity {found['perplexity']:,.2f} · "
-                f"agreement {found['agreement']:.1%}",
+                f"agreement {found['agreement']:.1%}"
+                + (f" · features {found['features']:.4f}" if "features" in found else ""),
             ),
         ]
     view = pairs(f"Trained {summary['output']}", rows)

@@ -91,7 +91,7 @@ def verify_against_teacher(
         MismatchError: the teacher's tokenizer is not the cache's. ConfigError: of this kind of targets nothing can be
         computed again. ModelError, CacheError: either cannot be read.
     """
-    cache = cf.open_cache(config.cache)
+    cache = cf.open_cache(config.cache, hidden_layers=[])
     rule = TargetRule.from_json(cache.metadata.targets)
     if not cache.metadata.rounded_once:
         raise ConfigError(

@@ -35,6 +35,7 @@ def masked_models(root: Path) -> None:
 
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
+    "docs/features.md": causal_models,
     "docs/masked.md": masked_models,
     "docs/stopping.md": causal_models,
     "docs/students.md": causal_models,

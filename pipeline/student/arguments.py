@@ -81,6 +81,9 @@ class TrainStudentConfig:
     kd_schedule: str | None = None  # in the place of kd_weight, see pipeline.student.schedules
     temperature_schedule: str | None = None  # in the place of temperature
     position_weighting: PositionWeighting = "uniform"
+    hidden_loss: str | None = None  # cosine, mse or normalized-mse: features besides, see pipeline.student.features
+    hidden_weight: float | None = None  # γ; default: 1
+    layer_map: str | None = None  # uniform (default), last, or pairs STUDENT:TEACHER
     resample: bool = False  # every epoch another of several samples
     early_stopping: tuple[str, ...] = ()  # conditions, see pipeline.student.stopping
     early_stopping_mode: Mode = "all"  # of them must hold, or any

@@ -108,7 +108,8 @@ def collate(rows: Sequence[CacheRow]) -> Batch:
 
     input_ids, position_ids, labels [B, T] int64; target_ids [B, T, K] int64; target_logprobs [B, T, K] float32;
     target_exact_counts [B, T] int64; target_residual_logprob, target_entropy [B, T] float32; num_tokens [] int64
-    without padding; of masked models attention_mask [B, T] int64, 1 but for padding.
+    without padding. Of masked models attention_mask [B, T] int64, 1 but for padding. With hidden states hidden_index
+    [n] int64, their places among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n] float32 if int8.
 
     `labels` are already aligned, so they are also given under the name `shift_labels`, by which transformers knows that
     nothing must be shifted when it counts the tokens of an optimizer step.
@@ -118,18 +119,36 @@ def collate(rows: Sequence[CacheRow]) -> Batch:
     targets = TargetBatch.from_rows(rows, length)
     labels = targets.labels.view(len(rows), length)
     both_sides = {} if rows[0].labels is None else {"attention_mask": padding_mask(rows)}
-    return both_sides | {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "labels": labels,
-        "shift_labels": labels,
-        "target_ids": targets.ids.view(len(rows), length, -1),
-        "target_logprobs": targets.logprobs.view(len(rows), length, -1),
-        "target_exact_counts": targets.exact_counts.view(len(rows), length),
-        "target_residual_logprob": targets.residual_logprob.view(len(rows), length),
-        "target_entropy": targets.entropy.view(len(rows), length),
-        "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
-    }
+    return (
+        both_sides
+        | _hidden_states(rows, length)
+        | {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+            "shift_labels": labels,
+            "target_ids": targets.ids.view(len(rows), length, -1),
+            "target_logprobs": targets.logprobs.view(len(rows), length, -1),
+            "target_exact_counts": targets.exact_counts.view(len(rows), length),
+            "target_residual_logprob": targets.residual_logprob.view(len(rows), length),
+            "target_entropy": targets.entropy.view(len(rows), length),
+            "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
+        }
+    )
+
+
+def _hidden_states(rows: Sequence[CacheRow], length: int) -> Batch:
+    """The states of all rows one after the other."""
+    found = [row.hidden for row in rows if row.hidden is not None]
+    if len(found) < len(rows):
+        return {}
+    places = [i * length + np.flatnonzero(hidden.mask) for i, hidden in enumerate(found)]
+    batch = {"hidden_index": torch.from_numpy(np.concatenate(places))}
+    for layer in found[0].states:
+        batch[f"hidden_{layer}"] = torch.from_numpy(np.concatenate([hidden.states[layer] for hidden in found]))
+    for layer in found[0].scales:
+        batch[f"hidden_{layer}_scale"] = torch.from_numpy(np.concatenate([hidden.scales[layer] for hidden in found]))
+    return batch
 
 
 def targets_of(batch: Batch, temperature: float = 1.0) -> TargetBatch:

@@ -8,6 +8,7 @@ sharded weight. Here hidden states, head and loss are all inside that one call.
 from __future__ import annotations
 
 import types
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +18,46 @@ from pipeline.losses import HeadOutput, fused_head, general_head
 from pipeline.losses.uld import uld_head
 from pipeline.student.cross_tokenizer import sorted_targets_of
 from pipeline.student.data import Batch, targets_of
+from pipeline.student.features import Features
 from pipeline.student.recipe import LossRecipe
 
 
+class FeatureOutput(NamedTuple):
+    """`HeadOutput` of a student that is trained on features besides.
+
+    loss: with γ·features in it, times `scale`.
+    features: the sum that γ weights, of the counted positions.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+    agreement: Tensor
+    count: Tensor
+    features: Tensor
+
+
 def distillation_output(
-    head: Head, batch: Batch, recipe: LossRecipe, scale: float | Tensor = 1.0, *, by_row: bool = False
-) -> HeadOutput:
+    head: Head,
+    batch: Batch,
+    recipe: LossRecipe,
+    scale: float | Tensor = 1.0,
+    features: Features | None = None,
+    *,
+    by_row: bool = False,
+) -> HeadOutput | FeatureOutput:
     """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient.
 
     Args:
+        features: what hidden states are drawn together by, if the batch has the teacher's.
         by_row: sums of each row, [B] instead of scalars: the head runs on a row at a time.
     """
-    hidden = head.hidden_states(batch["input_ids"], batch["position_ids"], batch.get("attention_mask"))
+    inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
+    states: dict[int, Tensor] = {}
+    if features is None or "hidden_index" not in batch:
+        features, hidden = None, head.hidden_states(*inputs)
+    else:
+        hidden, states = head.states(features.student_layers, *inputs)
     options = {
         "kd_weight": recipe.kd_weight,
         "temperature": recipe.temperature,
@@ -51,19 +80,29 @@ def distillation_output(
         return general_head(hidden[here], head.own_logits, targets[here], **options)
 
     rows, length = batch["labels"].shape
-    if not by_row:
-        return sums(slice(None))
-    found = [sums(slice(i * length, (i + 1) * length)) for i in range(rows)]
-    return HeadOutput(*map(torch.stack, zip(*found, strict=True)))
+    if by_row:
+        found = [sums(slice(i * length, (i + 1) * length)) for i in range(rows)]
+        output = HeadOutput(*map(torch.stack, zip(*found, strict=True)))
+    else:
+        output = sums(slice(None))
+    if features is None:
+        return output
+    drawn = features(states, batch)  # [B]
+    drawn = drawn if by_row else drawn.sum()
+    loss, *rest = output
+    return FeatureOutput(loss + features.weight * scale * drawn, *rest, drawn.detach())
 
 
-def install_distillation_forward(model: torch.nn.Module, head: Head, recipe: LossRecipe) -> None:
-    """Makes `model(scale=…, recipe=…, by_row=…, **batch)` return a `HeadOutput`; undone by
-    `remove_distillation_forward`.
+def install_distillation_forward(
+    model: torch.nn.Module, head: Head, recipe: LossRecipe, features: Features | None = None
+) -> None:
+    """Makes `model(scale=…, recipe=…, by_row=…, **batch)` return a `HeadOutput`, with features a `FeatureOutput`;
+    undone by `remove_distillation_forward`.
 
     Args:
         model: `head.model`, or a wrapper around it.
         recipe: where a call names none.
+        features: already part of the model.
     """
     default = recipe
 
@@ -73,8 +112,8 @@ def install_distillation_forward(model: torch.nn.Module, head: Head, recipe: Los
         recipe: LossRecipe | None = None,
         by_row: bool = False,
         **batch: Tensor,
-    ) -> HeadOutput:
-        return distillation_output(head, batch, recipe or default, scale, by_row=by_row)
+    ) -> HeadOutput | FeatureOutput:
+        return distillation_output(head, batch, recipe or default, scale, features, by_row=by_row)
 
     # On the instance, as a method, so that accelerate can wrap it and the class still saves and loads as itself.
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

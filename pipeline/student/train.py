@@ -22,6 +22,7 @@ from pipeline.student.arguments import TrainStudentConfig, training_arguments
 from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student, longest_row
 from pipeline.student.cross_tokenizer import CrossTokenizerDataset, check_cross_tokenizer, for_foreign_student
 from pipeline.student.data import WINDOW, CacheDataset
+from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
 from pipeline.student.pruning import calibration_batches, prune
@@ -55,6 +56,7 @@ class CheckedRun:
     config: TrainStudentConfig
     cache: cf.Cache
     held_out: cf.Cache | None
+    of_features: FeatureRecipe | None
     recipe: LossRecipe
     eval_recipe: LossRecipe | None
     arguments: TrainingArguments
@@ -93,10 +95,23 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     Raises: as `train_student`.
     """
     config = replace(config, output=str(Path(config.output).expanduser()))
-    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1)
-    held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache)
+    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1, hidden_layers=[])
+    held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache, hidden_layers=[])
+    of_features = FeatureRecipe.for_cache(
+        cache, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
+    )
+    states_held_out = of_features is not None and held_out is not None and of_features.serves(held_out)
+    if of_features is not None:
+        cache = cache.with_hidden(of_features.teacher_layers)
+        if held_out is not None and states_held_out:
+            held_out = held_out.with_hidden(of_features.teacher_layers)
     tail = config.tail
     if config.cross_tokenizer is not None:
+        if of_features is not None:
+            raise ConfigError(
+                "--hidden-loss: with --cross-tokenizer the student's states are of other tokens than the teacher's. "
+                "Leave one of them out."
+            )
         for each in [cache] if held_out is None else [held_out, cache]:
             tail = check_cross_tokenizer(
                 each,
@@ -123,7 +138,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     stopping = check_conditions(
         config.early_stopping,
         config.early_stopping_mode,
-        metrics=held_out_metrics(eval_recipe or recipe),
+        metrics=(*held_out_metrics(eval_recipe or recipe), *(["features"] if states_held_out else [])),
         held_out_rows=None if held_out is None else len(held_out),
     )
     if config.resample and cache.metadata.num_samples == 1:
@@ -142,6 +157,10 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     )
     if held_out is not None:
         warnings += check_same_teacher_tokens(cache, held_out)
+        if of_features is not None and not states_held_out:
+            warnings.append(
+                f"{held_out.path}: has not the hidden states of {cache.path}: its loss is without --hidden-loss"
+            )
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
         warnings.append(
@@ -157,6 +176,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         config=config,
         cache=cache,
         held_out=held_out,
+        of_features=of_features,
         recipe=recipe,
         eval_recipe=eval_recipe,
         arguments=arguments,
@@ -238,6 +258,16 @@ def perform(
     adapted = None if lora is None else attach(model, lora, base=_place(config.student), seed=arguments.seed)
     head = open_head(model, vocab_size, masked=objective == "masked")
     check_isolation(cache, head)
+    parameters = sum(p.numel() for p in model.parameters())
+    features, projections = None, 0
+    if run.of_features is not None:
+        features = Features.of(run.of_features, head, arguments.seed)
+        projections = sum(p.numel() for p in features.parameters())
+        if arguments.fsdp and len(features.maps):
+            raise ConfigError(
+                "--hidden-loss: the student's states are of another width than the teacher's, and projections between "
+                "them cannot be sharded. Train without fsdp, or a student of the teacher's width."
+            )
 
     when_loaded()
     # Only now that everything has been loaded is what --overwrite names deleted.
@@ -253,6 +283,7 @@ def perform(
         recipe=run.recipe,
         eval_recipe=run.eval_recipe,
         resample=config.resample,
+        features=features,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -260,8 +291,7 @@ def perform(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the command line shows progress, not the library
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - projections
     of = "" if trained == parameters else f" of {parameters / 1e6:.1f}"
     on_stage(
         f"training {trained / 1e6:.1f}{of} M parameters on {len(cache):,} rows, {cache.num_counted_tokens:,} targets"
@@ -289,6 +319,8 @@ def perform(
 
     trainer.accelerator.wait_for_everyone()
     remove_distillation_forward(trainer.accelerator.unwrap_model(trainer.model))
+    if features is not None:
+        features.detach(model)
     if adapted is not None and config.merge_adapter:
         trainer.model = merged(adapted)
     trainer.save_model()

@@ -22,7 +22,8 @@ from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, uncounted
-from pipeline.student.forward import install_distillation_forward
+from pipeline.student.features import Features
+from pipeline.student.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.stopping import EarlyStopping
 
@@ -42,6 +43,7 @@ class DistillTrainer(Trainer):
         model: what is trained and saved, if it is a wrapper around `head.model`.
         recipe: the loss, with its schedules.
         eval_recipe: the loss on the held-out targets, if they are of another kind.
+        features: what hidden states are drawn together by; part of `head.model` from now on.
         resample: with several samples of the tail, every epoch uses one alone.
         Everything else: as for `Trainer`; `args.remove_unused_columns` must be False.
     """
@@ -56,18 +58,23 @@ class DistillTrainer(Trainer):
         eval_recipe: LossRecipe | None = None,
         resample: bool = False,
         model: nn.Module | None = None,
+        features: Features | None = None,
         **kwargs: Any,
     ) -> None:
         self.recipe, self.resample = recipe, resample
         # Weighted positions leave no way back from the sum of the loss to that of its parts.
         self._logs_soft = not recipe.trains_kl and recipe.position_weighting == "uniform"
         self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
+        self.features = features
+        if features is not None:
+            features.attach(head.model)
         model = model or head.model
-        install_distillation_forward(model, head, recipe)
+        install_distillation_forward(model, head, recipe, features)
         super().__init__(model=model, data_collator=kwargs["train_dataset"].collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
+        self._features = torch.zeros((), device=self.args.device)  # since the last log: the sum that γ weights
         self._loss_sum = torch.zeros((), device=self.args.device)  # over all steps of this call of train
         self._soft = torch.zeros(2, device=self.args.device)  # since the last log: sum of T²·D, its positions
         self._since = time.perf_counter()
@@ -87,23 +94,33 @@ class DistillTrainer(Trainer):
         recipe = self.recipe.at(self.state.global_step, self.state.max_steps)
         # Through the wrapper: DDP averages gradients there.
         output: HeadOutput = model(scale=scale, recipe=recipe, **inputs)
+        of_features = torch.zeros((), device=scale.device)
+        if isinstance(output, FeatureOutput):
+            of_features = self.features.weight * output.features
+            self._features += output.features
         if self._logs_soft and recipe.kd_weight > 0.0:
-            soft = (output.loss.detach() / scale - (1.0 - recipe.kd_weight) * output.ce) / recipe.kd_weight
+            own = output.loss.detach() / scale - of_features
+            soft = (own - (1.0 - recipe.kd_weight) * output.ce) / recipe.kd_weight
             self._soft += torch.stack([soft, output.count])
-        self._sums += torch.stack([*output, inputs["num_tokens"]]).detach()
+        self._sums += torch.stack([*output[: len(HeadOutput._fields)], inputs["num_tokens"]]).detach()
         self._loss_sum += output.loss.detach() / processes
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds KL, CE and agreement since the last log, over all processes, to the training logs.
 
-        `soft`, T²·D, if the divergence trained is another than the KL; what a schedule gave at the last step.
+        `features`, if there are any, without their weight; `soft`, T²·D, if the divergence trained is another than the
+        KL; what a schedule gave at the last step.
         """
         if "loss" in logs:
             _, kl, ce, agreement, count, tokens = self._reduce(self._sums)
             seconds = time.perf_counter() - self._since
             if count:
                 logs |= {"kl": kl / count, "ce": ce / count, "agreement": agreement / count}
+            if self.features is not None:
+                (drawn,) = self._reduce(self._features[None])
+                logs |= {"features": drawn / count} if count else {}
+                self._features.zero_()
             if self._logs_soft:
                 soft, positions = self._reduce(self._soft)
                 logs |= {"soft": soft / positions} if positions else {}
@@ -132,8 +149,8 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement, and soft as
-        in `log`.
+        """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement, and features
+        and soft as in `log`.
 
         `eval_loss` is the mean of the objective as it is at the last step, with positions that count alike; `eval_kl`
         at the same temperature.
@@ -143,10 +160,10 @@ class DistillTrainer(Trainer):
         stopping = self.early_stopping
         if stopping is not None and stopping.needs_rows:
             rows = self._row_sums(dataset)
-            stopping.rows = dict(zip(HeadOutput._fields, rows.numpy(), strict=True))
-            loss, kl, ce, agreement, count = rows.sum(dim=1).tolist()
+            stopping.rows = dict(zip(HeadOutput._fields, rows.numpy(), strict=False))  # features, if any, come last
+            loss, kl, ce, agreement, count, *drawn = rows.sum(dim=1).tolist()
         else:
-            loss, kl, ce, agreement, count = self._sums_over(dataset)
+            loss, kl, ce, agreement, count, *drawn = self._sums_over(dataset)
         result = Evaluation.from_sums(kl, ce, agreement, count)
         metrics = {
             "loss": loss / max(count, 1.0),
@@ -155,9 +172,13 @@ class DistillTrainer(Trainer):
             "perplexity": result.perplexity,
             "agreement": result.agreement,
         }
+        of_features = 0.0
+        if drawn and self.features is not None:  # the held-out cache has states as well
+            metrics["features"] = drawn[0] / max(count, 1.0)
+            of_features = self.features.weight * metrics["features"]
         kd_weight = self.eval_recipe.kd_weight
         if "soft" in held_out_metrics(self.eval_recipe):
-            metrics["soft"] = (metrics["loss"] - (1.0 - kd_weight) * result.ce) / kd_weight
+            metrics["soft"] = (metrics["loss"] - of_features - (1.0 - kd_weight) * result.ce) / kd_weight
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -177,15 +198,16 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def _row_sums(self, dataset: CacheDataset) -> Tensor:
-        """[5, R] float64 on the CPU: `HeadOutput` of every row, on every process."""
+        """[5, R] float64 on the CPU: `HeadOutput` of every row, on every process; [6, R] with features."""
         model, found = self._model_to_evaluate(), []
         with evaluating(model):
             for batch in self._eval_batches(dataset):
                 found.append(torch.stack(model(recipe=self.eval_recipe, by_row=True, **batch)).double().cpu())
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows = torch.zeros((len(HeadOutput._fields), len(dataset)), dtype=torch.float64)
+        here = torch.cat(found, dim=1)
+        rows = torch.zeros((len(here), len(dataset)), dtype=torch.float64)
         mine = rows[:, rank::processes]
-        mine.copy_(torch.cat(found, dim=1)[:, : mine.shape[1]])  # without what only filled up
+        mine.copy_(here[:, : mine.shape[1]])  # without what only filled up
         return rows if processes == 1 else torch.tensor(self._reduce(rows.flatten())).view_as(rows)
 
     def _model_to_evaluate(self) -> nn.Module:
@@ -213,6 +235,21 @@ class DistillTrainer(Trainer):
         for _ in range(batches - len(shares)):
             filler = batch or {k: v.to(self.args.device) for k, v in dataset.collate([dataset[0]]).items()}
             yield uncounted(filler)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.features is not None and self.args.should_save:
+            self.features.save(output_dir or self.args.output_dir)  # before the state, which says that all is there
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.features is not None:
+            self.features.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.features is not None:
+            self.features.load(self.state.best_model_checkpoint)
 
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
         dataset = train_dataset or self.train_dataset

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ from pipeline.heads import Head
 from pipeline.models import load_tokenizer, weights_fingerprint
 from pipeline.objective import ALIGNMENT
 from pipeline.padding import model_inputs
+from pipeline.teacher import hidden as hidden_states
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.masking import MaskRule
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
@@ -60,6 +62,7 @@ class CacheTeacherConfig:
     targets: TargetRule = field(default_factory=TargetRule)
     objective: str | None = None  # causal or masked; default: what the teacher was trained for
     masking: MaskRule | None = None  # of a masked teacher; default: MaskRule()
+    hidden: HiddenRule | None = None  # hidden states to store beside the targets
     all_positions: bool = False  # targets also where the loss mask is off
     batch_size: int = 8  # rows per forward pass; halved when out of memory
     device: str = "auto"
@@ -141,7 +144,8 @@ def cache_teacher(
     head = open_teacher(config, corpus, tokenizer, device)
     metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
 
-    on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
+    states = "" if metadata.hidden is None else f", {_states_in_words(metadata.hidden, config, corpus)}"
+    on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
         cf.remove_cache(config.output)  # only now that text and teacher have been read
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
@@ -150,6 +154,18 @@ def cache_teacher(
         capture = _Capture(config, corpus, head, metadata, writer, on_progress)
         capture.run()
     return capture.summary()
+
+
+def _states_in_words(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Corpus) -> str:
+    positions = -(-stored_positions(config, corpus) // spec.every)
+    size = hidden_states.predicted_bytes(spec, stored_positions(config, corpus)) / 1e6
+    layers = f"{len(spec.layers)} layer{'s' if len(spec.layers) > 1 else ''}"
+    return f"hidden states of {positions:,} positions × {layers} × {spec.width} × {spec.dtype} = {size:,.1f} MB"
+
+
+def stored_positions(config: CacheTeacherConfig, corpus: Corpus) -> int:
+    """Positions that get targets."""
+    return corpus.num_tokens if config.all_positions else corpus.num_counted_tokens
 
 
 def _metadata(
@@ -162,8 +178,14 @@ def _metadata(
     rule = config.targets
     if (rule.top_k or 0) > head.vocab_size:
         raise ConfigError(f"--top-k {rule.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
-    rows_per_record_batch = max(32, config.batch_size)
-    per_shard = config.rows_per_shard or max(1, SHARD_TOKENS // config.data.window_length)
+    rows_per_record_batch, of_shard = max(32, config.batch_size), max(1, SHARD_TOKENS // config.data.window_length)
+    hidden = None if config.hidden is None else config.hidden.spec(head)
+    if hidden is not None:
+        per_row = stored_positions(config, corpus) / len(corpus)
+        few = hidden_states.rows_within(hidden, per_row, hidden_states.RECORD_BATCH_BYTES)
+        rows_per_record_batch = max(config.batch_size, min(rows_per_record_batch, few))
+        of_shard = min(of_shard, hidden_states.rows_within(hidden, per_row, hidden_states.SHARD_BYTES))
+    per_shard = config.rows_per_shard or of_shard
     if config.rows_per_shard is None:
         per_shard = -(-per_shard // rows_per_record_batch) * rows_per_record_batch
     libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
@@ -178,7 +200,11 @@ def _metadata(
         tokenizer=fingerprint,
         vocab_size=head.vocab_size,
         alignment=ALIGNMENT[corpus.objective],
-        targets={**rule.to_json(), "positions": "all" if config.all_positions else "counted"},
+        targets={
+            **rule.to_json(),
+            "positions": "all" if config.all_positions else "counted",
+            **({} if hidden is None else {"hidden": hidden.to_json()}),
+        },
         corpus={
             **corpus.description,
             "rows": len(corpus),
@@ -213,9 +239,12 @@ class _HostBatch:
     rows: list[TokenRow]
     indices: list[int]  # corpus row numbers
     stored: list[np.ndarray]  # [T] bool per row: positions that have targets, in order
+    with_states: list[np.ndarray]  # [T] bool per row: positions that have hidden states; empty if none are kept
     targets: ChunkTargets  # host tensors, filled once `copied` has happened
     copied: torch.cuda.Event | None
     source: object  # keeps the device tensors alive until then
+    states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [n, D] on the host
+    scales: dict[int, Tensor] = field(default_factory=dict)  # layer -> [n], with int8
 
 
 class _Capture:
@@ -231,6 +260,7 @@ class _Capture:
         on_progress: Callable[[CaptureProgress], None],
     ) -> None:
         self.config, self.corpus, self.head, self.metadata = config, corpus, head, metadata
+        self.hidden = metadata.hidden
         self.writer, self.on_progress = writer, on_progress
         self.batch_size = config.batch_size
         self.alone = not isinstance(writer, cf.SharedCacheWriter)
@@ -303,7 +333,15 @@ class _Capture:
         for i, here in enumerate(stored):
             mask[i, : len(here)] = torch.from_numpy(here)
 
-        hidden = self.head.hidden_states(*(tensor.to(device) for tensor in inputs))
+        inputs = [tensor.to(device) for tensor in inputs]
+        with_states, states, scales = [], {}, {}
+        if self.hidden is None:
+            hidden = self.head.hidden_states(*inputs)
+        else:
+            hidden, by_layer = self.head.states(self.hidden.layers, *inputs)
+            every = self.hidden.every
+            with_states = [hidden_states.chosen(*each, every) for each in zip(stored, indices, strict=True)]
+            states, scales = hidden_states.of_batch(by_layer, with_states, self.hidden.dtype)
         hidden = hidden[mask.to(device)]  # [n, D]
         rule, drawn = self.config.targets, None
         if rule.uniforms:
@@ -316,11 +354,14 @@ class _Capture:
             chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self.scratch))
         targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
         host = ChunkTargets(*(_to_host(tensor) for tensor in targets))
+        of_layers = {layer: _to_host(each) for layer, each in states.items()}
+        of_scales = {layer: _to_host(each) for layer, each in scales.items()}
         copied = None
         if device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        return _HostBatch(rows, indices, stored, host, copied, targets)
+        source = targets, states, scales
+        return _HostBatch(rows, indices, stored, with_states, host, copied, source, of_layers, of_scales)
 
     def _write(self, batches: list[_HostBatch]) -> None:
         """Background thread: checks one record batch's targets and hands its rows to the writer in order."""
@@ -331,10 +372,14 @@ class _Capture:
             batch.source = None
             stops = np.cumsum([stored.sum() for stored in batch.stored])[:-1].tolist()
             of_rows = zip(*(tensor.tensor_split(stops) for tensor in batch.targets), strict=True)
-            rows += [
+            of_batch = [
                 cache_row(index, row, stored, ChunkTargets(*targets))
                 for index, row, stored, targets in zip(batch.indices, batch.rows, batch.stored, of_rows, strict=True)
             ]
+            if batch.with_states:
+                found = hidden_states.of_rows(batch.states, batch.scales, batch.with_states, batch.indices)
+                of_batch = [replace(row, hidden=each) for row, each in zip(of_batch, found, strict=True)]
+            rows += of_batch
         self.writer.write(sorted(rows, key=lambda row: row.row))
         counted = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64)
         self.kept_sum += len(counted) - np.exp(counted).sum()

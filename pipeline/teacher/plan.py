@@ -7,7 +7,8 @@ real writer, once for every kind of targets and encoding; everything is then in 
                       or what the background thread takes to encode and write, if that is more
 
 Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
-there from a whole shard. Text that changes on its way through the corpus costs more than a sample says.
+there from a whole shard, and with hidden states, which are counted as they are before compression. Text that changes
+on its way through the corpus costs more than a sample says.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pipeline.errors import ConfigError
 from pipeline.heads import Head
 from pipeline.models import load_tokenizer, resolve_device
 from pipeline.padding import model_inputs
-from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig
+from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig, stored_positions
+from pipeline.teacher.hidden import predicted_bytes
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.philox import uniforms
@@ -123,7 +125,9 @@ def plan_cache(
     chosen = np.unique(np.linspace(0, len(corpus) - 1, min(sample_rows, len(corpus))).round().astype(int)).tolist()
     rows = sorted((corpus[index] for index in chosen), key=lambda row: -len(row.input_ids))
     on_stage(f"running the teacher on {len(rows)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
-    sample = _Sample(config, head, rules)
+    spec = None if config.hidden is None else config.hidden.spec(head)
+    states = 0 if spec is None else predicted_bytes(spec, stored_positions(config, corpus))
+    sample = _Sample(config, head, rules, states)
     for start in range(0, len(rows), config.batch_size):
         sample.run(rows[start : start + config.batch_size])
         on_progress(min(start + config.batch_size, len(rows)), len(rows))
@@ -144,8 +148,8 @@ def plan_cache(
 class _Sample:
     """The rows that were run, with the targets that each rule makes of them, and the seconds of each part."""
 
-    def __init__(self, config: CacheTeacherConfig, head: Head, rules: Sequence[TargetRule]) -> None:
-        self.config, self.head, self.rules = config, head, rules
+    def __init__(self, config: CacheTeacherConfig, head: Head, rules: Sequence[TargetRule], states: int) -> None:
+        self.config, self.head, self.rules, self.states = config, head, rules, states
         self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
         self.tokens = 0
         self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
@@ -204,7 +208,7 @@ class _Sample:
             columns, of_shard, once = _written(rows, rule, self.config, self.head.vocab_size, encoding)
             writing[encoding] = (time.perf_counter() - began) / self.tokens
             shards = max(1, corpus.num_tokens / SHARD_TOKENS)
-            total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once)
+            total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
             bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
         batches = zip(self.forward, self.choosing[index], strict=True)
         computing = statistics.median((seconds + choosing) / tokens for (tokens, seconds), choosing in batches)

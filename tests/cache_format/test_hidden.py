@@ -168,6 +168,9 @@ def test_states_of_another_shape_are_not_written(tmp_path: Path) -> None:
     for i, (words, each) in enumerate(bad.items()):
         with pytest.raises(ValueError, match=words):
             cf.CacheWriter(tmp_path / str(i), hidden_metadata("float16", rows_per_record_batch=1)).write([each])
+    integers = changed(hidden_row(0, "int8"), scales={})
+    with pytest.raises(ValueError, match="scales of layers"):
+        cf.CacheWriter(tmp_path / "scales", hidden_metadata("int8", rows_per_record_batch=1)).write([integers])
     pair = [row, cf.CacheRow(**{**vars(hidden_row(1, "float16")), "hidden": None})]
     with pytest.raises(ValueError, match="rows have hidden states of different layers"):
         cf.CacheWriter(tmp_path / "pair", hidden_metadata("float16")).write(pair)
