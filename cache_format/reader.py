@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
+import pyarrow as pa
+
+from cache_format.answers import answers_bytes, read_answers, recorded_answers
 from cache_format.errors import FormatError
 from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
@@ -176,6 +179,19 @@ class Cache(Sequence[CacheRow]):
             if (found := sha256(files[name])) != expected:
                 raise _damaged(self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…")
         return files
+
+    def answers(self) -> pa.Table | None:
+        """Of text that the teacher wrote, one line for each row (`cache_format.answers`), checked; else None.
+
+        Raises: FormatError.
+        """
+        recorded = recorded_answers(self.metadata)
+        return None if recorded is None else read_answers(self._directory, recorded)
+
+    def answers_bytes(self) -> bytes | None:
+        """The file that `answers` reads, checked, as it is. Raises: FormatError."""
+        recorded = recorded_answers(self.metadata)
+        return None if recorded is None else answers_bytes(self._directory, recorded)
 
     @cached_property
     def _lexicon(self) -> Lexicon | None:

@@ -21,7 +21,7 @@ from pipeline.student.checks import check_isolation, check_same_teacher_tokens, 
 from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
-from pipeline.student.recipe import LossRecipe
+from pipeline.student.recipe import LossRecipe, realized_warnings
 from pipeline.student.students import EITHER, load_student
 from pipeline.student.trainer import DistillTrainer
 
@@ -82,6 +82,9 @@ def train_student(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
+    for each, loss in ((cache, recipe), (held_out, eval_recipe)):
+        if each is not None and loss is not None and loss.tail == "realized":
+            warnings += realized_warnings(each)
     if held_out is not None:
         warnings += check_same_teacher_tokens(cache, held_out)
     arguments = training_arguments(config)

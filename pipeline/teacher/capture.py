@@ -139,7 +139,7 @@ def cache_teacher(
 
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
-    metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
+    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
 
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens")
     if config.overwrite and not worker.follows:
@@ -152,7 +152,7 @@ def cache_teacher(
     return capture.summary()
 
 
-def _metadata(
+def cache_metadata(
     config: CacheTeacherConfig,
     corpus: Corpus,
     head: Head,
@@ -160,8 +160,7 @@ def _metadata(
     device: torch.device,
 ) -> cf.CacheMetadata:
     rule = config.targets
-    if (rule.top_k or 0) > head.vocab_size:
-        raise ConfigError(f"--top-k {rule.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
+    rule.check_vocabulary(head.vocab_size)
     rows_per_record_batch = max(32, config.batch_size)
     per_shard = config.rows_per_shard or max(1, SHARD_TOKENS // config.data.window_length)
     if config.rows_per_shard is None:
