@@ -58,3 +58,26 @@ def token_ids(path: Path) -> dict[tuple[int, int], list[int]]:
         (line["document"], line["answer"]): row.input_ids[line["prompt_tokens"] :].tolist()
         for line, row in zip(answers_of(path), cache.iter_rows(), strict=True)
     }
+
+
+def write_predicates(path: Path) -> Path:
+    """Functions for --keep-if, good and bad, of prompts that have a `number`."""
+    path.write_text(
+        "def odd(example, answer):\n"
+        "    return (example['number'] + answer.index) % 2 == 1\n"
+        "def none(example, answer):\n"
+        "    return False\n"
+        "def breaks(example, answer):\n"
+        "    return example['number'] < 5 or 1 / 0 > 0\n"
+        "def forgets(example, answer):\n"
+        "    example['number'] % 2 == 1\n"
+        "def lonely(example):\n"
+        "    return True\n"
+        "def told(example, answer):\n"
+        "    assert set(example) == {'prompt', 'completion', 'number'}\n"
+        "    assert answer.stop_reason in ('eos', 'length') and answer.mean_logprob < 0\n"
+        "    assert 1 <= len(answer.token_ids) <= 8 and isinstance(answer.text, str) and 0 <= answer.index < 3\n"
+        "    return True\n"
+        "number = 7\n"
+    )
+    return path

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from cache_format import unfinished
 from cli import main
-from generating import K, answers_of, generate, token_ids
+from generating import K, answers_of, generate, token_ids, write_predicates
 from pipeline.errors import ConfigError, DataError
-from pipeline.student.recipe import LossRecipe
 from pipeline.teacher import answer_store, answering, generation
 from pipeline.teacher.answer_store import AnswerStore
 from pipeline.teacher.answers import AnswerWriter
 from pipeline.teacher.rules import TargetRule
-from runs import build_cache, dense_evaluation, train
-from sampled import threshold
+from runs import build_cache
 from tiny import completions, write_jsonl
 
 ANSWERS = {"answers_per_prompt": 3, "max_new_tokens": 8, "batch_size": 4, "temperature": 1.3}
@@ -52,26 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predicates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("predicates") / "judge.py"
-    path.write_text(
-        "def odd(example, answer):\n"
-        "    return (example['number'] + answer.index) % 2 == 1\n"
-        "def none(example, answer):\n"
-        "    return False\n"
-        "def breaks(example, answer):\n"
-        "    return example['number'] < 5 or 1 / 0 > 0\n"
-        "def forgets(example, answer):\n"
-        "    example['number'] % 2 == 1\n"
-        "def lonely(example):\n"
-        "    return True\n"
-        "def told(example, answer):\n"
-        "    assert set(example) == {'prompt', 'completion', 'number'}\n"
-        "    assert answer.stop_reason in ('eos', 'length') and answer.mean_logprob < 0\n"
-        "    assert 1 <= len(answer.token_ids) <= 8 and isinstance(answer.text, str) and 0 <= answer.index < 3\n"
-        "    return True\n"
-        "number = 7\n"
-    )
-    return path
+    return write_predicates(tmp_path_factory.mktemp("predicates") / "judge.py")
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -328,84 +308,6 @@ def test_a_predicate_that_cannot_be_used_is_refused_before_anything_is_loaded(
         generate(tmp_path / "no teacher", data, tmp_path / "cache", keep_if=keep_if)
 
 
-# -- the cache --------------------------------------------------------------------------------------------------------
-
-
-def test_every_byte_of_the_answers_is_checked_and_converting_keeps_them(whole: Path, tmp_path: Path) -> None:
-    for _ in cf.convert_cache(whole, tmp_path / "packed", cf.Conversion(encoding="packed")):
-        pass
-    assert answers_of(tmp_path / "packed") == answers_of(whole)
-    file = tmp_path / "packed/answers.arrow"
-    data = bytearray(file.read_bytes())
-    data[-9] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(cf.FormatError, match="answers.arrow: checksum"):
-        cf.verify_cache(tmp_path / "packed")
-    file.unlink()
-    with pytest.raises(cf.FormatError, match="answers.arrow: no such file"):
-        cf.open_cache(tmp_path / "packed").answers()
-
-
-def test_a_cache_of_given_text_has_no_answers(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    assert cf.open_cache(build_cache(tmp_path / "cache", teacher_dir, text_file)).answers() is None
-
-
-# -- students ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kd_weight", [0.0, 0.9])
-def test_students_learn_from_answers(kd_weight: float, whole: Path, student_dir: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    options = {"learning_rate": 1e-2, "num_train_epochs": 8.0, "per_device_train_batch_size": 4}
-    train(tmp_path / "student", whole, student=student_dir, kd_weight=kd_weight, **options)
-    rows = list(cf.open_cache(whole).iter_rows())
-    before, after = (
-        dense_evaluation(AutoModelForCausalLM.from_pretrained(path), rows, 400)
-        for path in (student_dir, tmp_path / "student")
-    )
-    assert after["ce"] < before["ce"] - 0.2 and after["kl"] < before["kl"]
-
-
-@pytest.fixture(scope="module")
-def written(
-    teacher_dir: Path, data: Path, predicates: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("written")
-    options: dict[str, dict[str, Any]] = {
-        "raw": {},
-        "cool": {"temperature": 0.7},
-        "nucleus": {"top_p": 0.9},
-        "top": {"top_k": 5},
-        "judged": {"keep_if": f"{predicates}:odd"},
-        "best": {"answers_per_prompt": 2, "keep": "best"},
-        "sampled": {"targets": threshold(0.05)},
-    }
-    for name, settings in options.items():
-        generate(teacher_dir, data, folder / name, **{"max_new_tokens": 8, **settings})
-    build_cache(folder / "given", teacher_dir, text_file)
-    return {name: folder / name for name in (*options, "given")}
-
-
-@pytest.mark.parametrize("name, warnings", [("raw", 0), ("sampled", 0), ("judged", 1), ("best", 1), ("given", 1)])
-def test_the_realized_tail_warns_where_the_text_may_not_be_a_sample(
-    name: str, warnings: int, written: dict[str, Path], student_dir: Path, tmp_path: Path
-) -> None:
-    summary = train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
-    assert len(summary.warnings) == warnings and all("--tail realized" in warning for warning in summary.warnings)
-
-
-@pytest.mark.parametrize("name", ["cool", "nucleus", "top"])
-def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
-    name: str, written: dict[str, Path], student_dir: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="--tail realized: the text of .* was drawn at --gen-temperature"):
-        train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
-    recipe = LossRecipe.for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
-    assert recipe.for_held_out(cf.open_cache(written[name])).tail == "bucket"
-    assert recipe.for_held_out(cf.open_cache(written["judged"])).tail == "realized"
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +355,9 @@ def test_an_interrupt_says_where_the_answers_are(
         (["--keep-if", "a:b"], 2, "--keep-if: only with --generate"),
         (["--generate", "--no-packing"], 2, "--packing: with --generate each answer is a row"),
         (["--generate", "--all-positions"], 2, "--all-positions: with --generate"),
+        (["--generate", "--num-workers", 2], 2, "--num-workers: with --generate one process writes"),
+        (["--generate", "--tp"], 2, "--tp: with --generate one process writes"),
+        (["--generate", "--mask-seed", 1], 2, "--mask-seed: nothing is masked"),
         (["--generate", "--loss-on", "all"], 2, "--loss-on: with --generate"),
         (["--generate", "--gen-temperature", -1], 1, "--gen-temperature -1.0: expected 0"),
         (["--generate", "--gen-top-p", 0], 1, "--gen-top-p 0.0: expected a probability mass"),
@@ -469,3 +374,63 @@ def test_options_that_make_no_sense_are_refused(
     given = ["cache-teacher", "--teacher", teacher_dir, "--data", data, "--output", tmp_path / "cache"]
     result = run(*given, *words, status=status)
     assert message in " ".join(result.stderr.split()) and list(tmp_path.iterdir()) == []
+
+
+def test_one_process_writes_the_answers_of_a_run(
+    teacher_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = AnswerWriter.write
+
+    def second_run_meanwhile(self: AnswerWriter, requests: Any) -> Any:
+        monkeypatch.setattr(AnswerWriter, "write", write)
+        before = contents(tmp_path / "cache.answers")
+        with pytest.raises(cf.CacheError, match="cache.answers: process .* writes these answers.*nothing was changed"):
+            generate(teacher_dir, data, tmp_path / "cache", **ANSWERS)
+        assert contents(tmp_path / "cache.answers") == before
+        return write(self, requests)
+
+    monkeypatch.setattr(AnswerWriter, "write", second_run_meanwhile)
+    assert generate(teacher_dir, data, tmp_path / "cache", **ANSWERS).rows == 24
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+def test_a_finished_cache_is_left_as_it_is(
+    whole: Path, teacher_dir: Path, data: Path, predicates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    monkeypatch.setattr(AnswerWriter, "write", None)
+    options = {**ANSWERS, "keep_if": f"{predicates}:odd"}
+    summary = generate(teacher_dir, data, tmp_path / "cache", **options)
+    assert (summary.answers, summary.passed, summary.rows, summary.resumed_answers) == (24, 12, 12, 24)
+    lines = answers_of(whole)
+    expected = sum(sum(line["token_logprobs"]) for line in lines) / sum(len(line["token_logprobs"]) for line in lines)
+    assert summary.mean_logprob == pytest.approx(expected)
+    for change in ({"seed": 3}, {"keep": "best"}, {"keep_if": None}, {"targets": TargetRule(top_k=K + 1)}):
+        with pytest.raises(cf.CacheError, match="finished cache .* made with other settings .*nothing was changed"):
+            generate(teacher_dir, data, tmp_path / "cache", **{**options, **change})
+    assert contents(tmp_path / "cache") == contents(whole)
+
+
+def test_a_cache_of_given_text_is_no_finished_run(teacher_dir: Path, data: Path, tmp_path: Path) -> None:
+    build_cache(tmp_path / "cache", teacher_dir, data)
+    before = contents(tmp_path)
+    with pytest.raises(cf.CacheError, match="finished cache .* made with other settings"):
+        generate(teacher_dir, data, tmp_path / "cache")
+    assert contents(tmp_path) == before
+
+
+def test_several_processes_are_refused(
+    teacher_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="--generate: one process writes the answers"):
+        generate(teacher_dir, data, tmp_path / "cache")
+
+
+def test_a_masked_teacher_is_refused(tmp_path: Path, data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=400, **shape)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="is a masked language model, which cannot go on with a text"):
+        generate(tmp_path / "teacher", data, tmp_path / "cache")
