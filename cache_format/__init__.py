@@ -12,7 +12,7 @@ torch or transformers: a cache must be readable from anywhere.
 
 from __future__ import annotations
 
-from cache_format.answers import ANSWERS, ANSWERS_SCHEMA, write_answers
+from cache_format.answers import ANSWERS, write_answers
 from cache_format.codebook import (
     Codebook,
     entropy_codebook,
@@ -49,7 +49,6 @@ from cache_format.writer import CacheWriter
 
 __all__ = [
     "ANSWERS",
-    "ANSWERS_SCHEMA",
     "CODEBOOK_COLUMNS",
     "EXACT_LEVELS",
     "FORMAT_VERSION",

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
-import pyarrow as pa
-
 from cache_format.answers import answers_bytes, read_answers, recorded_answers
 from cache_format.errors import FormatError
 from cache_format.lexicon import LEXICON, Lexicon
@@ -180,13 +178,12 @@ class Cache(Sequence[CacheRow]):
                 raise _damaged(self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…")
         return files
 
-    def answers(self) -> pa.Table | None:
-        """Of text that the teacher wrote, one line for each row (`cache_format.answers`), checked; else None.
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Of text that the teacher wrote, what is known of each row (`cache_format.answers`); else nothing.
 
         Raises: FormatError.
         """
-        recorded = recorded_answers(self.metadata)
-        return None if recorded is None else read_answers(self._directory, recorded)
+        return read_answers(self._directory, self.metadata)
 
     def answers_bytes(self) -> bytes | None:
         """The file that `answers` reads, checked, as it is. Raises: FormatError."""

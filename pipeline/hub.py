@@ -21,7 +21,7 @@ FILES = (
     "manifest.json",
     "README.md",
     "lexicon.arrow",
-    "answers.arrow",
+    "answers.jsonl",
     "shards/*.arrow",
     "shards/*.json",
     "tokenizer/**",

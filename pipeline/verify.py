@@ -179,10 +179,8 @@ def _ask(
 
 def _places(cache: cf.Cache) -> np.ndarray:
     """[rows] what the draws of each row are keyed by: its number, or whose answer it is."""
-    answers = cache.answers()
-    if answers is None:
-        return np.arange(len(cache))
-    return place_of(answers["document"].to_numpy(), answers["answer"].to_numpy())
+    places = np.array([(line["document"], line["answer"]) for line in cache.answers()], np.uint64).reshape(-1, 2)
+    return place_of(*places.T) if len(places) else np.arange(len(cache))
 
 
 class _RowCheck(NamedTuple):

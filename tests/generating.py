@@ -48,7 +48,7 @@ def logprobs_of(model: PreTrainedModel, input_ids: np.ndarray, vocab: int, tempe
 
 
 def answers_of(path: Path) -> list[dict[str, Any]]:
-    return cf.open_cache(path).answers().to_pylist()
+    return list(cf.open_cache(path).answers())
 
 
 def token_ids(path: Path) -> dict[tuple[int, int], list[int]]:

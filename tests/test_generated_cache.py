@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +52,19 @@ def test_every_byte_of_the_answers_is_checked_and_converting_keeps_them(
     for _ in cf.convert_cache(written["judged"], tmp_path / "packed", cf.Conversion(encoding="packed")):
         pass
     assert answers_of(tmp_path / "packed") == answers_of(written["judged"])
-    file = tmp_path / "packed/answers.arrow"
+    file = tmp_path / "packed/answers.jsonl"
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
-    with pytest.raises(cf.FormatError, match="answers.arrow: checksum"):
+    with pytest.raises(cf.FormatError, match="answers.jsonl: checksum"):
         cf.verify_cache(tmp_path / "packed")
     file.unlink()
-    with pytest.raises(cf.FormatError, match="answers.arrow: no such file"):
-        cf.open_cache(tmp_path / "packed").answers()
+    with pytest.raises(cf.FormatError, match="answers.jsonl: no such file"):
+        list(cf.open_cache(tmp_path / "packed").answers())
 
 
 def test_a_cache_of_given_text_has_no_answers(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    assert cf.open_cache(build_cache(tmp_path / "cache", teacher_dir, text_file)).answers() is None
+    assert list(cf.open_cache(build_cache(tmp_path / "cache", teacher_dir, text_file)).answers()) == []
 
 
 # -- students ---------------------------------------------------------------------------------------------------------
@@ -97,3 +101,31 @@ def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
     recipe = LossRecipe.for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
     assert recipe.for_held_out(cf.open_cache(written[name])).tail == "bucket"
     assert recipe.for_held_out(cf.open_cache(written["judged"])).tail == "realized"
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda lines: lines[:-1], "lines, expected"),
+        (lambda lines: [*lines[:-1], lines[-1].rstrip("\n")], "lines, expected"),
+        (lambda lines: ["[1]\n", *lines[1:]], "line 1 is no answer"),
+        (lambda lines: [lines[0], "[" * 100_000 + "\n", *lines[2:]], "line 2 is no answer"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1 is no answer .row 1;"),
+        (lambda lines: [lines[0].replace('"document": 0', '"document": "0"'), *lines[1:]], "wrong: document"),
+    ],
+)
+def test_answers_that_lie_under_a_true_checksum_are_refused(
+    change: Callable[[list[str]], list[str]], problem: str, written: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(written["judged"], tmp_path / "cache")
+    file, manifest = tmp_path / "cache/answers.jsonl", tmp_path / "cache/manifest.json"
+    before = file.read_bytes()
+    after = "".join(change(before.decode().splitlines(keepends=True))).encode()
+    assert after != before
+    file.write_bytes(after)
+    text = manifest.read_text().replace(*(hashlib.sha256(data).hexdigest() for data in (before, after)))
+    claimed = json.loads(text)["manifest_sha256"]
+    zeroed = text.replace(claimed, "0" * 64)
+    manifest.write_text(text.replace(claimed, hashlib.sha256(zeroed.encode()).hexdigest()))
+    with pytest.raises(cf.FormatError, match=f"answers.jsonl: .*{problem}"):
+        list(cf.open_cache(tmp_path / "cache").answers())

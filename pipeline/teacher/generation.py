@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +44,7 @@ from pipeline.teacher.workers import device_names, this_worker
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
 ROWS_STEP = 32  # rows per shard are a multiple of this
+DECIMALS = 6  # of log-probabilities in answers.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,25 +284,22 @@ def _corpus(
     return _Corpus(selection, description, report)
 
 
-def _answers(answering: Answering) -> Iterator[pa.RecordBatch]:
-    """One line for each row of the cache to be, a group at a time."""
+def _answers(answering: Answering) -> Iterator[dict[str, Any]]:
+    """One line for each row of the cache to be."""
     number = 0
     for group in answering.groups():
-        answers = group.answers
-        columns = {
-            "row": np.arange(number, number + len(answers)),
-            "document": [answer.document for answer in answers],
-            "answer": [answer.index for answer in answers],
-            "prompt_tokens": [answer.prompt_tokens for answer in answers],
-            "stop_reason": [answer.stop_reason for answer in answers],
-            "mean_logprob": [answer.mean_logprob for answer in answers],
-            "text": [answer.text for answer in answers],
-            "token_logprobs": [answer.logprobs for answer in answers],
-        }
-        yield pa.record_batch(
-            [pa.array(columns[each.name], each.type) for each in cf.ANSWERS_SCHEMA], cf.ANSWERS_SCHEMA
-        )
-        number += len(answers)
+        for answer in group.answers:
+            yield {
+                "row": number,
+                "document": answer.document,
+                "answer": answer.index,
+                "prompt_tokens": answer.prompt_tokens,
+                "stop_reason": answer.stop_reason,
+                "mean_logprob": round(answer.mean_logprob, DECIMALS),
+                "text": answer.text,
+                "token_logprobs": [round(each, DECIMALS) for each in answer.logprobs.tolist()],
+            }
+            number += 1
 
 
 def _write_cache(output: str, writer: Any, answering: Answering) -> None:
@@ -319,7 +316,7 @@ def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
     """What a finished cache says of how it was made."""
     corpus = manifest.metadata.corpus
     written = corpus["generation"]
-    answers = cf.open_cache(output).answers()
+    logprobs = [logprob for line in cf.open_cache(output).answers() for logprob in line["token_logprobs"]]
     return GenerationSummary(
         output=output,
         prompts=corpus["report"]["documents"],
@@ -328,7 +325,7 @@ def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
         rows=manifest.num_rows,
         prompts_kept=written["prompts_kept"],
         stop_reasons=dict(written["stop_reasons"]),
-        mean_logprob=float(answers["token_logprobs"].combine_chunks().flatten().to_numpy().mean(dtype=np.float64)),
+        mean_logprob=float(np.mean(logprobs)),
         tokens=manifest.num_tokens,
         counted_tokens=manifest.num_counted_tokens,
         bytes=manifest.stored_bytes,
