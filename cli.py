@@ -199,6 +199,32 @@ ENCODING_OPTION = click.option(
     type=click.Choice(["columns", "packed"]),
     help="columns: any Arrow reader shows the targets. packed: two thirds of the bytes, read by distill.",
 )
+GENERATION_OPTIONS = options(
+    click.option("--generate", is_flag=True, help="Let the teacher answer --data, and cache what it wrote."),
+    click.option(
+        "--gen-temperature",
+        type=float,
+        help="T of the sampling; 0: the likeliest token. Targets are not tempered by it. Default: 1.",
+    ),
+    click.option("--gen-top-p", type=float, help="Sample among the fewest tokens with this mass. Default: 1, all."),
+    click.option("--gen-top-k", type=int, help="Sample among so many likely tokens. Default: 0, all."),
+    click.option("--gen-seed", type=int, help="Of the answers; they depend on prompt and number besides. Default: 0."),
+    click.option("--answers-per-prompt", type=click.IntRange(1), help="Default: 1."),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        help="Tokens of an answer; with its prompt at most --seq-len. Default: 256.",
+    ),
+    click.option("--stop", multiple=True, help="End answers with this string; may be given several times."),
+    click.option(
+        "--keep-if", metavar="FUNCTION", help="Keep answers for which module:function (or file.py:function) is true."
+    ),
+    click.option(
+        "--keep",
+        type=click.Choice(["all", "first", "best"]),
+        help="Of the answers to a prompt that pass: all, the first, or the likeliest. Default: all.",
+    ),
+)
 DEVICE_OPTIONS = options(
     click.option("--device", default="auto", show_default=True, help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1, mps."),
     click.option(
@@ -248,6 +274,8 @@ WORKER_OPTIONS = options(
     epilog=_examples(
         "distill cache-teacher --teacher models/teacher --data data/train.jsonl --output caches/train",
         "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --seq-len 512",
+        "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/answers \\",
+        "    --generate --answers-per-prompt 4 --keep-if checks.py:is_correct",
     ),
 )
 @click.option("--teacher", required=True, help="transformers directory, hub name, or .gguf file.")
@@ -319,6 +347,7 @@ WORKER_OPTIONS = options(
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Default: some 262,144 tokens per shard.")
 @ENCODING_OPTION
 @click.option("--compression-level", default=9, show_default=True, type=click.IntRange(1, 22), help="zstd.")
+@GENERATION_OPTIONS
 @click.option("--overwrite", is_flag=True, help="Delete the cache that is in --output first.")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Then upload the cache, as distill push does.")
 @WORKER_OPTIONS
@@ -329,7 +358,9 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
 
     Text comes from a column of strings, of chat messages, or from prompt and completion columns. Interrupted, the same
     command continues where it stopped. On several GPUs: torchrun --nproc-per-node N --no-python distill cache-teacher …
+    With --generate the text is prompts: a prompt column, messages (a last answer is dropped), or text to go on with.
     """
+    generate = _generation_options(given)
     _quiet_libraries()
     from pipeline.report import duration, pairs, size
     from pipeline.teacher.capture import CaptureProgress, cache_teacher
@@ -340,6 +371,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
 
         check_repository(repository)
     config = _cache_teacher_config(seq_len, given)
+    if generate is not None:
+        return _generate(config, generate, repository, as_json)
 
     def show(p: CaptureProgress) -> None:
         facts = f"rows · {p.tokens_per_s:,.0f} tokens/s · {duration(p.seconds_left)} left"
@@ -411,6 +444,94 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     return CacheTeacherConfig(data=data, targets=rule, masking=masking, hidden=hidden, workers=workers, **given)
 
 
+GENERATION_NAMES = {
+    "gen_temperature": "temperature",
+    "gen_top_p": "top_p",
+    "gen_top_k": "top_k",
+    "gen_seed": "seed",
+    **{name: name for name in ("answers_per_prompt", "max_new_tokens", "stop", "keep_if", "keep")},
+}
+"""Option -> field of GenerationConfig."""
+
+NOT_GENERATED = {
+    "with --generate each answer is a row of its own, and the loss is on it": (
+        *("packing", "append_eos", "loss_on", "num_proc", "all_positions"),
+    ),
+    "with --generate one process writes": ("num_workers", "worker_index", "shard_range", "tensor_parallel"),
+    "nothing is masked for a teacher that writes": (
+        *("mask_probability", "mask_replace_prob", "random_replace_prob", "mask_seed", "mask_copies"),
+    ),
+}
+"""Why not -> options of cache-teacher."""
+
+
+def _generation_options(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Takes the options of --generate out of `given`; None without it."""
+    fields = {field: given.pop(name) for name, field in GENERATION_NAMES.items()}
+    fields = {field: value for field, value in fields.items() if value not in (None, ())}
+    if given.pop("generate"):
+        for because, names in NOT_GENERATED.items():
+            if name := next(filter(_was_given, names), None):
+                option = "--tp" if name == "tensor_parallel" else f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{option}: {because}. Leave it out.")
+        return fields
+    if fields:
+        option = next(name for name, field in GENERATION_NAMES.items() if field in fields)
+        raise click.UsageError(f"--{option.replace('_', '-')}: only with --generate. Add it, or leave this out.")
+    return None
+
+
+def _generate(config: Any, fields: dict[str, Any], repository: str | None, as_json: bool) -> None:
+    from pipeline.report import duration, pairs, size
+    from pipeline.teacher.answer_store import store_location
+    from pipeline.teacher.answering import GenerationProgress
+    from pipeline.teacher.answers import GenerationConfig
+    from pipeline.teacher.generation import generate_cache
+
+    def show(p: GenerationProgress) -> None:
+        facts = f"answers · {p.tokens_per_s:,.0f} tokens/s · {duration(p.seconds_left)} left"
+        if p.passed is not None:
+            facts += f" · {p.passed:,} passed"
+        if p.batch_size < config.batch_size:
+            facts += f" · batch size {p.batch_size} (out of memory)"
+        status.step(p.answers, p.total_answers, facts)
+
+    generation = GenerationConfig(**fields)
+    with Status() as status:
+        try:
+            summary = generate_cache(config, generation, on_stage=status.stage, on_progress=show)
+        except KeyboardInterrupt:
+            again = "the same command without --overwrite" if config.overwrite else "the same command again"
+            _stopped(f"answers are kept in {store_location(config.output)}. Run {again} to continue.")
+    if repository is not None:
+        _push(config.output, repository, private=False)
+    if as_json:
+        return print_json(asdict(summary))
+    left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
+    ended = ", ".join(f"{count:,} by {reason}" for reason, count in summary.stop_reasons.items() if count)
+    passed = (
+        "" if generation.keep_if is None else f", {summary.passed:,} passed ({summary.passed / summary.answers:.1%})"
+    )
+    out.print(
+        pairs(
+            f"Cached {summary.output}",
+            [
+                ("answers", f"{summary.answers:,} to {summary.prompts:,} prompts, ended {ended}"),
+                ("kept", f"{summary.rows:,} for {summary.prompts_kept:,} prompts{passed}"),
+                ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
+                ("left out", ", ".join(f"{LEFT_OUT[n]}: {c:,}" for n, c in left_out.items()) or "nothing"),
+                ("log-prob.", f"{summary.mean_logprob:.3f} nats per token of the answers kept (mean)"),
+                (
+                    "exact mass",
+                    "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)",
+                ),
+                ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
+                ("time", f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} tokens/s written"),
+            ],
+        )
+    )
+
+
 # corpus report -> words; what a user should know happened to the text
 LEFT_OUT = {
     "documents_cut": "documents cut into windows",
@@ -418,6 +539,8 @@ LEFT_OUT = {
     "single_token_pieces": "pieces of one token dropped",
     "windows_without_targets": "windows without anything to learn dropped",
     "ignored_files": "files of other types ignored",
+    "empty_prompts": "empty prompts",
+    "long_prompts": "prompts that leave no room for an answer",
 }
 
 
@@ -468,6 +591,8 @@ _OF_WRITING = {
     "overwrite",
     "push_to_hub",
     "as_json",
+    "generate",
+    *GENERATION_NAMES,
     "num_workers",
     "worker_index",
     "shard_range",

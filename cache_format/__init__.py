@@ -12,6 +12,7 @@ torch or transformers: a cache must be readable from anywhere.
 
 from __future__ import annotations
 
+from cache_format.answers import ANSWERS, write_answers
 from cache_format.codebook import (
     Codebook,
     entropy_codebook,
@@ -47,6 +48,7 @@ from cache_format.verify import VerifySummary, verify_cache
 from cache_format.writer import CacheWriter
 
 __all__ = [
+    "ANSWERS",
     "CODEBOOK_COLUMNS",
     "EXACT_LEVELS",
     "FORMAT_VERSION",
@@ -88,4 +90,5 @@ __all__ = [
     "residual_codebook",
     "sqrt_probability_codebook",
     "verify_cache",
+    "write_answers",
 ]

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from cache_format.answers import ANSWERS
 from cache_format.codebook import Codebook, sqrt_probability_codebook
 from cache_format.errors import MismatchError
 from cache_format.metadata import CacheMetadata
 from cache_format.reader import Cache, open_cache
 from cache_format.row_batch import RowBatch
+from cache_format.storage import open_directory, write_bytes
 from cache_format.types import entry_groups, group_counts
 from cache_format.writer import CacheWriter
 
@@ -48,7 +50,10 @@ def convert_cache(
     """
     cache = open_cache(source, hidden_layers=[] if conversion.drop_hidden else None)
     metadata = converted_metadata(cache, conversion)
+    answers = cache.answers_bytes()
     with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), resume=True) as writer:
+        if answers is not None:
+            write_bytes(open_directory(output), ANSWERS, answers)
         for batch in cache.iter_record_batches():
             if int(batch.rows[-1]) >= writer.next_row:
                 batch = _fewer(batch, conversion)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from cache_format.answers import ANSWERS
 from cache_format.claims import CLAIMS, WHOLE, Claims, refused
 from cache_format.errors import CacheError
 from cache_format.lexicon import LEXICON
@@ -15,7 +16,7 @@ from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Man
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, "README.md", *FOLDERS, CLAIMS}
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, ANSWERS, "README.md", *FOLDERS, CLAIMS}
 
 
 def recorded_manifest(directory: Directory) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
+from cache_format.answers import answers_bytes, read_answers, recorded_answers
 from cache_format.errors import FormatError
 from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
@@ -181,6 +182,18 @@ class Cache(Sequence[CacheRow]):
             if (found := sha256(files[name])) != expected:
                 raise _damaged(self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…")
         return files
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Of text that the teacher wrote, what is known of each row (`cache_format.answers`); else nothing.
+
+        Raises: FormatError.
+        """
+        return read_answers(self._directory, self.metadata)
+
+    def answers_bytes(self) -> bytes | None:
+        """The file that `answers` reads, checked, as it is. Raises: FormatError."""
+        recorded = recorded_answers(self.metadata)
+        return None if recorded is None else answers_bytes(self._directory, recorded)
 
     @cached_property
     def _lexicon(self) -> Lexicon | None:

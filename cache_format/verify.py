@@ -37,6 +37,7 @@ def verify_cache(
     """
     cache = open_cache(path)
     cache.tokenizer_files()
+    cache.answers_bytes()
     for done in _values(cache) if deep else cache.check_bytes():
         if progress is not None:
             progress(done, cache.num_rows)

@@ -17,7 +17,15 @@ from huggingface_hub.utils import validate_repo_id
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
 
-FILES = ("manifest.json", "README.md", "lexicon.arrow", "shards/*.arrow", "shards/*.json", "tokenizer/**")
+FILES = (
+    "manifest.json",
+    "README.md",
+    "lexicon.arrow",
+    "answers.jsonl",
+    "shards/*.arrow",
+    "shards/*.json",
+    "tokenizer/**",
+)
 CONNECTION = (
     "httpx",
     "httpx2",

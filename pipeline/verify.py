@@ -26,6 +26,7 @@ from pipeline.heads import Head, open_head
 from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
 from pipeline.objective import objective_for
 from pipeline.padding import model_inputs
+from pipeline.teacher.answers import place_of
 from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
@@ -121,12 +122,13 @@ def verify_against_teacher(
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(config.rows, len(cache))).round().astype(int)).tolist()
     on_stage(f"computing {len(chosen)} of {len(cache):,} rows again, twice")
     rows = cache.rows(chosen)
+    places = _places(cache)
     together = int(cache.metadata.capture.get("batch_size", 8))
     checks = []
     for start in range(0, len(rows), together):
         batch = rows[start : start + together]
-        for row, other in zip(batch, _ask(head, batch, rule, cache.metadata), strict=True):
-            (alone,) = _ask(head, [row], rule, cache.metadata)
+        for row, other in zip(batch, _ask(head, batch, rule, cache.metadata, places), strict=True):
+            (alone,) = _ask(head, [row], rule, cache.metadata, places)
             checks.append(_check(row, alone, other, cache.metadata))
             on_progress(len(checks), len(rows))
     positions = sum(check.positions for check in checks)
@@ -145,7 +147,9 @@ def verify_against_teacher(
 
 
 @torch.inference_mode()
-def _ask(head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf.CacheMetadata) -> list[_Asked]:
+def _ask(
+    head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf.CacheMetadata, places: np.ndarray
+) -> list[_Asked]:
     """One forward pass over these rows together."""
     device = head.device
     hidden = head.hidden_states(*(tensor.to(device) for tensor in model_inputs(rows, masked=head.masked)))
@@ -158,7 +162,7 @@ def _ask(head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf
         ids = torch.from_numpy(_exact(row, row.targets.ids).astype(np.int64)).split(counts.tolist())
         drawn = None
         if rule.uniforms:
-            where = np.full(len(position), row.row)
+            where = np.full(len(position), places[row.row])
             drawn = torch.from_numpy(uniforms(rule.seed or 0, where, position, rule.uniforms))
         logprobs, chunks = [], []
         for start in range(0, len(states), CHUNK_POSITIONS):
@@ -171,6 +175,12 @@ def _ask(head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf
         targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
         asked.append(_Asked(torch.cat(logprobs).numpy(), targets))
     return asked
+
+
+def _places(cache: cf.Cache) -> np.ndarray:
+    """[rows] what the draws of each row are keyed by: its number, or whose answer it is."""
+    places = np.array([(line["document"], line["answer"]) for line in cache.answers()], np.uint64).reshape(-1, 2)
+    return place_of(*places.T) if len(places) else np.arange(len(cache))
 
 
 class _RowCheck(NamedTuple):

@@ -141,6 +141,13 @@ class LossRecipe:
                 f"--tail {recipe.tail}: {cache.path} has random targets, without any exact entry, and this policy is "
                 "not linear in the teacher's probabilities: on a sample it is biased. Use --tail sampled."
             )
+        if recipe.tail == "realized" and drawn_from_teacher(cache) is False:
+            written = cache.metadata.corpus["generation"]
+            raise ConfigError(
+                f"--tail realized: the text of {cache.path} was drawn at --gen-temperature {written['temperature']:g}, "
+                f"--gen-top-p {written['top_p']:g}, --gen-top-k {written['top_k']}, so its tokens are no sample of the "
+                "teacher's own distribution. Use another --tail, or generate with 1, 1 and 0."
+            )
         used = (recipe.temperature,) if of_temperature is None else of_temperature.values
         if recipe.tail == "realized" and captured != 1.0:
             raise ConfigError(
@@ -167,6 +174,7 @@ class LossRecipe:
         count alike, since a student's entropy falls as it learns.
         """
         serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
+        serves = serves and not (self.tail == "realized" and drawn_from_teacher(cache) is False)
         recipe = LossRecipe.for_cache(
             cache,
             kd_weight=self.kd_weight,
@@ -175,3 +183,27 @@ class LossRecipe:
             divergence=self.divergence,
         )
         return replace(recipe, uld=self.uld)
+
+
+def drawn_from_teacher(cache: Cache) -> bool | None:
+    """Whether the tokens that count are draws from the teacher's own distribution at T = 1; None: not recorded."""
+    written = cache.metadata.corpus.get("generation")
+    if written is None:
+        return None
+    return (written["temperature"], written["top_p"], written["top_k"]) == (1.0, 1.0, 0)
+
+
+def realized_warnings(cache: Cache) -> list[str]:
+    """What `--tail realized` takes for granted and the cache does not vouch for."""
+    written = cache.metadata.corpus.get("generation")
+    if written is None:
+        return [
+            f"--tail realized: {cache.path} does not say that its teacher wrote the text (cache-teacher --generate). "
+            "On any other text this is wrong."
+        ]
+    if written["passed"] < written["answers"] or written["keep"] == "best":
+        return [
+            f"--tail realized: of the answers in {cache.path} some were chosen (--keep-if, --keep), so they are not "
+            "quite draws from the teacher's own distribution."
+        ]
+    return []

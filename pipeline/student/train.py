@@ -26,7 +26,7 @@ from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.output import begin_output, check_output
 from pipeline.student.pruning import calibration_batches, prune
-from pipeline.student.recipe import LossRecipe
+from pipeline.student.recipe import LossRecipe, realized_warnings
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
@@ -155,6 +155,9 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         trust_remote_code=config.trust_remote_code,
         cross_tokenizer=config.cross_tokenizer is not None,
     )
+    for each, loss in ((cache, recipe), (held_out, eval_recipe)):
+        if each is not None and loss is not None and loss.tail == "realized":
+            warnings += realized_warnings(each)
     if held_out is not None:
         warnings += check_same_teacher_tokens(cache, held_out)
         if of_features is not None and not states_held_out:

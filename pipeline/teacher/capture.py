@@ -142,7 +142,7 @@ def cache_teacher(
 
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
-    metadata = _metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
+    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
 
     states = "" if metadata.hidden is None else f", {_states_in_words(metadata.hidden, config, corpus)}"
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
@@ -168,7 +168,7 @@ def stored_positions(config: CacheTeacherConfig, corpus: Corpus) -> int:
     return corpus.num_tokens if config.all_positions else corpus.num_counted_tokens
 
 
-def _metadata(
+def cache_metadata(
     config: CacheTeacherConfig,
     corpus: Corpus,
     head: Head,
@@ -176,8 +176,7 @@ def _metadata(
     device: torch.device,
 ) -> cf.CacheMetadata:
     rule = config.targets
-    if (rule.top_k or 0) > head.vocab_size:
-        raise ConfigError(f"--top-k {rule.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
+    rule.check_vocabulary(head.vocab_size)
     rows_per_record_batch, of_shard = max(32, config.batch_size), max(1, SHARD_TOKENS // config.data.window_length)
     hidden = None if config.hidden is None else config.hidden.spec(head)
     if hidden is not None:

@@ -73,6 +73,21 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], wher
     return _render(tokenizer, messages, where)[0]
 
 
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
+    """The conversation and what opens the assistant's turn, which is to be written."""
+    return _render(tokenizer, messages, where, add_generation_prompt=True)[0]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template puts after an assistant's message, such as <|im_end|>; empty if that cannot be told."""
+    question, answer = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}
+    try:
+        text, spans = assistant_spans(tokenizer, [question, answer], "chat template")
+    except DataError:  # a template that will not have these two
+        return ""
+    return text[slice(*spans[-1])].rpartition("Answer")[2] if spans else ""
+
+
 def assistant_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, *, first: int = 0
 ) -> tuple[str, list[Span]]:

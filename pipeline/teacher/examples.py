@@ -6,6 +6,9 @@ Formats are told apart by their columns:
     prompt-completion           two strings, joined
     prompt-completion-messages  the same two columns holding lists of messages
     text                        a string
+
+Of prompts that the teacher is to answer (`find_prompt`, `read_prompt`) the same columns are taken, without what follows
+the question: of `messages` a last answer is dropped, and a `completion` is never shown.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pipeline.teacher import chat
 class Columns:
     """What the rows hold, and in which one or two columns."""
 
-    format: Literal["text", "messages", "prompt-completion", "prompt-completion-messages"]
+    format: Literal["text", "messages", "prompt-completion", "prompt-completion-messages", "prompt", "prompt-messages"]
     names: tuple[str, ...]
 
     @property
@@ -101,6 +104,25 @@ def read_example(
         return Example(chat.render(tokenizer, messages, where))
     first = len(parts[0]) if loss_on == "completion" else 0
     return Example(*chat.assistant_spans(tokenizer, messages, where, first=first))
+
+
+def find_prompt(rows: datasets.Dataset, text_column: str | None, data: str) -> Columns:
+    """Where the prompts are: `messages`, else `prompt` (text or messages), else as in `find_columns`."""
+    names = rows.column_names
+    if text_column is None and "messages" not in names and "prompt" in names:
+        return Columns("prompt-messages" if _is_list(rows, "prompt") else "prompt", ("prompt",))
+    return find_columns(rows, text_column, data)
+
+
+def read_prompt(row: Mapping[str, Any], where: str, *, columns: Columns, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the teacher is to go on from; DataError naming `where`, the column and, in a chat, the message."""
+    (name,) = columns.names
+    if not columns.is_chat:
+        return _string(row, name, where, null_is_empty=True)
+    messages = chat.check_messages(row[name], f"{where}, column {name!r}")
+    if columns.format == "messages" and messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return chat.render_prompt(tokenizer, messages, where) if messages else ""
 
 
 def _string(row: Mapping[str, Any], name: str, where: str, *, null_is_empty: bool = False) -> str:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 import cache_format as cf
-from pipeline.errors import ConfigError
 from pipeline.heads import Head
 from pipeline.models import load_tokenizer, resolve_device
 from pipeline.padding import model_inputs
@@ -117,8 +116,7 @@ def plan_cache(
     corpus = open_corpus(config, tokenizer)
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
-    if (config.targets.top_k or 0) > head.vocab_size:
-        raise ConfigError(f"--top-k {config.targets.top_k}: the vocabulary has {head.vocab_size:,} tokens. Use fewer.")
+    config.targets.check_vocabulary(head.vocab_size)
     others = [rule for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
     rules = [config.targets, *(rule for rule in others if rule.to_json() != config.targets.to_json())]
 

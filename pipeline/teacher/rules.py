@@ -91,6 +91,11 @@ class TargetRule:
                 "Use fewer samples, or a larger threshold."
             )
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises: ConfigError if more exact entries are asked for than there are tokens."""
+        if (self.top_k or 0) > vocab_size:
+            raise ConfigError(f"--top-k {self.top_k}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
+
     def to_json(self) -> dict[str, Any]:
         """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""
         parts = {"k" if name == "top_k" else name: getattr(self, name) for name in PARTS[self.kind]}
