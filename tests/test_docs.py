@@ -34,6 +34,7 @@ def masked_models(root: Path) -> None:
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
     "docs/masked.md": masked_models,
+    "docs/scaling.md": causal_models,
 }
 
 
