@@ -458,6 +458,7 @@ NOT_GENERATED = {
         *("packing", "append_eos", "loss_on", "num_proc", "all_positions"),
     ),
     "with --generate one process writes": ("num_workers", "worker_index", "shard_range", "tensor_parallel"),
+    "states are kept of texts, not of what is being written": ("hidden_states", "hidden_dtype", "hidden_every"),
     "nothing is masked for a teacher that writes": (
         *("mask_probability", "mask_replace_prob", "random_replace_prob", "mask_seed", "mask_copies"),
     ),

@@ -27,6 +27,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,7 +40,7 @@ CLAIMS = "claims"
 WHOLE = "all"
 STALE_AFTER_S = 300.0
 HEARTBEATS = 10  # so many in STALE_AFTER_S
-CLOCK_EVERY_S = 60.0
+CLOCK_EVERY_S, MOST_PAUSE_S = 60.0, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,10 +248,20 @@ def refused(directory: Directory, holder: Holder, stale_after_s: float) -> Cache
     )
 
 
-def wait_for(claims: Claims, name: str, poll_s: float = 0.5) -> None:
+def wait_for(claims: Claims, name: str) -> None:
     """Takes a claim, waiting for whoever has it."""
-    while claims.take(name) is not None:
-        time.sleep(poll_s)
+    for pause in pauses():
+        if claims.take(name) is None:
+            return
+        time.sleep(pause)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between one look and the next, for ever: what ends soon is noticed soon, what does not is left alone."""
+    pause = 0.02
+    while True:
+        yield pause
+        pause = min(1.5 * pause, MOST_PAUSE_S)
 
 
 def _file(name: str, generation: int) -> str:

@@ -46,7 +46,7 @@ def check_writable(path: str | os.PathLike[str], *, replace: bool = False, share
 
     Args:
         replace: a cache that is there will be removed before; it is left alone until then.
-        shared: for one of several writers, whom other such writers do not disturb.
+        shared: for one of several writers, whom neither other such writers disturb nor that they have finished.
     """
     directory = open_directory(path)
     recorded_manifest(directory)
@@ -54,7 +54,7 @@ def check_writable(path: str | os.PathLike[str], *, replace: bool = False, share
     for holder in claims.others():
         if holder.name == WHOLE or not shared:
             raise refused(directory, holder, claims.stale_after_s)
-    if not replace and (manifest := finished_manifest(path)) is not None:
+    if not replace and not shared and (manifest := finished_manifest(path)) is not None:
         raise finished_already(path, manifest)
 
 

@@ -17,13 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from cache_format.claims import STALE_AFTER_S, WHOLE, Holder, refused
+from cache_format.claims import STALE_AFTER_S, WHOLE, Holder, pauses, refused
 from cache_format.errors import CacheError
 from cache_format.metadata import CacheMetadata
 from cache_format.unfinished import ENDING, claim_name
 from cache_format.writer import CacheWriter
-
-MOST_POLL_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ class SharedCacheWriter(CacheWriter):
         """The next shard of our share that nobody has, claimed; the one in hand if it was abandoned. None if all
         are complete. Waits while others write what is left, in case that they die."""
         said, since = "", time.monotonic()
-        while True:
+        for pause in pauses():
             if self._current is not None:
                 return self._current
             self._cache.find_complete()
@@ -114,7 +112,8 @@ class SharedCacheWriter(CacheWriter):
             if busy and waiting_for != said:
                 said = waiting_for
                 self._on_wait(said)
-            time.sleep(min(MOST_POLL_S, self._claims.stale_after_s / 20))
+            time.sleep(pause)
+        raise AssertionError
 
     def _begin(self, resume: bool) -> None:
         self._check_nobody_alone()
@@ -123,13 +122,15 @@ class SharedCacheWriter(CacheWriter):
     def _end(self, next_row: int) -> None:
         if not self._cache.is_complete:
             self._cache.find_complete()
-        while self._cache.is_complete:
+        if not self._cache.is_complete:
+            return
+        for pause in pauses():
             if self._claims.take(ENDING) is None:
                 self._cache.finish(self._claims)
                 return
             if self._cache.is_finished:
                 return
-            time.sleep(min(MOST_POLL_S, self._claims.stale_after_s / 20))
+            time.sleep(pause)
 
     def _claim_of(self, shard: int) -> str:
         return claim_name(shard)

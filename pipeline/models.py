@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from pipeline.adapters import base_of, with_adapter
 from pipeline.errors import ConfigError, ModelError
 from pipeline.objective import NAMES, Objective, auto_class
-from pipeline.placement import begin_tensor_parallel, named_tensors, parse_device_map
+from pipeline.placement import begin_tensor_parallel, named_tensors, parse_device_map, place_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
@@ -143,14 +143,16 @@ def load_model(
 
 
 def _check_tied(model: PreTrainedModel, device_map: str | None) -> None:
-    """What is one tensor cannot be kept on disk and in memory: the hooks would look for it in vain."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if getattr(model.config, "tie_word_embeddings", False) and outputs is not None:
-        if inputs.weight.is_meta != outputs.weight.is_meta:
-            raise ConfigError(
-                f"--device-map {device_map}: embedding and head are one tensor in this model, found one of them on "
-                "disk or CPU and the other elsewhere. Give them the same place."
-            )
+    """What is one tensor cannot be kept in two places: the hooks would look for it in vain."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not getattr(model.config, "tie_word_embeddings", False) or None in ends:
+        return
+    places = [place_of(model, module) for module in ends]
+    if places[0] != places[1]:
+        raise ConfigError(
+            f"--device-map {device_map}: embedding and head are one tensor in this model, found places {places[0]} and "
+            f"{places[1]}. Give them the same."
+        )
 
 
 def resolve_device(name: str) -> torch.device:

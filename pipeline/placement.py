@@ -64,6 +64,14 @@ def computing_devices(model: nn.Module, device: torch.device) -> list[torch.devi
     return sorted((torch.device(place) for place in places), key=str) or [torch.device("cpu")]
 
 
+def place_of(model: nn.Module, module: nn.Module) -> Any:
+    """What the device map says of a module, by its name or that of what it is part of; None if there is no map."""
+    name = next(name for name, found in model.named_modules() if found is module)
+    places = getattr(model, "hf_device_map", {})
+    parents = [name.rsplit(".", drop)[0] for drop in range(name.count(".") + 1)]
+    return next((places[part] for part in [*parents, ""] if part in places), None)
+
+
 def parse_device_map(text: str) -> str | dict[str, Any]:
     """A strategy of accelerate, or a JSON file of module -> device. Raises: ConfigError."""
     if text in BALANCED:

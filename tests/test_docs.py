@@ -37,6 +37,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
     "docs/features.md": causal_models,
     "docs/masked.md": masked_models,
+    "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,
     "docs/students.md": causal_models,
 }

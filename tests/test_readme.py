@@ -44,8 +44,8 @@ def test_every_command_and_block_runs(
     distill(["cache-teacher", "--teacher", "demo-output/teacher", "--data", "demo-output/heldout.jsonl"]
         + ["--output", "demo-output/caches/heldout", "--seq-len", "64"])  # fmt: skip
     ran = [words[1] for words in commands(PAGE) if words[0] == "distill" and distill(words[1:])]
-    commands_of = {"plan", "cache-teacher", "train-student", "evaluate", "inspect", "stats", "verify", "convert"}
-    assert set(ran) == commands_of
+    stages = {"plan", "cache-teacher", "train-student", "evaluate"}
+    assert set(ran) == stages | {"inspect", "stats", "verify", "convert", "merge"}
     python = blocks(PAGE, "python")
     assert len(python) >= 3
     for block in python:

@@ -14,7 +14,7 @@ from runs import build_cache, distance, train, weights
 from tiny import conversations, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = 6
+KILLS = 4
 
 # Forks a run, kills it a moment after it has come some steps further, and forks the next one, until one ends by itself.
 # What is to be done next is asked of the output, as a user would: nothing to resume yet means to start again.
@@ -60,10 +60,10 @@ def wait(pid, done):
 while True:
     first = step()
     pid = life()
-    enough = first + rng.randint(0, 2)
+    enough = first + rng.randint(1, 3)
     status = wait(pid, lambda: len(said) < kills and step() >= enough)
-    if status is None:  # at whatever comes next: loading, a step, the next checkpoint
-        until = time.monotonic() + rng.uniform(0.0, 0.4 if enough > first else 2.0)
+    if status is None:  # in whatever comes next: the rest of this checkpoint, a step, another checkpoint
+        until = time.monotonic() + rng.uniform(0.0, 0.1)
         status = wait(pid, lambda: time.monotonic() >= until)
     if status is not None:
         break
@@ -92,6 +92,6 @@ def test_killed_at_random_moments_and_resumed_ends_with_the_same_weights(
     assert done.returncode == 0, done.stderr
     status, found = json.loads(done.stdout.splitlines()[-1])
     assert status == 0, done.stderr
-    assert len(found) >= 3 and found == sorted(found), "it was over before it could be killed, or lost a checkpoint"
+    assert len(found) >= 2 and found == sorted(found), "it was over before it could be killed, or lost a checkpoint"
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
     assert json.loads((tmp_path / "parts/trainer_state.json").read_text())["global_step"] == whole.steps

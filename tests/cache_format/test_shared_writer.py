@@ -108,6 +108,9 @@ def test_each_prefers_its_own_and_then_helps(tmp_path):
 
 def test_joining_late_finds_nothing_to_do(tmp_path):
     work(tmp_path / "cache")
+    cf.check_writable(tmp_path / "cache", shared=True)
+    with pytest.raises(cf.CacheError, match="finished cache"):
+        cf.check_writable(tmp_path / "cache")
     before = contents(tmp_path / "cache")
     assert work(tmp_path / "cache") == []
     assert contents(tmp_path / "cache") == before
