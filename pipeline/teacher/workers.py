@@ -150,7 +150,9 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     cf.check_writable(config.output, replace=config.overwrite or manifest is not None, shared=not worker.alone)
     if manifest is None:
         return
-    data = {name: value for name, value in asdict(config.data).items() if name not in ("data", "num_proc", "loss_on")}
+    # None is decided later, by the text or the teacher.
+    known = {name: value for name, value in asdict(config.data).items() if value is not None}
+    data = {name: value for name, value in known.items() if name not in ("data", "num_proc", "loss_on")}
     given = {
         "teacher": {"name": config.teacher},
         "targets": config.targets.to_json(),
