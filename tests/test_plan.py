@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import cache_format as cf
-from cli import main
+from cli import GENERATION_NAMES, main
 from pipeline.report import describe_targets
 from pipeline.teacher import plan
 from tiny import english
@@ -138,15 +138,8 @@ def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path
 
 def test_every_option_of_the_real_thing_is_there_and_complains_alike(words: list[Any], tmp_path: Path):
     real, planning = ({p.name for p in main.commands[name].params} for name in ("cache-teacher", "plan"))
-    writing = {
-        "overwrite",
-        "push_to_hub",
-        "num_workers",
-        "worker_index",
-        "shard_range",
-        "allow_rounding",
-        "stale_after",
-    }
+    writing = {"overwrite", "push_to_hub", "generate", *GENERATION_NAMES}
+    writing |= {"num_workers", "worker_index", "shard_range", "allow_rounding", "stale_after"}
     assert real - planning == writing
     assert planning - real == {"rows", "cost_per_hour"}
     given = [*words, "--output", tmp_path / "c"]
