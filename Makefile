@@ -50,7 +50,7 @@ test-lowest:     ## the suite with the oldest dependencies that pyproject.toml a
 	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
 
-torture: $(STAMP)  ## kill stage one a hundred times and more, fill a small disk, compare every byte: five minutes
+torture: $(STAMP)  ## kill stage one a hundred times and more, fill a small disk, compare every byte: three minutes
 	PYTHONPATH=. $(PY) tests/torture.py --results benchmarks/results
 
 lint: $(STAMP)   ## ruff (rules and format), mypy
