@@ -225,17 +225,25 @@ class CacheWriter:
     def _publish(self, index: int) -> None:
         assert self._shard is not None
         if self._claims.lost(self._claim_of(index)):
-            self.abandon_shard()
-            raise ClaimLostError(
-                f"{self._directory.path()}: shard {index} was taken over by somebody else, since this process gave no "
-                f"sign of life for {self._claims.stale_after_s:.0f} seconds. Nothing is lost: run the command again."
-            )
-        sidecar, digest = self._shard.finish(self._annotations | self._cache.shard_facts())
+            raise self._lost(index)
+        try:
+            sidecar, digest = self._shard.finish(self._annotations | self._cache.shard_facts())
+        except FileNotFoundError as error:  # whoever takes over removes what is half written
+            if self._claims.lost(self._claim_of(index)):
+                raise self._lost(index) from error
+            raise
         self._finished_bytes += sidecar.file_bytes
         self._finished_tokens += sidecar.tokens
         self._shard = None
         self._cache.complete[index] = shard_info(index, sidecar, digest)
         self._after_shard(index)
+
+    def _lost(self, index: int) -> ClaimLostError:
+        self.abandon_shard()
+        return ClaimLostError(
+            f"{self._directory.path()}: shard {index} was taken over by somebody else, since this process gave no "
+            f"sign of life for {self._claims.stale_after_s:.0f} seconds. Nothing is lost: run the command again."
+        )
 
     def _first_missing(self, shard: int) -> int:
         while shard in self._cache.complete:

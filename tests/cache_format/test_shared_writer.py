@@ -241,6 +241,25 @@ def test_suspended_writer_drops_what_another_has_taken_over(tmp_path):
     assert contents(tmp_path / "cache") == expected
 
 
+def test_suspended_writer_that_was_overtaken_in_the_last_moment_drops_its_shard(tmp_path, monkeypatch):
+    with shared(tmp_path / "cache") as slow:
+        assert slow.begin_shard() == 0
+        slow.write([sample_row(row) for row in range(3)])
+        answers = iter([False])
+        lost = slow._claims.lost
+        monkeypatch.setattr(slow._claims, "lost", lambda name: next(answers, None) is None and lost(name))
+        os.remove(tmp_path / "cache" / CLAIMS / "shard-00000.0.json")
+        plant(open_directory(tmp_path / "cache"), "shard-00000", age_s=9.0, **ELSEWHERE)
+        with shared(tmp_path / "cache") as quick:
+            assert quick.begin_shard() == 0
+            with pytest.raises(cf.ClaimLostError, match="shard 0 was taken over"):
+                slow.write([sample_row(3)])
+            quick.write([sample_row(row) for row in range(4)])
+            while write_shard(quick) is not None:
+                pass
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+
+
 def test_interrupted_writer_gives_its_shard_back(tmp_path):
     with pytest.raises(KeyboardInterrupt), shared(tmp_path / "cache") as writer:
         assert write_shard(writer) == 0
