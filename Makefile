@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-lowest torture fuzz lint format bench bench-quality clean
+.PHONY: help setup demo demo-generate test test-real test-lowest torture fuzz lint format bench bench-quality clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in ten minutes
 	$(PY) benchmarks/demo.py --output demo-output
+
+demo-generate: $(STAMP) ## the teacher answers problems, right answers are cached: a few minutes
+	$(PY) -m benchmarks.reasoning --output demo-output
 
 test: $(STAMP)   ## the whole suite, tiny models, no network: under five minutes
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8

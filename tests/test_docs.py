@@ -33,9 +33,17 @@ def masked_models(root: Path) -> None:
     (root / "data/heldout.txt").write_text(english(8, seed=1), encoding="utf-8")
 
 
+def questions(root: Path) -> None:
+    causal_models(root)
+    write_jsonl(root / "data/questions.jsonl", [{"prompt": record["messages"][-2:-1]} for record in conversations(12)])
+    sums = [{"prompt": f"{i % 10} + 0 =", "solution": str(i % 10)} for i in range(20)]
+    write_jsonl(root / "data/sums.jsonl", sums)
+
+
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/divergences.md": causal_models,
     "docs/features.md": causal_models,
+    "docs/generation.md": questions,
     "docs/masked.md": masked_models,
     "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,

@@ -22,8 +22,10 @@ from dense import Deviation, captured_for, check_row, document_logprobs
 from pipeline.heads import check_packing, open_head
 from pipeline.losses import TAIL_POLICIES, fused_head, sparse_kl
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.teacher.answers import GenerationConfig
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.generation import generate_cache
 from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.real
@@ -137,3 +139,21 @@ def test_fused_equals_the_reference_on_the_real_head(
 
     for a, b in zip(loss_and_gradients(torch.float32, True), loss_and_gradients(torch.float64, False), strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_answers_have_the_log_probabilities_of_a_second_plain_pass(
+    teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=8)
+    config = CacheTeacherConfig(
+        teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), batch_size=8, device="cpu"
+    )
+    generate_cache(config, GenerationConfig(temperature=0.7, top_p=0.9, answers_per_prompt=2, max_new_tokens=24))
+    cache = cf.open_cache(tmp_path / "cache")
+    assert len(cache) == 16
+    for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
+        expected = document_logprobs(model, row, VOCAB)
+        check_row(row, expected, cache.metadata)
+        positions = np.flatnonzero(row.loss_mask)
+        of_tokens = expected[positions, row.input_ids[positions + 1]]
+        np.testing.assert_allclose(line["token_logprobs"], of_tokens, rtol=0, atol=1e-4)
