@@ -1,4 +1,4 @@
-"""What becomes of a cache of generated answers: checked, converted, and learned from."""
+"""What becomes of a cache of generated answers: checked, converted, learned from; and the worked example."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import cache_format as cf
+from benchmarks.reasoning import is_right
 from generating import answers_of, generate, write_predicates
 from pipeline.errors import ConfigError
 from pipeline.student.recipe import LossRecipe
+from pipeline.teacher.keeping import Answered
 from runs import build_cache, dense_evaluation, train
 from sampled import threshold
 from tiny import completions, write_jsonl
@@ -129,3 +131,24 @@ def test_answers_that_lie_under_a_true_checksum_are_refused(
     manifest.write_text(text.replace(claimed, hashlib.sha256(zeroed.encode()).hexdigest()))
     with pytest.raises(cf.FormatError, match=f"answers.jsonl: .*{problem}"):
         list(cf.open_cache(tmp_path / "cache").answers())
+
+
+# -- the worked example
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("4 - 1 = 3", True),
+        ("We add 1,200 and 34.5 to get 1,234.5.", False),
+        ("The answer is **3**.", True),
+        ("It is 3.0, as 4 - 1 is", False),
+        ("-3", False),
+        ("three", False),
+        ("", False),
+    ],
+)
+def test_the_worked_example_looks_at_the_last_number(text: str, right: bool) -> None:
+    answer = Answered(text=text, token_ids=(), stop_reason="eos", mean_logprob=0.0, index=0)
+    assert is_right({"solution": "3"}, answer) is right
+    assert is_right({"solution": "1234.5"}, answer) is text.startswith("We add")

@@ -166,6 +166,8 @@ def _check_writes(config: CacheTeacherConfig) -> None:
         )
     if config.masking is not None:
         raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
+    if config.hidden is not None:
+        raise ConfigError("--generate: states are kept of texts, not of what is being written. Leave --hidden-… out.")
 
 
 def _finished(
