@@ -6,7 +6,6 @@ Remote code stays off unless asked for. A GGUF file is dequantised by transforme
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 import weakref
 from pathlib import Path
@@ -108,8 +107,8 @@ def load_model(
         options["distributed_config"] = begin_tensor_parallel(device)
     elif device_map is not None:
         # For what has to be converted before it can be left on disk; a safetensors checkpoint is read where it lies.
-        folder = tempfile.mkdtemp(prefix="distill-offload-")
-        options |= {"device_map": parse_device_map(device_map), "offload_folder": folder}
+        folder = tempfile.TemporaryDirectory(prefix="distill-offload-")
+        options |= {"device_map": parse_device_map(device_map), "offload_folder": folder.name}
     try:
         model, found = auto_class(objective).from_pretrained(
             source,
@@ -138,7 +137,7 @@ def load_model(
                 del config.quantization_config
     if folder is not None:
         _check_tied(model, device_map)
-        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(model, folder.cleanup)  # it is there as long as the model
     return (model if tensor_parallel or device_map is not None else model.to(device)).eval()
 
 
