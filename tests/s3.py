@@ -2,72 +2,63 @@
 
 with s3_server() as server:
     server.url("cache")                     # s3://bucket/cache
-    server.faults = {"drop": 0.05, ...}     # share of requests that each fault befalls
+    server.spoil({"drop": 0.05})            # share of requests that each fault befalls
+    server.counts()                         # requests by method, and faults injected
 
-The faults are those of a network: they happen on the wire, below botocore, aiohttp and s3fs.
+The faults are those of a network: they happen on the wire, below botocore, aiohttp and s3fs. The server is a process of
+its own: its threads must not be there when a test forks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.request import Request, urlopen
 
 FAULTS = ("drop", "drop_answer", "error_500", "slow_down", "truncate", "slow")
 SLOW_S = 0.3
+CONTROL = "/-control"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Server:
     endpoint: str
     bucket: str
-    faults: dict[str, float] = field(default_factory=dict)
-    random: random.Random = field(default_factory=lambda: random.Random(0))
-    requests: Counter[str] = field(default_factory=Counter)  # by method
-    injected: Counter[str] = field(default_factory=Counter)
-    down: bool = False  # every connection is dropped
 
     def url(self, name: str) -> str:
         return f"s3://{self.bucket}/{name}"
 
-    def choose(self) -> str | None:
-        if self.down:
-            return "drop"
-        draw = self.random.random()
-        for fault, share in self.faults.items():
-            if draw < share:
-                return fault
-            draw -= share
-        return None
+    def spoil(self, faults: dict[str, float], *, down: bool = False) -> None:
+        """From now on. down: every connection is dropped. Counts begin anew."""
+        body = json.dumps({"faults": faults, "down": down}).encode()
+        urlopen(Request(self.endpoint + CONTROL, data=body, method="PUT")).read()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{"requests": by method, "injected": by fault}"""
+        return json.loads(urlopen(self.endpoint + CONTROL).read())
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[Server]:
     """Credentials and endpoint are in the environment for as long as it runs, as users have them."""
-    from moto.server import ThreadedMotoServer
-
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    behind = moto.get_host_and_port()
-    server = Server("", f"bucket-{uuid.uuid4().hex[:8]}")
-
-    class Proxy(_Proxy):
-        upstream, state = behind, server
-
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    proxy.daemon_threads = True
-    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    server.endpoint = f"http://127.0.0.1:{proxy.server_address[1]}"
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    process = subprocess.Popen([sys.executable, __file__, bucket], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    server = Server(process.stdout.readline().strip(), bucket)
     environment = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -78,32 +69,51 @@ def s3_server() -> Iterator[Server]:
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
-        connection = http.client.HTTPConnection(*behind)
-        connection.request("PUT", f"/{server.bucket}", headers={"Host": "127.0.0.1"})
-        assert connection.getresponse().status == 200
-        connection.close()
         yield server
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        proxy.shutdown()
-        moto.stop()
+        process.kill()
+        process.wait()
+
+
+# -- in the server's process ------------------------------------------------------------------------------------------
+
+
+class _State:
+    faults: dict[str, float] = {}
+    down = False
+    random = random.Random(0)
+    requests: Counter[str] = Counter()
+    injected: Counter[str] = Counter()
+
+    @classmethod
+    def choose(cls) -> str | None:
+        if cls.down:
+            return "drop"
+        draw = cls.random.random()
+        for fault, share in cls.faults.items():
+            if draw < share:
+                return fault
+            draw -= share
+        return None
 
 
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     upstream: tuple[str, int]
-    state: Server
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def _pass_on(self) -> None:
         body = self._body()
-        fault = self.state.choose()
-        self.state.requests[self.command] += 1
+        if self.path == CONTROL:
+            return self._control(body)
+        fault = _State.choose()
+        _State.requests[self.command] += 1
         if fault is not None:
-            self.state.injected[fault] += 1
+            _State.injected[fault] += 1
         if fault == "drop":
             return self._hang_up()
         if fault == "slow":
@@ -130,6 +140,14 @@ class _Proxy(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
 
+    def _control(self, body: bytes) -> None:
+        if self.command == "PUT":
+            given = json.loads(body)
+            _State.faults, _State.down = given["faults"], given["down"]
+            _State.requests, _State.injected = Counter(), Counter()
+        text = json.dumps({"requests": _State.requests, "injected": _State.injected}).encode()
+        self._answer(200, [("Content-Type", "application/json")], text, len(text))
+
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -153,3 +171,30 @@ class _Proxy(BaseHTTPRequestHandler):
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def serve(bucket: str) -> None:
+    """Says its endpoint on stdout, then serves until it is killed, or its parent is gone."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    _Proxy.upstream = moto.get_host_and_port()
+    connection = http.client.HTTPConnection(*_Proxy.upstream)
+    connection.request("PUT", f"/{bucket}", headers={"Host": "127.0.0.1"})
+    assert connection.getresponse().status == 200
+    connection.close()
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _Proxy)
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    print(f"http://127.0.0.1:{proxy.server_address[1]}", flush=True)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.getLogger("werkzeug").disabled = True
+    serve(sys.argv[1])

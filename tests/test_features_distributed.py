@@ -21,6 +21,8 @@ from runs import SGD, distance, log_history, train, weights
 from test_distributed import ROOT, WORKER
 from tiny import conversations, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

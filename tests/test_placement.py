@@ -116,6 +116,7 @@ def test_two_ways_at_once_are_refused(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_teacher_split_over_two_processes_says_the_same(tmp_path: Path, teacher_dir: Path, text_file: Path, tokenizer):
     """transformers' tensor parallelism over gloo: equal within rounding, and written once."""
     config = LlamaConfig.from_pretrained(teacher_dir)

@@ -175,6 +175,7 @@ def test_accumulated_steps_are_those_of_one_batch(folder: Path, student_dir: Pat
             assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(folder: Path, student_dir: Path) -> None:
     """With a mixture, a schedule and the student's entropy at once: all of them reach the wrapped module's forward."""
     assert len(cf.open_cache(folder / "cache")) % 2 == 0

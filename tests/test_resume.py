@@ -326,6 +326,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_torchrun_that_loses_a_process_starts_again_and_finishes(teacher_dir: Path, text_file: Path, tmp_path: Path):
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "whole"))
     (tmp_path / "worker.py").write_text(WORKER)

@@ -22,6 +22,8 @@ from tiny import conversations, english, tiny_llama, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
+pytestmark = pytest.mark.slow
+
 LAUNCHER = """
 import json, os, signal, socket, sys, traceback
 from pathlib import Path
