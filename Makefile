@@ -45,7 +45,7 @@ demo-generate: $(STAMP) ## the teacher answers problems, right answers are cache
 test: $(STAMP)   ## the whole suite, tiny models, no network: under five minutes
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
-test-slow: $(STAMP)  ## the tests that start several processes, a minute or two
+test-slow: $(STAMP)  ## the tests that take long: several processes, kills, the wheel
 	$(PY) -m pytest -m slow
 
 test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT

@@ -46,6 +46,9 @@ train(output, cache, student=student, **given)
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one`: one process with batches of 4; `two`: two processes with batches of 2. Two epochs each."""

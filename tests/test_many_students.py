@@ -274,6 +274,7 @@ def run(*words: object, status: int = 0) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_command_line_names_them(tmp_path: Path, cache: Path, held_out: Path, students: dict[str, Path], monkeypatch):
     words = ["train-student", "--cache", cache, "--eval-cache", held_out, "--device", "cpu", "--output", tmp_path / "s"]
     words += ["--max-steps", 3, "--eval-steps", 1]

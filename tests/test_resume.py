@@ -82,6 +82,7 @@ def run(*words: object, status: int = 0) -> Result:
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="needs fork and prctl")
 def test_killed_at_random_moments_with_one_and_two_processes():
     command = [sys.executable, str(ROOT / "tests/torture.py"), "--kills", "8", "--no-aimed", "--no-disk", "--json"]

@@ -77,6 +77,7 @@ print(json.dumps([status, said]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_weights(
     tmp_path: Path, teacher_dir: Path, student_dir: Path

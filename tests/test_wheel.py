@@ -99,6 +99,7 @@ def test_wheel_is_imported_from_where_it_was_installed(environment: Path, elsewh
     assert version == importlib.metadata.version("distill")
 
 
+@pytest.mark.slow
 def test_wheel_runs_from_another_directory(
     environment: Path, elsewhere, teacher_dir: Path, student_dir: Path, text_file: Path
 ):

@@ -136,6 +136,7 @@ def test_a_cache_on_s3_has_the_same_bytes(server: Any, tmp_path: Path, encoding:
     assert isinstance(open_directory(server.url("x")), RemoteDirectory)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_to_faults(server: Any, tmp_path: Path):
     """Written, resumed, verified and read at random, with one request in seven spoilt."""
     server.spoil(ALL_FAULTS)
