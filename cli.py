@@ -225,6 +225,12 @@ GENERATION_OPTIONS = options(
         help="Of the answers to a prompt that pass: all, the first, or the likeliest. Default: all.",
     ),
 )
+READING_OPTIONS = options(
+    click.option("--cache-dir", help="Keep local copies of what is read of a cache on an object store."),
+    click.option(
+        "--cache-dir-gb", default=100.0, show_default=True, type=click.FloatRange(0.001), help="At most so much."
+    ),
+)
 DEVICE_OPTIONS = options(
     click.option("--device", default="auto", show_default=True, help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1, mps."),
     click.option(
@@ -639,6 +645,7 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 )
 @click.option("--output", required=True, help="Directory for checkpoints and the trained student.")
 @click.option("--eval-cache", help="Held-out cache: evaluated during training, the best checkpoint is kept.")
+@READING_OPTIONS
 @click.option("--kd-weight", default=0.9, show_default=True, type=float, help="α: 0 hard labels only, 1 teacher only.")
 @click.option("--temperature", type=float, help="T of the soft loss, scaled by T². Default: that of the cache.")
 @click.option(
@@ -791,6 +798,7 @@ def train_student_command(as_json: bool, students: tuple[str, ...], **given: Any
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows per forward pass.")
 @click.option("--max-rows", type=click.IntRange(1), help="Only the first so many rows.")
 @click.option("--cross-tokenizer", is_flag=True, help="Students have another tokenizer: compare where tokens agree.")
+@READING_OPTIONS
 @DEVICE_OPTIONS
 @MODEL_OPTIONS
 @click.option(

@@ -39,6 +39,7 @@ from cache_format.metadata import (
     default_codebooks,
 )
 from cache_format.occupancy import check_writable, finished_already, finished_manifest, remove_cache
+from cache_format.read_cache import ReadCache
 from cache_format.reader import Cache, open_cache
 from cache_format.row_batch import RowBatch
 from cache_format.shared_writer import Share, SharedCacheWriter, parse_shard_range
@@ -69,6 +70,7 @@ __all__ = [
     "HiddenStates",
     "Manifest",
     "MismatchError",
+    "ReadCache",
     "RowBatch",
     "Share",
     "SharedCacheWriter",

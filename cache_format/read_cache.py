@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 SHARE_BETWEEN_LOOKS = 20
+DEFAULT_GB = 100.0
 
 
 @dataclass
@@ -25,6 +26,11 @@ class ReadCache:
     directory: Path
     max_bytes: int
     _written: int = field(default=-1, compare=False)  # since the directory was looked through; -1: never was
+
+    @classmethod
+    def of(cls, directory: str | None, gigabytes: float = DEFAULT_GB) -> ReadCache | None:
+        """None without a directory."""
+        return None if directory is None else cls(Path(directory).expanduser(), int(gigabytes * 1e9))
 
     def get(self, digest: str) -> pa.Buffer | None:
         """The part with this SHA-256, if it is there; not checked."""

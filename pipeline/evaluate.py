@@ -39,6 +39,8 @@ class EvaluateConfig:
     student: str  # transformers directory, hub name or .gguf file
     batch_size: int = 8  # rows per forward pass
     max_rows: int | None = None  # only the first so many
+    cache_dir: str | None = None  # local copies of what is read of a remote cache
+    cache_dir_gb: float = 100.0  # at most
     cross_tokenizer: bool = False  # the student has another tokenizer: compare where tokens of both end together
     device: str = "auto"
     dtype: str = "auto"
@@ -79,7 +81,8 @@ def evaluate(
     Raises:
         MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
-    cache = cf.open_cache(config.cache, hidden_layers=[])
+    copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
+    cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies)
     tokenizer, _ = check_student(
         [cache],
         config.student,

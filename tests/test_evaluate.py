@@ -99,3 +99,34 @@ def test_nothing_counted_is_not_a_number():
 
 def test_hopeless_student_has_a_finite_perplexity():
     assert np.isfinite(Evaluation.from_sums(1.0, 1e6, 0.0, 1.0).perplexity)
+
+
+def test_a_remote_cache_is_read_once_over_the_network(folder: Path, student_dir: Path, tmp_path: Path, monkeypatch):
+    """`--cache-dir`, of both commands: what was read lies there, and is not fetched again."""
+    import shutil
+    import uuid
+
+    import fsspec
+    from click.testing import CliRunner
+
+    from cache_format.remote import RemoteFile
+    from cli import main
+
+    (cache,) = [path for path in sorted(folder.iterdir()) if (path / "manifest.json").exists()][:1]
+    url = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").put(str(cache), url, recursive=True)
+    read, seen = RemoteFile.read, []
+    monkeypatch.setattr(RemoteFile, "read", lambda self, *span: seen.append(span) or read(self, *span))
+
+    def fetched(*words: object) -> int:
+        seen.clear()
+        result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return len(seen)
+
+    options = ["--cache", url, "--student", student_dir, "--device", "cpu", "--cache-dir", tmp_path / "copies"]
+    assert fetched("evaluate", *options) > 0
+    assert fetched("evaluate", *options) == 0
+    assert fetched("train-student", *options, "--output", tmp_path / "student", "--max-steps", 2) == 0
+    shutil.rmtree(tmp_path / "copies")
+    assert fetched("train-student", *options, "--output", tmp_path / "other", "--max-steps", 2) > 0

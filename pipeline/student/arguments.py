@@ -87,6 +87,8 @@ class TrainStudentConfig:
     resample: bool = False  # every epoch another of several samples
     early_stopping: tuple[str, ...] = ()  # conditions, see pipeline.student.stopping
     early_stopping_mode: Mode = "all"  # of them must hold, or any
+    cache_dir: str | None = None  # local copies of what is read of a remote cache
+    cache_dir_gb: float = 100.0  # at most
     device: str = "auto"  # or cpu
     resume: bool = False
     overwrite: bool = False

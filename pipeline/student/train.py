@@ -95,8 +95,12 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     Raises: as `train_student`.
     """
     config = replace(config, output=str(Path(config.output).expanduser()))
-    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1, hidden_layers=[])
-    held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache, hidden_layers=[])
+    options: dict[str, Any] = {
+        "hidden_layers": [],
+        "read_cache": cf.ReadCache.of(config.cache_dir, config.cache_dir_gb),
+    }
+    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1, **options)
+    held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache, **options)
     of_features = FeatureRecipe.for_cache(
         cache, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
     )
