@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import cache_format as cf
+from cache_format.types import entry_groups, group_counts
 from pipeline.errors import ConfigError
 from pipeline.heads import Head, open_head
 from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
@@ -230,9 +231,7 @@ def _stored(row: cf.CacheRow, metadata: cf.CacheMetadata) -> np.ndarray:
 
 def _exact(row: cf.CacheRow, values: np.ndarray) -> np.ndarray:
     """Of values of all entries those of the exact ones."""
-    counts, exact = (np.asarray(each, np.int64) for each in (row.targets.counts, row.targets.exact_counts))
-    rank = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return values[rank < np.repeat(exact, counts)]
+    return values[entry_groups(group_counts(row.targets)) == 0]
 
 
 def _ids(targets: ChunkTargets) -> list[np.ndarray]:
