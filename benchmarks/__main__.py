@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from benchmarks import measure
 
-NAMES = ("fused_loss", "capture", "scaling", "decode", "sizes", "codebook", "temperature", "reading")
+NAMES = ("fused_loss", "capture", "scaling", "decode", "sizes", "codebook", "temperature", "variance", "reading")
 RESULTS = Path(__file__).parent / "results"
 
 

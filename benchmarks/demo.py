@@ -121,7 +121,7 @@ def write_untrained(teacher: Path, directory: Path) -> None:
 
 
 def write_problems(file: Path, size: int, seed: int) -> None:
-    """Word problems and worked answers as chat messages."""
+    """Word problems and worked answers as chat messages, with the number that is right beside."""
     import reasoning_gym
 
     with file.open("w", encoding="utf-8") as stream:
@@ -131,7 +131,8 @@ def write_problems(file: Path, size: int, seed: int) -> None:
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": problem["metadata"]["answer_cot"]},
             ]
-            stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            line = {"messages": messages, "solution": problem["answer"]}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

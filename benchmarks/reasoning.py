@@ -21,8 +21,12 @@ NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 def is_right(example: dict[str, Any], answer: Any) -> bool:
     """Whether the last number of an answer is the solution."""
-    numbers = NUMBER.findall(answer.text)
-    return bool(numbers) and float(numbers[-1].replace(",", "")) == float(example["solution"])
+    return last_number(answer.text) == float(example["solution"])
+
+
+def last_number(text: str) -> float | None:
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def write_problems(file: Path, size: int = PROBLEMS, seed: int = SEED) -> None:

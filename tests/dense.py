@@ -140,13 +140,27 @@ def dense_kl(
         full[label] += m
         teacher, student = full**power, q
     else:
-        # The tail's mass spread evenly over its tokens, tempered token by token, and added up again.
-        spread = np.full(len(outside), m / max(1, len(outside))) ** power
-        teacher = np.append(p**power, spread.sum())
+        teacher = np.append(p**power, tempered_mass(m, max(1, len(outside)), p.min(initial=1.0), power))
         student = np.append(q[ids], q[outside].sum())
     teacher = teacher / teacher.sum()
     there = teacher > 0
     return float(np.sum(teacher[there] * (np.log(teacher[there]) - np.log(student[there]))))
+
+
+def tempered_mass(m: float, tokens: int, smallest: float, power: float) -> float:
+    """What a tail of mass m is taken to have at a temperature: a parabola for its logarithm, from three equations."""
+    if m == 0.0:
+        return 0.0
+    with np.errstate(divide="ignore"):
+        flat = np.log(
+            tokens / m
+        )  # mean −log p of an even spread; of the most uneven: one token, or as large as allowed
+        steep = min(flat, max(-np.log(m), -np.log(smallest)))
+    slope = -(0.7 * steep + 0.3 * flat)
+    equations = [[1, 0, 0], [1, 1, 1], [0, 1, 2]]  # value at 0, value at 1, slope at 1
+    parabola = np.linalg.solve(equations, [np.log(tokens), np.log(m), slope])
+    even, uneven = m * np.exp((1 - power) * flat), m * np.exp((1 - power) * steep)
+    return float(np.clip(np.exp(parabola @ [1, power, power**2]), min(even, uneven), max(even, uneven)))
 
 
 def _softmax(z: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from pipeline.losses import (
     fused_head,
     sparse_kl,
 )
-from pipeline.losses.tails import StudentValues
+from pipeline.losses.tails import StudentValues, tempered_tail
 from pipeline.student.data import collate, targets_of
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -95,10 +95,12 @@ def test_equals_the_dense_computation(tail: str, temperature: float, kd_weight: 
 
 
 def test_the_tail_of_the_bucket_at_a_temperature_by_hand() -> None:
-    # V = 6, entries .5 and .3, m = .2 over n = 4 tokens, T = 2:
-    # sqrt(.5) = 0.7071068, sqrt(.3) = 0.5477226, 4·sqrt(.2/4) = 0.8944272, together 2.1492565.
-    # Student uniform: q = 1/6, 1/6, 4/6. KL = Σ P·log(P/q) = 0.3290006·log(1.9740039) + 0.2548428·log(1.5290568)
-    # + 0.4161566·log(0.6242348) = 0.2237415 + 0.1082193 − 0.1961049 = 0.1358558, times T² = 4: 0.5434234.
+    # V = 6, entries .5 and .3, m = .2 over n = 4 tokens, T = 2. The tail's mean −log p is between log 5 = 1.6094379 (one
+    # token; .3 would allow less) and log(4/.2) = 2.9957323, at three tenths of that: 2.0253262. So log M at s = 1/2 is
+    # −1.6094379 + ½·(2.0253262 + ½·(2.9957323 − 2.0253262)) = −0.3541733, M = 0.7017534.
+    # sqrt(.5) = 0.7071068, sqrt(.3) = 0.5477226, together with M 1.9565827.
+    # Student uniform: q = 1/6, 1/6, 4/6. KL = Σ P·log(P/q) = 0.3613989·log(2.1683932) + 0.2799384·log(1.6796302)
+    # + 0.3586628·log(0.5379941) = 0.2797178 + 0.1451687 − 0.2223378 = 0.2025487, times T² = 4: 0.8101949.
     targets = TargetBatch(
         ids=torch.tensor([[1, 4]]),
         logprobs=torch.tensor([[0.5, 0.3]], dtype=torch.float64).log(),
@@ -106,7 +108,35 @@ def test_the_tail_of_the_bucket_at_a_temperature_by_hand() -> None:
         labels=torch.tensor([0]),
     )
     found = sparse_kl(torch.zeros(1, 6, dtype=torch.float64), targets, temperature=2.0)
-    assert found.item() == pytest.approx(0.5434234, abs=1e-7)
+    assert found.item() == pytest.approx(0.8101949, abs=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.8, 1.5, 2.0, 8.0])
+def test_the_tempered_tail_stays_within_what_is_possible(temperature: float) -> None:
+    """Between one token, or as many as the smallest entry allows, and an even spread; no tail stays none."""
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        p = np.sort(generator.dirichlet(np.full(20, 0.1)))[::-1]
+        entries, tail = p[:4], p[4:]
+        tokens, m = torch.tensor([16.0]).double(), torch.tensor([tail.sum()]).double()
+        found = tempered_tail(m.log(), torch.tensor([entries.min()]).log(), tokens, temperature).exp().item()
+        even = 16 * (tail.sum() / 16) ** (1 / temperature)
+        full, part = divmod(tail.sum(), entries.min())  # the most uneven tail with no token above the smallest entry
+        uneven = full * entries.min() ** (1 / temperature) + part ** (1 / temperature)
+        low, high = sorted([even, uneven])
+        slack = entries.min() ** (1 / temperature)  # the bound is of a fraction of a token more
+        assert low - slack <= found <= high + slack
+    none = tempered_tail(torch.tensor([-torch.inf]), torch.zeros(1), torch.ones(1), temperature)
+    assert none.item() == -torch.inf
+
+
+def test_the_tempered_tail_is_near_that_of_a_power_law() -> None:
+    """1/rank² over 50,000 tokens, 64 of them entries: log M to .3 nats at T = 2, where an even spread is 1.4 off."""
+    p = 1.0 / np.arange(1, 50_001) ** 2
+    p /= p.sum()
+    tail = torch.tensor(p[64:])
+    found = tempered_tail(tail.sum().log()[None], torch.tensor(p[63:64]).log(), torch.tensor([49_936.0]), 2.0)
+    assert abs(found.item() - tail.sqrt().sum().log().item()) < 0.3
 
 
 def test_renormalise_at_a_temperature_is_exact() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dense import tempered_mass
 from pipeline.losses import IGNORE_INDEX, Mixture, TargetBatch
 
 SPECS = (
@@ -157,8 +158,7 @@ def distributions(
         teacher = teacher**power
     else:
         outside = np.setdiff1d(np.arange(len(z)), ids)
-        n = max(1, len(outside))
-        teacher = np.append(p**power, n * (m / n) ** power)
+        teacher = np.append(p**power, tempered_mass(m, max(1, len(outside)), p.min(initial=1.0), power))
         student = np.append(q[ids], q[outside].sum())
         if not len(outside):  # no such class
             teacher, student = teacher[:-1], student[:-1]

@@ -21,9 +21,9 @@ sum to exactly one, which makes every KL here non-negative and zero where studen
 
 **Temperature.** A cache that was captured at T holds p at T, and a sample drawn at T is of no use at another: refused.
 Exact entries of a cache captured at 1 can be tempered. At T the entries become p_i^(1/T), exactly; of the tail only the
-mass is known, and it is spread evenly over its n = V − K tokens: n·(m/n)^(1/T). By concavity that is the largest the
-tempered tail can be. Against SmolLM2's own tempered softmax at K = 64 and T = 2 that is off by .12 nats of KL, where
-m^(1/T), the residual tempered as if it were one token, is off by 1.6 (`benchmarks/results/temperature.md`).
+mass is known, and `tempered_tail` says what is made of it. Against SmolLM2's own tempered softmax at K = 64 and T = 2
+that is off by .007 nats of KL, where an even spread of the mass is off by .12 and one token with all of it by 1.6
+(`benchmarks/results/temperature.md`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ UNBIASED: tuple[TailPolicy, ...] = ("sampled", "realized")
 
 ABSENT = -1e30
 """Logit of a class that is not there. Finite, so that no gradient is ever inf − inf; its exp is exactly zero."""
+
+TAIL_SURPRISE = 0.3
+"""Where the mean −log p of a tail lies between its least and its largest: .25 to .54 measured, see `tempered_tail`."""
 
 UNDERFLOW_NATS = 69.0
 """How far below the largest logit `StudentValues.rest` may fall: exp(-69) = 1e-30 is still a divisor in float32."""
@@ -109,13 +112,37 @@ def teacher_classes(targets: TargetBatch, tail: TailPolicy, temperature: float, 
     if temperature != 1.0:
         logprobs = logprobs / temperature
         if tail == "bucket":
-            tokens = (vocab_size - targets.valid.sum(dim=1)).clamp(min=1).to(rest.dtype).log()
-            rest = tokens + (rest - tokens) / temperature
+            tokens = (vocab_size - targets.valid.sum(dim=1)).clamp(min=1).to(rest.dtype)
+            smallest = targets.logprobs.masked_fill(~targets.valid, 0.0).amin(dim=1)
+            rest = tempered_tail(rest, smallest, tokens, temperature)
         else:
             rest = rest / temperature
     classes = torch.cat([logprobs, rest[:, None]], dim=1)
     # clamp: a position without any class (renormalise, no entries) stays all -inf instead of NaN.
     return classes - torch.logsumexp(classes, dim=1, keepdim=True).clamp(min=ABSENT)
+
+
+def tempered_tail(rest: Tensor, smallest: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log M = log Σ p^s, s = 1/T, over a tail of which the mass, the number of tokens and an upper bound are known.
+
+    log M is convex in s, log n at s = 0 and log m at s = 1, where its slope is −S with S the mean of −log p over the
+    tail. S is at least −log of the smallest entry, as none in the tail is above it, and at most log(n/m), that of an
+    even spread. A parabola through both points with S at `TAIL_SURPRISE` of that range is closer than one with the S
+    that follows from the stored entropy, whose rounding is divided by m. For T < 1 it ends at the bounds on M.
+
+    Args:
+        rest: [n] log m. smallest: [n] log-probability of the smallest exact entry; 0 where there is none.
+        tokens: [n] how many tokens the tail has.
+    """
+    s, log_n = 1.0 / temperature, tokens.log()
+    log_m = rest.masked_fill(rest.isneginf(), 0.0)  # no tail: see the end
+    most = log_n - log_m
+    least = torch.minimum(torch.maximum(-log_m, -smallest), most)
+    surprise = least + TAIL_SURPRISE * (most - least)
+    parabola = log_m + (1.0 - s) * (surprise + (1.0 - s) * (most - surprise))
+    one, other = log_m + (1.0 - s) * least, log_m + (1.0 - s) * most
+    bounded = parabola.clamp(min=torch.minimum(one, other), max=torch.maximum(one, other))
+    return torch.where(rest.isneginf(), rest, bounded)
 
 
 def student_classes(student: StudentValues, tail: TailPolicy) -> Tensor:

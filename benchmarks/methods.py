@@ -1,0 +1,235 @@
+"""One teacher, one budget of tokens, every way of distilling: the demo's set-up with more than its two students.
+
+    worked answers, one cache      hard labels, forward KL, reverse KL, Jensen–Shannon, logit MSE, forward KL + features
+    the teacher's own, one cache   sequence level, sequence level + forward KL
+
+All students are the same layers of the teacher, trained with the same options on equally many counted tokens. They are
+measured against the teacher on both kinds of held-out text, since who learns from one is at home there, and on whether
+they get the number of a problem right: by themselves, and where the worked steps before the number are given, which
+asks to read instead of to calculate and so tells weak students apart.
+
+    python -m benchmarks.methods        an hour on two cores; resumes at every run; the report is written at the end
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import click
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import cache_format as cf
+from benchmarks import demo, measure
+from benchmarks.reasoning import last_number
+
+BENCHMARKS = Path(__file__).parent
+TARGETS = ["--seq-len", "512", "--top-k", "64"]
+FEATURES = ["--hidden-states", "5,10,15,20,25,30", "--hidden-dtype", "int8"]  # one for each of the student's layers
+WRITING = ["--generate", "--gen-temperature", "0.7", "--max-new-tokens", "256", "--batch-size", "64"]
+TRAIN = ["--batch-size", "2", "--learning-rate", "1e-3", "--logging-steps", "5"]
+PROBLEMS_SEED = 3
+MARK = "#### "  # before the number, at the end of a worked answer
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    cache: str
+    options: tuple[str, ...]
+
+
+METHODS = (
+    Method("hard labels", "train", ("--kd-weight", "0")),
+    Method("forward KL", "train", ()),
+    Method("reverse KL", "train", ("--divergence", "reverse-kl")),
+    Method("Jensen–Shannon", "train", ("--divergence", "js(0.5)")),
+    Method("logit MSE", "train", ("--divergence", "logit-mse")),
+    Method("forward KL + features", "train", ("--hidden-loss", "normalized-mse")),
+    Method("sequence level", "own", ("--kd-weight", "0")),
+    Method("sequence level + forward KL", "own", ()),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    train: int = demo.TRAIN_PROBLEMS
+    held_out: int = demo.HELD_OUT_PROBLEMS
+    solve: int = 64  # problems to solve
+    new_tokens: int = 200  # of an answer, at most
+    layers: int = demo.STUDENT_LAYERS
+    features: tuple[str, ...] = tuple(FEATURES)
+
+
+@click.command()
+@click.option("--work", default=BENCHMARKS / "work" / "methods", type=click.Path(path_type=Path))
+@click.option("--teacher", type=click.Path(path_type=Path), help="transformers directory. Default: SmolLM2, unpacked.")
+@click.option("--seeds", default=2, show_default=True, type=click.IntRange(1), help="Students of each method.")
+@click.option("--results", default=BENCHMARKS / "results", type=click.Path(path_type=Path))
+def methods(work: Path, teacher: Path | None, seeds: int, results: Path) -> None:
+    """Train students in every way and compare them. Resumes where it was stopped."""
+    logging.disable_progress_bar()
+    if teacher is None:
+        teacher = work / "teacher"
+        if not (teacher / "config.json").exists():
+            demo.convert_teacher(teacher)
+    result = run(teacher, work, seeds, Sizes())
+    measure.show(result)
+    measure.write(result, results, "python -m benchmarks.methods")
+
+
+def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
+    """Everything that is missing, and the tables."""
+    caches = make_caches(teacher, work, sizes)
+    budget = min(counted(caches["train"]), counted(caches["own"]))
+    runs: dict[str, list[dict[str, float]]] = {
+        "the teacher": [once(work / "teacher.json", teacher, caches, work, sizes)]
+    }
+    for seed in range(seeds):
+        for method in METHODS:
+            name = f"{method.name.replace(' ', '-')}-{seed}"
+            student, file = work / "students" / name, work / "runs" / f"{name}.json"
+            if not file.exists():
+                demo.distill(
+                    "train-student",
+                    *("--cache", caches[method.cache], "--student", teacher, "--student-layers", sizes.layers),
+                    *("--output", student, *TRAIN, "--max-tokens", budget, "--seed", seed, *method.options),
+                    "--overwrite",
+                )
+            found = once(file, student, caches, work, sizes)
+            shutil.rmtree(student, ignore_errors=True)  # 200 MB each
+            runs.setdefault(method.name, []).append(found)
+    return report(runs, sizes, budget)
+
+
+def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
+    """Worked answers and the teacher's own, to train on and held out."""
+    demo.write_problems(work / "train.jsonl", sizes.train, demo.TRAIN_SEED)
+    demo.write_problems(work / "heldout.jsonl", sizes.held_out, demo.HELD_OUT_SEED)
+    wanted: dict[str, tuple[str, Sequence[str]]] = {
+        "train": ("train", sizes.features),
+        "heldout": ("heldout", ()),
+        "own": ("train", WRITING),
+        "own-heldout": ("heldout", WRITING),
+    }
+    for name, (text, options) in wanted.items():
+        demo.distill(  # a finished cache is checked and left as it is
+            *("cache-teacher", "--teacher", teacher, "--data", work / f"{text}.jsonl"),
+            *("--output", work / "caches" / name, *TARGETS, *options),
+        )
+    return {name: work / "caches" / name for name in wanted}
+
+
+def counted(cache: Path) -> int:
+    return sum(int(row.loss_mask.sum()) for row in cf.open_cache(cache, hidden_layers=[]))
+
+
+def once(file: Path, student: Path, caches: dict[str, Path], work: Path, sizes: Sizes) -> dict[str, float]:
+    """What `measured` finds, from its file if there is one."""
+    if not file.exists():
+        found = measured(student, caches, work, sizes)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.replace(file)
+    return json.loads(file.read_text())
+
+
+def measured(student: Path, caches: dict[str, Path], work: Path, sizes: Sizes) -> dict[str, float]:
+    """Divergence from the teacher on both held-out caches, and shares of problems solved."""
+    found = {}
+    for name in ("heldout", "own-heldout"):
+        file = work / "evaluation.json"
+        demo.distill("evaluate", "--cache", caches[name], "--student", student, "--json", file)
+        (values,) = json.loads(file.read_text())["students"].values()
+        found |= {f"{name} {key}": values[key] for key in ("kl", "perplexity", "agreement")}
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+    demo.write_problems(work / "solve.jsonl", sizes.solve, PROBLEMS_SEED)
+    problems = [json.loads(line) for line in (work / "solve.jsonl").read_text(encoding="utf-8").splitlines()]
+    solutions = [float(problem["solution"]) for problem in problems]
+    asked = [shown(tokenizer, problem["messages"][:1]) for problem in problems]
+    steps = [problem["messages"][1]["content"].rpartition(MARK)[0] + MARK.rstrip() for problem in problems]
+    given = [question + step for question, step in zip(asked, steps, strict=True)]
+    for name, prompts, length in (("solved", asked, sizes.new_tokens), ("number given the steps", given, 8)):
+        answers = continued(model, tokenizer, prompts, length)
+        pick = last_number if name == "solved" else first_number
+        found[name] = mean(pick(answer) == right for answer, right in zip(answers, solutions, strict=True))
+    return found
+
+
+def shown(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def first_number(text: str) -> float | None:
+    return last_number(text.strip().partition("\n")[0].partition(" ")[0])
+
+
+@torch.no_grad()
+def continued(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:
+    """The likeliest tokens after each prompt, 32 prompts at a time."""
+
+    def parts() -> Iterator[str]:
+        for start in range(0, len(prompts), 32):
+            batch = tokenizer(prompts[start : start + 32], return_tensors="pt", padding=True, add_special_tokens=False)
+            written = model.generate(
+                **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+            yield from tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return list(parts())
+
+
+def report(runs: dict[str, list[dict[str, float]]], sizes: Sizes, budget: int) -> measure.Result:
+    columns = {
+        "KL": "heldout kl",
+        "perplexity": "heldout perplexity",
+        "agreement": "heldout agreement",
+        "KL on own": "own-heldout kl",
+        "agreement on own": "own-heldout agreement",
+        "number given the steps": "number given the steps",
+        "solved": "solved",
+    }
+    shares = {"agreement", "agreement on own", "number given the steps", "solved"}
+
+    def cell(found: list[dict[str, float]], column: str) -> str:
+        values = [one[columns[column]] * (100 if column in shares else 1) for one in found]
+        text = f"{mean(values):.3f}" if column.startswith("KL") else f"{mean(values):.1f}"
+        half = (max(values) - min(values)) / 2
+        return f"{text} ± {half:.3f}" if column.startswith("KL") and len(values) > 1 else text
+
+    rows = [[name, *(cell(found, column) for column in columns)] for name, found in runs.items()]
+    seeds = max(map(len, runs.values()))
+    return measure.Result(
+        name="methods",
+        question="Students of the same layers, options and number of tokens, by what they learn from; held-out text.",
+        bound="The teacher's own row: divergence 0 but for rounding and what its cache leaves out.",
+        settings={
+            "training_problems": sizes.train,
+            "counted_tokens": budget,
+            "held_out_problems": sizes.held_out,
+            "problems_to_solve": sizes.solve,
+            "student_layers": sizes.layers,
+            "seeds": seeds,
+        },
+        tables=[
+            measure.Table(
+                "Means over seeds (± half their range); agreement, numbers and solved in %", ["", *columns], rows
+            )
+        ],
+        summary={name: round(mean(one["heldout kl"] for one in found), 4) for name, found in runs.items()},
+    )
+
+
+if __name__ == "__main__":
+    methods(prog_name="python -m benchmarks.methods")

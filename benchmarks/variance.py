@@ -1,0 +1,119 @@
+"""How far a sample of the teacher's distribution is from it, at the same number of entries: threshold beside random.
+
+At every position t̂ = Σ w_i·onehot(i) over the entries stands for p. Both kinds are unbiased, so E‖t̂ − p‖² is variance,
+and has a closed form:
+
+    random, N draws     Σ p(1 − p) / N                    with Σ 1 − (1 − p)^N different entries
+    threshold τ         Σ p(τ − p) over all p < τ         with Σ min(1, p/τ)
+
+(systematic sampling takes a token of p < τ with probability p/τ and weight τ; the largest p is always exact). **drawn**
+is the same from samples that `sparse_targets` drew. Each random rule is compared with the τ that has as many entries on
+average over the text, found by bisection. Truncated lists have no variance, but a bias, which does not average out.
+
+Bound: 0. Under a fixed mean of entries, threshold sampling with one τ for all positions has the least variance among
+samples that take tokens one by one (Duffield, Lund and Thorup, 2007).
+
+    python -m benchmarks variance
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Result, Settings, Table, Value
+from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
+from benchmarks.text import token_rows
+from pipeline.heads import Head, open_head
+from pipeline.teacher.philox import uniforms
+from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets import sparse_targets
+from pipeline.tokenizers import real_vocab_size
+
+DRAWS = (13, 25, 50, 100)
+LISTS = (16, 50, 64)
+SAMPLES = 32  # of each position, to compare with the closed form
+CHUNK = 128
+
+
+def run(settings: Settings) -> Result:
+    model, tokenizer = open_teacher(settings.teacher)
+    head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
+    rows, length = (4, 256) if settings.quick else (128, ROW_TOKENS)
+    positions, drawn_positions = (64, 16) if settings.quick else (2048, 256)
+    logits = spread_logits(head, hidden_states(model, token_rows(tokenizer, rows, length)), positions)
+    few = logits[:: positions // drawn_positions]
+    p, few_p = logits.softmax(dim=1), few.softmax(dim=1)
+
+    samples: list[list[Value]] = []
+    ratios: dict[str, Value] = {}
+    for draws in DRAWS:
+        entries = float((1 - (1 - p) ** draws).sum(dim=1).mean())
+        tau = threshold_of(p, entries)
+        random = TargetRule(kind="random", draws=draws)
+        threshold = TargetRule(kind="threshold", tail_threshold=tau)
+        for name, rule in ((f"random {draws}", random), (f"threshold {tau:.4f}", threshold)):
+            found = drawn(few, few_p, rule) / variance(few_p, rule)
+            samples.append([name, entries, variance(p, rule), found, variance(p, rule) / variance(p, random)])
+        ratios[f"÷ random {draws}"] = round(variance(p, threshold) / variance(p, random), 3)
+    lists: list[list[Value]] = [[f"renormalised top-{k}", k, renormalised_bias(p, k)] for k in LISTS]
+    return Result(
+        name="variance",
+        question="E‖t̂ − p‖² of unbiased samples with equally many entries, and ‖bias‖² of truncated lists.",
+        bound="0; at a fixed mean of entries, the variance of threshold sampling is the least there is.",
+        settings={"teacher": describe(model), "positions": positions, "drawn_positions": drawn_positions}
+        | {"samples_of_each": SAMPLES},
+        tables=[
+            Table("Variance", ["sample", "entries", "E‖t̂ − p‖²", "drawn ÷ closed form", "÷ random's"], samples),
+            Table("Bias", ["list", "entries", "‖E t̂ − p‖²"], lists),
+        ],
+        summary=ratios,
+    )
+
+
+@torch.inference_mode()
+def spread_logits(head: Head, states: np.ndarray, positions: int) -> Tensor:
+    """[positions, V] at places evenly spaced over [rows, T, D] states."""
+    flat = states.reshape(-1, states.shape[-1])
+    chosen = flat[np.linspace(0, len(flat) - 1, positions).astype(int)].astype(np.float32)
+    return torch.cat([head.logits(chunk) for chunk in torch.from_numpy(chosen).split(CHUNK)])
+
+
+def variance(p: Tensor, rule: TargetRule) -> float:
+    """E‖t̂ − p‖² in closed form, mean over the n positions of [n, V] probabilities."""
+    if rule.kind == "random":
+        of_tokens = p * (1 - p) / rule.draws
+    else:
+        of_tokens = torch.where(p < rule.tail_threshold, p * (rule.tail_threshold - p), 0.0)
+        of_tokens.scatter_(1, p.argmax(dim=1, keepdim=True), 0.0)  # always exact
+    return float(of_tokens.sum(dim=1).mean())
+
+
+def threshold_of(p: Tensor, entries: float) -> float:
+    """The τ with so many entries on average."""
+    largest = p.amax(dim=1)
+    low, high = 1e-5, 1.0
+    for _ in range(40):
+        tau = (low * high) ** 0.5
+        found = (p / tau).clamp_(max=1).sum(dim=1) + 1 - (largest / tau).clamp(max=1)
+        low, high = (tau, high) if float(found.mean()) > entries else (low, tau)
+    return tau
+
+
+def drawn(logits: Tensor, p: Tensor, rule: TargetRule) -> float:
+    """Mean of ‖t̂ − p‖² over positions and `SAMPLES` seeds."""
+    places, total = np.arange(len(p)), 0.0
+    for seed in range(SAMPLES):
+        found = sparse_targets(logits, rule, torch.from_numpy(uniforms(seed, places, places, rule.uniforms)))
+        weights = torch.where(found.ids >= 0, found.logprobs.exp(), 0.0)
+        estimate = torch.zeros_like(p).scatter_add_(1, found.ids.long().clamp(min=0), weights)
+        total += float((estimate - p).square().sum(dim=1).mean())
+    return total / SAMPLES
+
+
+def renormalised_bias(p: Tensor, k: int) -> float:
+    """‖E t̂ − p‖² of the k most likely, rescaled to sum to one."""
+    top, ids = p.topk(k, dim=1)
+    listed = torch.zeros_like(p).scatter_(1, ids, top / top.sum(dim=1, keepdim=True))
+    return float((listed - p).square().sum(dim=1).mean())
