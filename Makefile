@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture fuzz lint format bench bench-quality clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture faults fuzz lint format bench bench-quality clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test-lowest:     ## the suite with the oldest dependencies that pyproject.toml a
 
 torture: $(STAMP)  ## kill stage one a hundred times and more, fill a small disk, compare every byte: three minutes
 	PYTHONPATH=. $(PY) tests/torture.py --results benchmarks/results
+
+faults: $(STAMP) ## ten thousand requests to an S3 server that spoils some of them, compare every byte: some minutes
+	PYTHONPATH=.:tests/cache_format $(PY) tests/faults.py --results benchmarks/results
 
 lint: $(STAMP)   ## ruff (rules and format), mypy
 	$(PY) -m ruff check .

@@ -95,9 +95,9 @@ def test_equals_the_dense_computation(tail: str, temperature: float, kd_weight: 
 
 
 def test_the_tail_of_the_bucket_at_a_temperature_by_hand() -> None:
-    # V = 6, entries .5 and .3, m = .2 over n = 4 tokens, T = 2. The tail's mean −log p is between log 5 = 1.6094379 (one
-    # token; .3 would allow less) and log(4/.2) = 2.9957323, at three tenths of that: 2.0253262. So log M at s = 1/2 is
-    # −1.6094379 + ½·(2.0253262 + ½·(2.9957323 − 2.0253262)) = −0.3541733, M = 0.7017534.
+    # V = 6, entries .5 and .3, m = .2 over n = 4 tokens, T = 2. The tail's mean −log p is between log 5 = 1.6094379
+    # (one token; .3 would allow less) and log(4/.2) = 2.9957323, at three tenths of that: 2.0253262. So at s = 1/2
+    # log M = −1.6094379 + ½·(2.0253262 + ½·(2.9957323 − 2.0253262)) = −0.3541733, M = 0.7017534.
     # sqrt(.5) = 0.7071068, sqrt(.3) = 0.5477226, together with M 1.9565827.
     # Student uniform: q = 1/6, 1/6, 4/6. KL = Σ P·log(P/q) = 0.3613989·log(2.1683932) + 0.2799384·log(1.6796302)
     # + 0.3586628·log(0.5379941) = 0.2797178 + 0.1451687 − 0.2223378 = 0.2025487, times T² = 4: 0.8101949.
