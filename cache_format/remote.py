@@ -139,13 +139,7 @@ class RemoteDirectory:
         return self._repeated(lambda: bool(self.fs.exists(self.root)))
 
     def read_bytes(self, name: str) -> bytes:
-        def fetch() -> bytes:
-            data = bytes(self.fs.cat_file(self.full(name)))
-            if len(data) != (size := int(self.fs.size(self.full(name)))):
-                raise CutShortError(f"{len(data)} bytes arrived, expected {size}")
-            return data
-
-        return self._repeated(fetch, name)
+        return self._repeated(lambda: self._fetch(name), name)
 
     def open(self, name: str) -> RemoteFile:
         return RemoteFile(self, name, self._repeated(lambda: self._size(name), name))
@@ -169,17 +163,16 @@ class RemoteDirectory:
             os.unlink(scratch)
 
     def create_new(self, name: str, data: bytes) -> bool:
-        attempts = 0
-
         def upload() -> bool:
-            nonlocal attempts
-            attempts += 1
             self._make_folder(name)
             try:
                 self.fs.pipe_file(self.full(name), data, mode="create")
             except FileExistsError:
-                # By somebody else, or by our attempt before, of which the answer got lost.
-                return attempts > 1 and bytes(self.fs.cat_file(self.full(name))) == data
+                # By somebody else, or by us: the answer got lost, and we or the client's library tried again.
+                try:
+                    return self._fetch(name) == data
+                except FileNotFoundError:  # gone again
+                    return False
             return True
 
         return self._repeated(upload, name)
@@ -224,6 +217,13 @@ class RemoteDirectory:
 
     def full(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+    def _fetch(self, name: str) -> bytes:
+        self.fs.invalidate_cache()  # of listings, in which what is new is missing
+        data = bytes(self.fs.cat_file(self.full(name)))
+        if len(data) != (size := self._size(name)):
+            raise CutShortError(f"{len(data)} bytes arrived, expected {size}")
+        return data
 
     def _size(self, name: str) -> int:
         self.fs.invalidate_cache()

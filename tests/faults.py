@@ -27,7 +27,7 @@ import cache_format as cf
 from cache_format import remote
 from cache_format.read_cache import ReadCache
 from cache_format.storage import open_directory
-from cache_samples import contents, sample_metadata, sample_row
+from cache_samples import contents, sample_metadata, sample_row, several_samples
 from s3 import FAULTS, Server, s3_server
 
 TOKENIZER = {"tokenizer.json": b"{}"}
@@ -59,7 +59,7 @@ def one_round(server: Server, scratch: Path, seed: int, rows: int, outcome: Outc
     rng = np.random.default_rng(seed)
     name, encoding = f"round-{seed}", ("columns", "packed")[seed // 2 % 2]
     url, local = server.url(name), scratch / name
-    metadata = sample_metadata(rows, encoding=encoding)
+    metadata = sample_metadata(rows, encoding=encoding, **several_samples(1))
     expected = [sample_row(row) for row in range(rows)]
     with cf.CacheWriter(local, metadata, tokenizer_files=TOKENIZER) as writer:
         writer.write(expected)

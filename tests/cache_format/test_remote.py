@@ -155,6 +155,18 @@ def test_a_server_that_is_gone_is_named_in_one_line(server: Any, monkeypatch: py
         cf.open_cache(server.url("never-was"))
 
 
+def test_what_somebody_else_has_just_created_is_found(server: Any):
+    """s3fs remembers listings, in which it is missing."""
+    from s3fs import S3FileSystem
+
+    directory = open_directory(server.url("new"))
+    write_bytes(directory, "old", b"")
+    assert directory.names() == ["old"]
+    other = S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    other.pipe_file(f"{server.bucket}/new/file", b"data")
+    assert directory.read_bytes("file") == b"data"
+
+
 def test_reading_survives_a_fork(server: Any):
     written(server.url("fork"))
     cache = cf.open_cache(server.url("fork"))
@@ -211,6 +223,19 @@ def test_a_file_that_was_created_although_the_answer_got_lost_is_ours(fickle: An
     assert not directory.create_new("claim", b"yours")
     fs.plan["pipe_file"] = [lambda call: (_ for _ in ()).throw(ConnectionResetError())]
     assert not directory.create_new("claim", b"yours")  # not even after a failure
+
+
+def test_so_is_one_that_the_client_library_created_twice(fickle: Any):
+    """botocore and s3fs repeat requests themselves, and are then told that the file is there."""
+    directory, fs = fickle
+
+    def twice(call: Any) -> None:
+        call()
+        call()
+
+    fs.plan["pipe_file"] = [twice]
+    assert directory.create_new("claim", b"mine")
+    assert not directory.create_new("claim", b"yours")
 
 
 def test_an_upload_of_which_a_part_is_missing_is_made_again(fickle: Any):
