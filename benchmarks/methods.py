@@ -88,7 +88,8 @@ def methods(work: Path, teacher: Path | None, seeds: int, results: Path) -> None
 def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
     """Everything that is missing, and the tables."""
     caches = make_caches(teacher, work, sizes)
-    budget = min(counted(caches["train"]), counted(caches["own"]))
+    opened = {name: cf.open_cache(path, hidden_layers=[]) for name, path in caches.items()}
+    budget = min(opened[name].num_counted_tokens for name in ("train", "own"))
     runs: dict[str, list[dict[str, float]]] = {
         "the teacher": [once(work / "teacher.json", teacher, caches, work, sizes)]
     }
@@ -97,11 +98,12 @@ def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
             name = f"{method.name.replace(' ', '-')}-{seed}"
             student, file = work / "students" / name, work / "runs" / f"{name}.json"
             if not file.exists():
+                cache = opened[method.cache]
+                tokens = round(budget * cache.num_tokens / cache.num_counted_tokens)  # prompts included
                 demo.distill(
-                    "train-student",
-                    *("--cache", caches[method.cache], "--student", teacher, "--student-layers", sizes.layers),
-                    *("--output", student, *TRAIN, "--max-tokens", budget, "--seed", seed, *method.options),
-                    "--overwrite",
+                    *("train-student", "--cache", cache.path, "--output", student, "--overwrite"),
+                    *("--student", teacher, "--student-layers", sizes.layers),
+                    *(*TRAIN, "--max-tokens", tokens, "--seed", seed, *method.options),
                 )
             found = once(file, student, caches, work, sizes)
             shutil.rmtree(student, ignore_errors=True)  # 200 MB each
@@ -125,10 +127,6 @@ def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
             *("--output", work / "caches" / name, *TARGETS, *options),
         )
     return {name: work / "caches" / name for name in wanted}
-
-
-def counted(cache: Path) -> int:
-    return sum(int(row.loss_mask.sum()) for row in cf.open_cache(cache, hidden_layers=[]))
 
 
 def once(file: Path, student: Path, caches: dict[str, Path], work: Path, sizes: Sizes) -> dict[str, float]:
