@@ -1,6 +1,6 @@
 """README and the pages of docs/ as programs: their commands, their Python, the files that they link to.
 
-console   `$ distill …`, one command a line
+console   `$ distill …`, one command a line; a line `# NAME` says what the commands after it are
 python    run as it stands; a block that begins with `# some_file.py` is written to that file instead
 """
 
@@ -26,6 +26,28 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[list[str]]:
     return [words for block in blocks(page, "console") for words in _commands(block)]
+
+
+def commands_of(page: str) -> dict[str, list[list[str]]]:
+    """The commands under each `# NAME` of a page's console blocks; those before the first are under no name."""
+    named: dict[str, list[list[str]]] = {}
+    for block in blocks(page, "console"):
+        current: list[list[str]] = []
+        for line in block.splitlines():
+            if line.startswith("# "):
+                current = named.setdefault(line.removeprefix("# "), [])
+            else:
+                current += _commands(line)
+    return named
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """The cells of each table, its head first."""
+    found = re.findall(r"^(\|.*\n)\|[-:| ]+\|\n((?:\|.*\n)*)", text(page), flags=re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (head + body).splitlines()]
+        for head, body in found
+    ]
 
 
 def linked_files(page: str) -> list[str]:

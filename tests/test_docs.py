@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +16,21 @@ from tiny_masked import tiny_masked
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 
 
-def causal_models(root: Path) -> None:
-    """A teacher, students, one of them with another tokenizer, and the caches of some chats and of others."""
+def models_and_texts(root: Path) -> None:
+    """A teacher, students, one of them with another tokenizer, some chats and others, prose."""
     tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=2, hidden=32)
     tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
     tiny_llama(root / "models/foreign", tiny_tokenizer(350, seed=3), layers=1, hidden=16)
     (root / "data/book.txt").write_text(english(40), encoding="utf-8")
     for name, count in (("chats", 20), ("heldout", 8)):
-        data = write_jsonl(root / f"data/{name}.jsonl", conversations(count, seed=count))
-        build_cache(root / "caches" / name, root / "models/teacher", data)
+        write_jsonl(root / f"data/{name}.jsonl", conversations(count, seed=count))
+
+
+def causal_models(root: Path) -> None:
+    """And the caches of both."""
+    models_and_texts(root)
+    for name in ("chats", "heldout"):
+        build_cache(root / "caches" / name, root / "models/teacher", root / f"data/{name}.jsonl")
 
 
 def masked_models(root: Path) -> None:
@@ -35,22 +42,39 @@ def masked_models(root: Path) -> None:
 
 def questions(root: Path) -> None:
     causal_models(root)
+    write_questions(root)
+
+
+def write_questions(root: Path) -> None:
     write_jsonl(root / "data/questions.jsonl", [{"prompt": record["messages"][-2:-1]} for record in conversations(12)])
     sums = [{"prompt": f"{i % 10} + 0 =", "solution": str(i % 10)} for i in range(20)]
     write_jsonl(root / "data/sums.jsonl", sums)
 
 
+def everything(root: Path) -> None:
+    """Models of both kinds, texts, questions, files of settings; and a held-out cache."""
+    models_and_texts(root)
+    masked_models(root)
+    write_questions(root)
+    build_cache(root / "caches/heldout", root / "models/teacher", root / "data/heldout.jsonl")
+    (root / "data/config.json").write_bytes((root / "models/student/config.json").read_bytes())
+    (root / "data/wsd.json").write_text(json.dumps({"lr_scheduler_kwargs": {"num_decay_steps": 1}}))
+
+
 SETTINGS: dict[str, Callable[[Path], None]] = {
+    "docs/choosing.md": everything,
     "docs/divergences.md": causal_models,
     "docs/features.md": causal_models,
     "docs/generation.md": questions,
     "docs/masked.md": masked_models,
+    "docs/recipes.md": everything,
     "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,
     "docs/students.md": causal_models,
 }
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_every_command_and_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("models", "data", "caches"):
@@ -69,3 +93,7 @@ def test_every_file_it_names_exists(page: str) -> None:
 
 def test_every_page_is_found_from_the_readme() -> None:
     assert set(PAGES) <= set(linked_files("README.md"))
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    assert set(PAGES) - {"docs/README.md"} <= set(linked_files("docs/README.md"))

@@ -1,0 +1,108 @@
+"""What docs/choosing.md and docs/recipes.md say of losses, targets, positions and options is what the code does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+import cache_format as cf
+from pages import blocks, commands_of, tables, text
+from pipeline.errors import ConfigError
+from pipeline.losses import DIVERGENCES, TAIL_POLICIES
+from pipeline.student.recipe import LossRecipe
+from pipeline.teacher.rules import TARGET_KINDS, TargetRule
+from runs import build_cache
+
+CHOOSING, RECIPES = "docs/choosing.md", "docs/recipes.md"
+
+
+def test_every_case_has_its_commands() -> None:
+    cases = [row[0] for row in tables(CHOOSING)[0][1:]]
+    assert cases == [str(i + 1) for i in range(len(cases))] == list(commands_of(CHOOSING))[: len(cases)]
+
+
+def accepted(cache: cf.Cache, **loss: object) -> str | None:
+    """The tail policy that a loss is trained with on a cache; None if it is refused."""
+    try:
+        return LossRecipe.for_cache(cache, kd_weight=0.9, **loss).tail  # type: ignore[arg-type]
+    except ConfigError:
+        return None
+
+
+def test_the_table_of_losses_and_targets_is_what_the_code_accepts(
+    tmp_path: Path, teacher_dir: Path, text_file: Path
+) -> None:
+    (table,) = [each for each in tables(CHOOSING) if each[0][0] == "`--divergence`"]
+    words = {row[0]: [re.findall(r"(\*\*)?`([^`]+)`", cell) for cell in row] for row in table}
+    kinds = [[name for _, name in cell] for cell in words.pop("`--divergence`")[1:]]
+    assert sorted(sum(kinds, [])) == sorted(TARGET_KINDS)
+    (tempered,) = [words.pop(row) for row in list(words) if row.startswith("another T")]
+    listed = [name for divergences, *_ in words.values() for _, name in divergences]
+    assert sorted(listed) == sorted(DIVERGENCES)
+    for column, names in enumerate(kinds, start=1):
+        for kind in names:
+            cache = cf.open_cache(build_cache(tmp_path / kind, teacher_dir, text_file, targets=TargetRule(kind=kind)))
+            for divergences, *cells in words.values():
+                for _, name in divergences:
+                    tails = {tail for tail in TAIL_POLICIES if accepted(cache, divergence=name, tail=tail)}
+                    assert tails == {tail for _, tail in cells[column - 1]}, (kind, name)
+                    bold = [tail for mark, tail in cells[column - 1] if mark]
+                    assert bold == [tail for tail in [accepted(cache, divergence=name)] if tail], (kind, name)
+            tails = {tail for tail in TAIL_POLICIES if accepted(cache, temperature=2.0, tail=tail)}
+            assert tails == {tail for _, tail in tempered[column]}, kind
+
+
+def test_the_five_tokens_are_those_that_a_row_speaks_of() -> None:
+    (block,) = [each for each in blocks(CHOOSING, "text") if each.startswith("position t")]
+    cells = [line[29:].split() for line in block.splitlines()]
+    positions, tokens, causal, shown, masked = cells
+    assert positions == [str(t) for t in range(5)] and len(tokens) == 5
+    targets = cf.SparseTargets(*(np.zeros(n) for n in (5, 0, 0, 5, 5, 5)))  # none: what a row speaks of is not in them
+    row = {"row": 0, "segment_lengths": np.array([5], np.int32), "targets": targets}
+    everywhere = cf.CacheRow(input_ids=np.arange(5), loss_mask=np.ones(5, bool), **row)
+    hidden = np.array([word == "[MASK]" for word in shown])
+    input_ids = np.where(hidden, 99, np.arange(5))
+    one = cf.CacheRow(input_ids=input_ids, loss_mask=hidden, labels=np.arange(5, dtype=np.int32), **row)
+    assert hidden.sum() == 1 and [t for t, h in zip(tokens, hidden, strict=True) if not h] == [
+        word for word in shown if word != "[MASK]"
+    ]
+    for found, said in ((everywhere, causal), (one, masked)):
+        assert [tokens[i] if i >= 0 else "-" for i in found.label_ids] == said
+
+
+def test_bytes_per_token_are_the_measured_ones() -> None:
+    said = re.findall(r"(top-64|random, 50 draws|threshold 1/\d+) ([\d.]+)\s\(([\d.]+)\)", text(CHOOSING))
+    (measured,) = [each for each in tables("docs/measurements.md") if each[0][2].startswith("columns")]
+    rows = {row[0]: (row[2], row[5]) for row in measured}
+    assert measured[0][5] == "packed" and len(said) == 4
+    assert {name: tuple(both) for name, *both in said} == {name: rows[name] for name, *_ in said}
+
+
+def options(words: list[str]) -> set[tuple[str, str]]:
+    """Each option with its value, or with nothing."""
+    values = [*words[1:], ""]
+    return {(a, "" if b.startswith("--") else b) for a, b in zip(words, values, strict=True) if a.startswith("--")}
+
+
+def test_every_recipe_has_commands_with_the_options_that_are_said_to_make_it() -> None:
+    of_recipe: dict[str, list[list[str]]] = {}
+    for names, found in commands_of(RECIPES).items():
+        for name in names.split(", "):
+            of_recipe.setdefault(name, []).extend(found)
+    rows = [row for table in tables(RECIPES) for row in table[1:]]
+    assert len(rows) > 25 and {row[0] for row in rows} == set(of_recipe)
+    for name, _, _, made_by, _ in rows:
+        groups = [options(shlex.split(group)) for group in re.findall(r"`([^`]+)`", made_by)]
+        given = [options(words) for words in of_recipe[name]]
+        assert groups and all(any(group <= each for each in given) for group in groups), name
+
+
+def test_every_recipe_names_its_source() -> None:
+    for table in tables(RECIPES):
+        for name, paper, *_ in table[1:]:
+            links = re.findall(r"\[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/(\d{4}\.\d{5})\)", paper)
+            assert all(shown == linked for shown, linked in links), name
+            assert links or paper in ("this package", 'baseline of the same ("naive fix")') or "of the same" in paper
