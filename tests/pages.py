@@ -2,6 +2,8 @@
 
 console   `$ distill …`, one command a line; a line `# NAME` says what the commands after it are
 python    run as it stands; a block that begins with `# some_file.py` is written to that file instead
+
+A page may be one section of it: `docs/recipes.md#Hidden states`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def text(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
+    file, _, heading = page.partition("#")
+    whole = (ROOT / file).read_text(encoding="utf-8")
+    return dict(_sections(whole))[heading] if heading else whole
+
+
+def sections(page: str) -> list[str]:
+    """Those of a page that have commands."""
+    return [name for heading, _ in _sections(text(page)) if commands(name := f"{page}#{heading}")]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -80,6 +89,10 @@ def play(page: str) -> list[list[str]]:
                 distill(words[1:])
                 ran.append(words)
     return ran
+
+
+def _sections(whole: str) -> list[tuple[str, str]]:
+    return re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", whole, flags=re.MULTILINE)
 
 
 def _blocks(page: str) -> Iterator[tuple[str, str]]:

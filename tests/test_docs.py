@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pages import ROOT, commands, linked_files, play, text
+from pages import ROOT, commands, linked_files, play, sections, text
 from runs import build_cache
 from tiny import conversations, english, tiny_llama, tiny_tokenizer, write_jsonl
 from tiny_masked import tiny_masked
 
+RECIPES = "docs/recipes.md"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 
 
@@ -67,22 +68,28 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/features.md": causal_models,
     "docs/generation.md": questions,
     "docs/masked.md": masked_models,
-    "docs/recipes.md": everything,
+    RECIPES: everything,
     "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,
     "docs/students.md": causal_models,
 }
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+INDEPENDENT = sections(RECIPES)  # each with a cache of its own, and seconds of commands
+
+
+@pytest.mark.parametrize("page", [page for page in [*PAGES, *INDEPENDENT] if commands(page) and page != RECIPES])
 def test_every_command_and_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("models", "data", "caches"):
         (tmp_path / folder).mkdir()
-    SETTINGS[page](tmp_path)
+    SETTINGS[page.partition("#")[0]](tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     assert play(page) == commands(page) and {words[0] for words in commands(page)} == {"distill"}
+
+
+def test_the_sections_of_the_recipes_are_all_of_them() -> None:
+    assert sum(map(commands, INDEPENDENT), []) == commands(RECIPES)
 
 
 @pytest.mark.parametrize("page", PAGES)
