@@ -73,6 +73,12 @@ def test_the_five_tokens_are_those_that_a_row_speaks_of() -> None:
         assert [tokens[i] if i >= 0 else "-" for i in found.label_ids] == said
 
 
+def test_what_a_tempered_tail_is_off_by_is_the_measured_number() -> None:
+    (said,) = re.findall(r"\(\[(\.\d+) nats off\]\(measurements.md\) at T = 2", text(CHOOSING))
+    (measured,) = [row[1] for table in tables("docs/measurements.md") for row in table if "tempered_tail" in row[0]]
+    assert float(said) == round(float(measured), 3)
+
+
 def test_bytes_per_token_are_the_measured_ones() -> None:
     said = re.findall(r"(top-64|random, 50 draws|threshold 1/\d+) ([\d.]+)\s\(([\d.]+)\)", text(CHOOSING))
     (measured,) = [each for each in tables("docs/measurements.md") if each[0][2].startswith("columns")]
