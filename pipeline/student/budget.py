@@ -55,8 +55,7 @@ def steps_for_tokens(tokens: int, rows: int, tokens_per_epoch: float, rows_per_s
     """
     epochs, rest = divmod(tokens, tokens_per_epoch)
     rest_rows = rest * rows / tokens_per_epoch
-    # What floating point leaves of nothing is no step.
-    return int(epochs) * math.ceil(rows / rows_per_step) + math.ceil(rest_rows / rows_per_step - 1e-9)
+    return int(epochs) * math.ceil(rows / rows_per_step) + math.ceil(rest_rows / rows_per_step)
 
 
 def check_one_length(config: TrainStudentConfig) -> None:
