@@ -617,7 +617,14 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
         "    --student models/teacher --student-layers 6 --output students/six-layers",
     ),
 )
-@click.option("--cache", required=True, help="Cache directory or URL.")
+@click.option(
+    "--cache",
+    "caches",
+    required=True,
+    multiple=True,
+    metavar="PATH[:WEIGHT]",
+    help="Cache directory or URL. Several are mixed, by their weights as in a:0.7 b:0.3 or in proportion to size.",
+)
 @click.option(
     "--student",
     "students",
@@ -696,6 +703,7 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 @click.option("--weight-decay", type=float, help="Default: 0.")
 @click.option("--epochs", "num_train_epochs", type=click.FloatRange(0, min_open=True), help="Default: 1.")
 @click.option("--max-steps", type=click.IntRange(1), help="Optimizer steps, instead of epochs.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Tokens of input to train on, instead of either.")
 @click.option("--seed", type=int, help="Order of rows, random weights, dropout. Default: 0.")
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast; weights stay float32.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Less memory, more time.")
@@ -725,28 +733,29 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 @click.option("--overwrite", is_flag=True, help="Delete the student that is in --output first.")
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train_student_command(as_json: bool, students: tuple[str, ...], **given: Any) -> None:
+def train_student_command(as_json: bool, caches: tuple[str, ...], students: tuple[str, ...], **given: Any) -> None:
     """Train a student on a cache.
 
     The result is an ordinary transformers directory with tokenizer. On several GPUs: torchrun --nproc-per-node N
     --no-python distill train-student …
     """
     _quiet_libraries()
-    from pipeline.report import training_view
+    from pipeline.report import mixture_lines, training_view
     from pipeline.student.many import train_students
     from pipeline.student.output import last_checkpoint
     from pipeline.student.train import TrainStudentConfig, train_student
 
     if given["kd_schedule"] is not None and _was_given("kd_weight"):
         raise click.UsageError("--kd-schedule takes the place of --kd-weight: give one of them.")
-    config = TrainStudentConfig(student=students[0] if len(students) == 1 else None, **given)
-    facts = ""
+    cache = caches[0] if len(caches) == 1 else caches
+    config = TrainStudentConfig(cache=cache, student=students[0] if len(students) == 1 else None, **given)
+    facts, mixture = "", None
 
     def features(name: str, logs: dict[str, Any]) -> str:
         return f" · features {logs[name]:.4f}" if name in logs else ""
 
     def log(logs: dict[str, Any]) -> None:
-        nonlocal facts
+        nonlocal facts, mixture
         of = f"{logs['student']}: " if "student" in logs else ""
         if "loss" in logs:
             facts = (
@@ -759,6 +768,11 @@ def train_student_command(as_json: bool, students: tuple[str, ...], **given: Any
                 f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
                 f"agreement {logs['eval_agreement']:.1%}{features('eval_features', logs)}"
             )
+        elif "mixture" in logs:
+            if logs["mixture"] != mixture:  # several students see the same
+                mixture = logs["mixture"]
+                for line in mixture_lines(mixture):
+                    status.line(line)
         elif "stopped" in logs:
             status.line(f"{of}step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
 

@@ -15,7 +15,18 @@ from transformers.utils import logging
 
 from benchmarks import measure
 
-NAMES = ("fused_loss", "capture", "scaling", "decode", "sizes", "codebook", "temperature", "variance", "reading")
+NAMES = (
+    "fused_loss",
+    "capture",
+    "scaling",
+    "decode",
+    "sizes",
+    "codebook",
+    "temperature",
+    "variance",
+    "reading",
+    "shuffle",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

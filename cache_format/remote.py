@@ -26,6 +26,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.asyn
 import pyarrow as pa
 
 ATTEMPTS = 8
@@ -85,6 +86,12 @@ def repeated(operation: Callable[[], T], where: str) -> T:
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, LONGEST_WAIT_S)
     raise AssertionError
+
+
+if hasattr(os, "register_at_fork"):
+    # fsspec 2024.12 leaves a forked process its parent's event loop, whose thread is not there: a new file system would
+    # wait for it for ever. Later versions do this themselves.
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
 @lru_cache(maxsize=64)

@@ -345,6 +345,15 @@ def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Ren
     return titled(title, table)
 
 
+def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of each of several caches a run sees, as `Mix.seen`, a line each."""
+    return [
+        f"{each['cache']}: {each['share']:.1%} of what counts · {each['rows_per_epoch']:,} rows an epoch · "
+        f"{each['passes']:.2f} passes, {each['tokens']:,} tokens in all"
+        for each in mixture
+    ]
+
+
 def training_view(summary: Mapping[str, Any]) -> RenderableType:
     """A finished run, as the dictionary of its `TrainSummary`, for people."""
     of = "" if summary["stopped"] is None else f" of {summary['planned_steps']:,}, stopped early,"
@@ -353,6 +362,10 @@ def training_view(summary: Mapping[str, Any]) -> RenderableType:
         ("parameters", f"{summary['parameters'] / 1e6:.1f} M"),
         ("steps", f"{summary['steps']:,}{of} in {duration(summary['seconds'])}"),
         ("training loss", "—" if loss is None else f"{loss:.4f} (mean)"),
+        *(
+            ("and" if i else "trained on", f"{each['share']:.1%} {each['cache']}, {each['passes']:.2f} passes")
+            for i, each in enumerate(summary["mixture"])
+        ),
     ]
     if found:
         best = summary["best_step"]

@@ -22,6 +22,7 @@ from dense import dense_kl
 from pipeline.student.train import TrainStudentConfig, TrainSummary, train_student
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.rules import TargetRule
 
 # Plain SGD without clipping: a step is proportional to the gradient. Adam divides a wrong scale of the loss out again.
@@ -35,6 +36,7 @@ def build_cache(
     *,
     top_k: int = 16,
     targets: TargetRule | None = None,
+    hidden: HiddenRule | None = None,
     window_length: int = 48,
     rows_per_shard: int = 32,
     packing: bool = True,
@@ -51,6 +53,7 @@ def build_cache(
             data=text,
             output=str(output),
             targets=targets or TargetRule(top_k=top_k),
+            hidden=hidden,
             batch_size=4,
             device="cpu",
             rows_per_shard=rows_per_shard,

@@ -86,6 +86,14 @@ def test_a_batch_mixes_rows_of_many_places(cache: Path):
     assert np.mean(places) > 6
 
 
+def test_how_often_two_rows_of_a_batch_stood_together_is_what_the_documentation_says():
+    # Of the 16·4 rows of a window 3 others are from the same record batch: so are 3 of 63 neighbours in the order.
+    batches = [(i, i + 4) for i in range(0, 16 * 4 * 200, 4)]
+    places = np.array(list(LocalShuffle(batches, seed=0, window=16))).reshape(-1, 64) // 4
+    assert np.mean(places[:, 1:] == places[:, :-1]) == pytest.approx(3 / 63, rel=0.1)
+    assert abs(np.corrcoef(np.arange(places.size), places.ravel())[0, 1]) < 3 / np.sqrt(len(batches))
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,
     "docs/students.md": causal_models,
+    "docs/training-data.md": causal_models,
 }
 
 

@@ -22,7 +22,12 @@ from pipeline.student.arguments import TrainStudentConfig
 from pipeline.student.data import LocalShuffle
 from pipeline.student.many import train_students
 from pipeline.student.students import keep_layers
+from pipeline.student.train import train_student
+from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.rules import TargetRule
 from runs import SGD, build_cache, distance, log_history, train, weights
+from tiny import english
 from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked
 
 
@@ -52,6 +57,25 @@ def test_a_student_learns_and_is_evaluated_by_its_own_logits(trained: Path, mask
     assert found.agreement == pytest.approx(np.mean(agrees), abs=1e-9)
     assert found.tokens == cache.num_counted_tokens
     assert evaluations[-1]["eval_ce"] == pytest.approx(found.ce, rel=1e-5)
+
+
+def test_several_caches_of_masked_teachers_are_mixed(masked_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(english(20, seed=6))
+    data = DataConfig(data=str(tmp_path / "text.txt"), window_length=32, sample_by="line")
+    rule = TargetRule(top_k=16)
+    cache_teacher(
+        CacheTeacherConfig(
+            teacher=str(masked_dir / "bert"), data=data, output=str(tmp_path / "b"), targets=rule, device="cpu"
+        )
+    )
+    student = tiny_masked(tmp_path / "student", "bert", layers=1, hidden=16, seed=9)
+    options = {"student": str(student), "num_train_epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    cache = (f"{masked_dir / 'bert-cache'}:1", f"{tmp_path / 'b'}:1")
+    config = TrainStudentConfig(cache=cache, output=str(tmp_path / "trained"), device="cpu", **options)
+    a, b = train_student(config).mixture
+    assert a["counted_tokens"] == pytest.approx(b["counted_tokens"], rel=0.1) and b["passes"] > 2 * a["passes"]
+    losses = [entry["loss"] for entry in log_history(tmp_path / "trained") if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 def test_training_by_hand_gives_the_same_student(masked_dir: Path, tmp_path: Path) -> None:

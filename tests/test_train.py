@@ -295,9 +295,9 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [(0, 0, 0, 0), (2, 0, 1, 2)])  # that read the cache, each time
 def test_stopped_and_resumed_equals_uninterrupted_exactly(
-    tmp_path: Path, cache: Path, held_out: Path, gpt2_config: Path, workers: int
+    tmp_path: Path, cache: Path, held_out: Path, gpt2_config: Path, workers: tuple[int, ...]
 ):
     options: dict[str, Any] = {
         "student_config": str(gpt2_config),
@@ -309,18 +309,18 @@ def test_stopped_and_resumed_equals_uninterrupted_exactly(
         "eval_steps": 4,
         "logging_steps": 2,
         "learning_rate": 1e-2,
-        "dataloader_num_workers": workers,
     }
-    whole = train(tmp_path / "whole", cache, **options)
+    whole = train(tmp_path / "whole", cache, dataloader_num_workers=workers[0], **options)
     assert whole.steps == 16  # 8 in an epoch
 
     # Goes on from step 4 in the middle of an epoch, from 8 where the second begins, from 12 in the middle of that.
     stop = Stop(6, 9, 14)
-    for resume in (False, True, True):
+    for resume, reading in zip((False, True, True), workers, strict=False):
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", cache, resume=resume, on_step=stop, **options)
+            again = {"resume": resume, "dataloader_num_workers": reading, "on_step": stop}
+            train(tmp_path / "parts", cache, **again, **options)
     assert stop.steps == []
-    parts = train(tmp_path / "parts", cache, resume=True, **options)
+    parts = train(tmp_path / "parts", cache, resume=True, dataloader_num_workers=workers[3], **options)
 
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
     assert parts.steps == whole.steps

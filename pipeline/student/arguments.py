@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
 class TrainStudentConfig:
     """One run of stage two. Fields named as in transformers.TrainingArguments are passed on to it; None: not given."""
 
-    cache: str  # cache directory or URL
+    cache: str | tuple[str, ...]  # cache directory or URL; several, PATH:WEIGHT, see pipeline.student.caches
     output: str  # checkpoint directory
     student: str | None = None  # transformers directory, hub name, .gguf file
     student_layers: int | None = None  # keep so many of its layers
@@ -104,6 +104,7 @@ class TrainStudentConfig:
     weight_decay: float | None = None
     num_train_epochs: float | None = None
     max_steps: int | None = None  # optimizer steps; wins over epochs
+    max_tokens: int | None = None  # in the place of either, see pipeline.student.budget
     seed: int | None = None
     bf16: bool | None = None  # autocast
     gradient_checkpointing: bool | None = None

@@ -41,6 +41,11 @@ class CacheDataset(Dataset[CacheRow]):
     def __len__(self) -> int:
         return len(self.cache)
 
+    @property
+    def name(self) -> str:
+        """Of what the rows are."""
+        return self.cache.path
+
     def __getitem__(self, index: int) -> CacheRow:
         if index < 0:
             index = range(len(self))[index]
@@ -62,11 +67,17 @@ class CacheDataset(Dataset[CacheRow]):
         """A batch of what `__getitems__` gives."""
         return collate(rows)
 
+    def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> Sampler[int]:
+        """The order to train in. `resample`: with several samples of the tail, every epoch uses one alone."""
+        samples = self.cache.metadata.num_samples if resample else 1
+        return LocalShuffle(self.cache.record_batches(), seed=seed, samples=samples, multiple_of=multiple_of)
+
 
 class LocalShuffle(Sampler[int]):
     """A permutation of all rows per (seed, epoch), local to windows of record batches.
 
     Args:
+        seed: or several numbers, for orders that have nothing to do with one another.
         samples: with more than one, every epoch uses one sample of the tail alone, the next one each time.
         multiple_of: filled up to a multiple of this with an uncounted row. Several processes must get equally many
             batches, and accelerate would fill up by training on the first rows once more.
@@ -76,14 +87,15 @@ class LocalShuffle(Sampler[int]):
         self,
         record_batches: Sequence[tuple[int, int]],
         *,
-        seed: int,
+        seed: int | tuple[int, ...],
         window: int = WINDOW,
         samples: int = 1,
         multiple_of: int = 1,
     ) -> None:
         self.record_batches = record_batches
         self.rows = sum(stop - start for start, stop in record_batches)
-        self.seed, self.window, self.samples, self.epoch = seed, window, samples, 0
+        self.seed = seed if isinstance(seed, tuple) else (seed,)
+        self.window, self.samples, self.epoch = window, samples, 0
         self.fillers = -self.rows % multiple_of
 
     def set_epoch(self, epoch: int) -> None:
@@ -93,7 +105,7 @@ class LocalShuffle(Sampler[int]):
         return self.rows + self.fillers
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
+        generator = np.random.default_rng((*self.seed, self.epoch))
         order = generator.permutation(len(self.record_batches))
         first = 2 * self.rows * (1 + self.epoch % self.samples) if self.samples > 1 else 0  # see CacheDataset
         for i in range(0, len(order), self.window):

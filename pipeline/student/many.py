@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 import cache_format as cf
 from cache_format.errors import DistillError
 from pipeline.errors import ConfigError
 from pipeline.student.arguments import TrainStudentConfig
-from pipeline.student.data import Batch, CacheDataset
+from pipeline.student.data import Batch
+from pipeline.student.mixing import Rows
 from pipeline.student.output import CONFIG_FILE, is_finished, last_checkpoint
 from pipeline.student.train import CheckedRun, TrainSummary, check_run, perform
 
@@ -75,7 +77,7 @@ def train_students(
                 on_step=lambda step, total: report_step(name, step, total),
                 on_log=lambda logs: on_log({**logs, "student": name}),
                 when_loaded=lambda: turns.hand_on(place),  # the turn comes back when all of them have been loaded
-                dataset_of=lambda cache: _SharedDataset(cache, shared, lambda: turns.hand_on(place)),
+                shared=lambda rows: _SharedRows(rows, shared, lambda: turns.hand_on(place)),
             )
             del steps[name]
         except _Cancelled:
@@ -230,13 +232,13 @@ def _random_state() -> Callable[[], None]:
 
 
 class _SharedBatches:
-    """The last batches that were read, by cache and rows."""
+    """The last batches that were read, by dataset and rows."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, tuple[int, ...]], Batch] = {}
 
-    def get(self, cache: cf.Cache, indices: Sequence[int], read: Callable[[], Batch]) -> Batch:
-        key = (cache.path, tuple(indices))
+    def get(self, name: str, indices: Sequence[int], read: Callable[[], Batch]) -> Batch:
+        key = (name, tuple(indices))
         batch = self._kept.pop(key, None) or read()
         self._kept[key] = batch
         while len(self._kept) > BATCHES_KEPT:
@@ -244,16 +246,22 @@ class _SharedBatches:
         return dict(batch)
 
 
-class _SharedDataset(CacheDataset):
-    """Gives whole batches, read by whichever student came first; `hand_on` is called before each."""
+class _SharedRows(Dataset[cf.CacheRow]):
+    """Gives whole batches of `rows`, read by whichever student came first; `hand_on` is called before each."""
 
-    def __init__(self, cache: cf.Cache, shared: _SharedBatches, hand_on: Callable[[], None]) -> None:
-        super().__init__(cache)
-        self.shared, self.hand_on = shared, hand_on
+    def __init__(self, rows: Rows, shared: _SharedBatches, hand_on: Callable[[], None]) -> None:
+        self.rows, self.shared, self.hand_on = rows, shared, hand_on
+        self.sampler = rows.sampler
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> cf.CacheRow:
+        return self.rows[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         self.hand_on()
-        return self.shared.get(self.cache, indices, lambda: self.collate([self[index] for index in indices]))
+        return self.shared.get(self.rows.name, indices, lambda: self.rows.collate(self.rows.__getitems__(indices)))
 
     def collate(self, rows: Any) -> Batch:
-        return rows if isinstance(rows, dict) else super().collate(rows)
+        return rows if isinstance(rows, dict) else self.rows.collate(rows)

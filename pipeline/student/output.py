@@ -20,6 +20,8 @@ from transformers import TrainerState
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.student.arguments import TrainStudentConfig, read_training_args
+from pipeline.student.budget import Budget
+from pipeline.student.caches import Mix
 from pipeline.student.stopping import stopped_by
 
 CONFIG_FILE = "distill_config.json"
@@ -28,9 +30,13 @@ TRAINER_STATE = "trainer_state.json"
 
 # May differ between a run and its --resume. Caches may have moved; what is in them must be the same.
 RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "cache", "eval_cache", "output"}
+# Who reads makes no difference to what is read.
+RESUME_MAY_CHANGE |= {"cache_dir", "cache_dir_gb", "dataloader_num_workers", "dataloader_prefetch_factor"}
+# What makes up the rows of a step: their number must be the same.
+PARTS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
-def check_output(config: TrainStudentConfig, cache: cf.Cache) -> str | None:
+def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> str | None:
     """The checkpoint to resume from, if any. Changes nothing.
 
     Raises:
@@ -48,7 +54,7 @@ def check_output(config: TrainStudentConfig, cache: cf.Cache) -> str | None:
         if checkpoint is None:
             instead = "with --overwrite instead of" if found else "without"
             raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} --resume.")
-        _check_same_run(config, cache, output / CONFIG_FILE)
+        _check_same_run(config, mix, budget, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
                 f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another --output, or "
@@ -80,6 +86,11 @@ def last_checkpoint(output: str | Path) -> Path | None:
         state.parent for state in Path(output).glob(f"checkpoint-*/{TRAINER_STATE}") if _state(state) is not None
     ]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def processes_of(checkpoint: str | Path) -> int:
+    """How many processes wrote it: each left the state of its random generators."""
+    return len(list(Path(checkpoint).glob("rng_state*.pth")))
 
 
 def is_finished(output: Path) -> bool:
@@ -120,32 +131,74 @@ def _identity(cache: cf.Cache) -> dict[str, Any]:
     }
 
 
-def begin_output(config: TrainStudentConfig, cache: cf.Cache) -> None:
+def begin_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> None:
     """Empties the directory, which `check_output` has allowed, and records everything that will make this student."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    record = {"config": _settings(config), "cache": _identity(cache)}
-    (output / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    _write(output, _record(config, mix, budget))
 
 
-def _check_same_run(config: TrainStudentConfig, cache: cf.Cache, file: Path) -> None:
+def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:
+    """Adds what a finished run has seen of each of several caches, as `Mix.seen`."""
+    output = Path(config.output)
+    _write(output, {**json.loads((output / CONFIG_FILE).read_text()), "seen": seen})
+
+
+def _write(output: Path, record: dict[str, Any]) -> None:
+    scratch = output / f"{CONFIG_FILE}.tmp"
+    scratch.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    scratch.replace(output / CONFIG_FILE)
+
+
+def _record(config: TrainStudentConfig, mix: Mix, budget: Budget) -> dict[str, Any]:
+    """For several caches `cache` is a list, and `mixture` says what is planned, as `Mix.seen`."""
+    record: dict[str, Any] = {"config": _settings(config), "rows_per_step": budget.rows_per_step}
+    if len(mix.portions) == 1:
+        return {**record, "cache": _identity(mix.first)}
+    planned = mix.seen(budget.rows_after(budget.steps))
+    return {**record, "cache": [_identity(cache) for cache in mix.caches], "mixture": planned}
+
+
+def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, file: Path) -> None:
     try:
         recorded = json.loads(file.read_text())
         before, recorded_cache = dict(recorded["config"]), recorded["cache"]
+        arguments_before = dict(before["training_args"])
+        rows_of_each = [each["rows_per_epoch"] for each in recorded.get("mixture", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: cannot be read, so what it began cannot be resumed. Use --overwrite.") from error
-    now = json.loads(json.dumps(_settings(config)))
+    record = json.loads(json.dumps(_record(config, mix, budget)))
+    now, arguments_now = record["config"], record["config"]["training_args"]
+    rows_before = recorded.get("rows_per_step")  # earlier versions did not say
+    may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | PARTS_OF_A_STEP
+    for arguments in (arguments_before, arguments_now):
+        for name in may_change & arguments.keys():
+            del arguments[name]
+    before["training_args"] = arguments_before
     different = [
         f"{name} was {before[name]!r}, is {now[name]!r}"
-        for name in sorted(before.keys() & now.keys() - RESUME_MAY_CHANGE)
+        for name in sorted(before.keys() & now.keys() - may_change)
         if before[name] != now[name]
     ]
-    if recorded_cache != json.loads(json.dumps(_identity(cache))):
-        different.append(f"{cache.path} does not hold the targets that {before.get('cache')} held")
+    paths = " ".join(cache.path for cache in mix.caches)
+    if recorded_cache != record["cache"]:
+        different.append(f"{paths} does not hold the targets that {_named(before.get('cache'))} held")
+    elif rows_of_each != [each["rows_per_epoch"] for each in record.get("mixture", [])]:
+        rows_now = [portion.rows for portion in mix.portions]
+        different.append(f"of {paths} an epoch had {rows_of_each} rows, has {rows_now}: other weights")
+    if rows_before not in (None, budget.rows_per_step):
+        different.append(
+            f"a step took {rows_before} rows, takes {budget.rows_per_step}: --batch-size times "
+            "--gradient-accumulation-steps times processes must stay the same"
+        )
     if different:
         raise cf.MismatchError(
             f"{file}: the interrupted run had other settings ({'; '.join(different)}): resuming would mix two "
             "runs. Use the same settings, or another --output."
         )
+
+
+def _named(caches: Any) -> str:
+    return " ".join(caches) if isinstance(caches, list) else str(caches)

@@ -100,17 +100,8 @@ class LossRecipe:
         """
         targets = cache.metadata.targets
         captured, sampled = float(targets["temperature"]), cache.metadata.sampled
-        try:
-            mixture = Mixture.parse(divergence)
-        except ValueError as error:
-            raise ConfigError(f"--{error}.") from error
-        if tail is None:
-            tail = "sampled" if sampled and "sampled" in mixture.tails else "bucket"
-            if tail != "sampled" and targets["kind"] == "random":
-                raise ConfigError(
-                    f"--divergence {mixture}: {cache.path} has random targets, without any exact entry, and of a "
-                    "sample only forward-kl is unbiased. Use --divergence forward-kl, or cache with --targets top-k."
-                )
+        mixture = _parse(divergence)
+        tail = tail or default_tail(cache, divergence)
         of_kd = None if kd_schedule is None else Schedule.parse(kd_schedule, "--kd-schedule")
         of_temperature = None
         if temperature_schedule is not None:
@@ -183,6 +174,29 @@ class LossRecipe:
             divergence=self.divergence,
         )
         return replace(recipe, uld=self.uld)
+
+
+def default_tail(cache: Cache, divergence: str) -> TailPolicy:
+    """What goes with a cache's targets: unbiased if they are and the divergence can be.
+
+    Raises: ConfigError for a divergence that cannot be read, or that nothing of these targets serves.
+    """
+    mixture = _parse(divergence)
+    if cache.metadata.sampled and "sampled" in mixture.tails:
+        return "sampled"
+    if cache.metadata.targets["kind"] == "random":
+        raise ConfigError(
+            f"--divergence {mixture}: {cache.path} has random targets, without any exact entry, and of a "
+            "sample only forward-kl is unbiased. Use --divergence forward-kl, or cache with --targets top-k."
+        )
+    return "bucket"
+
+
+def _parse(divergence: str) -> Mixture:
+    try:
+        return Mixture.parse(divergence)
+    except ValueError as error:
+        raise ConfigError(f"--{error}.") from error
 
 
 def drawn_from_teacher(cache: Cache) -> bool | None:

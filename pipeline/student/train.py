@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,15 @@ from pipeline.errors import ConfigError
 from pipeline.heads import open_head
 from pipeline.objective import objective_for
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
+from pipeline.student.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
+from pipeline.student.caches import Mix, open_mix, recipe_for
 from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student, longest_row
 from pipeline.student.cross_tokenizer import CrossTokenizerDataset, check_cross_tokenizer, for_foreign_student
 from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import remove_distillation_forward
-from pipeline.student.output import begin_output, check_output
+from pipeline.student.mixing import MixedDataset, Rows
+from pipeline.student.output import begin_output, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
 from pipeline.student.recipe import LossRecipe, realized_warnings
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
@@ -46,6 +48,7 @@ class TrainSummary:
     best_step: int | None
     stopped: dict[str, Any] | None  # by --early-stopping: {"step", "reasons"}
     evaluations: list[dict[str, float]]  # every held-out evaluation, with its step
+    mixture: list[dict[str, Any]]  # what was seen of each of several caches, as `Mix.seen`; empty for one
     warnings: list[str]
 
 
@@ -54,7 +57,8 @@ class CheckedRun:
     """A run of which everything has been checked that can be without weights; nothing was touched."""
 
     config: TrainStudentConfig
-    cache: cf.Cache
+    mix: Mix  # of the caches that are trained on
+    budget: Budget
     held_out: cf.Cache | None
     of_features: FeatureRecipe | None
     recipe: LossRecipe
@@ -77,7 +81,8 @@ def train_student(
     """Trains a student on a cache and saves it as a plain transformers directory with tokenizer and configuration.
 
     Args:
-        on_log: gets Trainer's logs with their step; when the run stops early {"stopped": reasons, "step"}.
+        on_log: gets Trainer's logs with their step; when the run stops early {"stopped": reasons, "step"}; before a run
+            on several caches {"mixture": what will be seen of each, as `Mix.seen`}.
 
     Raises:
         CacheError: a cache cannot be read; MismatchError: student and cache do not belong together.
@@ -95,18 +100,19 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     Raises: as `train_student`.
     """
     config = replace(config, output=str(Path(config.output).expanduser()))
+    check_one_length(config)
     options: dict[str, Any] = {
         "hidden_layers": [],
         "read_cache": cf.ReadCache.of(config.cache_dir, config.cache_dir_gb),
     }
-    cache = cf.open_cache(config.cache, cached_record_batches=WINDOW + 1, **options)
+    mix = open_mix(config.cache, cached_record_batches=WINDOW + 1, **options)
     held_out = None if config.eval_cache is None else cf.open_cache(config.eval_cache, **options)
     of_features = FeatureRecipe.for_cache(
-        cache, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
+        mix.first, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
     )
     states_held_out = of_features is not None and held_out is not None and of_features.serves(held_out)
     if of_features is not None:
-        cache = cache.with_hidden(of_features.teacher_layers)
+        mix = mix.with_hidden(of_features.teacher_layers)
         if held_out is not None and states_held_out:
             held_out = held_out.with_hidden(of_features.teacher_layers)
     tail = config.tail
@@ -116,7 +122,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
                 "--hidden-loss: with --cross-tokenizer the student's states are of other tokens than the teacher's. "
                 "Leave one of them out."
             )
-        for each in [cache] if held_out is None else [held_out, cache]:
+        for each in [*([] if held_out is None else [held_out]), *mix.caches]:
             tail = check_cross_tokenizer(
                 each,
                 config.cross_tokenizer,
@@ -127,8 +133,9 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
                 position_weighting=config.position_weighting,
                 resample=config.resample,
             )
-    recipe = LossRecipe.for_cache(
-        cache,
+    recipe, warnings = recipe_for(
+        mix,
+        features=of_features,
         kd_weight=config.kd_weight,
         temperature=config.temperature,
         tail=tail,
@@ -145,28 +152,31 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         metrics=(*held_out_metrics(eval_recipe or recipe), *(["features"] if states_held_out else [])),
         held_out_rows=None if held_out is None else len(held_out),
     )
-    if config.resample and cache.metadata.num_samples == 1:
-        raise ConfigError(
-            f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
-            "--samples 2 or more."
-        )
+    for cache in mix.caches:
+        if config.resample and cache.metadata.num_samples == 1:
+            raise ConfigError(
+                f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
+                "--samples 2 or more."
+            )
     check_origin(config)
-    tokenizer, warnings = check_student(
-        [cache] if held_out is None else [cache, held_out],
+    tokenizer, about_student = check_student(
+        [*mix.caches, *([] if held_out is None else [held_out])],
         config.student,
         config_file=config.student_config,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         cross_tokenizer=config.cross_tokenizer is not None,
     )
-    for each, loss in ((cache, recipe), (held_out, eval_recipe)):
+    warnings += about_student
+    for each, loss in (*((cache, recipe) for cache in mix.caches), (held_out, eval_recipe)):
         if each is not None and loss is not None and loss.tail == "realized":
             warnings += realized_warnings(each)
     if held_out is not None:
-        warnings += check_same_teacher_tokens(cache, held_out)
+        for cache in mix.caches:
+            warnings += check_same_teacher_tokens(cache, held_out)
         if of_features is not None and not states_held_out:
             warnings.append(
-                f"{held_out.path}: has not the hidden states of {cache.path}: its loss is without --hidden-loss"
+                f"{held_out.path}: has not the hidden states of {mix.first.path}: its loss is without --hidden-loss"
             )
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
@@ -175,13 +185,23 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
             f"{arguments.n_gpu} --no-python distill train-student …"
         )
         arguments._n_gpu = 1  # else Trainer would use nn.DataParallel, which cannot split sparse targets
+    if config.max_tokens is not None:
+        arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
+    budget = Budget.of(mix.rows, arguments)
     never = too_few_evaluations(
-        stopping, config.early_stopping_mode, steps=_planned_steps(cache, arguments), every=arguments.eval_steps or 1
+        stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
     warnings += [] if never is None else [never]
+    resume_from = check_output(config, mix, budget)
+    if resume_from is not None and (processes := processes_of(resume_from)) != arguments.world_size:
+        warnings.append(
+            f"{resume_from} was written by {processes} process{'es' * (processes != 1)}, {arguments.world_size} go on: "
+            "every step has the same rows, but sums are rounded in another order, and dropout draws other numbers"
+        )
     return CheckedRun(
         config=config,
-        cache=cache,
+        mix=mix,
+        budget=budget,
         held_out=held_out,
         of_features=of_features,
         recipe=recipe,
@@ -189,7 +209,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         arguments=arguments,
         stopping=stopping,
         tokenizer=tokenizer,
-        resume_from=check_output(config, cache),
+        resume_from=resume_from,
         warnings=warnings,
     )
 
@@ -225,25 +245,29 @@ def perform(
     on_step: Callable[[int, int], None] = lambda step, total: None,
     on_log: Callable[[dict[str, Any]], None] = lambda _: None,
     when_loaded: Callable[[], None] = lambda: None,
-    dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset,
+    shared: Callable[[Rows], Rows] = lambda rows: rows,
 ) -> TrainSummary:
     """Loads the student, trains and saves it.
 
     Args:
         when_loaded: called once nothing but training is left that could go wrong, before the output is touched.
-        dataset_of: what reads a cache.
+        shared: gives the rows to train and to evaluate on their batches.
     """
-    config, cache, held_out, arguments = run.config, run.cache, run.held_out, run.arguments
-    vocab_size = cache.metadata.vocab_size
+    config, mix, budget, held_out, arguments = run.config, run.mix, run.budget, run.held_out, run.arguments
+    vocab_size = mix.first.metadata.vocab_size
+    dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset
     if config.cross_tokenizer is not None:
         limit = None if config.student is None else longest_row(config.student, config.trust_remote_code)
         dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limit)
-    train_dataset = dataset_of(cache)
-    eval_dataset = None if held_out is None else dataset_of(held_out)
-    if isinstance(train_dataset, CrossTokenizerDataset):
-        on_stage(f"re-tokenising the text: {train_dataset.describe()}")
+    parts = [dataset_of(cache) for cache in mix.caches]
+    train_dataset = shared(parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions]))
+    eval_dataset = None if held_out is None else shared(dataset_of(held_out))
+    for part in parts:
+        if isinstance(part, CrossTokenizerDataset):
+            of = "" if len(parts) == 1 else f" of {part.cache.path}"
+            on_stage(f"re-tokenising the text{of}: {part.describe()}")
     on_stage("loading the student")
-    objective = objective_for(cache.metadata.alignment)
+    objective = objective_for(mix.first.metadata.alignment)
     model = load_student(
         config.student,
         layers=config.student_layers,
@@ -264,7 +288,8 @@ def perform(
     lora = config.lora
     adapted = None if lora is None else attach(model, lora, base=_place(config.student), seed=arguments.seed)
     head = open_head(model, vocab_size, masked=objective == "masked")
-    check_isolation(cache, head)
+    for cache in mix.caches:
+        check_isolation(cache, head)
     parameters = sum(p.numel() for p in model.parameters())
     features, projections = None, 0
     if run.of_features is not None:
@@ -280,7 +305,7 @@ def perform(
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, cache)
+        begin_output(config, mix, budget)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
@@ -300,9 +325,12 @@ def perform(
     trainer.remove_callback(PrinterCallback)  # the command line shows progress, not the library
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - projections
     of = "" if trained == parameters else f" of {parameters / 1e6:.1f}"
-    on_stage(
-        f"training {trained / 1e6:.1f}{of} M parameters on {len(cache):,} rows, {cache.num_counted_tokens:,} targets"
-    )
+    passes = budget.rows_after(budget.steps) / mix.rows
+    how_often = "" if passes == 1.0 else f", {passes:.3g} times"
+    if len(parts) > 1:
+        on_log({"mixture": mix.seen(budget.rows_after(budget.steps))})
+    text = f"{mix.rows:,} rows, {mix.counted_tokens:,.0f} targets{how_often}"
+    on_stage(f"training {trained / 1e6:.1f}{of} M parameters on {text}")
     try:
         result = trainer.train(resume_from_checkpoint=run.resume_from)
     except cf.CacheError as error:
@@ -331,6 +359,9 @@ def perform(
     if adapted is not None and config.merge_adapter:
         trainer.model = merged(adapted)
     trainer.save_model()
+    seen = [] if len(parts) == 1 else mix.seen(budget.rows_after(state.global_step))
+    if seen and state.is_world_process_zero:
+        record_seen(config, seen)
     trainer.save_state()
     return TrainSummary(
         output=config.output,
@@ -346,20 +377,13 @@ def perform(
             {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
         ],
         warnings=run.warnings,
+        mixture=seen,
     )
 
 
 def _place(student: str | None) -> str:
     """What an adapter names as its base: a path that is good from any directory, or a hub name."""
     return "" if student is None else str(Path(student).resolve()) if Path(student).exists() else student
-
-
-def _planned_steps(cache: cf.Cache, arguments: TrainingArguments) -> int:
-    """Optimizer steps, as Trainer will count them."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(len(cache) / (arguments.per_device_train_batch_size * arguments.world_size))
-    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 
 def _evaluation_at(trainer: DistillTrainer, step: int | None) -> dict[str, float]:

@@ -21,7 +21,7 @@ from transformers import Trainer
 from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
-from pipeline.student.data import Batch, CacheDataset, LocalShuffle, uncounted
+from pipeline.student.data import Batch, CacheDataset, uncounted
 from pipeline.student.features import Features
 from pipeline.student.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.recipe import LossRecipe
@@ -36,7 +36,7 @@ def held_out_metrics(recipe: LossRecipe) -> tuple[str, ...]:
 
 
 class DistillTrainer(Trainer):
-    """Trains a student on a `CacheDataset`.
+    """Trains a student on a `CacheDataset` or a `MixedDataset`.
 
     Args:
         head: the student's head, from `open_head`.
@@ -256,8 +256,7 @@ class DistillTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         processes = self.accelerator.num_processes
         multiple_of = 1 if processes == 1 else processes * self._train_batch_size
-        samples = dataset.cache.metadata.num_samples if self.resample else 1
-        return LocalShuffle(dataset.cache.record_batches(), seed=seed, samples=samples, multiple_of=multiple_of)
+        return dataset.sampler(seed=seed, resample=self.resample, multiple_of=multiple_of)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at these only after a step: resumed from its last one, it would train another.
