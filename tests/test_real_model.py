@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import cache_format as cf
+from benchmarks.variance import drawn, threshold_of, variance
 from dense import Deviation, captured_for, check_row, document_logprobs
 from pipeline.heads import check_packing, open_head
 from pipeline.losses import TAIL_POLICIES, fused_head, sparse_kl
@@ -26,11 +27,13 @@ from pipeline.teacher.answers import GenerationConfig
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.generation import generate_cache
+from pipeline.teacher.rules import TargetRule
 from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.real
 
 VOCAB, WINDOW = 49_152, 256
+README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The README as prose and code, short documents, and conversations."""
     folder = tmp_path_factory.mktemp("texts")
     prose = folder / "prose.txt"
-    readme = Path(__file__).parent.parent / "README.md"
-    prose.write_text(readme.read_text(encoding="utf-8") + english(60), encoding="utf-8")
+    prose.write_text(README.read_text(encoding="utf-8") + english(60), encoding="utf-8")
     return {"prose": prose, "chat": write_jsonl(folder / "chat.jsonl", conversations(24))}
 
 
@@ -157,3 +159,21 @@ def test_answers_have_the_log_probabilities_of_a_second_plain_pass(
         positions = np.flatnonzero(row.loss_mask)
         of_tokens = expected[positions, row.input_ids[positions + 1]]
         np.testing.assert_allclose(line["token_logprobs"], of_tokens, rtol=0, atol=1e-4)
+
+
+def test_threshold_has_less_variance_than_random_at_as_many_entries(model: PreTrainedModel) -> None:
+    """By the closed form, and by what is drawn."""
+    head = open_head(model, VOCAB)
+    tokens = AutoTokenizer.from_pretrained(model.name_or_path)(README.read_text(encoding="utf-8"))["input_ids"][:WINDOW]
+    with torch.no_grad():
+        states = head.hidden_states(torch.tensor([tokens]), torch.arange(len(tokens))[None])[0]
+        logits = head.logits(states)
+    p = logits.softmax(dim=1)
+    for draws in (13, 50):
+        random = TargetRule(kind="random", draws=draws)
+        entries = float((1 - (1 - p) ** draws).sum(dim=1).mean())
+        threshold = TargetRule(kind="threshold", tail_threshold=threshold_of(p, entries))
+        assert variance(p, threshold) < 0.7 * variance(p, random)
+        few = logits[::8]
+        for rule in (random, threshold):
+            assert drawn(few, p[::8], rule) == pytest.approx(variance(p[::8], rule), rel=0.15)
