@@ -32,8 +32,7 @@ from benchmarks.reasoning import last_number
 
 BENCHMARKS = Path(__file__).parent
 TARGETS = ["--seq-len", "512", "--top-k", "64"]
-FEATURES = ["--hidden-states", "5,10,15,20,25,30", "--hidden-dtype", "int8"]  # one for each of the student's layers
-WRITING = ["--generate", "--gen-temperature", "0.7", "--max-new-tokens", "256", "--batch-size", "64"]
+WRITING = ["--generate", "--gen-temperature", "0.7", "--batch-size", "64"]
 TRAIN = ["--batch-size", "2", "--learning-rate", "1e-3", "--logging-steps", "5"]
 PROBLEMS_SEED = 3
 MARK = "#### "  # before the number, at the end of a worked answer
@@ -63,9 +62,10 @@ class Sizes:
     train: int = demo.TRAIN_PROBLEMS
     held_out: int = demo.HELD_OUT_PROBLEMS
     solve: int = 64  # problems to solve
-    new_tokens: int = 200  # of an answer, at most
+    written_tokens: int = 256  # of an answer of the teacher's, at most
+    new_tokens: int = 200  # of a student's
     layers: int = demo.STUDENT_LAYERS
-    features: tuple[str, ...] = tuple(FEATURES)
+    features: str = "5,10,15,20,25,30"  # layers of the teacher, one for each of the student's
 
 
 @click.command()
@@ -115,11 +115,13 @@ def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
     """Worked answers and the teacher's own, to train on and held out."""
     demo.write_problems(work / "train.jsonl", sizes.train, demo.TRAIN_SEED)
     demo.write_problems(work / "heldout.jsonl", sizes.held_out, demo.HELD_OUT_SEED)
-    wanted: dict[str, tuple[str, Sequence[str]]] = {
-        "train": ("train", sizes.features),
-        "heldout": ("heldout", ()),
-        "own": ("train", WRITING),
-        "own-heldout": ("heldout", WRITING),
+    features = ["--hidden-states", sizes.features, "--hidden-dtype", "int8"]
+    writing = [*WRITING, "--max-new-tokens", sizes.written_tokens]
+    wanted: dict[str, tuple[str, Sequence[object]]] = {
+        "train": ("train", features),
+        "heldout": ("heldout", []),
+        "own": ("train", writing),
+        "own-heldout": ("heldout", writing),
     }
     for name, (text, options) in wanted.items():
         demo.distill(  # a finished cache is checked and left as it is
