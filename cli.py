@@ -188,7 +188,9 @@ MASK_OPTIONS = options(
 HIDDEN_OPTIONS = options(
     click.option("--hidden-states", help="Store hidden states too: last, all, or layers such as 6,12,18."),
     click.option(
-        "--hidden-dtype", type=click.Choice(["float16", "int8"]), help="int8: a scale each. Default: float16."
+        "--hidden-dtype",
+        type=click.Choice(["float16", "float32", "int8"]),
+        help="Of --hidden-states, or of --targets hidden. int8: a scale each. Default: float16.",
     ),
     click.option("--hidden-every", type=int, help="Of one in so many positions. Default: 1."),
 )
@@ -301,8 +303,9 @@ WORKER_OPTIONS = options(
     "kind",
     default="top-k",
     show_default=True,
-    type=click.Choice(["top-k", "top-p", "threshold", "random"]),
-    help="What is kept of each distribution. threshold: exact head, sampled tail, unbiased.",
+    type=click.Choice(["top-k", "top-p", "threshold", "random", "hidden"]),
+    help="What is kept of each distribution. threshold: exact head, sampled tail, unbiased. hidden: the state that the "
+    "vocabulary head makes all of it from.",
 )
 @click.option(
     "--top-k",
@@ -403,6 +406,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     if as_json:
         return print_json(asdict(summary))
     kept = "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"
+    if config.targets.kind == "hidden":
+        kept = "all: whole distributions follow from states and head"
     left_out = {name: count for name, count in summary.corpus_report.items() if count and name in LEFT_OUT}
     title = f"Cached {summary.output}"
     if not summary.finished:
@@ -440,7 +445,9 @@ def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     data, rule = DataConfig(window_length=seq_len, **take(DataConfig)), TargetRule(**take(TargetRule))
     states = {name: given.pop(f"hidden_{option}") for name, option in HIDDEN_PARTS.items()}
     states = {name: value for name, value in states.items() if value is not None}
-    if states and "layers" not in states:
+    if rule.kind == "hidden":
+        states.setdefault("layers", None)
+    elif states and "layers" not in states:
         raise click.UsageError("--hidden-dtype and --hidden-every belong to --hidden-states: name the layers.")
     hidden = HiddenRule(**states) if states else None
     masks = {name: given.pop(flag[2:].replace("-", "_")) for name, flag in FLAGS.items()}
@@ -855,6 +862,8 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
     from pipeline.student.checks import load_cache_tokenizer
 
     opened = cf.open_cache(cache, hidden_layers=[])
+    if opened.metadata.head is not None:
+        opened = opened.with_hidden([opened.metadata.head.layer])
     if not -len(opened) <= row < len(opened):
         raise click.BadParameter(f"{cache} has rows 0 to {len(opened) - 1}", param_hint="--row")
     tokenizer = load_cache_tokenizer(opened)
@@ -942,7 +951,7 @@ def verify(
 
 def _teacher_check(found: Any) -> list[tuple[str, str]]:
     return [
-        ("compared", f"{found.rows:,} rows, {found.positions:,} positions, {found.entries:,} exact entries"),
+        ("compared", f"{found.rows:,} rows, {found.positions:,} positions, {found.entries:,} log-probabilities"),
         ("deviation", f"{found.deviation:.2g} nats beyond rounding, allowed {found.allowed:.2g}"),
         ("noise", f"{found.noise:.2g} nats between two runs of the teacher on this machine"),
         ("same entries", f"{found.same_entries:.2%} of the positions; two runs: {found.same_entries_noise:.2%}"),
@@ -963,7 +972,11 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
     "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 % of columns, ten times slower."
 )
 @click.option("--levels", type=click.IntRange(36, 256), help="Values that a log-probability may take.")
-@click.option("--top-k", type=click.IntRange(1), help="Keep the most likely entries; the others join the residual.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    help="Keep the most likely entries; the others join the residual. Of hidden targets, make them.",
+)
 @click.option("--samples", type=click.IntRange(1), help="Keep the first so many samples of the tail.")
 @click.option("--drop-hidden", is_flag=True, default=None, help="Without the hidden states.")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Rows of a file.")

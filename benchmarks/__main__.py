@@ -21,6 +21,7 @@ NAMES = (
     "scaling",
     "decode",
     "sizes",
+    "rebuilt",
     "codebook",
     "temperature",
     "variance",

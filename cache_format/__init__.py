@@ -29,8 +29,9 @@ from cache_format.errors import (
     FormatError,
     MismatchError,
 )
+from cache_format.head import HEAD, HeadSpec, StoredHead, head_contents, head_file_bytes
 from cache_format.hidden import HiddenSpec, HiddenStates, find_invalid_state
-from cache_format.manifest import Manifest
+from cache_format.manifest import Manifest, sha256
 from cache_format.metadata import (
     CODEBOOK_COLUMNS,
     EXACT_LEVELS,
@@ -41,6 +42,7 @@ from cache_format.metadata import (
 from cache_format.occupancy import check_writable, finished_already, finished_manifest, remove_cache
 from cache_format.read_cache import ReadCache
 from cache_format.reader import Cache, open_cache
+from cache_format.rebuilt import rebuilt_targets
 from cache_format.row_batch import RowBatch
 from cache_format.shared_writer import Share, SharedCacheWriter, parse_shard_range
 from cache_format.types import IGNORE_INDEX, CacheRow, SparseTargets
@@ -53,6 +55,7 @@ __all__ = [
     "CODEBOOK_COLUMNS",
     "EXACT_LEVELS",
     "FORMAT_VERSION",
+    "HEAD",
     "IGNORE_INDEX",
     "Cache",
     "CacheError",
@@ -66,6 +69,7 @@ __all__ = [
     "CorruptShardError",
     "DistillError",
     "FormatError",
+    "HeadSpec",
     "HiddenSpec",
     "HiddenStates",
     "Manifest",
@@ -75,6 +79,7 @@ __all__ = [
     "Share",
     "SharedCacheWriter",
     "SparseTargets",
+    "StoredHead",
     "VerifySummary",
     "check_writable",
     "convert_cache",
@@ -85,11 +90,15 @@ __all__ = [
     "finish_cache",
     "finished_already",
     "finished_manifest",
+    "head_contents",
+    "head_file_bytes",
     "listed",
     "open_cache",
     "parse_shard_range",
+    "rebuilt_targets",
     "remove_cache",
     "residual_codebook",
+    "sha256",
     "sqrt_probability_codebook",
     "verify_cache",
     "write_answers",

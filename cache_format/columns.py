@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cache_format.hidden import PREFIX, from_arrow, to_arrow
 from cache_format.lexicon import Lexicon
-from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, CacheMetadata
+from cache_format.metadata import FORMAT_NAME, CacheMetadata
 from cache_format.packed import pack, unpack
 from cache_format.row_batch import Offsets, RowBatch
 
@@ -59,7 +59,7 @@ def arrow_schema(metadata: CacheMetadata) -> pa.Schema:
     )
     about = {
         "format": FORMAT_NAME,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(metadata.format_version),
         "spec": "cache_format/SPEC.md",
     }
     block = [pa.field("packed", pa.binary(), nullable=False)] if packed else []

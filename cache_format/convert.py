@@ -2,7 +2,8 @@
 
 A record batch at a time, so memory does not grow with the cache; interrupted, the same call goes on after the last
 complete shard. What was exact stays what it was unless entries are dropped: their mass then joins the residual. Values
-are quantised again only if the codebook changes.
+are quantised again only if the codebook changes. Hidden targets become top-K ones: the states are what they are made
+of, and are left out.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 from cache_format.answers import ANSWERS
 from cache_format.codebook import Codebook, sqrt_probability_codebook
 from cache_format.errors import MismatchError
+from cache_format.head import StoredHead
 from cache_format.metadata import CacheMetadata
 from cache_format.reader import Cache, open_cache
-from cache_format.row_batch import RowBatch
+from cache_format.rebuilt import sparse
+from cache_format.row_batch import RowBatch, concatenate
 from cache_format.storage import open_directory, write_bytes
 from cache_format.types import entry_groups, group_counts
 from cache_format.writer import CacheWriter
@@ -32,7 +35,7 @@ class Conversion:
     encoding: str | None = None  # columns or packed
     compression_level: int | None = None  # zstd, 1 to 22
     levels: int | None = None  # values of the codebook of log-probabilities, at most 256
-    top_k: int | None = None  # entries per position, the most likely ones; of exact targets
+    top_k: int | None = None  # entries per position, the most likely ones; of exact or hidden targets
     samples: int | None = None  # the first so many; of targets with several samples
     rows_per_shard: int | None = None
     rows_per_record_batch: int | None = None
@@ -48,14 +51,20 @@ def convert_cache(
         MismatchError: a change that these targets do not admit, or an unfinished cache of other settings in `output`.
         CacheError: `output` holds something else, or `source` cannot be read.
     """
-    cache = open_cache(source, hidden_layers=[] if conversion.drop_hidden else None)
+    cache = open_cache(source)
     metadata = converted_metadata(cache, conversion)
+    if conversion.drop_hidden:
+        cache = cache.with_hidden([] if cache.metadata.head is None else [cache.metadata.head.layer])
     answers = cache.answers_bytes()
-    with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), resume=True) as writer:
+    head = None if metadata.head is None else cache.head_bytes()
+    rebuilding = cache.head() if cache.metadata.head is not None and metadata.head is None else None
+    with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), head=head, resume=True) as writer:
         if answers is not None:
             write_bytes(open_directory(output), ANSWERS, answers)
         for batch in cache.iter_record_batches():
             if int(batch.rows[-1]) >= writer.next_row:
+                if rebuilding is not None:
+                    batch = _rebuilt(batch, rebuilding, metadata)
                 batch = _fewer(batch, conversion)
                 writer.write([batch.row(i) for i in range(len(batch))])
             yield int(batch.rows[-1]) + 1
@@ -67,6 +76,9 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
     _check(cache, conversion)
     if conversion.top_k is not None:
         targets |= {"k": conversion.top_k, "max_entries": conversion.top_k}
+        if old.head is not None:
+            targets = {name: value for name, value in targets.items() if name not in ("head", "hidden")}
+            targets |= {"kind": "top-k", **_other_states(old)}
     if conversion.samples is not None:
         targets |= {"samples": conversion.samples}
         codebooks["target_logprobs"] = _reweighted(codebooks["target_logprobs"], old, conversion.samples)
@@ -74,7 +86,7 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
         weight = [] if not old.sampled else [targets["tail_threshold"] / targets["samples"]]
         codebooks["target_logprobs"] = sqrt_probability_codebook(conversion.levels, exact=weight)
     if conversion.drop_hidden:
-        del targets["hidden"]
+        targets.pop("hidden", None)
     level = conversion.compression_level or old.compression["level"]
     changes = {f.name: value for f in fields(conversion) if (value := getattr(conversion, f.name)) is not None}
     geometry = {name: changes[name] for name in ("rows_per_shard", "rows_per_record_batch") if name in changes}
@@ -94,9 +106,13 @@ def _check(cache: Cache, conversion: Conversion) -> None:
     problem = None
     if conversion.drop_hidden and metadata.hidden is None:
         problem = "--drop-hidden: there are no hidden states"
+    elif metadata.head is not None and conversion.top_k is None:
+        problem = _problem_of_hidden(conversion)
+    elif metadata.head is not None and (conversion.top_k or 0) > metadata.vocab_size:
+        problem = f"--top-k {conversion.top_k}: the vocabulary has {metadata.vocab_size:,} tokens"
     elif conversion.top_k is not None and metadata.sampled:
         problem = f"--top-k: {targets['kind']} targets are unbiased only with all their entries"
-    elif conversion.top_k is not None and conversion.top_k > metadata.max_entries:
+    elif conversion.top_k is not None and metadata.head is None and conversion.top_k > metadata.max_entries:
         problem = f"--top-k {conversion.top_k}: found up to {metadata.max_entries} entries per position"
     elif conversion.samples is not None and not metadata.sampled:
         problem = f"--samples {conversion.samples}: {targets['kind']} targets have none"
@@ -113,6 +129,19 @@ def _check(cache: Cache, conversion: Conversion) -> None:
         raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
 
 
+def _problem_of_hidden(conversion: Conversion) -> str | None:
+    """What hidden targets do not admit as long as they are."""
+    for asked, problem in (
+        (conversion.drop_hidden, "--drop-hidden: the hidden states are the targets; --top-k leaves them out"),
+        (conversion.encoding == "packed", "--encoding packed: hidden targets have no entries to pack"),
+        (conversion.levels is not None, "--levels: hidden targets have no log-probabilities to round"),
+        (conversion.samples is not None, f"--samples {conversion.samples}: hidden targets have none"),
+    ):
+        if asked:
+            return problem
+    return None
+
+
 def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codebook:
     """The weights of M samples together, made those of fewer: sampled weights times M/S."""
     factor = old.num_samples / samples
@@ -121,6 +150,24 @@ def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codeboo
         values = np.unique(np.minimum(values, 0.0).astype(np.float32))
         return Codebook(codebook.name, codebook.domain, values)
     return sqrt_probability_codebook(len(codebook.values), exact=[old.targets["tail_threshold"] / samples])
+
+
+def _other_states(old: CacheMetadata) -> dict[str, Any]:
+    """Of a cache of hidden targets the states that no target is made of."""
+    assert old.hidden is not None and old.head is not None
+    layers = tuple(layer for layer in old.hidden.layers if layer != old.head.layer)
+    return {"hidden": replace(old.hidden, layers=layers).to_json()} if layers else {}
+
+
+def _rebuilt(batch: RowBatch, head: StoredHead, metadata: CacheMetadata) -> RowBatch:
+    """With entries instead of the states that they follow from."""
+    rows, others = [], () if metadata.hidden is None else metadata.hidden.layers
+    for i in range(len(batch)):
+        row = batch.row(i)
+        assert row.hidden is not None
+        targets = sparse(row.targets, row.hidden, head, metadata.max_entries)
+        rows.append(replace(row, targets=targets, hidden=row.hidden.only(others)))
+    return concatenate(rows)
 
 
 def _fewer(batch: RowBatch, conversion: Conversion) -> RowBatch:

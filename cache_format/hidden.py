@@ -5,8 +5,9 @@
     hidden_6_scale     list<float32> [P]                   with int8 only: state = integer · scale
 
 Layers are numbered as transformers does: 0 is the embeddings' output, i that of layer i, and the last one what the
-vocabulary head is applied to. They are wide, so a reader decodes only the layers that it was asked for: a student that
-has no use for them pays for their checksums, and for nothing else.
+vocabulary head is applied to. One more is what the head's matrix is multiplied with, where the head does something to
+the last layer's states first (`head`). They are wide, so a reader decodes only the layers that it was asked for: a
+student that has no use for them pays for their checksums, and for nothing else.
 
 Shapes: N positions, P of them with states, D width.
 """
@@ -23,7 +24,11 @@ from numpy.typing import NDArray
 
 PREFIX = "hidden_"  # of every optional column of a version 1 shard
 MASK = "hidden_mask"
-DTYPES: dict[str, type[np.float16] | type[np.int8]] = {"float16": np.float16, "int8": np.int8}
+DTYPES: dict[str, type[np.float16] | type[np.float32] | type[np.int8]] = {
+    "float16": np.float16,
+    "float32": np.float32,
+    "int8": np.int8,
+}
 FloatArray = NDArray[np.float32]
 MAX_WIDTH, MAX_LAYERS = 2**17, 4096
 
@@ -35,14 +40,14 @@ class HiddenSpec:
     layers: tuple[int, ...]
     teacher_layers: int  # L, the number of the last one
     width: int  # D
-    dtype: str  # float16 or int8
+    dtype: str  # float16, float32 or int8
     every: int = 1  # one in so many positions has states
 
     def __post_init__(self) -> None:
         layers = self.layers
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > self.teacher_layers:
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > self.teacher_layers + 1:
             raise ValueError(
-                f"hidden layers {list(layers)}, expected ascending numbers from 0 to {self.teacher_layers}"
+                f"hidden layers {list(layers)}, expected ascending numbers from 0 to {self.teacher_layers}, or one more"
             )
         if not 1 <= self.width <= MAX_WIDTH or self.teacher_layers > MAX_LAYERS or self.every < 1:
             raise ValueError(f"hidden states of width {self.width}, {self.teacher_layers} layers, every {self.every}")
@@ -50,9 +55,19 @@ class HiddenSpec:
             raise ValueError(f"hidden states as {self.dtype!r}, expected {' or '.join(DTYPES)}")
 
     @property
+    def of_layers(self) -> tuple[int, ...]:
+        """Those that are states of a layer."""
+        return tuple(layer for layer in self.layers if layer <= self.teacher_layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one state, without its scale."""
+        return self.width * np.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
     def bytes_per_position(self) -> int:
         """Of a position that has states, before compression."""
-        return len(self.layers) * (self.width * np.dtype(DTYPES[self.dtype]).itemsize + 4 * (self.dtype == "int8"))
+        return len(self.layers) * (self.state_bytes + 4 * (self.dtype == "int8"))
 
     def columns(self, layers: Sequence[int] | None = None) -> list[str]:
         """Names, in the order of the schema; with `layers` only what these take."""
@@ -97,7 +112,7 @@ class HiddenStates:
 
     Attributes:
         mask: [N] bool, positions that have states.
-        states: layer -> [P, D] float16 or int8.
+        states: layer -> [P, D] float16, float32 or int8.
         scales: layer -> [P] float32, with int8 only.
     """
 
@@ -109,6 +124,18 @@ class HiddenStates:
         """[P, D] float32."""
         states = self.states[layer].astype(np.float32)
         return states * self.scales[layer][:, None] if layer in self.scales else states
+
+    def only(self, layers: Sequence[int]) -> HiddenStates | None:
+        """Those of some of the layers; None of none."""
+        return (
+            HiddenStates(
+                self.mask,
+                {layer: each for layer, each in self.states.items() if layer in layers},
+                {layer: each for layer, each in self.scales.items() if layer in layers},
+            )
+            if layers
+            else None
+        )
 
     def cut(self, tokens: slice) -> HiddenStates:
         """Those of consecutive positions, as views."""
@@ -149,6 +176,8 @@ def find_invalid_state(hidden: HiddenStates) -> tuple[int, str] | None:
         if states.dtype == np.float16:
             # An exponent of all ones is infinity or NaN; numpy's own test converts every number first.
             bad = ((states.view(np.uint16) & 0x7C00) == 0x7C00).any(axis=1)
+        elif states.dtype == np.float32:
+            bad = ~np.isfinite(states).all(axis=1)
         elif layer in hidden.scales:
             bad = ~(np.isfinite(hidden.scales[layer]) & (hidden.scales[layer] >= 0))
         else:

@@ -36,6 +36,10 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
         return f"row {rows[int(bad.argmax())]}: no tokens, expected at least one"
     if batch.hidden is not None and (found := find_invalid_state(batch.hidden)):
         return f"{of_position(batch, rows, found[0])}: {found[1]}"
+    head = metadata.head
+    if head is not None and batch.hidden is not None and head.layer in batch.hidden.states:
+        if (bad := batch.loss_mask & ~batch.hidden.mask).any():
+            return _report(batch, rows, bad, "a counted position without the state that is its target")
     return _positions(batch, rows, metadata) or _entries(batch, rows, metadata)
 
 
@@ -103,7 +107,7 @@ def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | N
             return _report(batch, rows, bad, "a negative sample count")
         if (bad := of_samples != counts.astype(np.int64) - batch.exact_counts).any():
             return _report(batch, rows, bad, "sample counts that do not add up to the sampled entries")
-    if (bad := batch.loss_mask & (counts == 0)).any():
+    if metadata.head is None and (bad := batch.loss_mask & (counts == 0)).any():
         return _report(batch, rows, bad, "a counted position without targets")
     return None
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from cache_format.errors import CacheError, CorruptShardError, FormatError
-from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, CacheMetadata
+from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, WITH_HEAD, CacheMetadata
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
@@ -157,7 +157,12 @@ class Manifest:
     @property
     def stored_bytes(self) -> int:
         """Of the shards and of what they are decoded with."""
-        return self.shard_bytes + (0 if self.lexicon is None else self.lexicon.bytes)
+        return self.shard_bytes + (0 if self.lexicon is None else self.lexicon.bytes) + self.head_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the head that makes distributions of hidden targets."""
+        return 0 if self.metadata.head is None else self.metadata.head.bytes
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
@@ -165,6 +170,10 @@ class Manifest:
 
         def build(raw: dict[str, Any]) -> Manifest:
             metadata = CacheMetadata.from_json(raw)
+            if raw["format_version"] != metadata.format_version:
+                raise ValueError(
+                    f"format version {raw['format_version']}, targets like these have {metadata.format_version}"
+                )
             shards = tuple(ShardInfo(**_known(ShardInfo, shard)) for shard in raw["shards"])
             if len(shards) != metadata.num_shards:
                 raise ValueError(f"{len(shards)} shards, expected {metadata.num_shards}")
@@ -192,7 +201,7 @@ def manifest_bytes(
     """`manifest.json`, or, without shards, `manifest.partial.json`."""
     data: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
+        "format_version": metadata.format_version,
         **metadata.to_json(),
         "tokenizer_files": dict(tokenizer_files),
         SELF_CHECKSUM: ZEROS,
@@ -273,9 +282,9 @@ def _check_version(data: bytes, where: str) -> None:
             "manifest of a cache. Give the directory that cache-teacher wrote."
         )
     version = raw.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, WITH_HEAD):
         raise FormatError(
-            f"{where}: found format version {version!r}, expected {FORMAT_VERSION}: the cache was "
+            f"{where}: found format version {version!r}, expected {FORMAT_VERSION} or {WITH_HEAD}: the cache was "
             "written by another release. Install the release that wrote it, or make it again."
         )
 

@@ -21,11 +21,12 @@ from cache_format.codebook import (
     residual_codebook,
     sqrt_probability_codebook,
 )
+from cache_format.head import HeadSpec
 from cache_format.hidden import HiddenSpec
 from cache_format.types import Alignment
 
 FORMAT_NAME = "distill-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITH_HEAD = 1, 2  # what a cache needs of its readers: the second only where it has a head
 CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
 REQUIRED_KEYS = {
     "teacher": ("name",),
@@ -79,7 +80,7 @@ class CacheMetadata:
             raise ValueError("metadata.targets lacks max_entries")
         if not 1 <= self.num_samples < 2**8:
             raise ValueError(f"metadata.targets: {self.num_samples} samples, expected 1 to 255")
-        if not 1 <= self.max_entries < 2**16:
+        if not (1 if self.head is None else 0) <= self.max_entries < 2**16:
             raise ValueError(f"metadata.targets: {self.max_entries} entries, expected 1 to 65535")
         if min(self.num_rows, self.rows_per_shard, self.rows_per_record_batch) < 1:
             raise ValueError("metadata: rows and rows_per_... must be at least 1")
@@ -90,6 +91,7 @@ class CacheMetadata:
         if not self.codebooks:
             object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
         _ = self.hidden  # raises what is wrong with it
+        self._check_head()
         if set(self.codebooks) != set(CODEBOOK_COLUMNS):
             raise ValueError(f"metadata.codebooks must be {', '.join(CODEBOOK_COLUMNS)}")
 
@@ -123,6 +125,32 @@ class CacheMetadata:
         """The hidden states that stand beside the targets, if any."""
         data = self.targets.get("hidden")
         return None if data is None else HiddenSpec.from_json(data)
+
+    @cached_property
+    def head(self) -> HeadSpec | None:
+        """Of targets that are hidden states: what makes distributions of them."""
+        data = self.targets.get("head")
+        return None if data is None else HeadSpec.from_json(data)
+
+    @property
+    def format_version(self) -> int:
+        """The lowest one whose readers do not misread this cache."""
+        return FORMAT_VERSION if self.head is None else WITH_HEAD
+
+    def _check_head(self) -> None:
+        head, hidden = self.head, self.hidden
+        if (head is None) != (self.targets["kind"] != "hidden"):
+            raise ValueError("metadata.targets: hidden targets and a head belong together, found one of them")
+        if head is None and hidden is not None and hidden.layers[-1] > hidden.teacher_layers:
+            raise ValueError(
+                f"metadata.targets: hidden layer {hidden.layers[-1]} of {hidden.teacher_layers}, and no head"
+            )
+        if head is None:
+            return
+        if hidden is None or head.layer not in hidden.layers or hidden.every != 1:
+            raise ValueError(f"metadata.targets: the head takes states of layer {head.layer} at every position")
+        if self.max_entries or self.sampled or self.encoding != "columns":
+            raise ValueError("metadata.targets: hidden targets have no entries, and nothing to pack")
 
     @property
     def id_type(self) -> UnsignedType:

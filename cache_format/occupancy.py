@@ -11,12 +11,13 @@ import os
 from cache_format.answers import ANSWERS
 from cache_format.claims import CLAIMS, WHOLE, Claims, refused
 from cache_format.errors import CacheError
+from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON
 from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, ANSWERS, "README.md", *FOLDERS, CLAIMS}
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", *FOLDERS, CLAIMS}
 
 
 def recorded_manifest(directory: Directory) -> str | None:

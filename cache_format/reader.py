@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
+import pyarrow as pa
+
 from cache_format.answers import answers_bytes, read_answers, recorded_answers
 from cache_format.errors import FormatError
+from cache_format.head import HEAD, StoredHead
 from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
     MANIFEST,
@@ -194,6 +197,37 @@ class Cache(Sequence[CacheRow]):
         """The file that `answers` reads, checked, as it is. Raises: FormatError."""
         recorded = recorded_answers(self.metadata)
         return None if recorded is None else answers_bytes(self._directory, recorded)
+
+    def head(self) -> StoredHead | None:
+        """Of hidden targets the teacher's head, checked; else None. Raises: FormatError."""
+        metadata, data = self.metadata, self.head_bytes()
+        if metadata.head is None or data is None or metadata.hidden is None:
+            return None
+        where = self._directory.path(HEAD)
+        return StoredHead.of(data, metadata.head, metadata.vocab_size, metadata.hidden.width, where)
+
+    def head_bytes(self) -> pa.Buffer | None:
+        """The file that `head` reads, checked, as it is; on a local disk a memory map. Raises: FormatError."""
+        if self.metadata.head is None:
+            return None
+        expected, where, found = self.metadata.head.sha256, self._directory.path(HEAD), ""
+        if self._read_cache is not None and (data := self._read_cache.get(expected)) is not None:
+            if sha256(data) == expected:
+                return data
+            self._read_cache.drop(expected)
+        try:
+            file = self._directory.open(HEAD)
+            if file.size != self.metadata.head.bytes:
+                raise _damaged(where, f"{file.size:,} bytes, expected {self.metadata.head.bytes:,}")
+            for _ in range(file.readings):
+                data = file.read(0, file.size)
+                if (found := sha256(data)) == expected:
+                    if self._read_cache is not None:
+                        self._read_cache.put(expected, data)
+                    return data
+        except OSError as error:
+            raise _damaged(where, "no such file") from error
+        raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
 
     @cached_property
     def _lexicon(self) -> Lexicon | None:

@@ -110,13 +110,13 @@ class ShardReader:
         """Compressed bytes by column, after judging what the buffers announce to expand to."""
         (message,) = message_buffers(data)
         most = 8 * self._elements(info) + 64  # no element is wider, and Arrow pads to 64
-        width = 0 if self._metadata.hidden is None else self._metadata.hidden.width
+        state = 0 if self._metadata.hidden is None else self._metadata.hidden.state_bytes
         sizes, first = {}, 0
         for name, count in buffers_per_column(self._schema).items():
             own = slice(first, first + count)
             allowed = most + PACKED_OVERHEAD if name == "packed" else most
             if name.startswith(PREFIX):
-                allowed += 2 * info.tokens * width
+                allowed += info.tokens * state
             if max(message.uncompressed[own], default=allowed + 1) > allowed:
                 raise ValueError(f"column {name} expands to more bytes than its entries need")
             sizes[name] = sum(message.compressed[own])

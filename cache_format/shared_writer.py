@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from cache_format.claims import STALE_AFTER_S, WHOLE, Holder, pauses, refused
 from cache_format.errors import CacheError
 from cache_format.metadata import CacheMetadata
+from cache_format.storage import Buffer
 from cache_format.unfinished import ENDING, claim_name
 from cache_format.writer import CacheWriter
 
@@ -69,6 +70,7 @@ class SharedCacheWriter(CacheWriter):
         *,
         share: Share,
         tokenizer_files: Mapping[str, bytes] | None = None,
+        head: Buffer | None = None,
         allow_rounding: bool = False,
         stale_after_s: float = STALE_AFTER_S,
         on_wait: Callable[[str], None] = lambda _: None,
@@ -79,6 +81,7 @@ class SharedCacheWriter(CacheWriter):
             path,
             metadata,
             tokenizer_files=tokenizer_files,
+            head=head,
             resume=True,
             allow_finished=True,
             allow_rounding=allow_rounding,

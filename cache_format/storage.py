@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import fsspec
 import pyarrow as pa
@@ -27,6 +27,9 @@ from cache_format.remote import TEMPORARY_SUFFIX, RemoteDirectory
 
 # What file systems without hard links say to one (FAT, some network and user-space file systems).
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+
+
+Buffer: TypeAlias = bytes | pa.Buffer
 
 
 class ShardFile(Protocol):
@@ -97,9 +100,9 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
-def write_bytes(directory: Directory, name: str, data: bytes) -> None:
+def write_bytes(directory: Directory, name: str, data: Buffer) -> None:
     with directory.create(name) as path:
-        Path(path).write_bytes(data)
+        Path(path).write_bytes(memoryview(data))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from cache_format.card import card
 from cache_format.claims import CLAIMS, WHOLE, Claims, refused, wait_for
 from cache_format.differences import Difference, differences, listed
 from cache_format.errors import CacheError, CorruptShardError, MismatchError
+from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
     MANIFEST,
@@ -36,7 +37,7 @@ from cache_format.manifest import (
 from cache_format.metadata import CacheMetadata
 from cache_format.occupancy import recorded_manifest
 from cache_format.row_batch import RowBatch
-from cache_format.storage import Directory, is_temporary, open_directory, write_bytes
+from cache_format.storage import Buffer, Directory, is_temporary, open_directory, write_bytes
 
 ENDING = "manifest"  # the claim of whoever writes it
 FOLDERS_WITH_FILES = ("", "shards", TOKENIZER_DIR, CLAIMS)
@@ -78,12 +79,13 @@ class UnfinishedCache:
     @property
     def size(self) -> CacheSize:
         shards = self.complete.values()
+        head = 0 if self.metadata.head is None else self.metadata.head.bytes
         return CacheSize(
             shards=len(shards),
             rows=sum(shard.rows for shard in shards),
             tokens=sum(shard.tokens for shard in shards),
             counted_tokens=sum(shard.counted_tokens for shard in shards),
-            bytes=sum(shard.bytes for shard in shards) + (self.lexicon_file.bytes if self.lexicon_file else 0),
+            bytes=sum(shard.bytes for shard in shards) + (self.lexicon_file.bytes if self.lexicon_file else 0) + head,
         )
 
     @property
@@ -143,6 +145,20 @@ class UnfinishedCache:
             inside = f"{TOKENIZER_DIR}/{name}"
             if name not in there or sha256(self.directory.read_bytes(inside)) != self._tokenizer_files[name]:
                 write_bytes(self.directory, inside, contents)
+
+    def write_head(self, contents: Buffer | None) -> None:
+        """Where it is not there, or damaged.
+
+        Raises: ValueError if it is needed and not given, or given and not what the metadata say.
+        """
+        expected = None if self.metadata.head is None else self.metadata.head.sha256
+        if contents is not None and sha256(contents) != expected:
+            raise ValueError("the contents of the head are not those that metadata.targets.head describes")
+        if expected is None or file_is_there(self.directory, HEAD, expected):
+            return
+        if contents is None:
+            raise ValueError("hidden targets need the contents of their head")
+        write_bytes(self.directory, HEAD, contents)
 
     def find_complete(self) -> None:
         """Looks for shards that were not there before."""
@@ -293,10 +309,12 @@ def finish_cache(path: str | os.PathLike[str]) -> Manifest:
                 f"{where}: {_missing(missing, claims)} Run cache-teacher again: it writes what is missing."
             )
         for name, digest in raw["tokenizer_files"].items():
-            if not _is_there(directory, f"{TOKENIZER_DIR}/{name}", digest):
+            if not file_is_there(directory, f"{TOKENIZER_DIR}/{name}", digest):
                 raise CacheError(
                     f"{directory.path(f'{TOKENIZER_DIR}/{name}')}: missing or not the recorded file. Copy it here."
                 )
+        if metadata.head is not None and not file_is_there(directory, HEAD, metadata.head.sha256):
+            raise CacheError(f"{directory.path(HEAD)}: missing or not the recorded file. Copy it here.")
         cache.finish(claims)
     finally:
         claims.close()
@@ -325,9 +343,11 @@ def _missing(missing: Sequence[int], claims: Claims) -> str:
     return f"{len(missing)} shards are missing ({named}), {busy} of which are being written."
 
 
-def _is_there(directory: Directory, name: str, digest: str) -> bool:
+def file_is_there(directory: Directory, name: str, digest: str) -> bool:
+    """With these contents."""
     try:
-        return sha256(directory.read_bytes(name)) == digest
+        file = directory.open(name)
+        return sha256(file.read(0, file.size)) == digest
     except FileNotFoundError:
         return False
 

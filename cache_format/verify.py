@@ -10,6 +10,7 @@ from cache_format.errors import CorruptShardError
 from cache_format.invariants import find_repeated_token
 from cache_format.plausibility import find_implausible
 from cache_format.reader import Cache, open_cache
+from cache_format.rebuilt import find_other_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class VerifySummary:
     tokens: int
     counted_tokens: int
     entries: int
-    bytes: int  # of all shards, and of the lexicon
+    bytes: int  # of all shards, and of what they are decoded with
     shards: int
 
 
@@ -30,7 +31,8 @@ def verify_cache(
     Args:
         progress: called with (rows checked, rows in all) after each record batch.
         deep: decode as well, and ask of every position what the reader asks, that no token is both exact and sampled,
-            and that its probabilities and its entropy can be those of one distribution. Without, bytes are what is
+            and that its probabilities and its entropy can be those of one distribution; of hidden targets, at some
+            positions, that state and head have the entropy that is stored. Without, bytes are what is
             compared: they are those that the writer checked, a hundred times as fast.
 
     Raises: CacheError for the first thing that is wrong.
@@ -38,6 +40,7 @@ def verify_cache(
     cache = open_cache(path)
     cache.tokenizer_files()
     cache.answers_bytes()
+    cache.head()
     for done in _values(cache) if deep else cache.check_bytes():
         if progress is not None:
             progress(done, cache.num_rows)
@@ -53,11 +56,14 @@ def verify_cache(
 
 
 def _values(cache: Cache) -> Iterator[int]:
-    rows = 0
+    rows, head = 0, cache.head()
     for batch in cache.iter_record_batches():
         here = range(rows, rows + len(batch))
-        for find in (find_repeated_token, find_implausible):
-            if problem := find(batch, here, cache.metadata):
+        problems = [find(batch, here, cache.metadata) for find in (find_repeated_token, find_implausible)]
+        if head is not None:
+            problems.append(find_other_entropy(batch, here, cache.metadata, head))
+        for problem in problems:
+            if problem is not None:
                 raise CorruptShardError(f"{cache.path}: {problem}: it was written like this. Make the cache again.")
         rows += len(batch)
         yield rows

@@ -21,7 +21,7 @@ from cache_format.metadata import CacheMetadata
 from cache_format.occupancy import claim_alone, recorded_manifest
 from cache_format.row_batch import RowBatch, concatenate
 from cache_format.shard_writer import ShardWriter
-from cache_format.storage import open_directory
+from cache_format.storage import Buffer, open_directory
 from cache_format.types import CacheRow
 from cache_format.unfinished import CacheSize, UnfinishedCache, shard_info
 
@@ -36,6 +36,7 @@ class CacheWriter:
         path: a local directory or an fsspec URL; must not exist, or be empty, unless resuming.
         metadata: what is known beforehand; `metadata.corpus["rows"]` rows must be written.
         tokenizer_files: name -> contents, stored under `tokenizer/`.
+        head: contents of the file that `metadata.head` describes; not needed where it is already there.
         resume: continue an unfinished cache, or redo the missing shards of a finished one.
         allow_finished: take a finished cache of the same metadata, and write nothing.
         allow_rounding: continue although device, threads, batch size or library versions differ; the shards written
@@ -52,6 +53,7 @@ class CacheWriter:
         metadata: CacheMetadata,
         *,
         tokenizer_files: Mapping[str, bytes] | None = None,
+        head: Buffer | None = None,
         resume: bool = False,
         allow_finished: bool = False,
         allow_rounding: bool = False,
@@ -80,6 +82,7 @@ class CacheWriter:
                     "Choose another directory to make a new one."
                 )
             self._cache.write_tokenizer(files)
+            self._cache.write_head(head)
         except BaseException:
             self._claims.close()
             raise

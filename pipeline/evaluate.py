@@ -1,8 +1,8 @@
 """How far a student is from its teacher, on a cache that it was not trained on.
 
-    kl          KL(teacher‖student), nats per token. On sampled targets an unbiased estimate of the full divergence; on
-                exact ones with the rest of the vocabulary as one class: a lower bound, tight where they keep most of
-                the mass
+    kl          KL(teacher‖student), nats per token. On hidden targets the full divergence itself; on sampled ones an
+                unbiased estimate of it; on exact ones with the rest of the vocabulary as one class: a lower bound,
+                tight where they keep most of the mass
     ce          cross-entropy with the true token, nats; perplexity = exp(ce)
     agreement   how often the student's most likely token is the teacher's
 
@@ -28,7 +28,7 @@ from pipeline.student.checks import check_isolation, check_student, longest_row
 from pipeline.student.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data import Batch, CacheDataset
 from pipeline.student.forward import distillation_output
-from pipeline.student.recipe import LossRecipe
+from pipeline.student.recipe import LossRecipe, with_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def evaluate(
         MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
-    cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies)
+    cache = with_states(cf.open_cache(config.cache, hidden_layers=[], read_cache=copies))
     tokenizer, _ = check_student(
         [cache],
         config.student,

@@ -172,7 +172,7 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size, masked=masked)
             ratios = [
-                _deviation(head.logits(hidden * by), expected) / _tolerance(expected, roundings=4)
+                deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
                 for by, expected in ((1.0, quiet), (factor, loud))
             ]
             worst["linear" if linear else "own"] = ratio = max(ratios)
@@ -201,10 +201,10 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
         expected = head.hidden_states(second, alone)[0]
         behind_first, behind_other = head.hidden_states(rows, packed.expand(2, -1))[:, first.shape[1] :]
     for found, than, roundings in ((behind_first, expected, 16), (behind_first, behind_other, 4)):
-        deviation, allowed = _deviation(found, than), _tolerance(expected, roundings=roundings)
-        if not deviation <= allowed:
+        off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
+        if not off <= allowed:
             raise ModelError(
-                f"{type(model).__name__}: a document packed behind another one changes by {deviation:.2g} "
+                f"{type(model).__name__}: a document packed behind another one changes by {off:.2g} "
                 f"(allowed {allowed:.2g}), so they attend to one another. Use --no-packing."
             )
 
@@ -221,10 +221,10 @@ def check_padding(model: PreTrainedModel, head: Head) -> None:
         expected = head.hidden_states(document, positions[:, : document.shape[1]])[0]
         zeros, others = head.hidden_states(rows, positions.expand(len(rows), -1), there)[:, : document.shape[1]]
     for found, than, roundings in ((zeros, expected, 16), (zeros, others, 4)):
-        deviation, allowed = _deviation(found, than), _tolerance(expected, roundings=roundings)
-        if not deviation <= allowed:
+        off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
+        if not off <= allowed:
             raise ModelError(
-                f"{type(model).__name__}: a document changes by {deviation:.2g} (allowed {allowed:.2g}) when its row "
+                f"{type(model).__name__}: a document changes by {off:.2g} (allowed {allowed:.2g}) when its row "
                 "is padded, so it sees the padding: rows of different lengths cannot share a batch. Use another model."
             )
 
@@ -304,10 +304,11 @@ def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], 
         hook.remove()
 
 
-def _deviation(found: Tensor, expected: Tensor) -> float:
+def deviation(found: Tensor, expected: Tensor) -> float:
+    """The largest difference."""
     return (found.float() - expected.float()).abs().max().item()
 
 
-def _tolerance(expected: Tensor, *, roundings: int) -> float:
+def tolerance(expected: Tensor, *, roundings: int) -> float:
     """So many roundings of the largest value in the dtype it was computed in; fp32 products need some slack."""
     return max(roundings * torch.finfo(expected.dtype).eps, 64e-6) * max(1.0, expected.abs().max().item())

@@ -21,6 +21,7 @@ FILES = (
     "manifest.json",
     "README.md",
     "lexicon.arrow",
+    "head.safetensors",
     "answers.jsonl",
     "shards/*.arrow",
     "shards/*.json",

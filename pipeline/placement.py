@@ -58,6 +58,20 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.detach()
 
 
+def values_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a module with its values, wherever they lie meanwhile; None if it has none of that name."""
+    tensor = getattr(module, name, None)
+    if tensor is None:
+        return None
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    if tensor.is_meta:
+        with align_module_device(module, torch.device("cpu")):
+            found: Tensor = getattr(module, name).detach()
+            return found
+    return tensor.detach()
+
+
 def computing_devices(model: nn.Module, device: torch.device) -> list[torch.device]:
     """Where the layers of a model compute: what is left on CPU or disk on the first GPU, if there is one."""
     places = set(getattr(model, "hf_device_map", {"": device}).values()) - {"cpu", "disk", torch.device("cpu")}

@@ -83,6 +83,7 @@ def cache_stats(cache: cf.Cache) -> dict[str, Any]:
     tokens, total = cache.num_tokens, cache.manifest.stored_bytes
     edges = np.arange(0.0, np.ceil(max(entropy.max(initial=0.0), 1.0)) + 0.5, 0.5)
     counts, _ = np.histogram(entropy, edges)
+    full = cache.metadata.head is not None  # nothing is left out
     return {
         "path": cache.path,
         "teacher": cache.metadata.teacher["name"],
@@ -94,10 +95,11 @@ def cache_stats(cache: cf.Cache) -> dict[str, Any]:
         "shards": len(cache.manifest.shards),
         "bytes": total,
         "bytes_per_token": total / tokens,
+        "head_bytes": cache.manifest.head_bytes,
         "column_bytes_per_token": {name: value / tokens for name, value in columns.items()},
         "column_entropy_bytes_per_token": {name: _bits(counts) / 8 / tokens for name, counts in streams.items()},
-        "exact_mass_mean": float(mass.mean()) if len(mass) else None,
-        "exact_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) else None,
+        "exact_mass_mean": float(mass.mean()) if len(mass) and not full else None,
+        "exact_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) and not full else None,
         "entropy_mean_nats": float(entropy.mean()) if len(entropy) else None,
         "entropy_histogram": {"edges_nats": edges.tolist(), "counts": counts.tolist()},
     }
@@ -133,7 +135,7 @@ def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _bits(counts: np.ndarray) -> float:
     """Empirical entropy of order zero, of all symbols together."""
     counts = counts[counts > 0]
-    return float(-(counts * np.log2(counts / counts.sum())).sum())
+    return abs(float((counts * np.log2(counts / counts.sum())).sum()))
 
 
 def describe_targets(targets: Mapping[str, Any]) -> str:
@@ -145,12 +147,20 @@ def describe_targets(targets: Mapping[str, Any]) -> str:
         for name, symbol in names.items()
         if targets.get(name) is not None and targets[name] != usual.get(name)
     ]
+    if "head" in targets and "hidden" in targets:
+        parts.insert(0, f"D = {targets['hidden']['width']}, {targets['hidden']['dtype']}")
     return ", ".join([targets["kind"], *parts])
 
 
 def stats_view(stats: dict[str, Any]) -> RenderableType:
     """`cache_stats` for people."""
     targets = stats["targets"]
+    entries = f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"
+    kept = f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}"
+    once = ""
+    if targets["kind"] == "hidden":
+        entries, kept = "none: states, of which the head makes whole distributions", "all"
+        once = f", of it the head {size(stats['head_bytes'])}, once"
     summary = pairs(
         stats["path"],
         [
@@ -158,12 +168,9 @@ def stats_view(stats: dict[str, Any]) -> RenderableType:
             ("targets", describe_targets(targets)),
             ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
             ("tokens", f"{stats['tokens']:,}, of which {stats['counted_tokens']:,} count"),
-            ("entries", f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"),
-            ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token"),
-            (
-                "exact mass",
-                f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}",
-            ),
+            ("entries", entries),
+            ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token{once}"),
+            ("exact mass", kept),
             ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
         ],
     )
@@ -186,6 +193,8 @@ def stats_view(stats: dict[str, Any]) -> RenderableType:
 def _name_of_targets(targets: Mapping[str, Any]) -> str:
     """The kind and its one most telling number: threshold 0.05."""
     telling = {"top-k": "k", "top-p": "top_p", "threshold": "tail_threshold", "random": "draws"}
+    if targets["kind"] not in telling:
+        return str(targets["kind"])
     return f"{targets['kind']} {targets[telling[targets['kind']]]:g}"
 
 
@@ -203,8 +212,8 @@ def plan_view(plan: Plan) -> RenderableType:
             f"{rule.entries_per_token:.1f}",
             f"{rule.exact_mass:.2f}",
             f"{rule.bytes_per_token['columns']:.1f}",
-            f"{rule.bytes_per_token['packed']:.1f}",
-            size(rule.bytes[plan.encoding]),
+            f"{rule.bytes_per_token['packed']:.1f}" if "packed" in rule.bytes_per_token else "—",
+            size(rule.bytes[plan.encoding if plan.encoding in rule.bytes else "columns"]),
             f"{rule.tokens_per_s:,.0f}" + ("*" if rule.writer_bound else ""),
             duration(rule.seconds),
         ]
@@ -237,10 +246,14 @@ def inspect_row(
         start, positions: from which position, and how many.
     """
     row = cache[row_index]
-    by_probability = row.targets.merged().sorted_by_probability()
+    end = min(start + positions, len(row.input_ids))
+    targets = row.targets
+    if (head := cache.head()) is not None:
+        targets = cf.rebuilt_targets(row, head, min(candidates, cache.metadata.vocab_size), slice(start, end))
+    by_probability = targets.merged().sorted_by_probability()
     labels, shown = row.label_ids, []
     about = "next" if cache.metadata.alignment == "next" else "label"
-    for t in range(start, min(start + positions, len(row.input_ids))):
+    for t in range(start, end):
         ids, logprobs = by_probability.at(t)
         probs = np.exp(logprobs.astype(np.float64))
         label = int(labels[t])
@@ -257,7 +270,7 @@ def inspect_row(
                 f"{about}_rank": int(among[0]) + 1 if len(among) else None,
                 f"{about}_prob": float(probs[among[0]]) if len(among) else None,
                 "entropy_nats": float(row.targets.entropy[t]),
-                "exact_mass": float(-np.expm1(float(row.targets.residual_logprob[t]))),
+                "exact_mass": float(-np.expm1(float(targets.residual_logprob[t]))),
                 "candidates": [
                     {
                         "id": int(i),

@@ -5,10 +5,12 @@ rows are computed twice, each alone and several in a batch, and what the cache d
 teacher deviates by from itself. A cache of other weights, another tokenizer's, of a shifted position or of damaged
 memory is off by whole nats; one of another dtype or device by a little more than the noise.
 
-Values in a cache are rounded to a codebook. A deviation is what is left beyond that: 0 for a value that lies anywhere
-between the numbers that are rounded to the stored one.
+Values in a cache are rounded to a codebook, states to their dtype. A deviation is what is left beyond that: 0 for a
+value that lies anywhere between the numbers that are rounded to the stored one. Of hidden targets the state nearest to
+the teacher's among those is put through the head of the cache, and its log-probabilities are compared with the
+teacher's own, of every token.
 
-Shapes: n positions of a row, V vocabulary, E exact entries of all its positions.
+Shapes: n positions of a row, V vocabulary, E exact entries of all its positions, D width of a state.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 import cache_format as cf
 from cache_format.types import entry_groups, group_counts
 from pipeline.errors import ConfigError
+from pipeline.head_form import HeadForm, head_form
 from pipeline.heads import Head, open_head
 from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
 from pipeline.objective import objective_for
@@ -31,6 +34,7 @@ from pipeline.teacher.answers import place_of
 from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher_head import TeacherHead
 from pipeline.tokenizers import tokenizer_fingerprint
 
 CHUNK_POSITIONS = 256
@@ -57,11 +61,12 @@ class TeacherCheck:
 
     rows: int
     positions: int
-    entries: int  # exact ones, of which log-probabilities were compared
+    entries: int  # exact ones, of which log-probabilities were compared; of hidden targets all V
     deviation: float  # of log-probabilities, residuals and entropies, beyond rounding
     deviation_at: str  # where: row, position and quantity
     noise: float  # of the same log-probabilities between two runs of the teacher
-    same_entries: float  # share of positions for which the teacher, asked again, gives the very same token ids
+    same_entries: float  # share of positions for which the teacher, asked again, gives the very same token ids; of
+    # hidden targets the same likeliest one
     same_entries_noise: float  # that share between two runs of the teacher
     same_weights: bool  # by fingerprint, which another dtype changes too
 
@@ -79,6 +84,7 @@ class _Asked(NamedTuple):
 
     logprobs: np.ndarray  # [E] float64, at the cached exact ids
     targets: ChunkTargets  # [n, ...]
+    hidden: torch.Tensor  # [n, ·] what the head is applied to
 
 
 def verify_against_teacher(
@@ -94,6 +100,9 @@ def verify_against_teacher(
         computed again. ModelError, CacheError: either cannot be read.
     """
     cache = cf.open_cache(config.cache, hidden_layers=[])
+    stored_head = None if cache.metadata.head is None else TeacherHead(cache)
+    if stored_head is not None:
+        cache = cache.with_hidden([stored_head.spec.layer])
     rule = TargetRule.from_json(cache.metadata.targets)
     if not cache.metadata.rounded_once:
         raise ConfigError(
@@ -125,12 +134,16 @@ def verify_against_teacher(
     rows = cache.rows(chosen)
     places = _places(cache)
     together = int(cache.metadata.capture.get("batch_size", 8))
+    form = None if stored_head is None else head_form(head)
     checks = []
     for start in range(0, len(rows), together):
         batch = rows[start : start + together]
         for row, other in zip(batch, _ask(head, batch, rule, cache.metadata, places), strict=True):
             (alone,) = _ask(head, [row], rule, cache.metadata, places)
-            checks.append(_check(row, alone, other, cache.metadata))
+            check = _check(row, alone, other, cache.metadata)
+            if stored_head is not None and form is not None:
+                check = _check_states(row, alone, other, form, stored_head, check)
+            checks.append(check)
             on_progress(len(checks), len(rows))
     positions = sum(check.positions for check in checks)
     worst = max(checks, key=lambda check: check.deviation)
@@ -174,7 +187,7 @@ def _ask(
             chunk = sparse_targets(logits, rule, None if drawn is None else drawn[here])
             chunks.append(ChunkTargets(*(part.cpu() for part in chunk)))
         targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-        asked.append(_Asked(torch.cat(logprobs).numpy(), targets))
+        asked.append(_Asked(torch.cat(logprobs).numpy(), targets, states))
     return asked
 
 
@@ -221,6 +234,46 @@ def _check(row: cf.CacheRow, asked: _Asked, again: _Asked, metadata: cf.CacheMet
         same_entries=sum(map(np.array_equal, cached_ids, first)),
         same_entries_noise=sum(map(np.array_equal, first, second)),
     )
+
+
+@torch.inference_mode()
+def _check_states(
+    row: cf.CacheRow, asked: _Asked, again: _Asked, form: HeadForm, stored_head: TeacherHead, check: _RowCheck
+) -> _RowCheck:
+    """`check` of a row's entropies, with what its states say of every token."""
+    hidden, layer = row.hidden, stored_head.spec.layer
+    assert hidden is not None
+    low, high = (torch.from_numpy(bound) for bound in _rounded_from(hidden, layer))
+    stored, position = torch.from_numpy(hidden.values(layer)), np.flatnonzero(hidden.mask)
+    worst, worst_at, noise, same, same_noise = check.deviation, check.deviation_at, check.noise, 0, 0
+    for start in range(0, len(position), CHUNK_POSITIONS):
+        here = slice(start, start + CHUNK_POSITIONS)
+        (logits, inputs), (others, _) = form.logits(asked.hidden[here]), form.logits(again.hidden[here])
+        nearest = torch.minimum(torch.maximum(inputs.double().cpu(), low[here].double()), high[here].double())
+        found, other = (each.double().cpu().log_softmax(dim=1) for each in (logits, others))
+        rebuilt = stored_head(nearest.float()).double().log_softmax(dim=1)
+        off = (rebuilt - found).abs().amax(dim=1)
+        if not off.max().item() <= worst:  # NaN too
+            worst, worst_at = (
+                off.max().item(),
+                f"hidden_{layer} of row {row.row}, position {position[here][off.argmax()]}",
+            )
+        noise = max(noise, (found - other).abs().max().item())
+        likeliest = found.argmax(dim=1)
+        same += int((stored_head(stored[here]).argmax(dim=1) == likeliest).sum())
+        same_noise += int((other.argmax(dim=1) == likeliest).sum())
+    entries = len(position) * form.head.vocab_size
+    return _RowCheck(len(position), entries, worst, worst_at, noise, same, same_noise)
+
+
+def _rounded_from(hidden: cf.HiddenStates, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """[n, D] between which numbers each of the stored ones lay."""
+    values = hidden.values(layer)
+    if layer in hidden.scales:
+        half = np.broadcast_to(hidden.scales[layer][:, None] * np.float32(0.5001), values.shape)
+    else:
+        half = np.abs(np.spacing(hidden.states[layer])).astype(np.float32) * np.float32(0.5001)
+    return values - half, values + half
 
 
 def _stored(row: cf.CacheRow, metadata: cf.CacheMetadata) -> np.ndarray:

@@ -253,7 +253,7 @@ def truncate(file: Path) -> None:
 def newer(file: Path) -> None:
     text = file.read_text()
     assert '"format_version": 1' in text
-    file.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    file.write_text(text.replace('"format_version": 1', '"format_version": 3'))
 
 
 def unfinished(cache: Path) -> None:
@@ -265,7 +265,7 @@ DAMAGE = {
     "truncated shard": (lambda cache: truncate(cache / SHARD), (SHARD, "bytes", "run cache-teacher again")),
     "flipped bit": (lambda cache: flip(cache / SHARD, 2000), (SHARD, "checksum", "run cache-teacher again")),
     "missing shard": (lambda cache: (cache / SHARD).unlink(), (SHARD, "cannot be read", "run cache-teacher again")),
-    "newer version": (lambda cache: newer(cache / "manifest.json"), ("manifest.json", "version 2", "Install")),
+    "newer version": (lambda cache: newer(cache / "manifest.json"), ("manifest.json", "version 3", "Install")),
     "flipped bit in the manifest": (lambda cache: flip(cache / "manifest.json", 900), ("manifest.json",)),
     "unfinished": (unfinished, ("unfinished", "Run cache-teacher again")),
     "missing": (shutil.rmtree, ("cache: no such directory", "Give")),

@@ -1,10 +1,12 @@
 """Losses on sparse teacher targets: a plain reference and its fused twin.
 
 `sparse_kl` takes logits and is the definition; `fused_head_loss` takes hidden states and the head's weight, never
-builds the logits, and equals it within rounding. Both read a `TargetBatch`; see `tails` for the policies, `mixture` for
-the names of divergences, `weighting` for the weights of positions.
+builds the logits, and equals it within rounding. Both read a `TargetBatch`; the fused one `FullTargets` as well, where
+the teacher's distribution is whole. See `tails` for the policies, `mixture` for the names of divergences, `weighting`
+for the weights of positions.
 """
 
+from pipeline.losses.full import FullTargets
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
 from pipeline.losses.mixture import DIVERGENCES, Mixture
 from pipeline.losses.reference import sparse_kl
@@ -18,6 +20,7 @@ __all__ = [
     "POSITION_WEIGHTINGS",
     "TAIL_POLICIES",
     "UNBIASED",
+    "FullTargets",
     "HeadOutput",
     "Mixture",
     "PositionWeighting",

@@ -8,6 +8,7 @@ larger than chunk·V ever exists, because a sparse loss sees the V logits of a p
     ∂L/∂z_j = ∂L/∂r · exp(z_j − r)        for every other j           (a scalar per row times what softmax left)
 
 The divergence and its K+2 derivatives are plain autograd on [n, K+2] tensors: a new divergence needs no new gradient.
+Where the teacher's whole distribution is there (`full`), it is autograd on [n, V].
 From dlogits come dHidden = dlogits·W and dWeight += dlogitsᵀ·h, in the forward pass; the backward pass only scales.
 
 Per position, forward and backward: 6·D·V FLOPs in three matrix products, the same as plain cross-entropy, and five
@@ -28,10 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.losses import full
+from pipeline.losses.full import FullTargets
 from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
 from pipeline.losses.targets import TargetBatch
 from pipeline.losses.weighting import PositionWeighting, check_weighting, entropy_of_parts, position_weight
+
+Targets = TargetBatch | FullTargets
 
 CHUNK_POSITIONS = 512
 """Positions per chunk: enough rows for the matrix product to run at speed (measured in `benchmarks/`)."""
@@ -83,14 +88,14 @@ def fused_head_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: TargetBatch,
+    targets: Targets,
     *,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
     divergence: str | Mixture = FORWARD_KL,
     position_weighting: PositionWeighting = "uniform",
-    chunk_size: int = CHUNK_POSITIONS,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Equals `sparse_kl(hidden @ weight.T + bias, targets, …)`, mean over counted positions, without the logits.
 
@@ -118,7 +123,7 @@ def fused_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: TargetBatch,
+    targets: Targets,
     *,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -127,23 +132,25 @@ def fused_head(
     position_weighting: PositionWeighting = "uniform",
     scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int = CHUNK_POSITIONS,
+    chunk_size: int | None = None,
 ) -> HeadOutput:
     """The sums of the distillation loss for a linear head; see the module docstring for how.
 
     Args:
         hidden: [N, D] or [B, T, D] states that the head is applied to.
         weight: [≥V, D]; rows from `vocab_size` on are padding and take no part.
-        targets: N positions; those that do not count cost nothing.
+        targets: N positions; those that do not count cost nothing. Of `FullTargets` every token is an entry, and `tail`
+            means nothing.
         temperature, kd_weight, tail, divergence, position_weighting: as in `sparse_kl`.
         scale: multiplies `loss`, typically one over the counted positions of the whole optimizer step. Given here
             rather than multiplied afterwards, the backward pass has nothing left to do.
-        chunk_size: positions at a time; the result does not depend on it beyond rounding.
+        chunk_size: positions at a time, by default as suits the targets; the result does not depend on it beyond
+            rounding.
     """
     objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting)
     vocab_size = vocab_size or weight.shape[0]
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets = entries_of(targets, tail, temperature)
+    targets, chunk_size = _prepared(targets, tail, temperature, chunk_size)
     kept = targets.counted.nonzero().squeeze(1)
     if len(kept) < len(targets):
         hidden, targets = hidden[kept], targets[kept]
@@ -165,6 +172,13 @@ def fused_head(
     return HeadOutput(*sums)
 
 
+def _prepared(targets: Targets, tail: TailPolicy, temperature: float, chunk_size: int | None) -> tuple[Targets, int]:
+    """Targets as a loss takes them, and how many positions at a time."""
+    if isinstance(targets, FullTargets):
+        return targets, chunk_size or full.CHUNK_POSITIONS
+    return entries_of(targets, tail, temperature), chunk_size or CHUNK_POSITIONS
+
+
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -172,7 +186,7 @@ class _FusedHead(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: TargetBatch,
+        targets: Targets,
         objective: Objective,
         scale: float | Tensor,
         vocab_size: int,
@@ -234,14 +248,17 @@ class _FusedHead(torch.autograd.Function):
 
 def _loss_and_dlogits(
     logits: Tensor,
-    targets: TargetBatch,
+    targets: Targets,
     objective: Objective,
     scale: float | Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums [loss, kl, ce, agreement, count] of one chunk, and d(scale·loss)/dlogits [n, V] in the logits' place.
 
-    All positions count. `scale` None: no gradient. Everything vocabulary-wide is here and in `_exp_rest`.
+    All positions count. `scale` None: no gradient. Everything vocabulary-wide is here and in `_exp_rest`, and of whole
+    distributions in `full`.
     """
+    if isinstance(targets, FullTargets):
+        return full.full_loss_and_dlogits(logits, targets, objective, scale)
     temperature, kd_weight, tail, mixture, weighting = objective
     want_grad = scale is not None
     label = targets.labels[:, None]  # [n, 1]
@@ -308,7 +325,7 @@ def _exp_rest(logits: Tensor, largest: Tensor, taken: Tensor) -> tuple[Tensor, T
 def general_head(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
-    targets: TargetBatch,
+    targets: Targets,
     *,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -317,7 +334,7 @@ def general_head(
     position_weighting: PositionWeighting = "uniform",
     scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int = CHUNK_POSITIONS,
+    chunk_size: int | None = None,
 ) -> HeadOutput:
     """`fused_head` for a head that is not linear (soft-capping, scaling, a transform): any [n, D] → [n, V] module.
 
@@ -326,11 +343,11 @@ def general_head(
     """
     objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets = entries_of(targets, tail, temperature)
+    targets, chunk_size = _prepared(targets, tail, temperature, chunk_size)
     kept = targets.counted.nonzero().squeeze(1)
     hidden, targets = hidden[kept], targets[kept]
 
-    def chunk_terms(states: Tensor, chunk: TargetBatch) -> tuple[Tensor, Tensor]:
+    def chunk_terms(states: Tensor, chunk: Targets) -> tuple[Tensor, Tensor]:
         logits = head(states)[:, :vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return _LossOfLogits.apply(logits, chunk.to(dtype=logits.dtype), objective, torch.is_grad_enabled())
@@ -350,7 +367,7 @@ class _LossOfLogits(torch.autograd.Function):
     """Sum of the loss over one chunk of logits [n, V]; the gradient is computed with it."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: TargetBatch, objective: Objective, needs_grad: bool):  # type: ignore[override]
+    def forward(ctx, logits: Tensor, targets: Targets, objective: Objective, needs_grad: bool):  # type: ignore[override]
         terms, d_logits = _loss_and_dlogits(logits.clone(), targets, objective, 1.0 if needs_grad else None)
         ctx.save_for_backward(d_logits)
         ctx.mark_non_differentiable(terms)

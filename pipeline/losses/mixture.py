@@ -5,7 +5,8 @@
     name    one of DIVERGENCES, or the import path of a function: my_module.my_function
 
 A specification is parsed once to a frozen `Mixture`, which prints as one that parses to the same. `soft_losses` is all
-that the fused head and its reference see of it. Costs a few operations on [n, K+1] numbers, and nothing V-wide.
+that the fused head and its reference see of it, and `full_soft_losses` where the teacher's distribution is whole. Costs
+a few operations on [n, K+1] numbers, and nothing V-wide; there on [n, V].
 """
 
 from __future__ import annotations
@@ -155,26 +156,67 @@ def soft_losses(
 
     Args: as of `divergences.soft_loss`.
     """
+    return _mixed(
+        mixture,
+        temperature,
+        kl=lambda: d.soft_loss(targets, student, tail, temperature, vocab_size),
+        classes=lambda: _comparable(*distributions(targets, student, tail, temperature, vocab_size)),
+        numbers=lambda: (targets.logprobs * (targets.temperature / temperature), student.entries),
+    )
+
+
+def full_soft_losses(log_p: Tensor, z: Tensor, temperature: float, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """`soft_losses` of whole distributions: every token is a class, and an entry.
+
+    Args:
+        log_p: [n, V] the teacher's log-probabilities at temperature T.
+        z: [n, V] the student's logits divided by T.
+    """
+    log_q = z.log_softmax(dim=1)
+    return _mixed(
+        mixture,
+        temperature,
+        kl=lambda: d.forward_kl(log_p, log_q),
+        classes=lambda: (log_p, log_q),
+        numbers=lambda: (log_p, z),
+    )
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _mixed(
+    mixture: Mixture,
+    temperature: float,
+    *,
+    kl: Callable[[], Tensor],
+    classes: Callable[[], Pair],
+    numbers: Callable[[], Pair],
+) -> Pair:
+    """Both results of `soft_losses`, computing only what is needed.
+
+    Args:
+        classes: log p, log q [n, C]. numbers: log p and the student's logits of the entries [n, K].
+    """
     if mixture.is_forward_kl:
-        kl = d.soft_loss(targets, student, tail, temperature, vocab_size)
-        return kl, kl
+        found = kl()
+        return found, found
     trained = torch.is_grad_enabled() and any(term.name == FORWARD_KL for term in mixture.terms)
     with torch.set_grad_enabled(trained):
-        kl = d.soft_loss(targets, student, tail, temperature, vocab_size)
-    classes = None
-    total = torch.zeros_like(kl)
+        forward = kl()
+    both = None
+    total = torch.zeros_like(forward)
     for term in mixture.terms:
         kind = term.divergence
         if term.name == FORWARD_KL:
-            value = kl
+            value = forward
         elif kind.of_entries:
-            log_p = targets.logprobs * (targets.temperature / temperature)
-            value = kind.function(log_p, student.entries, *term.parameters)
+            value = kind.function(*numbers(), *term.parameters)
         else:
-            classes = classes or _comparable(*distributions(targets, student, tail, temperature, vocab_size))
-            value = kind.function(*classes, *term.parameters)
+            both = both or classes()
+            value = kind.function(*both, *term.parameters)
         total = total + term.weight * temperature ** (kind.power - 2) * value
-    return kl, total
+    return forward, total
 
 
 def _comparable(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from pipeline.losses import TailPolicy
 from pipeline.report import describe_targets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.features import FeatureRecipe
-from pipeline.student.recipe import LossRecipe, default_tail
+from pipeline.student.recipe import LossRecipe, default_tail, with_states
 from pipeline.tokenizers import check_same_tokenizer
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -75,9 +75,9 @@ class Mix:
         """Likewise."""
         return sum(portion.passes(portion.rows) * portion.cache.num_counted_tokens for portion in self.portions)
 
-    def with_hidden(self, layers: Sequence[int]) -> Mix:
-        """As `cf.Cache.with_hidden`, all of them."""
-        return Mix(tuple(replace(portion, cache=portion.cache.with_hidden(layers)) for portion in self.portions))
+    def with_states(self, layers: Sequence[int]) -> Mix:
+        """As `recipe.with_states`, all of them."""
+        return Mix(tuple(replace(portion, cache=with_states(portion.cache, layers)) for portion in self.portions))
 
     def seen(self, rows: int) -> list[dict[str, Any]]:
         """What of each cache the first `rows` rows of a run are: passes, rows to the nearest, tokens on average."""
@@ -235,6 +235,9 @@ def _facts(cache: cf.Cache, tail: TailPolicy, features: FeatureRecipe | None) ->
         "temperature": float(targets["temperature"]),
         "tail policy": tail,
     }
+    head, states = about.head, about.hidden
+    of_head = (None, None) if head is None or states is None else (_short(head.sha256), states.dtype)
+    facts |= {"head of hidden targets": of_head[0] or "none", "states of hidden targets": of_head[1] or "none"}
     if features is not None:
         spec = about.hidden
         used = features.teacher_layers

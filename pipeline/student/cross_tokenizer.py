@@ -203,6 +203,11 @@ def check_cross_tokenizer(
             f"{option}: {cache.path} has random targets, without any exact entry, and a sample loses what makes it "
             "unbiased where tokens have no counterpart. Cache with --targets top-k."
         )
+    if targets["kind"] == "hidden":
+        raise ConfigError(
+            f"{option}: {cache.path} has hidden targets, without entries that could be carried over to other tokens. "
+            "Make some of them: distill convert --top-k 64."
+        )
     allowed = ("bucket", "renormalise") if method == "project" else ("bucket",)
     if tail is not None and tail not in allowed:
         raise ConfigError(

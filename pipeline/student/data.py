@@ -19,8 +19,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from cache_format import Cache, CacheRow
-from pipeline.losses import IGNORE_INDEX, TargetBatch
+from pipeline.losses import IGNORE_INDEX, FullTargets, TargetBatch
 from pipeline.padding import pad_rows, padding_mask
+from pipeline.teacher_head import TeacherHead
 
 WINDOW = 16
 """Record batches that are mixed with one another, and that the reader must keep decoded."""
@@ -173,6 +174,22 @@ def targets_of(batch: Batch, temperature: float = 1.0) -> TargetBatch:
         entropy=batch["target_entropy"].flatten(),
         labels=batch["labels"].flatten(),
         temperature=temperature,
+    )
+
+
+def full_targets_of(batch: Batch, teacher: TeacherHead) -> FullTargets:
+    """The flattened targets [N = B·T] of a collated batch with the states that the teacher's head multiplies."""
+    labels, index = batch["labels"].flatten(), batch["hidden_index"]
+    place = torch.full_like(labels, -1)
+    place[index] = torch.arange(len(index), device=index.device)
+    layer = teacher.spec.layer
+    return FullTargets(
+        states=batch[f"hidden_{layer}"],
+        scales=batch.get(f"hidden_{layer}_scale"),
+        place=place,
+        labels=labels,
+        entropy=batch["target_entropy"].flatten(),
+        head=teacher,
     )
 
 

@@ -19,7 +19,7 @@ Shapes: B rows of T positions, n positions that have states, D_s and D_t the wid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,13 @@ class FeatureRecipe:
                 )
             return None
         spec = cache.metadata.hidden
-        if spec is None:
+        if spec is None or not spec.of_layers:
             raise ConfigError(
                 f"--hidden-loss {loss}: {cache.path} holds no hidden states. Cache the text with --hidden-states last "
                 "(or all, or some layers)."
             )
         weight = 1.0 if weight is None else weight
+        spec = replace(spec, layers=spec.of_layers)
         return cls(loss=loss, weight=weight, layer_map=layer_map or "uniform", spec=spec)  # type: ignore[arg-type]
 
     @property
@@ -180,6 +181,10 @@ class Features(nn.Module):
     @property
     def student_layers(self) -> list[int]:
         return sorted({student for student, _ in self.pairs})
+
+    def are_in(self, batch: dict[str, Tensor]) -> bool:
+        """Whether a batch has the teacher's states of every layer."""
+        return all(f"hidden_{teacher}" in batch for _, teacher in self.pairs)
 
     def forward(self, states: dict[int, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """[B] sums over the counted positions of each row that have states.

@@ -1,4 +1,4 @@
-"""The student's forward pass for distillation: token ids and sparse targets in, sums of the loss out.
+"""The student's forward pass for distillation: token ids and targets in, sums of the loss out.
 
 Installed as the model's own `forward`. Trainer wraps the model (DDP, FSDP, autocast) and calls the wrapper; a loss
 computed beside the wrapped module would leave data-parallel ranks with gradients that are never averaged, or find a
@@ -17,7 +17,7 @@ from pipeline.heads import Head
 from pipeline.losses import HeadOutput, fused_head, general_head
 from pipeline.losses.uld import uld_head
 from pipeline.student.cross_tokenizer import sorted_targets_of
-from pipeline.student.data import Batch, targets_of
+from pipeline.student.data import Batch, full_targets_of, targets_of
 from pipeline.student.features import Features
 from pipeline.student.recipe import LossRecipe
 
@@ -54,7 +54,7 @@ def distillation_output(
     """
     inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
     states: dict[int, Tensor] = {}
-    if features is None or "hidden_index" not in batch:
+    if features is None or not features.are_in(batch):
         features, hidden = None, head.hidden_states(*inputs)
     else:
         hidden, states = head.states(features.student_layers, *inputs)
@@ -67,7 +67,10 @@ def distillation_output(
         "scale": scale,
         "vocab_size": head.vocab_size,
     }
-    targets = targets_of(batch, recipe.capture_temperature)
+    if recipe.teacher is None:
+        targets = targets_of(batch, recipe.capture_temperature)
+    else:
+        targets = full_targets_of(batch, recipe.teacher)
 
     hidden = hidden.flatten(0, 1)
 

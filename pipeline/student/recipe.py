@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from cache_format import Cache
 from pipeline.errors import ConfigError
 from pipeline.losses import POSITION_WEIGHTINGS, TAIL_POLICIES, UNBIASED, Mixture, PositionWeighting, TailPolicy
 from pipeline.losses.mixture import FORWARD_KL
 from pipeline.student.schedules import Schedule
+from pipeline.teacher_head import TeacherHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class LossRecipe:
     position_weighting: PositionWeighting = "uniform"  # w
     kd_schedule: Schedule | None = None
     temperature_schedule: Schedule | None = None
+    teacher: TeacherHead | None = field(default=None, repr=False)  # of hidden targets: D is of whole distributions
     uld: bool = False  # D is universal logit distillation, of pipeline.losses.uld
 
     def __post_init__(self) -> None:
@@ -99,6 +102,12 @@ class LossRecipe:
         Raises: ConfigError for a loss that these targets cannot serve, with the reason.
         """
         targets = cache.metadata.targets
+        teacher = None if cache.metadata.head is None else TeacherHead(cache)
+        if teacher is not None and tail is not None:
+            raise ConfigError(
+                f"--tail {tail}: {cache.path} has hidden targets, from which the teacher's whole distribution is "
+                "rebuilt: nothing is outside of it. Leave it out."
+            )
         captured, sampled = float(targets["temperature"]), cache.metadata.sampled
         mixture = _parse(divergence)
         tail = tail or default_tail(cache, divergence)
@@ -121,6 +130,7 @@ class LossRecipe:
             position_weighting=position_weighting,
             kd_schedule=of_kd,
             temperature_schedule=of_temperature,
+            teacher=teacher,
         )
         if recipe.tail == "sampled" and not sampled:
             raise ConfigError(
@@ -166,6 +176,7 @@ class LossRecipe:
         """
         serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
         serves = serves and not (self.tail == "realized" and drawn_from_teacher(cache) is False)
+        serves = serves and self.teacher is None and cache.metadata.head is None  # for which it means nothing
         recipe = LossRecipe.for_cache(
             cache,
             kd_weight=self.kd_weight,
@@ -197,6 +208,13 @@ def _parse(divergence: str) -> Mixture:
         return Mixture.parse(divergence)
     except ValueError as error:
         raise ConfigError(f"--{error}.") from error
+
+
+def with_states(cache: Cache, layers: Sequence[int] = ()) -> Cache:
+    """A cache with the states decoded that its targets are made of, and those of other layers."""
+    head = cache.metadata.head
+    wanted = sorted({*layers, *([] if head is None else [head.layer])})
+    return cache.with_hidden(wanted) if wanted else cache
 
 
 def drawn_from_teacher(cache: Cache) -> bool | None:

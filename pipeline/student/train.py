@@ -28,7 +28,7 @@ from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
 from pipeline.student.output import begin_output, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
-from pipeline.student.recipe import LossRecipe, realized_warnings
+from pipeline.student.recipe import LossRecipe, realized_warnings, with_states
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
@@ -111,10 +111,9 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         mix.first, loss=config.hidden_loss, weight=config.hidden_weight, layer_map=config.layer_map
     )
     states_held_out = of_features is not None and held_out is not None and of_features.serves(held_out)
-    if of_features is not None:
-        mix = mix.with_hidden(of_features.teacher_layers)
-        if held_out is not None and states_held_out:
-            held_out = held_out.with_hidden(of_features.teacher_layers)
+    layers = [] if of_features is None else of_features.teacher_layers
+    mix = mix.with_states(layers)
+    held_out = None if held_out is None else with_states(held_out, layers if states_held_out else [])
     tail = config.tail
     if config.cross_tokenizer is not None:
         if of_features is not None:
@@ -301,6 +300,10 @@ def perform(
                 "them cannot be sharded. Train without fsdp, or a student of the teacher's width."
             )
 
+    teachers = [each.teacher for each in (run.recipe, run.eval_recipe) if each is not None and each.teacher is not None]
+    for teacher in teachers:
+        teacher.load(arguments.device)
+
     when_loaded()
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
@@ -322,6 +325,8 @@ def perform(
         processing_class=run.tokenizer,
         callbacks=callbacks,
     )
+    for teacher in teachers:
+        teacher.share(head)
     trainer.remove_callback(PrinterCallback)  # the command line shows progress, not the library
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - projections
     of = "" if trained == parameters else f" of {parameters / 1e6:.1f}"

@@ -36,11 +36,13 @@ from pipeline.objective import ALIGNMENT
 from pipeline.padding import model_inputs
 from pipeline.teacher import hidden as hidden_states
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.full import WrittenHead, check_full, in_words, states_spec, with_head, write_down
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.masking import MaskRule
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.philox import uniforms
+from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
@@ -62,7 +64,7 @@ class CacheTeacherConfig:
     targets: TargetRule = field(default_factory=TargetRule)
     objective: str | None = None  # causal or masked; default: what the teacher was trained for
     masking: MaskRule | None = None  # of a masked teacher; default: MaskRule()
-    hidden: HiddenRule | None = None  # hidden states to store beside the targets
+    hidden: HiddenRule | None = None  # hidden states to store beside the targets, or in what numbers the targets
     all_positions: bool = False  # targets also where the loss mask is off
     batch_size: int = 8  # rows per forward pass; halved when out of memory
     device: str = "auto"
@@ -76,38 +78,6 @@ class CacheTeacherConfig:
     tensor_parallel: bool = False  # split it over the processes of torchrun, which are one worker then
     overwrite: bool = False  # delete a cache that is already in `output`
     workers: WorkerConfig = field(default_factory=WorkerConfig)  # this process among others
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureProgress:
-    """Where the run stands, after every batch."""
-
-    rows: int
-    total_rows: int
-    tokens: int  # of those rows, cached by this or an earlier run
-    total_tokens: int
-    tokens_per_s: float  # of this run
-    bytes_per_token: float  # on disk; nan before the first record batch is written
-    exact_mass: float  # mean probability mass of the exact entries at counted positions
-    seconds_left: float
-    batch_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureSummary:
-    """What is there when a run ends: the whole cache, but for a run that was to write some shards only."""
-
-    output: str
-    rows: int
-    tokens: int
-    counted_tokens: int
-    bytes: int
-    exact_mass: float | None  # mean probability mass of the exact entries; None if others wrote part of the rows
-    seconds: float
-    tokens_per_s: float
-    resumed_rows: int  # found complete from an earlier run
-    corpus_report: dict[str, float]
-    finished: bool = True  # whether the manifest is there; else rows, tokens and bytes are of the complete shards
 
 
 def cache_teacher(
@@ -131,6 +101,7 @@ def cache_teacher(
             run with other settings.
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
+    check_full(config)
     # An occupied output is found out before minutes go into loading.
     if not worker.follows:
         check_output(config, worker)
@@ -142,16 +113,19 @@ def cache_teacher(
 
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
-    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
+    written = write_down(config, head)
+    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device, written)
 
     states = "" if metadata.hidden is None else f", {_states_in_words(metadata.hidden, config, corpus)}"
+    states += in_words(written, head.vocab_size)
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
         cf.remove_cache(config.output)  # only now that text and teacher have been read
-    with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
+    options = {"head": None if written is None else written.contents}
+    with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
         for holder in writer.taken_over:
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
-        capture = _Capture(config, corpus, head, metadata, writer, on_progress)
+        capture = _Capture(config, corpus, head, metadata, writer, on_progress, written)
         capture.run()
     return capture.summary()
 
@@ -174,11 +148,12 @@ def cache_metadata(
     head: Head,
     fingerprint: dict[str, str],
     device: torch.device,
+    written: WrittenHead | None = None,
 ) -> cf.CacheMetadata:
     rule = config.targets
     rule.check_vocabulary(head.vocab_size)
     rows_per_record_batch, of_shard = max(32, config.batch_size), max(1, SHARD_TOKENS // config.data.window_length)
-    hidden = None if config.hidden is None else config.hidden.spec(head)
+    hidden = states_spec(config.hidden, head, written)
     if hidden is not None:
         per_row = stored_positions(config, corpus) / len(corpus)
         few = hidden_states.rows_within(hidden, per_row, hidden_states.RECORD_BATCH_BYTES)
@@ -200,7 +175,7 @@ def cache_metadata(
         vocab_size=head.vocab_size,
         alignment=ALIGNMENT[corpus.objective],
         targets={
-            **rule.to_json(),
+            **with_head(rule.to_json(), written),
             "positions": "all" if config.all_positions else "counted",
             **({} if hidden is None else {"hidden": hidden.to_json()}),
         },
@@ -257,7 +232,9 @@ class _Capture:
         metadata: cf.CacheMetadata,
         writer: cf.CacheWriter,
         on_progress: Callable[[CaptureProgress], None],
+        written: WrittenHead | None = None,
     ) -> None:
+        self.form = None if written is None else written.form
         self.config, self.corpus, self.head, self.metadata = config, corpus, head, metadata
         self.hidden = metadata.hidden
         self.writer, self.on_progress = writer, on_progress
@@ -337,11 +314,13 @@ class _Capture:
         if self.hidden is None:
             hidden = self.head.hidden_states(*inputs)
         else:
-            hidden, by_layer = self.head.states(self.hidden.layers, *inputs)
+            hidden, by_layer = self._states(inputs)
             every = self.hidden.every
             with_states = [hidden_states.chosen(*each, every) for each in zip(stored, indices, strict=True)]
-            states, scales = hidden_states.of_batch(by_layer, with_states, self.hidden.dtype)
+            if by_layer:
+                states, scales = hidden_states.of_batch(by_layer, with_states, self.hidden.dtype)
         hidden = hidden[mask.to(device)]  # [n, D]
+        multiplied: list[Tensor] = []  # by the head, where that is something else than its layer's states
         rule, drawn = self.config.targets, None
         if rule.uniforms:
             row_of, position = (place.numpy() for place in mask.nonzero(as_tuple=True))
@@ -349,9 +328,17 @@ class _Capture:
         chunks = []
         for start in range(0, max(1, len(hidden)), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
-            logits = self.head.logits(hidden[here], out=self.logits_buffer)
+            if self.form is not None and self.form.transforms:
+                logits, inner = self.form.logits(hidden[here])
+                multiplied.append(inner)
+            else:
+                logits = self.head.logits(hidden[here], out=self.logits_buffer)
             chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self.scratch))
         targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        if multiplied and self.hidden is not None:
+            last = self.hidden.layers[-1]
+            states[last], scale = hidden_states.quantised(torch.cat(multiplied), self.hidden.dtype)
+            scales |= {} if scale is None else {last: scale}
         host = ChunkTargets(*(_to_host(tensor) for tensor in targets))
         of_layers = {layer: _to_host(each) for layer, each in states.items()}
         of_scales = {layer: _to_host(each) for layer, each in scales.items()}
@@ -361,6 +348,17 @@ class _Capture:
             copied.record()
         source = targets, states, scales
         return _HostBatch(rows, indices, stored, with_states, host, copied, source, of_layers, of_scales)
+
+    def _states(self, inputs: list[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """What the head is applied to, and the states of the layers asked for, in their order, [B, T, D] each."""
+        assert self.hidden is not None
+        last = self.hidden.teacher_layers
+        inner = [layer for layer in self.hidden.of_layers if layer < last]
+        if inner:
+            hidden, found = self.head.states(inner, *inputs)
+        else:  # without keeping those of all layers
+            hidden, found = self.head.hidden_states(*inputs), {}
+        return hidden, found | ({last: hidden} if last in self.hidden.layers else {})
 
     def _write(self, batches: list[_HostBatch]) -> None:
         """Background thread: checks one record batch's targets and hands its rows to the writer in order."""
@@ -380,6 +378,8 @@ class _Capture:
                 of_batch = [replace(row, hidden=each) for row, each in zip(of_batch, found, strict=True)]
             rows += of_batch
         self.writer.write(sorted(rows, key=lambda row: row.row))
+        if self.metadata.head is not None:
+            return  # nothing is left out
         counted = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64)
         self.kept_sum += len(counted) - np.exp(counted).sum()
         self.kept_count += len(counted)

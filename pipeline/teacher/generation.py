@@ -157,7 +157,8 @@ def generate_cache(
 
 
 def _check_writes(config: CacheTeacherConfig) -> None:
-    """Raises: ConfigError if the teacher fills in what is masked, instead of going on with a text."""
+    """Raises: ConfigError if the teacher fills in what is masked, instead of going on with a text, or for what is kept
+    of given texts only."""
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
@@ -166,6 +167,11 @@ def _check_writes(config: CacheTeacherConfig) -> None:
         )
     if config.masking is not None:
         raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
+    if config.targets.kind == "hidden":
+        raise ConfigError(
+            "--generate: --targets hidden keeps states of texts, not of what is being written. Use --targets "
+            "threshold, or cache the answers as a text afterwards."
+        )
     if config.hidden is not None:
         raise ConfigError("--generate: states are kept of texts, not of what is being written. Leave --hidden-… out.")
 

@@ -2,9 +2,10 @@
 
     --hidden-states   last, all, or layers such as 6,12,18; 0 is the embeddings' output, i that of layer i
     --hidden-every N  one in N of the positions that have targets, another one in each row
-    --hidden-dtype    float16, or int8 with a scale per position: an error of at most max|h| / 254 in each number
+    --hidden-dtype    float16, float32, or int8 with a scale per position: an error of at most max|h| / 254 in each
 
-What a student is taught by them is in `pipeline.losses.features`. They are large: D numbers for a position and layer,
+What a student is taught by them is in `pipeline.losses.features`; those of the last layer may be the targets themselves
+(`teacher.full`). They are large: D numbers for a position and layer,
 where its targets take a few dozen bytes; hence the size that is said before anything is computed.
 
 Shapes: B rows of T positions, n positions of a batch that have states, D width.
@@ -32,16 +33,17 @@ SHARD_BYTES = 2**29
 class HiddenRule:
     """What is asked for; `spec` is what that is of a given teacher."""
 
-    layers: str = "last"  # last, all, or numbers with commas
-    dtype: str = "float16"  # or int8
+    layers: str | None = "last"  # last, all, or numbers with commas; None: only what hidden targets are made of
+    dtype: str = "float16"  # float32, or int8
     every: int = 1  # one in so many of the positions that have targets
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for what no teacher has."""
-        if self.layers not in ("last", "all") and not all(word.strip().isdecimal() for word in self.layers.split(",")):
+        named = self.layers not in (None, "last", "all")
+        if named and not all(word.strip().isdecimal() for word in str(self.layers).split(",")):
             raise ConfigError(f"--hidden-states {self.layers}: expected last, all, or layers as in 6,12,18.")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"--hidden-dtype {self.dtype}: expected {' or '.join(DTYPES)}.")
+            raise ConfigError(f"--hidden-dtype {self.dtype}: expected one of {', '.join(DTYPES)}.")
         if self.every < 1:
             raise ConfigError(f"--hidden-every {self.every}: expected 1 or more.")
 
@@ -53,7 +55,7 @@ class HiddenRule:
         elif self.layers == "all":
             layers = range(1, last + 1)
         else:
-            layers = sorted({int(word) for word in self.layers.split(",")})
+            layers = sorted({int(word) for word in str(self.layers).split(",")})
         if layers[-1] > last:
             raise ConfigError(
                 f"--hidden-states {self.layers}: this teacher has layers 0 (the embeddings' output) to {last}. Choose "
@@ -86,8 +88,8 @@ def quantised(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
     int8: scale = max|h| / 127 of the position, integer = h / scale, rounded; off by half a scale at most.
     """
-    if dtype == "float16":
-        return states.to(torch.float16), None
+    if dtype != "int8":
+        return states.to(getattr(torch, dtype)), None
     states = states.float()
     scales = states.abs().amax(dim=1) / 127.0
     integers = (states / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
@@ -147,8 +149,8 @@ def find_problem(hidden: cf.HiddenStates) -> str | None:
         return None
     position, what = invalid
     remedy = (
-        "the largest float16 is 65,504. Use --hidden-dtype int8, which has a scale."
-        if not hidden.scales
+        "the largest float16 is 65,504. Use --hidden-dtype int8, which has a scale, or float32."
+        if any(states.dtype == np.float16 for states in hidden.states.values())
         else "the teacher computes NaN or infinity. Try --dtype float32."
     )
     return f"position {position}: {what}: {remedy}"

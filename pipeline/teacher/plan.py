@@ -7,8 +7,8 @@ real writer, once for every kind of targets and encoding; everything is then in 
                       or what the background thread takes to encode and write, if that is more
 
 Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
-there from a whole shard, and with hidden states, which are counted as they are before compression. Text that changes
-on its way through the corpus costs more than a sample says.
+there from a whole shard, and with hidden states beside the targets, which are counted as they are before compression.
+Text that changes on its way through the corpus costs more than a sample says.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ from pipeline.heads import Head
 from pipeline.models import load_tokenizer, resolve_device
 from pipeline.padding import model_inputs
 from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig, stored_positions
-from pipeline.teacher.hidden import predicted_bytes
+from pipeline.teacher.full import (
+    WrittenHead,
+    check_full,
+    states_spec,
+    with_head,
+    without_states_of,
+    write_down,
+)
+from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.philox import uniforms
@@ -110,6 +118,7 @@ def plan_cache(
 
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
+    check_full(config)
     device = resolve_device(config.device)
     on_stage("reading and tokenising the text")
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
@@ -123,9 +132,11 @@ def plan_cache(
     chosen = np.unique(np.linspace(0, len(corpus) - 1, min(sample_rows, len(corpus))).round().astype(int)).tolist()
     rows = sorted((corpus[index] for index in chosen), key=lambda row: -len(row.input_ids))
     on_stage(f"running the teacher on {len(rows)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
-    spec = None if config.hidden is None else config.hidden.spec(head)
-    states = 0 if spec is None else predicted_bytes(spec, stored_positions(config, corpus))
-    sample = _Sample(config, head, rules, states)
+    written = write_down(config, head)
+    spec = states_spec(config.hidden, head, written)
+    beside = None if spec is None else without_states_of(spec, written)
+    states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
+    sample = _Sample(config, head, rules, states, written)
     for start in range(0, len(rows), config.batch_size):
         sample.run(rows[start : start + config.batch_size])
         on_progress(min(start + config.batch_size, len(rows)), len(rows))
@@ -146,8 +157,15 @@ def plan_cache(
 class _Sample:
     """The rows that were run, with the targets that each rule makes of them, and the seconds of each part."""
 
-    def __init__(self, config: CacheTeacherConfig, head: Head, rules: Sequence[TargetRule], states: int) -> None:
-        self.config, self.head, self.rules, self.states = config, head, rules, states
+    def __init__(
+        self,
+        config: CacheTeacherConfig,
+        head: Head,
+        rules: Sequence[TargetRule],
+        states: int,
+        written: WrittenHead | None = None,
+    ) -> None:
+        self.config, self.head, self.rules, self.states, self.written = config, head, rules, states, written
         self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
         self.tokens = 0
         self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
@@ -168,10 +186,15 @@ class _Sample:
         row_of = np.repeat(np.arange(first, first + len(rows)), [mask.sum() for mask in stored])
         position = np.concatenate([np.flatnonzero(mask) for mask in stored])
         chunks: list[list[ChunkTargets]] = [[] for _ in self.rules]
+        multiplied = []  # by the head; only where it is the targets
         for start in range(0, len(hidden), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
             began = self._clock()
-            logits = self.head.logits(hidden[here], out=self.logits)
+            if self.written is None:
+                logits = self.head.logits(hidden[here], out=self.logits)
+            else:
+                logits, inner = self.written.form.logits(hidden[here], out=self.logits)
+                multiplied.append(inner.cpu())
             forward += self._clock() - began
             for i, rule in enumerate(self.rules):
                 began, drawn = self._clock(), None
@@ -191,6 +214,20 @@ class _Sample:
                 cache_row(first + j, row, mask, ChunkTargets(*parts))
                 for j, (row, mask, parts) in enumerate(zip(rows, stored, of_rows, strict=True))
             ]
+        if self.written is not None:
+            self._add_states(torch.cat(multiplied), stored)
+
+    def _add_states(self, states: torch.Tensor, stored: Sequence[np.ndarray]) -> None:
+        """To the rows of the last batch, those that hidden targets are [n, D]."""
+        assert self.written is not None and self.rules[0].kind == "hidden"
+        layer, dtype = self.written.layer, "float16" if self.config.hidden is None else self.config.hidden.dtype
+        kept, scale = quantised(states, dtype)
+        scales = {} if scale is None else {layer: scale.numpy()}
+        whole = cf.HiddenStates(np.concatenate(stored), {layer: kept.numpy()}, scales)
+        rows, start = self.rows[0], 0
+        for i, mask in enumerate(stored, start=len(rows) - len(stored)):
+            rows[i] = replace(rows[i], hidden=whole.cut(slice(start, start + len(mask))))
+            start += len(mask)
 
     @property
     def forward_speeds(self) -> tuple[float, float]:
@@ -201,9 +238,10 @@ class _Sample:
         index = self.rules.index(rule)
         rows = self.rows[index]
         bytes_per_token, total, writing = {}, {}, {}
-        for encoding in ENCODINGS:
+        full = self.written if rule.kind == "hidden" else None
+        for encoding in ENCODINGS if full is None else ENCODINGS[:1]:
             began = time.perf_counter()
-            columns, of_shard, once = _written(rows, rule, self.config, self.head.vocab_size, encoding)
+            columns, of_shard, once = _written(rows, rule, self.config, self.head, encoding, full)
             writing[encoding] = (time.perf_counter() - began) / self.tokens
             shards = max(1, corpus.num_tokens / SHARD_TOKENS)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
@@ -219,7 +257,7 @@ class _Sample:
             bytes_per_token=bytes_per_token,
             bytes=total,
             entries_per_token=float(counts.mean()),
-            exact_mass=float((1.0 - np.exp(residual.astype(np.float64))).mean()),
+            exact_mass=1.0 if full is not None else float((1.0 - np.exp(residual.astype(np.float64))).mean()),
             tokens_per_s=1 / per_token,
             seconds=corpus.num_tokens * per_token,
             writer_bound=writing[self.config.encoding] > computing,
@@ -244,15 +282,25 @@ class _Sample:
 
 
 def _written(
-    rows: Sequence[cf.CacheRow], rule: TargetRule, config: CacheTeacherConfig, vocab_size: int, encoding: str
+    rows: Sequence[cf.CacheRow],
+    rule: TargetRule,
+    config: CacheTeacherConfig,
+    head: Head,
+    encoding: str,
+    written: WrittenHead | None,
 ) -> tuple[int, int, int]:
     """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
+    vocab_size, targets = head.vocab_size, rule.to_json()
+    if written is not None:
+        spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), head, written)
+        assert spec is not None
+        targets = {**with_head(targets, written), "hidden": spec.to_json()}
     metadata = cf.CacheMetadata(
         teacher={"name": config.teacher},
         tokenizer={},
         vocab_size=vocab_size,
         alignment="next" if rows[0].labels is None else "same",
-        targets=rule.to_json(),
+        targets=targets,
         corpus={"rows": len(rows)},
         codebooks={**cf.default_codebooks(vocab_size), "target_logprobs": rule.codebook()},
         rows_per_shard=len(rows),
@@ -261,7 +309,7 @@ def _written(
         compression={"codec": "zstd", "level": config.compression_level},
     )
     with tempfile.TemporaryDirectory(prefix="distill-plan-") as folder:
-        with cf.CacheWriter(folder, metadata) as writer:
+        with cf.CacheWriter(folder, metadata, head=None if written is None else written.contents) as writer:
             writer.write([replace(row, row=i) for i, row in enumerate(rows)])
         cache = cf.open_cache(folder)
         columns, manifest = sum(cache.column_bytes().values()), cache.manifest

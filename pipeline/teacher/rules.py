@@ -5,6 +5,7 @@
     top-p       the fewest whose mass reaches P            none
     threshold   p ≥ τ, and the K most likely               the others with probability p/τ, weight τ
     random      none                                       N draws with replacement, weight count/N
+    hidden      none: the teacher's last hidden state and its head, from which training rebuilds all V of them
 
 `threshold` and `random` are unbiased: what they leave to chance is right on average, so that variance is all they add
 to a gradient. `random` is random sampling knowledge distillation as published (Anshumann et al., ACL 2025).
@@ -27,7 +28,7 @@ from pipeline.errors import ConfigError
 MAX_DRAWS = 255  # as many weights as a codebook has values besides certainty
 THRESHOLD_LEVELS = 64  # two or three exact entries cost .0003 nats of KL with so few
 
-TargetKind = Literal["top-k", "top-p", "threshold", "random"]
+TargetKind = Literal["top-k", "top-p", "threshold", "random", "hidden"]
 TARGET_KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
 
 # What a kind is made of, and what each part is if it is not given; other parts do not belong to it.
@@ -36,6 +37,7 @@ PARTS: dict[TargetKind, dict[str, float]] = {
     "top-p": {"top_p": 0.95, "max_entries": 128},
     "threshold": {"tail_threshold": 0.05, "top_k": 1, "samples": 1, "seed": 0},
     "random": {"draws": 50, "samples": 1, "seed": 0},
+    "hidden": {},
 }
 FLAGS = {name: "--" + name.replace("_", "-") for parts in PARTS.values() for name in parts}
 
@@ -85,6 +87,11 @@ class TargetRule:
                 )
         if not 0.0 < self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature}: expected a positive number.")
+        if self.kind == "hidden" and self.temperature != 1.0:
+            raise ConfigError(
+                f"--temperature {self.temperature}: hidden targets hold every temperature. Leave it out here, and give "
+                "it to train-student."
+            )
         if self.most_entries > 65535:
             raise ConfigError(
                 f"--targets {self.kind}: up to {self.most_entries:,} entries per position, expected at most 65,535. "

@@ -109,7 +109,7 @@ def sparse_targets(
 
 def in_head(probs: Tensor, rule: TargetRule) -> Tensor:
     """[n, C] bool: which of the candidates, most likely first, are exact entries."""
-    if rule.kind == "random":
+    if rule.kind in ("random", "hidden"):
         return torch.zeros_like(probs, dtype=torch.bool)
     if rule.kind == "top-p":
         before = probs.cumsum(dim=1) - probs

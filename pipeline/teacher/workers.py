@@ -78,15 +78,18 @@ class Worker:
         tokenizer_files: Mapping[str, bytes],
         on_wait: Callable[[str], None],
         device: torch.device,
+        *,
+        head: bytes | None = None,
     ) -> Any:
         """A `CacheWriter`, or what stands for it if the teacher is split. Raises: CacheError, MismatchError."""
         if self.rank is not None:
             if self.follows:
                 return Follower(device)
             alone = replace(self, rank=None)
-            return Leader(alone.open_writer(output, metadata, tokenizer_files, on_wait, device), device)
+            return Leader(alone.open_writer(output, metadata, tokenizer_files, on_wait, device, head=head), device)
         options: dict[str, Any] = {
             "tokenizer_files": tokenizer_files,
+            "head": head,
             "allow_rounding": self.config.allow_rounding,
             "stale_after_s": self.config.stale_after,
         }

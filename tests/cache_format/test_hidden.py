@@ -181,7 +181,7 @@ def test_states_of_another_shape_are_not_written(tmp_path: Path) -> None:
     [
         {"layers": [5, 2]},
         {"layers": []},
-        {"layers": [2, 6]},
+        {"layers": [2, 7]},
         {"layers": [-1]},
         {"layers": [1.5]},
         {"width": 0},
