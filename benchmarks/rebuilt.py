@@ -5,6 +5,9 @@ a cache and back, and through the head of that cache; what comes out is compared
 float64. **KL** is KL(teacher ‖ rebuilt) in nats. **log p**: the largest change of the log-probability of any token
 above 1e-6. bfloat16 is not offered; it is here to show why.
 
+Gradient: a student whose states are the teacher's times a matrix near the identity; the angle, in degrees, between the
+gradient of that matrix under sparse targets and under whole distributions, all positions together.
+
 Time: head and loss forward and backward of a student of the teacher's width, against those of top-64 targets.
 
     python -m benchmarks rebuilt
@@ -28,6 +31,7 @@ from pipeline.head_form import head_form
 from pipeline.heads import Head, open_head
 from pipeline.losses import FullTargets, TargetBatch, fused_head
 from pipeline.teacher.hidden import quantised
+from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import sparse_targets
 from pipeline.teacher_head import TeacherHead
@@ -37,6 +41,19 @@ ROWS, LENGTH, QUICK_LENGTH = 8, 64, 16
 LIKELY = 1e-6
 CHUNK = 128
 DTYPES = ("float32", "float16", "int8", "bfloat16")
+NEAR = 0.2  # how far the student's states are from the teacher's, in lengths
+SPARSE = {
+    "top-64": TargetRule(top_k=64),
+    "top-16": TargetRule(top_k=16),
+    "threshold 1/20": TargetRule(kind="threshold"),
+}
+LOSSES: dict[str, dict[str, object]] = {
+    "forward KL": {},
+    "forward KL at T = 2": {"temperature": 2.0},
+    "forward KL at T = 4": {"temperature": 4.0},
+    "reverse KL": {"divergence": "reverse-kl"},
+    "JS(0.5)": {"divergence": "js"},
+}
 
 
 def run(settings: Settings) -> Result:
@@ -51,6 +68,7 @@ def run(settings: Settings) -> Result:
             states = torch.cat([head.hidden_states(row[None], positions)[0] for row in torch.from_numpy(input_ids)])
             table = [_error(dtype, states, head, input_ids, Path(scratch)) for dtype in DTYPES]
             file = head_form(head).file(head.layers()[0])[0]
+        angles = _angles(states.clone(), head)
         times = interleave(_losses(states.clone(), head), settings.rounds)
     finally:
         torch.set_num_threads(threads)
@@ -67,6 +85,7 @@ def run(settings: Settings) -> Result:
                 ["states", "bytes/token", "on disk", "KL mean", "KL 99 %", "KL largest", "log p", "other likeliest"],
                 table,
             ),
+            Table("Angle of the gradient to that of the whole distribution, degrees", ["loss", *SPARSE], angles),
             Table("Head and loss, forward and backward, ÷ top-64", ["loss", "ratio", "spread"], timed),
         ],
         summary={
@@ -76,6 +95,63 @@ def run(settings: Settings) -> Result:
             **{f"bytes_{name}": round(float(row[2]), 1) for name, row in by_dtype.items() if row[2] != "—"},
             **{f"time_{name.replace(' ', '_')}": round(value, 2) for name, value, _ in timed},
         },
+    )
+
+
+def _angles(states: Tensor, head: Head) -> list[list[str | float]]:
+    generator = torch.Generator().manual_seed(0)
+    width, weight = states.shape[1], head.weight[: head.vocab_size].detach()
+    near = torch.eye(width) + NEAR * torch.randn(width, width, generator=generator) / width**0.5
+    labels = torch.randint(head.vocab_size, (len(states),), generator=generator)
+
+    def gradient(targets: TargetBatch | FullTargets, options: dict[str, object]) -> Tensor:
+        matrix = near.clone().requires_grad_()
+        loss = fused_head(states @ matrix, weight, None, targets, scale=1.0 / len(states), **options).loss  # type: ignore[arg-type]
+        return torch.autograd.grad(loss, matrix)[0].flatten().double()
+
+    full = _full_targets(states, head, labels)
+    sparse = {name: _sparse_targets(states, head, labels, rule) for name, rule in SPARSE.items()}
+    table: list[list[str | float]] = []
+    for name, options in LOSSES.items():
+        whole, row = gradient(full, options), []
+        for kind, targets in sparse.items():
+            sampled = SPARSE[kind].sampled
+            if sampled and options:  # unbiased for the forward KL at the cache's own temperature alone
+                row.append("—")
+                continue
+            found = gradient(targets, {**options, "tail": "sampled" if sampled else "bucket"})
+            cosine = torch.nn.functional.cosine_similarity(whole, found, dim=0).clamp(max=1.0)
+            row.append(float(torch.rad2deg(torch.arccos(cosine))))
+        table.append([name, *row])
+    return table
+
+
+def _full_targets(states: Tensor, head: Head, labels: Tensor) -> FullTargets:
+    weight = head.weight[: head.vocab_size].detach()
+    return FullTargets(
+        states=states.half(),
+        scales=None,
+        place=torch.arange(len(states)),
+        labels=labels,
+        entropy=torch.zeros(len(states)),
+        head=lambda each: each @ weight.T,
+    )
+
+
+def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule) -> TargetBatch:
+    chunks = []
+    for start in range(0, len(states), CHUNK):
+        here = np.arange(start, min(start + CHUNK, len(states)))
+        drawn = torch.from_numpy(uniforms(0, np.zeros_like(here), here, rule.uniforms)) if rule.uniforms else None
+        chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, drawn))
+    ids, logprobs, exact, _, residual, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return TargetBatch(
+        ids=ids.long().clamp(min=0),
+        logprobs=torch.where(ids >= 0, logprobs, -torch.inf),
+        exact_counts=exact.long(),
+        residual_logprob=residual,
+        labels=labels,
+        entropy=entropy,
     )
 
 
@@ -138,24 +214,11 @@ def _cache(dtype: str, states: Tensor, head: Head, input_ids: np.ndarray, path: 
 def _losses(states: Tensor, head: Head) -> dict[str, object]:
     """Head and loss of a student of this width, against each kind of targets."""
     generator = torch.Generator().manual_seed(0)
-    weight = head.weight[: head.vocab_size].detach().clone()
+    weight = head.weight[: head.vocab_size].detach()
     student = (states + 0.3 * torch.randn(states.shape, generator=generator)).requires_grad_()
     trained = (weight + 0.01 * torch.randn(weight.shape, generator=generator)).requires_grad_()
     labels = torch.randint(head.vocab_size, (len(states),), generator=generator)
-    chunks = [sparse_targets(head.logits(part).detach(), TargetRule(top_k=64)) for part in states.split(CHUNK)]
-    ids, logprobs, residual, entropy = (
-        torch.cat([getattr(chunk, name) for chunk in chunks])
-        for name in ("ids", "logprobs", "residual_logprob", "entropy")
-    )
-    top = TargetBatch(ids=ids.long(), logprobs=logprobs, residual_logprob=residual, labels=labels, entropy=entropy)
-    full = FullTargets(
-        states=states.half(),
-        scales=None,
-        place=torch.arange(len(states)),
-        labels=labels,
-        entropy=entropy,
-        head=lambda each: each @ weight.T,
-    )
+    top, full = _sparse_targets(states, head, labels, TargetRule(top_k=64)), _full_targets(states, head, labels)
 
     def loss_of(targets: TargetBatch | FullTargets, **options: object) -> object:
         def both_ways() -> None:

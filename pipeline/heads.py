@@ -92,7 +92,7 @@ class Head:
 
         Raises: ModelError if the model does not give its layers' states as `states` takes them to be.
         """
-        device = self.weight.device
+        device = self.device
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
         with evaluating(self.model), torch.no_grad():

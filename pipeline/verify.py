@@ -272,7 +272,8 @@ def _rounded_from(hidden: cf.HiddenStates, layer: int) -> tuple[np.ndarray, np.n
     if layer in hidden.scales:
         half = np.broadcast_to(hidden.scales[layer][:, None] * np.float32(0.5001), values.shape)
     else:
-        half = np.abs(np.spacing(hidden.states[layer])).astype(np.float32) * np.float32(0.5001)
+        # Of the magnitude: below a power of two numbers lie closer, and numpy looks upwards from a negative one.
+        half = np.spacing(np.abs(hidden.states[layer])).astype(np.float32) * np.float32(0.5001)
     return values - half, values + half
 
 

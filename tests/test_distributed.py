@@ -16,6 +16,7 @@ from transformers import TrainerState
 
 import cache_format as cf
 from pipeline.evaluate import EvaluateConfig, evaluate
+from pipeline.teacher.rules import TargetRule
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import conversations, english, write_jsonl
 
@@ -49,14 +50,17 @@ train(output, cache, student=student, **given)
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["top-k", "hidden"])
+def runs(
+    request: pytest.FixtureRequest, teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """`one`: one process with batches of 4; `two`: two processes with batches of 2. Two epochs each."""
     folder = tmp_path_factory.mktemp("distributed")
     data = write_jsonl(folder / "chat.jsonl", conversations(18))
-    cache = build_cache(folder / "cache", teacher_dir, data)
+    rule = TargetRule(kind=request.param, **({"top_k": 16} if request.param == "top-k" else {}))
+    cache = build_cache(folder / "cache", teacher_dir, data, targets=rule)
     (folder / "text.txt").write_text(english(16, seed=5))
-    held_out = build_cache(folder / "held-out", teacher_dir, folder / "text.txt")
+    held_out = build_cache(folder / "held-out", teacher_dir, folder / "text.txt", targets=rule)
     # Neither the steps nor the evaluations come out even.
     assert len(cf.open_cache(cache)) % 8 not in (0, 4) and len(cf.open_cache(held_out)) % 2 == 1
 

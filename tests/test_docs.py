@@ -66,6 +66,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/choosing.md": everything,
     "docs/divergences.md": causal_models,
     "docs/features.md": causal_models,
+    "docs/full.md": causal_models,
     "docs/generation.md": questions,
     "docs/masked.md": masked_models,
     RECIPES: everything,

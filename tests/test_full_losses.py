@@ -266,7 +266,7 @@ def test_a_function_of_ones_own_gets_whole_distributions(tmp_path: Any, monkeypa
 
 def wrong_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     right = full.full_soft_losses
-    monkeypatch.setattr(full, "full_soft_losses", lambda p, z, t, m: right(p, z * t, t, m))
+    monkeypatch.setattr(full, "full_soft_losses", lambda p, q, z, t, m: right(p, (z * t).log_softmax(1), z * t, t, m))
 
 
 def states_of_other_positions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def states_of_other_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def not_tempered(monkeypatch: pytest.MonkeyPatch) -> None:
     right = full.full_soft_losses
-    monkeypatch.setattr(full, "full_soft_losses", lambda p, z, t, m: right((p * t).log_softmax(1), z, t, m))
+    monkeypatch.setattr(full, "full_soft_losses", lambda p, q, z, t, m: right((p * t).log_softmax(1), q, z, t, m))
 
 
 @pytest.mark.parametrize(

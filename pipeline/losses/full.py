@@ -92,8 +92,12 @@ def full_loss_and_dlogits(
         del teacher
     z = logits.detach().requires_grad_(want_grad)
     with torch.set_grad_enabled(want_grad), torch.autocast(logits.device.type, enabled=False):
-        kl, soft = full_soft_losses(log_p, z if temperature == 1.0 else z / temperature, temperature, mixture)
         log_q = z.log_softmax(dim=1)
+        z_t, log_q_t = z, log_q
+        if temperature != 1.0:
+            z_t = z / temperature
+            log_q_t = z_t.log_softmax(dim=1)
+        kl, soft = full_soft_losses(log_p, log_q_t, z_t, temperature, mixture)
         ce = -log_q.gather(1, targets.labels[:, None]).squeeze(1)
         loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
         if weighting == "teacher-entropy":

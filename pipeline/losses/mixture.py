@@ -165,14 +165,15 @@ def soft_losses(
     )
 
 
-def full_soft_losses(log_p: Tensor, z: Tensor, temperature: float, mixture: Mixture) -> tuple[Tensor, Tensor]:
+def full_soft_losses(
+    log_p: Tensor, log_q: Tensor, z: Tensor, temperature: float, mixture: Mixture
+) -> tuple[Tensor, Tensor]:
     """`soft_losses` of whole distributions: every token is a class, and an entry.
 
     Args:
-        log_p: [n, V] the teacher's log-probabilities at temperature T.
-        z: [n, V] the student's logits divided by T.
+        log_p, log_q: [n, V] log-probabilities at temperature T.
+        z: [n, V] the student's logits divided by T, of which log q is the log-softmax.
     """
-    log_q = z.log_softmax(dim=1)
     return _mixed(
         mixture,
         temperature,
