@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+import uuid
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -410,3 +412,19 @@ def test_unknown_keys_of_the_head_are_passed_over(tmp_path: Path) -> None:
     edit_json(tmp_path / "cache/manifest.json", lambda manifest: manifest["targets"].pop("head"))
     with pytest.raises(cf.FormatError, match="checksum"):
         cf.open_cache(tmp_path / "cache")
+
+
+def test_a_head_on_an_object_store_is_kept_on_the_disk(tmp_path: Path) -> None:
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    write(url)  # type: ignore[arg-type]
+    copies = cf.ReadCache(tmp_path / "copies", 10**7)
+    first = cf.open_cache(url, read_cache=copies).head()
+    fsspec.filesystem("memory").rm(f"{url.removeprefix('memory:/')}/head.safetensors")
+    with pytest.raises(cf.FormatError, match="head.safetensors: no such file"):
+        cf.open_cache(url).head()
+    second = cf.open_cache(url, read_cache=copies).head()
+    assert first is not None and second is not None and np.array_equal(first.weight, second.weight)
+    (copy,) = (file for file in copies.directory.rglob("*") if file.is_file())
+    copy.write_bytes(copy.read_bytes()[:-1] + b"!")  # what is damaged there is fetched again, and here cannot be
+    with pytest.raises(cf.FormatError, match="head.safetensors: no such file"):
+        cf.open_cache(url, read_cache=copies).head()
