@@ -27,9 +27,10 @@ from pipeline.student.data import CacheDataset, collate
 from pipeline.student.forward import distillation_output, install_distillation_forward
 from pipeline.student.many import train_students
 from pipeline.student.recipe import LossRecipe, with_states
+from pipeline.student.train import train_student
 from pipeline.teacher_head import TeacherHead
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
-from tiny import english
+from tiny import english, tiny_llama
 
 VOCAB = 400
 
@@ -297,3 +298,34 @@ def test_the_dataset_gives_every_counted_position_its_state(folder: Path) -> Non
     batch = dataset.collate([dataset[i] for i in range(5)])
     counted = torch.nonzero(batch["labels"].flatten() != -100).flatten()
     assert set(counted.tolist()) <= set(batch["hidden_index"].tolist()) and batch["hidden_2"].dtype == torch.float16
+
+
+# ---- several caches
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return {"output": str(folder / "student"), "device": "cpu"}
+
+
+def test_caches_of_one_head_are_trained_on_together(
+    folder: Path, teacher_dir: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    build_full(teacher_dir, folder / "heldout.txt", tmp_path / "more")
+    caches = (f"{folder / 'train'}:0.5", f"{tmp_path / 'more'}:0.5")
+    train_student(TrainStudentConfig(cache=caches, student=str(student_dir), max_steps=2, **settings(tmp_path)))
+    record = json.loads((tmp_path / "student/distill_config.json").read_text())
+    assert len(record["mixture"]) == 2
+
+
+@pytest.mark.parametrize("other", ["sparse", "heldout", "stranger"])
+def test_caches_of_other_targets_states_or_heads_are_not(
+    other: str, folder: Path, tokenizer: Any, student_dir: Path, tmp_path: Path
+) -> None:
+    path = folder / other
+    if other == "stranger":
+        stranger = tiny_llama(tmp_path / "stranger", tokenizer, seed=8)
+        path = build_full(stranger, folder / "heldout.txt", tmp_path / "cache")
+    with pytest.raises(cf.MismatchError, match="of hidden targets .* against"):
+        caches = (str(folder / "train"), str(path))
+        train_student(TrainStudentConfig(cache=caches, student=str(student_dir), **settings(tmp_path)))
+    assert not (tmp_path / "student").exists()
