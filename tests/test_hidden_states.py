@@ -208,9 +208,9 @@ def test_states_too_large_for_a_half_float_are_not_stored(
         return last, {layer: each * 1e5 for layer, each in found.items()}
 
     monkeypatch.setattr(Head, "states", large)
-    with pytest.raises(ModelError, match=r"row \d+, position \d+: the hidden state of layer 2 .* --hidden-dtype int8"):
-        cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache"))
-    cache_teacher(settings(teacher_dir, text_file, tmp_path / "int8", hidden=HiddenRule(dtype="int8")))
+    with pytest.raises(ModelError, match=r"row \d+, position \d+: the hidden state of layer 1 .* --hidden-dtype int8"):
+        cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", hidden=HiddenRule(layers="1")))
+    cache_teacher(settings(teacher_dir, text_file, tmp_path / "int8", hidden=HiddenRule(layers="1", dtype="int8")))
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,8 @@ def full_loss_and_dlogits(
     want_grad = scale is not None
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         teacher = targets.logits(logits.dtype)
-        largest = teacher >= teacher.amax(dim=1, keepdim=True)
-        agrees = (largest & (logits >= logits.amax(dim=1, keepdim=True))).any(dim=1)
-        del largest
+        likeliest = logits.gather(1, teacher.argmax(dim=1, keepdim=True)).squeeze(1)
+        agrees = likeliest >= logits.amax(dim=1)
         log_p = (teacher if temperature == 1.0 else teacher.div_(temperature)).log_softmax(dim=1)
         del teacher
     z = logits.detach().requires_grad_(want_grad)
