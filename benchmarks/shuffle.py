@@ -7,7 +7,8 @@ pipeline.student.data. Against a full permutation, on a corpus whose rows stand 
     places       distinct record batches that the rows of a training batch come from
     domains      variance of a domain's share of a training batch ÷ that of as many rows drawn without replacement:
                  V means that a batch of n rows holds the domains no more evenly than n/V rows would
-    readers      record batches decoded when processes or workers share the rows, ÷ when one reads alone
+    readers      record batches decoded when processes share the rows of each step, ÷ when one reads alone: dealt out in
+                 turn, and as pipeline.student.dividing does; the same with several loader workers of each process
 
 Two rows of a window of M = 32·W rows are from the same record batch with probability 31/(M−1), so on a corpus whose
 domains are longer than a record batch V = 1 + (n−1)·31/(M−1) for n ≤ M, and 32 beyond. Printed beside what was counted.
@@ -26,6 +27,7 @@ import numpy as np
 
 from benchmarks.measure import Result, Settings, Table
 from pipeline.student.data import WINDOW, LocalShuffle
+from pipeline.student.dividing import DividedByPlace
 from pipeline.student.mixing import MixedShuffle
 
 RECORD_BATCH = 32
@@ -33,8 +35,10 @@ WINDOWS = (1, 4, 16, 64, 256, 1024)
 BATCHES = (8, 64, 512)
 DOMAINS = 10
 BOOK_ROWS = 8
-READERS = (1, 2, 8, 64)
-READ_ROWS = 8  # that a reader takes at a time
+PROCESSES = (2, 4, 8, 16, 24, 64)
+BATCH_SIZES = (8, 32)
+WORKERS = ((1, 1), (1, 4), (8, 1), (8, 4))  # (processes, micro-batches of a step), each with
+LOADER_WORKERS = (1, 2, 4)
 
 
 def run(settings: Settings) -> Result:
@@ -70,7 +74,21 @@ def run(settings: Settings) -> Result:
     )
 
     few = min(rows, 2**17)
-    sharing = [[readers, decoded_per_row(order(few, WINDOW, 0), readers)] for readers in READERS]
+    sharing = [
+        [processes, *(value for size in BATCH_SIZES for value in decoded_both_ways(few, processes, size))]
+        for processes in PROCESSES
+    ]
+    of_workers = [
+        [
+            processes,
+            accumulation,
+            *(
+                decoded_both_ways(few, processes, BATCH_SIZES[0], accumulation, workers)[1]
+                for workers in LOADER_WORKERS
+            ),
+        ]
+        for processes, accumulation in WORKERS
+    ]
     by_name = {row[0]: row for row in quality}
     return Result(
         name="shuffle",
@@ -101,20 +119,30 @@ def run(settings: Settings) -> Result:
                 kinds,
             ),
             Table(
-                f"Readers that take {READ_ROWS} rows in turn, window of {WINDOW}",
-                ["processes or workers", "rows decoded ÷ rows of the cache, all readers together"],
+                f"Rows decoded ÷ rows of the cache, all processes together, window of {WINDOW}",
+                [
+                    "processes",
+                    *(f"batches of {n}, {how}" for n in BATCH_SIZES for how in ("in turn", "divided by place")),
+                ],
                 sharing,
+            ),
+            Table(
+                f"The same with several loader workers of each process, batches of {BATCH_SIZES[0]}, as trained",
+                ["processes", "gradient accumulation", *(f"--num-workers {n}" for n in LOADER_WORKERS)],
+                of_workers,
             ),
         ],
         summary={
             f"places_in_{BATCHES[0]}": round(by_name[str(WINDOW)][2], 2),
             **{f"unevenness_{n}": round(kinds[0][1 + i], 2) for i, n in enumerate(BATCHES)},
-            "decoded_by_8_readers": round(sharing[2][1], 2),
+            **{f"decoded_by_{row[0]}_processes": round(row[2], 2) for row in sharing},
         },
         conclusion="A row is anywhere in the epoch, whatever its place in the corpus; but what stands together in the "
         f"corpus for {RECORD_BATCH} rows and more stays together: large batches hold domains as unevenly as "
         f"{RECORD_BATCH} times fewer rows would. Shuffle such text before it is cached, or cache its domains apart and "
-        "mix them. Readers that share the rows decode each what lies in the window, whole.",
+        "mix them. Processes share the decoding, the better the more rows of a step each takes, and wholly where a "
+        "step is a number of windows and each one's part a number of record batches; loader workers of one of them "
+        "share it only over its micro-batches.",
     )
 
 
@@ -163,12 +191,26 @@ def cell(orders: Sequence[np.ndarray], domain: np.ndarray, n: int, window: int |
     return f"{counted:.2f} ({1 + (min(n, rows) - 1) * (RECORD_BATCH - 1) / (rows - 1):.2f})"
 
 
-def decoded_per_row(rows: np.ndarray, readers: int) -> float:
-    """Rows of all record batches that `readers` decode, each with the window's record batches in memory, per row."""
+def decoded_both_ways(
+    rows: int, processes: int, batch_size: int, accumulation: int = 1, workers: int = 1
+) -> tuple[float, float]:
+    """Rows decoded per row, by all together: rows dealt out in turn, and as training divides them."""
+    record_batches = [(start, start + RECORD_BATCH) for start in range(0, rows, RECORD_BATCH)]
+    plain = LocalShuffle(record_batches, seed=0, multiple_of=processes * batch_size)
+    division = {"processes": processes, "accumulation": accumulation, "batch_size": batch_size}
+    divided = plain if processes == 1 else DividedByPlace(plain, rows=rows, **division)
+    found = [np.fromiter(each, np.int64, len(plain)) % rows for each in (plain, divided)]
+    in_turn, by_place = (decoded_per_row(each, processes, batch_size, workers) for each in found)
+    return in_turn, by_place
+
+
+def decoded_per_row(rows: np.ndarray, processes: int, batch_size: int, workers: int) -> float:
+    """Batches are dealt out to the processes in turn, and of each process to its workers, each of which decodes for
+    itself and keeps the record batches of a window."""
     decoded = 0
-    kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(readers)]
-    for i, batch in enumerate(batches_of(rows // RECORD_BATCH, READ_ROWS).tolist()):
-        mine = kept[i % readers]
+    kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(processes * workers)]
+    for i, batch in enumerate(batches_of(rows // RECORD_BATCH, batch_size).tolist()):
+        mine = kept[i % (processes * workers)]
         for place in batch:
             decoded += place not in mine
             mine[place] = None

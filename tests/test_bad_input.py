@@ -351,11 +351,20 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
         ("--training-args list.json", ("list.json", "found a list, expected an object", "Correct it")),
         ("--training-args typo.json", ("typo.json", "warmup_step is not", "Did you mean warmup_steps?")),
         ("--training-args reserved.json", ("reserved.json", "output_dir cannot be set here", "use --output")),
+        (
+            "--training-args split.json",
+            ("split.json", "split_batches of accelerator_config", "Remove it from the file"),
+        ),
         ("--training-args cache", ("cache", "Is a directory", "Check the path")),
     ],
 )
 def test_options_that_do_not_go_together(here: Path, options: str, expected: tuple[str, ...]):
-    for name, value in (("list", []), ("typo", {"warmup_step": 3}), ("reserved", {"output_dir": "elsewhere"})):
+    for name, value in (
+        ("list", []),
+        ("typo", {"warmup_step": 3}),
+        ("reserved", {"output_dir": "elsewhere"}),
+        ("split", {"accelerator_config": {"split_batches": True}}),
+    ):
         (here / f"{name}.json").write_text(json.dumps(value))
     complain(here, f"{TRAIN} {options}", *expected)
 

@@ -129,16 +129,18 @@ def test_every_step_has_the_rows_that_it_would_have_had(folder: Path, case: str)
     per_epoch = len(order) // 4
     assert KEPT_BY_ONE % per_epoch and KEPT_BY_TWO % per_epoch and LAST > 2 * per_epoch
     ranks = [json.loads((folder / f"{case} two-rank-{rank}.json").read_text()) for rank in (0, 1)]
-    micro = [first + second for first, second in zip(*(each["seen"] for each in ranks), strict=True)]
-    steps, batches = [], iter(micro)
+    micro = list(zip(*(each["seen"] for each in ranks), strict=True))
+    batches = iter(micro)
     for step in range(KEPT_BY_ONE, LAST):
-        wanted, found = order[step], []
-        while len(found) < len(wanted):
-            found += next(batches)
-        steps.append(found)
-        assert found[: len(wanted)] == wanted
-        assert set(found[len(wanted) :]) <= {wanted[-1] + len(dataset)}  # fillers, which do not count
-    assert len(steps) == LAST - KEPT_BY_ONE
+        wanted = order[step]
+        parts = [[], []]
+        while len(parts[0] + parts[1]) < len(wanted):
+            for part, rows in zip(parts, next(batches), strict=True):
+                part += rows
+        fillers = {wanted[-1] + len(dataset)}  # which do not count
+        assert sorted(index for index in parts[0] + parts[1] if index not in fillers) == sorted(wanted)
+        places = [[index % len(dataset) for index in part] for part in parts]
+        assert places[0] + places[1] == sorted(places[0] + places[1])  # each has those that lie together
     for each in ranks:
         assert any("was written by 1 process, 2 go on" in warning for warning in each["warnings"])
 

@@ -170,7 +170,7 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **values,
             output_dir=config.output,
             remove_unused_columns=False,
@@ -183,6 +183,13 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
         raise ConfigError(
             f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the flags{where}."
         ) from error
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(arguments.accelerator_config, name):
+            raise ConfigError(
+                f"{config.training_args}: {name} of accelerator_config cannot be set: every process reads batches "
+                "of its own, of rows that lie together. Remove it from the file."
+            )
+    return arguments
 
 
 def read_training_args(file: str) -> dict[str, Any]:

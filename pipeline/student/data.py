@@ -68,7 +68,7 @@ class CacheDataset(Dataset[CacheRow]):
         """A batch of what `__getitems__` gives."""
         return collate(rows)
 
-    def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> Sampler[int]:
+    def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> LocalShuffle:
         """The order to train in. `resample`: with several samples of the tail, every epoch uses one alone."""
         samples = self.cache.metadata.num_samples if resample else 1
         return LocalShuffle(self.cache.record_batches(), seed=seed, samples=samples, multiple_of=multiple_of)

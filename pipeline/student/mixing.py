@@ -66,7 +66,7 @@ class MixedDataset(Dataset[CacheRow]):
     def collate(self, rows: Sequence[CacheRow]) -> Batch:
         return self.parts[0].collate(rows)
 
-    def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> Sampler[int]:
+    def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> MixedShuffle:
         """As `CacheDataset.sampler`; with `resample` every pass over a cache uses another of its samples."""
         return MixedShuffle(
             [part.cache.record_batches() for part in self.parts],

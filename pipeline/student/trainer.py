@@ -22,6 +22,7 @@ from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
 from pipeline.student.data import Batch, CacheDataset, uncounted
+from pipeline.student.dividing import DividedByPlace, share_of
 from pipeline.student.features import Features
 from pipeline.student.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.recipe import LossRecipe
@@ -206,7 +207,8 @@ class DistillTrainer(Trainer):
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         here = torch.cat(found, dim=1)
         rows = torch.zeros((len(here), len(dataset)), dtype=torch.float64)
-        mine = rows[:, rank::processes]
+        share = share_of(len(dataset), processes, rank)
+        mine = rows[:, share.start : share.stop]
         mine.copy_(here[:, : mine.shape[1]])  # without what only filled up
         return rows if processes == 1 else torch.tensor(self._reduce(rows.flatten())).view_as(rows)
 
@@ -224,8 +226,8 @@ class DistillTrainer(Trainer):
         forward is collective; the last ones may hold nothing that counts."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
-        rows = range(rank, len(dataset), processes)
-        batches = math.ceil(math.ceil(len(dataset) / processes) / size)
+        rows = share_of(len(dataset), processes, rank)
+        batches = math.ceil(len(share_of(len(dataset), processes, 0)) / size)
         shares = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
         loader = DataLoader(dataset, batch_sampler=shares, collate_fn=dataset.collate)
         batch = None
@@ -254,9 +256,18 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
         dataset = train_dataset or self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        processes = self.accelerator.num_processes
-        multiple_of = 1 if processes == 1 else processes * self._train_batch_size
-        return dataset.sampler(seed=seed, resample=self.resample, multiple_of=multiple_of)
+        processes, size = self.accelerator.num_processes, self._train_batch_size
+        if processes == 1:
+            # In the order of the windows, of which one reader needs one at a time. Sorted, a step that reaches into the
+            # next window would go through both from end to end, and a reader that keeps one decode them again.
+            return dataset.sampler(seed=seed, resample=self.resample)
+        return DividedByPlace(
+            dataset.sampler(seed=seed, resample=self.resample, multiple_of=processes * size),
+            rows=len(dataset),
+            processes=processes,
+            accumulation=self.args.gradient_accumulation_steps,
+            batch_size=size,
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at these only after a step: resumed from its last one, it would train another.
