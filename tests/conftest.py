@@ -42,6 +42,8 @@ settings.load_profile("distill")
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from cache_format import CacheRow
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
@@ -121,3 +123,19 @@ def completion_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import completions, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("text") / "completions.jsonl", completions())
+
+
+@pytest.fixture
+def raw_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CacheRow]]:
+    """Rows as they reach the writer, before anything is quantised."""
+    import cache_format as cf
+
+    rows: list[CacheRow] = []
+    write = cf.CacheWriter.write
+
+    def recording(writer: cf.CacheWriter, batch: list[CacheRow]) -> None:
+        rows.extend(batch)
+        write(writer, batch)
+
+    monkeypatch.setattr(cf.CacheWriter, "write", recording)
+    yield rows

@@ -6,16 +6,34 @@ document goes through the teacher alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache_format as cf
 from pipeline.losses import IGNORE_INDEX, UNBIASED, TargetBatch
+
+
+def extremes(temperatures: Sequence[float]) -> Callable[[Any], Any]:
+    """A test of many small problems (seed, vocab, share, scale, temperature, quantised, dtype), some of them harsh."""
+    many = given(
+        seed=st.integers(0, 10_000),
+        vocab=st.integers(2, 24),
+        share=st.floats(0.01, 1.0),
+        scale=st.sampled_from([0.0, 1.0, 10.0, 200.0, 1e4]),
+        temperature=st.sampled_from(temperatures),
+        quantised=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+    harsh = example(seed=0, vocab=2, share=1.0, scale=1e4, temperature=0.5, quantised=True, dtype=torch.float32)
+    return lambda test: many(harsh(test))
 
 
 def random_targets(

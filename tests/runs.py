@@ -8,6 +8,10 @@ distance(weights(a), weights(b))                                # 0.0 if bitwise
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,21 @@ from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.rules import TargetRule
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # Plain SGD without clipping: a step is proportional to the gradient. Adam divides a wrong scale of the loss out again.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+
+def on_two_processes(folder: Path, *words: str) -> None:
+    """`torchrun --nproc-per-node 2` of these words, in `folder`, over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([*command, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
 
 
 def build_cache(

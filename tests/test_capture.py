@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,20 +75,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_fil
     path = tmp_path_factory.mktemp("caches") / "packed"
     cache_teacher(settings(teacher_dir, text_file, path))
     return path
-
-
-@pytest.fixture
-def raw_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cf.CacheRow]]:
-    """Rows as they reach the writer, before anything is quantised."""
-    rows: list[cf.CacheRow] = []
-    write = cf.CacheWriter.write
-
-    def recording(writer: cf.CacheWriter, batch: list[cf.CacheRow]) -> None:
-        rows.extend(batch)
-        write(writer, batch)
-
-    monkeypatch.setattr(cf.CacheWriter, "write", recording)
-    yield rows
 
 
 # ---- equal to the teacher

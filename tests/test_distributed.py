@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,8 @@ from transformers import TrainerState
 import cache_format as cf
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.teacher.rules import TargetRule
-from runs import SGD, build_cache, distance, log_history, train, weights
+from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, english, write_jsonl
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # What each process runs: a run of stage two that leaves every rank's weights and logs beside the output.
 WORKER = """
@@ -82,14 +76,7 @@ def runs(
     # Both processes read it: neither may write it.
     given["training_args"] = folder / "arguments.json"
     given["training_args"].write_text(json.dumps(options.pop("arguments")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(folder / "worker.py"), json.dumps({**options, **given}, default=str)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
     return folder
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from torch import Tensor
 from torch.nn import functional as F
 
-from dense import random_targets
+from dense import extremes, random_targets
 from pipeline.losses import (
     DIVERGENCES,
     TAIL_POLICIES,
@@ -174,16 +173,7 @@ RANGES |= {"skew-forward-kl(0.1)": math.log(10), "skew-reverse-kl(0.3)": -math.l
 
 
 @settings(max_examples=30)
-@given(
-    seed=st.integers(0, 10_000),
-    vocab=st.integers(2, 24),
-    share=st.floats(0.01, 1.0),
-    scale=st.sampled_from([0.0, 1.0, 10.0, 200.0, 1e4]),
-    temperature=st.sampled_from(TEMPERATURES),
-    quantised=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-@example(seed=0, vocab=2, share=1.0, scale=1e4, temperature=0.5, quantised=True, dtype=torch.float32)
+@extremes(TEMPERATURES)
 def test_never_negative_within_its_range_and_always_finite(
     seed: int, vocab: int, share: float, scale: float, temperature: float, quantised: bool, dtype: torch.dtype
 ) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,8 @@ from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.rules import TargetRule
-from runs import SGD, distance, log_history, train, weights
-from test_distributed import ROOT, WORKER
+from runs import SGD, distance, log_history, on_two_processes, train, weights
+from test_distributed import WORKER
 from tiny import conversations, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -44,14 +40,7 @@ def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
     train(folder / "one", cache, student=student_dir, per_device_train_batch_size=4, **options)
     (folder / "worker.py").write_text(WORKER)
     given = {"output": folder / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 2}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(folder / "worker.py"), json.dumps({**options, **given}, default=str)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
     return folder
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.losses import FullTargets, Mixture, TargetBatch, full, fused_head, general_head, sparse_kl
 from test_fused import LargestTensor
-from textbook import OF_DISTRIBUTIONS, OF_ENTRIES, SPECS, randn, terms, with_gradients
+from textbook import OF_DISTRIBUTIONS, OF_ENTRIES, SPECS, check_heads, randn, relative_errors, terms, with_gradients
 
 N, V, D, WIDTH, PADDING = 23, 61, 7, 5, 4
 ALL = ("forward-kl", *SPECS)
@@ -64,13 +64,6 @@ class Problem:
         return [x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
 
 
-def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    return [
-        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(found, expected, strict=True)
-    ]
-
-
 def textbook(spec: str, p_logits: np.ndarray, z: np.ndarray, temperature: float) -> float:
     """Σ weight·T²·D of one position, of total variation T·D, from two vectors of logits."""
     p, q = (np.exp(x / temperature - (x / temperature).max()) for x in (p_logits, z))
@@ -108,22 +101,15 @@ def test_loss_and_gradients_equal_those_of_all_tokens_as_entries(spec: str) -> N
     problem = Problem()
     for temperature, kd_weight in ((1.0, 0.3), (3.0, 1.0)):
         options = {"temperature": temperature, "kd_weight": kd_weight, "divergence": spec}
-        leaves = problem.leaves(torch.float64)
-        z, y = (leaves[0] @ leaves[1][:V].T + leaves[2][:V] for _ in range(2))
-        plain = with_gradients(sparse_kl(z, problem.entries, **options), leaves)
-        capped = with_gradients(sparse_kl(3 * torch.tanh(y / 3), problem.entries, **options), leaves)
-        options |= {"scale": 1 / problem.count, "vocab_size": V, "chunk_size": 7}
-        for dtype, bound in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
-            leaves = hidden, weight, bias = problem.leaves(dtype)
-            linear = fused_head(hidden, weight, bias, problem.targets, **options)
-            assert max(relative_errors(with_gradients(linear.loss, leaves), plain)) < bound
-            own = general_head(
-                hidden,
-                lambda h, w=weight, b=bias: 3 * torch.tanh(F.linear(h, w, b) / 3),
-                problem.targets,
-                **options,
-            )
-            assert max(relative_errors(with_gradients(own.loss, leaves), capped)) < bound
+        bounds = {torch.float32: 2e-5, torch.float64: 1e-10}
+        check_heads(
+            problem.leaves,
+            lambda z, options=options: sparse_kl(z, problem.entries, **options),
+            problem.targets,
+            V,
+            bounds,
+            **options,
+        )
 
 
 @every_divergence

@@ -33,6 +33,7 @@ from pipeline.student.forward import (
     install_distillation_forward,
     remove_distillation_forward,
 )
+from textbook import relative_errors
 
 N, V, D, K, PADDING = 29, 211, 16, 9, 5
 
@@ -96,14 +97,6 @@ def gradients(loss: Tensor, *leaves: Tensor | None) -> list[Tensor]:
     """[loss, d_hidden, d_weight, d_bias]"""
     wanted = [leaf for leaf in leaves if leaf is not None]
     return [loss.detach(), *torch.autograd.grad(loss, wanted)]
-
-
-def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """Largest difference over largest value, of the loss and of each gradient."""
-    return [
-        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        for a, b in zip(found, expected, strict=True)
-    ]
 
 
 # ---- equal to the reference

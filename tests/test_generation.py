@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,20 +37,6 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four prompts of very different lengths, and an empty one."""
     return write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", [{"prompt": text} for text in QUESTIONS])
-
-
-@pytest.fixture
-def raw_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cf.CacheRow]]:
-    """Rows as they reach the writer, before anything is quantised."""
-    rows: list[cf.CacheRow] = []
-    write = cf.CacheWriter.write
-
-    def recording(writer: cf.CacheWriter, batch: list[cf.CacheRow]) -> None:
-        rows.extend(batch)
-        write(writer, batch)
-
-    monkeypatch.setattr(cf.CacheWriter, "write", recording)
-    yield rows
 
 
 # -- equal to the teacher ---------------------------------------------------------------------------------------------

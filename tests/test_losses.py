@@ -11,13 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 import cache_format as cf
-from dense import captured_for, dense_kl, dense_losses, random_targets
+from dense import captured_for, dense_kl, dense_losses, extremes, random_targets
 from pipeline.losses import (
     IGNORE_INDEX,
     TAIL_POLICIES,
@@ -209,16 +207,7 @@ def test_zero_where_student_and_teacher_are_equal(tail: str, temperature: float)
     assert student.grad is not None and student.grad.abs().max() < 1e-12
 
 
-@given(
-    seed=st.integers(0, 10_000),
-    vocab=st.integers(2, 24),
-    share=st.floats(0.01, 1.0),
-    scale=st.sampled_from([0.0, 1.0, 10.0, 200.0, 1e4]),
-    temperature=st.sampled_from(TEMPERATURES),
-    quantised=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-@example(seed=0, vocab=2, share=1.0, scale=1e4, temperature=0.5, quantised=True, dtype=torch.float32)
+@extremes(TEMPERATURES)
 def test_never_negative_if_not_an_estimate_and_always_finite(
     seed: int, vocab: int, share: float, scale: float, temperature: float, quantised: bool, dtype: torch.dtype
 ) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,10 @@ from torch.nn import functional as F
 import cache_format as cf
 from dense import captured_for, random_targets
 from pipeline.losses import POSITION_WEIGHTINGS, fused_head, fused_head_loss, general_head, sparse_kl
-from runs import SGD, build_cache, distance, log_history, train, weights
+from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from textbook import randn
 from tiny import conversations, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 N, V, D, K, PADDING = 23, 61, 7, 6, 5
 BY_ENTROPY = [name for name in POSITION_WEIGHTINGS if name != "uniform"]
 
@@ -179,17 +174,10 @@ def test_accumulated_steps_are_those_of_one_batch(folder: Path, student_dir: Pat
 def test_two_processes_end_with_the_weights_of_one(folder: Path, student_dir: Path) -> None:
     """With a mixture, a schedule and the student's entropy at once: all of them reach the wrapped module's forward."""
     assert len(cf.open_cache(folder / "cache")) % 2 == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = {**OPTIONS, "training_args": "arguments.json", "position_weighting": "student-entropy", "cache": "cache"}
     options |= {"student": str(student_dir), "output": "two", "batch_size": 2, "gradient_accumulation_steps": 2}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["-m", "cli", "train-student", "--device", "cpu"]
-    command += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    on_two_processes(folder, "-m", "cli", "train-student", "--device", "cpu", *words)
     assert distance(weights(folder / "two"), weights(folder / "student-entropy")) < 2e-6
     one, two = ([e for e in log_history(folder / name) if "kl" in e] for name in ("student-entropy", "two"))
     for a, b in zip(one, two, strict=True):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,7 @@ from pipeline.student.caches import open_mix
 from pipeline.student.data import CacheDataset
 from pipeline.student.mixing import MixedDataset
 from pipeline.student.train import train_student
-from runs import SGD, build_cache, distance, weights
-from test_distributed import ROOT
+from runs import SGD, build_cache, distance, on_two_processes, weights
 from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -82,14 +77,7 @@ def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPa
             with pytest.raises(cf.MismatchError, match=r"a step took 8 rows, takes (4|16)"):
                 train_student(TrainStudentConfig(**words))
     (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(folder / "worker.py"), json.dumps(jobs)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    on_two_processes(folder, str(folder / "worker.py"), json.dumps(jobs))
     return folder
 
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dense import tempered_mass
-from pipeline.losses import IGNORE_INDEX, Mixture, TargetBatch
+from pipeline.losses import IGNORE_INDEX, FullTargets, Mixture, TargetBatch, fused_head, general_head
 
 SPECS = (
     "reverse-kl",
@@ -171,3 +173,41 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 def with_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def check_heads(
+    leaves_in: Callable[[torch.dtype], list[Tensor]],
+    definition: Callable[[Tensor], Tensor],
+    targets: TargetBatch | FullTargets,
+    vocab_size: int,
+    bounds: dict[torch.dtype, float],
+    **options: Any,
+) -> None:
+    """`fused_head` of a linear head, and `general_head` of one that caps its logits, in chunks, against the definition
+    on all logits in fp64: loss and gradients, each within a share of its largest value.
+
+    Args:
+        leaves_in: hidden states, weight with rows of padding, and bias, as leaves of a graph.
+        definition: [N, V] logits → mean loss.
+    """
+    leaves = leaves_in(torch.float64)
+    z, y = (leaves[0] @ leaves[1][:vocab_size].T + leaves[2][:vocab_size] for _ in range(2))
+    plain = with_gradients(definition(z), leaves)
+    capped = with_gradients(definition(3 * torch.tanh(y / 3)), leaves)
+    options |= {"scale": 1 / int(targets.counted.sum()), "vocab_size": vocab_size, "chunk_size": 7}
+    for dtype, bound in bounds.items():
+        leaves = hidden, weight, bias = leaves_in(dtype)
+        linear = fused_head(hidden, weight, bias, targets, **options)
+        own = general_head(
+            hidden, lambda h, w=weight, b=bias: 3 * torch.tanh(F.linear(h, w, b) / 3), targets, **options
+        )
+        for found, expected in ((linear, plain), (own, capped)):
+            assert max(relative_errors(with_gradients(found.loss, leaves), expected)) < bound
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Largest difference over largest value, of the loss and of each gradient."""
+    return [
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(found, expected, strict=True)
+    ]
