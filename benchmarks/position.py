@@ -28,9 +28,8 @@ from benchmarks.teacher import open_teacher
 from cache_format import default_codebooks
 from pipeline.heads import open_head
 from pipeline.report import bar
-from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import sparse_targets
+from pipeline.teacher.targets import draws, sparse_targets
 from pipeline.tokenizers import real_vocab_size
 
 TEXT, LABEL = "We crossed the river on a narrow wooden", " plank"
@@ -88,7 +87,7 @@ def look(directory: Path, text: str = TEXT, label: str = LABEL) -> Position:
 
 def stored(position: Position, rule: TargetRule) -> Stored:
     """What a cache holds of the position, in the values of its codebooks."""
-    drawn = torch.from_numpy(uniforms(rule.seed or 0, [0], [position.index], rule.uniforms)) if rule.sampled else None
+    drawn = draws(rule, np.zeros(1, np.int64), np.array([position.index]))
     found = sparse_targets(position.logits[None], rule, drawn)
     ids = found.ids[0][found.ids[0] >= 0].tolist()
     codebook = rule.codebook()

@@ -31,9 +31,8 @@ from pipeline.head_form import head_form
 from pipeline.heads import Head, open_head
 from pipeline.losses import FullTargets, TargetBatch, fused_head
 from pipeline.teacher.hidden import quantised
-from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 from pipeline.teacher_head import TeacherHead
 from pipeline.tokenizers import real_vocab_size
 
@@ -142,9 +141,9 @@ def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule
     chunks = []
     for start in range(0, len(states), CHUNK):
         here = np.arange(start, min(start + CHUNK, len(states)))
-        drawn = torch.from_numpy(uniforms(0, np.zeros_like(here), here, rule.uniforms)) if rule.uniforms else None
+        drawn = draws(rule, np.zeros_like(here), here)
         chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, drawn))
-    ids, logprobs, exact, _, residual, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    ids, logprobs, exact, _, residual, entropy = ChunkTargets.cat(chunks)
     return TargetBatch(
         ids=ids.long().clamp(min=0),
         logprobs=torch.where(ids >= 0, logprobs, -torch.inf),

@@ -30,10 +30,9 @@ from benchmarks.text import prose, windows
 from pipeline.heads import Head, open_head
 from pipeline.report import cache_stats
 from pipeline.teacher.packing import TokenRow
-from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 from pipeline.tokenizers import real_vocab_size
 
 ROWS, QUICK_ROWS = 208, 8
@@ -151,12 +150,11 @@ def _rows(text: Text) -> dict[str, list[cf.CacheRow]]:
             positions = np.arange(start, min(start + CHUNK, length - 1))
             found = text.head.logits(torch.from_numpy(states[positions].astype(np.float32)), out=logits)
             for name, rule in RULES.items():
-                drawn = torch.from_numpy(uniforms(0, np.full(len(positions), index), positions, rule.uniforms))
-                parts[name].append(sparse_targets(found, rule, drawn if rule.uniforms else None, scratch))
+                drawn = draws(rule, np.full(len(positions), index), positions)
+                parts[name].append(sparse_targets(found, rule, drawn, scratch))
         token_row = TokenRow(input_ids=text.input_ids[index], loss_mask=mask, segment_lengths=np.array([length]))
         for name in RULES:
-            targets = ChunkTargets(*(torch.cat(tensors) for tensors in zip(*parts[name], strict=True)))
-            rows[name].append(cache_row(index, token_row, mask, targets))
+            rows[name].append(cache_row(index, token_row, mask, ChunkTargets.cat(parts[name])))
     return rows
 
 
@@ -193,8 +191,7 @@ def _costs(text: Text, rounds: int) -> dict[str, float]:
 
     def step(rule: TargetRule) -> Callable[[], object]:
         def once() -> object:
-            drawn = torch.from_numpy(uniforms(0, places, places, rule.uniforms)) if rule.uniforms else None
-            return sparse_targets(logits, rule, drawn, scratch)
+            return sparse_targets(logits, rule, draws(rule, places, places), scratch)
 
         return once
 

@@ -31,9 +31,8 @@ from pipeline.models import load_model, load_tokenizer, resolve_device, weights_
 from pipeline.objective import objective_for
 from pipeline.padding import model_inputs
 from pipeline.teacher.answers import place_of
-from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 from pipeline.teacher_head import TeacherHead
 from pipeline.tokenizers import tokenizer_fingerprint
 
@@ -174,20 +173,15 @@ def _ask(
         position = np.flatnonzero(stored)
         counts = np.asarray(row.targets.exact_counts, np.int64)[stored]
         ids = torch.from_numpy(_exact(row, row.targets.ids).astype(np.int64)).split(counts.tolist())
-        drawn = None
-        if rule.uniforms:
-            where = np.full(len(position), places[row.row])
-            drawn = torch.from_numpy(uniforms(rule.seed or 0, where, position, rule.uniforms))
+        drawn = draws(rule, np.full(len(position), places[row.row]), position)
         logprobs, chunks = [], []
         for start in range(0, len(states), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
             logits = head.logits(states[here])
             found = torch.log_softmax(logits.double().cpu() / rule.temperature, dim=1)
             logprobs += [of_position[cached] for of_position, cached in zip(found, ids[here], strict=True)]
-            chunk = sparse_targets(logits, rule, None if drawn is None else drawn[here])
-            chunks.append(ChunkTargets(*(part.cpu() for part in chunk)))
-        targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-        asked.append(_Asked(torch.cat(logprobs).numpy(), targets, states))
+            chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here]).cpu())
+        asked.append(_Asked(torch.cat(logprobs).numpy(), ChunkTargets.cat(chunks), states))
     return asked
 
 

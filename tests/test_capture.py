@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.heads import Head, check_packing, open_head
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.teacher import capture, opening
+from pipeline.teacher import targets as targets_module
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, CaptureSummary, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.philox import uniforms
@@ -249,12 +250,12 @@ def test_a_sample_of_another_row_or_position_is_detected(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A generator that counts positions as they come would give other samples to another batch size."""
-    rule, real = SAMPLING[0], capture.uniforms
+    rule, real = SAMPLING[0], targets_module.uniforms
 
     def as_they_come(seed: int, rows: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
         return real(seed, np.zeros_like(rows), np.arange(len(positions)), draws)
 
-    monkeypatch.setattr(capture, "uniforms", as_they_come)
+    monkeypatch.setattr(targets_module, "uniforms", as_they_come)
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", targets=rule))
     row = cf.open_cache(tmp_path / "cache")[7]
     metadata = cf.open_cache(tmp_path / "cache").metadata

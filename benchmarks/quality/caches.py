@@ -20,10 +20,9 @@ from benchmarks.quality.states import States
 from benchmarks.quality.tracks import Arm, Track
 from pipeline.heads import Head
 from pipeline.teacher.capture import CHUNK_POSITIONS
-from pipeline.teacher.philox import uniforms
-from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rows import cache_rows
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 
 TEXT_COLUMNS = ("row", "input_ids", "loss_mask", "segment_lengths")
 
@@ -84,22 +83,12 @@ def build_caches(
                 found = head.logits(hidden[chunk], out=logits)
                 for path in here:
                     rule = wanted[path][0]
-                    drawn = None
-                    if rule.uniforms:
-                        drawn = torch.from_numpy(
-                            uniforms(rule.seed or 0, row_of[chunk], position[chunk], rule.uniforms)
-                        )
+                    drawn = draws(rule, row_of[chunk], position[chunk])
                     chunks[path].append(sparse_targets(found, rule, drawn, scratch))
             for path, writer in here.items():
-                whole = [torch.cat(parts) for parts in zip(*chunks[path], strict=True)]
-                stops = np.cumsum(corpus.counted[group.start : group.stop])[:-1].tolist()
-                of_rows = zip(*(tensor.tensor_split(stops) for tensor in whole), strict=True)
-                writer.write(
-                    [
-                        cache_row(row, corpus.rows[row], corpus.rows[row].loss_mask, ChunkTargets(*targets))
-                        for row, targets in zip(group, of_rows, strict=True)
-                    ]
-                )
+                rows = corpus.rows[group.start : group.stop]
+                stored = [np.asarray(row.loss_mask, bool) for row in rows]
+                writer.write(cache_rows(group, rows, stored, ChunkTargets.cat(chunks[path])))
             if group.stop % track.shard_rows == 0 or group.stop == len(corpus.rows):
                 minutes = (time.monotonic() - began) / 60
                 print(f"caches: {group.stop:,} of {len(corpus.rows):,} rows, {minutes:.1f} minutes", flush=True)

@@ -29,7 +29,7 @@ from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.sampling import draw
-from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 
 STREAM = 2  # of the random numbers that choose tokens; the sampled tail has 0, masks have 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
@@ -195,11 +195,8 @@ class AnswerWriter:
             np.array([draft.request.document for draft in active]), np.array([draft.request.index for draft in active])
         )
         logits = self.head.logits(decoding.hidden, out=self.logits)
-        drawn = None
-        if rule.uniforms:
-            positions = np.array([len(draft.request.prompt) - 1 + step for draft in active])
-            drawn = torch.from_numpy(uniforms(rule.seed or 0, places, positions, rule.uniforms))
-        targets = ChunkTargets(*(part.cpu() for part in sparse_targets(logits, rule, drawn, self.scratch)))
+        positions = np.array([len(draft.request.prompt) - 1 + step for draft in active])
+        targets = sparse_targets(logits, rule, draws(rule, places, positions), self.scratch).cpu()
         if not targets.entropy.isfinite().all():
             bad = active[int((~targets.entropy.isfinite()).nonzero()[0, 0])].request
             raise ModelError(

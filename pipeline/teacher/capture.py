@@ -41,11 +41,10 @@ from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.masking import MaskRule
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
-from pipeline.teacher.philox import uniforms
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
-from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rows import cache_rows
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 from pipeline.teacher.workers import WorkerConfig, check_output, device_names, this_worker
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
@@ -321,10 +320,9 @@ class _Capture:
                 states, scales = hidden_states.of_batch(by_layer, with_states, self.hidden.dtype)
         hidden = hidden[mask.to(device)]  # [n, D]
         multiplied: list[Tensor] = []  # by the head, where that is something else than its layer's states
-        rule, drawn = self.config.targets, None
-        if rule.uniforms:
-            row_of, position = (place.numpy() for place in mask.nonzero(as_tuple=True))
-            drawn = torch.from_numpy(uniforms(rule.seed or 0, np.array(indices)[row_of], position, rule.uniforms))
+        row_of, position = (place.numpy() for place in mask.nonzero(as_tuple=True))
+        rule = self.config.targets
+        drawn = draws(rule, np.array(indices)[row_of], position)
         chunks = []
         for start in range(0, max(1, len(hidden)), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
@@ -334,7 +332,7 @@ class _Capture:
             else:
                 logits = self.head.logits(hidden[here], out=self.logits_buffer)
             chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self.scratch))
-        targets = ChunkTargets(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        targets = ChunkTargets.cat(chunks)
         if multiplied and self.hidden is not None:
             last = self.hidden.layers[-1]
             states[last], scale = hidden_states.quantised(torch.cat(multiplied), self.hidden.dtype)
@@ -367,12 +365,7 @@ class _Capture:
             if batch.copied is not None:
                 batch.copied.synchronize()
             batch.source = None
-            stops = np.cumsum([stored.sum() for stored in batch.stored])[:-1].tolist()
-            of_rows = zip(*(tensor.tensor_split(stops) for tensor in batch.targets), strict=True)
-            of_batch = [
-                cache_row(index, row, stored, ChunkTargets(*targets))
-                for index, row, stored, targets in zip(batch.indices, batch.rows, batch.stored, of_rows, strict=True)
-            ]
+            of_batch = cache_rows(batch.indices, batch.rows, batch.stored, batch.targets)
             if batch.with_states:
                 found = hidden_states.of_rows(batch.states, batch.scales, batch.with_states, batch.indices)
                 of_batch = [replace(row, hidden=each) for row, each in zip(of_batch, found, strict=True)]

@@ -41,10 +41,9 @@ from pipeline.teacher.full import (
 from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
-from pipeline.teacher.philox import uniforms
-from pipeline.teacher.rows import cache_row
+from pipeline.teacher.rows import cache_rows
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, sparse_targets
+from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
 
 OTHERS = (
     TargetRule(top_k=16),
@@ -197,23 +196,16 @@ class _Sample:
                 multiplied.append(inner.cpu())
             forward += self._clock() - began
             for i, rule in enumerate(self.rules):
-                began, drawn = self._clock(), None
-                if rule.uniforms:
-                    numbers = uniforms(rule.seed or 0, row_of[here], position[here], rule.uniforms)
-                    drawn = torch.from_numpy(numbers)
+                began = self._clock()
+                drawn = draws(rule, row_of[here], position[here])
                 chunks[i].append(sparse_targets(logits, rule, drawn, self.scratch))
                 choosing[i] += self._clock() - began
         self.tokens += tokens
         self.forward.append((tokens, forward))
-        stops = np.cumsum([mask.sum() for mask in stored])[:-1].tolist()
+        indices = range(first, first + len(rows))
         for i, found in enumerate(chunks):
             self.choosing[i].append(choosing[i])
-            targets = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
-            of_rows = zip(*(tensor.tensor_split(stops) for tensor in targets), strict=True)
-            self.rows[i] += [
-                cache_row(first + j, row, mask, ChunkTargets(*parts))
-                for j, (row, mask, parts) in enumerate(zip(rows, stored, of_rows, strict=True))
-            ]
+            self.rows[i] += cache_rows(indices, rows, stored, ChunkTargets.cat(found).cpu())
         if self.written is not None:
             self._add_states(torch.cat(multiplied), stored)
 

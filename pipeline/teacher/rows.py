@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 import cache_format as cf
@@ -46,6 +48,16 @@ def cache_row(index: int, row: TokenRow, stored: np.ndarray, targets: ChunkTarge
         ),
         labels=row.labels,
     )
+
+
+def cache_rows(
+    indices: Sequence[int], rows: Sequence[TokenRow], stored: Sequence[np.ndarray], targets: ChunkTargets
+) -> list[cf.CacheRow]:
+    """`cache_row` of several rows, of whose stored positions `targets` has those of one row after the other's."""
+    stops = np.cumsum([mask.sum() for mask in stored])[:-1].tolist()
+    of_rows = zip(*(tensor.tensor_split(stops) for tensor in targets), strict=True)
+    parts = zip(indices, rows, stored, of_rows, strict=True)
+    return [cache_row(index, row, mask, ChunkTargets(*found)) for index, row, mask, found in parts]
 
 
 def _check_finite(entropy: np.ndarray, positions: np.ndarray, row: int) -> None:

@@ -22,11 +22,14 @@ Shapes: n positions, V vocabulary, C candidates, J points, W = C + M·J entries 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
 
 BLOCK = 32
@@ -49,6 +52,20 @@ class ChunkTargets(NamedTuple):
     sample_counts: Tensor
     residual_logprob: Tensor
     entropy: Tensor
+
+    @classmethod
+    def cat(cls, chunks: Sequence[ChunkTargets]) -> ChunkTargets:
+        return cls(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+    def cpu(self) -> ChunkTargets:
+        return ChunkTargets(*(part.cpu() for part in self))
+
+
+def draws(rule: TargetRule, rows: np.ndarray, positions: np.ndarray) -> Tensor | None:
+    """[n, rule.uniforms] float64: what decides a sample at n places of the corpus; None of rules that draw none."""
+    if not rule.uniforms:
+        return None
+    return torch.from_numpy(uniforms(rule.seed or 0, rows, positions, rule.uniforms))
 
 
 def sparse_targets(
