@@ -54,7 +54,7 @@ def tables(page: str) -> list[list[list[str]]]:
     """The cells of each table, its head first."""
     found = re.findall(r"^(\|.*\n)\|[-:| ]+\|\n((?:\|.*\n)*)", text(page), flags=re.MULTILINE)
     return [
-        [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (head + body).splitlines()]
+        [[cell.strip() for cell in re.split(r"(?<= )\|(?= )", line[1:-1])] for line in (head + body).splitlines()]
         for head, body in found
     ]
 

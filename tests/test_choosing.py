@@ -42,8 +42,11 @@ def test_the_table_of_losses_and_targets_is_what_the_code_accepts(
     (tempered,) = [words.pop(row) for row in list(words) if row.startswith("another T")]
     listed = [name for divergences, *_ in words.values() for _, name in divergences]
     assert sorted(listed) == sorted(DIVERGENCES)
+    whole = kinds.index(["hidden"]) + 1
+    check_whole(build_cache(tmp_path / "hidden", teacher_dir, text_file, targets=TargetRule(kind="hidden")))
+    assert all(row[whole] == "whole" for row in table[1:])
     for column, names in enumerate(kinds, start=1):
-        for kind in names:
+        for kind in names if column != whole else []:
             cache = cf.open_cache(build_cache(tmp_path / kind, teacher_dir, text_file, targets=TargetRule(kind=kind)))
             for divergences, *cells in words.values():
                 for _, name in divergences:
@@ -53,6 +56,14 @@ def test_the_table_of_losses_and_targets_is_what_the_code_accepts(
                     assert bold == [tail for tail in [accepted(cache, divergence=name)] if tail], (kind, name)
             tails = {tail for tail in TAIL_POLICIES if accepted(cache, temperature=2.0, tail=tail)}
             assert tails == {tail for _, tail in tempered[column]}, kind
+
+
+def check_whole(path: Path) -> None:
+    """Every divergence and temperature, and no tail."""
+    cache = cf.open_cache(path)
+    for name in DIVERGENCES:
+        assert accepted(cache, divergence=name, temperature=2.0) and accepted(cache, divergence=name)
+        assert not any(accepted(cache, divergence=name, tail=tail) for tail in TAIL_POLICIES)
 
 
 def test_the_five_tokens_are_those_that_a_row_speaks_of() -> None:

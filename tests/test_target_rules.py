@@ -373,6 +373,7 @@ def test_each_kind_has_its_parts_and_their_defaults() -> None:
         "top-p": {"top_p": 0.95, "max_entries": 128},
         "threshold": {"tail_threshold": 0.05, "k": 1, "samples": 1, "seed": 0, "max_entries": 21},
         "random": {"draws": 50, "samples": 1, "seed": 0, "max_entries": 50},
+        "hidden": {"max_entries": 0},
     }
     assert set(expected) == set(TARGET_KINDS)
     for kind, parts in expected.items():
