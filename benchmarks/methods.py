@@ -82,7 +82,7 @@ def methods(work: Path, teacher: Path | None, seeds: int, results: Path) -> None
             demo.convert_teacher(teacher)
     result = run(teacher, work, seeds, Sizes())
     measure.show(result)
-    measure.write(result, results, "python -m benchmarks.methods")
+    measure.write(result, results, f"python -m benchmarks.methods --seeds {seeds}")
 
 
 def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:

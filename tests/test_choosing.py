@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import cache_format as cf
-from pages import blocks, commands_of, tables, text
+from pages import ROOT, blocks, commands_of, tables, text
 from pipeline.errors import ConfigError
 from pipeline.losses import DIVERGENCES, TAIL_POLICIES
 from pipeline.student.recipe import LossRecipe
@@ -104,12 +105,26 @@ def options(words: list[str]) -> set[tuple[str, str]]:
     return {(a, "" if b.startswith("--") else b) for a, b in zip(words, values, strict=True) if a.startswith("--")}
 
 
+def recipe_tables() -> list[list[list[str]]]:
+    return [table for table in tables(RECIPES) if table[0][0] == "recipe"]
+
+
+def test_the_methods_side_by_side_are_those_that_were_measured() -> None:
+    (table,) = [each for each in tables(RECIPES) if each[0][0] == "learned from"]
+    results = json.loads((ROOT / "benchmarks/results/methods.json").read_text(encoding="utf-8"))
+    (measured,) = results["tables"].values()
+    columns = ("KL", "agreement", "KL on own", "agreement on own", "number given the steps")
+    found = sorted([float(row[name].split(" ±")[0]) for name in columns] for row in measured)
+    said = sorted([float(re.sub(r"[*% ]", "", cell)) for cell in row[1:]] for row in table[1:])
+    assert len(said) == len(found) and np.allclose(said, found, atol=0.0051)
+
+
 def test_every_recipe_has_commands_with_the_options_that_are_said_to_make_it() -> None:
     of_recipe: dict[str, list[list[str]]] = {}
     for names, found in commands_of(RECIPES).items():
         for name in names.split(", "):
             of_recipe.setdefault(name, []).extend(found)
-    rows = [row for table in tables(RECIPES) for row in table[1:]]
+    rows = [row for table in recipe_tables() for row in table[1:]]
     assert len(rows) > 25 and {row[0] for row in rows} == set(of_recipe)
     for name, _, _, made_by, _ in rows:
         groups = [options(shlex.split(group)) for group in re.findall(r"`([^`]+)`", made_by)]
@@ -118,7 +133,7 @@ def test_every_recipe_has_commands_with_the_options_that_are_said_to_make_it() -
 
 
 def test_every_recipe_names_its_source() -> None:
-    for table in tables(RECIPES):
+    for table in recipe_tables():
         for name, paper, *_ in table[1:]:
             links = re.findall(r"\[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/(\d{4}\.\d{5})\)", paper)
             assert all(shown == linked for shown, linked in links), name

@@ -284,6 +284,7 @@ def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_terminated_process_says_how_to_go_on(tmp_path: Path, teacher_dir: Path, text_file: Path):
     """The real thing once: a process of its own, a real signal, its exit status, and the same command again."""
     parts = tmp_path / "parts"

@@ -211,6 +211,7 @@ def test_uld_of_equal_distributions_over_permuted_vocabularies_is_zero():
         assert uld(z, ordered).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["project", "uld"])
 @pytest.mark.parametrize("student", ["student", "pieces"])
 def test_student_with_another_tokenizer_learns(folder: Path, student: str, method: str):

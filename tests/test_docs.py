@@ -80,7 +80,13 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
 INDEPENDENT = sections(RECIPES)  # each with a cache of its own, and seconds of commands
 
 
-@pytest.mark.parametrize("page", [page for page in [*PAGES, *INDEPENDENT] if commands(page) and page != RECIPES])
+def page_runs() -> list[object]:
+    """The first page that people read, and in `make test-slow` all others."""
+    pages = [page for page in [*PAGES, *INDEPENDENT] if commands(page) and page != RECIPES]
+    return [pytest.param(page, marks=() if page == "docs/choosing.md" else pytest.mark.slow) for page in pages]
+
+
+@pytest.mark.parametrize("page", page_runs())
 def test_every_command_and_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("models", "data", "caches"):
         (tmp_path / folder).mkdir()

@@ -132,6 +132,7 @@ def test_one_that_stops_early_leaves_the_others_alone(
         same(tmp_path / name, tmp_path / "many" / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [None, "noisy"])
 def test_interrupted_together_and_resumed_together(
     tmp_path: Path, cache: Path, held_out: Path, students: dict[str, Path], lost: str | None

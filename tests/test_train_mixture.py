@@ -215,6 +215,7 @@ def run(output: Path, cache: str | tuple[str, ...], **options: Any) -> Any:
     return train_student(TrainStudentConfig(cache=cache, output=str(output), device="cpu", **options), **callbacks)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_by_more_workers_equals_uninterrupted_exactly(folder: Path, tmp_path: Path):
     options = {**OPTIONS, "student_config": str(folder / "gpt2.json")}
     logs: list[dict[str, Any]] = []
