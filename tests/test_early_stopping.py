@@ -312,6 +312,7 @@ def test_stopped_run_is_not_trained_on_by_accident(tmp_path: Path, cache: Path, 
     assert distance(weights(tmp_path / "s"), expected) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restored_by_trainer", [False, True])
 def test_resumed_run_goes_on_counting(
     tmp_path: Path, cache: Path, held_out: Path, student_dir: Path, restored_by_trainer: bool

@@ -158,6 +158,7 @@ def test_adapter_and_merged_student_are_the_same(tmp_path: Path, cache: Path, st
     assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
+@pytest.mark.slow
 def test_best_adapter_is_saved_and_a_stopped_run_resumed_exactly(tmp_path: Path, cache: Path, student_dir: Path):
     options = {**OPTIONS, "student": student_dir, "eval_cache": str(cache), "eval_steps": 1, "max_steps": 6}
     options |= {"learning_rate": 1.0, "lora_dropout": 0.2, "lora_head": True}  # too large: it gets worse

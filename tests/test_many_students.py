@@ -117,6 +117,7 @@ def test_each_equals_its_single_run_and_each_batch_is_read_once(
     assert min(norms) > 0.1  # of this student's own gradient
 
 
+@pytest.mark.slow
 def test_one_that_stops_early_leaves_the_others_alone(
     tmp_path: Path, cache: Path, held_out: Path, students: dict[str, Path]
 ):
@@ -162,6 +163,7 @@ def test_interrupted_together_and_resumed_together(
     assert list(train_many(tmp_path / "many", cache, students, resume=True, **options)) == ["wide"]
 
 
+@pytest.mark.slow
 def test_adapters_of_several_students(tmp_path: Path, cache: Path, students: dict[str, Path]):
     options = {"lora_rank": 2, "merge_adapter": True, "lora_dropout": 0.3, "max_steps": 2, "learning_rate": 1e-2}
     train_many(tmp_path / "many", cache, students, **options)

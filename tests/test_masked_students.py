@@ -172,6 +172,7 @@ def test_adapters_of_a_masked_student_are_saved_alone_or_merged(masked_dir: Path
     assert distance(weights(tmp_path / "merged"), weights(masked_dir / "bert")) > 1e-3
 
 
+@pytest.mark.slow
 def test_masked_students_share_a_pass_and_stop_by_the_noise_of_rows(masked_dir: Path, tmp_path: Path) -> None:
     students = [tiny_masked(tmp_path / f"s{i}", "bert", layers=1, hidden=16, seed=i) for i in (1, 2)]
     cache = str(masked_dir / "bert-cache")

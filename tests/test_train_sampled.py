@@ -294,6 +294,7 @@ def test_a_resampled_run_is_one_on_each_sample_in_turn(tmp_path: Path, folder: P
     assert min(by_hand([0, 0]), by_hand([1, 0])) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_in_the_middle_of_an_epoch_goes_on_with_its_sample(
     tmp_path: Path, folder: Path, student_dir: Path, workers: int

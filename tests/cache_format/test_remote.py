@@ -115,7 +115,7 @@ def written(url: str | Path, rows: int = 10, **changes: Any) -> cf.CacheMetadata
     return metadata
 
 
-@pytest.mark.parametrize("encoding", ["columns", "packed"])
+@pytest.mark.parametrize("encoding", ["columns", pytest.param("packed", marks=pytest.mark.slow)])
 def test_a_cache_on_s3_has_the_same_bytes(server: Any, tmp_path: Path, encoding: str):
     written(server.url(encoding), encoding=encoding, **several_samples(1))
     written(tmp_path / "cache", encoding=encoding, **several_samples(1))
@@ -135,6 +135,7 @@ def test_nothing_is_lost_to_faults(server: Any, tmp_path: Path):
     assert len(outcome.injected) >= 5, outcome.injected
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_named_in_one_line(server: Any, monkeypatch: pytest.MonkeyPatch):
     from click.testing import CliRunner
     from s3fs import S3FileSystem
@@ -155,6 +156,7 @@ def test_a_server_that_is_gone_is_named_in_one_line(server: Any, monkeypatch: py
         cf.open_cache(server.url("never-was"))
 
 
+@pytest.mark.slow
 def test_what_somebody_else_has_just_created_is_found(server: Any):
     """s3fs remembers listings, in which it is missing."""
     from s3fs import S3FileSystem

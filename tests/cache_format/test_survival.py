@@ -178,6 +178,7 @@ def test_shard_that_the_disk_has_no_room_for_leaves_nothing_behind(tmp_path, who
     assert contents(tmp_path / "cache") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount")
 def test_small_file_system_that_fills_up(tmp_path):
     mount, options = tmp_path / "small", "size=96k"
