@@ -861,9 +861,7 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
     from pipeline.report import inspect_row, inspect_view
     from pipeline.student.checks import load_cache_tokenizer
 
-    opened = cf.open_cache(cache, hidden_layers=[])
-    if opened.metadata.head is not None:
-        opened = opened.with_hidden([opened.metadata.head.layer])
+    opened = cf.open_cache(cache, hidden_layers=[]).with_states()
     if not -len(opened) <= row < len(opened):
         raise click.BadParameter(f"{cache} has rows 0 to {len(opened) - 1}", param_hint="--row")
     tokenizer = load_cache_tokenizer(opened)

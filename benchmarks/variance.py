@@ -18,6 +18,8 @@ samples that take tokens one by one (Duffield, Lund and Thorup, 2007).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,9 +28,8 @@ from benchmarks.measure import Result, Settings, Table, Value
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import token_rows
 from pipeline.heads import Head, open_head
-from pipeline.teacher.philox import uniforms
 from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import sparse_targets
+from pipeline.teacher.targets import draws, sparse_targets
 from pipeline.tokenizers import real_vocab_size
 
 DRAWS = (13, 25, 50, 100)
@@ -48,15 +49,15 @@ def run(settings: Settings) -> Result:
 
     samples: list[list[Value]] = []
     ratios: dict[str, Value] = {}
-    for draws in DRAWS:
-        entries = float((1 - (1 - p) ** draws).sum(dim=1).mean())
+    for count in DRAWS:
+        entries = float((1 - (1 - p) ** count).sum(dim=1).mean())
         tau = threshold_of(p, entries)
-        random = TargetRule(kind="random", draws=draws)
+        random = TargetRule(kind="random", draws=count)
         threshold = TargetRule(kind="threshold", tail_threshold=tau)
-        for name, rule in ((f"random {draws}", random), (f"threshold {tau:.4f}", threshold)):
+        for name, rule in ((f"random {count}", random), (f"threshold {tau:.4f}", threshold)):
             found = drawn(few, few_p, rule) / variance(few_p, rule)
             samples.append([name, entries, variance(p, rule), found, variance(p, rule) / variance(p, random)])
-        ratios[f"÷ random {draws}"] = round(variance(p, threshold) / variance(p, random), 3)
+        ratios[f"÷ random {count}"] = round(variance(p, threshold) / variance(p, random), 3)
     lists: list[list[Value]] = [[f"renormalised top-{k}", k, renormalised_bias(p, k)] for k in LISTS]
     return Result(
         name="variance",
@@ -105,7 +106,7 @@ def drawn(logits: Tensor, p: Tensor, rule: TargetRule) -> float:
     """Mean of ‖t̂ − p‖² over positions and `SAMPLES` seeds."""
     places, total = np.arange(len(p)), 0.0
     for seed in range(SAMPLES):
-        found = sparse_targets(logits, rule, torch.from_numpy(uniforms(seed, places, places, rule.uniforms)))
+        found = sparse_targets(logits, rule, draws(replace(rule, seed=seed), places, places))
         weights = torch.where(found.ids >= 0, found.logprobs.exp(), 0.0)
         estimate = torch.zeros_like(p).scatter_add_(1, found.ids.long().clamp(min=0), weights)
         total += float((estimate - p).square().sum(dim=1).mean())

@@ -93,6 +93,12 @@ class Cache(Sequence[CacheRow]):
         kept = self._cached_record_batches, tuple(layers), self._read_cache
         return Cache(self._directory, self.manifest, *kept)
 
+    def with_states(self, layers: Sequence[int] = ()) -> Cache:
+        """The same cache, with the states decoded that its targets are made of, if so, and those of other layers."""
+        head = self.metadata.head
+        wanted = sorted({*layers, *([] if head is None else [head.layer])})
+        return self.with_hidden(wanted) if wanted else self
+
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
 

@@ -28,7 +28,7 @@ from pipeline.student.checks import check_isolation, check_student, longest_row
 from pipeline.student.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data import Batch, CacheDataset
 from pipeline.student.forward import distillation_output
-from pipeline.student.recipe import LossRecipe, with_states
+from pipeline.student.recipe import LossRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def evaluate(
         MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
-    cache = with_states(cf.open_cache(config.cache, hidden_layers=[], read_cache=copies))
+    cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies).with_states()
     tokenizer, _ = check_student(
         [cache],
         config.student,

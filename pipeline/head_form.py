@@ -99,9 +99,7 @@ def head_form(head: Head) -> HeadForm:
         weight, bias = (None if each is None else each.float() for each in _numbers(head)[:2])
         for factor in (1.0, LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)):
             expected, states = form.logits(hidden * factor)
-            products = nn.functional.linear(
-                states.float().cpu(), weight.float(), None if bias is None else bias.float()
-            )
+            products = nn.functional.linear(states.float().cpu(), weight, bias)
             ratio = deviation(finished(products, scale, softcap), expected.cpu()) / tolerance(expected, roundings=8)
             if not ratio <= 1.0:
                 raise _refused(name, f"its logits differ from those by {ratio:.2g} times what rounding explains")

@@ -98,10 +98,8 @@ def verify_against_teacher(
         MismatchError: the teacher's tokenizer is not the cache's. ConfigError: of this kind of targets nothing can be
         computed again. ModelError, CacheError: either cannot be read.
     """
-    cache = cf.open_cache(config.cache, hidden_layers=[])
+    cache = cf.open_cache(config.cache, hidden_layers=[]).with_states()
     stored_head = None if cache.metadata.head is None else TeacherHead(cache)
-    if stored_head is not None:
-        cache = cache.with_hidden([stored_head.spec.layer])
     rule = TargetRule.from_json(cache.metadata.targets)
     if not cache.metadata.rounded_once:
         raise ConfigError(

@@ -26,7 +26,7 @@ from pipeline.student.arguments import TrainStudentConfig
 from pipeline.student.data import CacheDataset, collate
 from pipeline.student.forward import distillation_output, install_distillation_forward
 from pipeline.student.many import train_students
-from pipeline.student.recipe import LossRecipe, with_states
+from pipeline.student.recipe import LossRecipe
 from pipeline.student.train import train_student
 from pipeline.teacher_head import TeacherHead
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
@@ -47,7 +47,7 @@ def folder(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 
 
 def opened(path: Path) -> cf.Cache:
-    return with_states(cf.open_cache(path, hidden_layers=[]))
+    return cf.open_cache(path, hidden_layers=[]).with_states()
 
 
 def dense_targets(rows: list[cf.CacheRow], teacher: Any) -> TargetBatch:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dense import tempered_mass
-from pipeline.losses import IGNORE_INDEX, FullTargets, Mixture, TargetBatch, fused_head, general_head
+from pipeline.losses import IGNORE_INDEX, FullTargets, Mixture, TargetBatch, fused_head, general_head, sparse_kl
 
 SPECS = (
     "reverse-kl",
@@ -177,7 +177,7 @@ def with_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 def check_heads(
     leaves_in: Callable[[torch.dtype], list[Tensor]],
-    definition: Callable[[Tensor], Tensor],
+    entries: TargetBatch,
     targets: TargetBatch | FullTargets,
     vocab_size: int,
     bounds: dict[torch.dtype, float],
@@ -188,21 +188,23 @@ def check_heads(
 
     Args:
         leaves_in: hidden states, weight with rows of padding, and bias, as leaves of a graph.
-        definition: [N, V] logits → mean loss.
+        entries: what the definition, `sparse_kl`, is given; `targets` are what the heads are.
     """
-    leaves = leaves_in(torch.float64)
-    z, y = (leaves[0] @ leaves[1][:vocab_size].T + leaves[2][:vocab_size] for _ in range(2))
-    plain = with_gradients(definition(z), leaves)
-    capped = with_gradients(definition(3 * torch.tanh(y / 3)), leaves)
-    options |= {"scale": 1 / int(targets.counted.sum()), "vocab_size": vocab_size, "chunk_size": 7}
-    for dtype, bound in bounds.items():
-        leaves = hidden, weight, bias = leaves_in(dtype)
-        linear = fused_head(hidden, weight, bias, targets, **options)
-        own = general_head(
-            hidden, lambda h, w=weight, b=bias: 3 * torch.tanh(F.linear(h, w, b) / 3), targets, **options
-        )
-        for found, expected in ((linear, plain), (own, capped)):
-            assert max(relative_errors(with_gradients(found.loss, leaves), expected)) < bound
+    for temperature, kd_weight in ((1.0, 0.3), (3.0, 1.0)):
+        options |= {"temperature": temperature, "kd_weight": kd_weight}
+        leaves = leaves_in(torch.float64)
+        z, y = (leaves[0] @ leaves[1][:vocab_size].T + leaves[2][:vocab_size] for _ in range(2))
+        plain = with_gradients(sparse_kl(z, entries, **options), leaves)
+        capped = with_gradients(sparse_kl(3 * torch.tanh(y / 3), entries, **options), leaves)
+        chunked = {**options, "scale": 1 / int(targets.counted.sum()), "vocab_size": vocab_size, "chunk_size": 7}
+        for dtype, bound in bounds.items():
+            leaves = hidden, weight, bias = leaves_in(dtype)
+            linear = fused_head(hidden, weight, bias, targets, **chunked)
+            own = general_head(
+                hidden, lambda h, w=weight, b=bias: 3 * torch.tanh(F.linear(h, w, b) / 3), targets, **chunked
+            )
+            for found, expected in ((linear, plain), (own, capped)):
+                assert max(relative_errors(with_gradients(found.loss, leaves), expected)) < bound
 
 
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:

@@ -25,7 +25,7 @@ from pipeline.losses import TailPolicy
 from pipeline.report import describe_targets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.features import FeatureRecipe
-from pipeline.student.recipe import LossRecipe, default_tail, with_states
+from pipeline.student.recipe import LossRecipe, default_tail
 from pipeline.tokenizers import check_same_tokenizer
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -76,8 +76,8 @@ class Mix:
         return sum(portion.passes(portion.rows) * portion.cache.num_counted_tokens for portion in self.portions)
 
     def with_states(self, layers: Sequence[int]) -> Mix:
-        """As `recipe.with_states`, all of them."""
-        return Mix(tuple(replace(portion, cache=with_states(portion.cache, layers)) for portion in self.portions))
+        """As `cf.Cache.with_states`, all of them."""
+        return Mix(tuple(replace(portion, cache=portion.cache.with_states(layers)) for portion in self.portions))
 
     def seen(self, rows: int) -> list[dict[str, Any]]:
         """What of each cache the first `rows` rows of a run are: passes, rows to the nearest, tokens on average."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_format import Cache
@@ -208,13 +207,6 @@ def _parse(divergence: str) -> Mixture:
         return Mixture.parse(divergence)
     except ValueError as error:
         raise ConfigError(f"--{error}.") from error
-
-
-def with_states(cache: Cache, layers: Sequence[int] = ()) -> Cache:
-    """A cache with the states decoded that its targets are made of, and those of other layers."""
-    head = cache.metadata.head
-    wanted = sorted({*layers, *([] if head is None else [head.layer])})
-    return cache.with_hidden(wanted) if wanted else cache
 
 
 def drawn_from_teacher(cache: Cache) -> bool | None:

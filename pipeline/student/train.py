@@ -28,7 +28,7 @@ from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
 from pipeline.student.output import begin_output, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
-from pipeline.student.recipe import LossRecipe, realized_warnings, with_states
+from pipeline.student.recipe import LossRecipe, realized_warnings
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
@@ -113,7 +113,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     states_held_out = of_features is not None and held_out is not None and of_features.serves(held_out)
     layers = [] if of_features is None else of_features.teacher_layers
     mix = mix.with_states(layers)
-    held_out = None if held_out is None else with_states(held_out, layers if states_held_out else [])
+    held_out = None if held_out is None else held_out.with_states(layers if states_held_out else [])
     tail = config.tail
     if config.cross_tokenizer is not None:
         if of_features is not None:
