@@ -28,10 +28,13 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def recorded_answers(metadata: CacheMetadata) -> dict[str, Any] | None:
-    """`bytes` and `sha256` of the file, if this cache has one."""
+def recorded_answers(metadata: CacheMetadata) -> Mapping[str, Any] | None:
+    """`bytes` and `sha256` of the file, if this cache has one. Raises: FormatError."""
     generation = metadata.corpus.get("generation")
-    return generation.get("answers_file") if isinstance(generation, Mapping) else None
+    recorded = generation.get("answers_file") if isinstance(generation, Mapping) else None
+    if not isinstance(recorded, Mapping | None):
+        raise FormatError(f"manifest.json: corpus.generation.answers_file is {recorded!r}, expected bytes and sha256.")
+    return recorded
 
 
 def write_answers(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

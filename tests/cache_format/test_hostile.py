@@ -195,6 +195,14 @@ def test_lying_manifest(path, name):
     assert expected in message and "manifest.json" in message
 
 
+@pytest.mark.parametrize("said", [[], "answers.jsonl", 7])
+def test_a_lie_about_answers(path, said):
+    seal_manifest(path, lambda manifest: manifest["corpus"].update(generation={"answers_file": said}))
+    for read in (lambda: list(cf.open_cache(path).answers()), lambda: cf.verify_cache(path)):
+        with pytest.raises(cf.FormatError, match=r"manifest\.json: corpus\.generation\.answers_file"):
+            read()
+
+
 def first_batch(**changes):
     return lambda sidecar: sidecar["record_batches"][0].update(changes)
 
