@@ -421,10 +421,18 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
                 ("left out or cut", ", ".join(f"{LEFT_OUT[n]}: {c:,}" for n, c in left_out.items()) or "nothing"),
                 ("exact mass", kept),
                 ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
-                ("time", f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} tokens/s"),
+                ("time", _time_taken(summary, "tokens/s")),
             ],
         )
     )
+
+
+def _time_taken(summary: Any, unit: str) -> str:
+    if not summary.tokens_per_s:
+        return "none: everything was there"
+    from pipeline.report import duration
+
+    return f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} {unit}"
 
 
 HIDDEN_PARTS = {"layers": "states", "dtype": "dtype", "every": "every"}  # of HiddenRule, and of --hidden-…
@@ -540,7 +548,7 @@ def _generate(config: Any, fields: dict[str, Any], repository: str | None, as_js
                     "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)",
                 ),
                 ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
-                ("time", f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} tokens/s written"),
+                ("time", _time_taken(summary, "tokens/s written")),
             ],
         )
     )
