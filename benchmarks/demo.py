@@ -38,10 +38,7 @@ def demo(output: Path) -> None:
     """Distil SmolLM2-135M into six of its layers and compare with training on the labels."""
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    teacher = output / "teacher"
-    if not (teacher / "config.json").exists():
-        say(f"Unpacking SmolLM2-135M-Instruct into {teacher}")
-        convert_teacher(teacher)
+    teacher = unpacked_teacher(output)
     for name, size, seed in (
         ("train", TRAIN_PROBLEMS, TRAIN_SEED),
         ("heldout", HELD_OUT_PROBLEMS, HELD_OUT_SEED),
@@ -88,6 +85,16 @@ def distill(*words: object) -> None:
     finished = subprocess.run([script, *line])
     if finished.returncode:
         raise click.exceptions.Exit(finished.returncode)
+
+
+def unpacked_teacher(work: Path) -> Path:
+    """The teacher in a directory of `work`, where it is unpacked the first time."""
+    teacher = work / "teacher"
+    if not (teacher / "config.json").exists():
+        say(f"Unpacking SmolLM2-135M-Instruct into {teacher}")
+        work.mkdir(parents=True, exist_ok=True)
+        convert_teacher(teacher)
+    return teacher
 
 
 def convert_teacher(directory: Path) -> None:

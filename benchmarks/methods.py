@@ -77,9 +77,7 @@ def methods(work: Path, teacher: Path | None, seeds: int, results: Path) -> None
     """Train students in every way and compare them. Resumes where it was stopped."""
     logging.disable_progress_bar()
     if teacher is None:
-        teacher = work / "teacher"
-        if not (teacher / "config.json").exists():
-            demo.convert_teacher(teacher)
+        teacher = demo.unpacked_teacher(work)
     result = run(teacher, work, seeds, Sizes())
     measure.show(result)
     measure.write(result, results, f"python -m benchmarks.methods --seeds {seeds}")

@@ -48,14 +48,11 @@ def write_problems(file: Path, size: int = PROBLEMS, seed: int = SEED) -> None:
 @click.option("--problems", default=PROBLEMS, show_default=True, help="How many sums.")
 def reasoning(output: Path, teacher: Path | None, problems: int) -> None:
     """Let a teacher answer sums, and cache the answers that are right."""
-    from benchmarks.demo import convert_teacher, distill, say
+    from benchmarks.demo import distill, unpacked_teacher
 
     output.mkdir(parents=True, exist_ok=True)
     if teacher is None:
-        teacher = output / "teacher"
-        if not (teacher / "config.json").exists():
-            say(f"Unpacking SmolLM2-135M-Instruct into {teacher}")
-            convert_teacher(teacher)
+        teacher = unpacked_teacher(output)
     write_problems(output / "sums.jsonl", problems)
     cache = output / "caches" / "sums"
     distill(

@@ -55,12 +55,17 @@ class TextTargets:
 
 def open_teacher(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer. Raises: click.ClickException with the next step if there are none."""
+    check_teacher(directory)
+    return load_model(str(directory)), load_tokenizer(str(directory))
+
+
+def check_teacher(directory: Path) -> None:
+    """Raises: click.ClickException with the next step if there is none."""
     if not (directory / "config.json").is_file():
         raise click.ClickException(
             f"{directory}: no teacher there, expected a transformers directory. Run `make demo`, which makes one, or "
             "give another with --teacher."
         )
-    return load_model(str(directory)), load_tokenizer(str(directory))
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -9,10 +9,12 @@ import click
 from transformers.utils import logging
 
 from benchmarks import measure
+from benchmarks.demo import unpacked_teacher
 from benchmarks.quality import report
 from benchmarks.quality.runs import prepare, run_missing, track_directory
 from benchmarks.quality.sources import load_domains
 from benchmarks.quality.tracks import TRACKS, Arm, Track, quick
+from benchmarks.teacher import check_teacher
 
 BENCHMARKS = Path(__file__).parents[1]
 
@@ -26,7 +28,9 @@ BENCHMARKS = Path(__file__).parents[1]
     help="Where text, caches and finished runs are [default: benchmarks/work/quality]",
 )
 @click.option("--results", type=click.Path(path_type=Path), help="Where the report goes [default: benchmarks/results]")
-@click.option("--teacher", default=measure.Settings.teacher, type=click.Path(path_type=Path), show_default=True)
+@click.option(
+    "--teacher", type=click.Path(path_type=Path), help="Of track 1, transformers directory. Default: SmolLM2, unpacked."
+)
 @click.option("--text", type=click.Path(path_type=Path, exists=True), help="A directory of .txt files, one per domain.")
 @click.option("--seeds", type=click.IntRange(1), help="Runs of each arm [default: 2 in track 1, 5 in track 2]")
 @click.option("--arms", multiple=True, help="Only arms whose name has this in it, besides the references.")
@@ -37,7 +41,7 @@ def main(
     numbers: tuple[int, ...],
     work: Path,
     results: Path | None,
-    teacher: Path,
+    teacher: Path | None,
     text: Path | None,
     seeds: int | None,
     arms: tuple[str, ...],
@@ -58,6 +62,9 @@ def main(
     plans = [(track, chosen(track, arms), range(seeds or track.seeds)) for track in tracks]
     if not report_only:
         domains = load_domains(work, text)
+        if any(track.teacher is None for track in tracks):
+            teacher = teacher or unpacked_teacher(work)
+            check_teacher(teacher)  # before the hours of the other track
         for track, wanted, seed_range in plans:
             prepared = prepare(track, wanted, domains, work, teacher)
             if not prepare_only:

@@ -66,10 +66,15 @@ def track_directory(track: Track, work: Path) -> Path:
     return work / track.name
 
 
-def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: Path, teacher: Path) -> Prepared:
-    """Teacher, text, states and caches; makes what is missing."""
+def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: Path, teacher: Path | None) -> Prepared:
+    """Teacher, text, states and caches; makes what is missing.
+
+    Args:
+        teacher: transformers directory, for a track that does not train its own.
+    """
     directory = track_directory(track, work)
     if track.teacher is None:
+        assert teacher is not None
         model, tokenizer = open_teacher(teacher)
         corpora, domain_sizes = build_corpora(track, domains, tokenizer, directory)
     else:
