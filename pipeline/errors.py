@@ -4,7 +4,8 @@
     ├── CacheError      a cache directory cannot be read, written or used: see cache_format.errors
     ├── DataError       the text is missing, empty, malformed, or not of the kind asked for
     ├── ModelError      a model or tokenizer cannot be loaded, or cannot do what is asked
-    └── ConfigError     the options contradict one another, the model or the data
+    ├── ConfigError     the options contradict one another, the model or the data
+    └── DivergedError   training has come to numbers that are none
 
 Messages are one line: where, what was found, what was expected, because of what, next step.
 """
@@ -24,3 +25,7 @@ class ModelError(DistillError):
 
 class ConfigError(DistillError):
     """The options contradict one another, the model or the data."""
+
+
+class DivergedError(DistillError):
+    """The loss or the weights of a student are no longer numbers."""

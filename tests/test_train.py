@@ -25,12 +25,13 @@ from transformers import (
 
 import cache_format as cf
 import pipeline.student.train as train_module
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DivergedError
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.heads import open_head
 from pipeline.losses import sparse_kl
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.student.forward import LossRecipe, distillation_output, install_distillation_forward
+from pipeline.student.trainer import DistillTrainer
 from runs import SGD, build_cache, dense_evaluation, dense_logits, distance, log_history, train, weights
 from tiny import conversations, english, write_jsonl
 
@@ -373,6 +374,44 @@ def test_resumed_in_another_place(tmp_path: Path, cache: Path, student_dir: Path
     shutil.copytree(cache, tmp_path / "cache")
     train(tmp_path / "after", tmp_path / "cache", resume=True, **options)
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "after")) == 0.0
+
+
+# -- numbers that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("logged_every", "what"), [(1, "loss of the student is"), (100, "weights of the student are")])
+def test_a_run_that_diverges_stops_before_it_saves_that(
+    tmp_path: Path,
+    cache: Path,
+    student_dir: Path,
+    logged_every: int,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One weight of the third step is no number: whether it is seen in the log or only when a checkpoint is due."""
+    compute = DistillTrainer.compute_loss
+
+    def spoilt(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(trainer, *args, **kwargs)
+        return loss if trainer.state.global_step < 2 else loss * torch.nan
+
+    output = tmp_path / "student"
+    options = {"student": student_dir, "max_steps": 6, "save_steps": 1, "learning_rate": 1e-3}
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", spoilt)
+        with pytest.raises(DivergedError, match=rf"at step 3 of 6 the {what} not finite.*checkpoint-2 is from before"):
+            train(output, cache, logging_steps=logged_every, **options)
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert not (output / "model.safetensors").exists()
+    train(output, cache, resume=True, logging_steps=logged_every, **options)
+    train(tmp_path / "whole", cache, logging_steps=logged_every, **options)
+    assert distance(weights(tmp_path / "whole"), weights(output)) == 0.0
+
+
+def test_a_learning_rate_that_is_too_high_is_an_error(tmp_path: Path, cache: Path, student_dir: Path):
+    options = {"student": student_dir, "max_steps": 6, "arguments": {**SGD, "learning_rate": 1e30}}
+    with pytest.raises(DivergedError, match=r"not finite.* no checkpoint yet\. Take a lower --learning-rate"):
+        train(tmp_path / "student", cache, **options)
 
 
 # -- which rows a step sees -------------------------------------------------------------------------------------------

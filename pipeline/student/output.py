@@ -42,6 +42,11 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> str | 
     Raises:
         ConfigError, MismatchError: the directory holds something that this run may not touch or cannot continue.
     """
+    if "://" in config.output:
+        raise ConfigError(
+            f"{config.output}: a URL, expected a directory of this machine: checkpoints are written, renamed and removed "
+            "there. Train to a local disk and copy the student afterwards."
+        )
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output}: found a file, expected a directory to write to. Choose another --output.")

@@ -11,13 +11,16 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
+from pipeline.errors import DivergedError
 from pipeline.evaluate import Evaluation, sum_over
 from pipeline.heads import Head, evaluating
 from pipeline.losses import HeadOutput
@@ -25,10 +28,16 @@ from pipeline.student.data import Batch, CacheDataset, uncounted
 from pipeline.student.dividing import DividedByPlace, share_of
 from pipeline.student.features import Features
 from pipeline.student.forward import FeatureOutput, install_distillation_forward
+from pipeline.student.output import last_checkpoint
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.stopping import EarlyStopping
 
 METRICS = ("loss", "kl", "ce", "perplexity", "agreement")
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This process's part of a sharded weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def held_out_metrics(recipe: LossRecipe) -> tuple[str, ...]:
@@ -137,6 +146,29 @@ class DistillTrainer(Trainer):
         if "train_loss" in logs and (mean := self.mean_loss()) is not None:
             logs["train_loss"] = mean  # Trainer's own leaves out what other processes did since the last log
         super().log(logs, start_time)
+        # Loss and sums are those of all processes: none goes on alone.
+        self._check_finite(math.isfinite(logs.get("loss", 0.0)) and math.isfinite(logs.get("train_loss", 0.0)), "loss")
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Never one with weights that are no numbers: it would take the place of one that can be gone on from."""
+        bad = torch.zeros((), device=self.args.device)
+        for weight in self.model.parameters():
+            bad += ~torch.isfinite(_local(weight.detach())).all()
+        self._check_finite(not any(self._reduce(bad[None])), "weights")
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check_finite(self, fine: bool, what: str) -> None:
+        if fine:
+            return
+        output = Path(self.args.output_dir)
+        last = last_checkpoint(output)
+        kept = "There is no checkpoint yet" if last is None else f"{last} is from before and is kept"
+        again = "start again" if last is None else "start again, or go on from there with --resume"
+        raise DivergedError(
+            f"{output}: at step {self.state.global_step} of {self.state.max_steps} the {what} of the student "
+            f"{'is' if what == 'loss' else 'are'} not finite: training has diverged. {kept}. Take a lower "
+            f"--learning-rate or a longer --warmup, and {again}."
+        )
 
     def mean_loss(self) -> float | None:
         """Over the optimizer steps of this call of train; None if it had none to do."""
