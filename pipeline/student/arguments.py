@@ -178,11 +178,17 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
             disable_tqdm=True,
             label_names=["labels"],
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:  # the last: what an argument needs is not installed
         where = "" if config.training_args is None else f" or {config.training_args}"
         raise ConfigError(
             f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the flags{where}."
         ) from error
+    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise ConfigError(
+            f"{config.training_args}: deepspeed with ZeRO stage 3, which gathers a weight inside of its module only: "
+            "the head's is read outside, by the fused loss. Use stage 2, or fsdp (docs/scaling.md)."
+        )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(arguments.accelerator_config, name):
             raise ConfigError(

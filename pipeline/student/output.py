@@ -44,8 +44,8 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> str | 
     """
     if "://" in config.output:
         raise ConfigError(
-            f"{config.output}: a URL, expected a directory of this machine: checkpoints are written, renamed and removed "
-            "there. Train to a local disk and copy the student afterwards."
+            f"{config.output}: a URL, expected a directory: checkpoints are written, renamed and removed there. Train "
+            "to a disk and copy the student afterwards."
         )
     output = Path(config.output)
     if output.exists() and not output.is_dir():
