@@ -78,7 +78,8 @@ def test_defaults_are_unbiased_if_the_targets_are_and_at_their_temperature(
     folder: Path, name: str, tail: str, temperature: float
 ):
     found = LossRecipe.for_cache(opened(folder / name), kd_weight=0.4)
-    assert found == LossRecipe(kd_weight=0.4, temperature=temperature, tail=tail, capture_temperature=temperature)
+    options = {"tail": tail, "capture_temperature": temperature, "sampled": tail == "sampled"}
+    assert found == LossRecipe(kd_weight=0.4, temperature=temperature, **options)
 
 
 SERVED = {
@@ -164,7 +165,7 @@ def test_held_out_targets_of_another_kind(folder: Path, trained: str, tail: str 
     """By the same policy if they can serve it, else by the one that goes with them."""
     recipe = LossRecipe.for_cache(opened(folder / trained), kd_weight=0.3, tail=tail)
     found = recipe.for_held_out(opened(folder / held_out))
-    assert found == replace(recipe, tail=expected)
+    assert found == replace(recipe, tail=expected, sampled=opened(folder / held_out).metadata.sampled)
 
 
 def test_held_out_targets_of_another_temperature_are_refused_before_anything_is_written(

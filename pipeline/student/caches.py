@@ -193,7 +193,8 @@ def recipe_for(
     tails = [tail or default_tail(cache, divergence) for cache in mix.caches]
     warnings = check_agreement(mix, tails=tails, features=features)
     recipes = [LossRecipe.for_cache(cache, tail=tail, divergence=divergence, **options) for cache in mix.caches]
-    return recipes[0], warnings
+    # Rows of all of them stand in one batch: one without a sample leaves what all have, exact entries and the rest.
+    return replace(recipes[0], sampled=all(recipe.sampled for recipe in recipes)), warnings
 
 
 def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: FeatureRecipe | None = None) -> list[str]:

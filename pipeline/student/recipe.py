@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from cache_format import Cache
 from pipeline.errors import ConfigError
@@ -11,6 +12,8 @@ from pipeline.losses import POSITION_WEIGHTINGS, TAIL_POLICIES, UNBIASED, Mixtur
 from pipeline.losses.mixture import FORWARD_KL
 from pipeline.student.schedules import Schedule
 from pipeline.teacher_head import TeacherHead
+
+KlIs = Literal["full", "estimate", "lower bound"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class LossRecipe:
     temperature_schedule: Schedule | None = None
     teacher: TeacherHead | None = field(default=None, repr=False)  # of hidden targets: D is of whole distributions
     uld: bool = False  # D is universal logit distillation, of pipeline.losses.uld
+    sampled: bool = False  # what is read has a sample of the tail, whether D uses it or not
 
     def __post_init__(self) -> None:
         weights = (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
@@ -62,9 +66,21 @@ class LossRecipe:
         return Mixture.parse(self.divergence)
 
     @property
+    def kl_tail(self) -> TailPolicy:
+        """Of what is logged as kl: the most that the targets can say of the true one, whatever is trained."""
+        return "sampled" if self.sampled or self.tail == "sampled" else "bucket"
+
+    @property
+    def kl_is(self) -> KlIs:
+        """How what is logged as kl relates to the divergence of the whole distributions."""
+        if self.teacher is not None:
+            return "full"
+        return "estimate" if self.kl_tail == "sampled" else "lower bound"
+
+    @property
     def trains_kl(self) -> bool:
         """Whether D is what is logged as kl."""
-        return self.mixture.is_forward_kl and not self.uld
+        return self.mixture.is_forward_kl and self.tail == self.kl_tail and not self.uld
 
     def at(self, step: int, max_steps: int) -> LossRecipe:
         """The recipe for the optimizer step number `step`, counted from 0, of `max_steps`."""
@@ -91,12 +107,14 @@ class LossRecipe:
         position_weighting: PositionWeighting = "uniform",
         kd_schedule: str | None = None,
         temperature_schedule: str | None = None,
+        exact_alone: bool = False,
     ) -> LossRecipe:
         """The recipe on a cache's targets; None: what goes with them, unbiased if they are and the divergence can be.
 
         Args:
             kd_schedule: specification of pipeline.student.schedules, takes the place of `kd_weight`.
             temperature_schedule: likewise, of `temperature`.
+            exact_alone: sampled entries do not reach the loss: rows are converted to another tokenizer's.
 
         Raises: ConfigError for a loss that these targets cannot serve, with the reason.
         """
@@ -130,6 +148,7 @@ class LossRecipe:
             kd_schedule=of_kd,
             temperature_schedule=of_temperature,
             teacher=teacher,
+            sampled=sampled and not exact_alone,
         )
         if recipe.tail == "sampled" and not sampled:
             raise ConfigError(
@@ -167,7 +186,7 @@ class LossRecipe:
             )
         return recipe
 
-    def for_held_out(self, cache: Cache) -> LossRecipe:
+    def for_held_out(self, cache: Cache, *, exact_alone: bool = False) -> LossRecipe:
         """The same loss on other targets, by the same policy if they can serve it.
 
         Evaluations are to be compared with one another: all of them use the last values of a schedule, and positions
@@ -182,6 +201,7 @@ class LossRecipe:
             temperature=self.temperature,
             tail=self.tail if serves else None,
             divergence=self.divergence,
+            exact_alone=exact_alone,
         )
         return replace(recipe, uld=self.uld)
 

@@ -28,7 +28,7 @@ from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
 from pipeline.student.output import begin_output, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
-from pipeline.student.recipe import LossRecipe, realized_warnings
+from pipeline.student.recipe import KlIs, LossRecipe, realized_warnings
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
@@ -48,6 +48,7 @@ class TrainSummary:
     best_step: int | None
     stopped: dict[str, Any] | None  # by --early-stopping: {"step", "reasons"}
     evaluations: list[dict[str, float]]  # every held-out evaluation, with its step
+    kl_is: KlIs | None  # of the divergence of the whole distributions, all of these
     mixture: list[dict[str, Any]]  # what was seen of each of several caches, as `Mix.seen`; empty for one
     warnings: list[str]
 
@@ -114,7 +115,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     layers = [] if of_features is None else of_features.teacher_layers
     mix = mix.with_states(layers)
     held_out = None if held_out is None else held_out.with_states(layers if states_held_out else [])
-    tail = config.tail
+    tail, foreign = config.tail, config.cross_tokenizer is not None
     if config.cross_tokenizer is not None:
         if of_features is not None:
             raise ConfigError(
@@ -142,9 +143,10 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         position_weighting=config.position_weighting,
         kd_schedule=config.kd_schedule,
         temperature_schedule=config.temperature_schedule,
+        exact_alone=foreign,
     )
     recipe = replace(recipe, uld=config.cross_tokenizer == "uld")
-    eval_recipe = None if held_out is None else recipe.for_held_out(held_out)
+    eval_recipe = None if held_out is None else recipe.for_held_out(held_out, exact_alone=foreign)
     stopping = check_conditions(
         config.early_stopping,
         config.early_stopping_mode,
@@ -164,7 +166,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         config_file=config.student_config,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        cross_tokenizer=config.cross_tokenizer is not None,
+        cross_tokenizer=foreign,
     )
     warnings += about_student
     for each, loss in (*((cache, recipe) for cache in mix.caches), (held_out, eval_recipe)):
@@ -381,6 +383,7 @@ def perform(
         evaluations=[
             {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
         ],
+        kl_is=None if run.eval_recipe is None else run.eval_recipe.kl_is,
         warnings=run.warnings,
         mixture=seen,
     )
