@@ -25,7 +25,8 @@ from pipeline.losses import TailPolicy
 from pipeline.report import describe_targets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.features import FeatureRecipe
-from pipeline.student.recipe import LossRecipe, default_tail
+from pipeline.student.recipe import LossRecipe
+from pipeline.student.suitability import default_tail
 from pipeline.tokenizers import check_same_tokenizer
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)

@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import POSITION_WEIGHTINGS, TAIL_POLICIES, UNBIASED, Mixture, PositionWeighting, TailPolicy
 from pipeline.losses.mixture import FORWARD_KL
 from pipeline.student.schedules import Schedule
+from pipeline.student.suitability import default_tail, drawn_from_teacher, parse_divergence
 from pipeline.teacher_head import TeacherHead
 
 KlIs = Literal["full", "estimate", "lower bound"]
@@ -36,7 +37,7 @@ class LossRecipe:
     sampled: bool = False  # what is read has a sample of the tail, whether D uses it or not
 
     def __post_init__(self) -> None:
-        weights = (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
+        weights = self.kd_weights
         given = f"--kd-weight {self.kd_weight}" if self.kd_schedule is None else f"--kd-schedule {self.kd_schedule}"
         if not all(0.0 <= weight <= 1.0 for weight in weights):
             numbers = "a number" if self.kd_schedule is None else "numbers"
@@ -64,6 +65,11 @@ class LossRecipe:
     @property
     def mixture(self) -> Mixture:
         return Mixture.parse(self.divergence)
+
+    @property
+    def kd_weights(self) -> tuple[float, ...]:
+        """All that α is or comes from; zero throughout: labels only."""
+        return (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
 
     @property
     def kl_tail(self) -> TailPolicy:
@@ -126,7 +132,7 @@ class LossRecipe:
                 "rebuilt: nothing is outside of it. Leave it out."
             )
         captured, sampled = float(targets["temperature"]), cache.metadata.sampled
-        mixture = _parse(divergence)
+        mixture = parse_divergence(divergence)
         tail = tail or default_tail(cache, divergence)
         of_kd = None if kd_schedule is None else Schedule.parse(kd_schedule, "--kd-schedule")
         of_temperature = None
@@ -159,6 +165,11 @@ class LossRecipe:
             raise ConfigError(
                 f"--tail {recipe.tail}: {cache.path} has random targets, without any exact entry, and this policy is "
                 "not linear in the teacher's probabilities: on a sample it is biased. Use --tail sampled."
+            )
+        if recipe.tail == "realized" and cache.metadata.alignment != "next":
+            raise ConfigError(
+                f"--tail realized: {cache.path} has targets about masked tokens, which are those of a text, not draws "
+                "from what the teacher expects in their place. Use another --tail."
             )
         if recipe.tail == "realized" and drawn_from_teacher(cache) is False:
             written = cache.metadata.corpus["generation"]
@@ -193,7 +204,7 @@ class LossRecipe:
         count alike, since a student's entropy falls as it learns.
         """
         serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
-        serves = serves and not (self.tail == "realized" and drawn_from_teacher(cache) is False)
+        serves = serves and (self.tail != "realized" or drawn_from_teacher(cache) is True)  # not recorded: any text
         serves = serves and self.teacher is None and cache.metadata.head is None  # for which it means nothing
         recipe = LossRecipe.for_cache(
             cache,
@@ -204,50 +215,3 @@ class LossRecipe:
             exact_alone=exact_alone,
         )
         return replace(recipe, uld=self.uld)
-
-
-def default_tail(cache: Cache, divergence: str) -> TailPolicy:
-    """What goes with a cache's targets: unbiased if they are and the divergence can be.
-
-    Raises: ConfigError for a divergence that cannot be read, or that nothing of these targets serves.
-    """
-    mixture = _parse(divergence)
-    if cache.metadata.sampled and "sampled" in mixture.tails:
-        return "sampled"
-    if cache.metadata.targets["kind"] == "random":
-        raise ConfigError(
-            f"--divergence {mixture}: {cache.path} has random targets, without any exact entry, and of a "
-            "sample only forward-kl is unbiased. Use --divergence forward-kl, or cache with --targets top-k."
-        )
-    return "bucket"
-
-
-def _parse(divergence: str) -> Mixture:
-    try:
-        return Mixture.parse(divergence)
-    except ValueError as error:
-        raise ConfigError(f"--{error}.") from error
-
-
-def drawn_from_teacher(cache: Cache) -> bool | None:
-    """Whether the tokens that count are draws from the teacher's own distribution at T = 1; None: not recorded."""
-    written = cache.metadata.corpus.get("generation")
-    if written is None:
-        return None
-    return (written["temperature"], written["top_p"], written["top_k"]) == (1.0, 1.0, 0)
-
-
-def realized_warnings(cache: Cache) -> list[str]:
-    """What `--tail realized` takes for granted and the cache does not vouch for."""
-    written = cache.metadata.corpus.get("generation")
-    if written is None:
-        return [
-            f"--tail realized: {cache.path} does not say that its teacher wrote the text (cache-teacher --generate). "
-            "On any other text this is wrong."
-        ]
-    if written["passed"] < written["answers"] or written["keep"] == "best":
-        return [
-            f"--tail realized: of the answers in {cache.path} some were chosen (--keep-if, --keep), so they are not "
-            "quite draws from the teacher's own distribution."
-        ]
-    return []

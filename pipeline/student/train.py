@@ -28,9 +28,10 @@ from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
 from pipeline.student.output import begin_output, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
-from pipeline.student.recipe import KlIs, LossRecipe, realized_warnings
+from pipeline.student.recipe import KlIs, LossRecipe
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
+from pipeline.student.suitability import check_resample, realized_warnings, resample_warnings
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
 
@@ -153,12 +154,8 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         metrics=(*held_out_metrics(eval_recipe or recipe), *(["features"] if states_held_out else [])),
         held_out_rows=None if held_out is None else len(held_out),
     )
-    for cache in mix.caches:
-        if config.resample and cache.metadata.num_samples == 1:
-            raise ConfigError(
-                f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
-                "--samples 2 or more."
-            )
+    if config.resample:
+        check_resample(mix.caches, recipe.tail, any(recipe.kd_weights))
     check_origin(config)
     tokenizer, about_student = check_student(
         [*mix.caches, *([] if held_out is None else [held_out])],
@@ -172,7 +169,12 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     for each, loss in (*((cache, recipe) for cache in mix.caches), (held_out, eval_recipe)):
         if each is not None and loss is not None and loss.tail == "realized":
             warnings += realized_warnings(each)
-    if held_out is not None:
+    if held_out is not None and eval_recipe is not None:
+        if eval_recipe.tail != recipe.tail and recipe.teacher is None and eval_recipe.teacher is None:
+            warnings.append(
+                f"{held_out.path}: its targets cannot serve --tail {recipe.tail}, the held-out loss is by --tail "
+                f"{eval_recipe.tail}"
+            )
         for cache in mix.caches:
             warnings += check_same_teacher_tokens(cache, held_out)
         if of_features is not None and not states_held_out:
@@ -189,6 +191,9 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
     budget = Budget.of(mix.rows, arguments)
+    if config.resample:
+        rows = budget.rows_after(budget.steps) / mix.rows  # as often as the whole mixture
+        warnings += resample_warnings([(each.cache, each.passes(rows * each.rows)) for each in mix.portions])
     never = too_few_evaluations(
         stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
