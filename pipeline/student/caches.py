@@ -26,7 +26,7 @@ from pipeline.report import describe_targets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.features import FeatureRecipe
 from pipeline.student.recipe import LossRecipe
-from pipeline.student.suitability import default_tail
+from pipeline.student.suitability import default_tail, exact_entries
 from pipeline.tokenizers import check_same_tokenizer
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -218,7 +218,7 @@ def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: FeatureR
             names |= set(different)
     if found:
         remedy = "Cache the texts with the same teacher and settings, or train on one of them."
-        if names == {"tail policy"} and all(cache.metadata.targets["kind"] != "random" for cache in mix.caches):
+        if names == {"tail policy"} and all(exact_entries(cache)[0] for cache in mix.caches):
             remedy = "Give --tail bucket, which serves them all, or cache them with the same --targets."
         raise cf.MismatchError(
             f"--cache: {'. '.join(found)}. Rows of all caches stand in one batch, which has one loss. {remedy}"

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cache_format import Cache
 from pipeline.errors import ConfigError
 from pipeline.losses import POSITION_WEIGHTINGS, TAIL_POLICIES, UNBIASED, Mixture, PositionWeighting, TailPolicy
 from pipeline.losses.mixture import FORWARD_KL
 from pipeline.student.schedules import Schedule
-from pipeline.student.suitability import default_tail, drawn_from_teacher, parse_divergence
+from pipeline.student.suitability import (
+    check_exact_entries,
+    default_tail,
+    drawn_from_teacher,
+    exact_entries,
+    parse_divergence,
+)
 from pipeline.teacher_head import TeacherHead
 
 KlIs = Literal["full", "estimate", "lower bound"]
@@ -75,6 +81,14 @@ class LossRecipe:
     def kl_tail(self) -> TailPolicy:
         """Of what is logged as kl: the most that the targets can say of the true one, whatever is trained."""
         return "sampled" if self.sampled or self.tail == "sampled" else "bucket"
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What became of what was left open: of hidden targets there is no tail."""
+        tails = (
+            {"tail": self.tail, "kl_tail": self.kl_tail} if self.teacher is None else {"tail": None, "kl_tail": None}
+        )
+        return {"temperature": self.temperature, **tails}
 
     @property
     def kl_is(self) -> KlIs:
@@ -161,11 +175,7 @@ class LossRecipe:
                 f"--tail sampled: {cache.path} has {targets['kind']} targets, exact entries without a sample of the "
                 "tail. Use --tail bucket, or cache with --targets threshold."
             )
-        if recipe.tail != "sampled" and targets["kind"] == "random":
-            raise ConfigError(
-                f"--tail {recipe.tail}: {cache.path} has random targets, without any exact entry, and this policy is "
-                "not linear in the teacher's probabilities: on a sample it is biased. Use --tail sampled."
-            )
+        check_exact_entries(cache, recipe.tail, mixture)
         if recipe.tail == "realized" and cache.metadata.alignment != "next":
             raise ConfigError(
                 f"--tail realized: {cache.path} has targets about masked tokens, which are those of a text, not draws "
@@ -203,8 +213,10 @@ class LossRecipe:
         Evaluations are to be compared with one another: all of them use the last values of a schedule, and positions
         count alike, since a student's entropy falls as it learns.
         """
-        serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
-        serves = serves and (self.tail != "realized" or drawn_from_teacher(cache) is True)  # not recorded: any text
+        if self.tail == "realized":
+            serves = drawn_from_teacher(cache) is True and cache.metadata.targets["kind"] != "random"
+        else:
+            serves = cache.metadata.sampled if self.tail == "sampled" else exact_entries(cache)[0] > 0
         serves = serves and self.teacher is None and cache.metadata.head is None  # for which it means nothing
         recipe = LossRecipe.for_cache(
             cache,

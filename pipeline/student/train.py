@@ -31,7 +31,7 @@ from pipeline.student.pruning import calibration_batches, prune
 from pipeline.student.recipe import KlIs, LossRecipe
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
-from pipeline.student.suitability import check_resample, realized_warnings, resample_warnings
+from pipeline.student.suitability import check_resample, exact_entry_warnings, realized_warnings, resample_warnings
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
 
@@ -169,6 +169,12 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     for each, loss in (*((cache, recipe) for cache in mix.caches), (held_out, eval_recipe)):
         if each is not None and loss is not None and loss.tail == "realized":
             warnings += realized_warnings(each)
+    if any(recipe.kd_weights) and recipe.teacher is None and (foreign or "sampled" not in recipe.mixture.tails):
+        loss = f"--cross-tokenizer {config.cross_tokenizer}" if foreign else f"--divergence {recipe.mixture}"
+        looked_at = list(mix.caches)
+        if held_out is not None and not any(cache.metadata.sampled for cache in looked_at):
+            looked_at.append(held_out)  # else it has been said
+        warnings += exact_entry_warnings(looked_at, recipe.tail, loss, recipe.mixture)
     if held_out is not None and eval_recipe is not None:
         if eval_recipe.tail != recipe.tail and recipe.teacher is None and eval_recipe.teacher is None:
             warnings.append(
@@ -198,7 +204,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
     warnings += [] if never is None else [never]
-    resume_from = check_output(config, mix, budget)
+    resume_from = check_output(config, mix, budget, recipe)
     if resume_from is not None and (processes := processes_of(resume_from)) != arguments.world_size:
         warnings.append(
             f"{resume_from} was written by {processes} process{'es' * (processes != 1)}, {arguments.world_size} go on: "
@@ -315,7 +321,7 @@ def perform(
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget)
+        begin_output(config, mix, budget, run.recipe)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
