@@ -1,8 +1,8 @@
 """How far a student is from its teacher, on a cache that it was not trained on.
 
-    kl          KL(teacher‖student), nats per token. On hidden targets the full divergence itself; on sampled ones an
-                unbiased estimate of it; on exact ones with the rest of the vocabulary as one class: a lower bound,
-                tight where they keep most of the mass
+    kl          KL(teacher‖student), nats per token, whatever the student was trained on. On hidden targets the full
+                divergence itself; on sampled ones an unbiased estimate of it; on exact ones with the rest of the
+                vocabulary as one class: a lower bound, tight where they keep most of the mass
     ce          cross-entropy with the true token, nats; perplexity = exp(ce)
     agreement   how often the student's most likely token is the teacher's
 
@@ -28,7 +28,7 @@ from pipeline.student.checks import check_isolation, check_student, longest_row
 from pipeline.student.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data import Batch, CacheDataset
 from pipeline.student.forward import distillation_output
-from pipeline.student.recipe import LossRecipe
+from pipeline.student.recipe import KlIs, LossRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,10 @@ class Evaluation:
     perplexity: float
     agreement: float
     tokens: int
+    kl_is: KlIs  # of the divergence of the whole distributions
 
     @classmethod
-    def from_sums(cls, kl: float, ce: float, agreement: float, count: float) -> Evaluation:
+    def from_sums(cls, kl: float, ce: float, agreement: float, count: float, kl_is: KlIs) -> Evaluation:
         count = count or math.nan
         return cls(
             kl=kl / count,
@@ -67,6 +68,7 @@ class Evaluation:
             perplexity=math.exp(min(ce / count, 700.0)),
             agreement=agreement / count,
             tokens=0 if math.isnan(count) else int(count),
+            kl_is=kl_is,
         )
 
 
@@ -117,10 +119,10 @@ def evaluate(
             yield {name: tensor.to(model.device) for name, tensor in batch.items()}
             on_progress(min(rows, (i + 1) * config.batch_size), rows)
 
-    recipe = LossRecipe.for_cache(cache, kd_weight=1.0, tail=tail)
+    recipe = LossRecipe.for_cache(cache, kd_weight=1.0, tail=tail, exact_alone=config.cross_tokenizer)
     with evaluating(model):
         _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, recipe), batches())
-    return Evaluation.from_sums(kl, ce, agreement, count)
+    return Evaluation.from_sums(kl, ce, agreement, count, recipe.kl_is)
 
 
 @torch.no_grad()

@@ -340,7 +340,10 @@ def inspect_view(row: dict[str, Any]) -> RenderableType:
     return Group(Text(head), Text(), table)
 
 
-def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> RenderableType:
+LOWER_BOUND = "a lower bound, with all tokens that are not in the cache as one"
+
+
+def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     """Students side by side: KL, CE, perplexity, agreement."""
     table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("student", overflow="fold", min_width=16)  # the one that gives way in a narrow terminal
@@ -355,7 +358,8 @@ def evaluation_view(title: str, evaluations: dict[str, dict[str, float]]) -> Ren
             f"{values['agreement']:.1%}",
             f"{int(values['tokens']):,}",
         )
-    return titled(title, table)
+    notes = [Text(f"KL: {LOWER_BOUND}")] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
+    return Group(titled(title, table), *notes)
 
 
 def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -390,6 +394,7 @@ def training_view(summary: Mapping[str, Any]) -> RenderableType:
                 f"agreement {found['agreement']:.1%}"
                 + (f" · features {found['features']:.4f}" if "features" in found else ""),
             ),
+            *([("KL", LOWER_BOUND)] if summary["kl_is"] == "lower bound" else []),
         ]
     view = pairs(f"Trained {summary['output']}", rows)
     if len(summary["evaluations"]) < 2:

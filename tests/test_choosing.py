@@ -59,6 +59,21 @@ def test_the_table_of_losses_and_targets_is_what_the_code_accepts(
             assert tails == {tail for _, tail in tempered[column]}, kind
 
 
+def test_what_the_footnotes_refuse_is_refused(tmp_path: Path, teacher_dir: Path, text_file: Path) -> None:
+    notes = {line[0]: line for line in text(CHOOSING).replace("\n", " ").split("  ") if line[:2] in ("² ", "³ ")}
+    assert [re.findall(r"`--top-k (\d)`", notes[mark]) for mark in "²³"] == [["0"], ["1"]]
+    headless = TargetRule(kind="threshold", top_k=0)
+    cache = cf.open_cache(build_cache(tmp_path / "headless", teacher_dir, text_file, targets=headless))
+    (said,) = re.findall(r"only `(\w+)` and `(\w+)` are accepted", notes["²"])
+    assert {tail for tail in TAIL_POLICIES if accepted(cache, tail=tail)} == set(said)
+    for name in DIVERGENCES:
+        assert accepted(cache, divergence=name) == ("sampled" if name == "forward-kl" else None)
+    one = cf.open_cache(build_cache(tmp_path / "one", teacher_dir, text_file, targets=TargetRule(top_k=1)))
+    refused = {name for name in DIVERGENCES if accepted(one, divergence=name) is None}
+    (table,) = [each for each in tables(CHOOSING) if each[0][0] == "`--divergence`"]
+    assert refused == {name for row in table[1:] if "³" in row[1] for name in re.findall(r"`([^`]+)`", row[0])}
+
+
 def check_whole(path: Path) -> None:
     """Every divergence and temperature, and no tail."""
     cache = cf.open_cache(path)

@@ -105,6 +105,19 @@ def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
     assert recipe.for_held_out(cf.open_cache(written["judged"])).tail == "realized"
 
 
+def test_a_policy_for_the_teachers_own_text_is_not_carried_over_to_another_held_out(
+    written: dict[str, Path], teacher_dir: Path, tmp_path: Path
+) -> None:
+    """The teacher itself as the student: it agrees with the teacher about any text."""
+    options = {"tail": "realized", "kd_weight": 1.0, "max_steps": 1, "eval_steps": 1, "learning_rate": 1e-30}
+    summary = train(tmp_path / "s", written["raw"], student=teacher_dir, eval_cache=str(written["given"]), **options)
+    assert abs(summary.eval["loss"]) < 0.01 and summary.eval["agreement"] > 0.99
+    (warning,) = summary.warnings
+    assert "given: its targets cannot serve --tail realized, the held-out loss is by --tail bucket" in warning
+    own = train(tmp_path / "t", written["raw"], student=teacher_dir, eval_cache=str(written["more"]), **options)
+    assert own.warnings == []
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [

@@ -190,6 +190,10 @@ def test_masked_students_share_a_pass_and_stop_by_the_noise_of_rows(masked_dir: 
     "options, expected",
     [
         ({"student_width": 16}, "is a bert, expected llama, mistral, qwen2, qwen3"),
+        (
+            {"tail": "realized"},
+            "--tail realized: .*bert-cache has targets about masked tokens, which are those of a text",
+        ),
         ({"cross_tokenizer": "project"}, "targets about masked tokens.*Use a student with the teacher's tokenizer"),
     ],
 )

@@ -57,7 +57,7 @@ N, V, K = 17, 41, 5
 def test_a_specification_names_terms_and_prints_as_itself(text: str, terms: list[Any], printed: str) -> None:
     mixture = Mixture.parse(text)
     assert mixture == Mixture(tuple(Term(*term) for term in terms))
-    assert str(mixture) == printed and Mixture.parse(printed) == mixture and Mixture.parse(mixture) is mixture
+    assert str(mixture) == printed and Mixture.parse(printed) == mixture == Mixture.parse(mixture)
 
 
 numbers = st.floats(1e-6, 1e6).filter(lambda x: x > 0)

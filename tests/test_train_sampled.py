@@ -21,6 +21,7 @@ from pipeline.heads import open_head
 from pipeline.losses import TAIL_POLICIES, sparse_kl
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.student.forward import LossRecipe, distillation_output
+from pipeline.student.train import TrainStudentConfig, check_run
 from pipeline.teacher.rules import TargetRule
 from runs import SGD, Stop, build_cache, dense_evaluation, distance, log_history, train, weights
 from sampled import random, threshold
@@ -32,6 +33,7 @@ RULES = {
     "top-p": TargetRule(kind="top-p", top_p=0.5, max_entries=40),
     "threshold": threshold(0.1),
     "several": threshold(0.1, samples=SAMPLES, seed=5),
+    "twice": threshold(0.1, samples=2, seed=6),
     "random": random(12),
     "tempered": threshold(0.1, temperature=2.0),
     "tempered top-k": TargetRule(top_k=16, temperature=2.0),
@@ -78,7 +80,8 @@ def test_defaults_are_unbiased_if_the_targets_are_and_at_their_temperature(
     folder: Path, name: str, tail: str, temperature: float
 ):
     found = LossRecipe.for_cache(opened(folder / name), kd_weight=0.4)
-    assert found == LossRecipe(kd_weight=0.4, temperature=temperature, tail=tail, capture_temperature=temperature)
+    options = {"tail": tail, "capture_temperature": temperature, "sampled": tail == "sampled"}
+    assert found == LossRecipe(kd_weight=0.4, temperature=temperature, **options)
 
 
 SERVED = {
@@ -164,7 +167,7 @@ def test_held_out_targets_of_another_kind(folder: Path, trained: str, tail: str 
     """By the same policy if they can serve it, else by the one that goes with them."""
     recipe = LossRecipe.for_cache(opened(folder / trained), kd_weight=0.3, tail=tail)
     found = recipe.for_held_out(opened(folder / held_out))
-    assert found == replace(recipe, tail=expected)
+    assert found == replace(recipe, tail=expected, sampled=opened(folder / held_out).metadata.sampled)
 
 
 def test_held_out_targets_of_another_temperature_are_refused_before_anything_is_written(
@@ -331,6 +334,40 @@ def test_resampling_one_sample_is_refused_before_anything_is_written(
     ):
         train(tmp_path / "student", folder / name, student=student_dir, resample=True)
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"tail": "bucket"}, r"--resample: --tail bucket leaves sampled entries out.*use --tail sampled"),
+        ({"tail": "label"}, r"--resample: --tail label leaves"),
+        ({"tail": "realized"}, r"--resample: --tail realized leaves"),
+        ({"divergence": "reverse-kl"}, r"--resample: --tail bucket leaves"),
+        ({"kd_weight": 0.0}, r"--resample: with --kd-weight 0 labels alone"),
+        ({"kd_schedule": "linear:0:0"}, r"--resample: with --kd-weight 0 labels alone"),
+    ],
+)
+def test_resampling_what_the_loss_does_not_look_at_is_refused(
+    tmp_path: Path, folder: Path, student_dir: Path, options: dict[str, Any], reason: str
+):
+    with pytest.raises(ConfigError, match=reason):
+        train(tmp_path / "student", folder / "several", student=student_dir, resample=True, **options)
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_run_that_does_not_come_to_every_sample_says_so(tmp_path: Path, folder: Path, student_dir: Path):
+    def warned(name: str, **options: Any) -> list[str]:
+        given = {"student": str(student_dir), "device": "cpu", "resample": True, "cache": str(folder / "several")}
+        return check_run(TrainStudentConfig(output=str(tmp_path / name), **{**given, **options})).warnings
+
+    (once,) = warned("once")
+    assert "several is gone through 1 time and has 3 samples: some are never used, and each pass has up to 3" in once
+    assert (
+        warned("often", num_train_epochs=3.0) == [] == warned("alpha", num_train_epochs=3.0, kd_schedule="linear:0:1")
+    )
+    half = (f"{folder / 'several'}:1", f"{folder / 'twice'}:3")
+    (mixed,) = warned("mixed", cache=half, num_train_epochs=3.0)
+    assert "several is gone through 1.5 times and has 3 samples" in mixed
 
 
 # -- from end to end --------------------------------------------------------------------------------------------------

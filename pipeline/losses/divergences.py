@@ -57,8 +57,18 @@ def estimated_forward_kl(targets: TargetBatch, student: StudentValues, entries: 
         label: [n] weight of the label where it is none of the entries.
     """
     z_label = torch.where(student.label > ABSENT / 1e6, student.label, 0.0)  # a T divides ABSENT too
-    z_entries = torch.where(targets.valid, student.entries, 0.0)
-    return student.lse - (entries * z_entries).sum(dim=1) - label * z_label - targets.entropy
+    return sampled_forward_kl(targets, student.entries, student.lse, entries) - label * z_label
+
+
+def sampled_forward_kl(targets: TargetBatch, z: Tensor, lse: Tensor, entries: Tensor | None = None) -> Tensor:
+    """[n] `estimated_forward_kl` without the label: of the student it needs the entries' logits and lse(z) alone.
+
+    Args:
+        z: [n, K] at the temperature of the targets; anything where padded.
+        entries: weights as there; default: those of the policy `sampled`.
+    """
+    entries = targets.logprobs.exp() if entries is None else entries
+    return lse - (entries * torch.where(targets.valid, z, 0.0)).sum(dim=1) - targets.entropy
 
 
 # ---- of two distributions over classes

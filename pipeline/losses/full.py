@@ -81,7 +81,7 @@ def full_loss_and_dlogits(
 
     All positions count. `scale` None: no gradient.
     """
-    temperature, kd_weight, _, mixture, weighting = objective
+    temperature, kd_weight, _, mixture, weighting, _ = objective
     want_grad = scale is not None
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         teacher = targets.logits(logits.dtype)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.losses import full
+from pipeline.losses.divergences import sampled_forward_kl, soft_loss
 from pipeline.losses.full import FullTargets
 from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
@@ -50,6 +51,7 @@ class Objective(NamedTuple):
     tail: TailPolicy
     mixture: Mixture
     weighting: PositionWeighting
+    kl_tail: TailPolicy  # of what is measured beside it
 
     @classmethod
     def checked(
@@ -59,19 +61,26 @@ class Objective(NamedTuple):
         tail: TailPolicy,
         divergence: str | Mixture,
         weighting: PositionWeighting,
+        kl_tail: TailPolicy | None,
     ) -> Objective:
         """Raises: ValueError for a divergence or weighting that is not known, or a divergence without this policy."""
         check_weighting(weighting)
         mixture = Mixture.parse(divergence)
         mixture.check_tail(tail)
-        return cls(temperature, kd_weight, tail, mixture, weighting)
+        kl_tail = kl_tail or tail
+        if kl_tail != tail and (kl_tail not in ("sampled", "bucket") or tail == "sampled"):
+            raise ValueError(
+                f"kl_tail {kl_tail} with tail {tail}: expected the same, or sampled, or bucket for entries"
+            )
+        return cls(temperature, kd_weight, tail, mixture, weighting, kl_tail)
 
 
 class HeadOutput(NamedTuple):
     """Sums over counted positions, all float32 scalars (float64 for float64 input). Only `loss` carries a gradient.
 
     loss:      w·[(1 − α)·CE + α·T²·D], times `scale`; D is the KL unless another divergence is trained.
-    kl:        KL(teacher_T‖student_T) under the tail policy, nats, whatever D is: runs can be compared by it.
+    kl:        KL(teacher‖student) under `kl_tail`, nats, whatever D and its policy are: runs can be compared by it. At
+               T; of a sample, which cannot be tempered, at the temperature of the targets.
     ce:        cross-entropy with the hard label, nats.
     agreement: positions where the student's most likely token is (one of) the teacher's.
     count:     counted positions.
@@ -130,6 +139,7 @@ def fused_head(
     tail: TailPolicy = "bucket",
     divergence: str | Mixture = FORWARD_KL,
     position_weighting: PositionWeighting = "uniform",
+    kl_tail: TailPolicy | None = None,
     scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -142,15 +152,17 @@ def fused_head(
         targets: N positions; those that do not count cost nothing. Of `FullTargets` every token is an entry, and `tail`
             means nothing.
         temperature, kd_weight, tail, divergence, position_weighting: as in `sparse_kl`.
+        kl_tail: the policy that `kl` is measured by, "sampled" or "bucket"; default: `tail`. Costs K more logits a
+            position if it is another: they come from the same walk over the vocabulary.
         scale: multiplies `loss`, typically one over the counted positions of the whole optimizer step. Given here
             rather than multiplied afterwards, the backward pass has nothing left to do.
         chunk_size: positions at a time, by default as suits the targets; the result does not depend on it beyond
             rounding.
     """
-    objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting)
+    objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting, kl_tail)
     vocab_size = vocab_size or weight.shape[0]
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets, chunk_size = _prepared(targets, tail, temperature, chunk_size)
+    targets, chunk_size = _prepared(targets, objective, chunk_size)
     kept = targets.counted.nonzero().squeeze(1)
     if len(kept) < len(targets):
         hidden, targets = hidden[kept], targets[kept]
@@ -172,11 +184,12 @@ def fused_head(
     return HeadOutput(*sums)
 
 
-def _prepared(targets: Targets, tail: TailPolicy, temperature: float, chunk_size: int | None) -> tuple[Targets, int]:
-    """Targets as a loss takes them, and how many positions at a time."""
+def _prepared(targets: Targets, objective: Objective, chunk_size: int | None) -> tuple[Targets, int]:
+    """Targets with the entries that the loss, or what is measured, looks at, and how many positions at a time."""
     if isinstance(targets, FullTargets):
         return targets, chunk_size or full.CHUNK_POSITIONS
-    return entries_of(targets, tail, temperature), chunk_size or CHUNK_POSITIONS
+    of_loss = entries_of(targets, objective.tail, objective.temperature)  # refuses what cannot be tempered
+    return targets if objective.kl_tail == "sampled" else of_loss, chunk_size or CHUNK_POSITIONS
 
 
 class _FusedHead(torch.autograd.Function):
@@ -259,14 +272,18 @@ def _loss_and_dlogits(
     """
     if isinstance(targets, FullTargets):
         return full.full_loss_and_dlogits(logits, targets, objective, scale)
-    temperature, kd_weight, tail, mixture, weighting = objective
+    temperature, kd_weight, tail, mixture, weighting, kl_tail = objective
     want_grad = scale is not None
     label = targets.labels[:, None]  # [n, 1]
+    everything = targets
+    # Where an entry is padding, look at the label instead: a token that is taken out of the rest anyway.
+    taken = looked_at = torch.cat([torch.where(targets.valid, targets.ids, label), label], dim=1)  # [n, K+1]
+    if kl_tail == "sampled" != tail:  # to the loss, sampled entries are part of the rest
+        targets = entries_of(targets, tail, temperature)
+        taken = torch.cat([torch.where(targets.valid, targets.ids, label), label], dim=1)
     is_label = (targets.ids == label) & targets.valid  # [n, K]
     label_is_entry = is_label.any(dim=1)
-    # Where an entry is padding, look at the label instead: a token that is taken out of the rest anyway.
-    taken = torch.cat([torch.where(targets.valid, targets.ids, label), label], dim=1)  # [n, K+1]
-    z = logits.gather(1, taken)  # [n, K+1]
+    z = logits.gather(1, looked_at)  # [n, K+1]
     entries = z[:, :-1].masked_fill(~targets.valid, ABSENT).requires_grad_(want_grad)
     label_alone = z[:, -1].masked_fill(label_is_entry, ABSENT).requires_grad_(want_grad)
     largest = logits.amax(dim=1)
@@ -285,7 +302,16 @@ def _loss_and_dlogits(
         at_t = at_1
         if temperature != 1.0:
             at_t = StudentValues(entries / temperature, label_alone / temperature, rest_t)
-        kl, soft = soft_losses(targets, at_t, tail, temperature, logits.shape[1], mixture)  # [n], usually the same
+        measured = None
+        if kl_tail == "sampled" != tail:  # at the temperature of the sample, which is 1 if it is not this one
+            at_its = at_t if temperature == everything.temperature else at_1
+            measured = sampled_forward_kl(everything, z[:, :-1] / everything.temperature, at_its.lse.detach())
+        elif kl_tail != tail:
+            with torch.no_grad():
+                measured = soft_loss(targets, at_t, kl_tail, temperature, logits.shape[1])
+        kl, soft = soft_losses(
+            targets, at_t, tail, temperature, logits.shape[1], mixture, measured
+        )  # [n], usually same
         z_label = torch.where(label_is_entry, torch.where(is_label, entries, 0.0).sum(dim=1), label_alone)
         ce = at_1.lse - z_label  # [n]
         loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
@@ -294,10 +320,10 @@ def _loss_and_dlogits(
         total_loss = loss.sum() * scale if want_grad else None
 
     # The weights of a sample say nothing about which token is likeliest; they are all there is where no entry is exact.
-    some_exact = targets.exact_counts > 0
-    known = torch.where(some_exact[:, None], targets.exact.logprobs, targets.logprobs)
+    some_exact = everything.exact_counts > 0
+    known = torch.where(some_exact[:, None], everything.exact.logprobs, everything.logprobs)
     likeliest = known >= known.amax(dim=1, keepdim=True)
-    agrees = (likeliest & (known > -torch.inf) & (entries >= largest[:, None])).any(dim=1)
+    agrees = (likeliest & (known > -torch.inf) & (z[:, :-1] >= largest[:, None])).any(dim=1)
     count = torch.full((), len(loss), dtype=loss.dtype, device=loss.device)
     terms = torch.stack([loss.sum(), kl.sum(), ce.sum(), agrees.sum(dtype=loss.dtype), count]).detach()
     if not want_grad:
@@ -332,6 +358,7 @@ def general_head(
     tail: TailPolicy = "bucket",
     divergence: str | Mixture = FORWARD_KL,
     position_weighting: PositionWeighting = "uniform",
+    kl_tail: TailPolicy | None = None,
     scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -341,9 +368,9 @@ def general_head(
     The head's logits and their gradient are recomputed chunk by chunk in the backward pass (activation
     checkpointing), so here too nothing larger than chunk·V is kept. Costs one more matrix product than `fused_head`.
     """
-    objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting)
+    objective = Objective.checked(temperature, kd_weight, tail, divergence, position_weighting, kl_tail)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets, chunk_size = _prepared(targets, tail, temperature, chunk_size)
+    targets, chunk_size = _prepared(targets, objective, chunk_size)
     kept = targets.counted.nonzero().squeeze(1)
     hidden, targets = hidden[kept], targets[kept]
 

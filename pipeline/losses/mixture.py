@@ -151,14 +151,17 @@ def soft_losses(
     temperature: float,
     vocab_size: int,
     mixture: Mixture,
+    measured: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[n] KL(teacher_T‖student_T) to compare runs by, and [n] the mixture that is trained; usually the same tensor.
+    """[n] KL(teacher‖student) to compare runs by, and [n] the mixture that is trained; usually the same tensor.
 
-    Args: as of `divergences.soft_loss`.
+    Args: as of `divergences.soft_loss`, and
+        measured: the former, where it is taken by another policy than the loss.
     """
     return _mixed(
         mixture,
         temperature,
+        measured=measured,
         kl=lambda: d.soft_loss(targets, student, tail, temperature, vocab_size),
         classes=lambda: _comparable(*distributions(targets, student, tail, temperature, vocab_size)),
         numbers=lambda: (targets.logprobs * (targets.temperature / temperature), student.entries),
@@ -193,18 +196,23 @@ def _mixed(
     kl: Callable[[], Tensor],
     classes: Callable[[], Pair],
     numbers: Callable[[], Pair],
+    measured: Tensor | None = None,
 ) -> Pair:
     """Both results of `soft_losses`, computing only what is needed.
 
     Args:
+        kl: that of the loss.
         classes: log p, log q [n, C]. numbers: log p and the student's logits of the entries [n, K].
     """
     if mixture.is_forward_kl:
         found = kl()
-        return found, found
-    trained = torch.is_grad_enabled() and any(term.name == FORWARD_KL for term in mixture.terms)
-    with torch.set_grad_enabled(trained):
-        forward = kl()
+        return found if measured is None else measured, found
+    part = any(term.name == FORWARD_KL for term in mixture.terms)
+    forward = measured
+    if part or measured is None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and part):
+            forward = kl()
+    assert forward is not None
     both = None
     total = torch.zeros_like(forward)
     for term in mixture.terms:
@@ -217,7 +225,7 @@ def _mixed(
             both = both or classes()
             value = kind.function(*both, *term.parameters)
         total = total + term.weight * temperature ** (kind.power - 2) * value
-    return forward, total
+    return forward if measured is None else measured, total
 
 
 def _comparable(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from pipeline.losses import TailPolicy
 from pipeline.report import describe_targets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.features import FeatureRecipe
-from pipeline.student.recipe import LossRecipe, default_tail
+from pipeline.student.recipe import LossRecipe
+from pipeline.student.suitability import default_tail, exact_entries
 from pipeline.tokenizers import check_same_tokenizer
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -193,7 +194,8 @@ def recipe_for(
     tails = [tail or default_tail(cache, divergence) for cache in mix.caches]
     warnings = check_agreement(mix, tails=tails, features=features)
     recipes = [LossRecipe.for_cache(cache, tail=tail, divergence=divergence, **options) for cache in mix.caches]
-    return recipes[0], warnings
+    # Rows of all of them stand in one batch: one without a sample leaves what all have, exact entries and the rest.
+    return replace(recipes[0], sampled=all(recipe.sampled for recipe in recipes)), warnings
 
 
 def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: FeatureRecipe | None = None) -> list[str]:
@@ -216,7 +218,7 @@ def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: FeatureR
             names |= set(different)
     if found:
         remedy = "Cache the texts with the same teacher and settings, or train on one of them."
-        if names == {"tail policy"} and all(cache.metadata.targets["kind"] != "random" for cache in mix.caches):
+        if names == {"tail policy"} and all(exact_entries(cache)[0] for cache in mix.caches):
             remedy = "Give --tail bucket, which serves them all, or cache them with the same --targets."
         raise cf.MismatchError(
             f"--cache: {'. '.join(found)}. Rows of all caches stand in one batch, which has one loss. {remedy}"

@@ -31,6 +31,7 @@ from pipeline.losses.uld import SortedTargets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.data import Batch, CacheDataset, collate
 from pipeline.student.retokenise import Retokeniser, TokenText, same_tokens
+from pipeline.student.suitability import exact_entries, without_exact
 
 METHODS = ("project", "uld")
 PROBED_ROWS = 32
@@ -198,9 +199,9 @@ def check_cross_tokenizer(
             f"{option}: {cache.path} has targets about masked tokens, and what is hidden among the teacher's is not "
             "among the student's. Use a student with the teacher's tokenizer."
         )
-    if targets["kind"] == "random":
+    if exact_entries(cache)[0] == 0:
         raise ConfigError(
-            f"{option}: {cache.path} has random targets, without any exact entry, and a sample loses what makes it "
+            f"{option}: {cache.path} has {without_exact(cache)}, and a sample loses what makes it "
             "unbiased where tokens have no counterpart. Cache with --targets top-k."
         )
     if targets["kind"] == "hidden":

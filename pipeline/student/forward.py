@@ -64,6 +64,7 @@ def distillation_output(
         "tail": recipe.tail,
         "divergence": recipe.mixture,
         "position_weighting": recipe.position_weighting,
+        "kl_tail": recipe.kl_tail,
         "scale": scale,
         "vocab_size": head.vocab_size,
     }

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.student.arguments import TrainStudentConfig, read_training_args
 from pipeline.student.budget import Budget
 from pipeline.student.caches import Mix
+from pipeline.student.recipe import LossRecipe
 from pipeline.student.stopping import stopped_by
 
 CONFIG_FILE = "distill_config.json"
@@ -34,9 +35,11 @@ RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "cache", "eval_
 RESUME_MAY_CHANGE |= {"cache_dir", "cache_dir_gb", "dataloader_num_workers", "dataloader_prefetch_factor"}
 # What makes up the rows of a step: their number must be the same.
 PARTS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+# Of what was resolved, what the loss depends on; the rest is how it is measured.
+TRAINED = {"tail", "temperature"}
 
 
-def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> str | None:
+def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> str | None:
     """The checkpoint to resume from, if any. Changes nothing.
 
     Raises:
@@ -59,7 +62,7 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> str | 
         if checkpoint is None:
             instead = "with --overwrite instead of" if found else "without"
             raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} --resume.")
-        _check_same_run(config, mix, budget, output / CONFIG_FILE)
+        _check_same_run(config, mix, budget, recipe, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
                 f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another --output, or "
@@ -136,13 +139,13 @@ def _identity(cache: cf.Cache) -> dict[str, Any]:
     }
 
 
-def begin_output(config: TrainStudentConfig, mix: Mix, budget: Budget) -> None:
+def begin_output(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> None:
     """Empties the directory, which `check_output` has allowed, and records everything that will make this student."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    _write(output, _record(config, mix, budget))
+    _write(output, _record(config, mix, budget, recipe))
 
 
 def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:
@@ -157,24 +160,29 @@ def _write(output: Path, record: dict[str, Any]) -> None:
     scratch.replace(output / CONFIG_FILE)
 
 
-def _record(config: TrainStudentConfig, mix: Mix, budget: Budget) -> dict[str, Any]:
+def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> dict[str, Any]:
     """For several caches `cache` is a list, and `mixture` says what is planned, as `Mix.seen`."""
-    record: dict[str, Any] = {"config": _settings(config), "rows_per_step": budget.rows_per_step}
+    record: dict[str, Any] = {
+        "config": _settings(config),  # as given
+        "resolved": recipe.resolved,
+        "rows_per_step": budget.rows_per_step,
+    }
     if len(mix.portions) == 1:
         return {**record, "cache": _identity(mix.first)}
     planned = mix.seen(budget.rows_after(budget.steps))
     return {**record, "cache": [_identity(cache) for cache in mix.caches], "mixture": planned}
 
 
-def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, file: Path) -> None:
+def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe, file: Path) -> None:
     try:
         recorded = json.loads(file.read_text())
         before, recorded_cache = dict(recorded["config"]), recorded["cache"]
         arguments_before = dict(before["training_args"])
         rows_of_each = [each["rows_per_epoch"] for each in recorded.get("mixture", [])]
+        resolved_before = dict(recorded.get("resolved", {}))  # earlier versions did not say
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: cannot be read, so what it began cannot be resumed. Use --overwrite.") from error
-    record = json.loads(json.dumps(_record(config, mix, budget)))
+    record = json.loads(json.dumps(_record(config, mix, budget, recipe)))
     now, arguments_now = record["config"], record["config"]["training_args"]
     rows_before = recorded.get("rows_per_step")  # earlier versions did not say
     may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | PARTS_OF_A_STEP
@@ -186,6 +194,11 @@ def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, file: 
         f"{name} was {before[name]!r}, is {now[name]!r}"
         for name in sorted(before.keys() & now.keys() - may_change)
         if before[name] != now[name]
+    ]
+    different += [
+        f"{name} was taken to be {resolved_before[name]!r}, is {value!r}"
+        for name, value in record["resolved"].items()
+        if name in TRAINED and name in resolved_before and resolved_before[name] != value
     ]
     paths = " ".join(cache.path for cache in mix.caches)
     if recorded_cache != record["cache"]:

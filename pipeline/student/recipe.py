@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from cache_format import Cache
 from pipeline.errors import ConfigError
 from pipeline.losses import POSITION_WEIGHTINGS, TAIL_POLICIES, UNBIASED, Mixture, PositionWeighting, TailPolicy
 from pipeline.losses.mixture import FORWARD_KL
 from pipeline.student.schedules import Schedule
+from pipeline.student.suitability import (
+    check_exact_entries,
+    default_tail,
+    drawn_from_teacher,
+    exact_entries,
+    parse_divergence,
+)
 from pipeline.teacher_head import TeacherHead
+
+KlIs = Literal["full", "estimate", "lower bound"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +40,10 @@ class LossRecipe:
     temperature_schedule: Schedule | None = None
     teacher: TeacherHead | None = field(default=None, repr=False)  # of hidden targets: D is of whole distributions
     uld: bool = False  # D is universal logit distillation, of pipeline.losses.uld
+    sampled: bool = False  # what is read has a sample of the tail, whether D uses it or not
 
     def __post_init__(self) -> None:
-        weights = (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
+        weights = self.kd_weights
         given = f"--kd-weight {self.kd_weight}" if self.kd_schedule is None else f"--kd-schedule {self.kd_schedule}"
         if not all(0.0 <= weight <= 1.0 for weight in weights):
             numbers = "a number" if self.kd_schedule is None else "numbers"
@@ -62,9 +73,34 @@ class LossRecipe:
         return Mixture.parse(self.divergence)
 
     @property
+    def kd_weights(self) -> tuple[float, ...]:
+        """All that α is or comes from; zero throughout: labels only."""
+        return (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
+
+    @property
+    def kl_tail(self) -> TailPolicy:
+        """Of what is logged as kl: the most that the targets can say of the true one, whatever is trained."""
+        return "sampled" if self.sampled or self.tail == "sampled" else "bucket"
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What became of what was left open: of hidden targets there is no tail."""
+        tails = (
+            {"tail": self.tail, "kl_tail": self.kl_tail} if self.teacher is None else {"tail": None, "kl_tail": None}
+        )
+        return {"temperature": self.temperature, **tails}
+
+    @property
+    def kl_is(self) -> KlIs:
+        """How what is logged as kl relates to the divergence of the whole distributions."""
+        if self.teacher is not None:
+            return "full"
+        return "estimate" if self.kl_tail == "sampled" else "lower bound"
+
+    @property
     def trains_kl(self) -> bool:
         """Whether D is what is logged as kl."""
-        return self.mixture.is_forward_kl and not self.uld
+        return self.mixture.is_forward_kl and self.tail == self.kl_tail and not self.uld
 
     def at(self, step: int, max_steps: int) -> LossRecipe:
         """The recipe for the optimizer step number `step`, counted from 0, of `max_steps`."""
@@ -91,12 +127,14 @@ class LossRecipe:
         position_weighting: PositionWeighting = "uniform",
         kd_schedule: str | None = None,
         temperature_schedule: str | None = None,
+        exact_alone: bool = False,
     ) -> LossRecipe:
         """The recipe on a cache's targets; None: what goes with them, unbiased if they are and the divergence can be.
 
         Args:
             kd_schedule: specification of pipeline.student.schedules, takes the place of `kd_weight`.
             temperature_schedule: likewise, of `temperature`.
+            exact_alone: sampled entries do not reach the loss: rows are converted to another tokenizer's.
 
         Raises: ConfigError for a loss that these targets cannot serve, with the reason.
         """
@@ -108,7 +146,7 @@ class LossRecipe:
                 "rebuilt: nothing is outside of it. Leave it out."
             )
         captured, sampled = float(targets["temperature"]), cache.metadata.sampled
-        mixture = _parse(divergence)
+        mixture = parse_divergence(divergence)
         tail = tail or default_tail(cache, divergence)
         of_kd = None if kd_schedule is None else Schedule.parse(kd_schedule, "--kd-schedule")
         of_temperature = None
@@ -130,16 +168,18 @@ class LossRecipe:
             kd_schedule=of_kd,
             temperature_schedule=of_temperature,
             teacher=teacher,
+            sampled=sampled and not exact_alone,
         )
         if recipe.tail == "sampled" and not sampled:
             raise ConfigError(
                 f"--tail sampled: {cache.path} has {targets['kind']} targets, exact entries without a sample of the "
                 "tail. Use --tail bucket, or cache with --targets threshold."
             )
-        if recipe.tail != "sampled" and targets["kind"] == "random":
+        check_exact_entries(cache, recipe.tail, mixture)
+        if recipe.tail == "realized" and cache.metadata.alignment != "next":
             raise ConfigError(
-                f"--tail {recipe.tail}: {cache.path} has random targets, without any exact entry, and this policy is "
-                "not linear in the teacher's probabilities: on a sample it is biased. Use --tail sampled."
+                f"--tail realized: {cache.path} has targets about masked tokens, which are those of a text, not draws "
+                "from what the teacher expects in their place. Use another --tail."
             )
         if recipe.tail == "realized" and drawn_from_teacher(cache) is False:
             written = cache.metadata.corpus["generation"]
@@ -167,14 +207,16 @@ class LossRecipe:
             )
         return recipe
 
-    def for_held_out(self, cache: Cache) -> LossRecipe:
+    def for_held_out(self, cache: Cache, *, exact_alone: bool = False) -> LossRecipe:
         """The same loss on other targets, by the same policy if they can serve it.
 
         Evaluations are to be compared with one another: all of them use the last values of a schedule, and positions
         count alike, since a student's entropy falls as it learns.
         """
-        serves = cache.metadata.sampled if self.tail == "sampled" else cache.metadata.targets["kind"] != "random"
-        serves = serves and not (self.tail == "realized" and drawn_from_teacher(cache) is False)
+        if self.tail == "realized":
+            serves = drawn_from_teacher(cache) is True and cache.metadata.targets["kind"] != "random"
+        else:
+            serves = cache.metadata.sampled if self.tail == "sampled" else exact_entries(cache)[0] > 0
         serves = serves and self.teacher is None and cache.metadata.head is None  # for which it means nothing
         recipe = LossRecipe.for_cache(
             cache,
@@ -182,52 +224,6 @@ class LossRecipe:
             temperature=self.temperature,
             tail=self.tail if serves else None,
             divergence=self.divergence,
+            exact_alone=exact_alone,
         )
         return replace(recipe, uld=self.uld)
-
-
-def default_tail(cache: Cache, divergence: str) -> TailPolicy:
-    """What goes with a cache's targets: unbiased if they are and the divergence can be.
-
-    Raises: ConfigError for a divergence that cannot be read, or that nothing of these targets serves.
-    """
-    mixture = _parse(divergence)
-    if cache.metadata.sampled and "sampled" in mixture.tails:
-        return "sampled"
-    if cache.metadata.targets["kind"] == "random":
-        raise ConfigError(
-            f"--divergence {mixture}: {cache.path} has random targets, without any exact entry, and of a "
-            "sample only forward-kl is unbiased. Use --divergence forward-kl, or cache with --targets top-k."
-        )
-    return "bucket"
-
-
-def _parse(divergence: str) -> Mixture:
-    try:
-        return Mixture.parse(divergence)
-    except ValueError as error:
-        raise ConfigError(f"--{error}.") from error
-
-
-def drawn_from_teacher(cache: Cache) -> bool | None:
-    """Whether the tokens that count are draws from the teacher's own distribution at T = 1; None: not recorded."""
-    written = cache.metadata.corpus.get("generation")
-    if written is None:
-        return None
-    return (written["temperature"], written["top_p"], written["top_k"]) == (1.0, 1.0, 0)
-
-
-def realized_warnings(cache: Cache) -> list[str]:
-    """What `--tail realized` takes for granted and the cache does not vouch for."""
-    written = cache.metadata.corpus.get("generation")
-    if written is None:
-        return [
-            f"--tail realized: {cache.path} does not say that its teacher wrote the text (cache-teacher --generate). "
-            "On any other text this is wrong."
-        ]
-    if written["passed"] < written["answers"] or written["keep"] == "best":
-        return [
-            f"--tail realized: of the answers in {cache.path} some were chosen (--keep-if, --keep), so they are not "
-            "quite draws from the teacher's own distribution."
-        ]
-    return []

@@ -28,9 +28,10 @@ from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
 from pipeline.student.output import begin_output, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
-from pipeline.student.recipe import LossRecipe, realized_warnings
+from pipeline.student.recipe import KlIs, LossRecipe
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
 from pipeline.student.students import EITHER, freeze_embeddings, load_student
+from pipeline.student.suitability import check_resample, exact_entry_warnings, realized_warnings, resample_warnings
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
 
@@ -48,6 +49,7 @@ class TrainSummary:
     best_step: int | None
     stopped: dict[str, Any] | None  # by --early-stopping: {"step", "reasons"}
     evaluations: list[dict[str, float]]  # every held-out evaluation, with its step
+    kl_is: KlIs | None  # of the divergence of the whole distributions, all of these
     mixture: list[dict[str, Any]]  # what was seen of each of several caches, as `Mix.seen`; empty for one
     warnings: list[str]
 
@@ -114,7 +116,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     layers = [] if of_features is None else of_features.teacher_layers
     mix = mix.with_states(layers)
     held_out = None if held_out is None else held_out.with_states(layers if states_held_out else [])
-    tail = config.tail
+    tail, foreign = config.tail, config.cross_tokenizer is not None
     if config.cross_tokenizer is not None:
         if of_features is not None:
             raise ConfigError(
@@ -142,21 +144,18 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         position_weighting=config.position_weighting,
         kd_schedule=config.kd_schedule,
         temperature_schedule=config.temperature_schedule,
+        exact_alone=foreign,
     )
     recipe = replace(recipe, uld=config.cross_tokenizer == "uld")
-    eval_recipe = None if held_out is None else recipe.for_held_out(held_out)
+    eval_recipe = None if held_out is None else recipe.for_held_out(held_out, exact_alone=foreign)
     stopping = check_conditions(
         config.early_stopping,
         config.early_stopping_mode,
         metrics=(*held_out_metrics(eval_recipe or recipe), *(["features"] if states_held_out else [])),
         held_out_rows=None if held_out is None else len(held_out),
     )
-    for cache in mix.caches:
-        if config.resample and cache.metadata.num_samples == 1:
-            raise ConfigError(
-                f"--resample: {cache.path} has one sample of the tail at each position. Leave it out, or cache with "
-                "--samples 2 or more."
-            )
+    if config.resample:
+        check_resample(mix.caches, recipe.tail, any(recipe.kd_weights))
     check_origin(config)
     tokenizer, about_student = check_student(
         [*mix.caches, *([] if held_out is None else [held_out])],
@@ -164,13 +163,24 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         config_file=config.student_config,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        cross_tokenizer=config.cross_tokenizer is not None,
+        cross_tokenizer=foreign,
     )
     warnings += about_student
     for each, loss in (*((cache, recipe) for cache in mix.caches), (held_out, eval_recipe)):
         if each is not None and loss is not None and loss.tail == "realized":
             warnings += realized_warnings(each)
-    if held_out is not None:
+    if any(recipe.kd_weights) and recipe.teacher is None and (foreign or "sampled" not in recipe.mixture.tails):
+        loss = f"--cross-tokenizer {config.cross_tokenizer}" if foreign else f"--divergence {recipe.mixture}"
+        looked_at = list(mix.caches)
+        if held_out is not None and not any(cache.metadata.sampled for cache in looked_at):
+            looked_at.append(held_out)  # else it has been said
+        warnings += exact_entry_warnings(looked_at, recipe.tail, loss, recipe.mixture)
+    if held_out is not None and eval_recipe is not None:
+        if eval_recipe.tail != recipe.tail and recipe.teacher is None and eval_recipe.teacher is None:
+            warnings.append(
+                f"{held_out.path}: its targets cannot serve --tail {recipe.tail}, the held-out loss is by --tail "
+                f"{eval_recipe.tail}"
+            )
         for cache in mix.caches:
             warnings += check_same_teacher_tokens(cache, held_out)
         if of_features is not None and not states_held_out:
@@ -187,11 +197,14 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
     budget = Budget.of(mix.rows, arguments)
+    if config.resample:
+        rows = budget.rows_after(budget.steps) / mix.rows  # as often as the whole mixture
+        warnings += resample_warnings([(each.cache, each.passes(rows * each.rows)) for each in mix.portions])
     never = too_few_evaluations(
         stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
     warnings += [] if never is None else [never]
-    resume_from = check_output(config, mix, budget)
+    resume_from = check_output(config, mix, budget, recipe)
     if resume_from is not None and (processes := processes_of(resume_from)) != arguments.world_size:
         warnings.append(
             f"{resume_from} was written by {processes} process{'es' * (processes != 1)}, {arguments.world_size} go on: "
@@ -308,7 +321,7 @@ def perform(
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget)
+        begin_output(config, mix, budget, run.recipe)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
@@ -381,6 +394,7 @@ def perform(
         evaluations=[
             {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
         ],
+        kl_is=None if run.eval_recipe is None else run.eval_recipe.kl_is,
         warnings=run.warnings,
         mixture=seen,
     )

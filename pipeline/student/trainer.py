@@ -119,8 +119,8 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds KL, CE and agreement since the last log, over all processes, to the training logs.
 
-        `features`, if there are any, without their weight; `soft`, T²·D, if the divergence trained is another than the
-        KL; what a schedule gave at the last step.
+        `features`, if there are any, without their weight; `soft`, T²·D, if what is trained is not that KL;
+        what a schedule gave at the last step.
         """
         if "loss" in logs:
             _, kl, ce, agreement, count, tokens = self._reduce(self._sums)
@@ -186,7 +186,7 @@ class DistillTrainer(Trainer):
         and soft as in `log`.
 
         `eval_loss` is the mean of the objective as it is at the last step, with positions that count alike; `eval_kl`
-        at the same temperature.
+        at the same temperature, or of a sample at its own, by `LossRecipe.kl_tail`: as in `distill evaluate`.
         """
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
@@ -197,7 +197,7 @@ class DistillTrainer(Trainer):
             loss, kl, ce, agreement, count, *drawn = rows.sum(dim=1).tolist()
         else:
             loss, kl, ce, agreement, count, *drawn = self._sums_over(dataset)
-        result = Evaluation.from_sums(kl, ce, agreement, count)
+        result = Evaluation.from_sums(kl, ce, agreement, count, self.eval_recipe.kl_is)
         metrics = {
             "loss": loss / max(count, 1.0),
             "kl": result.kl,
