@@ -888,9 +888,9 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(cache: str, as_json: bool) -> None:
-    """Show sizes, bytes per token by column, exact mass and the teacher's entropy."""
+    """Show sizes, bytes per token by column, file and packed stream, exact mass and the teacher's entropy."""
     import cache_format as cf
-    from pipeline.report import cache_stats, stats_view
+    from pipeline.stats import cache_stats, stats_view
 
     found = cache_stats(cf.open_cache(cache, hidden_layers=[]))
     print_json(found) if as_json else out.print(stats_view(found))

@@ -28,7 +28,7 @@ from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import prose, windows
 from pipeline.heads import Head, open_head
-from pipeline.report import cache_stats
+from pipeline.stats import cache_stats
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule
