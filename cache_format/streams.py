@@ -13,7 +13,7 @@ Shapes: C contexts, S different symbols.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,8 +28,8 @@ class PackedStreams:
     """Sums over blocks: bits of each stream, and the entropy of those that are symbols in contexts."""
 
     def __init__(self) -> None:
-        self.bits: Counter[str] = Counter()
-        self.entropy_bits: Counter[str] = Counter()
+        self.bits: defaultdict[str, float] = defaultdict(float)
+        self.entropy_bits: defaultdict[str, float] = defaultdict(float)
 
     def add_block(
         self, counts: Mapping[str, Ints], models: Mapping[str, Model], low_bits: Mapping[str, int], table_bytes: int
