@@ -241,6 +241,13 @@ def partial_contents(data: bytes, where: str) -> dict[str, Any]:
     return raw
 
 
+def metadata_of(data: bytes, where: str) -> CacheMetadata:
+    """What either manifest says of the cache as a whole. Raises: FormatError."""
+    _check_version(data, where)
+    _check_self(data, where)
+    return _parse(data, CacheMetadata.from_json, where, FormatError)
+
+
 def json_text(data: Mapping[str, Any]) -> str:
     """Deterministic JSON: sorted keys, a line for each key and for each object of a list."""
     lines = []

@@ -29,7 +29,7 @@ import cache_format as cf
 from pipeline.heads import Head
 from pipeline.models import load_tokenizer, resolve_device
 from pipeline.padding import model_inputs
-from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig, stored_positions
+from pipeline.teacher.capture import CHUNK_POSITIONS, CacheTeacherConfig, stored_positions
 from pipeline.teacher.full import (
     WrittenHead,
     check_full,
@@ -38,6 +38,7 @@ from pipeline.teacher.full import (
     without_states_of,
     write_down,
 )
+from pipeline.teacher.grouping import SHARD_TOKENS
 from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
