@@ -575,11 +575,11 @@ LEFT_OUT = {
     ),
 )
 @click.option(
-    "--rows", default=32, show_default=True, type=click.IntRange(1), help="Rows to run, from all over the text."
+    "--rows", type=click.IntRange(1), help="Rows to run, from all over the text. Default: some 32,768 tokens' worth."
 )
 @click.option("--cost-per-hour", type=float, help="Price of this machine, in any currency.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan_command(rows: int, cost_per_hour: float | None, seq_len: int, as_json: bool, **given: Any) -> None:
+def plan_command(rows: int | None, cost_per_hour: float | None, seq_len: int, as_json: bool, **given: Any) -> None:
     """Predict bytes and time of a cache, before the days of work.
 
     Takes the options of cache-teacher, runs the teacher on a few rows, and shows other kinds of targets beside the one

@@ -66,7 +66,8 @@ def test_bytes_entries_and_mass_are_those_of_the_cache(
     assert planned["sample_rows"] == ROWS_TAKEN < len(cache) / 4
     kept = describe_targets(cache.metadata.targets)
     (rule,) = (rule for rule in planned["rules"] if describe_targets(rule["targets"]) == kept)
-    assert rule["bytes"][encoding] == pytest.approx(cache.manifest.stored_bytes, rel=0.12)
+    # A little more than it takes: a twentieth of a record batch is compressed alone.
+    assert rule["bytes"][encoding] == pytest.approx(cache.manifest.stored_bytes, rel=0.15)
     counted = np.concatenate([row.loss_mask for row in cache.iter_rows()])
     entries = np.concatenate([row.targets.counts for row in cache.iter_rows()])[counted]
     residual = np.concatenate([row.targets.residual_logprob for row in cache.iter_rows()])[counted]
