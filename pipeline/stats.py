@@ -25,9 +25,10 @@ def cache_stats(cache: cf.Cache) -> dict[str, Any]:
     Column entropy: of order zero over the whole cache, what an ideal coder takes that knows how often each value occurs
     but not what comes before it; of a packed cache too, of the columns that it would have. Stream entropy: within each
     record batch, in the contexts that the stream is coded in. Exact mass: Σp of the exact entries; entropy: of the
-    teacher's full distribution, nats. Both over counted positions.
+    teacher's full distribution, nats; weight sum: of sampled targets Σw, whose expectation is 1 but for the rounding of
+    exact entries. All over counted positions.
     """
-    kept, entropies = [], []
+    kept, entropies, weights = [], [], []
     occurring: dict[str, np.ndarray] = {}  # column -> how often each value occurs
     packed = PackedStreams()
     for batch in cache.iter_record_batches(packed):
@@ -35,6 +36,8 @@ def cache_stats(cache: cf.Cache) -> dict[str, Any]:
             occurring[name] = _add(occurring.get(name, np.zeros(0, np.int64)), np.bincount(values))
         kept.append(-np.expm1(batch.residual_logprob[batch.loss_mask].astype(np.float64)))
         entropies.append(batch.entropy[batch.loss_mask])
+        if cache.metadata.sampled:
+            weights.append(_sums(batch)[batch.loss_mask])
     mass, entropy = np.concatenate(kept), np.concatenate(entropies)
     columns = cache.column_bytes()
     tokens, total = cache.num_tokens, cache.manifest.stored_bytes
@@ -61,6 +64,7 @@ def cache_stats(cache: cf.Cache) -> dict[str, Any]:
         "stream_entropy_bytes_per_token": {name: bits / 8 / tokens for name, bits in packed.entropy_bits.items()},
         "exact_mass_mean": float(mass.mean()) if len(mass) and not full else None,
         "exact_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) and not full else None,
+        **_of_weights(weights),
         "entropy_mean_nats": float(entropy.mean()) if len(entropy) else None,
         "entropy_histogram": {"edges_nats": edges.tolist(), "counts": counts.tolist()},
     }
@@ -86,6 +90,22 @@ def _symbols(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.nda
     return symbols
 
 
+def _sums(batch: cf.RowBatch) -> np.ndarray:
+    """[N] Σw over the entries of each position, all samples together."""
+    position = np.repeat(np.arange(batch.num_tokens), batch.counts)
+    return np.bincount(position, np.exp(batch.logprobs.astype(np.float64)), batch.num_tokens)
+
+
+def _of_weights(sums: list[np.ndarray]) -> dict[str, float | None]:
+    """Mean of Σw, and the standard error of it; none where nothing is sampled."""
+    values = np.concatenate(sums) if sums else np.zeros(0)
+    some = len(values) > 1
+    return {
+        "weight_sum_mean": float(values.mean()) if some else None,
+        "weight_sum_standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if some else None,
+    }
+
+
 def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     total = longer.copy()
@@ -104,6 +124,7 @@ def stats_view(stats: dict[str, Any]) -> RenderableType:
     targets = stats["targets"]
     entries = f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"
     kept = f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}"
+    weights, error = stats["weight_sum_mean"], stats["weight_sum_standard_error"]
     once = ""
     if targets["kind"] == "hidden":
         entries, kept = "none: states, of which the head makes whole distributions", "all"
@@ -118,6 +139,7 @@ def stats_view(stats: dict[str, Any]) -> RenderableType:
             ("entries", entries),
             ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token{once}"),
             ("exact mass", kept),
+            *([] if weights is None else [("sum of weights", f"mean {weights:.5f} ± {error:.5f} (standard error)")]),
             ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
         ],
     )

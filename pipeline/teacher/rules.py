@@ -8,9 +8,9 @@
     hidden      none: the teacher's last hidden state and its head, from which training rebuilds all V of them
 
 `threshold` and `random` are unbiased: what they leave to chance is right on average, so that variance is all they add
-to a gradient. `random` is random sampling knowledge distillation as published (Anshumann et al., ACL 2025).
-`threshold` spends its entries better: nothing is drawn twice, what is likely is exact, and all sampled weights are the
-same number τ, which costs no bytes.
+to a gradient, besides the rounding of exact entries in a cache (docs/measurements.md says how little). `random` is
+random sampling knowledge distillation as published (Anshumann et al., ACL 2025). `threshold` spends its entries better:
+nothing is drawn twice, what is likely is exact, and all sampled weights are the same number τ, which costs no bytes.
 """
 
 from __future__ import annotations
