@@ -78,7 +78,7 @@ def _check_apart(source: str | os.PathLike[str], output: str | os.PathLike[str])
         how = "is the cache" if within and around else "lies inside of the cache" if within else "is around the cache"
         raise CacheError(
             f"{os.fspath(output)}: found that it {how} which is to be converted ({os.fspath(source)}), expected "
-            "another place: a conversion reads one cache and writes another. Nothing was changed. Choose another directory."
+            "another place: a conversion reads one cache and writes another. Nothing was changed. Choose another one."
         )
 
 

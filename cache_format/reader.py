@@ -155,7 +155,7 @@ class Cache(Sequence[CacheRow]):
         """
         for shard in range(len(self.manifest.shards)):
             for index, _ in enumerate(self.metadata.record_batch_rows(shard)):
-                yield self._shard(shard).record_batch(index, streams)
+                yield self._read_record_batch(shard, index, streams)
 
     def check_bytes(self) -> Iterator[int]:
         """Every byte of the shards against its checksum, without decoding; yields the number of rows done.
@@ -264,8 +264,8 @@ class Cache(Sequence[CacheRow]):
         options = self._lexicon, self._hidden_layers, self._read_cache
         return ShardReader(self._directory, self.manifest, shard, *options)
 
-    def _read_record_batch(self, shard: int, index: int) -> RowBatch:
-        return self._shard(shard).record_batch(index)
+    def _read_record_batch(self, shard: int, index: int, streams: PackedStreams | None = None) -> RowBatch:
+        return self._shard(shard).record_batch(index, streams)
 
 
 def _no_manifest(directory: Directory) -> FormatError:

@@ -174,7 +174,11 @@ def test_places_that_are_taken(folder: Path, tmp_path: Path):
     (tmp_path / "foreign/thesis.tex").write_text("years of work")
     run("convert", source, tmp_path / "finished", "--encoding", "packed")
     before = contents(tmp_path)
-    for output, expected in (("foreign", "thesis.tex"), ("finished", "found a finished cache"), ("source", "differ")):
+    for output, expected in (
+        ("foreign", "thesis.tex"),
+        ("finished", "found a finished cache"),
+        ("source", "is the cache"),
+    ):
         result = run("convert", source, tmp_path / output, "--encoding", "packed", status=1)
         (line,) = result.stderr.splitlines()
         assert line.startswith("Error: ") and expected in line
