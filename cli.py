@@ -975,7 +975,7 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
 @click.argument("output")
 @click.option("--encoding", type=click.Choice(["columns", "packed"]), help="packed takes two thirds of the bytes.")
 @click.option(
-    "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 % of columns, ten times slower."
+    "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 to 10 % of columns, and is slow."
 )
 @click.option("--levels", type=click.IntRange(36, 256), help="Values that a log-probability may take.")
 @click.option(
