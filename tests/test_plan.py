@@ -85,6 +85,12 @@ def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: 
     assert default["chosen"] and default["targets"]["kind"] == "top-k"
 
 
+def test_a_kind_that_differs_in_less_than_its_name_is_listed_once(words: list[Any], tmp_path: Path):
+    given = ["--targets", "threshold", "--samples", 3, "--seed", 7, "--output", tmp_path / "c", "--rows", 2]
+    table = run("plan", *words, *given).stdout
+    assert table.count("threshold 0.05") == 1 and "▶ threshold 0.05" in table and "threshold 0.02" in table
+
+
 def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):
     output = run("plan", *words, "--output", tmp_path / "c", "--rows", 4, "--cost-per-hour", 36, "--json").stdout
     found = json.loads(output)

@@ -128,7 +128,7 @@ def plan_cache(
     head = open_teacher(config, corpus, tokenizer, device)
     config.targets.check_vocabulary(head.vocab_size)
     others = [rule for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
-    rules = [config.targets, *(rule for rule in others if rule.to_json() != config.targets.to_json())]
+    rules = [config.targets, *(rule for rule in others if not rule.is_named_like(config.targets))]
 
     taken = min(sample_rows or rows_together(config), len(corpus))
     chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
