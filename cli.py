@@ -575,11 +575,11 @@ LEFT_OUT = {
     ),
 )
 @click.option(
-    "--rows", default=32, show_default=True, type=click.IntRange(1), help="Rows to run, from all over the text."
+    "--rows", type=click.IntRange(1), help="Rows to run, from all over the text. Default: some 32,768 tokens' worth."
 )
 @click.option("--cost-per-hour", type=float, help="Price of this machine, in any currency.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan_command(rows: int, cost_per_hour: float | None, seq_len: int, as_json: bool, **given: Any) -> None:
+def plan_command(rows: int | None, cost_per_hour: float | None, seq_len: int, as_json: bool, **given: Any) -> None:
     """Predict bytes and time of a cache, before the days of work.
 
     Takes the options of cache-teacher, runs the teacher on a few rows, and shows other kinds of targets beside the one
@@ -888,9 +888,9 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(cache: str, as_json: bool) -> None:
-    """Show sizes, bytes per token by column, exact mass and the teacher's entropy."""
+    """Show sizes, bytes per token by column, file and packed stream, exact mass and the teacher's entropy."""
     import cache_format as cf
-    from pipeline.report import cache_stats, stats_view
+    from pipeline.stats import cache_stats, stats_view
 
     found = cache_stats(cf.open_cache(cache, hidden_layers=[]))
     print_json(found) if as_json else out.print(stats_view(found))
@@ -975,7 +975,7 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
 @click.argument("output")
 @click.option("--encoding", type=click.Choice(["columns", "packed"]), help="packed takes two thirds of the bytes.")
 @click.option(
-    "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 % of columns, ten times slower."
+    "--compression-level", type=click.IntRange(1, 22), help="zstd; 19 saves 5 to 10 % of columns, and is slow."
 )
 @click.option("--levels", type=click.IntRange(36, 256), help="Values that a log-probability may take.")
 @click.option(

@@ -1,8 +1,9 @@
 """Bytes per token of every kind of targets in both encodings, every column included, and what reading them costs.
 
-English prose (the Python manual, one document per row), cached by the code of stage one from the logits on; each size
-is that of the shards on disk, divided by all tokens. The lexicon of `packed` is learned from the first shard, as
-always, so the last rows are read with candidates that other text has suggested: **packed** is measured on those alone.
+English prose (the Python manual, one document per row), cached by the code of stage one from the logits on, in record
+batches of 32,768 tokens, as `cache-teacher` makes them; each size is that of the shards on disk, divided by all tokens.
+The lexicon of `packed` is not in them; it is learned from the first shard, as always, so the last rows are read with
+candidates that other text has suggested: **packed** is measured on those alone.
 **entropy** is of order zero, column by column: what columns would take with a coder that wastes nothing.
 **error** is what the codebooks do to the exact entries and what they leave out, as a KL in nats.
 
@@ -28,7 +29,7 @@ from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import prose, windows
 from pipeline.heads import Head, open_head
-from pipeline.report import cache_stats
+from pipeline.stats import cache_stats
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.rows import cache_row
 from pipeline.teacher.rules import TargetRule

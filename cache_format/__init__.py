@@ -39,7 +39,13 @@ from cache_format.metadata import (
     CacheMetadata,
     default_codebooks,
 )
-from cache_format.occupancy import check_writable, finished_already, finished_manifest, remove_cache
+from cache_format.occupancy import (
+    check_writable,
+    finished_already,
+    finished_manifest,
+    recorded_metadata,
+    remove_cache,
+)
 from cache_format.read_cache import ReadCache
 from cache_format.reader import Cache, open_cache
 from cache_format.rebuilt import rebuilt_targets
@@ -96,6 +102,7 @@ __all__ = [
     "open_cache",
     "parse_shard_range",
     "rebuilt_targets",
+    "recorded_metadata",
     "remove_cache",
     "residual_codebook",
     "sha256",

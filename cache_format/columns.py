@@ -22,6 +22,7 @@ from cache_format.lexicon import Lexicon
 from cache_format.metadata import FORMAT_NAME, CacheMetadata
 from cache_format.packed import pack, unpack
 from cache_format.row_batch import Offsets, RowBatch
+from cache_format.streams import PackedStreams
 
 POSITION_COLUMNS = ("loss_mask", "target_counts", "exact_counts", "residual_logprob", "entropy")
 
@@ -118,13 +119,18 @@ def encode(
 
 
 def decode(
-    record_batch: pa.RecordBatch, metadata: CacheMetadata, lexicon: Lexicon | None = None, most_entries: int = 2**31
+    record_batch: pa.RecordBatch,
+    metadata: CacheMetadata,
+    lexicon: Lexicon | None = None,
+    most_entries: int = 2**31,
+    streams: PackedStreams | None = None,
 ) -> RowBatch:
     """Inverse of `encode`, up to the quantisation of the codebooks.
 
     Args:
         lexicon: for the packed encoding.
         most_entries: that packed targets may have.
+        streams: to which is added what each stream of packed targets takes.
 
     Raises: ValueError if the columns disagree in length, hold nulls or carry another codebook;
     pa.ArrowInvalid if the batch is not well formed.
@@ -158,7 +164,7 @@ def decode(
         values[name].setflags(write=False)
     states = None if metadata.hidden is None else from_arrow(hidden, metadata.hidden, offsets["input_ids"])
     if metadata.encoding == "packed":
-        batch = _unpacked(record_batch, values, offsets, metadata, lexicon, most_entries)
+        batch = _unpacked(record_batch, values, offsets, metadata, lexicon, most_entries, streams)
         return replace(batch, hidden=states)
     for name in POSITION_COLUMNS + (("labels",) if "labels" in values else ()):
         if not np.array_equal(offsets[name], offsets["input_ids"]):
@@ -197,6 +203,7 @@ def _unpacked(
     metadata: CacheMetadata,
     lexicon: Lexicon | None,
     most_entries: int,
+    streams: PackedStreams | None,
 ) -> RowBatch:
     assert lexicon is not None
     tokens = offsets["input_ids"]
@@ -212,7 +219,8 @@ def _unpacked(
     if (input_ids >= metadata.vocab_size).any():
         raise ValueError(f"an input id is outside the vocabulary of {metadata.vocab_size}")
     data = memoryview(block[0].as_buffer())
-    fields: dict[str, Any] = dict(unpack(data, input_ids, values["loss_mask"], metadata, lexicon, most_entries))
+    mask = values["loss_mask"]
+    fields: dict[str, Any] = dict(unpack(data, input_ids, mask, metadata, lexicon, most_entries, streams))
     entries = np.concatenate([[0], np.cumsum(fields["counts"], dtype=np.int64)])
     for array in fields.values():
         array.setflags(write=False)

@@ -17,13 +17,13 @@ import numpy as np
 
 from cache_format.answers import ANSWERS
 from cache_format.codebook import Codebook, sqrt_probability_codebook
-from cache_format.errors import MismatchError
+from cache_format.errors import CacheError, MismatchError
 from cache_format.head import StoredHead
 from cache_format.metadata import CacheMetadata
 from cache_format.reader import Cache, open_cache
 from cache_format.rebuilt import sparse
 from cache_format.row_batch import RowBatch, concatenate
-from cache_format.storage import open_directory, write_bytes
+from cache_format.storage import inside, open_directory, write_bytes
 from cache_format.types import entry_groups, group_counts
 from cache_format.writer import CacheWriter
 
@@ -49,9 +49,10 @@ def convert_cache(
 
     Raises:
         MismatchError: a change that these targets do not admit, or an unfinished cache of other settings in `output`.
-        CacheError: `output` holds something else, or `source` cannot be read.
+        CacheError: `output` is `source`, in it or around it, or holds something else; or `source` cannot be read.
     """
     cache = open_cache(source)
+    _check_apart(source, output)
     metadata = converted_metadata(cache, conversion)
     if conversion.drop_hidden:
         cache = cache.with_hidden([] if cache.metadata.head is None else [cache.metadata.head.layer])
@@ -68,6 +69,17 @@ def convert_cache(
                 batch = _fewer(batch, conversion)
                 writer.write([batch.row(i) for i in range(len(batch))])
             yield int(batch.rows[-1]) + 1
+
+
+def _check_apart(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """A cache in another one's directory makes both of them something that no command will touch."""
+    within, around = inside(output, source), inside(source, output)
+    if within or around:
+        how = "is the cache" if within and around else "lies inside of the cache" if within else "is around the cache"
+        raise CacheError(
+            f"{os.fspath(output)}: found that it {how} which is to be converted ({os.fspath(source)}), expected "
+            "another place: a conversion reads one cache and writes another. Nothing was changed. Choose another one."
+        )
 
 
 def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:

@@ -18,7 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from cache_format.answers import ANSWERS, recorded_answers
 from cache_format.errors import CacheError, CorruptShardError, FormatError
+from cache_format.head import HEAD
+from cache_format.lexicon import LEXICON
 from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, WITH_HEAD, CacheMetadata
 
 MANIFEST = "manifest.json"
@@ -133,6 +136,7 @@ class Manifest:
     tokenizer_files: Mapping[str, str]  # name inside tokenizer/ -> sha256
     raw: Mapping[str, Any]  # the JSON as it stands, unknown keys included
     lexicon: FileInfo | None = None  # lexicon.arrow; packed encoding only
+    answers: FileInfo | None = None  # answers.jsonl; of text that the teacher wrote
 
     @property
     def num_rows(self) -> int:
@@ -156,8 +160,16 @@ class Manifest:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the shards and of what they are decoded with."""
-        return self.shard_bytes + (0 if self.lexicon is None else self.lexicon.bytes) + self.head_bytes
+        """Of the shards, of what they are decoded with, and of the answers."""
+        return self.shard_bytes + sum(self.bytes_beside.values())
+
+    @property
+    def bytes_beside(self) -> dict[str, int]:
+        """Of each file beside the shards that is as large as the cache makes it, by name."""
+        lexicon = 0 if self.lexicon is None else self.lexicon.bytes
+        answers = 0 if self.answers is None else self.answers.bytes
+        sizes = {LEXICON: lexicon, HEAD: self.head_bytes, ANSWERS: answers}
+        return {name: size for name, size in sizes.items() if size}
 
     @property
     def head_bytes(self) -> int:
@@ -185,11 +197,17 @@ class Manifest:
             tokenizer_files = {check_plain_name(name): str(digest) for name, digest in raw["tokenizer_files"].items()}
             packed = metadata.encoding == "packed"
             lexicon = FileInfo(**_known(FileInfo, raw["lexicon"])) if packed else None
-            return cls(metadata, shards, tokenizer_files, raw, lexicon)
+            return cls(metadata, shards, tokenizer_files, raw, lexicon, answers_file(metadata))
 
         _check_version(data, where)
         _check_self(data, where)
         return _parse(data, build, where, FormatError)
+
+
+def answers_file(metadata: CacheMetadata) -> FileInfo | None:
+    """What is recorded of answers.jsonl, if there is one. Raises: ValueError, KeyError, FormatError."""
+    recorded = recorded_answers(metadata)
+    return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
 
 
 def manifest_bytes(
@@ -221,6 +239,13 @@ def partial_contents(data: bytes, where: str) -> dict[str, Any]:
     raw = _parse(data, dict, where, FormatError)
     del raw[SELF_CHECKSUM]
     return raw
+
+
+def metadata_of(data: bytes, where: str) -> CacheMetadata:
+    """What either manifest says of the cache as a whole. Raises: FormatError."""
+    _check_version(data, where)
+    _check_self(data, where)
+    return _parse(data, CacheMetadata.from_json, where, FormatError)
 
 
 def json_text(data: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from cache_format.claims import CLAIMS, WHOLE, Claims, refused
 from cache_format.errors import CacheError
 from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON
-from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest
+from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
+from cache_format.metadata import CacheMetadata
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
@@ -67,6 +68,23 @@ def finished_manifest(path: str | os.PathLike[str]) -> Manifest | None:
     manifest = Manifest.from_bytes(directory.read_bytes(MANIFEST), directory.path(MANIFEST))
     shards = {f"shards/{name}" for name in directory.names("shards")}
     return manifest if all(shard.name in shards for shard in manifest.shards) else None
+
+
+def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
+    """Of the cache at `path`, finished or not; None if there is none.
+
+    Raises: CacheError if there is something else; FormatError.
+    """
+    directory = open_directory(path)
+    if recorded_manifest(directory) is None:
+        return None
+    for name in (PARTIAL_MANIFEST, MANIFEST):  # in this order: the first gives way to the second
+        try:
+            data = directory.read_bytes(name)
+        except FileNotFoundError:
+            continue
+        return metadata_of(data, directory.path(name))
+    return None
 
 
 def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:

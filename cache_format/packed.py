@@ -25,6 +25,7 @@ Shapes: N positions of a record batch, E entries, M samples, W entries of a posi
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from cache_format.lexicon import Lexicon
 from cache_format.metadata import CacheMetadata
 from cache_format.rans import BITS, Decoder, Encoder, Ints, Model
 from cache_format.row_batch import RowBatch
+from cache_format.streams import PackedStreams
 from cache_format.types import entry_groups, group_counts
 
 LANES = 512
@@ -109,18 +111,22 @@ def unpack(
     metadata: CacheMetadata,
     lexicon: Lexicon,
     most_entries: int,
+    streams: PackedStreams | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Inverse of `pack`: the fields of `RowBatch` that speak of targets.
 
     Args:
         tokens: [N] input ids.
         most_entries: that may be in there; more are refused before anything is allocated for them.
+        streams: to which is added what each stream takes.
 
     Raises: ValueError for bytes that are not what `pack` writes.
     """
-    coder = _Reader(data, Alphabets.of(metadata, lexicon), most_entries)
+    coder = _Reader(data, Alphabets.of(metadata, lexicon), most_entries, measured=streams is not None)
     codes = _walk(coder, loss_mask, None, metadata)
     coder.finish()
+    if streams is not None:
+        coder.add_to(streams)
     return _fields(codes, tokens, metadata, lexicon)
 
 
@@ -304,7 +310,7 @@ class _Writer:
 class _Reader:
     """Gives the symbols. Raises: ValueError, from every method, for bytes that no writer wrote."""
 
-    def __init__(self, data: memoryview, alphabets: Alphabets, most_entries: int) -> None:
+    def __init__(self, data: memoryview, alphabets: Alphabets, most_entries: int, *, measured: bool = False) -> None:
         if len(data) < HEADER.size:
             raise ValueError("packed targets are cut short")
         self._left, lanes, length = HEADER.unpack_from(data)
@@ -318,6 +324,9 @@ class _Reader:
             self._models[name] = Model(tables[start : start + contexts * symbols].reshape(contexts, symbols))
             start += contexts * symbols
         self._decoder = Decoder(data[HEADER.size + length :], lanes)
+        self._table_bytes = length
+        self._counts = {name: np.zeros(size, np.int64) for name, size in sizes.items()} if measured else {}
+        self._low_bits: Counter[str] = Counter()
 
     def announce(self, counts: Ints) -> int:
         total = int(counts.sum())
@@ -327,7 +336,10 @@ class _Reader:
         return total
 
     def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
-        return self._decoder.symbols(contexts, self._models[name])
+        found = self._decoder.symbols(contexts, self._models[name])
+        if self._counts:
+            np.add.at(self._counts[name], (contexts, found), 1)
+        return found
 
     def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
         symbols = self.symbols(name, contexts, None)
@@ -338,6 +350,7 @@ class _Reader:
         while below.any():
             width = np.minimum(below, BITS)
             found += self._decoder.bits(width) << shift
+            self._low_bits[name] += int(width.sum())
             shift, below = shift + width, below - width
         return found - 1
 
@@ -345,6 +358,10 @@ class _Reader:
         if self._left:
             raise ValueError("packed targets hold fewer entries than they announce")
         self._decoder.finish()
+
+    def add_to(self, streams: PackedStreams) -> None:
+        """Only where all has been read, and counted."""
+        streams.add_block(self._counts, self._models, self._low_bits, self._table_bytes)
 
 
 def _decompress(data: memoryview, expected: int) -> NDArray[np.uint16]:

@@ -31,6 +31,7 @@ from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
 from cache_format.shard_reader import ShardReader
 from cache_format.storage import Directory, LocalDirectory, open_directory
+from cache_format.streams import PackedStreams
 from cache_format.types import CacheRow
 
 OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
@@ -146,11 +147,15 @@ class Cache(Sequence[CacheRow]):
         for batch in self.iter_record_batches():
             yield from (batch.row(i) for i in range(len(batch)))
 
-    def iter_record_batches(self) -> Iterator[RowBatch]:
-        """All rows in order, a record batch at a time, as flat arrays."""
+    def iter_record_batches(self, streams: PackedStreams | None = None) -> Iterator[RowBatch]:
+        """All rows in order, a record batch at a time, as flat arrays.
+
+        Args:
+            streams: to which is added what each stream of packed targets takes; with columns nothing.
+        """
         for shard in range(len(self.manifest.shards)):
             for index, _ in enumerate(self.metadata.record_batch_rows(shard)):
-                yield self._read_record_batch(shard, index)
+                yield self._read_record_batch(shard, index, streams)
 
     def check_bytes(self) -> Iterator[int]:
         """Every byte of the shards against its checksum, without decoding; yields the number of rows done.
@@ -259,8 +264,8 @@ class Cache(Sequence[CacheRow]):
         options = self._lexicon, self._hidden_layers, self._read_cache
         return ShardReader(self._directory, self.manifest, shard, *options)
 
-    def _read_record_batch(self, shard: int, index: int) -> RowBatch:
-        return self._shard(shard).record_batch(index)
+    def _read_record_batch(self, shard: int, index: int, streams: PackedStreams | None = None) -> RowBatch:
+        return self._shard(shard).record_batch(index, streams)
 
 
 def _no_manifest(directory: Directory) -> FormatError:

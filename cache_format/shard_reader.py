@@ -29,6 +29,7 @@ from cache_format.manifest import (
 from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
 from cache_format.storage import Directory, ShardFile
+from cache_format.streams import PackedStreams
 
 PACKED_OVERHEAD = 2**20  # bytes of packed targets that are not for entries: frequencies and final states
 
@@ -66,14 +67,14 @@ class ShardReader:
         ]
         self._check_header()
 
-    def record_batch(self, index: int) -> RowBatch:
-        """Read, check and decode one record batch."""
+    def record_batch(self, index: int, streams: PackedStreams | None = None) -> RowBatch:
+        """Read, check and decode one record batch; what its packed streams take is added to `streams`."""
         info, part = self.sidecar.record_batches[index], f"record batch {index}"
         data = self._checked(info, part)
         try:
             self._buffer_bytes(data, info)
             found = read_record_batch(self._header, data, self._columns)
-            batch = decode(found, self._metadata, self._lexicon, info.entries)
+            batch = decode(found, self._metadata, self._lexicon, info.entries, streams)
         except (ValueError, pa.ArrowException, OSError, struct.error) as error:
             raise self._false(part, _line(error)) from error
         rows = self._batch_rows[index]

@@ -95,6 +95,31 @@ def open_directory(location: str | os.PathLike[str]) -> Directory:
     return RemoteDirectory(text.rstrip("/"), root.rstrip("/"))
 
 
+def inside(inner: str | os.PathLike[str], outer: str | os.PathLike[str]) -> bool:
+    """Whether one location is the other or lies in it, by whatever names they go: links, `..`, another spelling."""
+    (store, one), (other_store, other) = _place(inner), _place(outer)
+    if store != other_store:
+        return False
+    if store is not None:
+        return one[: len(other)] == other
+    # Of two paths the existing part is what the file system says it is: names may differ in case, or by a mount.
+    here, there = Path(*one), Path(*other)
+    parents = [path for path in (here, *here.parents) if path.exists()]
+    return there in (here, *here.parents) or (there.exists() and any(os.path.samefile(path, there) for path in parents))
+
+
+def _place(location: str | os.PathLike[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The store, None for local disks, and the parts of the path in it."""
+    text = os.fspath(location)
+    if "://" not in text:
+        return None, Path(os.path.realpath(text)).parts
+    fs, root = fsspec.core.url_to_fs(text)
+    names = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    if "file" in names:
+        return None, Path(os.path.realpath(root)).parts
+    return min(names), tuple(part for part in root.split("/") if part)
+
+
 def is_temporary(name: str) -> bool:
     """Whether a killed run may have left this file behind."""
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)

@@ -28,6 +28,7 @@ from cache_format.manifest import (
     Manifest,
     ShardInfo,
     Sidecar,
+    answers_file,
     manifest_bytes,
     partial_contents,
     sha256,
@@ -51,7 +52,7 @@ class CacheSize:
     rows: int
     tokens: int
     counted_tokens: int
-    bytes: int  # with what they are decoded with
+    bytes: int  # with what they are decoded with, and the answers
 
 
 class UnfinishedCache:
@@ -79,13 +80,14 @@ class UnfinishedCache:
     @property
     def size(self) -> CacheSize:
         shards = self.complete.values()
-        head = 0 if self.metadata.head is None else self.metadata.head.bytes
+        head, answers = self.metadata.head, answers_file(self.metadata)
+        beside = sum(file.bytes for file in (head, answers, self.lexicon_file) if file is not None)
         return CacheSize(
             shards=len(shards),
             rows=sum(shard.rows for shard in shards),
             tokens=sum(shard.tokens for shard in shards),
             counted_tokens=sum(shard.counted_tokens for shard in shards),
-            bytes=sum(shard.bytes for shard in shards) + (self.lexicon_file.bytes if self.lexicon_file else 0) + head,
+            bytes=sum(shard.bytes for shard in shards) + beside,
         )
 
     @property

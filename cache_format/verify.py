@@ -19,7 +19,7 @@ class VerifySummary:
     tokens: int
     counted_tokens: int
     entries: int
-    bytes: int  # of all shards, and of what they are decoded with
+    bytes: int  # of all shards, of what they are decoded with, and of the answers
     shards: int
 
 

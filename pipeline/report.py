@@ -64,80 +64,6 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> RenderableType:
     return titled(title, table)
 
 
-def cache_stats(cache: cf.Cache) -> dict[str, Any]:
-    """Sizes and distributions of a whole cache; reads every record batch once.
-
-    Column entropy: of order zero, what an ideal coder takes that knows how often each value occurs but not what comes
-    before it. Exact mass: Σp of the exact entries; entropy: of the teacher's full distribution, nats. Both over counted
-    positions.
-    """
-    kept, entropies = [], []
-    streams: dict[str, np.ndarray] = {}  # column -> how often each value occurs
-    for batch in cache.iter_record_batches():
-        for name, values in _streams(batch, cache.metadata).items():
-            streams[name] = _add(streams.get(name, np.zeros(0, np.int64)), np.bincount(values))
-        kept.append(-np.expm1(batch.residual_logprob[batch.loss_mask].astype(np.float64)))
-        entropies.append(batch.entropy[batch.loss_mask])
-    mass, entropy = np.concatenate(kept), np.concatenate(entropies)
-    columns = cache.column_bytes()
-    tokens, total = cache.num_tokens, cache.manifest.stored_bytes
-    edges = np.arange(0.0, np.ceil(max(entropy.max(initial=0.0), 1.0)) + 0.5, 0.5)
-    counts, _ = np.histogram(entropy, edges)
-    full = cache.metadata.head is not None  # nothing is left out
-    return {
-        "path": cache.path,
-        "teacher": cache.metadata.teacher["name"],
-        "targets": dict(cache.metadata.targets),
-        "rows": cache.num_rows,
-        "tokens": tokens,
-        "counted_tokens": cache.num_counted_tokens,
-        "entries": cache.manifest.num_entries,
-        "shards": len(cache.manifest.shards),
-        "bytes": total,
-        "bytes_per_token": total / tokens,
-        "head_bytes": cache.manifest.head_bytes,
-        "column_bytes_per_token": {name: value / tokens for name, value in columns.items()},
-        "column_entropy_bytes_per_token": {name: _bits(counts) / 8 / tokens for name, counts in streams.items()},
-        "exact_mass_mean": float(mass.mean()) if len(mass) and not full else None,
-        "exact_mass_p5": float(np.quantile(mass, 0.05)) if len(mass) and not full else None,
-        "entropy_mean_nats": float(entropy.mean()) if len(entropy) else None,
-        "entropy_histogram": {"edges_nats": edges.tolist(), "counts": counts.tolist()},
-    }
-
-
-def _streams(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.ndarray]:
-    """The symbols of each column, as non-negative integers."""
-    streams = {
-        "input_ids": batch.input_ids,
-        "loss_mask": batch.loss_mask.view(np.uint8),
-        "segment_lengths": batch.segment_lengths,
-        "target_counts": batch.counts,
-        "exact_counts": batch.exact_counts,
-        "target_ids": batch.ids,
-    }
-    for name in cf.CODEBOOK_COLUMNS:
-        values = {"target_logprobs": batch.logprobs}.get(name, getattr(batch, name, None))
-        streams[name] = np.searchsorted(metadata.codebooks[name].values, values)
-    if batch.labels is not None:
-        streams["labels"] = np.where(batch.loss_mask, batch.labels.astype(np.int64) + 1, 0)
-    if batch.sample_counts is not None:
-        streams["sample_counts"] = batch.sample_counts.ravel()
-    return streams
-
-
-def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    total = longer.copy()
-    total[: len(shorter)] += shorter
-    return total
-
-
-def _bits(counts: np.ndarray) -> float:
-    """Empirical entropy of order zero, of all symbols together."""
-    counts = counts[counts > 0]
-    return abs(float((counts * np.log2(counts / counts.sum())).sum()))
-
-
 def describe_targets(targets: Mapping[str, Any]) -> str:
     """`targets` of a manifest in a line: threshold, τ = 0.05, K = 1, seed 0."""
     names = {"tail_threshold": "τ", "k": "K", "top_p": "P", "draws": "N", "samples": "M", "temperature": "T"}
@@ -150,44 +76,6 @@ def describe_targets(targets: Mapping[str, Any]) -> str:
     if "head" in targets and "hidden" in targets:
         parts.insert(0, f"D = {targets['hidden']['width']}, {targets['hidden']['dtype']}")
     return ", ".join([targets["kind"], *parts])
-
-
-def stats_view(stats: dict[str, Any]) -> RenderableType:
-    """`cache_stats` for people."""
-    targets = stats["targets"]
-    entries = f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"
-    kept = f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}"
-    once = ""
-    if targets["kind"] == "hidden":
-        entries, kept = "none: states, of which the head makes whole distributions", "all"
-        once = f", of it the head {size(stats['head_bytes'])}, once"
-    summary = pairs(
-        stats["path"],
-        [
-            ("teacher", stats["teacher"]),
-            ("targets", describe_targets(targets)),
-            ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
-            ("tokens", f"{stats['tokens']:,}, of which {stats['counted_tokens']:,} count"),
-            ("entries", entries),
-            ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token{once}"),
-            ("exact mass", kept),
-            ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
-        ],
-    )
-    columns = Table(box=None, header_style="dim")
-    for name in ("bytes per token", "on disk", "entropy", ""):
-        columns.add_column(name, justify="right" if name in ("on disk", "entropy") else "left")
-    by_size = sorted(stats["column_bytes_per_token"].items(), key=lambda item: -item[1])
-    largest = max((value for _, value in by_size), default=1.0) or 1.0
-    for name, value in by_size:
-        floor = stats["column_entropy_bytes_per_token"].get(name)
-        columns.add_row(name, f"{value:.2f}", "" if floor is None else f"{floor:.2f}", bar(value / largest, 24))
-    histogram = Table(title="teacher entropy, nats", title_justify="left", box=None, show_header=False)
-    edges, counts = stats["entropy_histogram"]["edges_nats"], stats["entropy_histogram"]["counts"]
-    total = max(1, sum(counts))
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        histogram.add_row(f"{low:4.1f} – {high:4.1f}", f"{count / total:6.1%}", bar(count / max(max(counts), 1), 24))
-    return Group(summary, Text(), columns, Text(), histogram)
 
 
 def _name_of_targets(targets: Mapping[str, Any]) -> str:
@@ -440,7 +328,3 @@ def curves_view(
         marks = [("◀ saved", step == best_step), ("■ stop", stopped is not None and step == stopped["step"])]
         table.add_row(f"{step:,}", *cells, "  ".join(mark for mark, here in marks if here))
     return titled("Held out", table)
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "—" if value is None else f"{value:.{digits}f}"

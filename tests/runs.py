@@ -58,6 +58,7 @@ def build_cache(
     window_length: int = 48,
     rows_per_shard: int = 32,
     packing: bool = True,
+    encoding: str = "columns",
 ) -> Path:
     """Packed rows of up to 48 tokens; documents are lines, or conversations of which only answers count.
 
@@ -75,6 +76,7 @@ def build_cache(
             batch_size=4,
             device="cpu",
             rows_per_shard=rows_per_shard,
+            encoding=encoding,
         )
     )
     return output

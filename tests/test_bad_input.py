@@ -141,6 +141,8 @@ def test_column_that_is_not_there(here: Path):
 
 def test_more_candidates_than_tokens(here: Path):
     complain(here, f"{CACHE_TEACHER} --top-k 500", "--top-k 500", "vocabulary has 400")
+    top_p = f"{CACHE_TEACHER} --targets top-p --max-entries 5000"
+    complain(here, top_p, "--max-entries 5000", "vocabulary has 400")
 
 
 # -- where the output goes --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.heads import Head, check_packing, open_head
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, targets_of
-from pipeline.teacher import capture, opening
+from pipeline.teacher import capture, grouping, opening
 from pipeline.teacher import targets as targets_module
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, CaptureSummary, cache_teacher
 from pipeline.teacher.corpus import DataConfig
@@ -517,6 +517,7 @@ def test_out_of_memory_in_the_middle_of_a_shard_begins_it_anew(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record batch of 32 rows has gone to the writer when a batch of the next one fails."""
+    monkeypatch.setattr(grouping, "rows_together", lambda config: 32)
     options = {"rows_per_shard": 40}
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "four", batch_size=4, **options))
     run_out_of_memory(monkeypatch, above=4, after_calls=4)

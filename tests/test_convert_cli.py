@@ -174,7 +174,11 @@ def test_places_that_are_taken(folder: Path, tmp_path: Path):
     (tmp_path / "foreign/thesis.tex").write_text("years of work")
     run("convert", source, tmp_path / "finished", "--encoding", "packed")
     before = contents(tmp_path)
-    for output, expected in (("foreign", "thesis.tex"), ("finished", "found a finished cache"), ("source", "differ")):
+    for output, expected in (
+        ("foreign", "thesis.tex"),
+        ("finished", "found a finished cache"),
+        ("source", "is the cache"),
+    ):
         result = run("convert", source, tmp_path / output, "--encoding", "packed", status=1)
         (line,) = result.stderr.splitlines()
         assert line.startswith("Error: ") and expected in line
@@ -239,7 +243,8 @@ def test_inspect_shows_the_same(folder: Path, kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stats_are_the_same_but_for_sizes(folder: Path, kind: str):
     columns, packed = (json.loads(run("stats", folder / f"{kind}-{e}", "--json").stdout) for e in ("columns", "packed"))
-    sizes = {"path", "bytes", "bytes_per_token", "column_bytes_per_token"}
+    sizes = {"path", "bytes", "bytes_per_token"}
+    sizes |= {f"{part}_bytes_per_token" for part in ("column", "beside", "stream", "stream_entropy")}
     assert {name for name in columns if columns[name] != packed[name]} == sizes
     assert set(packed["column_bytes_per_token"]) == {"row", "input_ids", "loss_mask", "segment_lengths", "packed"}
     assert packed["bytes"] == cf.open_cache(folder / f"{kind}-packed").manifest.stored_bytes

@@ -103,9 +103,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
     plain = ShardReader.record_batch
 
-    def record_batch(self: ShardReader, index: int):
+    def record_batch(self: ShardReader, index: int, *streams: object):
         calls.append((self._name, index))
-        return plain(self, index)
+        return plain(self, index, *streams)
 
     monkeypatch.setattr(ShardReader, "record_batch", record_batch)
     return calls

@@ -132,9 +132,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     calls: list[tuple[int, int]] = []
     plain = cf.Cache._read_record_batch
 
-    def read(self: cf.Cache, shard: int, index: int):
+    def read(self: cf.Cache, shard: int, index: int, *streams: object):
         calls.append((shard, index))
-        return plain(self, shard, index)
+        return plain(self, shard, index, *streams)
 
     monkeypatch.setattr(cf.Cache, "_read_record_batch", read)
     return calls

@@ -16,6 +16,7 @@ import cache_format as cf
 from benchmarks.reasoning import is_right
 from generating import answers_of, generate, write_predicates
 from pipeline.errors import ConfigError
+from pipeline.stats import cache_stats
 from pipeline.student.recipe import LossRecipe
 from pipeline.teacher.keeping import Answered
 from runs import build_cache, dense_evaluation, train
@@ -63,6 +64,17 @@ def test_every_byte_of_the_answers_is_checked_and_converting_keeps_them(
     file.unlink()
     with pytest.raises(cf.FormatError, match="answers.jsonl: no such file"):
         list(cf.open_cache(tmp_path / "packed").answers())
+
+
+def test_sizes_include_the_answers(written: dict[str, Path]) -> None:
+    path = written["judged"]
+    parts = [*path.glob("shards/*.arrow"), path / "answers.jsonl"]
+    total = sum(part.stat().st_size for part in parts)
+    stats = cache_stats(cf.open_cache(path))
+    assert stats["bytes"] == total == cf.verify_cache(path).bytes
+    lines = stats["beside_bytes_per_token"]
+    assert lines["answers.jsonl"] == parts[-1].stat().st_size / stats["tokens"]
+    assert sum([*stats["column_bytes_per_token"].values(), *lines.values()]) == pytest.approx(stats["bytes_per_token"])
 
 
 def test_a_cache_of_given_text_has_no_answers(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:

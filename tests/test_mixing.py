@@ -198,9 +198,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     calls: Counter[str] = Counter()
     plain = cf.Cache._read_record_batch
 
-    def read(self: cf.Cache, shard: int, index: int):
+    def read(self: cf.Cache, shard: int, index: int, *streams: object):
         calls[f"{self.path}/{shard}/{index}"] += 1
-        return plain(self, shard, index)
+        return plain(self, shard, index, *streams)
 
     monkeypatch.setattr(cf.Cache, "_read_record_batch", read)
     return calls

@@ -66,7 +66,8 @@ def test_bytes_entries_and_mass_are_those_of_the_cache(
     assert planned["sample_rows"] == ROWS_TAKEN < len(cache) / 4
     kept = describe_targets(cache.metadata.targets)
     (rule,) = (rule for rule in planned["rules"] if describe_targets(rule["targets"]) == kept)
-    assert rule["bytes"][encoding] == pytest.approx(cache.manifest.stored_bytes, rel=0.12)
+    # A little more than it takes: a twentieth of a record batch is compressed alone.
+    assert rule["bytes"][encoding] == pytest.approx(cache.manifest.stored_bytes, rel=0.15)
     counted = np.concatenate([row.loss_mask for row in cache.iter_rows()])
     entries = np.concatenate([row.targets.counts for row in cache.iter_rows()])[counted]
     residual = np.concatenate([row.targets.residual_logprob for row in cache.iter_rows()])[counted]
@@ -82,6 +83,12 @@ def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: 
     assert names[0] == "threshold, τ = 0.02, K = 1" and len(set(names)) == len(names)
     default = planned["rules"][0]
     assert default["chosen"] and default["targets"]["kind"] == "top-k"
+
+
+def test_a_kind_that_differs_in_less_than_its_name_is_listed_once(words: list[Any], tmp_path: Path):
+    given = ["--targets", "threshold", "--samples", 3, "--seed", 7, "--output", tmp_path / "c", "--rows", 2]
+    table = run("plan", *words, *given).stdout
+    assert table.count("threshold 0.05") == 1 and "▶ threshold 0.05" in table and "threshold 0.02" in table
 
 
 def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):

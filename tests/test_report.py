@@ -11,18 +11,19 @@ from rich.console import Console, RenderableType
 from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
+from cache_format.packed import LANES
 from cli import out
 from pipeline.report import (
     bar,
-    cache_stats,
     curves_view,
     duration,
     evaluation_view,
     inspect_row,
     inspect_view,
     size,
-    stats_view,
 )
+from pipeline.stats import cache_stats, stats_view
+from pipeline.teacher.rules import TargetRule
 from runs import build_cache
 
 
@@ -87,6 +88,10 @@ def test_stats_are_those_of_the_rows(cache: cf.Cache):
     assert stats["bytes"] == total and stats["bytes_per_token"] == total / stats["tokens"]
     columns = stats["column_bytes_per_token"]
     assert 0.2 * stats["bytes_per_token"] < sum(columns.values()) < stats["bytes_per_token"]
+    assert set(stats["beside_bytes_per_token"]) == {"framing"} and stats["stream_bytes_per_token"] == {}
+    assert sum([*columns.values(), *stats["beside_bytes_per_token"].values()]) == pytest.approx(
+        stats["bytes_per_token"]
+    )
     assert max(columns, key=columns.__getitem__) in ("target_ids", "target_logprobs")
 
 
@@ -95,8 +100,47 @@ def test_stats_for_people(cache: cf.Cache):
     text = shown(stats_view(stats))
     for words in ("top-k, K = 16", f"{stats['rows']:,} in 1 shards", f"{stats['bytes_per_token']:.1f} bytes per token"):
         assert words in text
-    assert all(name in text for name in stats["column_bytes_per_token"])
+    assert all(name in text for name in stats["column_bytes_per_token"]) and "order zero" not in text
     assert cache.path in text.replace("\n", "")
+
+
+PARTS = [
+    (TargetRule(top_k=16), "columns", {"framing"}),
+    (TargetRule(top_k=16), "packed", {"framing", "lexicon.arrow"}),
+    (TargetRule(kind="threshold", tail_threshold=0.1, samples=2), "packed", {"framing", "lexicon.arrow"}),
+    (TargetRule(kind="hidden"), "columns", {"framing", "head.safetensors"}),
+]
+
+
+@pytest.mark.parametrize("rule, encoding, beside", PARTS)
+def test_the_lines_of_stats_add_up_to_the_size(
+    rule: TargetRule, encoding: str, beside: set[str], teacher_dir: Path, chat_file: Path, tmp_path: Path
+):
+    path = build_cache(tmp_path / "cache", teacher_dir, chat_file, targets=rule, encoding=encoding)
+    stats = cache_stats(cf.open_cache(path))
+    files = [file for file in path.rglob("*") if file.suffix in (".arrow", ".safetensors")]
+    assert stats["bytes"] == sum(file.stat().st_size for file in files)
+    parts = stats["beside_bytes_per_token"]
+    assert set(parts) == beside and min(parts.values()) > 0
+    assert sum([*stats["column_bytes_per_token"].values(), *parts.values()]) == pytest.approx(stats["bytes_per_token"])
+    lines = [line.split() for line in shown(stats_view(stats)).splitlines()]
+    shown_sizes = {line[0]: float(line[1]) for line in lines if len(line) > 1 and line[0] in {*parts, "together"}}
+    assert set(shown_sizes) == {*parts, "together"}
+    assert shown_sizes["together"] == pytest.approx(stats["bytes_per_token"], abs=0.006)
+
+
+def test_a_packed_column_is_its_streams_and_little_else(teacher_dir: Path, chat_file: Path, tmp_path: Path):
+    rule = TargetRule(kind="threshold", tail_threshold=0.1)
+    path = build_cache(tmp_path / "cache", teacher_dir, chat_file, targets=rule, encoding="packed")
+    stats = cache_stats(cf.open_cache(path))
+    streams, floors = stats["stream_bytes_per_token"], stats["stream_entropy_bytes_per_token"]
+    states = stats["column_bytes_per_token"]["packed"] - sum(streams.values())
+    batches = len(cf.open_cache(path).record_batches())
+    assert 0 < states * stats["tokens"] < batches * (4 * LANES + 100)
+    assert set(streams) - set(floors) <= {"frequencies", "exact_ranks_low_bits", "sample_ranks_low_bits"}
+    assert all(floor <= streams[name] + 1e-9 for name, floor in floors.items()) and floors["sample_ranks"] > 0.5
+    text = shown(stats_view(stats))
+    assert all(f"  {name}" in text for name in streams) and "as columns, order zero" in text
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------

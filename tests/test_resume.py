@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
-from pipeline.teacher import capture
+from pipeline.teacher import capture, grouping
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.rules import TargetRule
@@ -102,6 +102,7 @@ def test_second_interrupt_during_the_first_one_harms_nothing(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """It comes while the first of a shard's record batches is being written, and does not wait for that."""
+    monkeypatch.setattr(grouping, "rows_together", lambda config: 32)
     config = replace(settings(teacher_dir, text_file, tmp_path / "cache"), rows_per_shard=64)
     cache_teacher(replace(config, output=str(tmp_path / "whole")))
     expected = contents(tmp_path / "whole")
@@ -177,15 +178,41 @@ def test_same_command_on_a_finished_cache_succeeds_and_changes_nothing(
     assert contents(tmp_path / "cache") == expected
 
 
-def test_every_setting_that_changes_bytes_is_named(teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch):
-    config = settings(teacher_dir, text_file, tmp_path / "cache")
+def interrupted(config: CacheTeacherConfig) -> dict[str, bytes]:
+    """Ended behind its first batch; what it leaves."""
 
     def interrupt(progress: CaptureProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(config, on_progress=interrupt)
-    before = contents(tmp_path / "cache")
+    return contents(Path(config.output))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_cache_goes_on_with_the_rows_together_that_it_was_begun_with(
+    finished: bool, teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a release that put other numbers of rows together: they are no setting that anybody could give again."""
+    config = replace(settings(teacher_dir, text_file, tmp_path / "cache"), rows_per_shard=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(grouping, "RECORD_BATCH_TOKENS", 3 * config.data.window_length)
+        patch.setattr(grouping, "SHARD_TOKENS", 12 * config.data.window_length)
+        cache_teacher(replace(config, output=str(tmp_path / "whole")))
+        cache_teacher(config) if finished else interrupted(config)
+    summary = cache_teacher(config)
+    assert summary.finished and contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    metadata = cf.open_cache(config.output).metadata
+    assert (metadata.rows_per_record_batch, metadata.rows_per_shard) == (4, 12) and metadata.num_shards > 2
+    with pytest.raises(cf.MismatchError, match="rows_per_shard recorded 12, given 8"):
+        cache_teacher(replace(config, rows_per_shard=8))
+    cache_teacher(replace(config, overwrite=True))
+    assert cf.open_cache(config.output).metadata.num_shards == 1
+
+
+def test_every_setting_that_changes_bytes_is_named(teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch):
+    config = settings(teacher_dir, text_file, tmp_path / "cache")
+    before = interrupted(config)
     other_text = tmp_path / "other.txt"
     other_text.write_text(text_file.read_text() + "One line more.\n")
     monkeypatch.setattr("torch.get_num_threads", lambda: 64)
@@ -195,7 +222,7 @@ def test_every_setting_that_changes_bytes_is_named(teacher_dir: Path, text_file:
     message = str(caught.value)
     for key in (
         *("capture.batch_size recorded 4, given 64", "capture.threads recorded 1, given 64"),
-        *("rows_per_record_batch recorded 32, given 64", 'teacher.dtype recorded "float32", given "bfloat16"'),
+        'teacher.dtype recorded "float32", given "bfloat16"',
         *("rows_per_shard recorded 8, given 64", "teacher.weights_fingerprint", "corpus.token_stream_sha256"),
     ):
         assert key in message, key

@@ -3,10 +3,10 @@
 Map-style, so that Trainer resumes in the middle of an epoch by skipping indices, without reading what it skips, and so
 that a row and its targets can never be paired wrongly: they are one object, found by its index.
 
-**Shuffling.** Reading one row means decoding its record batch (32 rows). A full shuffle would decode every batch 32
-times. Here record batches are put in random order, and rows are shuffled within windows of `WINDOW` consecutive ones:
-every row of the cache has the same chance to be anywhere, each batch is decoded once, and a training batch mixes rows
-from up to `WINDOW` places of the corpus.
+**Shuffling.** Reading one row means decoding its record batch (32 rows of 1,024 tokens, more where they are shorter). A
+full shuffle would decode every batch as often as it has rows. Here record batches are put in random order, and rows are
+shuffled within windows of `WINDOW` consecutive ones: every row of the cache has the same chance to be anywhere, each
+batch is decoded once, and a training batch mixes rows from up to `WINDOW` places of the corpus.
 """
 
 from __future__ import annotations

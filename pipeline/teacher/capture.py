@@ -37,6 +37,7 @@ from pipeline.padding import model_inputs
 from pipeline.teacher import hidden as hidden_states
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.full import WrittenHead, check_full, in_words, states_spec, with_head, write_down
+from pipeline.teacher.grouping import as_begun, grouping
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.masking import MaskRule
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
@@ -49,7 +50,6 @@ from pipeline.teacher.workers import WorkerConfig, check_output, device_names, t
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
 CHUNK_POSITIONS = 256
-SHARD_TOKENS = 2**18
 GROUPS_IN_FLIGHT = 2
 
 
@@ -120,6 +120,7 @@ def cache_teacher(
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
         cf.remove_cache(config.output)  # only now that text and teacher have been read
+    metadata = as_begun(config, metadata)
     options = {"head": None if written is None else written.contents}
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
         for holder in writer.taken_over:
@@ -151,16 +152,7 @@ def cache_metadata(
 ) -> cf.CacheMetadata:
     rule = config.targets
     rule.check_vocabulary(head.vocab_size)
-    rows_per_record_batch, of_shard = max(32, config.batch_size), max(1, SHARD_TOKENS // config.data.window_length)
     hidden = states_spec(config.hidden, head, written)
-    if hidden is not None:
-        per_row = stored_positions(config, corpus) / len(corpus)
-        few = hidden_states.rows_within(hidden, per_row, hidden_states.RECORD_BATCH_BYTES)
-        rows_per_record_batch = max(config.batch_size, min(rows_per_record_batch, few))
-        of_shard = min(of_shard, hidden_states.rows_within(hidden, per_row, hidden_states.SHARD_BYTES))
-    per_shard = config.rows_per_shard or of_shard
-    if config.rows_per_shard is None:
-        per_shard = -(-per_shard // rows_per_record_batch) * rows_per_record_batch
     libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
     return cf.CacheMetadata(
         teacher={
@@ -198,8 +190,7 @@ def cache_metadata(
         },
         codebooks={**cf.default_codebooks(head.vocab_size), "target_logprobs": rule.codebook()},
         libraries={name: importlib.metadata.version(name) for name in libraries},
-        rows_per_shard=per_shard,
-        rows_per_record_batch=rows_per_record_batch,
+        **grouping(config, hidden, stored_positions(config, corpus) / len(corpus)),
         encoding=config.encoding,
         compression={"codec": "zstd", "level": config.compression_level},
     )

@@ -35,15 +35,15 @@ from pipeline.objective import Objective, objective_of
 from pipeline.teacher.answer_store import AnswerStore, store_location
 from pipeline.teacher.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.answers import AnswerWriter, GenerationConfig, find_stop_tokens
-from pipeline.teacher.capture import SHARD_TOKENS, CacheTeacherConfig, cache_metadata
+from pipeline.teacher.capture import CacheTeacherConfig, cache_metadata
 from pipeline.teacher.decoding import check_decoding
+from pipeline.teacher.grouping import SHARD_TOKENS, as_begun, rows_together
 from pipeline.teacher.keeping import Predicate, load_predicate
 from pipeline.teacher.opening import open_teacher
 from pipeline.teacher.prompts import Prompts, open_prompts
 from pipeline.teacher.workers import device_names, this_worker
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
-ROWS_STEP = 32  # rows per shard are a multiple of this
 DECIMALS = 6  # of log-probabilities in answers.jsonl
 
 
@@ -138,12 +138,16 @@ def generate_cache(
 
         on_stage(f"caching {len(selection.chosen):,} of {selection.answers:,} answers")
         corpus = _corpus(generation, prompts, stop_tokens, predicate, answering)
+        grouped = config
         if config.rows_per_shard is None:
-            per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // ROWS_STEP * ROWS_STEP
-            config = replace(config, rows_per_shard=max(ROWS_STEP, per_shard))
-        metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
+            # Answers are shorter than their window, so a shard is filled by what they have.
+            together = rows_together(config)
+            per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
+            grouped = replace(config, rows_per_shard=max(together, per_shard))
+        metadata = cache_metadata(grouped, corpus, head, tokenizer_fingerprint(tokenizer), device)
         if config.overwrite:
             cf.remove_cache(config.output)  # only now that there is something to take its place
+        metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
             _write_cache(config.output, writer, answering)
         store.remove()

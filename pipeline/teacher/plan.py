@@ -29,7 +29,7 @@ import cache_format as cf
 from pipeline.heads import Head
 from pipeline.models import load_tokenizer, resolve_device
 from pipeline.padding import model_inputs
-from pipeline.teacher.capture import CHUNK_POSITIONS, SHARD_TOKENS, CacheTeacherConfig, stored_positions
+from pipeline.teacher.capture import CHUNK_POSITIONS, CacheTeacherConfig, stored_positions
 from pipeline.teacher.full import (
     WrittenHead,
     check_full,
@@ -38,6 +38,7 @@ from pipeline.teacher.full import (
     without_states_of,
     write_down,
 )
+from pipeline.teacher.grouping import SHARD_TOKENS, rows_together
 from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
@@ -104,7 +105,7 @@ class Plan:
 def plan_cache(
     config: CacheTeacherConfig,
     *,
-    sample_rows: int = 32,
+    sample_rows: int | None = None,
     cost_per_hour: float | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -112,7 +113,8 @@ def plan_cache(
     """Runs the teacher over a sample of the text that `config` names; writes nothing to its output.
 
     Args:
-        sample_rows: evenly spaced over the corpus.
+        sample_rows: evenly spaced over the corpus; default: as many as a record batch has. With fewer, bytes come out
+            higher.
         cost_per_hour: of the machine, in any currency.
 
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
@@ -126,9 +128,10 @@ def plan_cache(
     head = open_teacher(config, corpus, tokenizer, device)
     config.targets.check_vocabulary(head.vocab_size)
     others = [rule for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
-    rules = [config.targets, *(rule for rule in others if rule.to_json() != config.targets.to_json())]
+    rules = [config.targets, *(rule for rule in others if not rule.is_named_like(config.targets))]
 
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(sample_rows, len(corpus))).round().astype(int)).tolist()
+    taken = min(sample_rows or rows_together(config), len(corpus))
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
     rows = sorted((corpus[index] for index in chosen), key=lambda row: -len(row.input_ids))
     on_stage(f"running the teacher on {len(rows)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
     written = write_down(config, head)

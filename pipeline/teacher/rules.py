@@ -8,9 +8,9 @@
     hidden      none: the teacher's last hidden state and its head, from which training rebuilds all V of them
 
 `threshold` and `random` are unbiased: what they leave to chance is right on average, so that variance is all they add
-to a gradient. `random` is random sampling knowledge distillation as published (Anshumann et al., ACL 2025).
-`threshold` spends its entries better: nothing is drawn twice, what is likely is exact, and all sampled weights are the
-same number τ, which costs no bytes.
+to a gradient, besides the rounding of exact entries in a cache (docs/measurements.md says how little). `random` is
+random sampling knowledge distillation as published (Anshumann et al., ACL 2025). `threshold` spends its entries better:
+nothing is drawn twice, what is likely is exact, and all sampled weights are the same number τ, which costs no bytes.
 """
 
 from __future__ import annotations
@@ -100,8 +100,15 @@ class TargetRule:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises: ConfigError if more exact entries are asked for than there are tokens."""
-        if (self.top_k or 0) > vocab_size:
-            raise ConfigError(f"--top-k {self.top_k}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
+        for name in ("top_k", "max_entries"):
+            if (value := getattr(self, name) or 0) > vocab_size:
+                raise ConfigError(f"{FLAGS[name]} {value}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
+
+    def is_named_like(self, other: TargetRule) -> bool:
+        """Whether kind and its first part, which a table shows of it, are the same: top-k 64, threshold 0.05."""
+        return self.kind == other.kind and all(
+            getattr(self, name) == getattr(other, name) for name in list(PARTS[self.kind])[:1]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""

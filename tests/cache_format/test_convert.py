@@ -426,7 +426,7 @@ def test_places_that_are_taken(tmp_path, caches):
     for output, error, expected in (
         (tmp_path / "foreign", cf.CacheError, "found 'thesis.tex', expected an empty directory"),
         (tmp_path / "finished", cf.CacheError, "found a finished cache with all its shards"),
-        (source, cf.MismatchError, "capture.converted recorded null"),
+        (source, cf.CacheError, "found that it is the cache which is to be converted"),
     ):
         with pytest.raises(error, match=expected):
             list(cf.convert_cache(source, output, cf.Conversion(encoding="packed")))
@@ -526,8 +526,8 @@ def test_record_batches_do_not_pile_up(tmp_path, monkeypatch, changes):
     entries: list[weakref.ref] = []
     read = ShardReader.record_batch
 
-    def remember(shard, index):
-        batch = read(shard, index)
+    def remember(shard, index, *streams):
+        batch = read(shard, index, *streams)
         entries.append(weakref.ref(batch.logprobs))  # which any row of the batch keeps alive
         return batch
 
@@ -550,3 +550,53 @@ def test_kept_rows_would_be_noticed(tmp_path):
     assert entries() is not None
     del row
     assert entries() is None
+
+
+# -- where it goes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source, output, how",
+    [
+        ("cache", "cache", "is the cache"),
+        ("cache", "cache/", "is the cache"),
+        ("cache", "other/../cache", "is the cache"),
+        ("link", "cache", "is the cache"),
+        ("cache", "link", "is the cache"),
+        ("cache", "cache/sub", "lies inside of the cache"),
+        ("link", "cache/shards/a/b", "lies inside of the cache"),
+        ("cache", "link/sub", "lies inside of the cache"),
+        ("cache", ".", "is around the cache"),
+        ("file://{}/cache", "{}/cache/sub", "lies inside of the cache"),
+        ("{}/cache", "file://{}/cache", "is the cache"),
+    ],
+)
+def test_an_output_that_is_its_source_or_in_it_or_around_it_is_refused(
+    source: str, output: str, how: str, caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(caches["top-k"], tmp_path / "cache")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path / "cache")
+    with pytest.raises(cf.CacheError, match=f"found that it {how} which is to be converted .* Choose another"):
+        list(cf.convert_cache(source.format(tmp_path), output.format(tmp_path), cf.Conversion(encoding="packed")))
+    assert contents(tmp_path / "cache") == before
+
+
+def test_the_same_on_an_object_store(caches: dict[str, Path]) -> None:
+    source = "memory://apart/cache"
+    list(cf.convert_cache(caches["top-k"], source, cf.Conversion()))
+    for output in (source, source + "/", source + "/sub", "memory://apart", "memory:///apart/cache/sub"):
+        with pytest.raises(cf.CacheError, match="found that it .* which is to be converted"):
+            list(cf.convert_cache(source, output, cf.Conversion(encoding="packed")))
+    cf.verify_cache(source, deep=True)
+
+
+def test_a_neighbour_whose_name_begins_alike_is_another_place(caches: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(caches["top-k"], tmp_path / "cache")
+    for output in (tmp_path / "cache-2", tmp_path / "cach", tmp_path / "deep/cache"):
+        convert(tmp_path / "cache", output, encoding="packed")
+    list(cf.convert_cache(tmp_path / "cache", "memory://apart/neighbour", cf.Conversion()))
+    list(cf.convert_cache("memory://apart/neighbour", "memory://apart/neighbour-2", cf.Conversion()))
+    assert_same_rows(cf.open_cache("memory://apart/neighbour-2"), cf.open_cache(tmp_path / "cache"))

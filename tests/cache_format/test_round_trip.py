@@ -112,9 +112,9 @@ def test_each_record_batch_is_decoded_once(tmp_path, monkeypatch):
     decoded = []
     read = ShardReader.record_batch
 
-    def counting(shard, index):
+    def counting(shard, index, *streams):
         decoded.append(shard.sidecar.record_batches[index].first_row)
-        return read(shard, index)
+        return read(shard, index, *streams)
 
     monkeypatch.setattr(ShardReader, "record_batch", counting)
     cache.rows([0, 9, 1, 8, 0, 4])
