@@ -266,6 +266,7 @@ def test_a_mixture_of_one_is_the_cache_itself_bit_by_bit(folder: Path, tmp_path:
     assert plain["cache"] == weighted["cache"] and plain.keys() == weighted.keys() == {
         "cache",
         "config",
+        "resolved",
         "rows_per_step",
     }
 
