@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from cache_format.errors import CacheError, CorruptShardError, FormatError
+from cache_format.fields import FILE, FILES, SHARDS, SIDECAR, check_fields
 from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, WITH_HEAD, CacheMetadata
 
 MANIFEST = "manifest.json"
@@ -83,6 +84,7 @@ class Sidecar:
         """Raises: CorruptShardError."""
 
         def build(raw: dict[str, Any]) -> Sidecar:
+            check_fields(raw, SIDECAR)
             known = _known(cls, raw)
             batches = tuple(RecordBatchInfo(**_known(RecordBatchInfo, b)) for b in raw["record_batches"])
             known |= {
@@ -169,6 +171,7 @@ class Manifest:
         """Raises: FormatError."""
 
         def build(raw: dict[str, Any]) -> Manifest:
+            check_fields(raw, SHARDS)
             metadata = CacheMetadata.from_json(raw)
             if raw["format_version"] != metadata.format_version:
                 raise ValueError(
@@ -182,9 +185,11 @@ class Manifest:
                     raise ValueError(f"shard {shard.name!r}, expected {shard_name(index)!r}")
                 if shard.rows != len(metadata.shard_rows(index)):
                     raise ValueError(f"{shard.name}: {shard.rows} rows do not fit its place")
-            tokenizer_files = {check_plain_name(name): str(digest) for name, digest in raw["tokenizer_files"].items()}
-            packed = metadata.encoding == "packed"
-            lexicon = FileInfo(**_known(FileInfo, raw["lexicon"])) if packed else None
+            tokenizer_files = _tokenizer_files(raw)
+            lexicon = None
+            if metadata.encoding == "packed":
+                check_fields(raw, {"lexicon": FILE})
+                lexicon = FileInfo(**_known(FileInfo, raw["lexicon"]))
             return cls(metadata, shards, tokenizer_files, raw, lexicon)
 
         _check_version(data, where)
@@ -218,9 +223,12 @@ def partial_contents(data: bytes, where: str) -> dict[str, Any]:
     """What a `manifest.partial.json` records, to be compared with what is given on resuming."""
     _check_version(data, where)
     _check_self(data, where)
-    raw = _parse(data, dict, where, FormatError)
-    del raw[SELF_CHECKSUM]
-    return raw
+
+    def build(raw: dict[str, Any]) -> dict[str, Any]:
+        _tokenizer_files(raw)
+        return {key: value for key, value in raw.items() if key != SELF_CHECKSUM}
+
+    return _parse(data, build, where, FormatError)
 
 
 def json_text(data: Mapping[str, Any]) -> str:
@@ -244,20 +252,19 @@ def check_plain_name(name: str) -> str:
     return name
 
 
+def _tokenizer_files(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Name inside tokenizer/ -> sha256. Raises: ValueError."""
+    check_fields(raw, FILES)
+    return {check_plain_name(name): digest for name, digest in raw["tokenizer_files"].items()}
+
+
 def _one_line(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass; keys of later minor additions are left out."""
-    known = {f.name: raw[f.name] for f in fields(cls)}
-    for f in fields(cls):
-        value = known[f.name]
-        if f.type == "int" and (type(value) is not int or value < 0):
-            raise ValueError(f"{f.name} is {value!r}, expected a count")
-        if f.type == "str" and not isinstance(value, str):
-            raise ValueError(f"{f.name} is {value!r}, expected text")
-    return known
+    return {f.name: raw[f.name] for f in fields(cls)}
 
 
 def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error: type[CacheError]) -> T:

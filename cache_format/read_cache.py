@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from cache_format.fields import is_digest
+
 SHARE_BETWEEN_LOOKS = 20
 DEFAULT_GB = 100.0
 
@@ -70,6 +72,8 @@ class ReadCache:
             self._path(digest).unlink()
 
     def _path(self, digest: str) -> Path:
+        if not is_digest(digest):  # text from a file: joined to a path it could lead anywhere
+            raise ValueError(f"{digest!r} is no SHA-256")
         return self.directory / digest[:2] / digest
 
     def _make_room(self, coming: int) -> None:

@@ -167,7 +167,7 @@ def codebook(name: str, **changes):
 MANIFEST_LIES = {
     "shard elsewhere": (first_shard(name="../../etc/x.arrow"), "shard '../../etc/x.arrow'"),
     "tokenizer elsewhere": (
-        lambda m: m["tokenizer_files"].update({"../../.bashrc": "0"}),
+        lambda m: m["tokenizer_files"].update({"../../.bashrc": "0" * 64}),
         "not a plain relative path",
     ),
     "shard forgotten": (lambda m: m["shards"].pop(), "2 shards, expected 3"),
@@ -183,7 +183,7 @@ MANIFEST_LIES = {
     "codebook too long": (codebook("entropy", values=list(range(257))), "up to 256"),
     "codebook of text": (codebook("entropy", values=["one"]), "could not convert"),
     "codebook missing": (lambda m: m["codebooks"].pop("entropy"), "codebooks must be"),
-    "shards of text": (lambda m: m.update(tokenizer_files=["x"]), "attribute 'items'"),
+    "shards of text": (lambda m: m.update(tokenizer_files=["x"]), "tokenizer_files is ['x'], expected an object"),
 }
 
 

@@ -506,7 +506,7 @@ MANIFEST_LIES = {
     "lexicon of text": (lambda m: m.update(lexicon="here"), "manifest.json"),
     "lexicon null": (lambda m: m.update(lexicon=None), "manifest.json"),
     "negative size": (lambda m: m["lexicon"].update(bytes=-1), "bytes is -1, expected a count"),
-    "checksum as number": (lambda m: m["lexicon"].update(sha256=1), "sha256 is 1, expected text"),
+    "checksum as number": (lambda m: m["lexicon"].update(sha256=1), "sha256 is 1, expected a SHA-256"),
     "unknown encoding": (lambda m: m.update(encoding="zip"), "encoding is 'zip', expected columns or packed"),
     "encoding as number": (lambda m: m.update(encoding=1), "encoding is 1"),
 }
