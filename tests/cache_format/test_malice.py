@@ -61,3 +61,27 @@ def written(path: Path, files: fuzz.Files) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     return path
+
+
+# -- a directory for local copies that is somebody's ------------------------------------------------------------------
+
+
+def test_local_copies_make_room_among_their_own_files_only(tmp_path: Path):
+    """`--cache-dir` may name a directory with other things in it, in folders that are named as those of the copies."""
+    foreign = {
+        f"{folder}/{name}" for folder in ("en", "00", "distill-copies/00") for name in ("corpus.txt", "notes.tmp")
+    }
+    foreign |= {f"00/{'0' * 64}", f"{'0' * 64}", "distill-copies/keep.txt"}
+    written(tmp_path, dict.fromkeys(foreign, b"x" * 5000))
+    link = tmp_path / "distill-copies/00" / ("0" * 64)
+    link.symlink_to(tmp_path / "en")
+    left = tmp_path / "distill-copies/00" / f"{'00' * 32}.killed.tmp"  # of a process that was killed while writing
+    left.write_bytes(b"x" * 5000)
+    copies = ReadCache(tmp_path, 8000)
+    for i in range(1, 30):
+        copies.put(f"{i:064x}", pa.py_buffer(bytes(1000)))
+    assert all((tmp_path / name).read_bytes() == b"x" * 5000 for name in foreign)
+    assert link.is_symlink() and not left.exists()
+    ours = [file for file in (tmp_path / "distill-copies").rglob("*") if len(file.name) == 64 and not file.is_symlink()]
+    assert 5 <= len(ours) <= 8  # what is not ours does not count either
+    assert copies.get(f"{29:064x}") is not None and copies.get(f"{1:064x}") is None
