@@ -10,7 +10,6 @@ table may be anything, because nothing is done with them.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,13 +33,28 @@ Table: TypeAlias = Kind | Mapping[str, Any]  # of tables
 
 
 def whole(least: int = 0, most: int = MOST) -> Kind:
-    words = "a count" if (least, most) == (0, MOST) else f"a whole number, {least} to {most}"
+    words = f"a whole number, {least} to {most}" if most < MOST else f"a whole number from {least} on"
+    words = "a count" if (least, most) == (0, MOST) else words
     return Kind(words, lambda value: type(value) is int and least <= value <= most)
 
 
 def is_digest(value: Any) -> bool:
     """Whether it is a SHA-256 in lower-case hex."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def number(least: float = 0.0, most: float = MOST, *, above: bool = True) -> Kind:
+    """`above`: more than `least`."""
+    words = "a number above 0" if (least, most, above) == (0.0, MOST, True) else f"a number, {least:g} to {most:g}"
+
+    def holds(value: Any) -> bool:  # NaN is none of it
+        return type(value) in (int, float) and (least < value <= most or (not above and value == least))
+
+    return Kind(words, holds)
+
+
+def one_of(*names: str) -> Kind:
+    return Kind(" or ".join(names), lambda value: isinstance(value, str) and value in names)
 
 
 def list_of(items: Table) -> Kind:
@@ -57,9 +71,14 @@ COUNT = whole()
 TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 DIGEST = Kind("a SHA-256, 64 digits of lower-case hex", is_digest)
-POSITIVE = Kind(
-    "a number above 0", lambda value: type(value) in (int, float) and 0 < value <= MOST and math.isfinite(value)
+POSITIVE = number()
+LEVEL = Kind(
+    'a number or "-inf"', lambda value: value == "-inf" or (type(value) in (int, float) and abs(value) <= MOST)
 )
+
+MOST_VOCABULARY = MOST_TOKENS = 2**24  # and of a row
+KINDS = ("top-k", "top-p", "threshold", "random", "hidden")
+CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
 
 COUNTS: dict[str, Any] = {"rows": COUNT, "tokens": COUNT, "counted_tokens": COUNT, "entries": COUNT}
 BYTE_RANGE: dict[str, Any] = {"start": COUNT, "stop": COUNT, "sha256": DIGEST}
@@ -83,6 +102,61 @@ HEAD = {
     "logit_scale": POSITIVE,
     "softcap?": POSITIVE,
 }
+
+
+HIDDEN = {
+    "layers": list_of(COUNT),
+    "teacher_layers": whole(0, 4096),
+    "width": whole(1, 2**17),
+    "dtype": TEXT,
+    "every": whole(1),
+}
+TARGETS = {
+    "kind": one_of(*KINDS),
+    "temperature": POSITIVE,
+    "max_entries?": whole(0, 2**16 - 1),
+    "k?": whole(0, 2**16 - 1),
+    "top_p?": number(0, 1),
+    "tail_threshold?": number(0, 1),
+    "draws?": whole(1, 255),
+    "samples?": whole(1, 255),
+    "seed?": whole(0, 2**64 - 1),
+    "positions?": TEXT,
+    "hidden?": HIDDEN,
+    "head?": HEAD,
+}
+GENERATION = {
+    "temperature?": number(above=False),
+    "top_p?": number(above=False),
+    "top_k?": COUNT,
+    "answers?": COUNT,
+    "passed?": COUNT,
+    "keep?": TEXT,
+    "answers_file?": FILE,
+}
+METADATA = {
+    "teacher": {"name": TEXT, "revision?": TEXT, "dtype?": TEXT, "weights_fingerprint?": TEXT},
+    "tokenizer": object_of(DIGEST),
+    "vocab_size": whole(2, MOST_VOCABULARY),
+    "alignment": one_of("next", "same"),
+    "targets": TARGETS,
+    "corpus": {
+        "rows": whole(1),
+        "tokens?": COUNT,
+        "window_length?": whole(1, MOST_TOKENS),
+        "token_stream_sha256?": DIGEST,
+        "packing?": FLAG,
+        "generation?": GENERATION,
+    },
+    "capture": {"batch_size?": whole(1), "converted?": list_of(object_of(ANYTHING))},
+    "libraries": object_of(TEXT),
+    "rows_per_shard": whole(1),
+    "rows_per_record_batch": whole(1),
+    "compression": {"codec": one_of("zstd"), "level": whole(1, 22)},
+    "encoding?": one_of("columns", "packed"),
+}
+CODEBOOK = {"name": TEXT, "domain": TEXT, "values": list_of(LEVEL)}
+CODEBOOKS = {"codebooks": dict.fromkeys(CODEBOOK_COLUMNS, CODEBOOK)}
 
 
 def check_fields(value: Any, table: Table, name: str = "") -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 from cache_format.errors import CacheError, CorruptShardError, FormatError
 from cache_format.fields import FILE, FILES, SHARDS, SIDECAR, check_fields
-from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, WITH_HEAD, CacheMetadata
+from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, LEAST_BYTES, ROWS_PER_BYTE, WITH_HEAD, CacheMetadata
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
@@ -78,6 +79,18 @@ class Sidecar:
 
     def to_bytes(self) -> bytes:
         return json_text(asdict(self)).encode()
+
+    def is_for(self, metadata: CacheMetadata, shard: int) -> bool:
+        """Whether its record batches hold the rows of this shard. As many as it has are looked at, not as many as the
+        metadata ask for."""
+        return (
+            self.first_row == metadata.shard_rows(shard).start
+            and len(self.record_batches) == metadata.num_record_batches(shard)
+            and all(
+                (batch.first_row, batch.rows) == (rows.start, len(rows))
+                for batch, rows in zip(self.record_batches, metadata.record_batch_rows(shard), strict=True)
+            )
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Sidecar:
@@ -185,6 +198,11 @@ class Manifest:
                     raise ValueError(f"shard {shard.name!r}, expected {shard_name(index)!r}")
                 if shard.rows != len(metadata.shard_rows(index)):
                     raise ValueError(f"{shard.name}: {shard.rows} rows do not fit its place")
+                if (batches := metadata.num_record_batches(index)) * LEAST_BYTES > shard.bytes:
+                    raise ValueError(f"{shard.name}: {shard.bytes:,} bytes cannot hold {batches:,} record batches")
+                if shard.rows > min(shard.tokens, ROWS_PER_BYTE * shard.bytes):
+                    of = f"{shard.tokens:,} tokens in {shard.bytes:,} bytes"
+                    raise ValueError(f"{shard.name}: {shard.rows:,} rows of {of}")
             tokenizer_files = _tokenizer_files(raw)
             lexicon = None
             if metadata.encoding == "packed":
@@ -195,6 +213,11 @@ class Manifest:
         _check_version(data, where)
         _check_self(data, where)
         return _parse(data, build, where, FormatError)
+
+
+def unannounced_bytes(metadata: CacheMetadata, batch: RecordBatchInfo) -> int:
+    """Bytes that packed targets are decoded to, which no buffer announces: of entries, and of numbers in samples."""
+    return 8 * batch.entries + 2 * batch.tokens * metadata.num_samples if metadata.encoding == "packed" else 0
 
 
 def manifest_bytes(
@@ -226,6 +249,7 @@ def partial_contents(data: bytes, where: str) -> dict[str, Any]:
 
     def build(raw: dict[str, Any]) -> dict[str, Any]:
         _tokenizer_files(raw)
+        CacheMetadata.from_json(raw)  # raises what is wrong with it
         return {key: value for key, value in raw.items() if key != SELF_CHECKSUM}
 
     return _parse(data, build, where, FormatError)
@@ -269,7 +293,8 @@ def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error: type[CacheError]) -> T:
     try:
-        raw = json.loads(data)
+        raw = json.loads(data, parse_constant=_no_number, parse_float=_finite)
+        json.dumps(raw, ensure_ascii=False).encode()  # half a pair of surrogates is no text, and cannot be printed
         if not isinstance(raw, dict):
             raise TypeError("not a JSON object")
         return build(raw)
@@ -279,6 +304,16 @@ def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error:
             f"{where}: {detail}: it was changed, damaged or written by something else. "
             "Restore it from a copy, or make the cache again with cache-teacher."
         ) from e
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"{digits[:20]} is beyond what a number can be")
+    return value
 
 
 def _check_version(data: bytes, where: str) -> None:
