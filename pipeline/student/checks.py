@@ -166,7 +166,7 @@ def check_isolation(cache: cf.Cache, head: Head) -> None:
     """Raises ModelError if the student would see what is not part of a document: its neighbours, or the padding."""
     if head.masked:
         check_padding(head.model, head)
-    elif cache.metadata.corpus.get("packing", True):  # rows may hold several documents
+    elif cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
         check_packing(head.model, head)
 
 
