@@ -228,22 +228,26 @@ def read(files: Files, folder: Path) -> bool:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     try:
-        cache = cf.open_cache(folder)
-        cache.tokenizer_files()
-        cache.column_bytes()
-        head = cache.head()
-        sum(1 for _ in cache.answers())
-        for index in range(min(len(cache), ROWS)):
-            row = cache[index]
-            _, _, targets = row.label_ids, row.position_ids, row.targets
-            if head is not None:
-                targets = cf.rebuilt_targets(row, head, 3, slice(None))
-            targets.merged().sorted_by_probability()
-            for sample in range(row.targets.num_samples):
-                row.targets.sample(sample)
+        read_all(cf.open_cache(folder))
         return True
     except cf.CacheError:
         return False
+
+
+def read_all(cache: cf.Cache) -> None:
+    """Of the first rows everything that they offer. Raises: CacheError."""
+    cache.tokenizer_files()
+    cache.column_bytes()
+    head = cache.head()
+    sum(1 for _ in cache.answers())
+    for index in range(min(len(cache), ROWS)):
+        row = cache[index]
+        _, _, targets = row.label_ids, row.position_ids, row.targets
+        if head is not None:
+            targets = cf.rebuilt_targets(row, head, 3, slice(None))
+        targets.merged().sorted_by_probability()
+        for sample in range(row.targets.num_samples):
+            row.targets.sample(sample)
 
 
 def _fuzz(target: str, arguments: list[str]) -> None:

@@ -29,11 +29,11 @@ from cache_format.errors import (
     FormatError,
     MismatchError,
 )
+from cache_format.fields import CODEBOOK_COLUMNS
 from cache_format.head import HEAD, HeadSpec, StoredHead, head_contents, head_file_bytes
 from cache_format.hidden import HiddenSpec, HiddenStates, find_invalid_state
 from cache_format.manifest import Manifest, sha256
 from cache_format.metadata import (
-    CODEBOOK_COLUMNS,
     EXACT_LEVELS,
     FORMAT_VERSION,
     CacheMetadata,

@@ -25,6 +25,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cache_format.fields import CODEBOOK, check_fields
+
 MAX_LEVELS = 256
 Domain = Literal["sqrt_probability", "sqrt_value"]
 ROUNDING = 1e-3  # nats by which a float32 log-softmax or entropy may overshoot its range
@@ -55,7 +57,7 @@ class Codebook:
             raise ValueError(f"codebook {self.name}: unknown domain {self.domain!r}")
         if values.ndim != 1 or not 1 <= len(values) <= MAX_LEVELS:
             raise ValueError(f"codebook {self.name}: {values.shape} values, expected up to 256")
-        if np.isnan(values).any() or not (np.diff(values) > 0).all():
+        if np.isnan(values).any() or not (values[1:] > values[:-1]).all():
             raise ValueError(f"codebook {self.name}: values must ascend, without NaN")
         if self.domain == "sqrt_probability" and values[-1] > 0:
             raise ValueError(f"codebook {self.name}: log-probability {values[-1]} above 0")
@@ -80,6 +82,8 @@ class Codebook:
         """Largest |x - decode(encode(x))| in the domain, rounded up to three digits."""
         half_gap = float(np.diff(self._levels).max(initial=0.0)) / 2
         error = max(half_gap, float(self._levels[0]))  # whatever is below takes the lowest level
+        if not error:  # 0 is its only value
+            return 0.0
         digit = 10.0 ** (math.floor(math.log10(error)) - 2)
         return float(f"{math.ceil(error / digit + 1e-3) * digit:.3g}")
 
@@ -122,6 +126,8 @@ class Codebook:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Codebook:
+        """Raises: ValueError."""
+        check_fields(data, CODEBOOK, "codebook")
         values = np.array([float(value) for value in data["values"]], np.float32)
         return cls(data["name"], data["domain"], values)
 

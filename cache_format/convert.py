@@ -108,7 +108,7 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
         codebooks=codebooks,
         compression={**old.compression, "level": level},
         encoding=conversion.encoding or old.encoding,
-        capture={**old.capture, "converted": [*old.capture.get("converted", ()), changes]},
+        capture={**old.capture, "converted": [*(old.capture.get("converted") or ()), changes]},
         **geometry,
     )
 
@@ -130,7 +130,7 @@ def _check(cache: Cache, conversion: Conversion) -> None:
         problem = f"--samples {conversion.samples}: {targets['kind']} targets have none"
     elif conversion.samples is not None and not 1 <= conversion.samples <= metadata.num_samples:
         problem = f"--samples {conversion.samples}: found {metadata.num_samples} per position"
-    elif conversion.levels is not None and metadata.sampled and "tail_threshold" not in targets:
+    elif conversion.levels is not None and metadata.sampled and targets.get("tail_threshold") is None:
         problem = f"--levels: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
     elif conversion.levels is not None:
         try:
@@ -157,7 +157,7 @@ def _problem_of_hidden(conversion: Conversion) -> str | None:
 def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codebook:
     """The weights of M samples together, made those of fewer: sampled weights times M/S."""
     factor = old.num_samples / samples
-    if "tail_threshold" not in old.targets:
+    if old.targets.get("tail_threshold") is None:
         values = np.append(codebook.values[:-1].astype(np.float64) + np.log(factor), 0.0)
         values = np.unique(np.minimum(values, 0.0).astype(np.float32))
         return Codebook(codebook.name, codebook.domain, values)

@@ -19,7 +19,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_format.errors import FormatError
+from cache_format.fields import HEAD as HEAD_FIELDS
+from cache_format.fields import check_fields
 
 HEAD = "head.safetensors"
 DTYPES = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2")}
@@ -63,14 +65,10 @@ class HeadSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadSpec:
-        """Raises: ValueError, KeyError, TypeError."""
-        names = ("layer", "logit_scale", "softcap", "bytes")
-        return cls(
-            dtype=str(data["dtype"]),
-            bias=bool(data["bias"]),
-            sha256=str(data["sha256"]),
-            **{name: data[name] for name in names},
-        )
+        """Raises: ValueError."""
+        check_fields(data, HEAD_FIELDS, "targets.head")
+        known: dict[str, Any] = {f.name: data.get(f.name) for f in fields(cls)}
+        return cls(**known)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,14 @@ Shapes: N positions, P of them with states, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from cache_format.fields import HIDDEN, check_fields
 
 PREFIX = "hidden_"  # of every optional column of a version 1 shard
 MASK = "hidden_mask"
@@ -30,7 +32,6 @@ DTYPES: dict[str, type[np.float16] | type[np.float32] | type[np.int8]] = {
     "int8": np.int8,
 }
 FloatArray = NDArray[np.float32]
-MAX_WIDTH, MAX_LAYERS = 2**17, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,6 @@ class HiddenSpec:
             raise ValueError(
                 f"hidden layers {list(layers)}, expected ascending numbers from 0 to {self.teacher_layers}, or one more"
             )
-        if not 1 <= self.width <= MAX_WIDTH or self.teacher_layers > MAX_LAYERS or self.every < 1:
-            raise ValueError(f"hidden states of width {self.width}, {self.teacher_layers} layers, every {self.every}")
         if self.dtype not in DTYPES:
             raise ValueError(f"hidden states as {self.dtype!r}, expected {' or '.join(DTYPES)}")
 
@@ -98,12 +97,9 @@ class HiddenSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HiddenSpec:
-        """Raises: ValueError, KeyError, TypeError."""
-        numbers = {name: data[name] for name in ("teacher_layers", "width", "every")}
-        layers = tuple(data["layers"])
-        if not all(type(number) is int for number in (*numbers.values(), *layers)):
-            raise ValueError("hidden: layers, teacher_layers, width and every must be whole numbers")
-        return cls(layers=layers, dtype=str(data["dtype"]), **numbers)
+        """Raises: ValueError."""
+        check_fields(data, HIDDEN, "targets.hidden")
+        return cls(**{f.name: data[f.name] for f in fields(cls)} | {"layers": tuple(data["layers"])})
 
 
 @dataclass(frozen=True, eq=False)

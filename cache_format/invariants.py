@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.fields import MOST_TOKENS
 from cache_format.hidden import find_invalid_state
 from cache_format.metadata import CacheMetadata
 from cache_format.row_batch import RowBatch
@@ -24,7 +25,7 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
     Args:
         rows: the corpus rows that the batch must hold.
     """
-    if not np.array_equal(batch.rows, np.arange(rows.start, rows.stop, dtype=np.uint64)):
+    if len(batch.rows) != len(rows) or (batch.rows != np.arange(rows.start, rows.stop, dtype=np.uint64)).any():
         return f"row numbers {_span(batch.rows)}, expected {rows.start} to {rows.stop - 1} in order"
     if (batch.labels is None) != (metadata.alignment == "next"):
         return f"labels do not go with alignment {metadata.alignment}: stored only for same"
@@ -34,6 +35,10 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
     tokens_per_row = np.diff(batch.token_offsets)
     if (bad := tokens_per_row < 1).any():
         return f"row {rows[int(bad.argmax())]}: no tokens, expected at least one"
+    most = metadata.corpus.get("window_length") or MOST_TOKENS
+    if (bad := tokens_per_row > most).any():
+        row = int(bad.argmax())
+        return f"row {rows[row]}: {tokens_per_row[row]:,} tokens, expected at most {most:,}"
     if batch.hidden is not None and (found := find_invalid_state(batch.hidden)):
         return f"{of_position(batch, rows, found[0])}: {found[1]}"
     head = metadata.head

@@ -24,6 +24,10 @@ from typing import Any
 import pyarrow as pa
 
 MAGIC_BYTES = 8
+EXPANDS = 64  # times its bytes, at most, what is compressed may expand to ...
+EXPANDS_ANYWAY = 2**26  # ... if that is more than so many bytes
+VERSION_5 = 4  # MetadataVersion, in Schema.fbs
+COMPRESSION = 3  # field of RecordBatch
 SCHEMA, DICTIONARY_BATCH, RECORD_BATCH = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
 
 
@@ -61,14 +65,25 @@ def buffers_per_column(schema: pa.Schema) -> dict[str, int]:
     return {field.name: buffers(field.type) for field in schema}
 
 
-def message_buffers(data: pa.Buffer | memoryview) -> Iterator[MessageBuffers]:
+def check_expansion(expanded: int, stored: int) -> None:
+    """Zeros compress a thousandfold, so what a few bytes expand to is bounded. Raises: ValueError."""
+    if expanded > max(EXPANDS_ANYWAY, EXPANDS * stored):
+        raise ValueError(f"{stored:,} bytes expand to {expanded:,}, expected at most {EXPANDS} times as many")
+
+
+def message_buffers(data: pa.Buffer | memoryview, *, with_end: bool = False) -> Iterator[MessageBuffers]:
     """Buffer sizes of the messages in a range, schema messages left out.
+
+    Args:
+        with_end: the messages end with a mark, behind which is something else, as in a file.
 
     Raises: ValueError, struct.error for anything that is not a sequence of messages.
     """
     view, position = memoryview(data), 0
     while position < len(view):
         marker, length = struct.unpack_from("<Ii", view, position)
+        if with_end and marker == 0xFFFFFFFF and length == 0:
+            return
         if marker != 0xFFFFFFFF or length <= 0:
             raise ValueError("not an Arrow message")
         message = _root(view[position + 8 : position + 8 + length])
@@ -79,7 +94,9 @@ def message_buffers(data: pa.Buffer | memoryview) -> Iterator[MessageBuffers]:
         kind, header = message.scalar(1, "<B"), message.table(2)
         if kind != SCHEMA:
             batch = header.table(1) if kind == DICTIONARY_BATCH else header
-            yield _buffers(batch, view[body : body + body_length])
+            # Before version 5 compression could be announced elsewhere too: then all buffers are taken for compressed.
+            plain = message.scalar(0, "<h") == VERSION_5 and not batch.has(COMPRESSION)
+            yield _buffers(batch, view[body : body + body_length], plain)
         position = body + body_length
 
 
@@ -113,6 +130,9 @@ class _Table:
         inside = entry < self._read("<H", vtable)
         return self._read("<H", vtable + entry) if inside else 0
 
+    def has(self, index: int) -> bool:
+        return self._field(index) != 0
+
     def scalar(self, index: int, form: str) -> int:
         offset = self._field(index)
         return self._read(form, self.position + offset) if offset else 0
@@ -142,9 +162,13 @@ def _root(view: memoryview) -> _Table:
     return _Table(view, struct.unpack_from("<I", view)[0])
 
 
-def _buffers(batch: _Table, body: memoryview) -> MessageBuffers:
+def _buffers(batch: _Table, body: memoryview, plain: bool) -> MessageBuffers:
     compressed, uncompressed = [], []
     for offset, length in batch.structs(2, "<qq"):
+        if plain:
+            compressed.append(length)
+            uncompressed.append(length)
+            continue
         announced = struct.unpack_from("<q", body, offset)[0] if length else 0
         if announced < -1:
             raise ValueError("an Arrow buffer announces a negative size")

@@ -14,6 +14,7 @@ Shapes: V vocabulary, P candidates of all tokens, E entries.
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,8 +23,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_format.errors import FormatError
+from cache_format.ipc import MAGIC_BYTES, check_expansion, message_buffers
 
 LEXICON = "lexicon.arrow"
+# What pyarrow and our own parser of messages raise for bytes of something else.
+UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 MOST_CANDIDATES = 256  # of one token
 COST, SAVING = 14, 4  # bits of a candidate in the table, and by which it shortens an entry: rough, and not critical
 
@@ -114,13 +118,18 @@ class Lexicon:
     def from_bytes(cls, data: bytes, vocab_size: int, where: str) -> Lexicon:
         """Raises: FormatError, naming `where`."""
         try:
-            batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
+            if pa.ipc.open_file(pa.py_buffer(data)).num_record_batches != 1:
+                raise ValueError("expected one record batch")
+            # Read as a stream, so that what was measured is what is read, wherever the footer may point.
+            stream = pa.py_buffer(data).slice(MAGIC_BYTES)
+            check_expansion(sum(sum(m.uncompressed) for m in message_buffers(stream, with_end=True)), len(data))
+            batch = pa.ipc.open_stream(stream).read_next_batch()
             batch.validate(full=True)
             named, counts, candidates = (
                 batch.column(name).values.to_numpy().astype(np.int64)
                 for name in ("order", "candidate_counts", "candidates")
             )
-        except (pa.ArrowException, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
+        except UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise FormatError(f"{where}: not a lexicon ({reason}). Restore it from a copy.") from error
         tokens = np.concatenate([named, candidates])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,9 +21,10 @@ from typing import Any, TypeVar
 
 from cache_format.answers import ANSWERS, recorded_answers
 from cache_format.errors import CacheError, CorruptShardError, FormatError
+from cache_format.fields import FILE, FILES, SHARDS, SIDECAR, check_fields
 from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON
-from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, WITH_HEAD, CacheMetadata
+from cache_format.metadata import FORMAT_NAME, FORMAT_VERSION, LEAST_BYTES, ROWS_PER_BYTE, WITH_HEAD, CacheMetadata
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
@@ -81,11 +83,24 @@ class Sidecar:
     def to_bytes(self) -> bytes:
         return json_text(asdict(self)).encode()
 
+    def is_for(self, metadata: CacheMetadata, shard: int) -> bool:
+        """Whether its record batches hold the rows of this shard. As many as it has are looked at, not as many as the
+        metadata ask for."""
+        return (
+            self.first_row == metadata.shard_rows(shard).start
+            and len(self.record_batches) == metadata.num_record_batches(shard)
+            and all(
+                (batch.first_row, batch.rows) == (rows.start, len(rows))
+                for batch, rows in zip(self.record_batches, metadata.record_batch_rows(shard), strict=True)
+            )
+        )
+
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Sidecar:
         """Raises: CorruptShardError."""
 
         def build(raw: dict[str, Any]) -> Sidecar:
+            check_fields(raw, SIDECAR)
             known = _known(cls, raw)
             batches = tuple(RecordBatchInfo(**_known(RecordBatchInfo, b)) for b in raw["record_batches"])
             known |= {
@@ -181,6 +196,7 @@ class Manifest:
         """Raises: FormatError."""
 
         def build(raw: dict[str, Any]) -> Manifest:
+            check_fields(raw, SHARDS)
             metadata = CacheMetadata.from_json(raw)
             if raw["format_version"] != metadata.format_version:
                 raise ValueError(
@@ -194,9 +210,16 @@ class Manifest:
                     raise ValueError(f"shard {shard.name!r}, expected {shard_name(index)!r}")
                 if shard.rows != len(metadata.shard_rows(index)):
                     raise ValueError(f"{shard.name}: {shard.rows} rows do not fit its place")
-            tokenizer_files = {check_plain_name(name): str(digest) for name, digest in raw["tokenizer_files"].items()}
-            packed = metadata.encoding == "packed"
-            lexicon = FileInfo(**_known(FileInfo, raw["lexicon"])) if packed else None
+                if (batches := metadata.num_record_batches(index)) * LEAST_BYTES > shard.bytes:
+                    raise ValueError(f"{shard.name}: {shard.bytes:,} bytes cannot hold {batches:,} record batches")
+                if shard.rows > min(shard.tokens, ROWS_PER_BYTE * shard.bytes):
+                    of = f"{shard.tokens:,} tokens in {shard.bytes:,} bytes"
+                    raise ValueError(f"{shard.name}: {shard.rows:,} rows of {of}")
+            tokenizer_files = _tokenizer_files(raw)
+            lexicon = None
+            if metadata.encoding == "packed":
+                check_fields(raw, {"lexicon": FILE})
+                lexicon = FileInfo(**_known(FileInfo, raw["lexicon"]))
             return cls(metadata, shards, tokenizer_files, raw, lexicon, answers_file(metadata))
 
         _check_version(data, where)
@@ -208,6 +231,11 @@ def answers_file(metadata: CacheMetadata) -> FileInfo | None:
     """What is recorded of answers.jsonl, if there is one. Raises: ValueError, KeyError, FormatError."""
     recorded = recorded_answers(metadata)
     return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
+
+
+def unannounced_bytes(metadata: CacheMetadata, batch: RecordBatchInfo) -> int:
+    """Bytes that packed targets are decoded to, which no buffer announces: of entries, and of numbers in samples."""
+    return 8 * batch.entries + 2 * batch.tokens * metadata.num_samples if metadata.encoding == "packed" else 0
 
 
 def manifest_bytes(
@@ -236,9 +264,13 @@ def partial_contents(data: bytes, where: str) -> dict[str, Any]:
     """What a `manifest.partial.json` records, to be compared with what is given on resuming."""
     _check_version(data, where)
     _check_self(data, where)
-    raw = _parse(data, dict, where, FormatError)
-    del raw[SELF_CHECKSUM]
-    return raw
+
+    def build(raw: dict[str, Any]) -> dict[str, Any]:
+        _tokenizer_files(raw)
+        CacheMetadata.from_json(raw)  # raises what is wrong with it
+        return {key: value for key, value in raw.items() if key != SELF_CHECKSUM}
+
+    return _parse(data, build, where, FormatError)
 
 
 def metadata_of(data: bytes, where: str) -> CacheMetadata:
@@ -269,25 +301,25 @@ def check_plain_name(name: str) -> str:
     return name
 
 
+def _tokenizer_files(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Name inside tokenizer/ -> sha256. Raises: ValueError."""
+    check_fields(raw, FILES)
+    return {check_plain_name(name): digest for name, digest in raw["tokenizer_files"].items()}
+
+
 def _one_line(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass; keys of later minor additions are left out."""
-    known = {f.name: raw[f.name] for f in fields(cls)}
-    for f in fields(cls):
-        value = known[f.name]
-        if f.type == "int" and (type(value) is not int or value < 0):
-            raise ValueError(f"{f.name} is {value!r}, expected a count")
-        if f.type == "str" and not isinstance(value, str):
-            raise ValueError(f"{f.name} is {value!r}, expected text")
-    return known
+    return {f.name: raw[f.name] for f in fields(cls)}
 
 
 def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error: type[CacheError]) -> T:
     try:
-        raw = json.loads(data)
+        raw = json.loads(data, parse_constant=_no_number, parse_float=_finite)
+        json.dumps(raw, ensure_ascii=False).encode()  # half a pair of surrogates is no text, and cannot be printed
         if not isinstance(raw, dict):
             raise TypeError("not a JSON object")
         return build(raw)
@@ -297,6 +329,16 @@ def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error:
             f"{where}: {detail}: it was changed, damaged or written by something else. "
             "Restore it from a copy, or make the cache again with cache-teacher."
         ) from e
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"{digits[:20]} is beyond what a number can be")
+    return value
 
 
 def _check_version(data: bytes, where: str) -> None:

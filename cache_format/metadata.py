@@ -21,19 +21,17 @@ from cache_format.codebook import (
     residual_codebook,
     sqrt_probability_codebook,
 )
+from cache_format.fields import CODEBOOK_COLUMNS, CODEBOOKS, METADATA, check_fields
 from cache_format.head import HeadSpec
 from cache_format.hidden import HiddenSpec
 from cache_format.types import Alignment
 
 FORMAT_NAME = "distill-cache"
 FORMAT_VERSION, WITH_HEAD = 1, 2  # what a cache needs of its readers: the second only where it has a head
-CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
-REQUIRED_KEYS = {
-    "teacher": ("name",),
-    "targets": ("kind", "temperature"),
-    "corpus": ("rows",),
-    "compression": ("codec", "level"),
-}
+
+MOST_RECORD_BATCHES = 2**20  # of a shard
+LEAST_BYTES = 256  # of a record batch: the flatbuffer that names its buffers is longer
+ROWS_PER_BYTE = 8  # at most, in a shard: row numbers that ascend by one cost zstd more than half a byte each
 
 UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
 
@@ -69,25 +67,16 @@ class CacheMetadata:
     codebooks: Mapping[str, Codebook] = field(default_factory=dict)  # by column; empty: defaults
 
     def __post_init__(self) -> None:
-        for name, keys in REQUIRED_KEYS.items():
-            if missing := [key for key in keys if key not in getattr(self, name)]:
-                raise ValueError(f"metadata.{name} lacks {', '.join(missing)}")
-        if self.alignment not in ("next", "same"):
-            raise ValueError(f"metadata.alignment is {self.alignment!r}, expected next or same")
-        if not 2 <= self.vocab_size < 2**31:
-            raise ValueError(f"metadata.vocab_size is {self.vocab_size}, expected 2 or more")
-        if "max_entries" not in self.targets and "k" not in self.targets:
-            raise ValueError("metadata.targets lacks max_entries")
-        if not 1 <= self.num_samples < 2**8:
-            raise ValueError(f"metadata.targets: {self.num_samples} samples, expected 1 to 255")
-        if not (1 if self.head is None else 0) <= self.max_entries < 2**16:
-            raise ValueError(f"metadata.targets: {self.max_entries} entries, expected 1 to 65535")
-        if min(self.num_rows, self.rows_per_shard, self.rows_per_record_batch) < 1:
-            raise ValueError("metadata: rows and rows_per_... must be at least 1")
-        if self.encoding not in ("columns", "packed"):
-            raise ValueError(f"metadata.encoding is {self.encoding!r}, expected columns or packed")
-        if self.compression["codec"] != "zstd":
-            raise ValueError(f"metadata.compression: codec {self.compression['codec']!r}, not zstd")
+        check_fields({f.name: getattr(self, f.name) for f in fields(self)}, METADATA)
+        if self.targets.get("max_entries") is None and self.targets.get("k") is None:
+            raise ValueError("no key 'targets.max_entries'")
+        if self.max_entries < 1 and self.head is None:
+            raise ValueError(f"targets.max_entries is {self.max_entries}, expected 1 to 65535")
+        if self.num_record_batches(0) > MOST_RECORD_BATCHES:
+            raise ValueError(
+                f"metadata: {self.num_record_batches(0):,} record batches in a shard, expected at most "
+                f"{MOST_RECORD_BATCHES:,}"
+            )
         if not self.codebooks:
             object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
         _ = self.hidden  # raises what is wrong with it
@@ -102,7 +91,8 @@ class CacheMetadata:
     @property
     def max_entries(self) -> int:
         """The most entries that a position may have."""
-        return int(self.targets["max_entries"] if "max_entries" in self.targets else self.targets["k"])
+        most = self.targets.get("max_entries")
+        return int(self.targets["k"] if most is None else most)
 
     @property
     def num_samples(self) -> int:
@@ -117,7 +107,7 @@ class CacheMetadata:
     @property
     def rounded_once(self) -> bool:
         """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
-        changes = self.capture.get("converted", ())
+        changes = self.capture.get("converted") or ()
         return not any(name in change for change in changes for name in ("levels", "top_k", "samples"))
 
     @cached_property
@@ -170,6 +160,9 @@ class CacheMetadata:
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.num_rows))
 
+    def num_record_batches(self, shard: int) -> int:
+        return -(-len(self.shard_rows(shard)) // self.rows_per_record_batch)
+
     def record_batch_rows(self, shard: int) -> Iterator[range]:
         """Rows of each record batch of a shard; batches never cross a shard."""
         rows = self.shard_rows(shard)
@@ -184,7 +177,8 @@ class CacheMetadata:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheMetadata:
-        """Raises: KeyError, TypeError, ValueError, AttributeError for data of another shape."""
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name != "encoding"}
+        """Raises: ValueError for data of another shape."""
+        check_fields(data, METADATA | CODEBOOKS)
+        known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}  # encoding may be missing
         books = {name: Codebook.from_json(book) for name, book in known["codebooks"].items()}
         return cls(**{**known, "codebooks": books})

@@ -3,6 +3,10 @@
 A part is found by the checksum that the sidecar has for it: nothing can be stale, and what is damaged here is fetched
 again. Several processes may share a directory: files appear by renaming, and whoever finds the limit exceeded removes
 what was used least recently. The limit is kept to within a twentieth of it for each process that writes.
+
+Parts lie in `distill-copies` in that directory, which may be one of the user's with other things in it. Even there only
+files that have the name of a part are counted, and removed; of a part that was being written when its process was
+killed the scratch file has that name too, with an ending.
 """
 
 from __future__ import annotations
@@ -15,6 +19,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from cache_format.fields import is_digest
+
+FOLDER = "distill-copies"  # inside of the directory that the user names
+SCRATCH = ".tmp"
 SHARE_BETWEEN_LOOKS = 20
 DEFAULT_GB = 100.0
 
@@ -51,7 +59,7 @@ class ReadCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._written < 0 or self._written + data.size > self.max_bytes // SHARE_BETWEEN_LOOKS:
                 self._make_room(data.size)
-            handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f"{digest}.", suffix=SCRATCH)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
@@ -70,15 +78,17 @@ class ReadCache:
             self._path(digest).unlink()
 
     def _path(self, digest: str) -> Path:
-        return self.directory / digest[:2] / digest
+        if not is_digest(digest):  # text from a file: joined to a path it could lead anywhere
+            raise ValueError(f"{digest!r} is no SHA-256")
+        return self.directory / FOLDER / digest[:2] / digest
 
     def _make_room(self, coming: int) -> None:
         found = []
-        for folder in os.scandir(self.directory):
-            if folder.is_dir() and len(folder.name) == 2:
-                for file in os.scandir(folder):
+        for folder in os.scandir(self.directory / FOLDER):
+            if folder.is_dir(follow_symlinks=False):
+                for file in filter(_is_ours, os.scandir(folder)):
                     with contextlib.suppress(FileNotFoundError):  # another process removed it
-                        facts = file.stat()
+                        facts = file.stat(follow_symlinks=False)
                         found.append((facts.st_mtime_ns, facts.st_size, file.path))
         total = sum(size for _, size, _ in found)
         # So far down that the writes until the next look fit in.
@@ -90,3 +100,10 @@ class ReadCache:
                 os.unlink(path)
             total -= size
         self._written = 0
+
+
+def _is_ours(file: os.DirEntry[str]) -> bool:
+    """Whether it is a part, or was to become one."""
+    digest, dot, rest = file.name.partition(".")
+    scratch = dot and rest.endswith(SCRATCH)
+    return is_digest(digest) and (not dot or bool(scratch)) and file.is_file(follow_symlinks=False)

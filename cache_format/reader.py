@@ -15,7 +15,7 @@ from typing import Any, overload
 import pyarrow as pa
 
 from cache_format.answers import answers_bytes, read_answers, recorded_answers
-from cache_format.errors import FormatError
+from cache_format.errors import CorruptShardError, FormatError
 from cache_format.head import HEAD, StoredHead
 from cache_format.lexicon import LEXICON, Lexicon
 from cache_format.manifest import (
@@ -29,7 +29,7 @@ from cache_format.manifest import (
 from cache_format.metadata import CacheMetadata
 from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
-from cache_format.shard_reader import ShardReader
+from cache_format.shard_reader import ShardReader, repair
 from cache_format.storage import Directory, LocalDirectory, open_directory
 from cache_format.streams import PackedStreams
 from cache_format.types import CacheRow
@@ -169,7 +169,11 @@ class Cache(Sequence[CacheRow]):
                 yield rows.stop
 
     def record_batches(self) -> list[tuple[int, int]]:
-        """(start_row, stop_row) of each record batch: shuffle these, then the rows within some."""
+        """(start_row, stop_row) of each record batch: shuffle these, then the rows within some.
+
+        Raises: CorruptShardError if a shard is not of the size that could hold so many.
+        """
+        self._check_sizes()
         return [
             (rows.start, rows.stop)
             for shard in range(len(self.manifest.shards))
@@ -254,6 +258,18 @@ class Cache(Sequence[CacheRow]):
         if (found := sha256(data)) != expected:
             raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
         return Lexicon.from_bytes(data, self.metadata.vocab_size, where)
+
+    def _check_sizes(self) -> None:
+        """That the shards are there, as large as the manifest says: what is made as long as a list of their contents
+        is then no longer than a few times their files."""
+        sizes = self._directory.sizes("shards")
+        for shard in self.manifest.shards:
+            if (found := sizes.get(shard.name.rpartition("/")[2])) != shard.bytes:
+                there = "no such file" if found is None else f"found {found} bytes"
+                raise CorruptShardError(
+                    f"{self._directory.path(shard.name)}: {there}, expected {shard.bytes}: the file was cut short, "
+                    f"replaced or lost. {repair(shard.name)}"
+                )
 
     def _row(self, row: int) -> CacheRow:
         shard, inside = divmod(row, self.metadata.rows_per_shard)

@@ -132,15 +132,21 @@ class RemoteDirectory:
         return _file_system(self.url, os.getpid())
 
     def names(self, name: str = "") -> list[str]:
-        def entries() -> list[str]:
+        return sorted(_plain(entry) for entry in self._listed(name, detail=False))
+
+    def sizes(self, name: str) -> dict[str, int]:
+        found = self._listed(name, detail=True)
+        return {_plain(entry["name"]): int(entry["size"]) for entry in found if entry["type"] == "file"}
+
+    def _listed(self, name: str, *, detail: bool) -> list[Any]:
+        def entries() -> list[Any]:
             self.fs.invalidate_cache()
             try:
-                return list(self.fs.ls(self.full(name), detail=False))
+                return list(self.fs.ls(self.full(name), detail=detail))
             except FileNotFoundError:
                 return []
 
-        found = self._repeated(entries, name)
-        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in found)
+        return self._repeated(entries, name)
 
     def exists(self) -> bool:
         return self._repeated(lambda: bool(self.fs.exists(self.root)))
@@ -253,3 +259,7 @@ def open_remote(url: str) -> RemoteDirectory:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+def _plain(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]

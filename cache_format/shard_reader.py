@@ -13,6 +13,7 @@ from cache_format.invariants import find_violation
 from cache_format.ipc import (
     MAGIC_BYTES,
     buffers_per_column,
+    check_expansion,
     message_buffers,
     read_record_batch,
     read_schema,
@@ -25,6 +26,7 @@ from cache_format.manifest import (
     Sidecar,
     sha256,
     sidecar_name,
+    unannounced_bytes,
 )
 from cache_format.read_cache import ReadCache
 from cache_format.row_batch import RowBatch
@@ -54,7 +56,6 @@ class ShardReader:
         self._metadata = manifest.metadata
         self._name = manifest.shards[index].name
         self._where = directory.path(self._name)
-        self._batch_rows = list(manifest.metadata.record_batch_rows(index))
         self.sidecar = self._read_sidecar(directory, manifest, index)
         self._file = self._open(directory)
         self._header = self._checked(self.sidecar.header, "header")
@@ -77,7 +78,7 @@ class ShardReader:
             batch = decode(found, self._metadata, self._lexicon, info.entries, streams)
         except (ValueError, pa.ArrowException, OSError, struct.error) as error:
             raise self._false(part, _line(error)) from error
-        rows = self._batch_rows[index]
+        rows = range(info.first_row, info.first_row + info.rows)
         if problem := find_violation(batch, rows, self._metadata):
             raise self._false(part, problem)
         for name in ("num_tokens", "num_counted_tokens", "num_entries"):
@@ -122,6 +123,7 @@ class ShardReader:
                 raise ValueError(f"column {name} expands to more bytes than its entries need")
             sizes[name] = sum(message.compressed[own])
             first += count
+        check_expansion(sum(message.uncompressed) + unannounced_bytes(self._metadata, info), data.size)
         return sizes
 
     def _read_sidecar(self, directory: Directory, manifest: Manifest, index: int) -> Sidecar:
@@ -138,9 +140,8 @@ class ShardReader:
         lexicon = None if manifest.lexicon is None else manifest.lexicon.sha256
         if sidecar.annotations.get("lexicon_sha256") != lexicon:
             raise self._false("sidecar", "it was packed with another lexicon than the manifest's")
-        batches = [range(b.first_row, b.first_row + b.rows) for b in sidecar.record_batches]
         shard = manifest.shards[index]
-        if batches != self._batch_rows or sidecar.file_bytes != shard.bytes:
+        if not sidecar.is_for(manifest.metadata, index) or sidecar.file_bytes != shard.bytes:
             raise self._false("sidecar", "its rows or bytes are not those of the manifest")
         for total in ("tokens", "counted_tokens", "entries"):
             if getattr(sidecar, total) != getattr(shard, total):
@@ -155,7 +156,7 @@ class ShardReader:
         if file.size != self.sidecar.file_bytes:
             raise CorruptShardError(
                 f"{self._where}: found {file.size} bytes, expected {self.sidecar.file_bytes}: the "
-                f"file was cut short or replaced. {_repair(self._name)}"
+                f"file was cut short or replaced. {repair(self._name)}"
             )
         return file
 
@@ -190,12 +191,12 @@ class ShardReader:
 
     def _missing(self, where: str, error: OSError) -> CorruptShardError:
         return CorruptShardError(
-            f"{where}: cannot be read ({_line(error)}), expected by the manifest. {_repair(self._name)}"
+            f"{where}: cannot be read ({_line(error)}), expected by the manifest. {repair(self._name)}"
         )
 
     def _false(self, part: str, problem: str) -> CorruptShardError:
         return CorruptShardError(
-            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. {_repair(self._name)}"
+            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. {repair(self._name)}"
         )
 
 
@@ -206,11 +207,11 @@ def _is_optional(field: pa.Field) -> bool:
 def _damaged(where: str, found: str, expected: str, shard: str) -> CorruptShardError:
     return CorruptShardError(
         f"{where}: checksum {found[:8]}…, expected {expected[:8]}…: the file was changed or "
-        f"damaged after writing. {_repair(shard)}"
+        f"damaged after writing. {repair(shard)}"
     )
 
 
-def _repair(shard: str) -> str:
+def repair(shard: str) -> str:
     return f"Delete {shard} and run cache-teacher again: it redoes only what is missing."
 
 

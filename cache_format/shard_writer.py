@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from cache_format.columns import encode
 from cache_format.errors import CacheError
-from cache_format.ipc import cut_points
+from cache_format.ipc import check_expansion, cut_points, message_buffers
 from cache_format.lexicon import Lexicon
 from cache_format.manifest import (
     ByteRange,
@@ -21,6 +21,7 @@ from cache_format.manifest import (
     sha256,
     shard_name,
     sidecar_name,
+    unannounced_bytes,
 )
 from cache_format.metadata import CacheMetadata
 from cache_format.row_batch import RowBatch
@@ -104,6 +105,10 @@ class ShardWriter:
             name: sum(counts[name] for counts in self._counts)
             for name in ("rows", "tokens", "counted_tokens", "entries")
         }
+        for batch in batches:  # what no reader takes must not be written
+            (message,) = message_buffers(data.slice(batch.start, batch.stop - batch.start))
+            expanded = sum(message.uncompressed) + unannounced_bytes(self._metadata, batch)
+            check_expansion(expanded, batch.stop - batch.start)
         return Sidecar(
             file_bytes=data.size,
             first_row=self._counts[0]["first_row"],

@@ -49,6 +49,9 @@ class Directory(Protocol):
     def names(self, name: str = "") -> list[str]:
         """Entries directly inside; empty if there is no such directory."""
 
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of each file directly inside, without opening any; empty if there is no such directory."""
+
     def exists(self) -> bool: ...
 
     def read_bytes(self, name: str) -> bytes:
@@ -152,6 +155,13 @@ class LocalDirectory:
             return sorted(os.listdir(self.root / name))
         except FileNotFoundError:
             return []
+
+    def sizes(self, name: str) -> dict[str, int]:
+        try:
+            with os.scandir(self.root / name) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
 
     def exists(self) -> bool:
         return self.root.exists()

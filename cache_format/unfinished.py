@@ -266,12 +266,10 @@ class UnfinishedCache:
         return True
 
     def _fits(self, index: int, sidecar: Sidecar, digest: str) -> bool:
-        batches = [(batch.first_row, batch.rows) for batch in sidecar.record_batches]
         lexicon = None if self.lexicon_file is None else self.lexicon_file.sha256
         return (
             digest == self._promised.get(index, digest)
-            and batches == [(rows.start, len(rows)) for rows in self.metadata.record_batch_rows(index)]
-            and sidecar.first_row == self.metadata.shard_rows(index).start
+            and sidecar.is_for(self.metadata, index)
             and sidecar.annotations.get("lexicon_sha256") == lexicon  # of another one, it cannot be read
         )
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -77,10 +78,10 @@ def most_positions(config: PreTrainedConfig) -> int | None:
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    if limit is None or objective_of(config) == "causal":
-        return limit
+    if limit is None or objective_of(config) == "causal" or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return limit  # the last: with code of its own
     with torch.device("meta"):  # no weights: only what it is made of
-        model: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
+        model: PreTrainedModel = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     first = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
     return limit if first is None else limit - first - 1

@@ -130,7 +130,7 @@ def verify_against_teacher(
     on_stage(f"computing {len(chosen)} of {len(cache):,} rows again, twice")
     rows = cache.rows(chosen)
     places = _places(cache)
-    together = int(cache.metadata.capture.get("batch_size", 8))
+    together = int(cache.metadata.capture.get("batch_size") or 8)
     form = None if stored_head is None else head_form(head)
     checks = []
     for start in range(0, len(rows), together):

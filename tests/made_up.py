@@ -6,6 +6,7 @@ made_up(tmp / "b", rows=9, vocab_size=500, targets={...})  # fields of the metad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ THRESHOLD: dict[str, Any] = {
 
 
 def made_up(
-    path: Path, rows: int = 40, *, lengths: tuple[int, int] = (3, 12), seed: int = 0, share: float = 1.0, **changes: Any
+    path: Path,
+    rows: int = 40,
+    *,
+    lengths: tuple[int, int] = (3, 12),
+    seed: int = 0,
+    share: float = 1.0,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    **changes: Any,
 ) -> cf.Cache:
     """A cache, opened; the first token of a row is the last three digits of its number.
 
@@ -48,7 +56,7 @@ def made_up(
             **changes,
         }
     )
-    with cf.CacheWriter(path, metadata) as writer:
+    with cf.CacheWriter(path, metadata, tokenizer_files=tokenizer_files) as writer:
         writer.write([_row(row, metadata, lengths, seed, share) for row in range(rows)])
     return cf.open_cache(path)
 

@@ -11,20 +11,36 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import Head, check_packing, check_padding
-from pipeline.models import load_config, load_tokenizer
+from pipeline.models import load_config, load_tokenizer, reason
 from pipeline.objective import NAMES, most_positions, objective_for, objective_of
 from pipeline.student.students import configuration
 from pipeline.tokenizers import check_same_tokenizer
 
 
 def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer, from the files in the cache (checked against the manifest)."""
+    """The teacher's tokenizer, from the files in the cache (checked against the manifest).
+
+    Code among them is never run: --trust-remote-code speaks of models that are named, not of what came with a cache.
+
+    Raises: FormatError if it cannot be loaded.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, data in cache.tokenizer_files().items():
             file = Path(folder) / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.get_vocab()  # some are objects without one
+            return tokenizer
+        except Exception as error:  # whatever parsers of other people raise for the files of a stranger
+            why = reason(error).replace(folder, "tokenizer/")
+            if "trust_remote_code" in str(error):
+                why = "it needs code of its own, which is not run from a cache"
+            raise cf.FormatError(
+                f"{cache.path}: its tokenizer cannot be loaded: {why}. Restore it from a copy, or make the cache again "
+                "with a tokenizer that transformers knows."
+            ) from error
 
 
 def check_student(
@@ -150,7 +166,7 @@ def check_isolation(cache: cf.Cache, head: Head) -> None:
     """Raises ModelError if the student would see what is not part of a document: its neighbours, or the padding."""
     if head.masked:
         check_padding(head.model, head)
-    elif cache.metadata.corpus.get("packing", True):  # rows may hold several documents
+    elif cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
         check_packing(head.model, head)
 
 

@@ -116,7 +116,7 @@ def prune(model: PreTrainedModel, sizes: Sizes, batches: Iterable[Batch]) -> Pre
         for neurons, heads in zip(measured.neurons, measured.heads, strict=True)
     ]
     group, dim = model.config.num_attention_heads // model.config.num_key_value_heads, _head_dim(model.config)
-    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     weights = {}
     for name, tensor in model.state_dict().items():
         parts = name.split(".")

@@ -53,7 +53,7 @@ def load_student(
     if (student is None) == (config_file is None):
         raise ConfigError(EITHER)
     if config_file is not None:
-        model = _from_config(configuration(config_file, vocab_size), seed, config_file)
+        model = _from_config(configuration(config_file, vocab_size), seed, config_file, trust_remote_code=False)
         return model if layers is None else keep_layers(model, layers)
     assert student is not None
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -61,9 +61,9 @@ def load_student(
         # What a .gguf file holds is known only once it is loaded.
         config = load_config(student, **options) or load_model(student, dtype="float32", **options).config
         config = config if layers is None else with_layers(config, layers)
-        return _from_config(resized(config, sizes) if sizes else config, seed, student)
+        return _from_config(resized(config, sizes) if sizes else config, seed, student, trust_remote_code)
     model = load_model(student, objective=objective, dtype="float32", **options)
-    return model if layers is None else keep_layers(model, layers)
+    return model if layers is None else keep_layers(model, layers, trust_remote_code)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
@@ -76,13 +76,13 @@ def kept_layers(total: int, keep: int) -> list[int]:
     return [round(float(i)) for i in np.linspace(0, total - 1, keep)]
 
 
-def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
+def keep_layers(model: PreTrainedModel, keep: int, trust_remote_code: bool = False) -> PreTrainedModel:
     """A new model of the same architecture with `keep` of `model`'s layers and everything else of it."""
     total = model.config.num_hidden_layers
     config = with_layers(model.config, keep)
     kept = kept_layers(total, keep)
     prefix = _layer_list(model, total)
-    smaller = auto_class(objective_of(config)).from_config(config, dtype=torch.float32)
+    smaller = build(config, trust_remote_code)
 
     renamed = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
     weights = {}
@@ -149,10 +149,17 @@ def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:
         raise _not_a_model(config_file, error) from error
 
 
-def _from_config(config: PreTrainedConfig, seed: int, name: str) -> PreTrainedModel:
+def build(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model with random weights. Left to itself transformers asks on the terminal whether to run code."""
+    kind = auto_class(objective_of(config))
+    model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _from_config(config: PreTrainedConfig, seed: int, name: str, trust_remote_code: bool) -> PreTrainedModel:
     torch.manual_seed(seed)
     try:
-        return auto_class(objective_of(config)).from_config(config, dtype=torch.float32)
+        return build(config, trust_remote_code)
     except (ValueError, TypeError, KeyError) as error:
         raise _not_a_model(name, error) from error
 

@@ -127,18 +127,19 @@ def drawn_from_teacher(cache: Cache) -> bool | None:
     written = cache.metadata.corpus.get("generation")
     if written is None:
         return None
-    return (written["temperature"], written["top_p"], written["top_k"]) == (1.0, 1.0, 0)
+    settings = tuple(written.get(name) for name in ("temperature", "top_p", "top_k"))
+    return None if None in settings else settings == (1.0, 1.0, 0)
 
 
 def realized_warnings(cache: Cache) -> list[str]:
     """What `--tail realized` takes for granted and the cache does not vouch for."""
     written = cache.metadata.corpus.get("generation")
-    if written is None:
+    if written is None or drawn_from_teacher(cache) is None:
         return [
             f"--tail realized: {cache.path} does not say that its teacher wrote the text (cache-teacher --generate). "
             "On any other text this is wrong."
         ]
-    if written["passed"] < written["answers"] or written["keep"] == "best":
+    if (written.get("passed") or 0) < (written.get("answers") or 0) or written.get("keep") == "best":
         return [
             f"--tail realized: of the answers in {cache.path} some were chosen (--keep-if, --keep), so they are not "
             "quite draws from the teacher's own distribution."

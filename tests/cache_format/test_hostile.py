@@ -167,7 +167,7 @@ def codebook(name: str, **changes):
 MANIFEST_LIES = {
     "shard elsewhere": (first_shard(name="../../etc/x.arrow"), "shard '../../etc/x.arrow'"),
     "tokenizer elsewhere": (
-        lambda m: m["tokenizer_files"].update({"../../.bashrc": "0"}),
+        lambda m: m["tokenizer_files"].update({"../../.bashrc": "0" * 64}),
         "not a plain relative path",
     ),
     "shard forgotten": (lambda m: m["shards"].pop(), "2 shards, expected 3"),
@@ -176,14 +176,14 @@ MANIFEST_LIES = {
     "size as text": (first_shard(tokens="28"), "tokens is '28'"),
     "name as number": (first_shard(name=1), "name is 1"),
     "absurd row count": (lambda m: m["corpus"].update(rows=10**18), "3 shards, expected"),
-    "infinite row count": (lambda m: m["corpus"].update(rows=float("inf")), "infinity"),
+    "infinite row count": (lambda m: m["corpus"].update(rows=float("inf")), "Infinity is not JSON"),
     "no vocabulary": (lambda m: m.pop("vocab_size"), "no key 'vocab_size'"),
     "codebook above 0": (codebook("target_logprobs", values=[-1, 0.5]), "above 0"),
-    "codebook with NaN": (codebook("entropy", values=["nan"]), "without NaN"),
+    "codebook with NaN": (codebook("entropy", values=["nan"]), "values[0] is 'nan', expected a number"),
     "codebook too long": (codebook("entropy", values=list(range(257))), "up to 256"),
-    "codebook of text": (codebook("entropy", values=["one"]), "could not convert"),
-    "codebook missing": (lambda m: m["codebooks"].pop("entropy"), "codebooks must be"),
-    "shards of text": (lambda m: m.update(tokenizer_files=["x"]), "attribute 'items'"),
+    "codebook of text": (codebook("entropy", values=["one"]), "values[0] is 'one', expected a number"),
+    "codebook missing": (lambda m: m["codebooks"].pop("entropy"), "no key 'codebooks.entropy'"),
+    "shards of text": (lambda m: m.update(tokenizer_files=["x"]), "tokenizer_files is ['x'], expected an object"),
 }
 
 
@@ -384,12 +384,14 @@ def test_lying_sample_counts(original_with_samples, tmp_path, name):
         (4, "sample_counts has not 4 numbers"),
         (1, "columns are not those"),
         (None, "columns are not those"),
-        (256, "256 samples, expected 1 to 255"),
-        (-1, "-1 samples, expected 1 to 255"),
-        (10**30, "samples, expected 1 to 255"),
-        ("three", "invalid literal"),
-        ([3], "int()"),
-        (float("nan"), "NaN"),
+        (256, "targets.samples is 256, expected a whole number, 1 to 255"),
+        (-1, "targets.samples is -1, expected"),
+        (10**30, "targets.samples is 1000000"),
+        ("three", "targets.samples is 'three', expected"),
+        ([3], "targets.samples is [3], expected"),
+        (float("nan"), "targets.samples is nan, expected"),
+        (2.0, "targets.samples is 2.0, expected"),
+        (True, "targets.samples is True, expected"),
     ],
 )
 def test_lying_number_of_samples(original_with_samples, tmp_path, samples, expected):

@@ -52,7 +52,7 @@ def test_rows_come_back(first_seed, lengths, shard, batch, vocab, most, alignmen
         len(lengths),
         vocab_size=vocab,
         alignment=alignment,
-        targets={"kind": "any", "max_entries": most, "temperature": 1.0, "samples": samples},
+        targets={"kind": "threshold", "max_entries": most, "temperature": 1.0, "samples": samples},
         rows_per_shard=shard,
         rows_per_record_batch=batch,
     )

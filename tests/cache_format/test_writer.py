@@ -297,17 +297,17 @@ def test_labels_are_checked_where_they_count(tmp_path):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"corpus": {}}, "corpus lacks rows"),
-        ({"corpus": {"rows": 0}}, "at least 1"),
+        ({"corpus": {}}, "no key 'corpus.rows'"),
+        ({"corpus": {"rows": 0}}, "rows is 0, expected a whole number from 1 on"),
         ({"alignment": "previous"}, "alignment is 'previous'"),
         ({"vocab_size": 1}, "vocab_size is 1"),
-        ({"targets": {"kind": "top-k", "k": 2**16, "temperature": 1.0}}, "expected 1 to 65535"),
-        ({"targets": {"kind": "top-k", "temperature": 1.0}}, "targets lacks max_entries"),
-        ({"targets": {"kind": "top-p", "temperature": 1.0, "max_entries": 0}}, "0 entries, expected 1 to 65535"),
-        (several_samples(256), "256 samples, expected 1 to 255"),
-        (several_samples(-1), "-1 samples, expected 1 to 255"),
-        ({"compression": {"codec": "gzip", "level": 9}}, "not zstd"),
-        ({"rows_per_shard": 0}, "at least 1"),
+        ({"targets": {"kind": "top-k", "k": 2**16, "temperature": 1.0}}, "k is 65536, expected"),
+        ({"targets": {"kind": "top-k", "temperature": 1.0}}, "no key 'targets.max_entries'"),
+        ({"targets": {"kind": "top-p", "temperature": 1.0, "max_entries": 0}}, "max_entries is 0, expected 1 to 65535"),
+        (several_samples(256), "samples is 256, expected a whole number, 1 to 255"),
+        (several_samples(-1), "samples is -1, expected a whole number, 1 to 255"),
+        ({"compression": {"codec": "gzip", "level": 9}}, "codec is 'gzip', expected zstd"),
+        ({"rows_per_shard": 0}, "rows_per_shard is 0, expected"),
     ],
 )
 def test_bad_metadata_are_refused(changes, complaint):

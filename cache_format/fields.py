@@ -1,0 +1,181 @@
+"""What the fields of manifest and sidecars may be: a table for each object, and one check for all of them.
+
+Checksums say nothing about who wrote a cache, so before anything is done with a value it is held against these tables,
+the same when a cache is written and when it is read. A digest is the name of a file in `read_cache`, a count the size
+of an array, text becomes part of a message: a value of another type would be an exception at best.
+
+A table has the names of an object's fields; a name that ends in `?` may be missing, or null. Fields that are not in a
+table may be anything, because nothing is done with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from reprlib import repr as shortened
+from typing import Any, TypeAlias
+
+MOST = 2**63 - 1  # of anything that is counted
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value; `items`: what the values inside of it are, of a list or of an object with names of its own."""
+
+    expected: str  # in words
+    holds: Callable[[Any], bool]
+    items: Any = None  # a table
+
+
+Table: TypeAlias = Kind | Mapping[str, Any]  # of tables
+
+
+def whole(least: int = 0, most: int = MOST) -> Kind:
+    words = f"a whole number, {least} to {most}" if most < MOST else f"a whole number from {least} on"
+    words = "a count" if (least, most) == (0, MOST) else words
+    return Kind(words, lambda value: type(value) is int and least <= value <= most)
+
+
+def is_digest(value: Any) -> bool:
+    """Whether it is a SHA-256 in lower-case hex."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def number(least: float = 0.0, most: float = MOST, *, above: bool = True) -> Kind:
+    """`above`: more than `least`."""
+    words = "a number above 0" if (least, most, above) == (0.0, MOST, True) else f"a number, {least:g} to {most:g}"
+
+    def holds(value: Any) -> bool:  # NaN is none of it
+        return type(value) in (int, float) and (least < value <= most or (not above and value == least))
+
+    return Kind(words, holds)
+
+
+def one_of(*names: str) -> Kind:
+    return Kind(" or ".join(names), lambda value: isinstance(value, str) and value in names)
+
+
+def list_of(items: Table) -> Kind:
+    return Kind("a list", lambda value: isinstance(value, list | tuple), items)
+
+
+def object_of(items: Table) -> Kind:
+    """With whatever names."""
+    return Kind("an object", lambda value: isinstance(value, Mapping), items)
+
+
+ANYTHING = Kind("anything", lambda value: True)
+COUNT = whole()
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+DIGEST = Kind("a SHA-256, 64 digits of lower-case hex", is_digest)
+POSITIVE = number()
+LEVEL = Kind(
+    'a number or "-inf"', lambda value: value == "-inf" or (type(value) in (int, float) and abs(value) <= MOST)
+)
+
+MOST_VOCABULARY = MOST_TOKENS = 2**24  # and of a row
+KINDS = ("top-k", "top-p", "threshold", "random", "hidden")
+CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
+
+COUNTS: dict[str, Any] = {"rows": COUNT, "tokens": COUNT, "counted_tokens": COUNT, "entries": COUNT}
+BYTE_RANGE: dict[str, Any] = {"start": COUNT, "stop": COUNT, "sha256": DIGEST}
+SIDECAR = {
+    **COUNTS,
+    "file_bytes": COUNT,
+    "first_row": COUNT,
+    "header": BYTE_RANGE,
+    "record_batches": list_of({**BYTE_RANGE, **COUNTS, "first_row": COUNT}),
+    "footer": BYTE_RANGE,
+    "annotations": {"lexicon_sha256?": DIGEST},
+}
+FILE = {"bytes": COUNT, "sha256": DIGEST}
+FILES = {"tokenizer_files": object_of(DIGEST)}
+SHARDS = {"shards": list_of({**COUNTS, "name": TEXT, "bytes": COUNT, "sidecar_sha256": DIGEST})}
+HEAD = {
+    **FILE,
+    "layer": COUNT,
+    "dtype": TEXT,
+    "bias": FLAG,
+    "logit_scale": POSITIVE,
+    "softcap?": POSITIVE,
+}
+
+
+HIDDEN = {
+    "layers": list_of(COUNT),
+    "teacher_layers": whole(0, 4096),
+    "width": whole(1, 2**17),
+    "dtype": TEXT,
+    "every": whole(1),
+}
+TARGETS = {
+    "kind": one_of(*KINDS),
+    "temperature": POSITIVE,
+    "max_entries?": whole(0, 2**16 - 1),
+    "k?": whole(0, 2**16 - 1),
+    "top_p?": number(0, 1),
+    "tail_threshold?": number(0, 1),
+    "draws?": whole(1, 255),
+    "samples?": whole(1, 255),
+    "seed?": whole(0, 2**64 - 1),
+    "positions?": TEXT,
+    "hidden?": HIDDEN,
+    "head?": HEAD,
+}
+GENERATION = {
+    "temperature?": number(above=False),
+    "top_p?": number(above=False),
+    "top_k?": COUNT,
+    "answers?": COUNT,
+    "passed?": COUNT,
+    "keep?": TEXT,
+    "answers_file?": FILE,
+}
+METADATA = {
+    "teacher": {"name": TEXT, "revision?": TEXT, "dtype?": TEXT, "weights_fingerprint?": TEXT},
+    "tokenizer": object_of(DIGEST),
+    "vocab_size": whole(2, MOST_VOCABULARY),
+    "alignment": one_of("next", "same"),
+    "targets": TARGETS,
+    "corpus": {
+        "rows": whole(1),
+        "tokens?": COUNT,
+        "window_length?": whole(1, MOST_TOKENS),
+        "token_stream_sha256?": DIGEST,
+        "packing?": FLAG,
+        "generation?": GENERATION,
+    },
+    "capture": {"batch_size?": whole(1), "converted?": list_of(object_of(ANYTHING))},
+    "libraries": object_of(TEXT),
+    "rows_per_shard": whole(1),
+    "rows_per_record_batch": whole(1),
+    "compression": {"codec": one_of("zstd"), "level": whole(1, 22)},
+    "encoding?": one_of("columns", "packed"),
+}
+CODEBOOK = {"name": TEXT, "domain": TEXT, "values": list_of(LEVEL)}
+CODEBOOKS = {"codebooks": dict.fromkeys(CODEBOOK_COLUMNS, CODEBOOK)}
+
+
+def check_fields(value: Any, table: Table, name: str = "") -> None:
+    """Raises: ValueError for the first value that is not what its table says: which, what it is, what is expected."""
+    if isinstance(table, Kind):
+        if not table.holds(value):
+            raise ValueError(f"{name} is {shortened(value)}, expected {table.expected}")
+        if table.items is not None:
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, item in items:
+                check_fields(item, table.items, f"{name}[{key!r}]")
+        return
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {shortened(value)}, expected an object")
+    for key, kind in table.items():
+        plain = key.removesuffix("?")
+        if plain is not key and value.get(plain) is None:
+            continue
+        inside = f"{name}.{plain}" if name else plain
+        if plain not in value:
+            raise ValueError(f"no key {inside!r}")
+        check_fields(value[plain], kind, inside)
