@@ -254,6 +254,13 @@ PLACEMENT_OPTIONS = options(
         "--tp", "tensor_parallel", is_flag=True, help="Split the teacher over the processes of torchrun (transformers)."
     ),
 )
+STALE_OPTION = click.option(
+    "--stale-after",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of silence after which a writer on another machine counts as gone.",
+)
 WORKER_OPTIONS = options(
     click.option(
         "--num-workers",
@@ -267,13 +274,7 @@ WORKER_OPTIONS = options(
         is_flag=True,
         help="Continue on another kind of device, or with other threads, batch size or library versions.",
     ),
-    click.option(
-        "--stale-after",
-        type=click.FloatRange(0, min_open=True),
-        default=300.0,
-        show_default=True,
-        help="Seconds of silence after which a writer on another machine counts as gone.",
-    ),
+    STALE_OPTION,
 )
 
 
@@ -1022,8 +1023,9 @@ def convert(cache: str, output: str, as_json: bool, **changes: Any) -> None:
 
 @main.command(epilog=_examples("distill merge caches/train"))
 @click.argument("cache")
+@STALE_OPTION
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def merge(cache: str, as_json: bool) -> None:
+def merge(cache: str, stale_after: float, as_json: bool) -> None:
     """Finish a cache whose shards are all there: write its manifest.
 
     The last of several processes does so by itself; this is for shards that were written apart (cache-teacher
@@ -1032,7 +1034,7 @@ def merge(cache: str, as_json: bool) -> None:
     import cache_format as cf
     from pipeline.report import size
 
-    manifest = cf.finish_cache(cache)
+    manifest = cf.finish_cache(cache, stale_after_s=stale_after)
     if as_json:
         summary = {"rows": manifest.num_rows, "tokens": manifest.num_tokens, "shards": len(manifest.shards)}
         return print_json({**summary, "bytes": manifest.stored_bytes})

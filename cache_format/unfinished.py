@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cache_format.card import card
-from cache_format.claims import CLAIMS, WHOLE, Claims, refused, wait_for
+from cache_format.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused, wait_for
 from cache_format.differences import Difference, differences, listed
 from cache_format.errors import CacheError, CorruptShardError, MismatchError
 from cache_format.head import HEAD
@@ -280,11 +280,14 @@ class UnfinishedCache:
         )
 
 
-def finish_cache(path: str | os.PathLike[str]) -> Manifest:
+def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> Manifest:
     """Gives a cache whose shards are all there its manifest; one that has it already stays as it is.
 
     What the last of several writers does by itself. Needed where there is no last one: shards that were written on
     several machines and then brought together.
+
+    Args:
+        stale_after_s: seconds of silence after which a writer on another machine counts as gone.
 
     Raises: CacheError if shards or tokenizer files are missing, or somebody alone is writing the cache.
     """
@@ -296,7 +299,7 @@ def finish_cache(path: str | os.PathLike[str]) -> Manifest:
     raw = partial_contents(directory.read_bytes(recorded), directory.path(recorded))
     metadata = CacheMetadata.from_json(raw)
     cache = UnfinishedCache(directory, metadata, raw["tokenizer_files"], allow_rounding=False)
-    claims = Claims(directory)
+    claims = Claims(directory, stale_after_s)
     try:
         if (holder := claims.take(WHOLE)) is not None:
             raise refused(directory, holder, claims.stale_after_s)

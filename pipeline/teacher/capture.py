@@ -119,7 +119,9 @@ def cache_teacher(
     states += in_words(written, head.vocab_size)
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
-        cf.remove_cache(config.output)  # only now that text and teacher have been read
+        cf.remove_cache(
+            config.output, stale_after_s=config.workers.stale_after
+        )  # only now that text and teacher have been read
     options = {"head": None if written is None else written.contents}
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
         for holder in writer.taken_over:

@@ -143,7 +143,8 @@ def generate_cache(
             config = replace(config, rows_per_shard=max(ROWS_STEP, per_shard))
         metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device)
         if config.overwrite:
-            cf.remove_cache(config.output)  # only now that there is something to take its place
+            # Only now that there is something to take its place.
+            cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
             _write_cache(config.output, writer, answering)
         store.remove()
@@ -181,7 +182,8 @@ def _finished(
 ) -> cf.Manifest | None:
     """The finished cache that this run would write, if it is there already. Raises: CacheError if another one is."""
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
-    cf.check_writable(config.output, replace=config.overwrite or manifest is not None)
+    replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
+    cf.check_writable(config.output, replace=replaces, stale_after_s=stale_after_s)
     if manifest is None:
         return None
     recorded = manifest.metadata.to_json()

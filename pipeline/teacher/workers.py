@@ -150,7 +150,12 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
             "start them without --overwrite."
         )
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
-    cf.check_writable(config.output, replace=config.overwrite or manifest is not None, shared=not worker.alone)
+    cf.check_writable(
+        config.output,
+        replace=config.overwrite or manifest is not None,
+        shared=not worker.alone,
+        stale_after_s=worker.config.stale_after,
+    )
     if manifest is None:
         return
     # None is decided later, by the text or the teacher.
