@@ -16,7 +16,7 @@ import numpy as np
 
 from cache_format.card import card
 from cache_format.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused, wait_for
-from cache_format.differences import Difference, differences, listed
+from cache_format.differences import Difference, but_for_names, differences, listed
 from cache_format.errors import CacheError, CorruptShardError, MismatchError
 from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON, Lexicon
@@ -132,7 +132,8 @@ class UnfinishedCache:
         """
         recorded, data = self._read_recorded()
         where = self.directory.path(recorded)
-        self._check_same(data, manifest_bytes(self.metadata, self._tokenizer_files), where)
+        given = manifest_bytes(self.metadata, self._tokenizer_files)
+        self._check_same(data, given, where, finished=recorded == MANIFEST)
         if recorded == MANIFEST:
             shards = Manifest.from_bytes(data, where).shards
             self._promised = {index: shard.sidecar_sha256 for index, shard in enumerate(shards)}
@@ -235,19 +236,23 @@ class UnfinishedCache:
                 continue
         raise CacheError(f"{self.directory.path()}: its manifest disappeared while it was read. Run the command again.")
 
-    def _check_same(self, recorded_data: bytes, partial: bytes, where: str) -> None:
+    def _check_same(self, recorded_data: bytes, partial: bytes, where: str, *, finished: bool) -> None:
+        """Where names or rounding alone differ, what is recorded stays: the first writer's."""
         given = partial_contents(partial, where)
         recorded = partial_contents(recorded_data, where)
         found = differences({key: value for key, value in recorded.items() if key in given}, given)
         if not found:
             return
-        only_rounding = all(difference.rounding is not None for difference in found)
-        if only_rounding and self._allow_rounding:
-            self.rounding = found
+        essential = but_for_names(found, recorded)
+        only_rounding = all(difference.rounding is not None for difference in essential)
+        if only_rounding and (self._allow_rounding or not essential):
+            self.rounding = essential
             as_recorded = CacheMetadata.from_json(recorded)
-            self.metadata = replace(self.metadata, capture=as_recorded.capture, libraries=as_recorded.libraries)
+            kept = {name: getattr(as_recorded, name) for name in ("teacher", "corpus", "capture", "libraries")}
+            self.metadata = replace(self.metadata, **kept)
             return
-        advice = "Choose another directory."
+        found = essential if only_rounding else found
+        advice = "Choose another directory" + (", or replace it with --overwrite." if finished else ".")
         if only_rounding:
             advice = "Give the same, or allow it with --allow-rounding, or choose another directory."
         raise MismatchError(

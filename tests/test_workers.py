@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -68,3 +69,54 @@ def test_writer_elsewhere_counts_as_gone_when_the_user_says_so(tmp_path: Path, t
     assert "writes this cache" in run("merge", tmp_path / "cache", status=1).stderr
     run("merge", tmp_path / "cache", "--stale-after", 10)
     assert cf.verify_cache(tmp_path / "cache").rows > 0
+
+
+# -- the same things by other names -----------------------------------------------------------------------------------
+
+
+def test_another_spelling_of_the_same_files_goes_on_with_the_run(
+    tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Absolute, relative, with a slash, and under another mount with other times; shards and manifest are the first
+    one's, whoever goes on."""
+    shutil.copytree(teacher_dir, tmp_path / "mount" / "weights")
+    shutil.copy(text_file, tmp_path / "mount" / "corpus.txt")
+    os.utime(tmp_path / "mount" / "corpus.txt", (1, 1))
+    (tmp_path / "text.txt").symlink_to(text_file)
+    (tmp_path / "teacher").symlink_to(teacher_dir)
+    monkeypatch.chdir(tmp_path)
+    run(*capture("teacher", "text.txt", "whole"))
+    expected = contents(tmp_path / "whole")
+    spellings = [
+        ("teacher/", tmp_path / "text.txt"),
+        (teacher_dir, "./text.txt"),
+        ("mount/weights", "mount/corpus.txt"),
+    ]
+    for i, (teacher, text) in enumerate(spellings):
+        output = tmp_path / f"begun-{i}"
+        run(*capture("teacher", "text.txt", output, "--shard-range", "0:1"))
+        run(*capture(teacher, text, output))
+        assert contents(output) == expected
+    assert "none: everything was there" in run(*capture("mount/weights/", "mount/corpus.txt", "whole")).stdout
+    assert contents(tmp_path / "whole") == expected
+
+
+def test_other_weights_or_tokens_are_refused_by_whatever_name(
+    tmp_path: Path, teacher_dir: Path, padded_teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher_dir, "weights")
+    shutil.copy(text_file, "text.txt")
+    run(*capture("weights", "text.txt", "begun", "--shard-range", "0:1"))
+    run(*capture("weights", "text.txt", "whole"))
+    before = {name: contents(tmp_path / name) for name in ("begun", "whole")}
+    (tmp_path / "other.txt").write_text(text_file.read_text().replace("the", "a", 1))
+    for name in before:
+        line = run(*capture("weights", "other.txt", name), status=1).stderr.splitlines()[-1]
+        assert "corpus.token_stream_sha256 recorded" in line and "corpus.source recorded" in line
+        assert ("--overwrite" in line) == (name == "whole")
+    shutil.rmtree("weights")
+    shutil.copytree(padded_teacher_dir, "weights")  # under the name of the first
+    for name in before:
+        assert "teacher.weights_fingerprint" in run(*capture("weights", "text.txt", name), status=1).stderr
+    assert {name: contents(tmp_path / name) for name in before} == before

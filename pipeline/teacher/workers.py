@@ -158,13 +158,13 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     )
     if manifest is None:
         return
-    # None is decided later, by the text or the teacher.
+    # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
+    # compares what they are.
     known = {name: value for name, value in asdict(config.data).items() if value is not None}
     data = {name: value for name, value in known.items() if name not in ("data", "num_proc", "loss_on")}
     given = {
-        "teacher": {"name": config.teacher},
         "targets": config.targets.to_json(),
-        "corpus": {"source": config.data.data, **data},
+        "corpus": data,
         "encoding": config.encoding,
     }
     recorded = manifest.metadata.to_json()
