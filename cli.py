@@ -377,9 +377,9 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
 
     repository = given.pop("push_to_hub")
     if repository is not None:
-        from pipeline.hub import check_repository
+        from pipeline.hub import check_push
 
-        check_repository(repository)
+        check_push(given["output"], repository)
     config = _cache_teacher_config(seq_len, given)
     if generate is not None:
         return _generate(config, generate, repository, as_json)
@@ -400,10 +400,20 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
         except KeyboardInterrupt:
             again = "the same command without --overwrite" if config.overwrite else "the same command again"
             _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
+    if repository is not None:
+        # Of several processes one pushes; which one ends the cache is not known before.
+        if summary.wrote_manifest:
+            _push(config.output, repository, private=False)
+        elif not status.silent:
+            by_hand = f"distill push {config.output} {repository}"
+            if summary.finished:
+                status.line(
+                    f"Not pushed by this process, but by the one that finished the cache. If it did not: {by_hand}"
+                )
+            else:
+                status.line(f"Not pushed: the cache is not finished yet. When it is: {by_hand}")
     if status.silent:
         return
-    if repository is not None and summary.finished:
-        _push(config.output, repository, private=False)
     if as_json:
         return print_json(asdict(summary))
     kept = "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"

@@ -61,6 +61,7 @@ class UnfinishedCache:
         metadata: as recorded; what was given, if nothing was.
         complete: shards that are there, by their numbers.
         rounding: differences between recorded and given that were allowed.
+        wrote_manifest: whether `finish` found none.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class UnfinishedCache:
         self.directory, self.metadata = directory, metadata
         self.complete: dict[int, ShardInfo] = {}
         self.rounding: list[Difference] = []
+        self.wrote_manifest = False
         self.lexicon: Lexicon | None = None
         self.lexicon_file: FileInfo | None = None
         self._tokenizer_files = dict(tokenizer_files)
@@ -217,6 +219,7 @@ class UnfinishedCache:
             manifest = Manifest.from_bytes(data, self.directory.path(MANIFEST))
             write_bytes(self.directory, "README.md", card(manifest).encode())
             write_bytes(self.directory, MANIFEST, data)
+            self.wrote_manifest = True
             self.directory.remove(PARTIAL_MANIFEST)
         self.remove_temporary()
         claims.sweep()

@@ -424,6 +424,7 @@ class _Capture:
             tokens_per_s=(size.tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,
             corpus_report=dict(self.corpus.report),
+            wrote_manifest=self.writer.wrote_manifest,
             finished=self.writer.is_finished,
         )
 
