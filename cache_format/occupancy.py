@@ -14,6 +14,7 @@ from cache_format.errors import CacheError
 from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON
 from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest
+from cache_format.remote import check_can_be_written
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
@@ -23,9 +24,10 @@ OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", *F
 def recorded_manifest(directory: Directory) -> str | None:
     """Name of the manifest that lies there: finished, partial, or None for an empty directory.
 
-    Raises: CacheError if the directory holds anything that is not a cache's.
+    Raises: CacheError if the directory holds anything that is not a cache's, or can only be read.
     """
     where = directory.path()
+    check_can_be_written(where)
     found = {name for name in directory.names() if not is_temporary(name)}
     if foreign := sorted(found - OWN_NAMES):
         raise CacheError(

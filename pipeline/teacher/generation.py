@@ -93,8 +93,8 @@ def generate_cache(
     # What can be found out now is found out before minutes go into loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
-    store.check()
     manifest = _finished(config, generation, predicate)
+    store.check()
     if manifest is not None and not _other_names(config, manifest):
         if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
             store.remove()  # killed between the last two steps
