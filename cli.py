@@ -608,6 +608,8 @@ def plan_command(rows: int, cost_per_hour: float | None, seq_len: int, as_json: 
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows"),
         )
+        if status.silent:
+            return
         if as_json:
             print_json({**asdict(plan), "fits": plan.fits})
         else:

@@ -434,36 +434,3 @@ def test_a_masked_teacher_is_refused(tmp_path: Path, data: Path, tokenizer: PreT
     tokenizer.save_pretrained(tmp_path / "teacher")
     with pytest.raises(ConfigError, match="is a masked language model, which cannot go on with a text"):
         generate(tmp_path / "teacher", data, tmp_path / "cache")
-
-
-def test_another_spelling_of_the_same_files_goes_on(
-    whole: Path,
-    teacher_dir: Path,
-    padded_teacher_dir: Path,
-    data: Path,
-    predicates: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With answers that wait for their cache, and with a finished one; other prompts or weights are refused."""
-    options = {**ANSWERS, "keep_if": f"{predicates}:odd"}
-    shutil.copy(data, tmp_path / data.name)
-    shutil.copytree(whole, tmp_path / "cache")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(cf, "write_answers", nth(2, cf.write_answers))
-        generate(teacher_dir, data, tmp_path / "begun", **options)
-    monkeypatch.setattr(AnswerWriter, "write", None)
-    for output in ("cache", "begun"):
-        summary = generate(
-            Path(f"{teacher_dir}/../{teacher_dir.name}"), tmp_path / data.name, tmp_path / output, **options
-        )
-        assert (summary.answers, summary.rows) == (24, 12)
-    assert contents(tmp_path / "cache") == contents(whole)
-    others = write_jsonl(tmp_path / "others.jsonl", completions(PROMPTS + 1))
-    for teacher, prompts, what in (
-        (teacher_dir, others, "prompts.files"),
-        (padded_teacher_dir, data, "weights_finger"),
-    ):
-        with pytest.raises(cf.CacheError, match=f"finished cache .* made with other settings .*{what}"):
-            generate(teacher, prompts, tmp_path / "cache", **options)
-    assert contents(tmp_path / "cache") == contents(whole)

@@ -18,6 +18,9 @@ from click.testing import CliRunner, Result
 import cache_format as cf
 from cache_format.claims import this_process
 from cli import main
+from generating import generate
+from pipeline.teacher.answers import AnswerWriter
+from tiny import completions, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +123,36 @@ def test_other_weights_or_tokens_are_refused_by_whatever_name(
     for name in before:
         assert "teacher.weights_fingerprint" in run(*capture("weights", "text.txt", name), status=1).stderr
     assert {name: contents(tmp_path / name) for name in before} == before
+
+
+def test_answers_go_on_under_another_spelling(
+    tmp_path: Path, teacher_dir: Path, padded_teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Answers that wait for their cache, and a finished one; other prompts or weights are refused."""
+    options = {"answers_per_prompt": 2, "max_new_tokens": 4}
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", completions(4))
+    other_teacher, other_prompts = Path(f"{teacher_dir}/../{teacher_dir.name}"), tmp_path / "mount" / "prompts.jsonl"
+    other_prompts.parent.mkdir()
+    shutil.copy(prompts, other_prompts)
+    generate(teacher_dir, prompts, tmp_path / "whole", **options)
+    expected = contents(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cf.CacheWriter, "write", interrupted)
+        generate(teacher_dir, prompts, tmp_path / "begun", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerWriter, "write", None)
+        for output in ("whole", "begun"):
+            assert generate(other_teacher, other_prompts, tmp_path / output, **options).answers == 8
+            assert contents(tmp_path / output) == expected
+    longer = write_jsonl(tmp_path / "longer.jsonl", completions(5))
+    for teacher, data, what in (
+        (teacher_dir, longer, "prompts.files"),
+        (padded_teacher_dir, prompts, "weights_finger"),
+    ):
+        with pytest.raises(cf.CacheError, match=f"finished cache .* made with other settings .*{what}"):
+            generate(teacher, data, tmp_path / "whole", **options)
+    assert contents(tmp_path / "whole") == expected
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
