@@ -921,6 +921,7 @@ def stats(cache: str, as_json: bool) -> None:
 @click.option("--against-teacher", metavar="TEACHER", help="Compute some rows again, and compare.")
 @click.option("--rows", type=click.IntRange(1), help="How many rows for --against-teacher. Default: 8.")
 @DEVICE_OPTIONS
+@PLACEMENT_OPTIONS
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
@@ -933,6 +934,8 @@ def verify(
     del checksums  # always
     if rows is not None and against_teacher is None:
         raise click.UsageError("--rows: only the rows for --against-teacher are counted. Name the teacher.")
+    if against_teacher is None and (given["device_map"] or given["tensor_parallel"]):
+        raise click.UsageError("--device-map and --tp: only the teacher of --against-teacher is spread. Name it.")
     import cache_format as cf
     from pipeline.report import pairs, size
 
@@ -948,6 +951,8 @@ def verify(
                 on_stage=status.stage,
                 on_progress=lambda done, total: status.step(done, total, "rows computed"),
             )
+    if status.silent:  # one of several processes that compute together: the first one says what came out
+        return
     if as_json:
         teacher = {} if found is None else {"teacher": {**asdict(found), "allowed": found.allowed}}
         print_json({"ok": found is None or found.agrees, **asdict(summary), **teacher})
