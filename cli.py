@@ -254,6 +254,13 @@ PLACEMENT_OPTIONS = options(
         "--tp", "tensor_parallel", is_flag=True, help="Split the teacher over the processes of torchrun (transformers)."
     ),
 )
+STALE_OPTION = click.option(
+    "--stale-after",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of silence after which a writer on another machine counts as gone.",
+)
 WORKER_OPTIONS = options(
     click.option(
         "--num-workers",
@@ -267,13 +274,7 @@ WORKER_OPTIONS = options(
         is_flag=True,
         help="Continue on another kind of device, or with other threads, batch size or library versions.",
     ),
-    click.option(
-        "--stale-after",
-        type=click.FloatRange(0, min_open=True),
-        default=300.0,
-        show_default=True,
-        help="Seconds of silence after which a writer on another machine counts as gone.",
-    ),
+    STALE_OPTION,
 )
 
 
@@ -376,9 +377,9 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
 
     repository = given.pop("push_to_hub")
     if repository is not None:
-        from pipeline.hub import check_repository
+        from pipeline.hub import check_push
 
-        check_repository(repository)
+        check_push(given["output"], repository)
     config = _cache_teacher_config(seq_len, given)
     if generate is not None:
         return _generate(config, generate, repository, as_json)
@@ -399,10 +400,20 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
         except KeyboardInterrupt:
             again = "the same command without --overwrite" if config.overwrite else "the same command again"
             _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
+    if repository is not None:
+        # Of several processes one pushes; which one ends the cache is not known before.
+        if summary.wrote_manifest:
+            _push(config.output, repository, private=False)
+        elif not status.silent:
+            by_hand = f"distill push {config.output} {repository}"
+            if summary.finished:
+                status.line(
+                    f"Not pushed by this process, but by the one that finished the cache. If it did not: {by_hand}"
+                )
+            else:
+                status.line(f"Not pushed: the cache is not finished yet. When it is: {by_hand}")
     if status.silent:
         return
-    if repository is not None and summary.finished:
-        _push(config.output, repository, private=False)
     if as_json:
         return print_json(asdict(summary))
     kept = "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"
@@ -597,6 +608,8 @@ def plan_command(rows: int | None, cost_per_hour: float | None, seq_len: int, as
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows"),
         )
+        if status.silent:
+            return
         if as_json:
             print_json({**asdict(plan), "fits": plan.fits})
         else:
@@ -908,6 +921,7 @@ def stats(cache: str, as_json: bool) -> None:
 @click.option("--against-teacher", metavar="TEACHER", help="Compute some rows again, and compare.")
 @click.option("--rows", type=click.IntRange(1), help="How many rows for --against-teacher. Default: 8.")
 @DEVICE_OPTIONS
+@PLACEMENT_OPTIONS
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
@@ -920,6 +934,8 @@ def verify(
     del checksums  # always
     if rows is not None and against_teacher is None:
         raise click.UsageError("--rows: only the rows for --against-teacher are counted. Name the teacher.")
+    if against_teacher is None and (given["device_map"] or given["tensor_parallel"]):
+        raise click.UsageError("--device-map and --tp: only the teacher of --against-teacher is spread. Name it.")
     import cache_format as cf
     from pipeline.report import pairs, size
 
@@ -935,6 +951,8 @@ def verify(
                 on_stage=status.stage,
                 on_progress=lambda done, total: status.step(done, total, "rows computed"),
             )
+    if status.silent:  # one of several processes that compute together: the first one says what came out
+        return
     if as_json:
         teacher = {} if found is None else {"teacher": {**asdict(found), "allowed": found.allowed}}
         print_json({"ok": found is None or found.agrees, **asdict(summary), **teacher})
@@ -1022,8 +1040,9 @@ def convert(cache: str, output: str, as_json: bool, **changes: Any) -> None:
 
 @main.command(epilog=_examples("distill merge caches/train"))
 @click.argument("cache")
+@STALE_OPTION
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def merge(cache: str, as_json: bool) -> None:
+def merge(cache: str, stale_after: float, as_json: bool) -> None:
     """Finish a cache whose shards are all there: write its manifest.
 
     The last of several processes does so by itself; this is for shards that were written apart (cache-teacher
@@ -1032,7 +1051,7 @@ def merge(cache: str, as_json: bool) -> None:
     import cache_format as cf
     from pipeline.report import size
 
-    manifest = cf.finish_cache(cache)
+    manifest = cf.finish_cache(cache, stale_after_s=stale_after)
     if as_json:
         summary = {"rows": manifest.num_rows, "tokens": manifest.num_tokens, "shards": len(manifest.shards)}
         return print_json({**summary, "bytes": manifest.stored_bytes})

@@ -20,7 +20,7 @@ from cache_format.codebook import (
     sqrt_probability_codebook,
 )
 from cache_format.convert import Conversion, convert_cache
-from cache_format.differences import differences, listed
+from cache_format.differences import but_for_names, differences, listed
 from cache_format.errors import (
     CacheError,
     ClaimLostError,
@@ -87,6 +87,7 @@ __all__ = [
     "SparseTargets",
     "StoredHead",
     "VerifySummary",
+    "but_for_names",
     "check_writable",
     "convert_cache",
     "default_codebooks",

@@ -243,8 +243,9 @@ def refused(directory: Directory, holder: Holder, stale_after_s: float) -> Cache
     what = "this cache" if holder.name == WHOLE else f"{holder.name} of it"
     return CacheError(
         f"{directory.path()}: {holder} writes {what}, so this run stays away: nothing was changed. Wait for it or stop "
-        f"it; if it is gone, its claim ends {_duration(stale_after_s)} after its last sign of life. Several processes "
-        "write one cache together if all are started with --num-workers or by torchrun."
+        f"it; if it is gone, its claim ends {_duration(stale_after_s)} after its last sign of life (--stale-after of "
+        "cache-teacher and merge). Several processes write one cache together if all are started with --num-workers or "
+        "by torchrun."
     )
 
 

@@ -1,4 +1,5 @@
-"""What differs between a recorded cache and what a run would write, and which of it changes no more than rounding."""
+"""What differs between a recorded cache and what a run would write, which of it changes no more than rounding, and
+which is another name for the same thing."""
 
 from __future__ import annotations
 
@@ -15,6 +16,14 @@ ROUNDING = {
     "capture.batch_size": "another batch size rounds differently",
     "capture.chunk_positions": "another chunk size rounds differently",
     "capture.tensor_parallel": "sums split over devices round differently",
+}
+# Where something was found -> what it is: equal, the first is a spelling, as machines with different mounts have them.
+NAMES = {
+    "teacher.name": "teacher.weights_fingerprint",
+    "teacher.revision": "teacher.weights_fingerprint",
+    "corpus.source": "corpus.token_stream_sha256",
+    "corpus.files": "corpus.token_stream_sha256",
+    "prompts.source": "prompts.files",  # with their checksums, or sizes and times
 }
 LIBRARIES = "another version may round or compress differently"
 
@@ -44,6 +53,18 @@ def differences(recorded: Any, given: Any, key: str = "") -> list[Difference]:
             for difference in differences(recorded.get(name), given.get(name), f"{key}.{name}" if key else name)
         ]
     return [] if recorded == given else [Difference(key, recorded, given)]
+
+
+def but_for_names(found: Iterable[Difference], recorded: Mapping[str, Any]) -> list[Difference]:
+    """Without those that only say where the same thing was found (`NAMES`), by what is recorded of it."""
+    found = list(found)
+    others = {difference.key for difference in found}
+
+    def is_a_name(difference: Difference) -> bool:
+        group, _, fact = NAMES.get(difference.key, "").partition(".")
+        return bool(fact and (recorded.get(group) or {}).get(fact)) and f"{group}.{fact}" not in others
+
+    return [difference for difference in found if not is_a_name(difference)]
 
 
 def listed(found: Iterable[Difference]) -> str:

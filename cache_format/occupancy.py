@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 
 from cache_format.answers import ANSWERS
-from cache_format.claims import CLAIMS, WHOLE, Claims, refused
+from cache_format.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused
 from cache_format.errors import CacheError
 from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON
 from cache_format.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
 from cache_format.metadata import CacheMetadata
+from cache_format.remote import check_can_be_written
 from cache_format.storage import Directory, is_temporary, open_directory
 
 FOLDERS = ("shards", TOKENIZER_DIR)
@@ -24,9 +25,10 @@ OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", *F
 def recorded_manifest(directory: Directory) -> str | None:
     """Name of the manifest that lies there: finished, partial, or None for an empty directory.
 
-    Raises: CacheError if the directory holds anything that is not a cache's.
+    Raises: CacheError if the directory holds anything that is not a cache's, or can only be read.
     """
     where = directory.path()
+    check_can_be_written(where)
     found = {name for name in directory.names() if not is_temporary(name)}
     if foreign := sorted(found - OWN_NAMES):
         raise CacheError(
@@ -43,16 +45,23 @@ def recorded_manifest(directory: Directory) -> str | None:
     return recorded
 
 
-def check_writable(path: str | os.PathLike[str], *, replace: bool = False, shared: bool = False) -> None:
+def check_writable(
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    shared: bool = False,
+    stale_after_s: float = STALE_AFTER_S,
+) -> None:
     """Raises CacheError unless a cache can be begun, continued or repaired at `path`.
 
     Args:
         replace: a cache that is there will be removed before; it is left alone until then.
         shared: for one of several writers, whom neither other such writers disturb nor that they have finished.
+        stale_after_s: seconds of silence after which a writer on another machine counts as gone.
     """
     directory = open_directory(path)
     recorded_manifest(directory)
-    claims = Claims(directory)
+    claims = Claims(directory, stale_after_s)
     for holder in claims.others():
         if holder.name == WHOLE or not shared:
             raise refused(directory, holder, claims.stale_after_s)
@@ -94,15 +103,18 @@ def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: 
     )
 
 
-def remove_cache(path: str | os.PathLike[str]) -> None:
+def remove_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> None:
     """Delete the cache at `path`, finished or not; nothing happens if there is none.
+
+    Args:
+        stale_after_s: as in `check_writable`.
 
     Raises: CacheError if there is something else, or if somebody is writing it.
     """
     directory = open_directory(path)
     if recorded_manifest(directory) is None:
         return
-    claims = Claims(directory)
+    claims = Claims(directory, stale_after_s)
     try:
         claim_alone(directory, claims)
         if (recorded := recorded_manifest(directory)) is None:

@@ -28,6 +28,9 @@ from typing import Any, TypeVar
 import fsspec
 import fsspec.asyn
 import pyarrow as pa
+from fsspec.registry import known_implementations
+
+from cache_format.errors import CacheError
 
 ATTEMPTS = 8
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0  # the pause doubles: half a minute in all
@@ -251,10 +254,34 @@ class RemoteDirectory:
         return repeated(operation, self.path(name))
 
 
-def open_remote(url: str) -> RemoteDirectory:
-    """Raises: ValueError, ImportError if fsspec does not know the protocol, or lacks its package."""
-    root = fsspec.core.url_to_fs(url)[1]
-    return RemoteDirectory(url.rstrip("/"), root.rstrip("/"))
+def file_system_of(url: str) -> tuple[Any, str]:
+    """What fsspec has for a URL, and the path in its own words. Raises: CacheError if it does not know the protocol,
+    or lacks its package."""
+    protocol = url.partition("://")[0]
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+        return fs, str(root)
+    except ImportError as error:
+        package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
+        install = f"pip install {package}" if package not in ("", "fsspec") else "Install what it names"
+        raise CacheError(
+            f"{url}: {protocol}:// needs a package that is not here ({_line(error)}). {install}"
+        ) from error
+    except ValueError as error:
+        raise CacheError(
+            f"{url}: found {protocol}://, expected a directory or the URL of a store that fsspec knows, such as "
+            f"s3://bucket/cache ({_line(error)}). Check the spelling."
+        ) from error
+
+
+def check_can_be_written(url: str) -> None:
+    """Raises: CacheError for a store on which several small files cannot be created, renewed and removed."""
+    if url.startswith("hf://"):
+        raise CacheError(
+            f"{url}: a repository of the hub can be read as a cache, not written: every file would be a commit, and of "
+            "two processes that create one neither would be told. Write to a directory, then: distill push DIRECTORY "
+            "OWNER/NAME"
+        )
 
 
 def _line(error: Exception) -> str:

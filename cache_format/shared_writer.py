@@ -95,6 +95,10 @@ class SharedCacheWriter(CacheWriter):
                 f"{metadata.num_shards}, numbered from 0. Ask for some of those."
             )
 
+    @property
+    def wrote_manifest(self) -> bool:
+        return self._cache.wrote_manifest
+
     def begin_shard(self) -> int | None:
         """The next shard of our share that nobody has, claimed; the one in hand if it was abandoned. None if all
         are complete. Waits while others write what is left, in case that they die."""

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-import fsspec
 import pyarrow as pa
 
 from cache_format.errors import FormatError
-from cache_format.remote import TEMPORARY_SUFFIX, RemoteDirectory
+from cache_format.remote import TEMPORARY_SUFFIX, RemoteDirectory, file_system_of
 
 # What file systems without hard links say to one (FAT, some network and user-space file systems).
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
@@ -89,10 +88,11 @@ class Directory(Protocol):
 
 
 def open_directory(location: str | os.PathLike[str]) -> Directory:
+    """Raises: CacheError for a file, or a URL that fsspec has nothing for."""
     text = os.fspath(location)
     if "://" not in text:
         return _local(Path(text))
-    fs, root = fsspec.core.url_to_fs(text)
+    fs, root = file_system_of(text)
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
         return _local(Path(root))
     return RemoteDirectory(text.rstrip("/"), root.rstrip("/"))
@@ -116,7 +116,7 @@ def _place(location: str | os.PathLike[str]) -> tuple[str | None, tuple[str, ...
     text = os.fspath(location)
     if "://" not in text:
         return None, Path(os.path.realpath(text)).parts
-    fs, root = fsspec.core.url_to_fs(text)
+    fs, root = file_system_of(text)
     names = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
     if "file" in names:
         return None, Path(os.path.realpath(root)).parts

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from cache_format.card import card
-from cache_format.claims import CLAIMS, WHOLE, Claims, refused, wait_for
-from cache_format.differences import Difference, differences, listed
+from cache_format.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused, wait_for
+from cache_format.differences import Difference, but_for_names, differences, listed
 from cache_format.errors import CacheError, CorruptShardError, MismatchError
 from cache_format.head import HEAD
 from cache_format.lexicon import LEXICON, Lexicon
@@ -62,6 +62,7 @@ class UnfinishedCache:
         metadata: as recorded; what was given, if nothing was.
         complete: shards that are there, by their numbers.
         rounding: differences between recorded and given that were allowed.
+        wrote_manifest: whether `finish` found none.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class UnfinishedCache:
         self.directory, self.metadata = directory, metadata
         self.complete: dict[int, ShardInfo] = {}
         self.rounding: list[Difference] = []
+        self.wrote_manifest = False
         self.lexicon: Lexicon | None = None
         self.lexicon_file: FileInfo | None = None
         self._tokenizer_files = dict(tokenizer_files)
@@ -134,7 +136,8 @@ class UnfinishedCache:
         """
         recorded, data = self._read_recorded()
         where = self.directory.path(recorded)
-        self._check_same(data, manifest_bytes(self.metadata, self._tokenizer_files), where)
+        given = manifest_bytes(self.metadata, self._tokenizer_files)
+        self._check_same(data, given, where, finished=recorded == MANIFEST)
         if recorded == MANIFEST:
             shards = Manifest.from_bytes(data, where).shards
             self._promised = {index: shard.sidecar_sha256 for index, shard in enumerate(shards)}
@@ -218,6 +221,7 @@ class UnfinishedCache:
             manifest = Manifest.from_bytes(data, self.directory.path(MANIFEST))
             write_bytes(self.directory, "README.md", card(manifest).encode())
             write_bytes(self.directory, MANIFEST, data)
+            self.wrote_manifest = True
             self.directory.remove(PARTIAL_MANIFEST)
         self.remove_temporary()
         claims.sweep()
@@ -237,19 +241,23 @@ class UnfinishedCache:
                 continue
         raise CacheError(f"{self.directory.path()}: its manifest disappeared while it was read. Run the command again.")
 
-    def _check_same(self, recorded_data: bytes, partial: bytes, where: str) -> None:
+    def _check_same(self, recorded_data: bytes, partial: bytes, where: str, *, finished: bool) -> None:
+        """Where names or rounding alone differ, what is recorded stays: the first writer's."""
         given = partial_contents(partial, where)
         recorded = partial_contents(recorded_data, where)
         found = differences({key: value for key, value in recorded.items() if key in given}, given)
         if not found:
             return
-        only_rounding = all(difference.rounding is not None for difference in found)
-        if only_rounding and self._allow_rounding:
-            self.rounding = found
+        essential = but_for_names(found, recorded)
+        only_rounding = all(difference.rounding is not None for difference in essential)
+        if only_rounding and (self._allow_rounding or not essential):
+            self.rounding = essential
             as_recorded = CacheMetadata.from_json(recorded)
-            self.metadata = replace(self.metadata, capture=as_recorded.capture, libraries=as_recorded.libraries)
+            kept = {name: getattr(as_recorded, name) for name in ("teacher", "corpus", "capture", "libraries")}
+            self.metadata = replace(self.metadata, **kept)
             return
-        advice = "Choose another directory."
+        found = essential if only_rounding else found
+        advice = "Choose another directory" + (", or replace it with --overwrite." if finished else ".")
         if only_rounding:
             advice = "Give the same, or allow it with --allow-rounding, or choose another directory."
         raise MismatchError(
@@ -280,11 +288,14 @@ class UnfinishedCache:
         )
 
 
-def finish_cache(path: str | os.PathLike[str]) -> Manifest:
+def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> Manifest:
     """Gives a cache whose shards are all there its manifest; one that has it already stays as it is.
 
     What the last of several writers does by itself. Needed where there is no last one: shards that were written on
     several machines and then brought together.
+
+    Args:
+        stale_after_s: seconds of silence after which a writer on another machine counts as gone.
 
     Raises: CacheError if shards or tokenizer files are missing, or somebody alone is writing the cache.
     """
@@ -296,7 +307,7 @@ def finish_cache(path: str | os.PathLike[str]) -> Manifest:
     raw = partial_contents(directory.read_bytes(recorded), directory.path(recorded))
     metadata = CacheMetadata.from_json(raw)
     cache = UnfinishedCache(directory, metadata, raw["tokenizer_files"], allow_rounding=False)
-    claims = Claims(directory)
+    claims = Claims(directory, stale_after_s)
     try:
         if (holder := claims.take(WHOLE)) is not None:
             raise refused(directory, holder, claims.stale_after_s)

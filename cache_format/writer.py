@@ -109,6 +109,11 @@ class CacheWriter:
         return self._cache.is_finished
 
     @property
+    def wrote_manifest(self) -> bool:
+        """Whether it was this writer that ended the cache: of several, one; alone, also where it found it finished."""
+        return self._cache.is_finished
+
+    @property
     def taken_over(self) -> list[Holder]:
         """Writers whose claims were taken over, since they are gone."""
         return self._claims.taken_over

@@ -37,8 +37,14 @@ CONNECTION = (
 )  # below the client
 
 
-def check_repository(name: str) -> None:
-    """Raises: ConfigError for what cannot be the name of a repository, before days of work rather than after."""
+def check_push(path: str | os.PathLike[str], name: str) -> None:
+    """Before days of work rather than after. Raises: ConfigError for what cannot be the name of a repository, and for
+    a cache on another machine."""
+    if "://" in os.fspath(path):
+        raise ConfigError(
+            f"--push-to-hub {name}: only a local cache can be pushed, found {path}. Copy it to a disk first, then: "
+            f"distill push DIRECTORY {name}"
+        )
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -62,9 +68,7 @@ def push_cache(
         ConfigError: `repository` is no name, or the cache lies on another machine. CacheError: it is damaged.
         DataError: the hub refuses, or cannot be reached.
     """
-    check_repository(repository)
-    if "://" in os.fspath(path):
-        raise ConfigError(f"{path}: only a local cache can be pushed. Copy it to a disk first.")
+    check_push(path, repository)
     on_stage(f"checking {path}")
     cf.verify_cache(path, on_progress)
     on_stage(f"uploading to {repository}")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from pipeline.adapters import base_of, with_adapter
 from pipeline.errors import ConfigError, ModelError
 from pipeline.objective import NAMES, Objective, auto_class
-from pipeline.placement import begin_tensor_parallel, named_tensors, parse_device_map, place_of
+from pipeline.placement import begin_tensor_parallel, check_split, named_tensors, parse_device_map, place_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
@@ -104,6 +104,7 @@ def load_model(
     device = torch.device(device)
     folder = None
     if tensor_parallel:
+        check_split(name, load_config(name, revision=revision, trust_remote_code=trust_remote_code))
         options["distributed_config"] = begin_tensor_parallel(device)
     elif device_map is not None:
         # For what has to be converted before it can be left on disk; a safetensors checkpoint is read where it lies.

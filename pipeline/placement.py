@@ -102,6 +102,36 @@ def parse_device_map(text: str) -> str | dict[str, Any]:
     return found
 
 
+def check_split(name: str, config: Any) -> None:
+    """Whether the processes of torchrun can split a model: transformers finds out in the middle of the first pass.
+
+    Args:
+        config: of transformers; None if it is known only once the model is loaded.
+
+    Raises: ConfigError.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config is None or world < 2:
+        return
+    text = config.get_text_config()
+    if not (getattr(config, "base_model_tp_plan", None) or getattr(text, "base_model_tp_plan", None)):
+        raise ConfigError(
+            f"--tp: transformers has no plan (tp_plan) for splitting {name}, a {config.model_type}. Use --device-map."
+        )
+    heads = getattr(text, "num_attention_heads", None)
+    for what, count in (
+        ("key-value heads", getattr(text, "num_key_value_heads", None) or heads),
+        ("attention heads", heads),
+    ):
+        if count is not None and count % world:
+            fit = [n for n in range(2, count + 1) if count % n == 0 and (heads or count) % n == 0]
+            use = f"Use --nproc-per-node {' or '.join(map(str, fit))}, or --device-map." if fit else "Use --device-map."
+            raise ConfigError(
+                f"--tp: {name} has {count} {what}, found {world} processes, expected a number of them that divides "
+                f"these: whole heads are split. {use}"
+            )
+
+
 def begin_tensor_parallel(device: torch.device) -> Any:
     """Joins the processes that torchrun has started into one group. Returns: what `from_pretrained` takes as
     `distributed_config`. Raises: ConfigError, ModelError."""

@@ -27,12 +27,13 @@ from cache_format.types import entry_groups, group_counts
 from pipeline.errors import ConfigError
 from pipeline.head_form import HeadForm, head_form
 from pipeline.heads import Head, open_head
-from pipeline.models import load_model, load_tokenizer, resolve_device, weights_fingerprint
+from pipeline.models import load_model, load_tokenizer, weights_fingerprint
 from pipeline.objective import objective_for
 from pipeline.padding import model_inputs
 from pipeline.teacher.answers import place_of
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.workers import WorkerConfig, this_worker
 from pipeline.teacher_head import TeacherHead
 from pipeline.tokenizers import tokenizer_fingerprint
 
@@ -52,6 +53,8 @@ class TeacherCheckConfig:
     dtype: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    device_map: str | None = None  # spread the teacher over devices, CPU and disk: a strategy of accelerate, or a file
+    tensor_parallel: bool = False  # split it over the processes of torchrun, which then all go through the same rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ def verify_against_teacher(
         MismatchError: the teacher's tokenizer is not the cache's. ConfigError: of this kind of targets nothing can be
         computed again. ModelError, CacheError: either cannot be read.
     """
+    worker = this_worker(WorkerConfig(), tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     cache = cf.open_cache(config.cache, hidden_layers=[]).with_states()
     stored_head = None if cache.metadata.head is None else TeacherHead(cache)
     rule = TargetRule.from_json(cache.metadata.targets)
@@ -121,7 +125,9 @@ def verify_against_teacher(
         config.teacher,
         objective=objective,
         dtype=config.dtype,
-        device=resolve_device(config.device),
+        device=worker.device(config.device),
+        device_map=config.device_map,
+        tensor_parallel=config.tensor_parallel,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -117,6 +118,44 @@ def test_names_are_looked_at_before_any_work(cache: Path, fake: Hub, teacher_dir
     assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr
     assert "only a local cache" in push("memory://cache", "someone/targets", status=1).stderr
     assert fake.calls == []
+
+
+def capture(*words: Any, status: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["cache-teacher", *map(str, words)])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_what_cannot_be_pushed_is_not_begun(fake: Hub, teacher_dir: Path, text_file: Path):
+    words = ["--teacher", teacher_dir, "--data", text_file, "--output", "memory://c4", "--push-to-hub", "me/x"]
+    for more in ([], ["--generate"]):
+        line = capture(*words, *more, status=1).stderr
+        assert line.startswith("Error: --push-to-hub me/x: only a local cache can be pushed, found memory://c4")
+        assert len(line.splitlines()) == 1
+    assert fake.calls == []
+    with pytest.raises(cf.FormatError, match="no such directory"):
+        cf.open_cache("memory://c4")
+
+
+def test_of_several_processes_the_one_that_finishes_pushes(
+    fake: Hub, teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "c", "--sample-by", "line"]
+    words += ["--seq-len", 48, "--rows-per-shard", 16, "--device", "cpu", "--push-to-hub", "someone/new"]
+    by_hand = f"distill push {tmp_path / 'c'} someone/new"
+    said = capture(*words, "--shard-range", "0:1").stderr.splitlines()
+    assert f"Not pushed: the cache is not finished yet. When it is: {by_hand}" in said and fake.calls == []
+    with monkeypatch.context() as patch:  # by torchrun: the first process, which speaks, may not be the last to end
+        for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+            patch.setenv(name, value)
+        result = capture(*words)
+    assert result.stderr == "Pushed to https://hub/datasets/someone/new\n" and result.stdout == ""
+    assert [call[0] for call in fake.calls] == ["create", "upload", "upload"]
+    result = capture(*words, "--num-workers", 3, "--worker-index", 0, "--json")
+    assert f"by the one that finished the cache. If it did not: {by_hand}" in result.stderr
+    assert json.loads(result.stdout)["wrote_manifest"] is False and len(fake.calls) == 3
+    capture(*words)  # a plain run pushes again what it finds: perhaps it failed before
+    assert len(fake.calls) == 6 and len(cf.open_cache(fake.folder)) == len(cf.open_cache(tmp_path / "c"))
 
 
 def test_capture_pushes_what_it_has_finished(fake: Hub, teacher_dir: Path, text_file: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from click.testing import CliRunner
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import cache_format as cf
+from cli import main
 from pipeline.errors import ConfigError
 from pipeline.heads import open_head
 from pipeline.models import load_model, weights_fingerprint
 from pipeline.placement import computing_devices, parse_device_map
+from pipeline.teacher import opening
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.rules import TargetRule
@@ -116,6 +120,62 @@ def test_two_ways_at_once_are_refused(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("heads, kv_heads, world, words", [
+    (4, 1, 2, "1 key-value heads, found 2 processes, .* Use --device-map"),
+    (4, 4, 3, "4 key-value heads, found 3 processes, .* Use --nproc-per-node 2 or 4, or --device-map"),
+    (6, 2, 4, "2 key-value heads, found 4 processes, .* Use --nproc-per-node 2, or"),
+    (6, None, 4, "6 key-value heads, found 4 processes, .* 2 or 3 or 6"),
+    (0, 0, 2, "no plan .tp_plan. for splitting"),
+])  # fmt: skip
+def test_teacher_that_cannot_be_split_evenly_is_refused_first(
+    tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
+    heads: int, kv_heads: int | None, world: int, words: str,
+):  # fmt: skip
+    shutil.copytree(teacher_dir, tmp_path / "teacher")
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * heads, "head_dim": 8}
+    config = LlamaConfig(**shape) if heads else GPT2Config()
+    config.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(opening, "build_corpus", None)  # before the text is read
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", str(world))):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^--tp: .*{words}"):
+        cache_teacher(settings(tmp_path / "teacher", text_file, tmp_path / "cache", tensor_parallel=True))
+    with pytest.raises(ConfigError, match=f"^--tp: .*{words}"):
+        load_model(str(tmp_path / "teacher"), tensor_parallel=True)
+
+
+def test_a_spread_teacher_can_be_compared_with_its_cache(tmp_path: Path, padded_teacher_dir: Path, text_file: Path):
+    cache_teacher(settings(padded_teacher_dir, text_file, tmp_path / "cache"))
+    (tmp_path / "map.json").write_text(json.dumps(MAPS["second half on disk"]))
+    words = ["verify", str(tmp_path / "cache"), "--device-map", str(tmp_path / "map.json"), "--device", "cpu", "--json"]
+    assert CliRunner().invoke(main, words).exit_code == 2  # nothing to spread
+    result = CliRunner().invoke(main, [*words, "--against-teacher", str(padded_teacher_dir)])
+    found = json.loads(result.stdout)
+    assert found["ok"] and found["teacher"]["same_weights"] and found["teacher"]["deviation"] <= 1e-5
+
+
+def on_two(folder: Path, words: list[str]) -> list[tuple[str, str]]:
+    """What `distill` with these words says in each of two processes that split a teacher, and its stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cli", *words],
+            cwd=folder,
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=110) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said
+
+
 @pytest.mark.slow
 def test_teacher_split_over_two_processes_says_the_same(tmp_path: Path, teacher_dir: Path, text_file: Path, tokenizer):
     """transformers' tensor parallelism over gloo: equal within rounding, and written once."""
@@ -138,23 +198,7 @@ def test_teacher_split_over_two_processes_says_the_same(tmp_path: Path, teacher_
     ]
     words += ["--sample-by", "line", "--seq-len", "48", "--top-k", "8", "--batch-size", "4", "--device", "cpu"]
     words += ["--rows-per-shard", "16", "--tp", "--json"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cli", *words],
-            cwd=tmp_path,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    (said, problem), (other_said, other_problem) = (process.communicate(timeout=110) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], problem + other_problem
+    (said, problem), (other_said, other_problem) = on_two(tmp_path, words)
     assert other_said == ""
     plain, split = cf.open_cache(tmp_path / "plain"), cf.open_cache(tmp_path / "cache")
     assert json.loads(said)["rows"] == len(split) == len(plain)
@@ -167,3 +211,7 @@ def test_teacher_split_over_two_processes_says_the_same(tmp_path: Path, teacher_
         entries += len(row.targets.ids)
         assert np.abs(np.exp(row.targets.logprobs / 2) - np.exp(other.targets.logprobs / 2)).max() < 0.02  # a code
     assert same / entries > 0.999
+    # And two processes find that it is so.
+    words = ["verify", str(tmp_path / "cache"), "--against-teacher", given.teacher, "--device", "cpu", "--tp", "--json"]
+    (said, problem), (other_said, other_problem) = on_two(tmp_path, words)
+    assert other_said == "" and json.loads(said)["ok"], problem + other_problem

@@ -16,6 +16,7 @@ import cache_format as cf
 from cli import GENERATION_NAMES, main
 from pipeline.report import describe_targets
 from pipeline.teacher import plan
+from pipeline.teacher.workers import Worker
 from tiny import english
 
 ROWS_TAKEN = 24
@@ -85,10 +86,44 @@ def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: 
     assert default["chosen"] and default["targets"]["kind"] == "top-k"
 
 
-def test_a_kind_that_differs_in_less_than_its_name_is_listed_once(words: list[Any], tmp_path: Path):
-    given = ["--targets", "threshold", "--samples", 3, "--seed", 7, "--output", tmp_path / "c", "--rows", 2]
-    table = run("plan", *words, *given).stdout
-    assert table.count("threshold 0.05") == 1 and "▶ threshold 0.05" in table and "threshold 0.02" in table
+@pytest.mark.parametrize("rows", [2, 8])
+def test_small_shards_cost_what_they_will_cost(words: list[Any], tmp_path: Path, planned: dict[str, Any], rows: int):
+    given = [*words, "--output", tmp_path / "cache", "--rows-per-shard", rows]
+    rule = json.loads(run("plan", *given, "--rows", ROWS_TAKEN, "--json").stdout)["rules"][0]
+    run("cache-teacher", *given)
+    found = cf.open_cache(tmp_path / "cache").manifest
+    assert found.metadata.num_shards == -(-planned["rows"] // rows)
+    assert rule["bytes"]["columns"] == pytest.approx(found.stored_bytes, rel=0.05)
+    assert rule["bytes"]["columns"] > 1.1 * planned["rules"][0]["bytes"]["columns"]
+
+
+def test_other_kinds_are_compared_with_the_same_samples_and_temperature(words: list[Any], tmp_path: Path):
+    given = [*words, "--output", tmp_path / "c", "--rows", 2, "--targets", "threshold", "--samples", 3]
+    given += ["--temperature", 2]
+    rules = [rule["targets"] for rule in json.loads(run("plan", *given, "--json").stdout)["rules"]]
+    assert [rule["tail_threshold"] for rule in rules if rule["kind"] == "threshold"] == [0.05, 0.125, 0.02]
+    assert {rule["samples"] for rule in rules if "samples" in rule} == {3}
+    assert {rule["temperature"] for rule in rules} == {2.0}
+    assert run("plan", *given).stdout.count("threshold 0.05") == 1
+
+
+def test_of_several_processes_each_takes_its_own_device_and_the_first_speaks(
+    words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    taken: list[Any] = []
+    device = Worker.device
+
+    def watched(self: Worker, name: str) -> torch.device:
+        taken.append((self.local_rank, name))
+        return device(self, name)
+
+    monkeypatch.setattr(Worker, "device", watched)
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    result = run("plan", *words, "--output", tmp_path / "c", "--rows", 2)
+    assert (result.stdout, result.stderr) == ("", "") and taken == [(1, "cpu")]
+    monkeypatch.setenv("RANK", "0")
+    assert "What this cache will take" in run("plan", *words, "--output", tmp_path / "c", "--rows", 2).stdout
 
 
 def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):

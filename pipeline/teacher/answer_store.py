@@ -107,7 +107,8 @@ class AnswerStore:
         settings = json.loads(json.dumps(settings))  # as it will be read
         names = self._directory.names()
         if SETTINGS in names:
-            found = cf.differences(json.loads(self._directory.read_bytes(SETTINGS)), settings)
+            recorded = json.loads(self._directory.read_bytes(SETTINGS))
+            found = cf.but_for_names(cf.differences(recorded, settings), recorded)
             different = [each for each in found if not (allow_rounding and each.rounding)]
             if different and not replace:
                 raise cf.MismatchError(

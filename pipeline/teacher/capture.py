@@ -119,7 +119,8 @@ def cache_teacher(
     states += in_words(written, head.vocab_size)
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
-        cf.remove_cache(config.output)  # only now that text and teacher have been read
+        # Only now that text and teacher have been read.
+        cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
     metadata = as_begun(config, metadata)
     options = {"head": None if written is None else written.contents}
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
@@ -413,6 +414,7 @@ class _Capture:
             tokens_per_s=(size.tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,
             corpus_report=dict(self.corpus.report),
+            wrote_manifest=self.writer.wrote_manifest,
             finished=self.writer.is_finished,
         )
 

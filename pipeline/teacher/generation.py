@@ -93,8 +93,9 @@ def generate_cache(
     # What can be found out now is found out before minutes go into loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
+    manifest = _finished(config, generation, predicate)
     store.check()
-    if (manifest := _finished(config, generation, predicate)) is not None:
+    if manifest is not None and not _other_names(config, manifest):
         if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
             store.remove()  # killed between the last two steps
         return _summary_of(config.output, manifest)
@@ -112,6 +113,9 @@ def generate_cache(
     check_decoding(head, padding=config.batch_size > 1)
     stop_tokens = find_stop_tokens(head.model, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, head, tokenizer, stop_tokens, device)
+    if manifest is not None:
+        _check_same_things(config, manifest, settings)
+        return _summary_of(config.output, manifest)
     with store:
         store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
 
@@ -146,7 +150,8 @@ def generate_cache(
             grouped = replace(config, rows_per_shard=max(together, per_shard))
         metadata = cache_metadata(grouped, corpus, head, tokenizer_fingerprint(tokenizer), device)
         if config.overwrite:
-            cf.remove_cache(config.output)  # only now that there is something to take its place
+            # Only now that there is something to take its place.
+            cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
             _write_cache(config.output, writer, answering)
@@ -183,18 +188,19 @@ def _check_writes(config: CacheTeacherConfig) -> None:
 def _finished(
     config: CacheTeacherConfig, generation: GenerationConfig, predicate: Predicate | None
 ) -> cf.Manifest | None:
-    """The finished cache that this run would write, if it is there already. Raises: CacheError if another one is."""
+    """The finished cache that this run would write, if it is there already, by all but the names of teacher and
+    prompts. Raises: CacheError if another one is."""
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
-    cf.check_writable(config.output, replace=config.overwrite or manifest is not None)
+    replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
+    cf.check_writable(config.output, replace=replaces, stale_after_s=stale_after_s)
     if manifest is None:
         return None
     recorded = manifest.metadata.to_json()
     corpus = recorded["corpus"]
     data = {name: getattr(config.data, name) for name in ("data_config", "split", "text_column", "max_documents")}
     compared = [
-        ("teacher", recorded["teacher"], {"name": config.teacher}),
         ("targets", recorded["targets"], config.targets.to_json()),
-        ("corpus", corpus, {"source": config.data.data, "window_length": config.data.window_length, **data}),
+        ("corpus", corpus, {"window_length": config.data.window_length, **data}),
         ("generation", corpus.get("generation", {}), {**generation.to_json(), **_kept_by(generation, predicate)}),
         ("manifest", recorded, {"encoding": config.encoding}),
     ]
@@ -202,6 +208,28 @@ def _finished(
     if found:
         raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
     return manifest
+
+
+def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
+    """Whether teacher or prompts are spelled in another way than they were, so that it takes a look at them to know
+    whether they are the same."""
+    recorded = manifest.metadata
+    return (config.teacher, config.data.data) != (recorded.teacher.get("name"), recorded.corpus.get("source"))
+
+
+def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settings: dict[str, Any]) -> None:
+    """Raises: CacheError if a finished cache is of another teacher or other prompts."""
+    recorded = manifest.metadata.to_json()
+    of_prompts = {name: settings["prompts"][name] for name in ("source", "files")}
+    of_teacher = {name: settings["teacher"][name] for name in ("dtype", "weights_fingerprint")}
+    given = {"teacher": of_teacher, "tokenizer": settings["tokenizer"], "prompts": of_prompts}
+    was = {
+        "teacher": {name: recorded["teacher"].get(name) for name in of_teacher},
+        "tokenizer": recorded["tokenizer"],
+        "prompts": {name: recorded["corpus"].get(name) for name in of_prompts},
+    }
+    if found := cf.but_for_names(cf.differences(was, given), was):
+        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
 
 
 def _kept_by(generation: GenerationConfig, predicate: Predicate | None) -> dict[str, Any]:

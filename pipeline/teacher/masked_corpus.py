@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.objective import Objective
-from pipeline.teacher import encoding
+from pipeline.teacher import encoding, masking, packing
 from pipeline.teacher.corpus import DataConfig, Documents, tokenise_documents
 from pipeline.teacher.masking import Masker, MaskRule
 from pipeline.teacher.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, readable
+from pipeline.teacher.stream import StreamFacts, remembered
 
 
 def cut_windows(lengths: np.ndarray, most: int) -> Pieces:
@@ -77,12 +78,12 @@ class MaskedCorpus:
                 f"{config.data}: nothing to learn in it ({readable(self.report)}), expected text with tokens that may "
                 f"be masked, loss on {documents.loss_on}. Check the column, and what the loss is on."
             )
-        digest, self.num_tokens, self.num_counted_tokens = hashlib.sha256(), 0, 0
-        for row in self:
-            add_row_to(digest, row)
-            self.num_tokens += len(row.input_ids)
-            self.num_counted_tokens += int(row.loss_mask.sum())
-        self.token_stream_sha256 = digest.hexdigest()
+        decides = {"window_length": config.window_length, "around": around, "masker": masker.fingerprint()}
+        stream = remembered(
+            documents.tokens, decides, (__file__, masking.__file__, packing.__file__), self._fingerprint
+        )
+        self.token_stream_sha256 = stream.sha256
+        self.num_tokens, self.num_counted_tokens = stream.tokens, stream.counted_tokens
         self.report |= {
             "tokens": self.num_tokens,
             "counted_tokens": self.num_counted_tokens,
@@ -109,6 +110,14 @@ class MaskedCorpus:
 
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[row] for row in range(len(self)))
+
+    def _fingerprint(self) -> StreamFacts:
+        digest, tokens, counted = hashlib.sha256(), 0, 0
+        for row in self:
+            add_row_to(digest, row)
+            tokens += len(row.input_ids)
+            counted += int(row.loss_mask.sum())
+        return StreamFacts(digest.hexdigest(), tokens, counted)
 
     def _allowed(self, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return targets & self._masker.may_be_masked(ids)

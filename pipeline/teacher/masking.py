@@ -14,6 +14,8 @@ those that sample the tail of a distribution; from the same ones, the tail at ma
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,6 +106,12 @@ class Masker:
         changed = chosen & ~hidden & (draws[:, 1] < rule.mask_replace_prob + rule.random_replace_prob)
         masked[changed] = self._others[(draws[changed, 2] * len(self._others)).astype(np.int64)]
         return masked, chosen
+
+    def fingerprint(self) -> str:
+        """Of all that decides the pattern, the vocabulary included."""
+        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
+        digest.update(self._may_be_masked.tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """For the cache's metadata: all that decides the pattern, beside the text."""

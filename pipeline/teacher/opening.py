@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.heads import Head, check_packing, check_padding, open_head
 from pipeline.models import load_config, load_model
 from pipeline.objective import check_objective, most_positions
+from pipeline.placement import check_split
 from pipeline.teacher.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.masking import FLAGS, MaskRule
 from pipeline.teacher.packing import TokenCorpus, build_corpus
@@ -31,7 +32,10 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
     Raises: DataError, ModelError, ConfigError, each with the next step.
     """
     # What llama.cpp runs, and hence what a .gguf file holds, predicts the next token.
-    found = load_config(config.teacher, **_source(config)) or PreTrainedConfig()
+    known = load_config(config.teacher, **_source(config))
+    found = known or PreTrainedConfig()
+    if config.tensor_parallel:
+        check_split(config.teacher, known)
     if check_objective(config.objective, found, config.teacher) == "masked":
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:

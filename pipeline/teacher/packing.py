@@ -33,10 +33,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError
 from pipeline.objective import Objective
 from pipeline.teacher.corpus import DataConfig, Documents, tokenise_documents
+from pipeline.teacher.stream import StreamFacts, add_rows_to, remembered
 
 # Rows open for further pieces. On log-normal, uniform and chat-like lengths, window 1024: 8 open
 # rows fill .918 to .9997 of the places, 64 do .9755 to .9997, 1024 at most .0003 more.
 _OPEN_ROWS = 64
+_TOKENS_PER_BLOCK = 2**20  # that are fetched together for the fingerprint
+_LONG_PIECE = 256  # tokens from which copying piece by piece is the quicker way
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class TokenCorpus:
     objective: Objective = "causal"
 
     def __init__(self, documents: Documents, config: DataConfig) -> None:
+        self._documents, self._config = documents, config
         self._tokens = DocumentTokens(documents.tokens)
         plan = plan_rows(
             self._tokens.lengths,
@@ -199,10 +203,22 @@ class TokenCorpus:
     @cached_property
     def token_stream_sha256(self) -> str:
         """Of all rows: T and S as little-endian int64, ids int32, mask uint8, segments int32, labels int32 if any."""
-        digest = hashlib.sha256()
-        for row in self:
-            add_row_to(digest, row)
-        return digest.hexdigest()
+        decides = {"window_length": self._config.window_length, "packing": self._config.packing is not False}
+        return remembered(self._documents.tokens, decides, (__file__,), self._fingerprint).sha256
+
+    def _fingerprint(self) -> StreamFacts:
+        digest, pieces, offsets = hashlib.sha256(), self._plan.pieces, self._plan.offsets
+        lengths = pieces.lengths
+        ends = np.concatenate([[0], np.cumsum(lengths)])[offsets]  # tokens before each row
+        row = 0
+        while row < len(self):
+            stop = max(row + 1, int(np.searchsorted(ends, ends[row] + _TOKENS_PER_BLOCK, side="right")) - 1)
+            here = slice(offsets[row], offsets[stop])
+            ids, masks = self._tokens.gather_predictions(pieces[here])
+            tokens, counts = np.diff(ends[row : stop + 1]), np.diff(offsets[row : stop + 1])
+            add_rows_to(digest, ids, masks, lengths[here].astype(np.int32), tokens, counts)
+            row = stop
+        return StreamFacts(digest.hexdigest(), self.num_tokens, self.num_counted_tokens)
 
 
 def add_row_to(digest: Any, row: TokenRow) -> None:
@@ -260,6 +276,32 @@ class DocumentTokens:
             length = stop - start
             ids = self._ids[batch].values.slice(base + start, length).to_numpy()
             yield ids, _bools(self._targets[batch], base + start, length)
+
+    def gather_predictions(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        """As `read_predictions` of many pieces, one behind the other: int32 and bool [tokens of all]."""
+        lengths = pieces.lengths
+        ends = np.cumsum(lengths)
+        ids, targets = np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), bool)
+        batch_of = np.searchsorted(self._first, pieces.document, side="right") - 1
+        for batch in np.unique(batch_of):
+            here = np.flatnonzero(batch_of == batch)
+            base = self._offsets[batch][pieces.document[here] - self._first[batch]]
+            start, stop, to = base + pieces.start[here], base + pieces.stop[here], ends[here] - lengths[here]
+            first, length = int(start.min()), lengths[here]
+            start, stop = start - first, stop - first
+            of_ids = self._ids[batch].values.slice(first, stop.max()).to_numpy()  # a view; bits have to be unpacked
+            of_targets = _bools(self._targets[batch], first, stop.max())
+            if length.mean() >= _LONG_PIECE:
+                for a, b, c in zip(start.tolist(), stop.tolist(), to.tolist(), strict=True):
+                    ids[c : c + b - a], targets[c : c + b - a] = of_ids[a:b], of_targets[a:b]
+                continue
+            inside = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+            source, place = np.repeat(start, length) + inside, np.repeat(to, length) + inside
+            ids[place], targets[place] = of_ids[source], of_targets[source]
+        masks = np.zeros(len(ids), bool)
+        masks[:-1] = targets[1:]
+        masks[ends - 1] = False
+        return ids, masks
 
     def count_targets(self, pieces: Pieces) -> np.ndarray:
         """Predictions that count in each piece, int64 [P]."""

@@ -27,7 +27,7 @@ import torch
 
 import cache_format as cf
 from pipeline.heads import Head
-from pipeline.models import load_tokenizer, resolve_device
+from pipeline.models import load_tokenizer
 from pipeline.padding import model_inputs
 from pipeline.teacher.capture import CHUNK_POSITIONS, CacheTeacherConfig, stored_positions
 from pipeline.teacher.full import (
@@ -38,13 +38,14 @@ from pipeline.teacher.full import (
     without_states_of,
     write_down,
 )
-from pipeline.teacher.grouping import SHARD_TOKENS, rows_together
+from pipeline.teacher.grouping import grouping, rows_together
 from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.rows import cache_rows
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.workers import this_worker
 
 OTHERS = (
     TargetRule(top_k=16),
@@ -119,16 +120,17 @@ def plan_cache(
 
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
+    worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     check_full(config)
-    device = resolve_device(config.device)
+    device = worker.device(config.device)
     on_stage("reading and tokenising the text")
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     corpus = open_corpus(config, tokenizer)
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
     config.targets.check_vocabulary(head.vocab_size)
-    others = [rule for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
-    rules = [config.targets, *(rule for rule in others if not rule.is_named_like(config.targets))]
+    others = [_beside(rule, config.targets) for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
+    rules = [config.targets, *(rule for rule in others if _main_part(rule) != _main_part(config.targets))]
 
     taken = min(sample_rows or rows_together(config), len(corpus))
     chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
@@ -154,6 +156,17 @@ def plan_cache(
         free_bytes=_free_bytes(config.output),
         cost_per_hour=cost_per_hour,
     )
+
+
+def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:
+    """With what the user's own has besides its kind, so that the kinds are compared and nothing else."""
+    samples = chosen.samples if rule.sampled and chosen.sampled else rule.samples
+    return replace(rule, samples=samples, temperature=chosen.temperature)
+
+
+def _main_part(rule: TargetRule) -> tuple[str, object]:
+    """What a kind is called by in a table."""
+    return rule.kind, rule.tail_threshold or rule.draws or rule.top_p or rule.top_k
 
 
 class _Sample:
@@ -234,11 +247,14 @@ class _Sample:
         rows = self.rows[index]
         bytes_per_token, total, writing = {}, {}, {}
         full = self.written if rule.kind == "hidden" else None
+        per_row = stored_positions(self.config, corpus) / len(corpus)
+        spec = states_spec(self.config.hidden, self.head, full)
+        per_shard = grouping(self.config, spec, per_row)["rows_per_shard"]
         for encoding in ENCODINGS if full is None else ENCODINGS[:1]:
             began = time.perf_counter()
-            columns, of_shard, once = _written(rows, rule, self.config, self.head, encoding, full)
+            columns, of_shard, once = _written(rows, rule, self.config, self.head, encoding, full, per_shard)
             writing[encoding] = (time.perf_counter() - began) / self.tokens
-            shards = max(1, corpus.num_tokens / SHARD_TOKENS)
+            shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
             bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
         batches = zip(self.forward, self.choosing[index], strict=True)
@@ -283,6 +299,7 @@ def _written(
     head: Head,
     encoding: str,
     written: WrittenHead | None,
+    rows_per_shard: int,
 ) -> tuple[int, int, int]:
     """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
     vocab_size, targets = head.vocab_size, rule.to_json()
@@ -298,7 +315,7 @@ def _written(
         targets=targets,
         corpus={"rows": len(rows)},
         codebooks={**cf.default_codebooks(vocab_size), "target_logprobs": rule.codebook()},
-        rows_per_shard=len(rows),
+        rows_per_shard=min(len(rows), rows_per_shard),  # few rows are compressed together, and worse
         rows_per_record_batch=len(rows),
         encoding=encoding,
         compression={"codec": "zstd", "level": config.compression_level},
@@ -308,7 +325,8 @@ def _written(
             writer.write([replace(row, row=i) for i, row in enumerate(rows)])
         cache = cf.open_cache(folder)
         columns, manifest = sum(cache.column_bytes().values()), cache.manifest
-        return columns, manifest.shard_bytes - columns, manifest.stored_bytes - manifest.shard_bytes
+        of_shard = (manifest.shard_bytes - columns) // len(manifest.shards)
+        return columns, of_shard, manifest.stored_bytes - manifest.shard_bytes
 
 
 def _free_bytes(output: str) -> int | None:

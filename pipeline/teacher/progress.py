@@ -34,4 +34,5 @@ class CaptureSummary:
     tokens_per_s: float
     resumed_rows: int  # found complete from an earlier run
     corpus_report: dict[str, float]
+    wrote_manifest: bool = True  # it ended with this run, whose part it is to do what comes after
     finished: bool = True  # whether the manifest is there; else rows, tokens and bytes are of the complete shards

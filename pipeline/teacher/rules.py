@@ -104,12 +104,6 @@ class TargetRule:
             if (value := getattr(self, name) or 0) > vocab_size:
                 raise ConfigError(f"{FLAGS[name]} {value}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
 
-    def is_named_like(self, other: TargetRule) -> bool:
-        """Whether kind and its first part, which a table shows of it, are the same: top-k 64, threshold 0.05."""
-        return self.kind == other.kind and all(
-            getattr(self, name) == getattr(other, name) for name in list(PARTS[self.kind])[:1]
-        )
-
     def to_json(self) -> dict[str, Any]:
         """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""
         parts = {"k" if name == "top_k" else name: getattr(self, name) for name in PARTS[self.kind]}

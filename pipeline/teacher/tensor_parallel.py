@@ -46,6 +46,7 @@ class Follower:
     bytes_written = tokens_written = 0
     taken_over: Sequence[Any] = ()
     is_finished = True
+    wrote_manifest = False
     complete = cf.CacheSize(shards=0, rows=0, tokens=0, counted_tokens=0, bytes=0)
 
     def __init__(self, device: torch.device) -> None:

@@ -150,16 +150,21 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
             "start them without --overwrite."
         )
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
-    cf.check_writable(config.output, replace=config.overwrite or manifest is not None, shared=not worker.alone)
+    cf.check_writable(
+        config.output,
+        replace=config.overwrite or manifest is not None,
+        shared=not worker.alone,
+        stale_after_s=worker.config.stale_after,
+    )
     if manifest is None:
         return
-    # None is decided later, by the text or the teacher.
+    # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
+    # compares what they are.
     known = {name: value for name, value in asdict(config.data).items() if value is not None}
     data = {name: value for name, value in known.items() if name not in ("data", "num_proc", "loss_on")}
     given = {
-        "teacher": {"name": config.teacher},
         "targets": config.targets.to_json(),
-        "corpus": {"source": config.data.data, **data},
+        "corpus": data,
         "encoding": config.encoding,
     }
     recorded = manifest.metadata.to_json()

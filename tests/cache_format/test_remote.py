@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +180,43 @@ def test_reading_survives_a_fork(server: Any):
         os._exit(0 if cache[9].row == 9 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert pickle.loads(pickle.dumps(cache))[5].row == 5
+
+
+# -- stores that are not there ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("gs://bucket/cache", "gs:// needs a package that is not here .*gcsfs.* pip install gcsfs"),
+        ("s4://bucket/cache", "found s4://, expected .* s3://bucket/cache .*Check the spelling"),
+    ],
+)
+def test_a_store_that_fsspec_has_nothing_for_is_one_line(url: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    from click.testing import CliRunner
+
+    from cli import main
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # where it is installed too
+    for command in (["verify", url], ["cache-teacher", "--teacher", "t", "--data", "d.txt", "--output", url]):
+        result = CliRunner().invoke(main, command)
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 1 and re.search(f"^Error: {re.escape(url)}: {words}", line), line
+
+
+def test_a_repository_of_the_hub_is_read_and_not_written():
+    url = "hf://datasets/owner/name"
+    assert isinstance(open_directory(url), RemoteDirectory)
+    for write in (
+        cf.check_writable,
+        cf.remove_cache,
+        cf.finish_cache,
+        lambda url: cf.CacheWriter(url, sample_metadata()),
+    ):
+        with pytest.raises(
+            cf.CacheError, match="can be read as a cache, not written.* distill push DIRECTORY OWNER/NAME"
+        ):
+            write(url)
 
 
 # -- what a repetition could spoil ------------------------------------------------------------------------------------
