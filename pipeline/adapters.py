@@ -104,7 +104,9 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     model = adapted.get_base_model()
     output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if hasattr(output, "base_layer") and output.base_layer.weight is embeddings.weight:
-        output.base_layer.weight = nn.Parameter(output.base_layer.weight.detach().clone())
+        # Its bias too: a BERT has it under two names, and all ties are given up together.
+        for name, parameter in list(output.base_layer.named_parameters()):
+            setattr(output.base_layer, name, nn.Parameter(parameter.detach().clone()))
         model.config.tie_word_embeddings = False
     adapted.__dict__.pop("save_pretrained", None)
     model = adapted.merge_and_unload()
