@@ -141,7 +141,13 @@ class TrainStudentConfig:
             )
         targets = () if self.lora_targets == "auto" else tuple(t.strip() for t in self.lora_targets.split(","))
         return Lora(
-            rank=self.lora_rank, alpha=alpha, dropout=dropout, targets=targets, dora=self.dora, head=self.lora_head
+            rank=self.lora_rank,
+            alpha=alpha,
+            dropout=dropout,
+            targets=targets,
+            dora=self.dora,
+            head=self.lora_head,
+            merged=self.merge_adapter,
         )
 
 
