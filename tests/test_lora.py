@@ -195,6 +195,26 @@ def test_best_adapter_is_saved_and_a_stopped_run_resumed_exactly(tmp_path: Path,
     assert distance(adapter(tmp_path / "whole"), adapter(tmp_path / "parts")) == 0.0
 
 
+def test_a_run_is_resumed_on_the_weights_that_its_adapter_belongs_to(
+    tmp_path: Path, cache: Path, student_dir: Path, tokenizer: PreTrainedTokenizerFast
+):
+    other = tiny_llama(tmp_path / "other", tokenizer, layers=1, hidden=16, seed=4)
+    moved = Path(shutil.copytree(student_dir, tmp_path / "moved"))
+    options = {**OPTIONS, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "s", cache, student=student_dir, on_step=Stop(2), **options)
+    before = (tmp_path / "s/distill_config.json").read_text()
+    with pytest.raises(cf.MismatchError, match=f"--student {other}: its weights .* are not those that the adapter in"):
+        train(tmp_path / "s", cache, student=other, resume=True, **options)
+    early = Path(shutil.copytree(tmp_path / "s", tmp_path / "early"))  # as if by a version that did not record them
+    record = json.loads(before)
+    assert len(record.pop("adapted_weights")) == 64
+    (early / "distill_config.json").write_text(json.dumps(record))
+    for output, student in ((tmp_path / "s", moved), (early, student_dir)):
+        assert train(output, cache, student=student, resume=True, **options).steps == 4
+    assert distance(adapter(tmp_path / "s"), adapter(early)) == 0.0
+
+
 def test_adapter_of_a_student_that_is_made_in_the_run_can_be_merged(tmp_path: Path, cache: Path, teacher_dir: Path):
     options = {**OPTIONS, "student": teacher_dir, "student_layers": 1, "student_width": 16, "merge_adapter": True}
     train(tmp_path / "s", cache, gradient_checkpointing=True, **options)

@@ -16,6 +16,7 @@ import cache_format as cf
 from pipeline.adapters import attach, merged, require_peft
 from pipeline.errors import ConfigError
 from pipeline.heads import open_head
+from pipeline.models import weights_fingerprint
 from pipeline.objective import objective_for
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
 from pipeline.student.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
@@ -26,7 +27,7 @@ from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
-from pipeline.student.output import begin_output, check_output, processes_of, record_seen
+from pipeline.student.output import begin_output, check_adapted, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
 from pipeline.student.recipe import LossRecipe, realized_warnings
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
@@ -279,6 +280,10 @@ def perform(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
+    # Before it is narrowed, which is measured: other devices round in other ways.
+    base = None if config.lora is None else weights_fingerprint(model)
+    if base is not None and run.resume_from is not None:
+        check_adapted(config, base)
     if config.sizes and not config.student_random:
         on_stage("measuring which parts of it to keep")
         model = prune(model.to(arguments.device), config.sizes, calibration_batches(train_dataset))
@@ -308,7 +313,7 @@ def perform(
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget)
+        begin_output(config, mix, budget, base)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
