@@ -116,8 +116,8 @@ def _keep_zero_rows(adapted: PeftModel, lora: Lora, head: str | None) -> None:
             if not lora.merged:
                 less = "--lora-head" if name == head else "--dora"
                 raise ConfigError(
-                    f"--dora: {zeros} of the {rows:,} rows of {name} {'is' if zeros == 1 else 'are'} zero, as that of a "
-                    "padding token often is: without a direction, so an adapter alone would give NaN wherever it is "
+                    f"--dora: {zeros} of the {rows:,} rows of {name} {'is' if zeros == 1 else 'are'} zero, as that of "
+                    "a padding token often is: without a direction, so an adapter alone would give NaN wherever it is "
                     f"loaded. Add --merge-adapter, or leave out {less}."
                 )
             layer.get_weight_norm = functools.partial(_at_least_tiny, layer.get_weight_norm)

@@ -96,6 +96,7 @@ def evaluate(
         limit = longest_row(config.student, config.trust_remote_code)
         dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limit)
         dataset = dataset_of(cache)
+        on_stage(f"re-tokenising the text: {dataset.describe()}")
     on_stage("loading the student")
     objective = objective_for(cache.metadata.alignment)
     model = load_model(

@@ -44,7 +44,7 @@ def check_student(
     Args:
         caches: the one that the student is trained or evaluated on, and others of the same tokens.
         student, config_file: as in `load_student`.
-        cross_tokenizer: the student's tokens are to be its own; rows are cut to its length by who converts them.
+        cross_tokenizer: the student's tokens are to be its own; who converts them divides what is too long for it.
 
     Raises:
         MismatchError: the student's tokens are not the cache's, with what differs.

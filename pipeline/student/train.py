@@ -339,7 +339,8 @@ def perform(
     how_often = "" if passes == 1.0 else f", {passes:.3g} times"
     if len(parts) > 1:
         on_log({"mixture": mix.seen(budget.rows_after(budget.steps))})
-    text = f"{mix.rows:,} rows, {mix.counted_tokens:,.0f} targets{how_often}"
+    counted = sum(each.passes(each.rows) * part.counted_tokens for each, part in zip(mix.portions, parts, strict=True))
+    text = f"{mix.rows:,} rows, {counted:,.0f} targets{how_often}"
     on_stage(f"training {trained / 1e6:.1f}{of} M parameters on {text}")
     try:
         result = trainer.train(resume_from_checkpoint=run.resume_from)
