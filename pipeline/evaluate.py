@@ -89,6 +89,7 @@ def evaluate(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         cross_tokenizer=config.cross_tokenizer,
+        otherwise="Or compare where tokens of both end together: --cross-tokenizer.",
     )
     dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
     if config.cross_tokenizer:

@@ -175,6 +175,12 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
+    for name in ("learning_rate", "weight_decay", "warmup_steps"):
+        value = values[name]
+        if isinstance(value, (int, float)) and not 0.0 <= value < math.inf:
+            option = "--" + name.removesuffix("_steps").replace("_", "-")
+            given = option if getattr(config, name) is not None else f"{config.training_args}: {name}"
+            raise ConfigError(f"{given} {value}: expected a number, 0 or more. Correct it.")
     try:
         arguments = TrainingArguments(
             **values,

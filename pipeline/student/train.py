@@ -31,7 +31,7 @@ from pipeline.student.output import begin_output, check_adapted, check_output, p
 from pipeline.student.pruning import calibration_batches, prune
 from pipeline.student.recipe import LossRecipe, realized_warnings
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
-from pipeline.student.students import EITHER, freeze_embeddings, load_student
+from pipeline.student.students import check_one_origin, freeze_embeddings, load_student
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
 
@@ -216,8 +216,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
 
 def check_origin(config: TrainStudentConfig) -> None:
     """Raises ConfigError if the options that say where the student's weights come from contradict one another."""
-    if (config.student is None) == (config.student_config is None):
-        raise ConfigError(EITHER)
+    check_one_origin(config.student, config.student_config)
     if config.student_config is not None and config.student_random:
         raise ConfigError("--student-random: a --student-config has random weights already. Leave it out.")
     if config.student_config is not None and config.sizes:
