@@ -18,10 +18,10 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ class Lora:
     targets: Sequence[str] = ()  # ends of the names of linear layers; default: all but the head
     dora: bool = False
     head: bool = False  # the vocabulary head too
+    merged: bool = False  # into a plain model in the end: no adapter is left alone
 
 
 def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftModel:
@@ -56,7 +57,8 @@ def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftM
         base: what adapter_config.json shall name as the model that the adapter belongs to.
 
     Raises:
-        ConfigError: targets that the model does not have, or numbers that make no adapter.
+        ConfigError: targets that the model does not have, numbers that make no adapter, or one that could not be used
+            alone.
     """
     require_peft("--lora-rank")
     from peft import LoraConfig, get_peft_model
@@ -90,10 +92,40 @@ def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D, whose orientation it finds out
         adapted = get_peft_model(model, config)
+    if lora.dora:
+        _keep_zero_rows(adapted, lora, head)
     adapted.peft_config["default"].base_model_name_or_path = base
     # Otherwise peft saves the whole [V, D] head beside its adapter.
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
+
+
+def _keep_zero_rows(adapted: PeftModel, lora: Lora, head: str | None) -> None:
+    """A row of zeros, such as that of a padding token, stays one; peft would divide it by its length, 0 by 0.
+
+    Its length is taken to be the smallest number there is: 0 divided by that is 0, in the loss, in every gradient and
+    when it is merged. Other rows are longer, and as they were.
+
+    Raises: ConfigError if the adapter is to be saved alone: whoever else loads it would divide by 0.
+    """
+    for name, module in adapted.get_base_model().named_modules():
+        for layer in getattr(module, "lora_magnitude_vector", {}).values():
+            zeros, rows = int((layer.weight == 0).sum()), layer.weight.numel()
+            if not zeros:
+                continue
+            if not lora.merged:
+                less = "--lora-head" if name == head else "--dora"
+                raise ConfigError(
+                    f"--dora: {zeros} of the {rows:,} rows of {name} {'is' if zeros == 1 else 'are'} zero, as that of "
+                    "a padding token often is: without a direction, so an adapter alone would give NaN wherever it is "
+                    f"loaded. Add --merge-adapter, or leave out {less}."
+                )
+            layer.get_weight_norm = functools.partial(_at_least_tiny, layer.get_weight_norm)
+
+
+def _at_least_tiny(lengths: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    found = lengths(*args, **kwargs)
+    return found.clamp(min=torch.finfo(found.dtype).tiny)
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
@@ -104,7 +136,9 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     model = adapted.get_base_model()
     output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if hasattr(output, "base_layer") and output.base_layer.weight is embeddings.weight:
-        output.base_layer.weight = nn.Parameter(output.base_layer.weight.detach().clone())
+        # Its bias too: a BERT has it under two names, and all ties are given up together.
+        for name, parameter in list(output.base_layer.named_parameters()):
+            setattr(output.base_layer, name, nn.Parameter(parameter.detach().clone()))
         model.config.tie_word_embeddings = False
     adapted.__dict__.pop("save_pretrained", None)
     model = adapted.merge_and_unload()

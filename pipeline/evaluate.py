@@ -91,6 +91,7 @@ def evaluate(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         cross_tokenizer=config.cross_tokenizer,
+        otherwise="Or compare where tokens of both end together: --cross-tokenizer.",
     )
     dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
     if config.cross_tokenizer:
@@ -98,6 +99,7 @@ def evaluate(
         limit = longest_row(config.student, config.trust_remote_code)
         dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limit)
         dataset = dataset_of(cache)
+        on_stage(f"re-tokenising the text: {dataset.describe()}")
     on_stage("loading the student")
     objective = objective_for(cache.metadata.alignment)
     model = load_model(

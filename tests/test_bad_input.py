@@ -334,14 +334,23 @@ def test_file_as_cache(here: Path):
     ],
 )
 def test_student_that_cannot_be_used(here: Path, command: str, student: str, expected: tuple[str, ...]):
-    complain(here, instead(command, "--student", student), *expected)
+    found = complain(here, instead(command, "--student", student), *expected)
+    if student == "stranger":  # what can be done about it is an option of either, of another kind
+        assert ("--cross-tokenizer project, or uld" in found) == (command == TRAIN)
+        assert ("compare where tokens of both end together: --cross-tokenizer." in found) == (command == EVALUATE)
 
 
 @pytest.mark.parametrize(
     "options, expected",
     [
         ("--student-layers 3", ("--student-layers 3", "1 layers", "from 1 to 1")),
-        ("--student-config student/config.json", ("either --student or --student-config",)),
+        ("--student-config student/config.json", ("both --student and --student-config", "Leave one out")),
+        ("--learning-rate -1", ("--learning-rate -1", "expected a number, 0 or more")),
+        ("--learning-rate nan", ("--learning-rate nan", "expected a number, 0 or more")),
+        ("--weight-decay inf", ("--weight-decay inf", "expected a number, 0 or more")),
+        ("--warmup nan", ("--warmup nan", "expected a number, 0 or more")),
+        ("--training-args endless.json", ("endless.json: learning_rate inf", "expected a number, 0 or more")),
+        ("--early-stopping-mode any", ("--early-stopping-mode any", "found no --early-stopping")),
         ("--kd-weight 1.5", ("--kd-weight 1.5", "from 0", "to 1")),
         ("--temperature 0", ("--temperature 0", "positive")),
         ("--device cuda:1", ("--device cuda:1", "CUDA_VISIBLE_DEVICES")),
@@ -364,6 +373,7 @@ def test_options_that_do_not_go_together(here: Path, options: str, expected: tup
     for name, value in (
         ("list", []),
         ("typo", {"warmup_step": 3}),
+        ("endless", {"learning_rate": float("inf")}),
         ("reserved", {"output_dir": "elsewhere"}),
         ("split", {"accelerator_config": {"split_batches": True}}),
     ):
@@ -372,7 +382,7 @@ def test_options_that_do_not_go_together(here: Path, options: str, expected: tup
 
 
 def test_no_student_at_all(here: Path):
-    complain(here, TRAIN.replace(" --student student", ""), "either --student or --student-config")
+    complain(here, TRAIN.replace(" --student student", ""), "neither --student nor --student-config", "Give a model")
 
 
 # -- wrong usage ------------------------------------------------------------------------------------------------------

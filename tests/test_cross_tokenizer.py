@@ -5,6 +5,8 @@ What positions end together is in test_retokenise.py.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pipeline.losses import TargetBatch
 from pipeline.losses.uld import SortedTargets, uld, uld_head
 from pipeline.student.cross_tokenizer import CrossTokenizerDataset, sorted_targets_of
 from pipeline.student.data import CacheDataset, collate, targets_of
+from pipeline.student.pieces import documents_of
 from pipeline.teacher.rules import TargetRule
 from runs import build_cache, distance, log_history, train, weights
 from tiny import conversations, english, tiny_llama, tiny_sentencepiece, tiny_tokenizer, write_jsonl
@@ -54,7 +57,9 @@ def test_with_identical_tokenizers_nothing_changes(folder: Path, name: str):
     for key, tensor in expected.items():
         where = counted if key.startswith("target_") else ...
         assert torch.equal(found[key][where], tensor[where]), key
-    assert converted.coverage() == (1.0, 1.0)
+    found = converted.coverage
+    assert (found.aligned, found.mass, found.lost) == (1.0, 1.0, {})
+    assert found.student_tokens == found.teacher_tokens == cf.open_cache(folder / name).num_counted_tokens
 
 
 def test_training_with_identical_tokenizers_is_plain_training_bit_by_bit(folder: Path, student_dir: Path):
@@ -252,15 +257,87 @@ def test_only_what_follows_learned_text_is_counted(folder: Path):
         assert converted.segment_lengths.sum() == len(converted.input_ids) == len(converted.targets.counts)
 
 
-def test_documents_longer_than_the_student_are_cut(folder: Path):
-    opened = cf.open_cache(folder / "cache")
-    dataset = CrossTokenizerDataset(opened, TEACHER, STUDENT, max_length=10)
-    whole = cross(folder / "cache", STUDENT)
+@pytest.mark.parametrize("student, begin", [(STUDENT, []), (PIECES, [PIECES.bos_token_id])], ids=["bytes", "pieces"])
+@pytest.mark.parametrize("name", ["cache", "chats"])
+def test_documents_longer_than_the_student_are_several(
+    folder: Path, name: str, student: PreTrainedTokenizerFast, begin: list[int]
+):
+    """Nothing is left out but the predictions of first tokens, and targets are those of the whole document."""
+    opened = cf.open_cache(folder / name)
+    dataset = CrossTokenizerDataset(opened, TEACHER, student, max_length=10)
+    whole = cross(folder / name, student)
+    lost = counted = pieces = aligned_ends = 0
     for i in range(len(opened)):
         row, uncut = dataset[i], whole[i]
-        assert row.segment_lengths.tolist() == [min(10, n) for n in uncut.segment_lengths]
-        assert row.input_ids[:10].tolist() == uncut.input_ids[: min(10, len(uncut.input_ids))].tolist()
+        assert max(row.segment_lengths) <= 10 and row.segment_lengths.sum() == len(row.input_ids)
+        starts = np.cumsum(row.segment_lengths) - row.segment_lengths
+        documents = set(np.cumsum(uncut.segment_lengths) - uncut.segment_lengths)
+        s = 0  # in the whole row
+        for start, length in zip(starts, row.segment_lengths, strict=True):
+            first = int(start)
+            if s not in documents:
+                assert row.input_ids[first : first + len(begin)].tolist() == begin
+                assert not row.loss_mask[first : first + len(begin)].any()
+                first += len(begin)
+                lost += int(uncut.loss_mask[s - 1])
+                pieces += 1
+                aligned_ends += int(uncut.aligned[s - 1] >= 0)
+            for at in range(first, int(start) + int(length)):
+                assert row.input_ids[at] == uncut.input_ids[s]
+                inside = at + 1 < start + length
+                assert row.loss_mask[at] == (uncut.loss_mask[s] and inside)
+                assert row.aligned[at] == (uncut.aligned[s] if inside else -1)
+                if inside:
+                    for ours, theirs in zip(row.targets.at(at), uncut.targets.at(s), strict=True):
+                        assert np.array_equal(ours, theirs)
+                s += 1
+        assert s == len(uncut.input_ids)
+        counted += int(row.loss_mask.sum())
+    assert pieces > 10 and aligned_ends > 0.6 * lost  # of those whose prediction counts
+    found = dataset.coverage
+    assert found.student_tokens == counted == whole.coverage.student_tokens - lost
+    assert found.lost.keys() - whole.coverage.lost.keys() == {"piece"}
     collate([dataset[0]])
+
+
+def test_what_is_not_learned_of_a_text_is_counted_by_reason(folder: Path):
+    """A row by hand, in bytes: a character cut in two, a special token that only the teacher has, several pieces."""
+    euro = TEACHER("€", add_special_tokens=False)["input_ids"]
+    assert len(euro) > 1
+    text = TEACHER("the captain counted", add_special_tokens=False)["input_ids"]
+    im_end = TEACHER.convert_tokens_to_ids("<|im_end|>")
+    ids = np.asarray([TEACHER.bos_token_id, *text, euro[0], im_end, TEACHER.eos_token_id])
+    mask = np.ones(len(ids), bool)
+    mask[-1] = False
+    given = cf.open_cache(folder / "cache")[0]
+    row = replace(given, input_ids=ids, loss_mask=mask, segment_lengths=np.asarray([len(ids)]))
+    dataset = CrossTokenizerDataset(cf.open_cache(folder / "cache"), TEACHER, STUDENT)
+    dataset.retokeniser.counterparts[im_end] = None
+    (document,) = documents_of(row, dataset.retokeniser, 5)
+    lost = document.lost(dataset.retokeniser.teacher.special)
+    firsts = [piece.tokens[1] for piece in document.pieces[1:]]  # behind BOS
+    assert len(firsts) >= 2 and document.pieces[-1].tokens[-1].id == STUDENT.eos_token_id != firsts[-1].id
+    broken = len(dataset.retokeniser.teacher.bytes[euro[0]])
+    assert lost == {"special": 1, "bytes": broken, "piece": sum(t.end - t.start for t in firsts), "part": 0}
+
+
+def test_a_student_shorter_than_the_rows_is_told_its_own_targets(folder: Path):
+    short = tiny_llama(folder / "short", STUDENT, layers=1, hidden=16, seed=3)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    dataset = CrossTokenizerDataset(cf.open_cache(folder / "cache"), TEACHER, STUDENT, max_length=16)
+    ours = sum(int(dataset[i].loss_mask.sum()) for i in range(len(dataset)))
+    theirs = dataset.cache.num_counted_tokens
+    assert len(dataset) <= 32 and ours > theirs
+    stages: list[str] = []
+    options = {"cross_tokenizer": "project", "max_steps": 1, "on_stage": stages.append}
+    train(folder / "of-short", folder / "cache", student=short, **options)
+    said = f"{ours:,} of the student's tokens count ({theirs:,} of the teacher's)"
+    assert said in stages[0] and "first tokens of what a long document is cut into (its longest is 16" in stages[0]
+    assert f"rows, {ours:,} targets" in stages[-1]
+    config = EvaluateConfig(cache=str(folder / "cache"), student=str(short), device="cpu", cross_tokenizer=True)
+    seen: list[str] = []
+    assert evaluate(config, on_stage=seen.append).tokens == ours and said in seen[0]
 
 
 # -- what cannot be had -----------------------------------------------------------------------------------------------

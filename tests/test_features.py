@@ -90,6 +90,8 @@ def test_which_layer_is_drawn_to_which(
     [
         ({"layer_map": "middle"}, "--layer-map middle: found 'middle', expected uniform, last, or pairs"),
         ({"layer_map": "1:2:3"}, "found '1:2:3'"),
+        ({"layer_map": ""}, "--layer-map : found '', expected uniform, last, or pairs"),
+        ({"layer_map": "1:6, 1:6"}, "found 1:6 twice"),
         ({"layer_map": "1:5"}, "the cache has states of layers 6 of 12, not of 5"),
         ({"layer_map": "last"}, "not of 12"),
         ({"loss": "l1"}, "--hidden-loss l1"),
@@ -335,6 +337,7 @@ def test_what_a_cache_cannot_serve_is_refused_before_anything_is_touched(
         (bare, {"hidden_loss": "mse"}, "holds no hidden states. Cache the text with --hidden-states"),
         (caches / "all", {"hidden_weight": 1.0}, "belong to --hidden-loss"),
         (caches / "int8", {"hidden_loss": "mse", "layer_map": "1:0"}, "has states of layers 1, 2 of 2, not of 0"),
+        (caches / "all", {"hidden_loss": "mse", "layer_map": ""}, "--layer-map : found ''"),
         (caches / "all", {"hidden_loss": "mse", "layer_map": "2:1"}, "the student has layers 0"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -96,28 +96,48 @@ def test_gradients_are_those_of_dense_autograd_through_w_plus_ba(cache: Path, un
         assert leaf.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("tie", [True, False])
 def test_merging_computes_the_same_and_leaves_the_embeddings_alone(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tie: bool
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tie: bool, dora: bool
 ):
+    """Tied, the head has a row of zeros: that of the padding token."""
     path = tiny_llama(tmp_path / "m", tokenizer, hidden=16, tie=tie, seed=6)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     embeddings = model.get_input_embeddings().weight.detach().clone()
-    adapted = attach(model, Lora(rank=2, alpha=3.0, head=True), base="", seed=1).double().eval()
+    zeros = (embeddings == 0).all(dim=1)
+    assert zeros.any()
+    lora = Lora(rank=2, alpha=3.0, head=True, dora=dora, merged=True)
+    adapted = attach(model, lora, base="", seed=1).double().eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
+            if "lora_B" in name and "lm_head" in name and dora and tie:
+                parameter[zeros] = 0.0  # as training leaves it, see below
         ids = torch.arange(40)[None]
         before = adapted(input_ids=ids).logits
         plain = merged(adapted)
-        assert torch.allclose(plain(input_ids=ids).logits, before, rtol=1e-9, atol=1e-9)
+        assert before.isfinite().all() and torch.allclose(plain(input_ids=ids).logits, before, rtol=1e-9, atol=1e-9)
     assert torch.equal(plain.get_input_embeddings().weight, embeddings)
     assert not any("lora" in name for name in plain.state_dict())
     plain.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
     with torch.no_grad():
         assert torch.allclose(loaded(input_ids=ids).logits, before, rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_of_zeros_stays_one_under_dora(tmp_path: Path, cache: Path, student_dir: Path):
+    """The head of a tied student has one, that of the padding token: it has a length, but no direction to learn."""
+    options = {**OPTIONS, "student": student_dir, "dora": True, "lora_head": True, "eval_cache": str(cache)}
+    trained = train(tmp_path / "s", cache, merge_adapter=True, **options)
+    before, after = weights(student_dir)["model.embed_tokens.weight"], weights(tmp_path / "s")["lm_head.weight"]
+    zeros = (before == 0).all(dim=1)
+    assert int(zeros.sum()) == 1 and (after[zeros] == 0).all() and (after[~zeros] != before[~zeros]).any(dim=1).all()
+    found = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "s"), device="cpu"))
+    assert found.kl == pytest.approx(trained.eval["kl"], rel=1e-5)
+    with pytest.raises(ConfigError, match="1 of the 400 rows of lm_head is zero, .*--merge-adapter, or .* --lora-head"):
+        train(tmp_path / "alone", cache, **options)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -173,6 +193,26 @@ def test_best_adapter_is_saved_and_a_stopped_run_resumed_exactly(tmp_path: Path,
     last = [adapter(tmp_path / name / "checkpoint-6") for name in ("whole", "parts")]
     assert distance(*last) == 0.0
     assert distance(adapter(tmp_path / "whole"), adapter(tmp_path / "parts")) == 0.0
+
+
+def test_a_run_is_resumed_on_the_weights_that_its_adapter_belongs_to(
+    tmp_path: Path, cache: Path, student_dir: Path, tokenizer: PreTrainedTokenizerFast
+):
+    other = tiny_llama(tmp_path / "other", tokenizer, layers=1, hidden=16, seed=4)
+    moved = Path(shutil.copytree(student_dir, tmp_path / "moved"))
+    options = {**OPTIONS, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "s", cache, student=student_dir, on_step=Stop(2), **options)
+    before = (tmp_path / "s/distill_config.json").read_text()
+    with pytest.raises(cf.MismatchError, match=f"--student {other}: its weights .* are not those that the adapter in"):
+        train(tmp_path / "s", cache, student=other, resume=True, **options)
+    early = Path(shutil.copytree(tmp_path / "s", tmp_path / "early"))  # as if by a version that did not record them
+    record = json.loads(before)
+    assert len(record.pop("adapted_weights")) == 64
+    (early / "distill_config.json").write_text(json.dumps(record))
+    for output, student in ((tmp_path / "s", moved), (early, student_dir)):
+        assert train(output, cache, student=student, resume=True, **options).steps == 4
+    assert distance(adapter(tmp_path / "s"), adapter(early)) == 0.0
 
 
 def test_adapter_of_a_student_that_is_made_in_the_run_can_be_merged(tmp_path: Path, cache: Path, teacher_dir: Path):

@@ -172,6 +172,19 @@ def test_adapters_of_a_masked_student_are_saved_alone_or_merged(masked_dir: Path
     assert distance(weights(tmp_path / "merged"), weights(masked_dir / "bert")) > 1e-3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_with_an_adapter_is_merged_whole(masked_dir: Path, tmp_path: Path, kind: str) -> None:
+    """It is untied from the embeddings: of BERT and RoBERTa its bias is tied as well as its weight."""
+    cache = masked_dir / f"{kind}-cache"
+    options = {"lora_rank": 2, "lora_head": True, "merge_adapter": True, "learning_rate": 1e-2}
+    options |= {"eval_cache": str(cache), "eval_steps": 2, "max_steps": 2}
+    adapted = train(tmp_path / "merged", cache, student=masked_dir / kind, **options)
+    merged = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "merged"), device="cpu"))
+    assert merged.kl == pytest.approx(adapted.eval["kl"], rel=1e-5)
+    _, found = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
 @pytest.mark.slow
 def test_masked_students_share_a_pass_and_stop_by_the_noise_of_rows(masked_dir: Path, tmp_path: Path) -> None:
     students = [tiny_masked(tmp_path / f"s{i}", "bert", layers=1, hidden=16, seed=i) for i in (1, 2)]

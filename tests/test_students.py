@@ -165,7 +165,7 @@ def test_configurations_that_are_none(tmp_path: Path, text: str | None, expected
 def test_either_a_model_or_a_configuration(student_dir: Path, both: bool):
     given = str(student_dir) if both else None
     file = str(student_dir / "config.json") if both else None
-    with pytest.raises(ConfigError, match="either --student or --student-config"):
+    with pytest.raises(ConfigError, match="both --student and" if both else "neither --student nor"):
         load_student(given, config_file=file, vocab_size=400, seed=0)
 
 

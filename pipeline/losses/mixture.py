@@ -244,7 +244,12 @@ def _parse_term(text: str, whole: str) -> Term:
     name = found["name"]
     weight = 1.0 if found["weight"] is None else _parse_number(found["weight"])
     if weight is None or not 0.0 < weight < math.inf:
-        raise ValueError(f"divergence {whole}: weight {found['weight']} of {name}, expected a number above 0")
+        dotted = f"{name}.{found['weight']}"
+        own = name not in DIVERGENCES and all(part.isidentifier() for part in dotted.split("."))
+        raise ValueError(
+            f"divergence {whole}: weight {found['weight']} of {name}, expected a number above 0"
+            + (f"; a function of your own is written {dotted}" if own else "")
+        )
     kind = DIVERGENCES.get(name)
     if kind is None:
         if "." not in name or not all(part.isidentifier() for part in name.split(".")):

@@ -141,7 +141,13 @@ class TrainStudentConfig:
             )
         targets = () if self.lora_targets == "auto" else tuple(t.strip() for t in self.lora_targets.split(","))
         return Lora(
-            rank=self.lora_rank, alpha=alpha, dropout=dropout, targets=targets, dora=self.dora, head=self.lora_head
+            rank=self.lora_rank,
+            alpha=alpha,
+            dropout=dropout,
+            targets=targets,
+            dora=self.dora,
+            head=self.lora_head,
+            merged=self.merge_adapter,
         )
 
 
@@ -169,6 +175,12 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
+    for name in ("learning_rate", "weight_decay", "warmup_steps"):
+        value = values[name]
+        if isinstance(value, (int, float)) and not 0.0 <= value < math.inf:
+            option = "--" + name.removesuffix("_steps").replace("_", "-")
+            given = option if getattr(config, name) is not None else f"{config.training_args}: {name}"
+            raise ConfigError(f"{given} {value}: expected a number, 0 or more. Correct it.")
     try:
         arguments = TrainingArguments(
             **values,

@@ -51,6 +51,7 @@ def check_student(
     revision: str | None = None,
     trust_remote_code: bool = False,
     cross_tokenizer: bool = False,
+    otherwise: str = "Or train across tokenizers: --cross-tokenizer project, or uld.",
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer to save with the student, and warnings.
 
@@ -60,7 +61,8 @@ def check_student(
     Args:
         caches: the one that the student is trained or evaluated on, and others of the same tokens.
         student, config_file: as in `load_student`.
-        cross_tokenizer: the student's tokens are to be its own; rows are cut to its length by who converts them.
+        cross_tokenizer: the student's tokens are to be its own; who converts them divides what is too long for it.
+        otherwise: what else to do about other tokens, in the words of the command.
 
     Raises:
         MismatchError: the student's tokens are not the cache's, with what differs.
@@ -84,9 +86,7 @@ def check_student(
     try:
         warnings = [] if own is None else check_same_tokenizer(teacher, own, vocab_size=vocab_size)
     except cf.MismatchError as error:
-        raise cf.MismatchError(
-            f"{student}: {error} Or train across tokenizers: --cross-tokenizer project, or uld."
-        ) from error
+        raise cf.MismatchError(f"{student}: {error} {otherwise}") from error
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{config_file or student}: predicts {rows:,} tokens, the cache {cache.path} has targets "

@@ -8,16 +8,20 @@ with a class for the rest takes it as it is. With identical tokenizers nothing i
 
 **uld.** At an aligned position sorted probabilities are compared with sorted probabilities, see `pipeline.losses.uld`.
 
-What is lost: the teacher's word at positions that are not aligned (they learn from the label alone: their teacher is
-all residual, whose divergence is 0); entries that the student has no token for; and, where a token is the beginning of
-another one, the difference between "ends here" and "begins so": the student's ` run` is on the way to ` running`, the
-teacher's was not. Sampled entries are left out.
+A document that is longer than the student takes becomes several, each as long as it can be and with the document's
+BOS, if it has one; they end where a token of the teacher's does. The teacher had read all that went before.
+
+What is lost: the first token of such a piece, which nothing predicts; the teacher's word at positions that are not
+aligned (they learn from the label alone: their teacher is all residual, whose divergence is 0); entries that the
+student has no token for; and, where a token is the beginning of another one, the difference between "ends here" and
+"begins so": the student's ` run` is on the way to ` running`, the teacher's was not. Sampled entries are left out.
 
 Runs at some 30,000 tokens/s and core at K = 64; `--num-workers` hides it behind the training.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,11 +34,30 @@ from pipeline.errors import ConfigError
 from pipeline.losses.uld import SortedTargets
 from pipeline.student.checks import load_cache_tokenizer
 from pipeline.student.data import Batch, CacheDataset, collate
+from pipeline.student.pieces import LOST, documents_of
 from pipeline.student.retokenise import Retokeniser, TokenText, same_tokens
 from pipeline.student.suitability import exact_entries, without_exact
 
 METHODS = ("project", "uld")
 PROBED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the student can use of some rows.
+
+    Attributes:
+        teacher_tokens, student_tokens: counted positions of either.
+        aligned: share of the student's that end with one of the teacher's.
+        mass: share of what the teacher's exact entries hold there that the student has tokens for.
+        lost: why -> share of the bytes to be learned that no counted token of the student's says.
+    """
+
+    teacher_tokens: int
+    student_tokens: int
+    aligned: float
+    mass: float
+    lost: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +74,7 @@ class CrossTokenizerDataset(CacheDataset):
     Args:
         teacher, student: tokenizers.
         method: "project" or "uld".
-        max_length: positions that the student takes; longer documents are cut there.
+        max_length: positions that the student takes; longer documents become several.
 
     Raises: ConfigError if a tokenizer does not say what text its tokens are.
     """
@@ -89,25 +112,12 @@ class CrossTokenizerDataset(CacheDataset):
         counted: list[bool] = []
         aligned: list[int] = []
         lengths: list[int] = []
-        ends = np.cumsum(row.segment_lengths)
-        for start, stop in zip(ends - row.segment_lengths, ends, strict=True):
-            document = self.retokeniser.document(row.input_ids[start:stop])
-            tokens = document.tokens[: self.max_length]
-            if not tokens:
-                continue
-            learned = _learned_atoms(document.ends, row.loss_mask[start:stop])
-            here = [
-                b.end > b.start and bool(learned[b.start : b.end].all()) for b in tokens[1:]
-            ] + [False]  # whether the token that follows is to be learned; the last one's is not there  # fmt: skip
-            teachers = np.full(len(document.tokens), -1)
-            for s, t in document.aligned():
-                teachers[s] = start + t
-            teachers = teachers[: len(tokens)]
-            teachers[~np.asarray(here)] = -1
-            ids += [token.id for token in tokens]
-            counted += here
-            aligned += teachers.tolist()
-            lengths.append(len(tokens))
+        for document in documents_of(row, self.retokeniser, self.max_length):
+            for piece in document.pieces:
+                ids += [token.id for token in piece.tokens]
+                counted += piece.counted
+                aligned += piece.teachers.tolist()
+                lengths.append(len(piece.tokens))
         if not ids:  # nothing that the student has tokens for
             ids, counted, aligned, lengths = [0], [False], [-1], [1]
         return ConvertedRow(
@@ -154,26 +164,54 @@ class CrossTokenizerDataset(CacheDataset):
             entropy=entropy,
         )
 
-    def describe(self) -> str:
-        """`coverage` in words."""
-        aligned, mass = self.coverage()
-        return (
-            f"{aligned:.0%} of its positions end with one of the teacher's, and there it has tokens for {mass:.0%} of "
-            "what the teacher's exact entries hold"
-        )
-
-    def coverage(self) -> tuple[float, float]:
-        """Of some rows: the share of counted positions that are aligned, of the exact mass there that has tokens."""
+    @functools.cached_property
+    def coverage(self) -> Coverage:
+        """Of up to 32 rows from all over the cache."""
         rows = np.linspace(0, len(self) - 1, min(PROBED_ROWS, len(self))).round().astype(int)
-        counted = aligned = 0
+        theirs = ours = aligned = total = 0
         before, after = 0.0, 0.0
-        for row in (self[int(i)] for i in rows):
+        lost = dict.fromkeys(LOST, 0)
+        for given in (super(CrossTokenizerDataset, self).__getitem__(int(i)) for i in rows):
+            row = self.convert(given)
             here = row.aligned[row.aligned >= 0]
-            counted += int(row.loss_mask.sum())
+            theirs += int(given.loss_mask.sum())
+            ours += int(row.loss_mask.sum())
             aligned += len(here)
             before += float(-np.expm1(row.teacher.residual_logprob[here].astype(np.float64)).sum())
             after += float(-np.expm1(row.targets.residual_logprob[row.aligned >= 0].astype(np.float64)).sum())
-        return aligned / max(1, counted), after / before if before else 0.0
+            for document in documents_of(given, self.retokeniser, self.max_length):
+                total += int(document.learned.sum())
+                for why, atoms in document.lost(self.retokeniser.teacher.special).items():
+                    lost[why] += atoms
+        return Coverage(
+            teacher_tokens=theirs,
+            student_tokens=ours,
+            aligned=aligned / max(1, ours),
+            mass=after / before if before else 0.0,
+            lost={why: atoms / total for why, atoms in lost.items() if atoms},
+        )
+
+    @property
+    def counted_tokens(self) -> float:
+        """The student's; of a cache of more than 32 rows, by what those have for each of the teacher's."""
+        found = self.coverage
+        return self.cache.num_counted_tokens * found.student_tokens / max(1, found.teacher_tokens)
+
+    def describe(self) -> str:
+        """`coverage` in words."""
+        found = self.coverage
+        some = "some " if len(self) > PROBED_ROWS else ""
+        words = (
+            f"{some}{self.counted_tokens:,.0f} of the student's tokens count ({self.cache.num_counted_tokens:,} of the "
+            f"teacher's); {found.aligned:.0%} of its positions end with one of the teacher's, and there it has tokens "
+            f"for {found.mass:.0%} of what the teacher's exact entries hold"
+        )
+        if found.lost:
+            reasons = ", ".join(f"{share:.1%} {LOST[why]}" for why, share in found.lost.items())
+            words += f"; not learned of the text: {reasons}"
+        if "piece" in found.lost:
+            words += f" (its longest is {self.max_length:,} positions)"
+        return words
 
 
 def check_cross_tokenizer(
@@ -246,13 +284,6 @@ def for_foreign_student(
         return CrossTokenizerDataset(cache, load_cache_tokenizer(cache), tokenizer, method, max_length)
 
     return dataset_of, 1 + max(tokenizer.get_vocab().values())
-
-
-def _learned_atoms(ends: Sequence[int], loss_mask: np.ndarray) -> np.ndarray:
-    """[atoms] whether an atom belongs to a token that the teacher's row has a prediction to learn for."""
-    sizes = np.diff([0, *ends])
-    learned = np.concatenate([[False], loss_mask[:-1]])  # the prediction of token t + 1 is made from t
-    return np.repeat(learned, sizes)
 
 
 def _sorted_batch(rows: Sequence[ConvertedRow], length: int) -> Batch:

@@ -47,6 +47,11 @@ class CacheDataset(Dataset[CacheRow]):
         """Of what the rows are."""
         return self.cache.path
 
+    @property
+    def counted_tokens(self) -> float:
+        """Positions that a loss is computed at."""
+        return self.cache.num_counted_tokens
+
     def __getitem__(self, index: int) -> CacheRow:
         if index < 0:
             index = range(len(self))[index]

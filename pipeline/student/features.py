@@ -79,7 +79,7 @@ class FeatureRecipe:
             )
         weight = 1.0 if weight is None else weight
         spec = replace(spec, layers=spec.of_layers)
-        return cls(loss=loss, weight=weight, layer_map=layer_map or "uniform", spec=spec)  # type: ignore[arg-type]
+        return cls(loss=loss, weight=weight, layer_map="uniform" if layer_map is None else layer_map, spec=spec)  # type: ignore[arg-type]
 
     @property
     def teacher_layers(self) -> list[int]:
@@ -132,7 +132,12 @@ class FeatureRecipe:
                     f"--layer-map {self.layer_map}: found {word.strip()!r}, expected uniform, last, or pairs "
                     "STUDENT:TEACHER as in 3:6,6:12."
                 )
-            pairs.append((int(numbers[0]), int(numbers[1])))
+            pair = int(numbers[0]), int(numbers[1])
+            if pair in pairs:
+                raise ConfigError(
+                    f"--layer-map {self.layer_map}: found {word.strip()} twice, expected each pair once. Leave one out."
+                )
+            pairs.append(pair)
         return tuple(pairs)
 
     def _not_stored(self, layer: int) -> ConfigError:

@@ -139,13 +139,35 @@ def _identity(cache: cf.Cache) -> dict[str, Any]:
     }
 
 
-def begin_output(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> None:
-    """Empties the directory, which `check_output` has allowed, and records everything that will make this student."""
+def begin_output(
+    config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe, adapted: str | None = None
+) -> None:
+    """Empties the directory, which `check_output` has allowed, and records everything that will make this student.
+
+    Args:
+        adapted: `weights_fingerprint` of what adapters are trained to: their checkpoints do not hold it.
+    """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    _write(output, _record(config, mix, budget, recipe))
+    record = _record(config, mix, budget, recipe)
+    _write(output, record if adapted is None else {**record, "adapted_weights": adapted})
+
+
+def check_adapted(config: TrainStudentConfig, adapted: str) -> None:
+    """Raises MismatchError if the run to resume trains adapters to other weights than these; earlier ones do not say.
+
+    Where the student is may have changed: its path is no part of what has to be the same.
+    """
+    file = Path(config.output) / CONFIG_FILE
+    before = json.loads(file.read_text()).get("adapted_weights")
+    if before not in (None, adapted):
+        raise cf.MismatchError(
+            f"--student {config.student}: its weights (fingerprint {adapted[:8]}…) are not those that the adapter in "
+            f"{config.output} was trained to ({before[:8]}…), and its checkpoints hold the adapter alone: resuming "
+            "would put it on another model. Name the same student, or another --output."
+        )
 
 
 def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:

@@ -113,6 +113,11 @@ def check_conditions(
         raise ConfigError(f"--early-stopping-mode {mode}: expected {' or '.join(MODES)}.")
     conditions = parse_conditions(texts)
     if not conditions:
+        if mode != "all":
+            raise ConfigError(
+                f"--early-stopping-mode {mode}: found no --early-stopping, so there are no conditions to speak of. "
+                "Give one, such as default, or leave it out."
+            )
         return []
     if held_out_rows is None:
         raise ConfigError(

@@ -20,7 +20,15 @@ from pipeline.models import load_config, load_model, reason
 from pipeline.objective import Objective, auto_class, objective_of
 from pipeline.student.pruning import Sizes, resized
 
-EITHER = "give either --student or --student-config, not both: one of them says where the student's weights come from."
+
+def check_one_origin(student: str | None, config_file: str | None) -> None:
+    """Raises ConfigError unless exactly one of --student and --student-config is given."""
+    if (student is None) == (config_file is None):
+        found = "neither --student nor" if student is None else "both --student and"
+        raise ConfigError(
+            f"{found} --student-config: expected one of them, which says where the student's weights come from. "
+            + ("Give a model directory as --student." if student is None else "Leave one out.")
+        )
 
 
 def load_student(
@@ -50,8 +58,7 @@ def load_student(
     Raises:
         ConfigError, ModelError: contradictory options; a model that cannot be loaded.
     """
-    if (student is None) == (config_file is None):
-        raise ConfigError(EITHER)
+    check_one_origin(student, config_file)
     if config_file is not None:
         model = _from_config(configuration(config_file, vocab_size), seed, config_file, trust_remote_code=False)
         return model if layers is None else keep_layers(model, layers)

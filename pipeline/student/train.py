@@ -16,6 +16,7 @@ import cache_format as cf
 from pipeline.adapters import attach, merged, require_peft
 from pipeline.errors import ConfigError
 from pipeline.heads import open_head
+from pipeline.models import weights_fingerprint
 from pipeline.objective import objective_for
 from pipeline.student.arguments import TrainStudentConfig, training_arguments
 from pipeline.student.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
@@ -26,11 +27,11 @@ from pipeline.student.data import WINDOW, CacheDataset
 from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import remove_distillation_forward
 from pipeline.student.mixing import MixedDataset, Rows
-from pipeline.student.output import begin_output, check_output, processes_of, record_seen
+from pipeline.student.output import begin_output, check_adapted, check_output, processes_of, record_seen
 from pipeline.student.pruning import calibration_batches, prune
 from pipeline.student.recipe import KlIs, LossRecipe
 from pipeline.student.stopping import Condition, EarlyStopping, check_conditions, stopped_by, too_few_evaluations
-from pipeline.student.students import EITHER, freeze_embeddings, load_student
+from pipeline.student.students import check_one_origin, freeze_embeddings, load_student
 from pipeline.student.suitability import check_resample, exact_entry_warnings, realized_warnings, resample_warnings
 from pipeline.student.trainer import DistillTrainer, held_out_metrics
 
@@ -228,8 +229,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
 
 def check_origin(config: TrainStudentConfig) -> None:
     """Raises ConfigError if the options that say where the student's weights come from contradict one another."""
-    if (config.student is None) == (config.student_config is None):
-        raise ConfigError(EITHER)
+    check_one_origin(config.student, config.student_config)
     if config.student_config is not None and config.student_random:
         raise ConfigError("--student-random: a --student-config has random weights already. Leave it out.")
     if config.student_config is not None and config.sizes:
@@ -292,6 +292,10 @@ def perform(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
+    # Before it is narrowed, which is measured: other devices round in other ways.
+    base = None if config.lora is None else weights_fingerprint(model)
+    if base is not None and run.resume_from is not None:
+        check_adapted(config, base)
     if config.sizes and not config.student_random:
         on_stage("measuring which parts of it to keep")
         model = prune(model.to(arguments.device), config.sizes, calibration_batches(train_dataset))
@@ -321,7 +325,7 @@ def perform(
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget, run.recipe)
+        begin_output(config, mix, budget, run.recipe, base)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
@@ -347,7 +351,8 @@ def perform(
     how_often = "" if passes == 1.0 else f", {passes:.3g} times"
     if len(parts) > 1:
         on_log({"mixture": mix.seen(budget.rows_after(budget.steps))})
-    text = f"{mix.rows:,} rows, {mix.counted_tokens:,.0f} targets{how_often}"
+    counted = sum(each.passes(each.rows) * part.counted_tokens for each, part in zip(mix.portions, parts, strict=True))
+    text = f"{mix.rows:,} rows, {counted:,.0f} targets{how_often}"
     on_stage(f"training {trained / 1e6:.1f}{of} M parameters on {text}")
     try:
         result = trainer.train(resume_from_checkpoint=run.resume_from)

@@ -178,8 +178,7 @@ def _check_writes(config: CacheTeacherConfig) -> None:
         raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
     if config.targets.kind == "hidden":
         raise ConfigError(
-            "--generate: --targets hidden keeps states of texts, not of what is being written. Use --targets "
-            "threshold, or cache the answers as a text afterwards."
+            "--generate: --targets hidden keeps states of texts, not of what is being written. Use --targets threshold."
         )
     if config.hidden is not None:
         raise ConfigError("--generate: states are kept of texts, not of what is being written. Leave --hidden-… out.")
