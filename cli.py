@@ -410,7 +410,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
             summary = cache_teacher(config, on_stage=status.stage, on_progress=show, on_warning=status.warn)
         except KeyboardInterrupt:
             again = "the same command without --overwrite" if config.overwrite else "the same command again"
-            _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
+            kept = f"complete shards are kept in {config.output}, what there is of the next one is not"
+            _stopped(f"{kept}. Run {again} to continue.")
     if repository is not None:
         # Of several processes one pushes; which one ends the cache is not known before.
         if summary.wrote_manifest:
