@@ -36,6 +36,13 @@ err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr
 
 LINE_EVERY_S = 30.0
 
+CREDENTIALS = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (AWS_ENDPOINT_URL for other servers)",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "Log in (hf auth login)",
+}
+"""What to do by the kind of store that refuses."""
+
 
 class _Commands(click.Group):
     """Turns what a user can act on into one line; lists commands in the order of the flow."""
@@ -67,6 +74,10 @@ def _of_rank() -> str:
 def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Free some space and run the same command again."
+    if error.errno == errno.EACCES and "://" in str(error.filename):
+        protocol = str(error.filename).partition("://")[0]
+        credentials = CREDENTIALS.get(protocol, "Set the credentials that this store wants")
+        return f"{credentials}, and check that they allow this."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Change its permissions, or choose another path."
     if error.errno in (errno.EIO, errno.ETIMEDOUT):
@@ -399,7 +410,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
             summary = cache_teacher(config, on_stage=status.stage, on_progress=show, on_warning=status.warn)
         except KeyboardInterrupt:
             again = "the same command without --overwrite" if config.overwrite else "the same command again"
-            _stopped(f"complete shards are kept in {config.output}. Run {again} to continue.")
+            kept = f"complete shards are kept in {config.output}, what there is of the next one is not"
+            _stopped(f"{kept}. Run {again} to continue.")
     if repository is not None:
         # Of several processes one pushes; which one ends the cache is not known before.
         if summary.wrote_manifest:
@@ -753,7 +765,10 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
     help="How many of several conditions must hold.",
 )
 @click.option(
-    "--num-workers", "dataloader_num_workers", type=click.IntRange(0), help="Processes that read the cache. Default: 0."
+    "--num-workers",
+    "dataloader_num_workers",
+    type=click.IntRange(0),
+    help="Processes that read the cache. Default: 0; of a URL 1.",
 )
 @click.option("--training-args", help="JSON file of any transformers.TrainingArguments; flags win over it.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES.")

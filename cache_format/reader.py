@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
@@ -34,6 +35,7 @@ from cache_format.storage import Directory, LocalDirectory, open_directory
 from cache_format.streams import PackedStreams
 from cache_format.types import CacheRow
 
+FETCHES = 8  # of a remote cache at once
 OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
 
 
@@ -141,6 +143,20 @@ class Cache(Sequence[CacheRow]):
         wanted = [range(self.num_rows)[int(index)] for index in indices]
         found = {row: self._row(row) for row in sorted(set(wanted))}
         return [found[row] for row in wanted]
+
+    def fetch(self, rows: Sequence[int]) -> None:
+        """Has the record batches of these rows read and decoded, if the cache is remote; several at once, since most of
+        it is waiting. For what is asked for together, and is at most what `cached_record_batches` keeps.
+
+        Raises: CorruptShardError, as reading them would.
+        """
+        if isinstance(self._directory, LocalDirectory):
+            return
+        places = sorted({self._place(row)[:2] for row in rows})[: self._cached_record_batches]
+        _ = self._lexicon
+        with ThreadPoolExecutor(FETCHES, thread_name_prefix="cache-fetch") as pool:
+            list(pool.map(self._shard, sorted({shard for shard, _ in places})))
+            list(pool.map(lambda place: self._record_batch(*place), places))
 
     def iter_rows(self) -> Iterator[CacheRow]:
         """All rows in order, past the memory of recent batches."""
@@ -270,9 +286,13 @@ class Cache(Sequence[CacheRow]):
                     problem = "cannot be read (no such file), expected by the manifest"
                 raise CorruptShardError(f"{self._directory.path(shard.name)}: {problem}. {repair(shard.name)}")
 
-    def _row(self, row: int) -> CacheRow:
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """Shard, record batch in it, row in that."""
         shard, inside = divmod(row, self.metadata.rows_per_shard)
-        batch, index = divmod(inside, self.metadata.rows_per_record_batch)
+        return shard, *divmod(inside, self.metadata.rows_per_record_batch)
+
+    def _row(self, row: int) -> CacheRow:
+        shard, batch, index = self._place(row)
         return self._record_batch(shard, batch).row(index)
 
     def _open_shard(self, shard: int) -> ShardReader:

@@ -76,6 +76,8 @@ def repeated(operation: Callable[[], T], where: str) -> T:
             return operation()
         except Exception as error:
             if not is_transient(error):
+                if isinstance(error, PermissionError) and "://" in where:
+                    raise PermissionError(errno.EACCES, _line(error), where) from error
                 if isinstance(error, OSError):
                     raise
                 if type(error).__module__.partition(".")[0] not in TRANSPORTS:

@@ -230,7 +230,8 @@ def test_interrupted_capture_is_continued_to_the_same_bytes(
         patch.setattr(capture._Capture, "_report", interrupt)
         result = run(*cache_command(teacher_dir, text_file, parts), status=130)
     assert result.stderr.splitlines()[-1] == (
-        f"Interrupted: complete shards are kept in {parts}. Run the same command again to continue."
+        f"Interrupted: complete shards are kept in {parts}, what there is of the next one is not. Run the same command "
+        "again to continue."
     )
     assert not (parts / "manifest.json").exists()
     kept = shards(parts)

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -19,7 +20,9 @@ import cache_format as cf
 from cache_format.claims import this_process
 from cli import main
 from generating import generate
+from pipeline.student.trainer import DistillTrainer
 from pipeline.teacher.answers import AnswerWriter
+from runs import build_cache, distance, train, weights
 from tiny import completions, write_jsonl
 
 
@@ -156,3 +159,29 @@ def test_answers_go_on_under_another_spelling(
 
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+# -- reading over a network -------------------------------------------------------------------------------------------
+
+
+def test_a_student_of_a_cache_on_a_store_has_a_worker_that_reads_ahead(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Unless the user says otherwise; the weights are those of reading from a disk, one cache or two mixed."""
+    cache, url = build_cache(tmp_path / "cache", teacher_dir, text_file), f"memory://{tmp_path.name}/cache"
+    fsspec.filesystem("memory").put(str(cache), url, recursive=True)
+    workers: list[int] = []
+    loader = DistillTrainer.get_train_dataloader
+
+    def watched(self: DistillTrainer) -> Any:
+        workers.append(self.args.dataloader_num_workers)
+        return loader(self)
+
+    monkeypatch.setattr(DistillTrainer, "get_train_dataloader", watched)
+    options: dict[str, Any] = {"student": student_dir, "max_steps": 4, "per_device_train_batch_size": 4}
+    train(tmp_path / "disk", cache, **options)
+    for number, given in (("url", {}), ("none", {"dataloader_num_workers": 0})):
+        train(tmp_path / number, url, **options, **given)
+        assert distance(weights(tmp_path / "disk"), weights(tmp_path / number)) == 0.0
+    train(tmp_path / "file", url, **options, arguments={"dataloader_num_workers": 0})
+    assert workers == [0, 1, 0, 0]

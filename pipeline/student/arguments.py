@@ -210,6 +210,14 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
     return arguments
 
 
+def read_ahead(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
+    """For a cache that is read over a network: a worker that reads while the model computes, unless the user has said
+    how many. One, since each of several would fetch nearly all of the record batches."""
+    asked = {} if config.training_args is None else read_training_args(config.training_args)
+    if config.dataloader_num_workers is None and "dataloader_num_workers" not in asked:
+        arguments.dataloader_num_workers = 1
+
+
 def read_training_args(file: str) -> dict[str, Any]:
     known = {field.name for field in fields(TrainingArguments)}
     example = 'expected an object of training arguments, such as {"max_grad_norm": 0.5}'

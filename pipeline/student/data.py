@@ -65,6 +65,7 @@ class CacheDataset(Dataset[CacheRow]):
         return row
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
+        self.cache.fetch([index % len(self.cache) for index in indices])
         # In the sampler's order, not sorted: a batch that reaches into the next window must be through with this one
         # before the reader drops its record batches for those of the next.
         return [self[index] for index in indices]

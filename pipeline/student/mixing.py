@@ -57,6 +57,9 @@ class MixedDataset(Dataset[CacheRow]):
         return part[kind * len(part) + row - self._starts[number]]
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
+        rows = [index % len(self) for index in indices]
+        for part, start in zip(self.parts, self._starts, strict=False):
+            part.cache.fetch([row - start for row in rows if start <= row < start + len(part)])
         return [self[index] for index in indices]  # in the sampler's order, as in CacheDataset
 
     def part_of(self, index: int) -> int:

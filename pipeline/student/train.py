@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.heads import open_head
 from pipeline.models import weights_fingerprint
 from pipeline.objective import objective_for
-from pipeline.student.arguments import TrainStudentConfig, training_arguments
+from pipeline.student.arguments import TrainStudentConfig, read_ahead, training_arguments
 from pipeline.student.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
 from pipeline.student.caches import Mix, open_mix, recipe_for
 from pipeline.student.checks import check_isolation, check_same_teacher_tokens, check_student, longest_row
@@ -94,6 +94,8 @@ def train_student(
     run = check_run(config)
     for warning in run.warnings:
         on_warning(warning)
+    if any("://" in cache.path for cache in run.mix.caches):
+        read_ahead(config, run.arguments)
     return perform(run, on_stage=on_stage, on_step=on_step, on_log=on_log)
 
 

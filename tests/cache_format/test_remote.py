@@ -86,6 +86,25 @@ def test_missing_credentials_are_not_waited_for():
     assert operation.calls == 1
 
 
+@pytest.mark.parametrize("name", ["NoCredentialsError", "PermissionError"])
+def test_missing_credentials_say_what_to_set(name: str, fickle: Any):
+    from botocore.exceptions import NoCredentialsError
+    from click.testing import CliRunner
+
+    from cli import main
+
+    def refused(call: Any) -> None:
+        raise NoCredentialsError if name == "NoCredentialsError" else PermissionError("Forbidden")
+
+    directory, fs = fickle
+    fs.plan["cat_file"] = [refused]
+    url = f"s3://bucket/{directory.root.strip('/')}"
+    result = CliRunner().invoke(main, ["verify", url])
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Error: {url}/manifest.json: {name}")
+    assert "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in line and "permissions" not in line
+
+
 # -- over a network ---------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +391,37 @@ def test_a_part_spoilt_on_its_way_is_read_again_and_one_spoilt_at_rest_is_not_be
     fs.plan["cat_file"] = [flipped] * 3
     with pytest.raises(cf.CorruptShardError, match="record batch 1: checksum"):
         cache[2]
+
+
+# -- several parts at once --------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_together_is_fetched_together(fickle: Any):
+    """Each part once, several waits at a time; an error is that of reading it, where it is used."""
+    directory, fs = fickle
+    metadata = sample_metadata(40, rows_per_shard=20, rows_per_record_batch=2)
+    with cf.CacheWriter(directory.url, metadata) as writer:
+        writer.write([sample_row(row) for row in range(40)])
+    cache = cf.open_cache(directory.url, cached_record_batches=12)
+    waiting, most = [0], [0]
+
+    def slow(call: Any) -> Any:
+        waiting[0] += 1
+        most[0] = max(most[0], waiting[0])
+        time.sleep(0.02)
+        waiting[0] -= 1
+        return call()
+
+    rows = [0, 1, 4, 8, 13, 21, 22, 38, 39]
+    fs.plan["cat_file"] = [slow] * 100
+    cache.fetch(rows)
+    assert most[0] > 2
+    assert 100 - len(fs.plan["cat_file"]) == 2 * 3 + 7  # sidecar, header, footer of two shards, seven record batches
+    assert [row.row for row in cache.rows(rows)] == rows and len(fs.plan["cat_file"]) == 100 - 13
+    fs.plan["cat_file"] = [lambda call: call()[:-1] + b"?"] * 3
+    with pytest.raises(cf.CorruptShardError, match="record batch 5: checksum"):
+        cache.fetch([10])
+    assert cache[10].row == 10
 
 
 # -- a local copy of what was read ------------------------------------------------------------------------------------
