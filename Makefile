@@ -81,9 +81,9 @@ bench-quality: $(STAMP)  ## what students learn from each kind of targets: a nig
 	$(PY) -m pip install --quiet matplotlib==3.11.2
 	$(PY) -m benchmarks.quality
 
-fuzz: $(STAMP)   ## an hour of looking for bytes that reading a cache does not survive
+fuzz: $(STAMP)   ## half an hour on two cores of looking for bytes that reading a cache does not survive
 	$(PY) -m pip install --quiet atheris==3.0.0
-	$(PY) -m benchmarks.fuzz --seconds 360 --count 12000 --results benchmarks/results
+	$(PY) -m benchmarks.fuzz --seconds 360 --count 12000 --jobs 2 --results benchmarks/results
 
 clean:           ## remove everything that the targets above have made
 	rm -rf .venv .venv-lowest build dist *.egg-info demo-output benchmarks/work \

@@ -25,6 +25,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -387,20 +388,23 @@ def values(path: Path) -> list[Any]:
 @click.option("--seconds", default=60, show_default=True, help="Of each target.")
 @click.option("--count", default=12_000, show_default=True, help="Bits to flip.")
 @click.option("--seed", default=1, show_default=True)
+@click.option("--jobs", default=1, show_default=True, help="Targets at a time, each in a process of its own.")
 @click.option("--keep", is_flag=True, help="Then renew the inputs that the test suite replays.")
 @click.option("--results", type=click.Path(path_type=Path), help="Where to record; else only printed.")
-def main(targets: tuple[str, ...], seconds: int, count: int, seed: int, keep: bool, results: Path | None) -> None:
+def main(
+    targets: tuple[str, ...], seconds: int, count: int, seed: int, jobs: int, keep: bool, results: Path | None
+) -> None:
     """Look for bytes that a cache must not contain and that are not refused."""
     found: list[dict[str, Any]] = []
-    flipped: Counter[str] = Counter()
-    for target in targets or (*TARGETS, "flips"):
-        if target == "flips":
-            flipped = flips(count, seed)
-            continue
-        found.append(run_target(target, seconds, seed))
-        click.echo(json.dumps(found[-1]), err=True)
-        if keep:
-            click.echo(f"{target}: {keep_seeds(target)} inputs for the test suite", err=True)
+    named = targets or (*TARGETS, "flips")
+    with ThreadPoolExecutor(jobs) as pool:
+        for outcome in pool.map(lambda name: run_target(name, seconds, seed), [n for n in named if n != "flips"]):
+            click.echo(json.dumps(outcome), err=True)
+            found.append(outcome)
+            if keep:
+                name = outcome["target"]
+                click.echo(f"{name}: {keep_seeds(name)} inputs for the test suite", err=True)
+    flipped = flips(count, seed) if "flips" in named else Counter[str]()
     from benchmarks import measure
 
     result = summary(found, flipped, seed)
