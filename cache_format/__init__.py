@@ -20,7 +20,7 @@ from cache_format.codebook import (
     sqrt_probability_codebook,
 )
 from cache_format.convert import Conversion, convert_cache
-from cache_format.differences import but_for_names, differences, listed
+from cache_format.differences import FINGERPRINTS, but_for_names, differences, listed
 from cache_format.errors import (
     CacheError,
     ClaimLostError,
@@ -60,6 +60,7 @@ __all__ = [
     "ANSWERS",
     "CODEBOOK_COLUMNS",
     "EXACT_LEVELS",
+    "FINGERPRINTS",
     "FORMAT_VERSION",
     "HEAD",
     "IGNORE_INDEX",

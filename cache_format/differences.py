@@ -18,12 +18,14 @@ ROUNDING = {
     "capture.tensor_parallel": "sums split over devices round differently",
 }
 # Where something was found -> what it is: equal, the first is a spelling, as machines with different mounts have them.
+FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")  # of a teacher
+OF_TEACHER, OF_TEXT = tuple(f"teacher.{name}" for name in FINGERPRINTS), ("corpus.token_stream_sha256",)
 NAMES = {
-    "teacher.name": "teacher.weights_fingerprint",
-    "teacher.revision": "teacher.weights_fingerprint",
-    "corpus.source": "corpus.token_stream_sha256",
-    "corpus.files": "corpus.token_stream_sha256",
-    "prompts.source": "prompts.files",  # with their checksums, or sizes and times
+    "teacher.name": OF_TEACHER,
+    "teacher.revision": OF_TEACHER,
+    "corpus.source": OF_TEXT,
+    "corpus.files": OF_TEXT,
+    "prompts.source": ("prompts.files",),  # with their checksums, or sizes and times
 }
 LIBRARIES = "another version may round or compress differently"
 
@@ -60,11 +62,19 @@ def but_for_names(found: Iterable[Difference], recorded: Mapping[str, Any]) -> l
     found = list(found)
     others = {difference.key for difference in found}
 
-    def is_a_name(difference: Difference) -> bool:
-        group, _, fact = NAMES.get(difference.key, "").partition(".")
-        return bool(fact and (recorded.get(group) or {}).get(fact)) and f"{group}.{fact}" not in others
+    def is_recorded(fact: str) -> bool:
+        group, _, name = fact.partition(".")
+        return bool((recorded.get(group) or {}).get(name))
 
-    return [difference for difference in found if not is_a_name(difference)]
+    def is_a_name(difference: Difference) -> bool:
+        facts = NAMES.get(difference.key, ())
+        return bool(facts) and all(is_recorded(fact) and fact not in others for fact in facts)
+
+    def is_new(difference: Difference) -> bool:
+        """A fingerprint that was not recorded yet when the cache was begun."""
+        return difference.key in OF_TEACHER and difference.recorded is None
+
+    return [difference for difference in found if not is_a_name(difference) and not is_new(difference)]
 
 
 def listed(found: Iterable[Difference]) -> str:

@@ -135,7 +135,13 @@ GENERATION = {
     "answers_file?": FILE,
 }
 METADATA = {
-    "teacher": {"name": TEXT, "revision?": TEXT, "dtype?": TEXT, "weights_fingerprint?": TEXT},
+    "teacher": {
+        "name": TEXT,
+        "revision?": TEXT,
+        "dtype?": TEXT,
+        "weights_fingerprint?": TEXT,
+        "config_fingerprint?": TEXT,
+    },
     "tokenizer": object_of(DIGEST),
     "vocab_size": whole(2, MOST_VOCABULARY),
     "alignment": one_of("next", "same"),

@@ -52,7 +52,7 @@ def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
 class CacheMetadata:
     """The descriptive part of the manifest. Mappings may hold more keys than those named here."""
 
-    teacher: Mapping[str, Any]  # name, revision, dtype, weights_fingerprint
+    teacher: Mapping[str, Any]  # name, revision, dtype, weights_fingerprint, config_fingerprint
     tokenizer: Mapping[str, str]  # fingerprint: component -> sha256 in hex
     vocab_size: int  # real vocabulary, padded rows of the embedding cut off
     alignment: Alignment

@@ -6,6 +6,7 @@ Remote code stays off unless asked for. A GGUF file is dequantised by transforme
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import weakref
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.placement import begin_tensor_parallel, check_split, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
+UNSAID = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a configuration, by its fingerprint
 
 # What transformers raises for files that are missing, damaged or of another kind.
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
@@ -179,6 +181,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name}: not one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def teacher_fingerprints(model: PreTrainedModel) -> dict[str, str]:
+    """What tells one teacher from another wherever it lies: `weights_fingerprint` and `config_fingerprint`."""
+    return {"weights_fingerprint": weights_fingerprint(model), "config_fingerprint": config_fingerprint(model)}
+
+
+def config_fingerprint(model: PreTrainedModel) -> str:
+    """sha256 of what a configuration says other than its kind's defaults: the same weights with another rope or window
+    are another teacher. Not of where it was found, nor of what saved it, in what dtype."""
+    text = json.dumps(_said(model.config.to_diff_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _said(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {k: _said(v) for k, v in config.items() if not k.startswith("_") and k not in UNSAID}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

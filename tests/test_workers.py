@@ -121,6 +121,13 @@ def test_other_weights_or_tokens_are_refused_by_whatever_name(
         line = run(*capture("weights", "other.txt", name), status=1).stderr.splitlines()[-1]
         assert "corpus.token_stream_sha256 recorded" in line and "corpus.source recorded" in line
         assert ("--overwrite" in line) == (name == "whole")
+    shutil.copytree("weights", "longer")  # the same weights, that read positions in another way
+    config = json.loads(Path("longer/config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    Path("longer/config.json").write_text(json.dumps(config))
+    for name in before:
+        line = run(*capture("longer", "text.txt", name), status=1).stderr.splitlines()[-1]
+        assert "teacher.config_fingerprint recorded" in line and "teacher.name recorded" in line
     shutil.rmtree("weights")
     shutil.copytree(padded_teacher_dir, "weights")  # under the name of the first
     for name in before:

@@ -31,7 +31,7 @@ from torch import Tensor
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import Head
-from pipeline.models import load_tokenizer, weights_fingerprint
+from pipeline.models import load_tokenizer, teacher_fingerprints
 from pipeline.objective import ALIGNMENT
 from pipeline.padding import model_inputs
 from pipeline.teacher import hidden as hidden_states
@@ -161,7 +161,7 @@ def cache_metadata(
             "revision": config.revision or getattr(head.model.config, "_commit_hash", None),
             "architecture": type(head.model).__name__,
             "dtype": str(head.weight.dtype).removeprefix("torch."),
-            "weights_fingerprint": weights_fingerprint(head.model),
+            **teacher_fingerprints(head.model),
         },
         tokenizer=fingerprint,
         vocab_size=head.vocab_size,

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import Head
-from pipeline.models import load_config, load_tokenizer, weights_fingerprint
+from pipeline.models import load_config, load_tokenizer, teacher_fingerprints
 from pipeline.objective import Objective, objective_of
 from pipeline.teacher.answer_store import AnswerStore, store_location
 from pipeline.teacher.answering import Answering, GenerationProgress, Selection
@@ -220,7 +220,7 @@ def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settin
     """Raises: CacheError if a finished cache is of another teacher or other prompts."""
     recorded = manifest.metadata.to_json()
     of_prompts = {name: settings["prompts"][name] for name in ("source", "files")}
-    of_teacher = {name: settings["teacher"][name] for name in ("dtype", "weights_fingerprint")}
+    of_teacher = {name: settings["teacher"][name] for name in ("dtype", *cf.FINGERPRINTS)}
     given = {"teacher": of_teacher, "tokenizer": settings["tokenizer"], "prompts": of_prompts}
     was = {
         "teacher": {name: recorded["teacher"].get(name) for name in of_teacher},
@@ -249,7 +249,7 @@ def _settings(
         "teacher": {
             "architecture": type(head.model).__name__,
             "dtype": str(head.weight.dtype).removeprefix("torch."),
-            "weights_fingerprint": weights_fingerprint(head.model),
+            **teacher_fingerprints(head.model),
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": head.vocab_size,
