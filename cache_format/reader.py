@@ -265,11 +265,10 @@ class Cache(Sequence[CacheRow]):
         sizes = self._directory.sizes("shards")
         for shard in self.manifest.shards:
             if (found := sizes.get(shard.name.rpartition("/")[2])) != shard.bytes:
-                there = "no such file" if found is None else f"found {found} bytes"
-                raise CorruptShardError(
-                    f"{self._directory.path(shard.name)}: {there}, expected {shard.bytes}: the file was cut short, "
-                    f"replaced or lost. {repair(shard.name)}"
-                )
+                problem = f"found {found} bytes, expected {shard.bytes}: the file was cut short or replaced"
+                if found is None:
+                    problem = "cannot be read (no such file), expected by the manifest"
+                raise CorruptShardError(f"{self._directory.path(shard.name)}: {problem}. {repair(shard.name)}")
 
     def _row(self, row: int) -> CacheRow:
         shard, inside = divmod(row, self.metadata.rows_per_shard)

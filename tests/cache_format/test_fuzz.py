@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import cache_format as cf
 from benchmarks import fuzz
 
 
@@ -19,11 +20,23 @@ def test_kept_inputs_are_rows_or_an_error(target: str, tmp_path: Path):
     assert not all(accepted)
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing():
+def test_a_flipped_bit_is_found_in_the_file_that_it_is_in():
     outcomes = fuzz.flips(201, seed=7)
     assert sum(outcomes.values()) == 201
-    for outcome in outcomes:
-        assert outcome.endswith(": found, with the file's name") or outcome == "README.md: without effect on any value"
+    expected = {"manifest.json", fuzz.SHARD, fuzz.SIDECAR, fuzz.LEXICON, cf.HEAD}
+    assert {outcome.partition(": ")[0] for outcome in outcomes} >= expected
+    assert [outcome for outcome in outcomes if not outcome.endswith(f": {fuzz.FOUND}")] == []
+
+
+def test_another_file_than_the_damaged_one_does_not_count(tmp_path: Path):
+    """A shard and its sidecar differ in the ending of their names only, and advice names the shard."""
+    for name, data in fuzz.sound_cache("columns").items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    expected = fuzz.values(tmp_path)
+    (tmp_path / fuzz.SIDECAR).write_bytes((tmp_path / fuzz.SIDECAR).read_bytes() + b" ")
+    assert fuzz._outcome(tmp_path, fuzz.SIDECAR, expected) == fuzz.FOUND
+    assert fuzz._outcome(tmp_path, fuzz.SHARD, expected).startswith("found, WITHOUT ITS NAME")
 
 
 def test_the_search_would_see_a_silent_change(monkeypatch: pytest.MonkeyPatch):

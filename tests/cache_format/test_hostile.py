@@ -389,7 +389,7 @@ def test_lying_sample_counts(original_with_samples, tmp_path, name):
         (10**30, "targets.samples is 1000000"),
         ("three", "targets.samples is 'three', expected"),
         ([3], "targets.samples is [3], expected"),
-        (float("nan"), "targets.samples is nan, expected"),
+        (float("nan"), "NaN is not JSON"),
         (2.0, "targets.samples is 2.0, expected"),
         (True, "targets.samples is True, expected"),
     ],

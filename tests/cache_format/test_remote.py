@@ -6,6 +6,8 @@ import errno
 import os
 import pickle
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from cache_format.read_cache import ReadCache
 from cache_format.remote import RemoteDirectory, is_transient, repeated
 from cache_format.storage import open_directory, write_bytes
 from cache_samples import SHARD, contents, sample_metadata, sample_row, several_samples, write_sample
-from faults import Outcome, downloaded, one_round
+from faults import Outcome, downloaded, faults_of, one_round
 
 FILES = {"tokenizer.json": b"{}"}
 
@@ -135,6 +137,60 @@ def test_nothing_is_lost_to_faults(server: Any, tmp_path: Path):
     assert outcome.lost == []
     assert outcome.rows_read == 28 and sum(outcome.requests.values()) > 100
     assert len(outcome.injected) >= 5, outcome.injected
+
+
+WRITER = """
+import sys, time
+sys.path[:0] = [{root!r}, {here!r}]
+import cache_format as cf
+from cache_format import remote
+from cache_samples import sample_metadata, sample_row, several_samples
+
+remote.FIRST_WAIT_S, remote.LONGEST_WAIT_S = 0.001, 0.01
+url, index = sys.argv[1], int(sys.argv[2])
+metadata = sample_metadata(26, **several_samples(1))
+share = cf.Share(index=index, count=2)
+with cf.SharedCacheWriter(url, metadata, share=share, tokenizer_files={files!r}) as writer:
+    while (shard := writer.begin_shard()) is not None:
+        print(shard, flush=True)
+        for row in metadata.shard_rows(shard):
+            writer.write([sample_row(row)])
+            time.sleep({pause})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.2])  # in the middle of a shard, and of its upload
+def test_of_two_writers_one_is_killed_and_the_store_holds_what_a_disk_holds(server: Any, tmp_path: Path, delay: float):
+    """With one request in seven spoilt; of the one that is killed a claim is left, and perhaps half a shard."""
+    here = Path(__file__).resolve().parent
+    code = WRITER.format(root=str(here.parents[1]), here=str(here), files=FILES, pause=0.02)
+    url = server.url(f"killed-{delay}")
+    server.spoil(faults_of(0.15))
+
+    def start(index: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, url, str(index)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    victim = start(1)
+    assert victim.stdout is not None
+    assert [int(victim.stdout.readline()) for _ in range(2)] == [1, 3]
+    survivor = start(0)  # when the other has something to lose
+    time.sleep(delay)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    assert open_directory(url).names("claims") != []
+    done, problem = survivor.communicate(timeout=100)
+    assert survivor.returncode == 0, problem
+    assert {int(shard) for shard in done.split()} >= {0, 2, 4, 6}
+    assert sum(server.counts()["injected"].values()) >= 10
+    server.spoil({})
+    metadata = sample_metadata(26, **several_samples(1))
+    with cf.CacheWriter(tmp_path / "cache", metadata, tokenizer_files=FILES) as writer:
+        writer.write([sample_row(row) for row in range(26)])
+    assert downloaded(url) == contents(tmp_path / "cache")
+    assert open_directory(url).names("claims") == []
 
 
 @pytest.mark.slow
