@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader
 
 import cache_format as cf
 from pipeline.heads import evaluating, open_head
-from pipeline.losses import HeadOutput
+from pipeline.losses import IGNORE_INDEX, HeadOutput
 from pipeline.models import load_model, resolve_device
 from pipeline.objective import objective_for
 from pipeline.student.checks import check_isolation, check_student, longest_row
@@ -58,6 +58,7 @@ class Evaluation:
     agreement: float
     tokens: int
     kl_is: KlIs  # of the divergence of the whole distributions
+    compared: float | None = None  # across tokenizers: share of them that have a teacher; KL and agreement: 0 elsewhere
 
     @classmethod
     def from_sums(cls, kl: float, ce: float, agreement: float, count: float, kl_is: KlIs) -> Evaluation:
@@ -116,15 +117,20 @@ def evaluate(
     on_stage(f"evaluating on {rows:,} rows")
     loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)
 
+    compared = 0
+
     def batches() -> Iterable[Batch]:
+        nonlocal compared
         for i, batch in enumerate(loader):
+            compared += int(((batch["labels"] != IGNORE_INDEX) & (batch["target_exact_counts"] > 0)).sum())
             yield {name: tensor.to(model.device) for name, tensor in batch.items()}
             on_progress(min(rows, (i + 1) * config.batch_size), rows)
 
     recipe = LossRecipe.for_cache(cache, kd_weight=1.0, tail=tail, exact_alone=config.cross_tokenizer)
     with evaluating(model):
         _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, recipe), batches())
-    return Evaluation.from_sums(kl, ce, agreement, count, recipe.kl_is)
+    found = Evaluation.from_sums(kl, ce, agreement, count, recipe.kl_is)
+    return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
 
 
 @torch.no_grad()

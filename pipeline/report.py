@@ -232,22 +232,30 @@ LOWER_BOUND = "a lower bound, with all tokens that are not in the cache as one"
 
 
 def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """Students side by side: KL, CE, perplexity, agreement."""
+    """Students side by side: KL, CE, perplexity, agreement.
+
+    Across tokenizers how many positions were compared takes the place of the perplexity, which is of other tokens each.
+    """
+    crossed = any(values.get("compared") is not None for values in evaluations.values())
     table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("student", overflow="fold", min_width=16)  # the one that gives way in a narrow terminal
-    for name in ("KL to teacher", "CE (nats)", "perplexity", "agreement", "tokens"):
+    for name in ("KL to teacher", "CE (nats)", "compared" if crossed else "perplexity", "agreement", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for student, values in evaluations.items():
         table.add_row(
             student,
             f"{values['kl']:.4f}",
             f"{values['ce']:.4f}",
-            f"{values['perplexity']:,.2f}",
+            f"{values['compared']:.1%}" if crossed else f"{values['perplexity']:,.2f}",
             f"{values['agreement']:.1%}",
-            f"{int(values['tokens']):,}",
+            f"{values['tokens']:,}",
         )
-    notes = [Text(f"KL: {LOWER_BOUND}")] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
-    return Group(titled(title, table), *notes)
+    notes = [f"KL: {LOWER_BOUND}"] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
+    if crossed:
+        notes.append(
+            "KL and agreement are 0 where there is no teacher. Only students of one tokenizer compare."
+        )
+    return Group(titled(title, table), *map(Text, notes))
 
 
 def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:

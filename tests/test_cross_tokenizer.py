@@ -71,6 +71,9 @@ def test_training_with_identical_tokenizers_is_plain_training_bit_by_bit(folder:
     assert distance(weights(folder / "plain"), weights(folder / "crossed")) == 0.0
     assert plain.eval == crossed.eval
     assert any("--cross-tokenizer is not needed" in warning for warning in seen)
+    config = EvaluateConfig(cache=str(folder / "chats"), student=str(folder / "plain"), device="cpu")
+    crossed, same = evaluate(replace(config, cross_tokenizer=True)), evaluate(config)
+    assert crossed == replace(same, compared=1.0) and same.compared is None
 
 
 def reference(folder: Path, cache: str) -> list[dict[str, Any]]:
@@ -143,6 +146,8 @@ def test_projected_loss_is_that_of_dense_arithmetic(folder: Path, teacher_dir: P
         EvaluateConfig(cache=str(cache), student=str(folder / "student"), device="cpu", cross_tokenizer=True)
     )
     assert result.tokens == len(kl)
+    with_entries = sum(any(i is not None for i, _ in each["entries"] or ()) for each in reference(folder, cache.name))
+    assert result.compared == pytest.approx(with_entries / len(kl), abs=1e-12) and result.compared < 0.8
     assert result.kl == pytest.approx(np.mean(kl), rel=1e-4)
     assert result.ce == pytest.approx(np.mean(ce), rel=1e-5)
 

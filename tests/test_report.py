@@ -207,6 +207,16 @@ def test_students_side_by_side():
         assert words in text
 
 
+def test_students_of_several_tokenizers_are_not_passed_off_as_comparable():
+    values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234, "compared": 0.694}
+    text = shown(evaluation_view("Held out", {"students/one": values, "students/two": {**values, "compared": 1.0}}))
+    for words in ("compared", "69.4%", "100.0%", "Only students of one tokenizer compare"):
+        assert words in " ".join(text.split())
+    assert "perplexity" not in text
+    plain = shown(evaluation_view("Held out", {"one": {**values, "compared": None}}))
+    assert "compared" not in plain and "7.39" in plain
+
+
 def test_curves_mark_what_was_saved_and_where_it_stopped():
     curve = [{"step": 10 * i, "kl": 1 / i, "ce": 4.0 - 0.01 * i} for i in range(1, 101)]
     curve[56]["kl"] = float("nan")
