@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import TailPolicy
 from pipeline.report import describe_targets
 from pipeline.student.checks import load_cache_tokenizer
-from pipeline.student.features import FeatureRecipe
+from pipeline.student.features import FeatureRecipe, states_everywhere
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.suitability import default_tail, exact_entries
 from pipeline.tokenizers import check_same_tokenizer
@@ -249,6 +249,7 @@ def _facts(cache: cf.Cache, tail: TailPolicy, features: FeatureRecipe | None) ->
             "hidden width": None if spec is None else spec.width,
             "hidden dtype": None if spec is None else spec.dtype,
             "hidden every": None if spec is None else spec.every,
+            "hidden positions": "all" if states_everywhere(cache) else "counted",
         }
     return facts
 

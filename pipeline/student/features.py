@@ -6,6 +6,11 @@
 `--hidden-every` of the cache, so that the sum is what it would be with states at every position. Where the widths
 differ, P_s is a matrix that is learned with the student; where they are the same there is none.
 
+Positions are the counted ones. Those of a cache that was made with --all-positions are all of them, prompts and what a
+masked model sees too, and N has another factor: the share of the cache's positions that count. The sum divided by the
+counted positions of a step is then, on average, the mean over all. (Not by the number of positions of the step itself:
+one factor for every position keeps the loss one sum, whose scale micro-batches, processes and rows share.)
+
 The projections are a submodule of the student while it is trained: whatever wraps the student (DDP, autocast) wraps
 them, and its optimizer steps them. In no state dict of the student do they appear: a checkpoint is a plain transformers
 directory, with `projections.safetensors` in it to be resumed from, and so is the trained student.
@@ -48,6 +53,7 @@ class FeatureRecipe:
     weight: float
     layer_map: str
     spec: cf.HiddenSpec
+    everywhere: bool = False  # at all positions, not the counted ones
 
     def __post_init__(self) -> None:
         if self.loss not in FEATURE_LOSSES:
@@ -79,7 +85,17 @@ class FeatureRecipe:
             )
         weight = 1.0 if weight is None else weight
         spec = replace(spec, layers=spec.of_layers)
-        return cls(loss=loss, weight=weight, layer_map="uniform" if layer_map is None else layer_map, spec=spec)  # type: ignore[arg-type]
+        return cls(
+            loss=loss,  # type: ignore[arg-type]
+            weight=weight,
+            layer_map="uniform" if layer_map is None else layer_map,
+            spec=spec,
+            everywhere=states_everywhere(cache),
+        )
+
+    def share(self, counted: float, tokens: float) -> float:
+        """The factor of a position, for so many counted ones among so many."""
+        return counted / tokens if self.everywhere and tokens else 1.0
 
     @property
     def teacher_layers(self) -> list[int]:
@@ -91,7 +107,7 @@ class FeatureRecipe:
     def serves(self, cache: cf.Cache) -> bool:
         """Whether another cache has the same states, so that a student can be measured on it."""
         other, ours = cache.metadata.hidden, self.spec
-        if other is None or not set(ours.layers) <= set(other.layers):
+        if other is None or not set(ours.layers) <= set(other.layers) or states_everywhere(cache) != self.everywhere:
             return False
         return (other.teacher_layers, other.width, other.every) == (ours.teacher_layers, ours.width, ours.every)
 
@@ -148,12 +164,19 @@ class FeatureRecipe:
         )
 
 
+def states_everywhere(cache: cf.Cache) -> bool:
+    """Whether it was made with --all-positions."""
+    return cache.metadata.targets.get("positions") == "all"
+
+
 class Features(nn.Module):
     """The loss, and the projections that are learned with it.
 
     Args:
         widths: D_s, D_t.
         every: N, of the cache that is trained on.
+        everywhere: at all positions that have states, not only at those that count.
+        shares: a further factor of the sums in training, in evaluation: `FeatureRecipe.share`.
         seed: of the projections' first values.
     """
 
@@ -165,10 +188,13 @@ class Features(nn.Module):
         widths: tuple[int, int],
         *,
         every: int = 1,
+        everywhere: bool = False,
+        shares: tuple[float, float] = (1.0, 1.0),
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.loss, self.weight, self.pairs, self.every = loss, weight, pairs, every
+        self.everywhere, self.shares = everywhere, shares
         self.maps = nn.ParameterDict()
         if widths[0] != widths[1]:
             generator = torch.Generator().manual_seed(seed)
@@ -177,11 +203,12 @@ class Features(nn.Module):
                 self.maps[_name(pair)] = nn.Parameter(start)
 
     @classmethod
-    def of(cls, recipe: FeatureRecipe, head: Head, seed: int) -> Features:
+    def of(cls, recipe: FeatureRecipe, head: Head, seed: int, shares: tuple[float, float] = (1.0, 1.0)) -> Features:
         """For the student of `head`. Raises: ConfigError, ModelError if it has not the layers or does not give them."""
         last, width = head.layers()
         widths = width, recipe.spec.width
-        return cls(recipe.loss, recipe.weight, recipe.pairs(last), widths, every=recipe.spec.every, seed=seed)
+        factors = {"every": recipe.spec.every, "everywhere": recipe.everywhere, "shares": shares}
+        return cls(recipe.loss, recipe.weight, recipe.pairs(last), widths, seed=seed, **factors)
 
     @property
     def student_layers(self) -> list[int]:
@@ -192,7 +219,8 @@ class Features(nn.Module):
         return all(f"hidden_{teacher}" in batch for _, teacher in self.pairs)
 
     def forward(self, states: dict[int, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """[B] sums over the counted positions of each row that have states.
+        """[B] sums over the counted positions of each row that have states; with `everywhere` over all that have, of
+        rows with something that counts: the others only fill up a batch.
 
         Args:
             states: layer -> [B, T, D_s] of the student.
@@ -200,7 +228,10 @@ class Features(nn.Module):
         """
         labels = batch["labels"]
         index = batch["hidden_index"]
-        counts = labels.flatten()[index] != IGNORE_INDEX
+        counts = labels != IGNORE_INDEX
+        if self.everywhere:
+            counts = counts.any(dim=1, keepdim=True).expand_as(counts)
+        counts = counts.flatten()[index]
         index = index[counts]
         total = None
         with torch.autocast(labels.device.type, enabled=False):
@@ -219,7 +250,7 @@ class Features(nn.Module):
         assert total is not None
         rows = torch.zeros(len(labels), dtype=total.dtype, device=total.device)
         rows = rows.index_add(0, index // labels.shape[1], total)
-        return rows * (self.every / len(self.pairs))
+        return rows * (self.every * self.shares[0 if self.training else 1] / len(self.pairs))
 
     def attach(self, model: PreTrainedModel) -> None:
         """Makes the projections part of `model` for training: `detach` undoes it."""

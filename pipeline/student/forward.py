@@ -26,7 +26,7 @@ class FeatureOutput(NamedTuple):
     """`HeadOutput` of a student that is trained on features besides.
 
     loss: with γ·features in it, times `scale`.
-    features: the sum that γ weights, of the counted positions.
+    features: the sum that γ weights, see `pipeline.student.features`.
     """
 
     loss: Tensor

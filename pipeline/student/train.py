@@ -311,7 +311,12 @@ def perform(
     parameters = sum(p.numel() for p in model.parameters())
     features, projections = None, 0
     if run.of_features is not None:
-        features = Features.of(run.of_features, head, arguments.seed)
+        on = held_out or mix.first
+        shares = (
+            run.of_features.share(mix.counted_tokens, mix.tokens),
+            run.of_features.share(on.num_counted_tokens, on.num_tokens),
+        )
+        features = Features.of(run.of_features, head, arguments.seed, shares)
         projections = sum(p.numel() for p in features.parameters())
         if arguments.fsdp and len(features.maps):
             raise ConfigError(
