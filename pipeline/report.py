@@ -250,11 +250,10 @@ def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) ->
             f"{values['agreement']:.1%}",
             f"{values['tokens']:,}",
         )
-    notes = [Text(f"KL: {LOWER_BOUND}")] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
+    notes = [f"KL: {LOWER_BOUND}"] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
     if crossed:
-        of = "KL and agreement are 0 where there is no teacher to compare with. Only students of one tokenizer compare."
-        notes.append(Text(of, style="dim"))
-    return Group(titled(title, table), *notes)
+        notes.append("KL and agreement are 0 where there is no teacher. Only students of one tokenizer compare.")
+    return Group(titled(title, table), *map(Text, notes))
 
 
 def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:

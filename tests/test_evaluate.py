@@ -93,12 +93,12 @@ def test_padding_of_the_embedding_is_no_candidate(folder: Path, tmp_path: Path, 
 
 
 def test_nothing_counted_is_not_a_number():
-    nothing = Evaluation.from_sums(0.0, 0.0, 0.0, 0.0)
+    nothing = Evaluation.from_sums(0.0, 0.0, 0.0, 0.0, "full")
     assert nothing.tokens == 0 and np.isnan([nothing.kl, nothing.ce, nothing.perplexity, nothing.agreement]).all()
 
 
 def test_hopeless_student_has_a_finite_perplexity():
-    assert np.isfinite(Evaluation.from_sums(1.0, 1e6, 0.0, 1.0).perplexity)
+    assert np.isfinite(Evaluation.from_sums(1.0, 1e6, 0.0, 1.0, "full").perplexity)
 
 
 def test_a_remote_cache_is_read_once_over_the_network(folder: Path, student_dir: Path, tmp_path: Path, monkeypatch):
