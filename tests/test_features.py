@@ -11,18 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import open_head
 from pipeline.losses.features import FEATURE_LOSSES, feature_losses
-from pipeline.student.arguments import TrainStudentConfig
-from pipeline.student.data import CacheDataset, collate, uncounted
+from pipeline.student.data import CacheDataset, collate
 from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import distillation_output, install_distillation_forward
 from pipeline.student.recipe import LossRecipe
-from pipeline.student.train import train_student
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
@@ -250,98 +248,6 @@ def test_the_loss_is_the_sum_of_its_parts_and_its_gradient_theirs(caches: Path, 
         assert difference < 1e-6 * gradient.abs().max(), (name, difference, gradient.abs().max())
 
 
-@pytest.fixture(scope="module")
-def wide(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of the teacher's width."""
-    return tiny_llama(tmp_path_factory.mktemp("wide") / "student", tokenizer, layers=1, hidden=32, seed=4)
-
-
-@pytest.fixture(scope="module")
-def everywhere(teacher_dir: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """all: chats of which only answers count, with states at all positions; counted: the same without the others."""
-    folder = tmp_path_factory.mktemp("everywhere")
-    for name in ("all", "counted"):
-        text = DataConfig(data=str(chat_file), window_length=96)
-        given = {"data": text, "hidden": HiddenRule(layers="1,2"), "all_positions": name == "all", "device": "cpu"}
-        cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), output=str(folder / name), **given))
-    return folder
-
-
-def test_states_at_all_positions_are_used_at_all_of_them(everywhere: Path, wide: Path, tmp_path: Path) -> None:
-    """On a whole cache F is the mean over all positions, of the model's own states in fp64, document by document."""
-    options = {"hidden_loss": "mse", "layer_map": "last", "max_steps": 2, "eval_steps": 2}
-    found = {}
-    for name in ("all", "counted"):
-        cache = str(everywhere / name)
-        found[name] = train(tmp_path / name, Path(cache), student=wide, eval_cache=cache, **options).eval["features"]
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64).eval()
-        losses = []
-        for row in cf.open_cache(cache).iter_rows():
-            ends = np.cumsum(row.segment_lengths)
-            with torch.no_grad():
-                ids = [torch.from_numpy(part.astype(np.int64))[None] for part in np.split(row.input_ids, ends[:-1])]
-                mine = torch.cat([model.model(input_ids=each, use_cache=False)[0][0] for each in ids]).numpy()
-            assert row.hidden.mask.all() == (name == "all") and row.hidden.mask.sum() > row.loss_mask.sum() * 0.99
-            losses += ((mine[row.hidden.mask] - row.hidden.values(2)) ** 2).mean(axis=1).tolist()
-        assert found[name] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert distance(weights(tmp_path / "all"), weights(tmp_path / "counted")) > 1e-5
-
-
-def test_a_masked_student_that_is_its_teacher_has_no_loss_at_any_position(masked_dir: Path, tmp_path: Path) -> None:
-    """Padded rows; the teacher's states are also of the tokens that it saw."""
-    text = DataConfig(data=str(masked_dir / "text.txt"), window_length=32, sample_by="line")
-    given = {"data": text, "hidden": HiddenRule(layers="1,2"), "all_positions": True, "device": "cpu"}
-    teacher = masked_dir / "bert"
-    cache_teacher(CacheTeacherConfig(teacher=str(teacher), output=str(tmp_path / "cache"), **given))
-    cache = cf.open_cache(tmp_path / "cache")
-    head = open_head(AutoModelForMaskedLM.from_pretrained(teacher, dtype=torch.float32).eval(), 400, masked=True)
-    asked = FeatureRecipe.for_cache(cache, loss="normalized-mse", weight=1.0, layer_map="1:1,2:2")
-    features = Features.of(asked, head, 0)
-    rows = sorted((cache[i] for i in range(6)), key=lambda row: len(row.input_ids))
-    assert len(rows[0].input_ids) < len(rows[-1].input_ids)
-    with torch.no_grad():
-        batch = collate(rows)
-        assert len(batch["hidden_index"]) == sum(len(row.input_ids) for row in rows) > 3 * (batch["labels"] > 0).sum()
-        assert distillation_output(head, batch, LossRecipe(), features=features).features < 1e-4
-        batch["hidden_2"] = batch["hidden_2"].roll(1, 0)
-        assert distillation_output(head, batch, LossRecipe(), features=features).features > 10
-
-
-def test_a_step_at_all_positions_is_the_same_in_several_batches(
-    everywhere: Path, student_dir: Path, tmp_path: Path
-) -> None:
-    one = run(tmp_path / "one", everywhere, student_dir, per_device_train_batch_size=8)
-    four = run(tmp_path / "four", everywhere, student_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert distance(everything(one), everything(four)) < 2e-6
-    logged = [[entry["features"] for entry in log_history(each) if "features" in entry] for each in (one, four)]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and logged[0]
-
-
-def test_rows_that_fill_up_a_batch_have_no_states_to_be_drawn_to(everywhere: Path) -> None:
-    dataset = CacheDataset(cf.open_cache(everywhere / "all"))
-    batch = dataset.collate([dataset[0], dataset[len(dataset) + 1]])  # the second is row 1 as a filler
-    features = Features("mse", 1.0, ((1, 2),), (32, 32), everywhere=True, shares=(0.25, 0.5))
-    states = {1: torch.randn(*batch["labels"].shape, 32)}
-    found = features(states, batch)
-    assert found[0] > 0 and found[1] == 0 and (features(states, uncounted(batch)) == 0).all()
-    assert features.eval()(states, batch)[0] == pytest.approx(2 * found[0].item(), rel=1e-6)
-
-
-def test_caches_with_states_at_other_positions_do_not_go_together(
-    everywhere: Path, student_dir: Path, tmp_path: Path
-) -> None:
-    both = (str(everywhere / "all"), str(everywhere / "counted"))
-    with pytest.raises(cf.CacheError, match="hidden positions all against counted"):
-        config = TrainStudentConfig(
-            cache=both, student=str(student_dir), output=str(tmp_path / "s"), hidden_loss="mse", device="cpu"
-        )
-        train_student(config)
-    warned: list[str] = []
-    options = {"hidden_loss": "mse", "max_steps": 1, "eval_cache": both[1], "on_warning": warned.append}
-    assert "features" not in train(tmp_path / "s", everywhere / "all", student=student_dir, **options).eval
-    assert any("has not the hidden states" in each for each in warned)
-
-
 def run(output: Path, caches: Path, student: Path, **options: Any) -> Path:
     """Eight rows an optimizer step by plain SGD, whose steps show the scale of a gradient."""
     given = {
@@ -414,9 +320,10 @@ def test_the_best_checkpoint_is_saved_with_its_own_projections(caches: Path, stu
     assert distance(everything(output), everything(best)) == 0.0 < distance(everything(output), everything(last))
 
 
-def test_a_student_of_the_teachers_width_needs_no_projections(caches: Path, wide: Path, tmp_path: Path) -> None:
+def test_a_student_of_the_teachers_width_needs_no_projections(caches: Path, tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_llama(tmp_path / "wide", tokenizer, layers=1, hidden=32, seed=4)
     options = {"eval_cache": str(caches / "all"), "eval_steps": 10, "max_steps": 20, "layer_map": "last"}
-    train(tmp_path / "student", caches / "all", student=wide, hidden_loss="cosine", learning_rate=1e-2, **options)
+    train(tmp_path / "student", caches / "all", student=student, hidden_loss="cosine", learning_rate=1e-2, **options)
     assert not (tmp_path / "student/projections.safetensors").exists()
     held_out = [entry["eval_features"] for entry in log_history(tmp_path / "student") if "eval_features" in entry]
     assert held_out[1] < held_out[0]
