@@ -22,10 +22,12 @@ from rich.console import Console
 import cache_format as cf
 from benchmarks import fuzz
 from cache_format.convert import Conversion, convert_cache
-from pipeline.report import cache_stats, inspect_row, inspect_view, stats_view
+from pipeline.report import inspect_row, inspect_view
+from pipeline.stats import cache_stats, stats_view
 from pipeline.student.arguments import TrainStudentConfig
 from pipeline.student.data import CacheDataset
-from pipeline.student.recipe import LossRecipe, realized_warnings
+from pipeline.student.recipe import LossRecipe
+from pipeline.student.suitability import realized_warnings
 from pipeline.student.train import check_run
 from runs import build_cache
 

@@ -248,7 +248,10 @@ class _Sample:
         bytes_per_token, total, writing = {}, {}, {}
         full = self.written if rule.kind == "hidden" else None
         per_row = stored_positions(self.config, corpus) / len(corpus)
-        spec = states_spec(self.config.hidden, self.head, full)
+        hidden = self.config.hidden
+        if full is None and hidden is not None and hidden.layers is None:
+            hidden = None  # it says of what dtype hidden targets are, which these are not
+        spec = states_spec(hidden, self.head, full)
         per_shard = grouping(self.config, spec, per_row)["rows_per_shard"]
         for encoding in ENCODINGS if full is None else ENCODINGS[:1]:
             began = time.perf_counter()

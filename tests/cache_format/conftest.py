@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cache_format import verify
+from cache_format import remote, verify
 
 
 @pytest.fixture(autouse=True, scope="module")  # before the caches that modules share
@@ -14,3 +14,10 @@ def numbers_need_not_be_plausible() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "find_implausible", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two attempts to reach a store."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.01)
