@@ -35,6 +35,7 @@ from pipeline.student.data import WINDOW, CacheDataset, LocalShuffle, collate
 VOCAB, TOKENS, BATCH_ROWS = 32_768, 1024, 8
 ROWS_PER_RECORD_BATCH, ROWS_PER_SHARD = 32, 256
 SIZES = (10**5, 10**6, 10**7, 10**8)
+SHARD_BYTES = 4_000_000
 SHARDS = (10, 100, 1000, 10_000)
 WORKERS = (0, 1, 2)
 READ_TOKENS = 4_000_000  # of each cache, at most
@@ -163,12 +164,12 @@ def _distinct(ids: np.ndarray) -> np.ndarray:
 
 
 def forge_manifest(path: Path, shards: int) -> None:
-    """Of a cache that is not there: opening reads nothing else."""
-    path.mkdir()
+    """Of a cache whose shards are holes of the right size: opening looks at no more of them, listing at their sizes."""
+    (path / "shards").mkdir(parents=True)
     infos = [
         ShardInfo(
             name=f"shards/shard-{i:05}.arrow",
-            bytes=4_000_000,
+            bytes=SHARD_BYTES,
             rows=ROWS_PER_SHARD,
             tokens=ROWS_PER_SHARD * TOKENS,
             counted_tokens=ROWS_PER_SHARD * TOKENS,
@@ -177,6 +178,9 @@ def forge_manifest(path: Path, shards: int) -> None:
         )
         for i in range(shards)
     ]
+    for info in infos:
+        with open(path / info.name, "wb") as file:
+            file.truncate(info.bytes)
     (path / "manifest.json").write_bytes(manifest_bytes(_metadata(shards * ROWS_PER_SHARD), {}, infos))
 
 
