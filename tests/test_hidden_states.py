@@ -156,8 +156,8 @@ def test_the_size_is_said_before_anything_is_computed(teacher_dir: Path, text_fi
     assert f"{positions:,} positions × 2 layers × 32 × float16 = {expected / 1e6:,.1f} MB" in stages[-1]
     states = sum(cache.column_bytes()[f"hidden_{layer}"] for layer in (1, 2))
     assert 0.5 * expected < states < 1.2 * expected
-    with_states = plan_cache(config).chosen.bytes["columns"]
-    without = plan_cache(replace(config, hidden=None)).chosen.bytes["columns"]
+    with_states = plan_cache(config, sample_rows=32).chosen.bytes["columns"]
+    without = plan_cache(replace(config, hidden=None), sample_rows=32).chosen.bytes["columns"]
     assert with_states - without == pytest.approx(expected, rel=0.02)
 
 
