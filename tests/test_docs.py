@@ -81,9 +81,9 @@ INDEPENDENT = sections(RECIPES)  # each with a cache of its own, and seconds of 
 
 
 def page_runs() -> list[object]:
-    """The first page that people read, and in `make test-slow` all others."""
+    """In `make test-slow`; the README is run by test_readme.py."""
     pages = [page for page in [*PAGES, *INDEPENDENT] if commands(page) and page != RECIPES]
-    return [pytest.param(page, marks=() if page == "docs/choosing.md" else pytest.mark.slow) for page in pages]
+    return [pytest.param(page, marks=pytest.mark.slow) for page in pages]
 
 
 @pytest.mark.parametrize("page", page_runs())

@@ -101,6 +101,7 @@ def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teac
         assert 0 < run["gradients"][point]["loss"]["angle"] < 180
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_interrupted_ones_are(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ):

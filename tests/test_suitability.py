@@ -185,6 +185,7 @@ def test_several_students_are_told_each(folder: Path, student_dir: Path, tmp_pat
 # ---- what is recorded
 
 
+@pytest.mark.slow
 def test_what_was_left_open_is_recorded_and_a_resumed_run_is_held_to_it(
     folder: Path, student_dir: Path, tmp_path: Path
 ) -> None:

@@ -296,7 +296,9 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("workers", [(0, 0, 0, 0), (2, 0, 1, 2)])  # that read the cache, each time
+@pytest.mark.parametrize(
+    "workers", [(0, 0, 0, 0), pytest.param((2, 0, 1, 2), marks=pytest.mark.slow)]
+)  # that read the cache, each time
 def test_stopped_and_resumed_equals_uninterrupted_exactly(
     tmp_path: Path, cache: Path, held_out: Path, gpt2_config: Path, workers: tuple[int, ...]
 ):

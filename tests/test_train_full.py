@@ -202,6 +202,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder: Path, studen
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
 
 
+@pytest.mark.slow
 def test_several_students_share_one_head(
     folder: Path, student_dir: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def test_the_union_trains_on_every_row_once_in_an_epoch(
         assert abs(batch.count(paths[0]) - 8 * sizes[0] / sum(sizes)) < 1
 
 
+@pytest.mark.slow
 def test_several_students_from_one_mixture(
     folder: Path, tmp_path: Path, student_dir: Path, tokenizer: PreTrainedTokenizerFast
 ):

@@ -396,6 +396,7 @@ def test_a_sampled_cache_estimates_the_full_divergence(folder: Path, student_dir
     assert abs(found - full) < allowed < (full - truncated) / 2
 
 
+@pytest.mark.slow
 def test_two_epochs_on_two_samples_from_end_to_end(
     tmp_path: Path, folder: Path, teacher_dir: Path, student_dir: Path, chat_file: Path
 ):

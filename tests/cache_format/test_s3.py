@@ -164,6 +164,7 @@ def test_what_somebody_else_has_just_created_is_found(server: Any):
     assert directory.read_bytes("file") == b"data"
 
 
+@pytest.mark.slow
 def test_reading_survives_a_fork(server: Any):
     written(server.url("fork"))
     cache = cf.open_cache(server.url("fork"))
