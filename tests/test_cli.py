@@ -198,7 +198,10 @@ def test_a_long_path_with_brackets_is_printed_as_it_is(folder: Path, tmp_path: P
 
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+SIGNALS = pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
+)
 
 
 def shards(cache: Path) -> dict[str, bytes]:
