@@ -10,6 +10,7 @@ import atexit
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from cache_format import CacheRow
+
+
+@pytest.fixture(autouse=True)
+def _handler_of_the_test_runner() -> Iterator[None]:
+    """Commands that run in this process put their own in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)

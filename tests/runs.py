@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache_format as cf
+from cli import main
 from dense import dense_kl
 from pipeline.student.train import TrainStudentConfig, TrainSummary, train_student
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
@@ -33,6 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Plain SGD without clipping: a step is proportional to the gradient. Adam divides a wrong scale of the loss out again.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+
+def command(*words: object, status: int = 0) -> Result:
+    """`distill` with these words, in this process."""
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == status, (result.output, result.exc_info)
+    return result
 
 
 def on_two_processes(folder: Path, *words: str) -> None:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -22,15 +21,9 @@ from click.testing import CliRunner, Result
 import cache_format as cf
 from cli import main
 from runs import build_cache, distance, train, weights
+from runs import command as run
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _handler_of_the_test_runner() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +32,6 @@ def folder(teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path_facto
     build_cache(folder / "cache", teacher_dir, text_file)
     train(folder / "trained", folder / "cache", student=student_dir, max_steps=3, learning_rate=1e-2)
     return folder
-
-
-def run(*words: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == status, (result.output, result.exc_info)
-    return result
 
 
 # -- help -------------------------------------------------------------------------------------------------------------

@@ -6,29 +6,16 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 import cache_format as cf
 from cli import main
+from runs import command as run
 from runs import distance, weights
-
-
-@pytest.fixture(autouse=True)
-def _handler_of_the_test_runner() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def run(*words: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == status, (result.output, result.exc_info)
-    return result
 
 
 def capture(output: Path, teacher: Path, text: Path, *more: object) -> dict[str, Any]:

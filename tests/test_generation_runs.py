@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from cache_format import unfinished
-from cli import main
 from generating import K, answers_of, generate, token_ids, write_predicates
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher import answer_store, answering, generation
@@ -24,6 +22,7 @@ from pipeline.teacher.answer_store import AnswerStore
 from pipeline.teacher.answers import AnswerWriter
 from pipeline.teacher.rules import TargetRule
 from runs import build_cache
+from runs import command as run
 from tiny import completions, write_jsonl
 
 ANSWERS = {"answers_per_prompt": 3, "max_new_tokens": 8, "batch_size": 4, "temperature": 1.3}
@@ -309,12 +308,6 @@ def test_a_predicate_that_cannot_be_used_is_refused_before_anything_is_loaded(
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-def run(*words: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == status, (result.output, result.exc_info)
-    return result
 
 
 def test_the_command_says_how_many_answers_were_kept(

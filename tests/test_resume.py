@@ -18,16 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 import cache_format as cf
-from cli import main
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture, grouping
 from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.workers import WorkerConfig, this_worker
+from runs import command as run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,12 +70,6 @@ def whole(request, teacher_dir: Path, text_file: Path, tmp_path_factory) -> tupl
     path = tmp_path_factory.mktemp("whole") / "cache"
     cache_teacher(settings(teacher_dir, text_file, path, encoding=request.param))
     return request.param, contents(path)
-
-
-def run(*words: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == status, (result.output, result.exc_info)
-    return result
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------

@@ -5,38 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-from click.testing import CliRunner, Result
 
 import cache_format as cf
 from cache_format.claims import this_process
-from cli import main
 from generating import generate
 from pipeline.student.trainer import DistillTrainer
 from pipeline.teacher.answers import AnswerWriter
 from runs import build_cache, distance, train, weights
+from runs import command as run
 from tiny import completions, write_jsonl
-
-
-@pytest.fixture(autouse=True)
-def _handler_of_the_test_runner() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def run(*words: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == status, (result.output, result.exc_info)
-    return result
 
 
 def contents(path: Path) -> dict[str, bytes]:
