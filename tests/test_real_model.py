@@ -93,7 +93,7 @@ def test_cached_targets_equal_the_teachers_log_softmax(
 def test_shuffled_batches_carry_their_own_targets_and_cost_what_the_codebook_costs(
     teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The teacher as its own student: quantisation costs .0012 nats (docs/measurements.md), a wrong pairing whole ones."""
+    """The teacher as its own student: quantisation costs .0012 nats of KL, a wrong pairing whole ones."""
     data = DataConfig(data=str(texts["prose"]), window_length=WINDOW, sample_by="paragraph", max_documents=40)
     cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), device="cpu"))
     cache = cf.open_cache(tmp_path / "cache")
