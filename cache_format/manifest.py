@@ -228,7 +228,7 @@ class Manifest:
 
 
 def answers_file(metadata: CacheMetadata) -> FileInfo | None:
-    """What is recorded of answers.jsonl, if there is one. Raises: ValueError, KeyError, FormatError."""
+    """What is recorded of answers.jsonl, if there is one. Raises: KeyError."""
     recorded = recorded_answers(metadata)
     return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
 
