@@ -222,9 +222,7 @@ class Manifest:
                 lexicon = FileInfo(**_known(FileInfo, raw["lexicon"]))
             return cls(metadata, shards, tokenizer_files, raw, lexicon, answers_file(metadata))
 
-        _check_version(data, where)
-        _check_self(data, where)
-        return _parse(data, build, where, FormatError)
+        return _manifest(data, build, where)
 
 
 def answers_file(metadata: CacheMetadata) -> FileInfo | None:
@@ -262,22 +260,25 @@ def manifest_bytes(
 
 def partial_contents(data: bytes, where: str) -> dict[str, Any]:
     """What a `manifest.partial.json` records, to be compared with what is given on resuming."""
-    _check_version(data, where)
-    _check_self(data, where)
 
     def build(raw: dict[str, Any]) -> dict[str, Any]:
         _tokenizer_files(raw)
         CacheMetadata.from_json(raw)  # raises what is wrong with it
         return {key: value for key, value in raw.items() if key != SELF_CHECKSUM}
 
-    return _parse(data, build, where, FormatError)
+    return _manifest(data, build, where)
 
 
 def metadata_of(data: bytes, where: str) -> CacheMetadata:
     """What either manifest says of the cache as a whole. Raises: FormatError."""
+    return _manifest(data, CacheMetadata.from_json, where)
+
+
+def _manifest(data: bytes, build: Callable[[dict[str, Any]], T], where: str) -> T:
+    """Of either manifest, its version and its own checksum looked at first."""
     _check_version(data, where)
     _check_self(data, where)
-    return _parse(data, CacheMetadata.from_json, where, FormatError)
+    return _parse(data, build, where, FormatError)
 
 
 def json_text(data: Mapping[str, Any]) -> str:
