@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_model, save_model
 
 from benchmarks.measure import machine
@@ -187,7 +188,7 @@ def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Ru
     gradients = {}
     if arm.epochs == 1:
         gradients["start"] = _gradients(prepared, arm, student_head(prepared, seed))
-    head = student_head(prepared, seed)
+    head = nudged(student_head(prepared, seed), arm.nudge)
     curve, steps, train_seconds = _train(prepared, arm, seed, head, learning_rate)
     held_out = evaluate(head, prepared.teacher, prepared.held_out)
     model_file = prepared.directory / "models" / f"{FULL.name}-seed{seed}.safetensors"
@@ -240,12 +241,22 @@ def run_file(directory: Path, arm: Arm, seed: int) -> Path:
 def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
     parts = {name: getattr(arm.rule, name) for name in RULE_PARTS} if arm.rule else {}
     rule = {name: value for name, value in parts.items() if value is not None} or None
-    return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample])
+    nudge = [arm.nudge] if arm.nudge else []
+    return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample, *nudge])
 
 
 def student_head(prepared: Prepared, seed: int) -> Head:
     vocab_size = prepared.teacher.vocab_size
     return open_head(new_model(prepared.track.student, vocab_size, prepared.track.window, seed), vocab_size)
+
+
+@torch.no_grad()
+def nudged(head: Head, share: float) -> Head:
+    """The same, each weight changed by up to this share of itself."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in head.model.parameters():
+        weight.mul_(1 + share * (2 * torch.rand(weight.shape, generator=generator) - 1))
+    return head
 
 
 def objective_of(prepared: Prepared, arm: Arm) -> Objective:

@@ -28,6 +28,7 @@ class Arm:
     tail: TailPolicy | None = None
     epochs: int = 1  # of more than one: over so many times fewer rows, so that all arms see equally many tokens
     resample: bool = False  # an epoch uses one of the cache's samples alone, the next one each time
+    nudge: float = 0.0  # relative change of the first weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,8 @@ def threshold(denominator: int) -> Arm:
 
 
 LABELS, FULL = arm("labels", source="labels"), arm("full", source="full")
+# What two runs differ by that differ in nothing but rounding: the least that a difference between arms can mean.
+FULL_AGAIN = arm("full, nudged", source="full", nudge=1e-6)
 
 
 def several_epochs(epochs: int, denominator: int) -> list[Arm]:
@@ -166,6 +169,7 @@ TRACK_2 = replace(
     arms=(
         FULL,
         LABELS,
+        FULL_AGAIN,
         *top_k(16, "renormalise", "bucket", "label"),
         *top_k(50, "renormalise", "bucket"),
         *top_k(64, "renormalise", "bucket"),
