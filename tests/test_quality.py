@@ -64,11 +64,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
 def test_every_run_leaves_a_file_and_the_report_says_how_many_there_are(finished: Path):
     names = {file.name for file in (finished / "quick/track2/runs").iterdir()}
     assert {"full-seed0.json", "labels-seed0.json", "bucket-top-16-seed0.json"} < names
-    assert "threshold-1-8-x4-resample-seed0.json" in names and len(names) == 9
+    assert "threshold-1-8-x4-resample-seed0.json" in names and len(names) == 10
     data = json.loads((finished / "results/quality.json").read_text())
-    assert data["summary"]["track2_runs"] == data["summary"]["track2_runs_wanted"] == len(data["runs"]) == 9
+    assert data["summary"]["track2_runs"] == data["summary"]["track2_runs_wanted"] == len(data["runs"]) == 10
     text = (finished / "results/quality.md").read_text()
-    assert "| threshold 1/8 |" in text and "track2 runs 9 of 9" in text
+    assert "| threshold 1/8 |" in text and "track2 runs 10 of 10" in text
+
+
+def test_the_control_arm_is_the_full_one_but_for_rounding(finished: Path):
+    full, nudged = (
+        json.loads((finished / f"quick/track2/runs/{name}-seed0.json").read_text())["held_out"]["in-domain"]["kl"]
+        for name in ("full", "full-nudged")
+    )
+    assert full != nudged == pytest.approx(full, rel=1e-4)
 
 
 def test_arms_of_several_epochs_have_whole_record_batches_of_the_first_rows(finished: Path):
@@ -85,7 +93,7 @@ def test_arms_of_several_epochs_have_whole_record_batches_of_the_first_rows(fini
 def test_the_report_shows_the_runs_that_are_there_when_others_are_missing(finished: Path, texts: Path):
     benchmark(finished, texts, "--track", "2", "--seeds", "3", "--report-only", "--results", str(finished / "partial"))
     data = json.loads((finished / "partial/quality.json").read_text())
-    assert data["summary"]["track2_runs"] == 9
+    assert data["summary"]["track2_runs"] == 10
     assert data["summary"]["track2_runs_wanted"] == 3 * len(TRACK_2.arms)
 
 
