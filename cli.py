@@ -313,16 +313,15 @@ WORKER_OPTIONS = options(
 @click.option(
     "--targets",
     "kind",
-    default="top-k",
-    show_default=True,
-    type=click.Choice(["top-k", "top-p", "threshold", "random", "hidden"]),
+    type=click.Choice(["threshold", "top-k", "top-p", "random", "hidden"]),
     help="What is kept of each distribution. threshold: exact head, sampled tail, unbiased. hidden: the state that the "
-    "vocabulary head makes all of it from.",
+    "vocabulary head makes all of it from. Default: the kind that --tail-threshold, --top-k, --top-p or --draws "
+    "belongs to, if one is given; else threshold.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(0),
-    help="Most likely tokens, exact. Default: 64; of threshold 1, besides those above τ.",
+    help="So many of the most likely tokens, exact. Default of top-k: 64; of threshold: 1, besides those above τ.",
 )
 @click.option("--top-p", type=float, help="Mass of the exact entries of top-p. Default: 0.95.")
 @click.option("--max-entries", type=int, help="At most so many for top-p. Default: 128.")

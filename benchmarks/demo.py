@@ -28,7 +28,7 @@ TRAIN_SEED, HELD_OUT_SEED = 1, 2
 STUDENT_LAYERS = 6
 SUFFIX = " Give the result as your final answer"
 
-CACHE = ["--seq-len", "512", "--top-k", "64"]
+CACHE = ["--seq-len", "512"]
 TRAIN = ["--batch-size", "2", "--epochs", "1", "--learning-rate", "1e-3", "--eval-steps", "20", "--logging-steps", "5"]
 
 

@@ -95,7 +95,7 @@ def test_both_stages_and_the_evaluation(tmp_path: Path, teacher_dir: Path, stude
     assert "reading and tokenising the text …" in result.stderr.splitlines()
     data = json.loads(run(*stage_one, "--output", cache, "--overwrite", "--json").stdout)
     opened = cf.open_cache(cache)
-    assert opened.metadata.targets["k"] == 64  # made again
+    assert opened.metadata.targets["kind"] == "threshold"  # made again
     assert data["rows"] == len(opened) and data["counted_tokens"] == opened.num_counted_tokens
 
     stage_two = ["train-student", "--cache", cache, "--eval-cache", cache, "--output", student, "--device", "cpu"]

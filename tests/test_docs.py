@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pages import ROOT, commands, linked_files, play, sections, text
+from pipeline.teacher.rules import TargetRule
 from runs import build_cache
 from tiny import conversations, english, tiny_llama, tiny_tokenizer, write_jsonl
 from tiny_masked import tiny_masked
@@ -28,10 +29,11 @@ def models_and_texts(root: Path) -> None:
 
 
 def causal_models(root: Path) -> None:
-    """And the caches of both."""
+    """And the caches of both; of one a list of likely tokens too."""
     models_and_texts(root)
     for name in ("chats", "heldout"):
-        build_cache(root / "caches" / name, root / "models/teacher", root / f"data/{name}.jsonl")
+        build_cache(root / "caches" / name, root / "models/teacher", root / f"data/{name}.jsonl", targets=TargetRule())
+    build_cache(root / "caches/lists", root / "models/teacher", root / "data/chats.jsonl")
 
 
 def masked_models(root: Path) -> None:
@@ -57,7 +59,7 @@ def everything(root: Path) -> None:
     models_and_texts(root)
     masked_models(root)
     write_questions(root)
-    build_cache(root / "caches/heldout", root / "models/teacher", root / "data/heldout.jsonl")
+    build_cache(root / "caches/heldout", root / "models/teacher", root / "data/heldout.jsonl", targets=TargetRule())
     (root / "data/config.json").write_bytes((root / "models/student/config.json").read_bytes())
     (root / "data/wsd.json").write_text(json.dumps({"lr_scheduler_kwargs": {"num_decay_steps": 1}}))
 

@@ -83,7 +83,7 @@ def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: 
     assert [rule["chosen"] for rule in rules] == [True] + [False] * (len(rules) - 1)
     assert names[0] == "threshold, τ = 0.02, K = 1" and len(set(names)) == len(names)
     default = planned["rules"][0]
-    assert default["chosen"] and default["targets"]["kind"] == "top-k"
+    assert default["chosen"] and default["targets"]["kind"] == "threshold"
 
 
 @pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.slow), 8])
@@ -132,7 +132,7 @@ def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):
     for rule in found["rules"]:
         assert rule["seconds"] == pytest.approx(found["tokens"] / rule["tokens_per_s"])
     table = run("plan", *words, "--output", tmp_path / "c", "--rows", 4, "--cost-per-hour", 36).stdout
-    assert "per million tokens, at 36 an hour" in table and "▶ top-k 64" in table
+    assert "per million tokens, at 36 an hour" in table and "▶ threshold 0.05" in table
     assert max(map(len, table.splitlines())) <= 80 and "…" not in table
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.teacher.philox import uniforms
-from pipeline.teacher.rules import TARGET_KINDS, TargetRule
+from pipeline.teacher.rules import TARGET_KINDS, TargetKind, TargetRule
 from pipeline.teacher.targets import ChunkTargets, sparse_targets
 from sampled import BELOW_ONE, entries, numbers, random, rule_name, sparse, teacher, threshold
 
@@ -367,7 +367,6 @@ def test_top_p_keeps_the_fewest_entries_that_reach_the_mass() -> None:
 
 
 def test_each_kind_has_its_parts_and_their_defaults() -> None:
-    assert TargetRule() == TargetRule(kind="top-k", top_k=64)
     expected = {
         "top-k": {"k": 64, "max_entries": 64},
         "top-p": {"top_p": 0.95, "max_entries": 128},
@@ -392,6 +391,21 @@ def test_each_kind_has_its_parts_and_their_defaults() -> None:
         "max_entries": 5 + 3 * 4,  # at most ⌈1/τ⌉ = 4 points a sample
     }
     assert random(50, samples=3).most_entries == 150
+
+
+@pytest.mark.parametrize(
+    "parts, kind",
+    [
+        ({}, "threshold"),
+        ({"samples": 3, "seed": 1}, "threshold"),
+        ({"top_k": 16}, "top-k"),
+        ({"top_k": 16, "tail_threshold": 0.1}, "threshold"),
+        ({"top_p": 0.9, "max_entries": 10}, "top-p"),
+        ({"draws": 13, "seed": 2}, "random"),
+    ],
+)
+def test_the_kind_is_that_of_the_parts_that_are_given(parts: dict[str, Any], kind: TargetKind) -> None:
+    assert TargetRule(**parts) == TargetRule(kind=kind, **parts)
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,26 @@ PARTS: dict[TargetKind, dict[str, float]] = {
     "random": {"draws": 50, "samples": 1, "seed": 0},
     "hidden": {},
 }
+# A part that names its kind, if no kind is given. The first one counts: `top_k` is the exact head of threshold as well.
+IMPLIED: dict[str, TargetKind] = {
+    "tail_threshold": "threshold",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "draws": "random",
+}
+DEFAULT_KIND: TargetKind = "threshold"
 FLAGS = {name: "--" + name.replace("_", "-") for parts in PARTS.values() for name in parts}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRule:
-    """Which entries a position gets. None: the default of its kind; what another kind has must be None."""
+    """Which entries a position gets. Parts that are None get the default of the kind; it may have no others.
 
-    kind: TargetKind = "top-k"
+    Without a kind it is the one that a part implies, in the order of `IMPLIED`, and threshold if there is none:
+    `TargetRule(top_k=64)` keeps the 64 most likely tokens and nothing else.
+    """
+
+    kind: TargetKind | None = None  # never None afterwards
     top_k: int | None = None  # exact entries, whatever their probability
     top_p: float | None = None  # probability mass of the exact entries
     max_entries: int | None = None  # at most so many for top_p
@@ -58,6 +70,9 @@ class TargetRule:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for a part that the kind does not have, or a value outside its range."""
+        if self.kind is None:
+            implied = (kind for part, kind in IMPLIED.items() if getattr(self, part) is not None)
+            object.__setattr__(self, "kind", next(implied, DEFAULT_KIND))
         if self.kind not in TARGET_KINDS:
             raise ConfigError(f"--targets {self.kind}: expected one of {', '.join(TARGET_KINDS)}.")
         for name, flag in FLAGS.items():
