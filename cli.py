@@ -1000,6 +1000,7 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
 @main.command(
     epilog=_examples(
         "distill convert caches/train caches/train-packed --encoding packed",
+        "distill convert caches/train caches/thinner --tail-threshold 0.125",
         "distill convert caches/top-64 caches/top-16 --top-k 16",
     )
 )
@@ -1016,6 +1017,9 @@ def _teacher_check(found: Any) -> list[tuple[str, str]]:
     help="Keep the most likely entries; the others join the residual. Of hidden targets, make them.",
 )
 @click.option("--samples", type=click.IntRange(1), help="Keep the first so many samples of the tail.")
+@click.option(
+    "--tail-threshold", type=float, help="Thin threshold targets to this larger τ: fewer entries, still unbiased."
+)
 @click.option("--drop-hidden", is_flag=True, default=None, help="Without the hidden states.")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Rows of a file.")
 @click.option("--rows-per-record-batch", type=click.IntRange(1), help="Rows that are compressed together.")

@@ -2,12 +2,13 @@
 
 A record batch at a time, so memory does not grow with the cache; interrupted, the same call goes on after the last
 complete shard. What was exact stays what it was unless entries are dropped: their mass then joins the residual. Values
-are quantised again only if the codebook changes. Hidden targets become top-K ones: the states are what they are made
-of, and are left out.
+are quantised again only if the codebook changes. A sampled tail can be thinned, and stays unbiased. Hidden targets
+become top-K ones: the states are what they are made of, and are left out.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,14 +19,17 @@ import numpy as np
 from cache_format.answers import ANSWERS
 from cache_format.codebook import Codebook, sqrt_probability_codebook
 from cache_format.errors import CacheError, MismatchError
+from cache_format.fewer import first_samples, most_likely, thinned
 from cache_format.head import StoredHead
+from cache_format.invariants import of_position
 from cache_format.metadata import CacheMetadata
 from cache_format.reader import Cache, open_cache
 from cache_format.rebuilt import sparse
 from cache_format.row_batch import RowBatch, concatenate
 from cache_format.storage import inside, open_directory, write_bytes
-from cache_format.types import entry_groups, group_counts
 from cache_format.writer import CacheWriter
+
+MAX_ENTRIES = 65535  # that a count can say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Conversion:
     levels: int | None = None  # values of the codebook of log-probabilities, at most 256
     top_k: int | None = None  # entries per position, the most likely ones; of exact or hidden targets
     samples: int | None = None  # the first so many; of targets with several samples
+    tail_threshold: float | None = None  # τ, a larger one; of threshold targets
     rows_per_shard: int | None = None
     rows_per_record_batch: int | None = None
     drop_hidden: bool | None = None  # without the hidden states
@@ -66,7 +71,7 @@ def convert_cache(
             if int(batch.rows[-1]) >= writer.next_row:
                 if rebuilding is not None:
                     batch = _rebuilt(batch, rebuilding, metadata)
-                batch = _fewer(batch, conversion)
+                batch = _fewer(batch, conversion, cache)
                 writer.write([batch.row(i) for i in range(len(batch))])
             yield int(batch.rows[-1]) + 1
 
@@ -94,9 +99,13 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
     if conversion.samples is not None:
         targets |= {"samples": conversion.samples}
         codebooks["target_logprobs"] = _reweighted(codebooks["target_logprobs"], old, conversion.samples)
-    if conversion.levels is not None:
+    if conversion.tail_threshold is not None:
+        most = targets["k"] + targets["samples"] * (math.ceil(1 / conversion.tail_threshold) + 1)
+        targets |= {"tail_threshold": conversion.tail_threshold, "max_entries": min(most, MAX_ENTRIES)}
+    if conversion.levels is not None or conversion.tail_threshold is not None:
         weight = [] if not old.sampled else [targets["tail_threshold"] / targets["samples"]]
-        codebooks["target_logprobs"] = sqrt_probability_codebook(conversion.levels, exact=weight)
+        levels = conversion.levels or len(codebooks["target_logprobs"].values)
+        codebooks["target_logprobs"] = sqrt_probability_codebook(levels, exact=weight)
     if conversion.drop_hidden:
         targets.pop("hidden", None)
     level = conversion.compression_level or old.compression["level"]
@@ -115,6 +124,7 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
 
 def _check(cache: Cache, conversion: Conversion) -> None:
     targets, metadata = cache.metadata.targets, cache.metadata
+    thin = " (--tail-threshold thins them)" if targets.get("tail_threshold") is not None else ""
     problem = None
     if conversion.drop_hidden and metadata.hidden is None:
         problem = "--drop-hidden: there are no hidden states"
@@ -123,13 +133,15 @@ def _check(cache: Cache, conversion: Conversion) -> None:
     elif metadata.head is not None and (conversion.top_k or 0) > metadata.vocab_size:
         problem = f"--top-k {conversion.top_k}: the vocabulary has {metadata.vocab_size:,} tokens"
     elif conversion.top_k is not None and metadata.sampled:
-        problem = f"--top-k: {targets['kind']} targets are unbiased only with all their entries"
+        problem = f"--top-k: {targets['kind']} targets are unbiased only with all their entries{thin}"
     elif conversion.top_k is not None and metadata.head is None and conversion.top_k > metadata.max_entries:
         problem = f"--top-k {conversion.top_k}: found up to {metadata.max_entries} entries per position"
     elif conversion.samples is not None and not metadata.sampled:
         problem = f"--samples {conversion.samples}: {targets['kind']} targets have none"
     elif conversion.samples is not None and not 1 <= conversion.samples <= metadata.num_samples:
         problem = f"--samples {conversion.samples}: found {metadata.num_samples} per position"
+    elif conversion.tail_threshold is not None and (why := _problem_of_thinning(metadata, conversion.tail_threshold)):
+        problem = f"--tail-threshold {conversion.tail_threshold}: {why}"
     elif conversion.levels is not None and metadata.sampled and targets.get("tail_threshold") is None:
         problem = f"--levels: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
     elif conversion.levels is not None:
@@ -141,6 +153,17 @@ def _check(cache: Cache, conversion: Conversion) -> None:
         raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
 
 
+def _problem_of_thinning(metadata: CacheMetadata, threshold: float) -> str | None:
+    old = metadata.targets.get("tail_threshold")
+    if old is None:
+        return f"{metadata.targets['kind']} targets have none"
+    if not old < threshold <= 1:
+        return f"found {old:g}, expected a larger one, up to 1: what was not drawn then is not there"
+    if not metadata.targets["k"]:
+        return "targets with K = 0 could lose all entries of a position"
+    return None
+
+
 def _problem_of_hidden(conversion: Conversion) -> str | None:
     """What hidden targets do not admit as long as they are."""
     for asked, problem in (
@@ -148,6 +171,7 @@ def _problem_of_hidden(conversion: Conversion) -> str | None:
         (conversion.encoding == "packed", "--encoding packed: hidden targets have no entries to pack"),
         (conversion.levels is not None, "--levels: hidden targets have no log-probabilities to round"),
         (conversion.samples is not None, f"--samples {conversion.samples}: hidden targets have none"),
+        (conversion.tail_threshold is not None, "--tail-threshold: hidden targets have no tail"),
     ):
         if asked:
             return problem
@@ -182,54 +206,20 @@ def _rebuilt(batch: RowBatch, head: StoredHead, metadata: CacheMetadata) -> RowB
     return concatenate(rows)
 
 
-def _fewer(batch: RowBatch, conversion: Conversion) -> RowBatch:
+def _fewer(batch: RowBatch, conversion: Conversion, cache: Cache) -> RowBatch:
     if conversion.top_k is not None:
-        batch = _most_likely(batch, conversion.top_k)
+        batch = most_likely(batch, conversion.top_k)
     if conversion.samples is not None and batch.sample_counts is not None:
-        batch = _first_samples(batch, conversion.samples)
+        batch = first_samples(batch, conversion.samples)
+    if conversion.tail_threshold is not None:
+        targets, earlier = cache.metadata.targets, cache.metadata.capture.get("converted") or ()
+        if (bad := batch.loss_mask & (batch.exact_counts == 0)).any():
+            rows = range(int(batch.rows[0]), int(batch.rows[-1]) + 1)
+            raise CacheError(
+                f"{cache.path}: {of_position(batch, rows, int(bad.argmax()))}: no exact entry, expected at least "
+                "one: the most likely token of threshold targets is. Was it written by another program? Make it again."
+            )
+        # Points of their own: a second thinning with those of the first would find again what these have found.
+        key = targets["seed"], 1 + len(earlier)
+        batch = thinned(batch, targets["tail_threshold"], conversion.tail_threshold, head=targets["k"], key=key)
     return batch
-
-
-def _most_likely(batch: RowBatch, k: int) -> RowBatch:
-    """At most k entries per position; the mass of the others joins the residual."""
-    position = np.repeat(np.arange(batch.num_tokens), batch.counts)  # [E]
-    order = np.lexsort((batch.ids, -batch.logprobs, position))
-    starts = np.concatenate([[0], np.cumsum(batch.counts, dtype=np.int64)])[:-1]
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - starts[position]
-    keep = rank < k
-    dropped = np.bincount(position[~keep], np.exp(batch.logprobs[~keep].astype(np.float64)), batch.num_tokens)
-    with np.errstate(divide="ignore"):
-        residual = np.log(np.minimum(np.exp(batch.residual_logprob.astype(np.float64)) + dropped, 1.0))
-    counts = np.minimum(batch.counts, k)
-    return _with_entries(
-        batch,
-        keep,
-        batch.logprobs,
-        counts=counts,
-        exact_counts=counts,
-        residual_logprob=np.where(dropped > 0, residual, batch.residual_logprob).astype(np.float32),
-    )
-
-
-def _first_samples(batch: RowBatch, samples: int) -> RowBatch:
-    """Of several samples the first so many, as one estimate."""
-    groups = group_counts(batch)  # [N, 1 + M]
-    group = entry_groups(groups)  # [E]
-    factor = (groups.shape[1] - 1) / samples
-    logprobs = np.where(group > 0, np.minimum(batch.logprobs + np.float32(np.log(factor)), 0), batch.logprobs)
-    kept = groups[:, : 1 + samples]
-    return _with_entries(
-        batch,
-        group <= samples,
-        logprobs.astype(np.float32),
-        counts=kept.sum(axis=1),
-        sample_counts=kept[:, 1:] if samples > 1 else None,
-    )
-
-
-def _with_entries(batch: RowBatch, keep: np.ndarray, logprobs: np.ndarray, **changes: Any) -> RowBatch:
-    ends = np.concatenate([[0], np.cumsum(keep)])
-    return replace(
-        batch, ids=batch.ids[keep], logprobs=logprobs[keep], entry_offsets=ends[batch.entry_offsets], **changes
-    )

@@ -108,7 +108,8 @@ class CacheMetadata:
     def rounded_once(self) -> bool:
         """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
         changes = self.capture.get("converted") or ()
-        return not any(name in change for change in changes for name in ("levels", "top_k", "samples"))
+        again = ("levels", "top_k", "samples", "tail_threshold")
+        return not any(name in change for change in changes for name in again)
 
     @cached_property
     def hidden(self) -> HiddenSpec | None:

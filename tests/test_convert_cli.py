@@ -123,8 +123,34 @@ def test_several_changes_at_once(folder: Path, tmp_path: Path):
     run("convert", folder / "threshold-packed", tmp_path / "one", "--samples", 1)
     metadata = cf.open_cache(tmp_path / "one").metadata
     assert metadata.num_samples == 1 and metadata.encoding == "packed"
-    for name in ("few", "one"):
-        assert "intact" in run("verify", tmp_path / name).stdout
+    run("convert", folder / "threshold-packed", tmp_path / "thin", "--samples", 1, "--tail-threshold", 0.3)
+    metadata = cf.open_cache(tmp_path / "thin").metadata
+    assert (metadata.num_samples, metadata.targets["tail_threshold"]) == (1, 0.3)
+    for name in ("few", "one", "thin"):
+        assert "intact" in run("verify", tmp_path / name, "--deep").stdout
+
+
+def test_a_student_learns_from_a_thinned_cache(folder: Path, tmp_path: Path, student_dir: Path):
+    """With the loss of threshold targets; the KL that is logged is that of the whole cache, but for the draws."""
+    run("convert", folder / "threshold-columns", tmp_path / "thin", "--tail-threshold", 0.2)
+    found = {}
+    for path in (folder / "threshold-columns", tmp_path / "thin"):
+        shown = run("evaluate", "--cache", path, "--student", student_dir, "--device", "cpu", "--json").stdout
+        found[path] = json.loads(shown)["students"][str(student_dir)]
+    whole, thin = found.values()
+    assert thin["kl"] == pytest.approx(whole["kl"], rel=0.1) and thin["kl"] != whole["kl"]
+    assert thin["ce"] == pytest.approx(whole["ce"]) and thin["agreement"] == whole["agreement"]
+    words = [
+        "--cache",
+        tmp_path / "thin",
+        "--student",
+        student_dir,
+        "--output",
+        tmp_path / "student",
+        "--device",
+        "cpu",
+    ]
+    run("train-student", *words, "--max-steps", 2)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

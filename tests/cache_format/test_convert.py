@@ -381,6 +381,138 @@ def test_levels_and_samples_together(tmp_path, three_samples):
     assert np.float32(np.log(0.2)) in found[0].targets.logprobs
 
 
+# -- larger thresholds ------------------------------------------------------------------------------------------------
+
+EXACT = {1: 0.55, 2: 0.2, 3: 0.12}  # p, above τ = .1
+TAIL = [{5: 0.1, 9: 0.1}, {4: 0.1}, {5: 0.1, 7: 0.1}]  # what three samples of the other .13 can be
+POSITIONS = 20_000
+SIGMAS = 6.5  # one false alarm in ten thousand million values compared
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def repeated(request, tmp_path_factory) -> Path:
+    """The same position over and over, τ = .1, in rows of 500, with one sample or three."""
+    samples, length = request.param, 500
+    path = tmp_path_factory.mktemp("repeated") / "cache"
+    drawn = [token for sample in TAIL[:samples] for token in sample]
+    count = len(EXACT) + len(drawn)
+    weights = [*EXACT.values(), *[0.1 / samples] * len(drawn)]
+    books = {**cf.default_codebooks(1000), "target_logprobs": cf.sqrt_probability_codebook(256, exact=weights)}
+    metadata = sample_metadata(
+        POSITIONS // length,
+        targets={**THRESHOLD, "tail_threshold": 0.1, "samples": samples, "max_entries": 40},
+        codebooks=books,
+        rows_per_record_batch=3,
+        rows_per_shard=20,
+    )
+    targets = cf.SparseTargets(
+        counts=np.full(length, count),
+        ids=np.tile([*EXACT, *drawn], length),
+        logprobs=np.tile(np.log(weights), length).astype(np.float32),
+        exact_counts=np.full(length, len(EXACT)),
+        residual_logprob=np.full(length, np.log(0.13), np.float32),
+        entropy=np.zeros(length, np.float32),
+        sample_counts=np.tile([len(sample) for sample in TAIL], (length, 1)) if samples > 1 else None,
+    )
+    with cf.CacheWriter(path, metadata) as writer:
+        for row in range(POSITIONS // length):
+            writer.write(
+                [
+                    cf.CacheRow(
+                        row=row,
+                        input_ids=np.arange(length),
+                        loss_mask=np.ones(length, bool) & (np.arange(length) < length - 1),
+                        segment_lengths=np.array([length]),
+                        targets=targets,
+                    )
+                ]
+            )
+    return path
+
+
+def weights_of(cache: cf.Cache, sample: int) -> np.ndarray:
+    """[N, 10] of token ids, what one sample alone says."""
+    found = np.zeros((POSITIONS, 10))
+    start = 0
+    for row in cache:
+        alone = row.targets.sample(sample)
+        position = start + np.repeat(np.arange(len(alone.counts)), alone.counts)
+        np.add.at(found, (position, alone.ids), np.exp(alone.logprobs.astype(np.float64)))
+        start += len(alone.counts)
+    return found
+
+
+@pytest.mark.parametrize("steps", [[0.3], [0.15, 0.3], [1.0]], ids=str)
+def test_a_larger_threshold_is_unbiased(tmp_path, repeated, steps):
+    """At once, in two steps, and up to one entry besides the most likely one."""
+    found = cf.open_cache(repeated)
+    for number, threshold in enumerate(steps):
+        found = convert(Path(found.path), tmp_path / str(number), tail_threshold=threshold)
+    threshold, samples = steps[-1], found.metadata.num_samples
+    assert found.metadata.targets["tail_threshold"] == threshold and not found.metadata.rounded_once
+    for index in range(samples):
+        weights = weights_of(found, index)
+        expected = np.zeros(10)
+        for token, weight in (EXACT | TAIL[index]).items():
+            expected[token] = weight
+        variance = expected * (threshold - expected)
+        variance[1] = 0  # the most likely token stays exact
+        # A codebook value stands for an exact one, and in the second step for one that was rounded before.
+        rounded = 0.02 * (expected > 0.1)
+        error = np.abs(weights.mean(axis=0) - expected)
+        assert (error <= rounded + SIGMAS * np.sqrt(variance.clip(0) / POSITIONS) + 1e-6).all(), (error, expected)
+        assert not weights[:, expected == 0].any()
+        drawn = (weights[:, 2:] > 0).sum(axis=1)
+        mean = expected[2:].sum() / threshold
+        if len(steps) == 1:  # systematic: as many as expected, rounded up or down
+            assert set(np.unique(drawn)) <= {np.floor(mean), np.ceil(mean)}
+        assert np.allclose(weights[:, 2:][weights[:, 2:] > 0], threshold, rtol=1e-6)
+    residual = np.exp(np.float64(found[0].targets.residual_logprob))
+    assert np.allclose(residual, 0.45, atol=0.02 * len(steps)) and (found[0].targets.exact_counts == 1).all()
+
+
+def test_thinned_samples_are_near_what_one_sample_of_all_would_be(tmp_path, repeated):
+    """Points of several samples lie 1/M apart: what was exact varies less in their mean than in M samples apart."""
+    found = convert(repeated, tmp_path / "thinned", tail_threshold=0.9)
+    samples = found.metadata.num_samples
+    together = sum(weights_of(found, index) for index in range(samples)) / samples
+    apart = 0.2 * (0.9 - 0.2) / samples
+    assert together[:, 2].var() < (1.05 if samples == 1 else 0.5) * apart
+
+
+def test_a_larger_threshold_leaves_the_likely_ones_exact(tmp_path, three_samples):
+    source, new = cf.open_cache(three_samples), 0.55
+    found = convert(three_samples, tmp_path / "thinned", tail_threshold=new)
+    assert found.metadata.targets == {**source.metadata.targets, "tail_threshold": new, "max_entries": 1 + 3 * 3}
+    fewer = 0
+    for row, old in zip(found, source, strict=True):
+        for t in range(len(old.input_ids)):
+            (ids, logprobs), (old_ids, old_logprobs) = row.targets.at(t), old.targets.at(t)
+            n, m = int(row.targets.exact_counts[t]), int(old.targets.exact_counts[t])
+            best = old_ids[:m][np.lexsort((old_ids[:m], -old_logprobs[:m]))[:1]]
+            likely = np.union1d(old_ids[:m][np.exp(old_logprobs[:m].astype(np.float64)) >= new], best)
+            np.testing.assert_array_equal(ids[:n], likely)
+            assert set(ids[n:]) <= set(old_ids) - set(likely)
+            assert np.allclose(logprobs[n:], np.log(new / 3))
+            fewer += m - n
+    assert fewer > 10
+
+
+def test_a_thinned_cache_does_not_depend_on_batches(tmp_path, three_samples):
+    source = three_samples
+    one = convert(source, tmp_path / "one", tail_threshold=0.5)
+    other = convert(source, tmp_path / "other", tail_threshold=0.5, rows_per_record_batch=3, rows_per_shard=7)
+    assert_same_rows(one, other)
+    again = convert(Path(convert(source, tmp_path / "copy").path), tmp_path / "again", tail_threshold=0.5)
+    assert any((a.targets.num_entries != b.targets.num_entries) for a, b in zip(one, again, strict=True))
+
+
+def test_targets_that_no_teacher_has_are_not_thinned(tmp_path, caches):
+    """Positions without an exact entry could lose all that they have."""
+    with pytest.raises(cf.CacheError, match=r"row 0, position \d+: no exact entry, expected at least one"):
+        convert(caches["threshold, one sample"], tmp_path / "thinned", tail_threshold=0.6)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSALS = {
@@ -394,6 +526,10 @@ REFUSALS = {
     "levels of draws": ("random, one sample", {"levels": 64}, "--levels: the codebook of random targets holds"),
     "too few levels": ("top-k", {"levels": 35}, "--levels: 35 levels do not reach down to probability 1e-12"),
     "too many levels": ("top-k", {"levels": 257}, "--levels: codebook sqrt-probability: "),
+    "threshold of none": ("top-k", {"tail_threshold": 0.5}, "--tail-threshold 0.5: top-k targets have none"),
+    "threshold of draws": ("random, one sample", {"tail_threshold": 0.5}, "--tail-threshold 0.5: random targets have"),
+    "the same threshold": ("threshold, one sample", {"tail_threshold": 0.4}, "found 0.4, expected a larger one, up to"),
+    "no probability": ("threshold, one sample", {"tail_threshold": 1.5}, "--tail-threshold 1.5: found 0.4, expected a"),
     "one of several": ("top-k", {"encoding": "packed", "rows_per_shard": 1, "samples": 2}, "--samples 2: top-k"),
 }
 
@@ -459,13 +595,14 @@ def test_a_damaged_source_makes_no_cache(tmp_path, caches):
 CHANGES = {
     "packed": {"encoding": "packed"},
     "other shards": {"rows_per_shard": 3, "rows_per_record_batch": 2, "compression_level": 1},
+    "thinned": {"tail_threshold": 0.6, "samples": 2},
     "packed in other shards": {"encoding": "packed", "rows_per_shard": 5, "rows_per_record_batch": 3},
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_interrupted_and_continued_gives_the_same_bytes(tmp_path, caches, name):
-    source, conversion = caches["threshold, three samples"], cf.Conversion(**CHANGES[name])
+def test_interrupted_and_continued_gives_the_same_bytes(tmp_path, three_samples, name):
+    source, conversion = three_samples, cf.Conversion(**CHANGES[name])
     list(cf.convert_cache(source, tmp_path / "whole", conversion))
     whole = contents(tmp_path / "whole")
     for stops in ((0, 1), (1, 4), (3, 3)):  # stopped twice, each time after so many record batches of the source
