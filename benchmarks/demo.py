@@ -28,7 +28,10 @@ TRAIN_SEED, HELD_OUT_SEED = 1, 2
 STUDENT_LAYERS = 6
 SUFFIX = " Give the result as your final answer"
 
-CACHE = ["--seq-len", "512"]
+CACHES = {  # what is trained on as it is by default; held out are whole distributions, so that the KL is the KL itself
+    "train": ["--seq-len", "512"],
+    "heldout": ["--seq-len", "512", "--targets", "hidden"],
+}
 TRAIN = ["--batch-size", "2", "--epochs", "1", "--learning-rate", "1e-3", "--eval-steps", "20", "--logging-steps", "5"]
 
 
@@ -45,13 +48,11 @@ def demo(output: Path) -> None:
     ):
         write_problems(output / f"{name}.jsonl", size, seed)
 
-    for name in ("train", "heldout"):
-        cache = output / "caches" / name
+    for name, options in CACHES.items():
+        cache, data = output / "caches" / name, output / f"{name}.jsonl"
         if not (cache / "manifest.json").exists():
-            distill(
-                "cache-teacher", "--teacher", teacher, "--data", output / f"{name}.jsonl", "--output", cache, *CACHE
-            )
-    distill("inspect", output / "caches" / "heldout", "--start", "125", "--positions", "6")
+            distill("cache-teacher", "--teacher", teacher, "--data", data, "--output", cache, *options)
+    distill("inspect", output / "caches" / "train", "--start", "125", "--positions", "6")
 
     students = output / "students"
     untrained = students / "untrained"

@@ -42,7 +42,7 @@ def test_every_command_and_block_runs(
     monkeypatch.chdir(sandbox)
     # The first screen trains with a held-out cache that `make demo` has made before.
     distill(["cache-teacher", "--teacher", "demo-output/teacher", "--data", "demo-output/heldout.jsonl"]
-        + ["--output", "demo-output/caches/heldout", "--seq-len", "64"])  # fmt: skip
+        + ["--output", "demo-output/caches/heldout", "--seq-len", "64", "--targets", "hidden"])  # fmt: skip
     ran = [words[1] for words in commands(PAGE) if words[0] == "distill" and distill(words[1:])]
     stages = {"plan", "cache-teacher", "train-student", "evaluate"}
     assert set(ran) == stages | {"inspect", "stats", "verify", "convert", "merge"}
