@@ -288,6 +288,7 @@ def test_on_the_command_line(masked_dir: Path, tmp_path: Path) -> None:
     ]
     words += ["--seq-len", 32, "--device", "cpu", "--output", tmp_path / "cache", "--objective", "masked"]
     words += ["--mask-probability", 0.3, "--mask-seed", 5, "--mask-copies", 2, "--encoding", "packed"]
+    words += ["--top-k", 64]
     run(*words, "--mask-replace-prob", 0.5, "--random-replace-prob", 0.5)
     masking = dict(cf.open_cache(tmp_path / "cache").metadata.corpus["masking"])
     assert masking.pop("mask_token_id") == 4
