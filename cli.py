@@ -382,7 +382,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     """
     generate = _generation_options(given)
     _quiet_libraries()
-    from pipeline.report import duration, pairs, size
+    from pipeline.report import describe_targets, duration, pairs, size
     from pipeline.teacher.capture import CaptureProgress, cache_teacher
 
     repository = given.pop("push_to_hub")
@@ -438,6 +438,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
         pairs(
             title,
             [
+                ("targets", describe_targets(config.targets.to_json())),
                 ("rows", f"{summary.rows:,}"),
                 ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
                 ("left out or cut", ", ".join(f"{LEFT_OUT[n]}: {c:,}" for n, c in left_out.items()) or "nothing"),
@@ -526,7 +527,7 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _generate(config: Any, fields: dict[str, Any], repository: str | None, as_json: bool) -> None:
-    from pipeline.report import duration, pairs, size
+    from pipeline.report import describe_targets, duration, pairs, size
     from pipeline.teacher.answer_store import store_location
     from pipeline.teacher.answering import GenerationProgress
     from pipeline.teacher.answers import GenerationConfig
@@ -560,6 +561,7 @@ def _generate(config: Any, fields: dict[str, Any], repository: str | None, as_js
         pairs(
             f"Cached {summary.output}",
             [
+                ("targets", describe_targets(config.targets.to_json())),
                 ("answers", f"{summary.answers:,} to {summary.prompts:,} prompts, ended {ended}"),
                 ("kept", f"{summary.rows:,} for {summary.prompts_kept:,} prompts{passed}"),
                 ("tokens", f"{summary.tokens:,}, of which {summary.counted_tokens:,} count"),
