@@ -33,7 +33,7 @@ from pipeline.teacher.packing import TokenRow
 from runs import dense_logits
 from tiny import english
 
-ARMS = ("--arms", "threshold-1-8", "--arms", "bucket-top-16")
+ARMS = ("--arms", "threshold-1-8", "--arms", "bucket-top-16", "--arms", "full-nudged")
 
 
 @pytest.fixture(scope="module")

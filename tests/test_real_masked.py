@@ -22,6 +22,7 @@ from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.models import load_tokenizer
 from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.rules import TargetRule
 from runs import train
 from tiny import english
 
@@ -50,7 +51,8 @@ def cache(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> cf.Cac
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (folder / "text.txt").write_text(readme + english(60), encoding="utf-8")
     data = DataConfig(data=str(folder / "text.txt"), window_length=128, sample_by="paragraph")
-    cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(folder / "cache"), device="cpu"))
+    given = {"data": data, "targets": TargetRule(top_k=64), "device": "cpu"}
+    cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), output=str(folder / "cache"), **given))
     return cf.open_cache(folder / "cache")
 
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"prose": prose, "chat": write_jsonl(folder / "chat.jsonl", conversations(24))}
 
 
+def settings(teacher: Path, data: DataConfig, output: Path, **options: Any) -> CacheTeacherConfig:
+    """Lists of the 64 likeliest tokens, each of which can be compared with the model's own."""
+    given = {"targets": TargetRule(top_k=64), "device": "cpu", **options}
+    return CacheTeacherConfig(teacher=str(teacher), data=data, output=str(output), **given)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("text", ["prose", "chat"])
 def test_cached_targets_equal_the_teachers_log_softmax(
@@ -73,10 +80,7 @@ def test_cached_targets_equal_the_teachers_log_softmax(
     data = DataConfig(
         data=str(texts[text]), window_length=WINDOW, packing=packing, sample_by="paragraph", max_documents=40
     )
-    config = CacheTeacherConfig(
-        teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), batch_size=4, device="cpu"
-    )
-    cache_teacher(config)
+    cache_teacher(settings(teacher_dir, data, tmp_path / "cache", batch_size=4))
     cache = cf.open_cache(tmp_path / "cache")
     assert cache.metadata.vocab_size == VOCAB and cache.metadata.capture["head"] == "linear"
     assert (max(len(row.segment_lengths) for row in cache.iter_rows()) > 1) == packing
@@ -95,7 +99,7 @@ def test_shuffled_batches_carry_their_own_targets_and_cost_what_the_codebook_cos
 ) -> None:
     """The teacher as its own student: quantisation costs .0012 nats of KL, a wrong pairing whole ones."""
     data = DataConfig(data=str(texts["prose"]), window_length=WINDOW, sample_by="paragraph", max_documents=40)
-    cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), device="cpu"))
+    cache_teacher(settings(teacher_dir, data, tmp_path / "cache"))
     cache = cf.open_cache(tmp_path / "cache")
     head = open_head(model, VOCAB)
     check_packing(model, head)
@@ -120,7 +124,7 @@ def test_fused_equals_the_reference_on_the_real_head(
 ) -> None:
     """At its real size, V = 49,152, with the states of a student that is not the teacher."""
     data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=4, loss_on="assistant")
-    cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), device="cpu"))
+    cache_teacher(settings(teacher_dir, data, tmp_path / "cache"))
     batch = collate(cf.open_cache(tmp_path / "cache").rows([0]))
     targets = captured_for(targets_of(batch), tail, 2.0)
     head = open_head(model, VOCAB)
@@ -147,9 +151,7 @@ def test_answers_have_the_log_probabilities_of_a_second_plain_pass(
     teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=8)
-    config = CacheTeacherConfig(
-        teacher=str(teacher_dir), data=data, output=str(tmp_path / "cache"), batch_size=8, device="cpu"
-    )
+    config = settings(teacher_dir, data, tmp_path / "cache")
     generate_cache(config, GenerationConfig(temperature=0.7, top_p=0.9, answers_per_prompt=2, max_new_tokens=24))
     cache = cf.open_cache(tmp_path / "cache")
     assert len(cache) == 16

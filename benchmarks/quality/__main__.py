@@ -88,7 +88,7 @@ def chosen(track: Track, parts: tuple[str, ...]) -> list[Arm]:
             raise click.ClickException(f"--arms {part}: in no arm of track {track.number}. There are {names}.")
     named = [arm for arm in track.arms if not parts or any(part in arm.name for part in parts)]
     epochs = {1, *(arm.epochs for arm in named)}
-    return [arm for arm in track.arms if arm in named or (arm.rule is None and arm.epochs in epochs)]
+    return [arm for arm in track.arms if arm in named or (arm.is_reference and arm.epochs in epochs)]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class Arm:
     resample: bool = False  # an epoch uses one of the cache's samples alone, the next one each time
     nudge: float = 0.0  # relative change of the first weights
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether others are compared with it: labels, or the whole distribution."""
+        return self.rule is None and not self.nudge
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
