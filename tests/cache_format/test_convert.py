@@ -385,7 +385,7 @@ def test_levels_and_samples_together(tmp_path, three_samples):
 
 EXACT = {1: 0.55, 2: 0.2, 3: 0.12}  # p, above τ = .1
 TAIL = [{5: 0.1, 9: 0.1}, {4: 0.1}, {5: 0.1, 7: 0.1}]  # what three samples of the other .13 can be
-POSITIONS = 20_000
+POSITIONS = 8_000
 SIGMAS = 6.5  # one false alarm in ten thousand million values compared
 
 
@@ -477,7 +477,7 @@ def test_thinned_samples_are_near_what_one_sample_of_all_would_be(tmp_path, repe
     samples = found.metadata.num_samples
     together = sum(weights_of(found, index) for index in range(samples)) / samples
     apart = 0.2 * (0.9 - 0.2) / samples
-    assert together[:, 2].var() < (1.05 if samples == 1 else 0.5) * apart
+    assert together[:, 2].var() < (1.1 if samples == 1 else 0.5) * apart
 
 
 def test_a_larger_threshold_leaves_the_likely_ones_exact(tmp_path, three_samples):
