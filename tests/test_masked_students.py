@@ -180,7 +180,7 @@ def test_a_head_with_an_adapter_is_merged_whole(masked_dir: Path, tmp_path: Path
     options |= {"eval_cache": str(cache), "eval_steps": 2, "max_steps": 2}
     adapted = train(tmp_path / "merged", cache, student=masked_dir / kind, **options)
     merged = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "merged"), device="cpu"))
-    assert merged.kl == pytest.approx(adapted.eval["kl"], rel=1e-5)
+    assert merged.kl == pytest.approx(adapted.eval["kl"], rel=1e-4)
     _, found = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
 

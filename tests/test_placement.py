@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ MAPS: dict[str, dict[str, str]] = {
     "everything on disk": {"": "disk"},
     "everything here": {"": "cpu"},
 }
+ACCELERATE = tuple(map(int, importlib.metadata.version("accelerate").split(".")[:2]))
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,8 @@ def settings(teacher: Path, text: Path, output: Path, **options) -> CacheTeacher
 def test_spread_teacher_is_the_same_teacher(
     name: str, kind: str, teacher_dir: Path, padded_teacher_dir: Path, text_file: Path, tmp_path: Path
 ):
+    if set(MAPS[name].values()) == {"disk"} and ACCELERATE < (1, 15):
+        pytest.skip("accelerate before 1.15 refuses to leave a whole model on disk")
     teacher = teacher_dir if kind == "tied" else padded_teacher_dir
     if kind == "tied" and name == "second half on disk":
         (tmp_path / "map.json").write_text(json.dumps(MAPS[name]))

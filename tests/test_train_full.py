@@ -99,7 +99,7 @@ def test_loss_and_gradient_are_those_of_both_models_own_logits(
 
 
 def test_a_student_that_is_its_teacher_has_no_loss(folder: Path, teacher_dir: Path, student_dir: Path) -> None:
-    for path, bound, agreement in ((folder / "train", 1e-6, 0.99), (folder / "heldout", 1e-9, 1.0)):  # float16, float32
+    for path, bound, agreement in ((folder / "train", 1e-6, 0.99), (folder / "heldout", 1e-8, 1.0)):  # float16, float32
         found = evaluate(EvaluateConfig(cache=str(path), student=str(teacher_dir), device="cpu"))
         assert abs(found.kl) < bound and found.agreement >= agreement
         assert found.tokens == cf.open_cache(path).num_counted_tokens
