@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.row_batch import RowBatch
+from cache_format.row_batch import RowBatch, offsets
 from cache_format.types import entry_groups, group_counts
 
 Ints = NDArray[np.int64]
@@ -21,14 +21,14 @@ Flags = NDArray[np.bool_]
 
 def most_likely(batch: RowBatch, k: int) -> RowBatch:
     """At most k entries per position; the mass of the others joins the residual."""
-    position = _positions(batch)
+    position = batch.positions
     keep = _ranks(batch, batch.logprobs, position) < k
     dropped = _sums(position[~keep], np.exp(batch.logprobs[~keep].astype(np.float64)), batch.num_tokens)
     counts = np.minimum(batch.counts, k)
     return _with_entries(
         batch,
         np.flatnonzero(keep),
-        batch.logprobs,
+        batch.logprobs[keep],
         counts=counts,
         exact_counts=counts,
         residual_logprob=_with_mass(batch.residual_logprob, dropped),
@@ -41,11 +41,11 @@ def first_samples(batch: RowBatch, samples: int) -> RowBatch:
     group = entry_groups(groups)  # [E]
     factor = (groups.shape[1] - 1) / samples
     logprobs = np.where(group > 0, np.minimum(batch.logprobs + np.float32(np.log(factor)), 0), batch.logprobs)
-    kept = groups[:, : 1 + samples]
+    kept, keep = groups[:, : 1 + samples], group <= samples
     return _with_entries(
         batch,
-        np.flatnonzero(group <= samples),
-        logprobs.astype(np.float32),
+        np.flatnonzero(keep),
+        logprobs[keep].astype(np.float32),
         counts=kept.sum(axis=1),
         sample_counts=kept[:, 1:] if samples > 1 else None,
     )
@@ -57,11 +57,11 @@ def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[in
     Exact entries below `new` are drawn with probability p/new, but for the `head` most likely ones, and sampled
     entries are kept with probability old/new; each then counts new/M. What enters a sample is drawn systematically,
     as it was in capture: in the order of the ids, points one apart on the cumulative sum of the probabilities. The
-    first point depends on `key` and the row's number alone; those of the samples of a position are 1/M apart.
+    first point depends on `key`, row and position alone; those of the samples of a position are 1/M apart.
     """
     groups = group_counts(batch)  # [N, 1 + M]
     group, samples = entry_groups(groups), groups.shape[1] - 1
-    position = _positions(batch)
+    position = batch.positions
     probability = np.exp(batch.logprobs.astype(np.float64))
     exact = group == 0
     rank = _ranks(batch, np.where(exact, batch.logprobs, -np.inf), position)
@@ -84,17 +84,15 @@ def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[in
     size = batch.num_tokens * (1 + samples)
     counts = np.bincount(position[kept] * (1 + samples) + group, minlength=size).reshape(-1, 1 + samples)
     fallen = _sums(position[falls], probability[falls], batch.num_tokens)
-    smaller = _with_entries(
+    return _with_entries(
         batch,
         kept,
-        batch.logprobs,
+        np.where(group > 0, np.float32(np.log(new / samples)), batch.logprobs[kept]),
         counts=counts.sum(axis=1),
         exact_counts=counts[:, 0],
         sample_counts=counts[:, 1:] if samples > 1 else None,
         residual_logprob=_with_mass(batch.residual_logprob, fallen),
     )
-    weight = np.float32(np.log(new / samples))
-    return replace(smaller, logprobs=np.where(group > 0, weight, smaller.logprobs))
 
 
 def _systematic(chance: Floats, place: Ints, first: Floats) -> Flags:
@@ -123,11 +121,6 @@ def _uniforms(batch: RowBatch, key: tuple[int, int]) -> Floats:
     return np.concatenate(found)
 
 
-def _positions(batch: RowBatch) -> Ints:
-    """[E]"""
-    return np.repeat(np.arange(batch.num_tokens), batch.counts)
-
-
 def _sums(position: Ints, values: Floats, positions: int) -> Floats:
     """[N] of the values at each position."""
     return np.bincount(position, values, positions).astype(np.float64)
@@ -136,9 +129,8 @@ def _sums(position: Ints, values: Floats, positions: int) -> Floats:
 def _ranks(batch: RowBatch, logprobs: NDArray[np.floating[Any]], position: Ints) -> Ints:
     """[E] place of each entry among those of its position, the most likely one first, then by id."""
     order = np.lexsort((batch.ids, -logprobs, position))
-    starts = np.concatenate([[0], np.cumsum(batch.counts, dtype=np.int64)])[:-1]
     rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - starts[position]
+    rank[order] = np.arange(len(order)) - batch.entry_starts[position]
     return rank
 
 
@@ -150,8 +142,6 @@ def _with_mass(residual_logprob: NDArray[np.floating[Any]], mass: Floats) -> NDA
 
 
 def _with_entries(batch: RowBatch, kept: Ints, logprobs: NDArray[np.floating[Any]], **changes: Any) -> RowBatch:
-    """With these entries alone, in this order; `changes` has what follows from it."""
-    ends = np.concatenate([[0], np.cumsum(changes["counts"], dtype=np.int64)])
-    return replace(
-        batch, ids=batch.ids[kept], logprobs=logprobs[kept], entry_offsets=ends[batch.token_offsets], **changes
-    )
+    """With these entries alone, in this order and with these log-probabilities; `changes` has what follows from it."""
+    entry_offsets = offsets(changes["counts"])[batch.token_offsets]
+    return replace(batch, ids=batch.ids[kept], logprobs=logprobs, entry_offsets=entry_offsets, **changes)

@@ -55,8 +55,7 @@ def find_repeated_token(batch: RowBatch, rows: range, metadata: CacheMetadata) -
     """
     counts = group_counts(batch)
     exact = entry_groups(counts) == 0
-    position = np.repeat(np.arange(batch.num_tokens), batch.counts)
-    keys = position * metadata.vocab_size + batch.ids
+    keys = batch.positions * metadata.vocab_size + batch.ids
     if (bad := np.isin(keys[~exact], keys[exact], assume_unique=metadata.num_samples == 1)).any():
         index = int(np.flatnonzero(~exact)[bad.argmax()])
         return f"{_of_entry(batch, rows, index)}: target id {batch.ids[index]} is both exact and sampled"
@@ -119,7 +118,7 @@ def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | N
 
 def _entries(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
     ids = batch.ids
-    starts = _entry_starts(batch)  # [N + 1]
+    starts = batch.entry_starts  # [N + 1]
     if (bad := starts[batch.token_offsets] != batch.entry_offsets).any():
         row = int(bad.argmax()) - 1
         found, expected = np.diff(starts[batch.token_offsets]), np.diff(batch.entry_offsets)
@@ -154,10 +153,6 @@ def _span(rows: NDArray[np.uint64]) -> str:
     return f"{rows[0]} to {rows[-1]}" if len(rows) else "none"
 
 
-def _entry_starts(batch: RowBatch) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(batch.counts, dtype=np.int64)])
-
-
 def _outside(values: NDArray[Any], limit: int) -> NDArray[np.bool_]:
     return (values < 0) | (values >= limit)
 
@@ -173,5 +168,5 @@ def of_position(batch: RowBatch, rows: range, index: int) -> str:
 
 
 def _of_entry(batch: RowBatch, rows: range, index: int) -> str:
-    position = int(np.searchsorted(_entry_starts(batch), index, side="right")) - 1
+    position = int(np.searchsorted(batch.entry_starts, index, side="right")) - 1
     return of_position(batch, rows, position)

@@ -136,7 +136,7 @@ def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexi
     if not metadata.sampled and counts[:, 1:].any():
         raise ValueError("there are sampled entries, but no `samples` in the targets of the metadata")
     group = entry_groups(counts)  # [E]
-    position = np.repeat(np.arange(batch.num_tokens), batch.counts)
+    position = batch.positions
     ranks = lexicon.ranks(tokens[position], batch.ids.astype(np.int64))
     codes = books["target_logprobs"].encode(batch.logprobs).astype(np.int64)
     ordered = np.argsort((group * batch.num_tokens + position) * 2**32 + ranks)

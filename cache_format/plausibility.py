@@ -35,7 +35,7 @@ def find_implausible(batch: RowBatch, rows: range, metadata: CacheMetadata) -> s
         return None
     stored = batch.counts > 0
     exact = entry_groups(group_counts(batch)) == 0  # [E]
-    position = np.repeat(np.arange(batch.num_tokens), batch.counts)  # [E]
+    position = batch.positions
     books = metadata.codebooks
 
     def total(entries: NDArray[np.bool_], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -53,6 +53,16 @@ class RowBatch:
     def num_entries(self) -> int:
         return len(self.ids)
 
+    @property
+    def entry_starts(self) -> Offsets:
+        """[N + 1] where the entries of each position begin."""
+        return offsets(self.counts)
+
+    @property
+    def positions(self) -> Offsets:
+        """[E] of which position each entry is."""
+        return np.repeat(np.arange(self.num_tokens), self.counts)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -95,9 +105,9 @@ def concatenate(rows: Sequence[CacheRow]) -> RowBatch:
         raise ValueError("rows have hidden states of different layers")
     return RowBatch(
         rows=np.array([row.row for row in rows], np.uint64),
-        token_offsets=_offsets([len(row.input_ids) for row in rows]),
-        segment_offsets=_offsets([len(row.segment_lengths) for row in rows]),
-        entry_offsets=_offsets([len(t.ids) for t in targets]),
+        token_offsets=offsets([len(row.input_ids) for row in rows]),
+        segment_offsets=offsets([len(row.segment_lengths) for row in rows]),
+        entry_offsets=offsets([len(t.ids) for t in targets]),
         input_ids=np.concatenate([row.input_ids for row in rows]),
         loss_mask=np.concatenate([row.loss_mask for row in rows]).astype(np.bool_),
         segment_lengths=np.concatenate([row.segment_lengths for row in rows]),
@@ -113,7 +123,8 @@ def concatenate(rows: Sequence[CacheRow]) -> RowBatch:
     )
 
 
-def _offsets(lengths: Sequence[int]) -> Offsets:
+def offsets(lengths: Sequence[int] | IntArray) -> Offsets:
+    """[n + 1] where each of n things begins that lie one after the other, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 

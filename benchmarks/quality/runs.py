@@ -241,7 +241,7 @@ def run_file(directory: Path, arm: Arm, seed: int) -> Path:
 def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
     parts = {name: getattr(arm.rule, name) for name in RULE_PARTS} if arm.rule else {}
     rule = {name: value for name, value in parts.items() if value is not None} or None
-    nudge = [arm.nudge] if arm.nudge else []
+    nudge = [arm.nudge] if arm.nudge else []  # as with the rule: what has none keeps its digest
     return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample, *nudge])
 
 
