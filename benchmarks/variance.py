@@ -10,6 +10,10 @@ and has a closed form:
 is the same from samples that `sparse_targets` drew. Each random rule is compared with the τ that has as many entries on
 average over the text, found by bisection. Truncated lists have no variance, but a bias, which does not average out.
 
+**Rounding.** Sampled weights are stored exactly, an exact p as the level p̂ nearest in √p; over the draws a stored
+estimate is off by Σ (p̂ − p) over exact entries, and a KL estimated with it, lse(z) − Σ ŵ·z − H, by −Σ (p̂ − p)·z. No
+chance is in either. Compared are levels uniform in arcsin √p, which threshold targets have, and in √p, as lists have.
+
 Bound: 0. Under a fixed mean of entries, threshold sampling with one τ for all positions has the least variance among
 samples that take tokens one by one (Duffield, Lund and Thorup, 2007).
 
@@ -18,12 +22,14 @@ samples that take tokens one by one (Duffield, Lund and Thorup, 2007).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import cache_format as cf
 from benchmarks.measure import Result, Settings, Table, Value
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import token_rows
@@ -34,6 +40,9 @@ from pipeline.tokenizers import real_vocab_size
 
 DRAWS = (13, 25, 50, 100)
 LISTS = (16, 50, 64)
+THRESHOLDS = (1 / 20, 1 / 8)
+SURE = 0.95
+ROUNDED = 8  # times as many positions to measure rounding
 SAMPLES = 32  # of each position, to compare with the closed form
 CHUNK = 128
 
@@ -43,7 +52,8 @@ def run(settings: Settings) -> Result:
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
     rows, length = (4, 256) if settings.quick else (128, ROW_TOKENS)
     positions, drawn_positions = (64, 16) if settings.quick else (2048, 256)
-    logits = spread_logits(head, hidden_states(model, token_rows(tokenizer, rows, length)), positions)
+    states = hidden_states(model, token_rows(tokenizer, rows, length))
+    logits = torch.cat(list(spread_logits(head, states, positions)))
     few = logits[:: positions // drawn_positions]
     p, few_p = logits.softmax(dim=1), few.softmax(dim=1)
 
@@ -58,6 +68,7 @@ def run(settings: Settings) -> Result:
             found = drawn(few, few_p, rule) / variance(few_p, rule)
             samples.append([name, entries, variance(p, rule), found, variance(p, rule) / variance(p, random)])
         ratios[f"÷ random {count}"] = round(variance(p, threshold) / variance(p, random), 3)
+    rounding = rounding_errors(head, states, ROUNDED * positions)
     lists: list[list[Value]] = [[f"renormalised top-{k}", k, renormalised_bias(p, k)] for k in LISTS]
     return Result(
         name="variance",
@@ -68,17 +79,23 @@ def run(settings: Settings) -> Result:
         tables=[
             Table("Variance", ["sample", "entries", "E‖t̂ − p‖²", "drawn ÷ closed form", "÷ random's"], samples),
             Table("Bias", ["list", "entries", "‖E t̂ − p‖²"], lists),
+            Table(
+                f"Rounding, {ROUNDED * positions:,} positions",
+                ["targets", "levels", "Σ(p̂ − p)", f"where max p > {SURE}", "of the teacher's own KL, nats", "±"],
+                rounding,
+            ),
         ],
         summary=ratios,
     )
 
 
 @torch.inference_mode()
-def spread_logits(head: Head, states: np.ndarray, positions: int) -> Tensor:
-    """[positions, V] at places evenly spaced over [rows, T, D] states."""
+def spread_logits(head: Head, states: np.ndarray, positions: int) -> Iterator[Tensor]:
+    """[at most CHUNK, V] at places evenly spaced over [rows, T, D] states, `positions` of them in all."""
     flat = states.reshape(-1, states.shape[-1])
     chosen = flat[np.linspace(0, len(flat) - 1, positions).astype(int)].astype(np.float32)
-    return torch.cat([head.logits(chunk) for chunk in torch.from_numpy(chosen).split(CHUNK)])
+    for chunk in torch.from_numpy(chosen).split(CHUNK):
+        yield head.logits(chunk)
 
 
 def variance(p: Tensor, rule: TargetRule) -> float:
@@ -111,6 +128,30 @@ def drawn(logits: Tensor, p: Tensor, rule: TargetRule) -> float:
         estimate = torch.zeros_like(p).scatter_add_(1, found.ids.long().clamp(min=0), weights)
         total += float((estimate - p).square().sum(dim=1).mean())
     return total / SAMPLES
+
+
+def rounding_errors(head: Head, states: np.ndarray, positions: int) -> list[list[Value]]:
+    """For each τ and way to choose levels: mean Σ(p̂ − p), the same where the teacher is sure, error of its own KL."""
+    cases = {}
+    for tau in THRESHOLDS:
+        book, name = TargetRule(kind="threshold", tail_threshold=tau).codebook(), f"threshold 1/{1 / tau:.0f}"
+        cases[name, f"arcsin √p, {len(book.values)}"] = tau, book
+        cases[name, "√p, 64"] = tau, cf.sqrt_probability_codebook(64)
+    found: dict[tuple[str, str], list[Tensor]] = {case: [] for case in cases}
+    for logits in spread_logits(head, states, positions):
+        p = logits.softmax(dim=1)
+        largest = p.amax(dim=1, keepdim=True)
+        for case, (tau, book) in cases.items():
+            exact = (p >= tau) | (p == largest)
+            stored = torch.from_numpy(book.decode(book.encode(p[exact].log().numpy()))).exp()
+            change = torch.zeros_like(p).masked_scatter_(exact, stored - p[exact])  # [n, V]
+            found[case].append(torch.stack([change.sum(1), -(change * logits).sum(1), largest[:, 0]], dim=1))
+    rows: list[list[Value]] = []
+    for case, parts in found.items():
+        sums, own_kl, sure = torch.cat(parts).unbind(dim=1)
+        error = float(own_kl.std()) / positions**0.5
+        rows.append([*case, float(sums.mean()), float(sums[sure > SURE].mean()), float(own_kl.mean()), error])
+    return rows
 
 
 def renormalised_bias(p: Tensor, k: int) -> float:

@@ -18,6 +18,7 @@ from cache_format.codebook import (
     entropy_codebook,
     residual_codebook,
     sqrt_probability_codebook,
+    weight_codebook,
 )
 from cache_format.convert import Conversion, convert_cache
 from cache_format.differences import FINGERPRINTS, but_for_names, differences, listed
@@ -110,5 +111,6 @@ __all__ = [
     "sha256",
     "sqrt_probability_codebook",
     "verify_cache",
+    "weight_codebook",
     "write_answers",
 ]

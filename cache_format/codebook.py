@@ -11,14 +11,18 @@ down to `smallest`. Uniform steps alone would end at p = 1/n^2, about 2e-5, and 
 would come back ten thousand times too likely; with the short tail no p above `smallest` moves by
 more than a factor 1.57 (2 ln 1.25 = 0.45 nats), and the two pieces meet with equal steps.
 
+Where entries are weights of an unbiased estimate, errors of p itself must cancel, and those of √p do
+not near certainty: all above (1 - 1/2n)^2 would become 1. There the levels are uniform in arcsin(√p),
+in which near p = 1 the step shrinks as √(1 - p) does: √p = sin(π/2 · i / n), geometric below as above.
+
 A codebook states `max_error`, the largest distance in its domain between a value and its code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -114,6 +118,15 @@ class Codebook:
         edges = np.concatenate([[lowest], self._thresholds, [self.values[-1] + ROUNDING]]).astype(np.float64)
         return edges[codes], edges[codes + 1]
 
+    def including(self, value: float) -> Codebook:
+        """With this value too; of a full table it takes the place of its nearest, unless that is the last one."""
+        new, kept = np.float32(value), self.values
+        if new in kept:
+            return self
+        if len(kept) == MAX_LEVELS:
+            kept = np.delete(kept, min(int(self.encode(new)), len(kept) - 2))
+        return replace(self, values=np.sort(np.append(kept, new)))
+
     def to_json(self) -> dict[str, Any]:
         # str() of a float32 is the shortest decimal that reads back as the same float32.
         values = [float(str(v)) if np.isfinite(v) else "-inf" for v in self.values]
@@ -132,23 +145,32 @@ class Codebook:
         return cls(data["name"], data["domain"], values)
 
 
-def sqrt_probability_codebook(
-    levels: int = MAX_LEVELS, *, smallest: float | None = 1e-12, exact: Sequence[float] = ()
-) -> Codebook:
+def sqrt_probability_codebook(levels: int = MAX_LEVELS, *, smallest: float | None = 1e-12) -> Codebook:
     """Log-probabilities uniform in sqrt(p), p = 1 included.
 
     Args:
         levels: how many values, at most 256.
         smallest: reach down to this probability with geometric levels; None for uniform ones only.
-        exact: probabilities that must be in the table (a sampling threshold, for instance); each
-            takes the place of the level nearest to it.
     """
-    return Codebook("sqrt-probability", "sqrt_probability", _logprobs(levels, smallest, exact))
+    return Codebook("sqrt-probability", "sqrt_probability", _logprobs(levels, smallest))
+
+
+def weight_codebook(levels: int, weight: float) -> Codebook:
+    """For the entries of an unbiased estimate: `weight` exactly, the others uniform in arcsin(sqrt(p)), p = 1 included.
+
+    Args:
+        levels: how many values, at most 256.
+        weight: of sampled entries, in (0, 1].
+    """
+    if levels > MAX_LEVELS:
+        raise ValueError(f"too many, expected up to {MAX_LEVELS}")
+    values = _logprobs(levels - 1, 1e-12, lambda share: np.sin(np.pi / 2 * share))
+    return Codebook("arcsine", "sqrt_probability", values).including(math.log(weight))
 
 
 def residual_codebook(levels: int = MAX_LEVELS, *, smallest: float | None = 1e-12) -> Codebook:
     """Like the above for the mass that is left out, with m = 0 (-inf) as the first value."""
-    values = np.concatenate([[-np.inf], _logprobs(levels - 1, smallest, ())])
+    values = np.concatenate([[-np.inf], _logprobs(levels - 1, smallest)])
     return Codebook("sqrt-residual", "sqrt_probability", values.astype(np.float32))
 
 
@@ -158,24 +180,20 @@ def entropy_codebook(vocab_size: int, levels: int = MAX_LEVELS) -> Codebook:
     return Codebook("sqrt-entropy", "sqrt_value", values.astype(np.float32))
 
 
-def _logprobs(levels: int, smallest: float | None, exact: Sequence[float]) -> NDArray[np.float32]:
+def _logprobs(
+    levels: int, smallest: float | None, spacing: Callable[[Float64], Float64] = lambda share: share
+) -> NDArray[np.float32]:
+    """`spacing` maps i/n to sqrt(p), 0 to 0 and 1 to 1."""
     if smallest is None:
-        roots = np.arange(1, levels + 1) / levels
+        roots = spacing(np.arange(1, levels + 1) / levels)
     else:
         ratio = JOIN / (JOIN + 1)
         for tail in range(levels - JOIN):
             uniform = levels - tail + JOIN - 1
-            if (JOIN / uniform * ratio**tail) ** 2 <= smallest:
+            roots = spacing(np.arange(JOIN, uniform + 1) / uniform)
+            if (roots[0] * ratio**tail) ** 2 <= smallest:
                 break
         else:
-            raise ValueError(f"{levels} levels do not reach down to probability {smallest}")
-        roots = np.concatenate(
-            [
-                JOIN / uniform * ratio ** np.arange(tail, 0, -1),
-                np.arange(JOIN, uniform + 1) / uniform,
-            ]
-        )
-    for probability in exact:
-        if probability < 1:  # which is the last level, and stays
-            roots[np.abs(roots[:-1] - math.sqrt(probability)).argmin()] = math.sqrt(probability)
+            raise ValueError(f"too few to reach down to probability {smallest}")
+        roots = np.concatenate([roots[0] * ratio ** np.arange(tail, 0, -1), roots])
     return (2 * np.log(roots)).astype(np.float32)

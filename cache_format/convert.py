@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from cache_format.answers import ANSWERS
-from cache_format.codebook import Codebook, sqrt_probability_codebook
+from cache_format.codebook import Codebook, sqrt_probability_codebook, weight_codebook
 from cache_format.errors import CacheError, MismatchError
 from cache_format.fewer import first_samples, most_likely, thinned
 from cache_format.head import StoredHead
@@ -100,12 +100,12 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
         targets |= {"samples": conversion.samples}
         codebooks["target_logprobs"] = _reweighted(codebooks["target_logprobs"], old, conversion.samples)
     if conversion.tail_threshold is not None:
+        weight = conversion.tail_threshold / targets["samples"]
+        codebooks["target_logprobs"] = codebooks["target_logprobs"].including(math.log(weight))
         most = targets["k"] + targets["samples"] * (math.ceil(1 / conversion.tail_threshold) + 1)
         targets |= {"tail_threshold": conversion.tail_threshold, "max_entries": min(most, MAX_ENTRIES)}
-    if conversion.levels is not None or conversion.tail_threshold is not None:
-        weight = [] if not old.sampled else [targets["tail_threshold"] / targets["samples"]]
-        levels = conversion.levels or len(codebooks["target_logprobs"].values)
-        codebooks["target_logprobs"] = sqrt_probability_codebook(levels, exact=weight)
+    if conversion.levels is not None:
+        codebooks["target_logprobs"] = _codebook(conversion.levels, targets)
     if conversion.drop_hidden:
         targets.pop("hidden", None)
     level = conversion.compression_level or old.compression["level"]
@@ -146,9 +146,9 @@ def _check(cache: Cache, conversion: Conversion) -> None:
         problem = f"--levels: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
     elif conversion.levels is not None:
         try:
-            sqrt_probability_codebook(conversion.levels)
+            _codebook(conversion.levels, targets)
         except ValueError as error:
-            problem = f"--levels: {error}"
+            problem = f"--levels {conversion.levels}: {error}"
     if problem is not None:
         raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
 
@@ -178,6 +178,13 @@ def _problem_of_hidden(conversion: Conversion) -> str | None:
     return None
 
 
+def _codebook(levels: int, targets: Mapping[str, Any]) -> Codebook:
+    """Of so many values, as capture makes it. Raises: ValueError for too few or too many."""
+    if targets.get("tail_threshold") is None:
+        return sqrt_probability_codebook(levels)
+    return weight_codebook(levels, targets["tail_threshold"] / targets["samples"])
+
+
 def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codebook:
     """The weights of M samples together, made those of fewer: sampled weights times M/S."""
     factor = old.num_samples / samples
@@ -185,7 +192,7 @@ def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codeboo
         values = np.append(codebook.values[:-1].astype(np.float64) + np.log(factor), 0.0)
         values = np.unique(np.minimum(values, 0.0).astype(np.float32))
         return Codebook(codebook.name, codebook.domain, values)
-    return sqrt_probability_codebook(len(codebook.values), exact=[old.targets["tail_threshold"] / samples])
+    return codebook.including(math.log(old.targets["tail_threshold"] / samples))
 
 
 def _other_states(old: CacheMetadata) -> dict[str, Any]:

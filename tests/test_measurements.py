@@ -74,6 +74,19 @@ def test_variance_of_samples() -> None:
     assert said and said.groups() == (min(ratios), max(ratios))
 
 
+def test_rounding_of_samples() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/variance.json").read_text(encoding="utf-8"))["tables"]
+    (rows,) = (rows for title, rows in measured.items() if title.startswith("Rounding"))
+    said = [row for table in tables(PAGE) if table[0][1] == "levels" for row in table[1:]]
+    assert len(said) == len(rows) == 4
+    for (name, levels, *sums, own), row in zip(said, rows, strict=True):
+        mean, deviation = own.split(" ± ")
+        known = list(row.values())
+        assert [name, levels] == known[:2]
+        for number, value in zip((*sums, mean, deviation), known[2:], strict=True):
+            assert agrees(number.replace("−", "-"), value), (name, levels, number)
+
+
 def close(name: str, tau: str) -> bool:
     kind, _, value = name.partition(" ")
     return kind == "threshold" and agrees(tau, float(value))

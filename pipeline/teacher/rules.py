@@ -22,11 +22,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cache_format import EXACT_LEVELS, Codebook, sqrt_probability_codebook
+from cache_format import EXACT_LEVELS, Codebook, sqrt_probability_codebook, weight_codebook
 from pipeline.errors import ConfigError
 
 MAX_DRAWS = 255  # as many weights as a codebook has values besides certainty
-THRESHOLD_LEVELS = 64  # two or three exact entries cost .0003 nats of KL with so few
+THRESHOLD_LEVELS = 76  # two or three exact entries cost .0003 nats of KL with so few
 
 TargetKind = Literal["top-k", "top-p", "threshold", "random", "hidden"]
 TARGET_KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
@@ -139,7 +139,7 @@ class TargetRule:
             weights = weights if samples == 1 else np.append(weights, 1.0)  # certainty is in every codebook
             return Codebook("draws", "sqrt_probability", np.log(weights).astype(np.float32))
         if self.tail_threshold is not None:
-            return sqrt_probability_codebook(THRESHOLD_LEVELS, exact=[self.tail_threshold / samples])
+            return weight_codebook(THRESHOLD_LEVELS, self.tail_threshold / samples)
         return sqrt_probability_codebook(EXACT_LEVELS)
 
     @property

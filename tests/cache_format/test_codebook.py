@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,7 +64,7 @@ def test_entropy_error_stays_within_the_stated_bound(share, vocab_size):
 
 
 def test_values_that_must_be_exact():
-    logprob, residual = cf.sqrt_probability_codebook(exact=(0.05,)), cf.residual_codebook()
+    logprob, residual = cf.weight_codebook(64, 0.05), cf.residual_codebook()
     assert logprob.decode(logprob.encode([0.0]))[0] == 0
     assert logprob.decode(logprob.encode([np.log(0.05)]))[0] == np.float32(np.log(0.05))
     assert list(residual.decode(residual.encode([-np.inf, 0.0]))) == [-np.inf, 0.0]
@@ -72,6 +74,37 @@ def test_values_that_must_be_exact():
 def test_a_probability_is_never_quantised_to_zero():
     book = cf.sqrt_probability_codebook()
     assert book.decode(book.encode([-np.inf]))[0] == book.values[0] < np.log(1e-12)
+
+
+@pytest.mark.parametrize("levels", [76, 256])
+@given(st.lists(PROBABILITIES, min_size=1))
+def test_weights_have_the_stated_error_and_a_smaller_one_near_certainty(levels, probabilities):
+    """Halfway between two levels of √p = sin(π/2 · i/n), 1 - p is off by a multiple of √(1 - p)/n and of 1/n²."""
+    book, p = cf.weight_codebook(levels, 0.05), np.array(probabilities)
+    decoded = np.exp(book.decode(book.encode(logs(probabilities))).astype(np.float64))
+    assert np.abs(np.sqrt(decoded) - np.sqrt(p)).max() <= book.max_error + 1e-7
+    n = levels - 30  # and some levels more: 27 to 29 are geometric ones
+    bound = np.pi / 2 / n * np.sqrt(1 - p) + 2 * (np.pi / 2 / n) ** 2
+    assert (np.abs(decoded - p) <= bound + 1e-6).all()
+
+
+@given(st.floats(1e-9, 1.0, exclude_max=True))
+def test_a_further_value_changes_no_other_unless_the_table_is_full(probability):
+    book = cf.weight_codebook(76, 0.05)
+    more = book.including(np.log(probability))
+    assert set(more.values.tolist()) == {*book.values.tolist(), float(np.float32(np.log(probability)))}
+    full = cf.sqrt_probability_codebook()
+    again = full.including(np.log(probability))
+    assert np.float32(np.log(probability)) in again.values and again.values[-1] == 0 and len(again.values) == 256
+    assert len(set(full.values.tolist()) - set(again.values.tolist())) <= 1
+
+
+def test_too_many_levels():
+    for make in (cf.sqrt_probability_codebook, functools.partial(cf.weight_codebook, weight=0.5)):
+        with pytest.raises(ValueError, match="up to 256"):
+            make(257)
+        with pytest.raises(ValueError, match="too few to reach"):
+            make(30)
 
 
 @pytest.mark.parametrize("book", [cf.sqrt_probability_codebook(), cf.residual_codebook(), cf.entropy_codebook(1000)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import math
 import shutil
 import weakref
 from dataclasses import replace
@@ -234,7 +236,7 @@ def with_equal_weights(row: cf.CacheRow, samples: int, threshold: float = 0.4) -
 def three_samples(tmp_path_factory) -> Path:
     """Threshold targets with the codebook that they are captured with."""
     path = tmp_path_factory.mktemp("three") / "cache"
-    book = cf.sqrt_probability_codebook(64, exact=[0.4 / 3])
+    book = cf.weight_codebook(64, 0.4 / 3)
     books = {**cf.default_codebooks(1000), "target_logprobs": book}
     metadata = sample_metadata(targets={**THRESHOLD, "samples": 3}, codebooks=books)
     with cf.CacheWriter(path, metadata) as writer:
@@ -249,7 +251,8 @@ def test_the_first_samples_are_kept_as_one_estimate(tmp_path, three_samples, sam
     found = convert(three_samples, tmp_path / "fewer", samples=samples, encoding=encoding)
     assert found.metadata.num_samples == samples and found.metadata.sampled
     book = found.metadata.codebooks["target_logprobs"]
-    np.testing.assert_array_equal(book.values, cf.sqrt_probability_codebook(64, exact=[0.4 / samples]).values)
+    before = source.metadata.codebooks["target_logprobs"].values
+    np.testing.assert_array_equal(book.values, np.union1d(before, np.float32(np.log(0.4 / samples))))
     for row, old in zip(found, source, strict=True):
         np.testing.assert_array_equal(row.targets.exact_counts, old.targets.exact_counts)
         np.testing.assert_array_equal(row.targets.residual_logprob, old.targets.residual_logprob)
@@ -332,7 +335,7 @@ def test_fewer_samples_are_unbiased(tmp_path, name, samples):
     )
     if exact:
         kind: dict[str, Any] = {**THRESHOLD, "samples": 3}
-        book = cf.sqrt_probability_codebook(256, exact=[0.4 / 3])
+        book = cf.weight_codebook(256, 0.4 / 3)
     else:
         kind = {"kind": "random", "draws": 2, "samples": 3, "temperature": 1.0, "seed": 0, "max_entries": 9}
         book = draws_codebook(2, 3)
@@ -353,14 +356,15 @@ def test_fewer_samples_are_unbiased(tmp_path, name, samples):
 # -- other codebooks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("levels", [36, 64, 256])
+@pytest.mark.parametrize("levels", [38, 64, 256])
 @pytest.mark.parametrize("kind", ["top-k", "threshold"])
 def test_other_levels(tmp_path, caches, three_samples, kind, levels):
     source = cf.open_cache(caches["top-k"] if kind == "top-k" else three_samples)
     found = convert(Path(source.path), tmp_path / "other", levels=levels)
     book = found.metadata.codebooks["target_logprobs"]
-    exact = [] if kind == "top-k" else [0.4 / 3]
-    np.testing.assert_array_equal(book.values, cf.sqrt_probability_codebook(levels, exact=exact).values)
+    weight = np.float32(np.log(0.4 / 3))
+    expected = cf.sqrt_probability_codebook(levels) if kind == "top-k" else cf.weight_codebook(levels, 0.4 / 3)
+    np.testing.assert_array_equal(book.values, expected.values)
     for name in ("residual_logprob", "entropy"):
         assert found.metadata.codebooks[name].to_json() == source.metadata.codebooks[name].to_json()
     for row, old in zip(found, source, strict=True):
@@ -368,8 +372,7 @@ def test_other_levels(tmp_path, caches, three_samples, kind, levels):
         np.testing.assert_array_equal(row.targets.residual_logprob, old.targets.residual_logprob)
         roots = [np.exp(each.targets.logprobs.astype(np.float64) / 2) for each in (row, old)]
         np.testing.assert_allclose(*roots, atol=book.max_error + 1e-6)
-        if exact:
-            weight = np.float32(np.log(0.4 / 3))
+        if kind == "threshold":
             sampled = old.targets.logprobs == weight
             assert sampled.any() and (row.targets.logprobs[sampled] == weight).all()
 
@@ -377,7 +380,7 @@ def test_other_levels(tmp_path, caches, three_samples, kind, levels):
 def test_levels_and_samples_together(tmp_path, three_samples):
     found = convert(three_samples, tmp_path / "both", levels=128, samples=2)
     book = found.metadata.codebooks["target_logprobs"]
-    np.testing.assert_array_equal(book.values, cf.sqrt_probability_codebook(128, exact=[0.2]).values)
+    np.testing.assert_array_equal(book.values, cf.weight_codebook(128, 0.2).values)
     assert np.float32(np.log(0.2)) in found[0].targets.logprobs
 
 
@@ -397,7 +400,8 @@ def repeated(request, tmp_path_factory) -> Path:
     drawn = [token for sample in TAIL[:samples] for token in sample]
     count = len(EXACT) + len(drawn)
     weights = [*EXACT.values(), *[0.1 / samples] * len(drawn)]
-    books = {**cf.default_codebooks(1000), "target_logprobs": cf.sqrt_probability_codebook(256, exact=weights)}
+    book = functools.reduce(lambda book, weight: book.including(math.log(weight)), weights, cf.weight_codebook(64, 0.1))
+    books = {**cf.default_codebooks(1000), "target_logprobs": book}
     metadata = sample_metadata(
         POSITIONS // length,
         targets={**THRESHOLD, "tail_threshold": 0.1, "samples": samples, "max_entries": 40},
@@ -524,8 +528,10 @@ REFUSALS = {
     "no samples": ("threshold, three samples", {"samples": 0}, "--samples 0: found 3 per position"),
     "two of one": ("random, one sample", {"samples": 2}, "--samples 2: found 1 per position"),
     "levels of draws": ("random, one sample", {"levels": 64}, "--levels: the codebook of random targets holds"),
-    "too few levels": ("top-k", {"levels": 35}, "--levels: 35 levels do not reach down to probability 1e-12"),
-    "too many levels": ("top-k", {"levels": 257}, "--levels: codebook sqrt-probability: "),
+    "too few levels": ("top-k", {"levels": 35}, "--levels 35: too few to reach down to probability 1e-12"),
+    "too many levels": ("top-k", {"levels": 257}, "--levels 257: codebook sqrt-probability: "),
+    "too few beside the weight": ("threshold, one sample", {"levels": 37}, "--levels 37: too few to reach down to"),
+    "too many beside the weight": ("threshold, one sample", {"levels": 257}, "--levels 257: too many, expected up to"),
     "threshold of none": ("top-k", {"tail_threshold": 0.5}, "--tail-threshold 0.5: top-k targets have none"),
     "threshold of draws": ("random, one sample", {"tail_threshold": 0.5}, "--tail-threshold 0.5: random targets have"),
     "the same threshold": ("threshold, one sample", {"tail_threshold": 0.4}, "found 0.4, expected a larger one, up to"),
