@@ -25,10 +25,10 @@ from cache_format.convert import Conversion, convert_cache
 from pipeline.report import inspect_row, inspect_view
 from pipeline.stats import cache_stats, stats_view
 from pipeline.student.arguments import TrainStudentConfig
+from pipeline.student.checked import check_run
 from pipeline.student.data import CacheDataset
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.suitability import realized_warnings
-from pipeline.student.train import check_run
 from runs import build_cache
 
 EXTREMES: list[Any] = [

@@ -14,10 +14,11 @@ import cache_format as cf
 from dense import random_targets
 from pipeline.errors import ConfigError
 from pipeline.losses import sparse_kl
+from pipeline.student.arguments import TrainStudentConfig
+from pipeline.student.checked import check_run
 from pipeline.student.many import train_students
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.suitability import exact_entries
-from pipeline.student.train import TrainStudentConfig, check_run
 from pipeline.teacher.rules import TargetRule
 from runs import Stop, build_cache, distance, train, weights
 from sampled import random, threshold

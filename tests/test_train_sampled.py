@@ -19,9 +19,10 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.heads import open_head
 from pipeline.losses import TAIL_POLICIES, sparse_kl
+from pipeline.student.arguments import TrainStudentConfig
+from pipeline.student.checked import check_run
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.student.forward import LossRecipe, distillation_output
-from pipeline.student.train import TrainStudentConfig, check_run
 from pipeline.teacher.rules import TargetRule
 from runs import SGD, Stop, build_cache, dense_evaluation, distance, log_history, train, weights
 from sampled import random, threshold

@@ -27,10 +27,11 @@ import cache_format as cf
 from cache_format.errors import DistillError
 from pipeline.errors import ConfigError
 from pipeline.student.arguments import TrainStudentConfig
+from pipeline.student.checked import CheckedRun, check_run
 from pipeline.student.data import Batch
 from pipeline.student.mixing import Rows
 from pipeline.student.output import CONFIG_FILE, is_finished, last_checkpoint
-from pipeline.student.train import CheckedRun, TrainSummary, check_run, perform
+from pipeline.student.train import TrainSummary, perform
 
 BATCHES_KEPT = 2
 """In lockstep one is enough; the second is there where training and evaluation meet."""
