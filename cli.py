@@ -383,7 +383,8 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     generate = _generation_options(given)
     _quiet_libraries()
     from pipeline.report import describe_targets, duration, pairs, size
-    from pipeline.teacher.capture import CaptureProgress, cache_teacher
+    from pipeline.teacher.capture import cache_teacher
+    from pipeline.teacher.progress import CaptureProgress
 
     repository = given.pop("push_to_hub")
     if repository is not None:
@@ -463,7 +464,7 @@ HIDDEN_PARTS = {"layers": "states", "dtype": "dtype", "every": "every"}  # of Hi
 
 def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     """The config that the options of cache-teacher make."""
-    from pipeline.teacher.capture import CacheTeacherConfig
+    from pipeline.teacher.config import CacheTeacherConfig
     from pipeline.teacher.corpus import DataConfig
     from pipeline.teacher.hidden import HiddenRule
     from pipeline.teacher.masking import FLAGS, MaskRule

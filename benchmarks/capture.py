@@ -30,9 +30,11 @@ from benchmarks.measure import Result, Settings, Table, ratio, spread
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import prose
 from pipeline.padding import pad_rows
-from pipeline.teacher.capture import CacheTeacherConfig, CaptureSummary, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.packing import build_corpus
+from pipeline.teacher.progress import CaptureSummary
 from pipeline.teacher.rules import TargetRule
 
 TOP_K, BATCH_ROWS = 64, 8

@@ -88,7 +88,8 @@ def _work(given: dict[str, Any], index: int, processes: int, threads: int, ready
     import torch
 
     import cache_format as cf
-    from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+    from pipeline.teacher.capture import cache_teacher
+    from pipeline.teacher.config import CacheTeacherConfig
     from pipeline.teacher.corpus import DataConfig
     from pipeline.teacher.rules import TargetRule
     from pipeline.teacher.workers import WorkerConfig

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
 from pipeline.teacher.answers import GenerationConfig
-from pipeline.teacher.capture import CacheTeacherConfig
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.generation import GenerationSummary, generate_cache
 from pipeline.teacher.rules import TargetRule

@@ -26,7 +26,8 @@ import cache_format as cf
 from cli import main
 from dense import dense_kl
 from pipeline.student.train import TrainStudentConfig, TrainSummary, train_student
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.rules import TargetRule

@@ -22,9 +22,11 @@ from pipeline.heads import Head, check_packing, open_head
 from pipeline.student.data import Batch, CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.teacher import capture, grouping, opening
 from pipeline.teacher import targets as targets_module
-from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, CaptureSummary, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.philox import uniforms
+from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets
 from sampled import check_draws, random, rule_name, threshold

@@ -21,7 +21,8 @@ from pipeline.student.data import CacheDataset, collate
 from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import distillation_output, install_distillation_forward
 from pipeline.student.recipe import LossRecipe
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
 from pipeline.teacher.rules import TargetRule

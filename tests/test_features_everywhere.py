@@ -19,7 +19,8 @@ from pipeline.student.features import FeatureRecipe, Features
 from pipeline.student.forward import distillation_output
 from pipeline.student.recipe import LossRecipe
 from pipeline.student.train import train_student
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule
 from runs import SGD, distance, log_history, train, weights

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import cache_format as cf
-from pipeline.teacher.capture import CacheTeacherConfig
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.grouping import grouping
 from pipeline.teacher.hidden import RECORD_BATCH_BYTES, SHARD_BYTES

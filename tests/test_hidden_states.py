@@ -17,10 +17,12 @@ from cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.heads import Head, open_head
 from pipeline.teacher import hidden
-from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.hidden import HiddenRule, chosen, predicted_bytes, quantised
 from pipeline.teacher.plan import plan_cache
+from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.rules import TargetRule
 from tiny import tiny_llama
 

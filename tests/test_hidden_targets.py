@@ -22,9 +22,10 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.head_form import HeadForm, head_form
 from pipeline.heads import open_head
 from pipeline.teacher import capture
-from pipeline.teacher.capture import CaptureProgress, cache_teacher
+from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
 from pipeline.teacher.plan import plan_cache
+from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher_head import TeacherHead
 from pipeline.verify import TeacherCheckConfig, _rounded_from, verify_against_teacher

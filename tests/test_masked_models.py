@@ -24,9 +24,10 @@ from pipeline.student.data import CacheDataset, collate, targets_of
 from pipeline.student.forward import install_distillation_forward
 from pipeline.student.recipe import LossRecipe
 from pipeline.teacher import capture, opening
-from pipeline.teacher.capture import CaptureProgress, cache_teacher
+from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.masking import MaskRule
 from pipeline.teacher.plan import plan_cache
+from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.rules import TargetRule
 from pipeline.verify import TeacherCheckConfig, verify_against_teacher
 from tiny_masked import KINDS, VOCAB, WINDOW, masked_config, tiny_masked

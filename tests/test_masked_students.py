@@ -23,7 +23,8 @@ from pipeline.student.data import LocalShuffle
 from pipeline.student.many import train_students
 from pipeline.student.students import keep_layers
 from pipeline.student.train import train_student
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.rules import TargetRule
 from runs import SGD, build_cache, distance, log_history, train, weights

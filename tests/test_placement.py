@@ -26,7 +26,8 @@ from pipeline.heads import open_head
 from pipeline.models import load_model, weights_fingerprint
 from pipeline.placement import computing_devices, parse_device_map
 from pipeline.teacher import opening
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.rules import TargetRule
 from test_resume import contents

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cache_format as cf
 from benchmarks import position
 from pages import ROOT, blocks
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 
 PAGE = "docs/choosing.md"

@@ -27,7 +27,8 @@ from benchmarks.quality.tracks import FULL, LABELS, TRACK_2, arm, quick, thresho
 from benchmarks.quality.train import rate
 from pipeline.losses import TargetBatch, fused_head
 from pipeline.models import load_model
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.packing import TokenRow
 from runs import dense_logits

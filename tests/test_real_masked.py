@@ -20,7 +20,8 @@ import cache_format as cf
 from dense import check_row, document_logprobs
 from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.models import load_tokenizer
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.rules import TargetRule
 from runs import train

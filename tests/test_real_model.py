@@ -25,7 +25,8 @@ from pipeline.heads import check_packing, open_head
 from pipeline.losses import TAIL_POLICIES, fused_head, sparse_kl
 from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.teacher.answers import GenerationConfig
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
 from pipeline.teacher.generation import generate_cache
 from pipeline.teacher.rules import TargetRule

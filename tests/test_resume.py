@@ -22,8 +22,10 @@ import pytest
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture, grouping
-from pipeline.teacher.capture import CacheTeacherConfig, CaptureProgress, cache_teacher
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.corpus import DataConfig
+from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.workers import WorkerConfig, this_worker
 from runs import command as run

@@ -37,7 +37,8 @@ import cache_format as cf  # noqa: E402
 from cache_format import unfinished  # noqa: E402
 from cache_format.storage import LocalDirectory  # noqa: E402
 from pipeline.heads import Head  # noqa: E402
-from pipeline.teacher.capture import CacheTeacherConfig, cache_teacher  # noqa: E402
+from pipeline.teacher.capture import cache_teacher  # noqa: E402
+from pipeline.teacher.config import CacheTeacherConfig  # noqa: E402
 from pipeline.teacher.corpus import DataConfig  # noqa: E402
 from pipeline.teacher.rules import TargetRule  # noqa: E402
 from pipeline.teacher.workers import WorkerConfig  # noqa: E402

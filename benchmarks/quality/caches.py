@@ -19,7 +19,7 @@ from benchmarks.quality.corpora import Corpus
 from benchmarks.quality.states import States
 from benchmarks.quality.tracks import Arm, Track
 from pipeline.heads import Head
-from pipeline.teacher.capture import CHUNK_POSITIONS
+from pipeline.teacher.metadata import CHUNK_POSITIONS
 from pipeline.teacher.rows import cache_rows
 from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets

@@ -16,7 +16,6 @@ five reads of V floats; the [B, T, V] logits, and their memory, are saved. `benc
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,52 +30,22 @@ from torch import Tensor
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.heads import Head
-from pipeline.models import load_tokenizer, teacher_fingerprints
-from pipeline.objective import ALIGNMENT
+from pipeline.models import load_tokenizer
 from pipeline.padding import model_inputs
 from pipeline.teacher import hidden as hidden_states
-from pipeline.teacher.corpus import DataConfig
-from pipeline.teacher.full import WrittenHead, check_full, in_words, states_spec, with_head, write_down
-from pipeline.teacher.grouping import as_begun, grouping
-from pipeline.teacher.hidden import HiddenRule
-from pipeline.teacher.masking import MaskRule
+from pipeline.teacher.config import CacheTeacherConfig
+from pipeline.teacher.full import WrittenHead, check_full, in_words, write_down
+from pipeline.teacher.grouping import as_begun
+from pipeline.teacher.metadata import CHUNK_POSITIONS, cache_metadata, stored_positions
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.rows import cache_rows
-from pipeline.teacher.rules import TargetRule
 from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
-from pipeline.teacher.workers import WorkerConfig, check_output, device_names, this_worker
+from pipeline.teacher.workers import check_output, this_worker
 from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
 
-CHUNK_POSITIONS = 256
 GROUPS_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheTeacherConfig:
-    """One run of stage one."""
-
-    teacher: str  # transformers directory, hub name, or .gguf file
-    data: DataConfig
-    output: str  # cache directory or fsspec URL
-    targets: TargetRule = field(default_factory=TargetRule)
-    objective: str | None = None  # causal or masked; default: what the teacher was trained for
-    masking: MaskRule | None = None  # of a masked teacher; default: MaskRule()
-    hidden: HiddenRule | None = None  # hidden states to store beside the targets, or in what numbers the targets
-    all_positions: bool = False  # targets also where the loss mask is off
-    batch_size: int = 8  # rows per forward pass; halved when out of memory
-    device: str = "auto"
-    dtype: str = "auto"  # float32 on a CPU, the checkpoint's own elsewhere
-    revision: str | None = None  # of a hub model
-    trust_remote_code: bool = False
-    rows_per_shard: int | None = None  # default: some 262,144 tokens' worth
-    encoding: str = "columns"  # or packed: smaller, read by this package only
-    compression_level: int = 9  # zstd
-    device_map: str | None = None  # spread the teacher over devices, CPU and disk: a strategy of accelerate, or a file
-    tensor_parallel: bool = False  # split it over the processes of torchrun, which are one worker then
-    overwrite: bool = False  # delete a cache that is already in `output`
-    workers: WorkerConfig = field(default_factory=WorkerConfig)  # this process among others
 
 
 def cache_teacher(
@@ -136,65 +105,6 @@ def _states_in_words(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Co
     size = hidden_states.predicted_bytes(spec, stored_positions(config, corpus)) / 1e6
     layers = f"{len(spec.layers)} layer{'s' if len(spec.layers) > 1 else ''}"
     return f"hidden states of {positions:,} positions × {layers} × {spec.width} × {spec.dtype} = {size:,.1f} MB"
-
-
-def stored_positions(config: CacheTeacherConfig, corpus: Corpus) -> int:
-    """Positions that get targets."""
-    return corpus.num_tokens if config.all_positions else corpus.num_counted_tokens
-
-
-def cache_metadata(
-    config: CacheTeacherConfig,
-    corpus: Corpus,
-    head: Head,
-    fingerprint: dict[str, str],
-    device: torch.device,
-    written: WrittenHead | None = None,
-) -> cf.CacheMetadata:
-    rule = config.targets
-    rule.check_vocabulary(head.vocab_size)
-    hidden = states_spec(config.hidden, head, written)
-    libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
-    return cf.CacheMetadata(
-        teacher={
-            "name": config.teacher,
-            "revision": config.revision or getattr(head.model.config, "_commit_hash", None),
-            "architecture": type(head.model).__name__,
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            **teacher_fingerprints(head.model),
-        },
-        tokenizer=fingerprint,
-        vocab_size=head.vocab_size,
-        alignment=ALIGNMENT[corpus.objective],
-        targets={
-            **with_head(rule.to_json(), written),
-            "positions": "all" if config.all_positions else "counted",
-            **({} if hidden is None else {"hidden": hidden.to_json()}),
-        },
-        corpus={
-            **corpus.description,
-            "rows": len(corpus),
-            "tokens": corpus.num_tokens,
-            "counted_tokens": corpus.num_counted_tokens,
-            "window_length": config.data.window_length,
-            "token_stream_sha256": corpus.token_stream_sha256,
-            "report": corpus.report,
-        },
-        capture={
-            "device": device_names(head.model, device),
-            # Elsewhere than on a CPU no sum is split over them.
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "batch_size": config.batch_size,
-            "head": "linear" if head.linear else "own",
-            "chunk_positions": CHUNK_POSITIONS,
-            **({"tensor_parallel": torch.distributed.get_world_size()} if config.tensor_parallel else {}),
-        },
-        codebooks={**cf.default_codebooks(head.vocab_size), "target_logprobs": rule.codebook()},
-        libraries={name: importlib.metadata.version(name) for name in libraries},
-        **grouping(config, hidden, stored_positions(config, corpus) / len(corpus)),
-        encoding=config.encoding,
-        compression={"codec": "zstd", "level": config.compression_level},
-    )
 
 
 @dataclass

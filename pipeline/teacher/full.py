@@ -8,16 +8,13 @@ They are layer L's where the head is applied to that, and L + 1 stands for what 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.head_form import HeadForm, head_form
 from pipeline.heads import Head
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.hidden import HiddenRule
-
-if TYPE_CHECKING:
-    from pipeline.teacher.capture import CacheTeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,11 @@ from pipeline.objective import Objective, objective_of
 from pipeline.teacher.answer_store import AnswerStore, store_location
 from pipeline.teacher.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.answers import AnswerWriter, GenerationConfig, find_stop_tokens
-from pipeline.teacher.capture import CacheTeacherConfig, cache_metadata
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.decoding import check_decoding
 from pipeline.teacher.grouping import SHARD_TOKENS, as_begun, rows_together
 from pipeline.teacher.keeping import Predicate, load_predicate
+from pipeline.teacher.metadata import cache_metadata
 from pipeline.teacher.opening import open_teacher
 from pipeline.teacher.prompts import Prompts, open_prompts
 from pipeline.teacher.workers import device_names, this_worker

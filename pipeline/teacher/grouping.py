@@ -8,13 +8,10 @@ of them decoded (`pipeline.student.data`).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import cache_format as cf
 from pipeline.teacher import hidden as hidden_states
-
-if TYPE_CHECKING:
-    from pipeline.teacher.capture import CacheTeacherConfig
+from pipeline.teacher.config import CacheTeacherConfig
 
 RECORD_BATCH_TOKENS = 2**15  # 32 rows of 1,024
 SHARD_TOKENS = 2**18

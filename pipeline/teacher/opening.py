@@ -5,7 +5,7 @@ Shared by everything that puts a text to a teacher: capture, and the plan of one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,13 +15,11 @@ from pipeline.heads import Head, check_packing, check_padding, open_head
 from pipeline.models import load_config, load_model
 from pipeline.objective import check_objective, most_positions
 from pipeline.placement import check_split
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.masking import FLAGS, MaskRule
 from pipeline.teacher.packing import TokenCorpus, build_corpus
 from pipeline.tokenizers import real_vocab_size
-
-if TYPE_CHECKING:
-    from pipeline.teacher.capture import CacheTeacherConfig
 
 Corpus = TokenCorpus | MaskedCorpus
 

@@ -29,7 +29,7 @@ import cache_format as cf
 from pipeline.heads import Head
 from pipeline.models import load_tokenizer
 from pipeline.padding import model_inputs
-from pipeline.teacher.capture import CHUNK_POSITIONS, CacheTeacherConfig, stored_positions
+from pipeline.teacher.config import CacheTeacherConfig
 from pipeline.teacher.full import (
     WrittenHead,
     check_full,
@@ -40,6 +40,7 @@ from pipeline.teacher.full import (
 )
 from pipeline.teacher.grouping import grouping, rows_together
 from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
+from pipeline.teacher.metadata import CHUNK_POSITIONS, stored_positions
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.rows import cache_rows

@@ -26,7 +26,7 @@ from pipeline.placement import computing_devices
 from pipeline.teacher.tensor_parallel import Follower, Leader
 
 if TYPE_CHECKING:
-    from pipeline.teacher.capture import CacheTeacherConfig
+    from pipeline.teacher.config import CacheTeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
