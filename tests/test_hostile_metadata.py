@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import cache_format as cf
-from benchmarks import fuzz
+from benchmarks import fuzzed
 from cache_format.convert import Conversion, convert_cache
 from pipeline.report import inspect_row, inspect_view
 from pipeline.stats import cache_stats, stats_view
@@ -76,18 +76,18 @@ def doubled(holder: Any, key: Any) -> None:
 CHANGES = [deleted, doubled, *map(replaced, EXTREMES)]
 
 
-def resealed(files: fuzz.Files, name: str, tree: dict[str, Any]) -> fuzz.Files:
+def resealed(files: fuzzed.Files, name: str, tree: dict[str, Any]) -> fuzzed.Files:
     """With another manifest or sidecar, and with checksums of the two that are true."""
     files = {**files, name: json.dumps(tree).encode()}
     if name != "manifest.json":
         manifest = json.loads(files["manifest.json"])
         manifest["shards"][0]["sidecar_sha256"] = cf.sha256(files[name])
         files["manifest.json"] = json.dumps(manifest).encode()
-    return {**files, "manifest.json": fuzz._with_own_digest(json.loads(files["manifest.json"]))}
+    return {**files, "manifest.json": fuzzed.with_own_digest(json.loads(files["manifest.json"]))}
 
 
 @pytest.fixture(scope="module")
-def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Files]:
+def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzzed.Files]:
     """By name: a captured one, and made-up ones of other kinds."""
     path = tmp_path_factory.mktemp("hostile") / "captured"
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -95,7 +95,11 @@ def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     few.write_text("".join(lines[:12]), encoding="utf-8")
     build_cache(path, teacher_dir, few)
     captured = {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
-    return {"captured": captured, "packed": fuzz.sound_cache("packed"), "hidden": fuzz.sound_cache("hidden")}
+    return {
+        "captured": captured,
+        "packed": fuzzed.sound_cache("packed"),
+        "hidden": fuzzed.sound_cache("hidden"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def uses(path: Path, student: Path) -> Iterator[Callable[[], Any]]:
     def shown(view: Any) -> None:
         Console(file=io.StringIO()).print(view)
 
-    yield lambda: fuzz.read_all(opened())
+    yield lambda: fuzzed.read_all(opened())
     yield lambda: cf.verify_cache(path, deep=True)
     yield lambda: shown(stats_view(cache_stats(opened())))
     yield lambda: shown(inspect_view(inspect_row(opened(), 0, str, candidates=2, start=0, positions=4)))
@@ -148,7 +152,7 @@ def uses(path: Path, student: Path) -> Iterator[Callable[[], Any]]:
     yield lambda: check_run(TrainStudentConfig(cache=str(path), output=output, student=str(student), device="cpu"))
 
 
-def written(files: fuzz.Files, folder: Path) -> Path:
+def written(files: fuzzed.Files, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in files.items():
         (folder / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +160,7 @@ def written(files: fuzz.Files, folder: Path) -> Path:
     return folder / "cache"
 
 
-def outcome(files: fuzz.Files, folder: Path, student: Path) -> set[str]:
+def outcome(files: fuzzed.Files, folder: Path, student: Path) -> set[str]:
     """Whether the uses were refused, or went well; raises anything else."""
     seen = set()
     for use in uses(written(files, folder), student):
@@ -169,30 +173,30 @@ def outcome(files: fuzz.Files, folder: Path, student: Path) -> set[str]:
     return seen
 
 
-KINDS = [("captured", "manifest.json"), ("hidden", "manifest.json"), ("packed", fuzz.SIDECAR)]
+KINDS = [("captured", "manifest.json"), ("hidden", "manifest.json"), ("packed", fuzzed.SIDECAR)]
 
 
 @pytest.mark.parametrize("kind, name", KINDS)
 @settings(max_examples=12, derandomize=True)
 @given(data=st.data())
 def test_no_value_of_the_json_gives_anything_but_an_error(
-    data: st.DataObject, kind: str, name: str, caches: dict[str, fuzz.Files], student_dir: Path, scratch: Path
+    data: st.DataObject, kind: str, name: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path
 ):
     try_one(data, caches[kind], name, student_dir, scratch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["manifest.json", fuzz.SIDECAR])
+@pytest.mark.parametrize("name", ["manifest.json", fuzzed.SIDECAR])
 @pytest.mark.parametrize("kind", ["captured", "packed", "hidden"])
 @settings(max_examples=150)
 @given(data=st.data())
 def test_nor_do_many_values(
-    data: st.DataObject, kind: str, name: str, caches: dict[str, fuzz.Files], student_dir: Path, scratch: Path
+    data: st.DataObject, kind: str, name: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path
 ):
     try_one(data, caches[kind], name, student_dir, scratch)
 
 
-def try_one(data: st.DataObject, files: fuzz.Files, name: str, student: Path, scratch: Path) -> None:
+def try_one(data: st.DataObject, files: fuzzed.Files, name: str, student: Path, scratch: Path) -> None:
     tree = json.loads(files[name])
     place = data.draw(st.sampled_from(list(places(tree))))
     change = data.draw(st.sampled_from(CHANGES))
@@ -217,21 +221,23 @@ LIES: dict[str, tuple[Place, Callable[[Any, Any], None]]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_refused_by_every_use(lie: str, caches: dict[str, fuzz.Files], student_dir: Path, scratch: Path):
+def test_a_lie_is_refused_by_every_use(lie: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path):
     place, change = LIES[lie]
     tree = mutated(json.loads(caches["captured"]["manifest.json"]), place, change)
     assert outcome(resealed(caches["captured"], "manifest.json", tree), scratch, student_dir) == {"refused"}
 
 
 @pytest.mark.parametrize("annotations", [[1], 3, None, {"lexicon_sha256": 3}])
-def test_so_are_lies_of_a_sidecar(annotations: Any, caches: dict[str, fuzz.Files], scratch: Path):
-    tree = {**json.loads(caches["packed"][fuzz.SIDECAR]), "annotations": annotations}
+def test_so_are_lies_of_a_sidecar(annotations: Any, caches: dict[str, fuzzed.Files], scratch: Path):
+    tree = {**json.loads(caches["packed"][fuzzed.SIDECAR]), "annotations": annotations}
     with pytest.raises(cf.CorruptShardError, match="annotations"):
-        fuzz.read_all(cf.open_cache(written(resealed(caches["packed"], fuzz.SIDECAR, tree), scratch)))
+        fuzzed.read_all(cf.open_cache(written(resealed(caches["packed"], fuzzed.SIDECAR, tree), scratch)))
 
 
 @pytest.mark.parametrize("kind", ["captured", "packed", "hidden"])
-def test_what_is_not_changed_is_not_refused(kind: str, caches: dict[str, fuzz.Files], student_dir: Path, scratch: Path):
-    for name in ("manifest.json", fuzz.SIDECAR):
+def test_what_is_not_changed_is_not_refused(
+    kind: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path
+):
+    for name in ("manifest.json", fuzzed.SIDECAR):
         same = resealed(caches[kind], name, json.loads(caches[kind][name]))
         assert "well" in outcome(same, scratch, student_dir)

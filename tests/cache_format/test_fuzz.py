@@ -7,36 +7,36 @@ from pathlib import Path
 import pytest
 
 import cache_format as cf
-from benchmarks import fuzz
+from benchmarks import fuzz, fuzzed
 
 
-@pytest.mark.parametrize("target", fuzz.TARGETS)
+@pytest.mark.parametrize("target", fuzzed.TARGETS)
 def test_kept_inputs_are_rows_or_an_error(target: str, tmp_path: Path):
-    sound, instead = fuzz.part_of(*fuzz.TARGETS[target])
-    assert fuzz.read(instead(sound), tmp_path / "sound")
+    sound, instead = fuzzed.part_of(*fuzzed.TARGETS[target])
+    assert fuzzed.read(instead(sound), tmp_path / "sound")
     kept = fuzz.seeds(target)
     assert len(kept) >= 5
-    accepted = [fuzz.read(instead(data), tmp_path / "cache") for data in kept]
+    accepted = [fuzzed.read(instead(data), tmp_path / "cache") for data in kept]
     assert not all(accepted)
 
 
 def test_a_flipped_bit_is_found_in_the_file_that_it_is_in():
     outcomes = fuzz.flips(201, seed=7)
     assert sum(outcomes.values()) == 201
-    expected = {"manifest.json", fuzz.SHARD, fuzz.SIDECAR, fuzz.LEXICON, cf.HEAD}
+    expected = {"manifest.json", fuzzed.SHARD, fuzzed.SIDECAR, fuzzed.LEXICON, cf.HEAD}
     assert {outcome.partition(": ")[0] for outcome in outcomes} >= expected
     assert [outcome for outcome in outcomes if not outcome.endswith(f": {fuzz.FOUND}")] == []
 
 
 def test_another_file_than_the_damaged_one_does_not_count(tmp_path: Path):
     """A shard and its sidecar differ in the ending of their names only, and advice names the shard."""
-    for name, data in fuzz.sound_cache("columns").items():
+    for name, data in fuzzed.sound_cache("columns").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     expected = fuzz.values(tmp_path)
-    (tmp_path / fuzz.SIDECAR).write_bytes((tmp_path / fuzz.SIDECAR).read_bytes() + b" ")
-    assert fuzz._outcome(tmp_path, fuzz.SIDECAR, expected) == fuzz.FOUND
-    assert fuzz._outcome(tmp_path, fuzz.SHARD, expected).startswith("found, WITHOUT ITS NAME")
+    (tmp_path / fuzzed.SIDECAR).write_bytes((tmp_path / fuzzed.SIDECAR).read_bytes() + b" ")
+    assert fuzz._outcome(tmp_path, fuzzed.SIDECAR, expected) == fuzz.FOUND
+    assert fuzz._outcome(tmp_path, fuzzed.SHARD, expected).startswith("found, WITHOUT ITS NAME")
 
 
 def test_the_search_would_see_a_silent_change(monkeypatch: pytest.MonkeyPatch):
@@ -46,10 +46,10 @@ def test_the_search_would_see_a_silent_change(monkeypatch: pytest.MonkeyPatch):
     def and_resealed(file: Path, data: bytes) -> int:
         done = written(file, data)
         if file.name.endswith(".arrow"):
-            folder = file.parent if file.name == fuzz.LEXICON else file.parent.parent
+            folder = file.parent if file.name == fuzzed.LEXICON else file.parent.parent
             if (folder / "manifest.json").exists():
                 files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-                for name, sealed in fuzz.resealed(files).items():
+                for name, sealed in fuzzed.resealed(files).items():
                     written(folder / name, sealed)
         return done
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from benchmarks import fuzz
+from benchmarks import fuzzed
 from cache_format import ipc, shard_writer
 from cache_format.read_cache import ReadCache
 from cache_format.storage import open_directory, write_bytes
@@ -38,7 +38,7 @@ def test_no_checksum_leads_out_of_the_local_copies(tmp_path: Path, part: str, sa
     precious, path = tmp_path / "precious.txt", tmp_path / "cache"
     precious.write_text("keep")
     said = str(precious) if said == "absolute" else said
-    written(path, fuzz.sound_cache("hidden"))
+    written(path, fuzzed.sound_cache("hidden"))
     if part == "head":
         seal_manifest(path, lambda manifest: DIGESTS[part](manifest).update(sha256=said))
     else:
@@ -59,7 +59,7 @@ def test_no_checksum_leads_out_of_the_local_copies(tmp_path: Path, part: str, sa
     assert precious.read_text() == "keep"
 
 
-def written(path: Path, files: fuzz.Files) -> Path:
+def written(path: Path, files: fuzzed.Files) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     for name, data in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def seal_after(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """`seal_manifest` takes the sizes of the shards from their sidecars, this leaves them as `change` does."""
     edit_json(path / "manifest.json", change)
     files = contents(path)
-    fuzz._seal_manifest(files)
+    fuzzed.seal_manifest(files)
     (path / "manifest.json").write_bytes(files["manifest.json"])
 
 
