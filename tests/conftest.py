@@ -37,7 +37,7 @@ os.environ.update(
 
 # No deadline: the first example pays for imports, and others share the cores. In CI the same
 # examples every time, so that a failure there repeats; elsewhere new ones, which find more.
-# Forty examples a run find what a thousand do, in a few runs more; `pytest --hypothesis-profile thorough` for all at once.
+# Forty examples each run; `pytest --hypothesis-profile thorough` for a thousand.
 settings.register_profile("distill", deadline=None, derandomize="CI" in os.environ, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("distill")
