@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cache_format import remote, verify
+from converting import one_of_each, write_three_samples
 
 
 @pytest.fixture(autouse=True, scope="module")  # before the caches that modules share
@@ -21,3 +23,15 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two attempts to reach a store."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind of targets. Do not write into them."""
+    return one_of_each(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture(scope="module")
+def three_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of threshold targets. Do not write into it."""
+    return write_three_samples(tmp_path_factory.mktemp("three") / "cache")

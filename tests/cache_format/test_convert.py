@@ -15,7 +15,7 @@ from cache_format.lexicon import LEXICON
 from cache_format.shard_reader import ShardReader
 from cache_format.shard_writer import ShardWriter
 from cache_samples import contents
-from converting import assert_same_rows, convert, one_of_each, shards, write_three_samples
+from converting import assert_same_rows, convert, shards
 from packed_samples import (
     KINDS,
     TOP_K,
@@ -23,18 +23,6 @@ from packed_samples import (
     metadata_of,
     write_cache,
 )
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory) -> dict[str, Path]:
-    """Do not write into them."""
-    return one_of_each(tmp_path_factory.mktemp("caches"))
-
-
-@pytest.fixture(scope="module")
-def three_samples(tmp_path_factory) -> Path:
-    return write_three_samples(tmp_path_factory.mktemp("three") / "cache")
-
 
 # -- the encoding -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import pytest
 
 import cache_format as cf
 from cache_samples import sample_metadata
-from converting import assert_same_rows, convert, one_of_each, shards, write_three_samples
+from converting import assert_same_rows, convert, shards
 from packed_samples import (
     THRESHOLD,
     TOP_K,
@@ -22,18 +22,6 @@ from packed_samples import (
     row_of,
     write_cache,
 )
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory) -> dict[str, Path]:
-    """Do not write into them."""
-    return one_of_each(tmp_path_factory.mktemp("caches"))
-
-
-@pytest.fixture(scope="module")
-def three_samples(tmp_path_factory) -> Path:
-    return write_three_samples(tmp_path_factory.mktemp("three") / "cache")
-
 
 # -- fewer exact entries ----------------------------------------------------------------------------------------------
 
