@@ -155,7 +155,7 @@ def _check(cache: Cache, conversion: Conversion) -> None:
 
 def _problem_of_thinning(metadata: CacheMetadata, threshold: float) -> str | None:
     old = metadata.targets.get("tail_threshold")
-    if old is None:
+    if old is None or not metadata.sampled:
         return f"{metadata.targets['kind']} targets have none"
     if not old < threshold <= 1:
         return f"found {old:g}, expected a larger one, up to 1: what was not drawn then is not there"
@@ -180,9 +180,10 @@ def _problem_of_hidden(conversion: Conversion) -> str | None:
 
 def _codebook(levels: int, targets: Mapping[str, Any]) -> Codebook:
     """Of so many values, as capture makes it. Raises: ValueError for too few or too many."""
-    if targets.get("tail_threshold") is None:
+    threshold, samples = targets.get("tail_threshold"), targets.get("samples")
+    if threshold is None or samples is None:
         return sqrt_probability_codebook(levels)
-    return weight_codebook(levels, targets["tail_threshold"] / targets["samples"])
+    return weight_codebook(levels, threshold / samples)
 
 
 def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codebook:
@@ -192,7 +193,7 @@ def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codeboo
         values = np.append(codebook.values[:-1].astype(np.float64) + np.log(factor), 0.0)
         values = np.unique(np.minimum(values, 0.0).astype(np.float32))
         return Codebook(codebook.name, codebook.domain, values)
-    return codebook.including(math.log(old.targets["tail_threshold"] / samples))
+    return codebook.including(math.log(old.targets["tail_threshold"]) - math.log(samples))
 
 
 def _other_states(old: CacheMetadata) -> dict[str, Any]:

@@ -129,6 +129,17 @@ def test_other_levels(tmp_path, caches, three_samples, kind, levels):
             assert sampled.any() and (row.targets.logprobs[sampled] == weight).all()
 
 
+@pytest.mark.parametrize("samples", [{}, {"samples": None}])
+def test_a_threshold_without_samples_is_no_sample(tmp_path, samples):
+    """As another program may write it."""
+    write_cache(tmp_path / "source", metadata_of({**TOP_K, "tail_threshold": 0.4, **samples}))
+    found = convert(tmp_path / "source", tmp_path / "other", levels=64)
+    expected = cf.sqrt_probability_codebook(64).values
+    np.testing.assert_array_equal(found.metadata.codebooks["target_logprobs"].values, expected)
+    with pytest.raises(cf.MismatchError, match="top-k targets have none"):
+        convert(tmp_path / "source", tmp_path / "thinner", tail_threshold=0.5)
+
+
 def test_levels_and_samples_together(tmp_path, three_samples):
     found = convert(three_samples, tmp_path / "both", levels=128, samples=2)
     book = found.metadata.codebooks["target_logprobs"]
