@@ -247,7 +247,6 @@ LONGER: dict[str, str] = {
     "tests/test_target_rules.py": "every kind of targets and every edge of a distribution",
     "tests/cache_format/test_hostile.py": "every way in which a file can lie",
     "tests/cache_format/test_hostile_packed.py": "the same for packed targets, their lexicon and their columns",
-    "tests/cache_format/test_convert.py": "every change that a conversion can make, on every kind of targets",
 }
 
 
