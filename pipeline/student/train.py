@@ -72,9 +72,9 @@ class _Data:
             limit = None if config.student is None else longest_row(config.student, config.trust_remote_code)
             dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limit)
         parts = [dataset_of(cache) for cache in mix.caches]
-        train = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
+        train = shared(parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions]))
         held_out = None if run.held_out is None else shared(dataset_of(run.held_out))
-        return cls(parts, shared(train), held_out, vocab_size)
+        return cls(parts, train, held_out, vocab_size)
 
     def retokenised(self) -> list[str]:
         """What has become of the text of each cache, if the student has another tokenizer."""
