@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from cache_format import EXACT_LEVELS
 from pages import ROOT, tables, text
+from pipeline.teacher.rules import THRESHOLD_LEVELS
 
 PAGE = "docs/measurements.md"
 
@@ -85,6 +87,17 @@ def test_rounding_of_samples() -> None:
         assert [name, levels] == known[:2]
         for number, value in zip((*sums, mean, deviation), known[2:], strict=True):
             assert agrees(number.replace("−", "-"), value), (name, levels, number)
+
+
+@pytest.mark.parametrize(
+    "page, said",
+    [
+        ("README.md", r"one of (\d+) values \((\d+) with `threshold`"),
+        ("docs/choosing.md", r"one of (\d+) values \(with `threshold` one of (\d+)"),
+    ],
+)
+def test_values_of_a_codebook(page: str, said: str) -> None:
+    assert re.findall(said, text(page)) == [(str(EXACT_LEVELS), str(THRESHOLD_LEVELS))]
 
 
 def close(name: str, tau: str) -> bool:
