@@ -98,14 +98,13 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
             targets |= {"kind": "top-k", **_other_states(old)}
     if conversion.samples is not None:
         targets |= {"samples": conversion.samples}
-        codebooks["target_logprobs"] = _reweighted(codebooks["target_logprobs"], old, conversion.samples)
     if conversion.tail_threshold is not None:
-        weight = conversion.tail_threshold / targets["samples"]
-        codebooks["target_logprobs"] = codebooks["target_logprobs"].including(math.log(weight))
         most = targets["k"] + targets["samples"] * (math.ceil(1 / conversion.tail_threshold) + 1)
         targets |= {"tail_threshold": conversion.tail_threshold, "max_entries": min(most, MAX_ENTRIES)}
     if conversion.levels is not None:
         codebooks["target_logprobs"] = _codebook(conversion.levels, targets)
+    elif conversion.samples is not None or conversion.tail_threshold is not None:
+        codebooks["target_logprobs"] = _reweighted(old, targets)
     if conversion.drop_hidden:
         targets.pop("hidden", None)
     level = conversion.compression_level or old.compression["level"]
@@ -186,14 +185,14 @@ def _codebook(levels: int, targets: Mapping[str, Any]) -> Codebook:
     return weight_codebook(levels, threshold / samples)
 
 
-def _reweighted(codebook: Codebook, old: CacheMetadata, samples: int) -> Codebook:
-    """The weights of M samples together, made those of fewer: sampled weights times M/S."""
-    factor = old.num_samples / samples
-    if old.targets.get("tail_threshold") is None:
-        values = np.append(codebook.values[:-1].astype(np.float64) + np.log(factor), 0.0)
-        values = np.unique(np.minimum(values, 0.0).astype(np.float32))
-        return Codebook(codebook.name, codebook.domain, values)
-    return codebook.including(math.log(old.targets["tail_threshold"]) - math.log(samples))
+def _reweighted(old: CacheMetadata, targets: Mapping[str, Any]) -> Codebook:
+    """The old codebook, with the weight of the new targets' samples; of draws, all weights times M/S."""
+    codebook = old.codebooks["target_logprobs"]
+    if targets.get("tail_threshold") is not None:
+        return codebook.including(np.log(targets["tail_threshold"] / targets["samples"]))
+    values = codebook.values[:-1].astype(np.float64) + np.log(old.num_samples / targets["samples"])
+    values = np.unique(np.minimum(np.append(values, 0.0), 0.0).astype(np.float32))
+    return Codebook(codebook.name, codebook.domain, values)
 
 
 def _other_states(old: CacheMetadata) -> dict[str, Any]:

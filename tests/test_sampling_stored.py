@@ -127,11 +127,9 @@ def test_errors_cancel_where_the_teacher_is_sure() -> None:
     """Of levels uniform in √p the last but one is .974: nearly all that is above .95 would become too large."""
     logit = np.linspace(3, 12, 1_000_001)  # p from .953
     p = 1 / (1 + np.exp(-logit))
-    found = {book.name: (rounded(p, book) - p).mean() for book in (threshold(0.05).codebook(), SQRT)}
+    books = threshold(0.05).codebook(), cf.sqrt_probability_codebook(64)
+    found = {book.name: (rounded(p, book) - p).mean() for book in books}
     assert abs(found["arcsine"]) < 0.0003 and found["sqrt-probability"] > 0.0015
-
-
-SQRT = cf.sqrt_probability_codebook(64)
 
 
 def rounded(p: np.ndarray, book: cf.Codebook) -> np.ndarray:

@@ -45,7 +45,7 @@ class CheckedRun:
 
 
 def check_run(config: TrainStudentConfig) -> CheckedRun:
-    """Raises: as `train_student`."""
+    """Caches, loss, student, steps and output of a run, refused if they cannot be. Raises: as `train_student`."""
     config = replace(config, output=str(Path(config.output).expanduser()))
     check_one_length(config)
     mix, held_out, of_features = _open_caches(config)

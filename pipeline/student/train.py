@@ -92,10 +92,7 @@ class _Student:
     head: Head
     base: str | None  # fingerprint of what an adapter was put on
     adapted: nn.Module | None  # the model with its adapter
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+    parameters: int  # without projections of hidden states, which join the model afterwards
 
 
 def train_student(
@@ -144,7 +141,6 @@ def perform(
     for text in data.retokenised():
         on_stage(text)
     student = _load(run, data, on_stage)
-    parameters = student.parameters  # without projections of hidden states, which join the model
     features = _features(run, student.head)
     teachers = [each.teacher for each in (run.recipe, run.eval_recipe) if each is not None and each.teacher is not None]
     for teacher in teachers:
@@ -204,7 +200,7 @@ def perform(
         planned_steps=state.max_steps,
         train_loss=trainer.mean_loss(),
         seconds=seconds,
-        parameters=parameters,
+        parameters=student.parameters,
         eval=_without_prefix(metrics),
         best_step=best_step,
         stopped=stopped,
@@ -248,7 +244,7 @@ def _load(run: CheckedRun, data: _Data, on_stage: Callable[[str], None]) -> _Stu
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     for cache in run.mix.caches:
         check_isolation(cache, head)
-    return _Student(model, head, base, adapted)
+    return _Student(model, head, base, adapted, sum(p.numel() for p in model.parameters()))
 
 
 def _features(run: CheckedRun, head: Head) -> Features | None:
@@ -271,9 +267,8 @@ def _features(run: CheckedRun, head: Head) -> Features | None:
 
 def _about_training(run: CheckedRun, data: _Data, student: _Student, features: Features | None) -> str:
     projections = 0 if features is None else sum(p.numel() for p in features.parameters())
-    total = student.parameters - projections
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad) - projections
-    of = "" if trained == total else f" of {total / 1e6:.1f}"
+    of = "" if trained == student.parameters else f" of {student.parameters / 1e6:.1f}"
     passes = run.budget.rows_after(run.budget.steps) / run.mix.rows
     how_often = "" if passes == 1.0 else f", {passes:.3g} times"
     portions = zip(run.mix.portions, data.parts, strict=True)
