@@ -100,10 +100,17 @@ def test_the_report_shows_the_runs_that_are_there_when_others_are_missing(finish
 
 def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teacher_dir: Path):
     benchmark(
-        tmp_path, texts, "--track", "1", "--seeds", "1", "--teacher", str(teacher_dir), "--arms", "residual-to-label"
+        tmp_path,
+        texts,
+        *("--track", "1", "--seeds", "1", "--teacher", str(teacher_dir)),
+        *("--arms", "residual-to-label", "--arms", "full-16-rows"),
     )
     data = json.loads((tmp_path / "results/quality.json").read_text())
-    run = next(run for run in data["runs"] if run["arm"] == "residual-to-label-top-16")
+    by_arm = {run["arm"]: run for run in data["runs"]}
+    larger, full, run = (by_arm[name] for name in ("full-16-rows-a-step", "full", "residual-to-label-top-16"))
+    assert larger["steps"] == -(-full["steps"] // 4)
+    assert larger["learning_rate"] == 2 * full["learning_rate"]
+    assert "labels-16-rows-a-step" in by_arm  # its reference
     assert run["cache"]["entries_per_token"] == 16
     assert run["held_out"].keys() == {"in-domain", "a", "b", "z"}
     for point in ("start", "end"):
@@ -302,10 +309,16 @@ def test_shares_of_the_gain_are_paired_by_seed():
     }
 
 
-def test_arms_of_several_epochs_are_compared_with_references_of_as_many():
-    names = ("labels ×4", "full ×4", "threshold 1/8 ×4, resample")
-    labels, full, resampled = (next(a for a in TRACK_2.arms if a.title == name) for name in names)
-    values = [(FULL, 1.0), (LABELS, 9.0), (full, 2.0), (labels, 4.0), (resampled, 3.0)]
+@pytest.mark.parametrize(
+    "titles",
+    [
+        ("labels ×4", "full ×4", "threshold 1/8 ×4, resample"),
+        ("labels, 4 rows a step", "full, 4 rows a step", "threshold 1/20, 4 rows a step"),
+    ],
+)
+def test_arms_are_compared_with_references_of_as_many_epochs_and_rows_a_step(titles: tuple[str, ...]):
+    labels, full, trained = (next(a for a in TRACK_2.arms if a.title == title) for title in titles)
+    values = [(FULL, 1.0), (LABELS, 9.0), (full, 2.0), (labels, 4.0), (trained, 3.0)]
     found = report.arm_lines([a for a, _ in values], [fake_run(a, 0, ce, ce) for a, ce in values])
     assert found[4].shares("in-domain", "ce") == [0.5]
 

@@ -13,7 +13,7 @@ from benchmarks.demo import unpacked_teacher
 from benchmarks.quality import report
 from benchmarks.quality.runs import prepare, run_missing, track_directory
 from benchmarks.quality.sources import load_domains
-from benchmarks.quality.tracks import TRACKS, Arm, Track, quick
+from benchmarks.quality.tracks import LABELS, TRACKS, Arm, Track, quick
 from benchmarks.teacher import check_teacher
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -87,8 +87,8 @@ def chosen(track: Track, parts: tuple[str, ...]) -> list[Arm]:
             names = ", ".join(arm.name for arm in track.arms)
             raise click.ClickException(f"--arms {part}: in no arm of track {track.number}. There are {names}.")
     named = [arm for arm in track.arms if not parts or any(part in arm.name for part in parts)]
-    epochs = {1, *(arm.epochs for arm in named)}
-    return [arm for arm in track.arms if arm in named or (arm.is_reference and arm.epochs in epochs)]
+    regimes = {LABELS.regime, *(arm.regime for arm in named)}
+    return [arm for arm in track.arms if arm in named or (arm.is_reference and arm.regime in regimes)]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def draw(lines: Mapping[str, Sequence[Line]], file: Path) -> bool:
         return False
     panels = {}
     for track, here in lines.items():
-        points = [line for line in here if line.cache and line.arm.epochs == 1 and line.shares("in-domain", "kl")]
+        points = [line for line in here if line.cache and line.arm.is_usual and line.shares("in-domain", "kl")]
         if points:
             panels[track] = points
     if not panels:

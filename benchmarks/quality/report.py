@@ -3,7 +3,7 @@
     share of the gain = (x_labels − x_arm) / (x_labels − x_full)        x: held-out CE, or KL to the teacher
 
 computed seed by seed, since the runs of a seed share initial weights and order; then mean and standard deviation.
-Arms of several epochs are compared with labels and full of as many epochs.
+Arms are compared with labels and full of their own regime: of as many epochs, and as many rows in a step.
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ def build(plans: Sequence[Plan]) -> Report:
 def arm_lines(arms: Sequence[Arm], runs: Sequence[Run]) -> list[Line]:
     by_arm = {arm.name: {run["seed"]: run for run in runs if run["arm"] == arm.name} for arm in arms}
 
-    def reference(source: str, epochs: int) -> Mapping[int, Run]:
-        names = [arm.name for arm in arms if arm.source == source and arm.epochs == epochs]
+    def reference(source: str, regime: object) -> Mapping[int, Run]:
+        names = [arm.name for arm in arms if arm.source == source and arm.regime == regime]
         return by_arm[names[0]] if names else {}
 
     lines = [
-        Line(arm, by_arm[arm.name], (reference("labels", arm.epochs), reference("full", arm.epochs))) for arm in arms
+        Line(arm, by_arm[arm.name], (reference("labels", arm.regime), reference("full", arm.regime))) for arm in arms
     ]
     return [line for line in lines if line.runs]
 
@@ -161,7 +161,7 @@ def gradient_table(title: str, lines: Sequence[Line]) -> measure.Table:
     columns += ["start, Σw: angle °", "end, Σw: angle °"]
     rows: list[list[measure.Value]] = []
     for line in lines:
-        if line.arm.epochs > 1 or line.arm.source == "full":
+        if not line.arm.is_usual or line.arm.source == "full":
             continue
         cells = [line.gradient(point, "loss", value) for point in ("start", "end") for value in ("angle", "norm_ratio")]
         cells += [line.gradient(point, "shift_invariant", "angle") for point in ("start", "end")]
@@ -185,7 +185,7 @@ def search_rows(directory: Path) -> tuple[list[str], list[list[measure.Value]]] 
 
 def choices(track: str, lines: Sequence[Line]) -> dict[str, measure.Value]:
     """The fewest bytes that keep so much of the gain, on average over seeds."""
-    caches = [(line, line.cache["bytes_per_token"]) for line in lines if line.cache and line.arm.epochs == 1]
+    caches = [(line, line.cache["bytes_per_token"]) for line in lines if line.cache and line.arm.is_usual]
     found: dict[str, measure.Value] = {}
     for metric in ("ce", "kl"):
         for kept in KEPT:

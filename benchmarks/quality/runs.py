@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -186,7 +187,7 @@ def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Ru
     """Trains one student, measures it, and says what was found."""
     track, began = prepared.track, time.monotonic()
     gradients = {}
-    if arm.epochs == 1:
+    if arm.is_usual:
         gradients["start"] = _gradients(prepared, arm, student_head(prepared, seed))
     head = nudged(student_head(prepared, seed), arm.nudge)
     curve, steps, train_seconds = _train(prepared, arm, seed, head, learning_rate)
@@ -197,7 +198,7 @@ def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Ru
         partial = model_file.with_suffix(".partial")
         save_model(head.model, os.fspath(partial))
         partial.rename(model_file)
-    if arm.epochs == 1:
+    if arm.is_usual:
         load_model(head.model, model_file)
         gradients["end"] = _gradients(prepared, arm, head)
     return {
@@ -205,9 +206,9 @@ def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Ru
         "arm": arm.name,
         "title": arm.title,
         "seed": seed,
-        "learning_rate": learning_rate,
+        "learning_rate": _rate(track, arm, learning_rate),
         "steps": steps,
-        "tokens": steps * track.batch_rows * track.window,
+        "tokens": steps * _step_rows(track, arm) * track.window,
         "train_seconds": train_seconds,
         "seconds": time.monotonic() - began,
         "train_loss": curve,
@@ -241,8 +242,8 @@ def run_file(directory: Path, arm: Arm, seed: int) -> Path:
 def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
     parts = {name: getattr(arm.rule, name) for name in RULE_PARTS} if arm.rule else {}
     rule = {name: value for name, value in parts.items() if value is not None} or None
-    nudge = [arm.nudge] if arm.nudge else []  # as with the rule: what has none keeps its digest
-    return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample, *nudge])
+    later = [part for part in (arm.nudge, arm.step_rows) if part]  # as with the rule: without them, the same digest
+    return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample, *later])
 
 
 def student_head(prepared: Prepared, seed: int) -> Head:
@@ -282,15 +283,24 @@ def _train(
     rows = int(rows_of(arm, len(prepared.corpus.rows)) * share)
     samples = arm.epochs if arm.resample else 1
     schedule = order(rows, track.record_batch_rows, seed, samples)
+    step_rows = _step_rows(track, arm)
     curve = train(
         head,
         objective_of(prepared, arm),
         schedule,
         epochs=arm.epochs,
-        batch_rows=track.batch_rows,
-        learning_rate=learning_rate,
+        batch_rows=step_rows,
+        learning_rate=_rate(track, arm, learning_rate),
     )
-    return curve, arm.epochs * -(-rows // track.batch_rows), time.monotonic() - began
+    return curve, arm.epochs * -(-rows // step_rows), time.monotonic() - began
+
+
+def _step_rows(track: Track, arm: Arm) -> int:
+    return arm.step_rows or track.batch_rows
+
+
+def _rate(track: Track, arm: Arm, learning_rate: float) -> float:
+    return learning_rate * math.sqrt(_step_rows(track, arm) / track.batch_rows)
 
 
 def _gradients(prepared: Prepared, arm: Arm, head: Head) -> dict[str, dict[str, float]]:

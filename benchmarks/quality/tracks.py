@@ -3,7 +3,7 @@
 An **arm** is a way to teach: what of the teacher the student sees, and how the loss treats the rest. Distilling arms
 learn from the teacher alone (kd_weight 1), the labels arm from the true tokens alone (kd_weight 0): mixing the two
 would hide part of what the arms are compared for. All arms of a track share one learning rate, found by a small search
-on labels and full.
+on labels and full; arms with n times the rows in a step take √n times that rate, as is usual for Adam.
 """
 
 from __future__ import annotations
@@ -28,12 +28,23 @@ class Arm:
     tail: TailPolicy | None = None
     epochs: int = 1  # of more than one: over so many times fewer rows, so that all arms see equally many tokens
     resample: bool = False  # an epoch uses one of the cache's samples alone, the next one each time
+    step_rows: int | None = None  # default: the track's
     nudge: float = 0.0  # relative change of the first weights
 
     @property
     def is_reference(self) -> bool:
         """Whether others are compared with it: labels, or the whole distribution."""
         return self.rule is None and not self.nudge
+
+    @property
+    def regime(self) -> tuple[int, int | None]:
+        """How it is trained, whatever it learns from. An arm is compared with the references of its own."""
+        return self.epochs, self.step_rows
+
+    @property
+    def is_usual(self) -> bool:
+        """Trained as the track says."""
+        return self.regime == LABELS.regime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +117,9 @@ def random(draws: int) -> Arm:
     return arm(f"random {draws} draws", rule=TargetRule(kind="random", draws=draws), tail="sampled")
 
 
-def threshold(denominator: int) -> Arm:
+def threshold(denominator: int, how: str = "", **parts: object) -> Arm:
     rule = TargetRule(kind="threshold", tail_threshold=1 / denominator)
-    return arm(f"threshold 1/{denominator}", rule=rule, tail="sampled")
+    return arm(f"threshold 1/{denominator}{how}", rule=rule, tail="sampled", **parts)
 
 
 LABELS, FULL = arm("labels", source="labels"), arm("full", source="full")
@@ -127,6 +138,16 @@ def several_epochs(epochs: int, denominator: int) -> list[Arm]:
         arm(f"{name} ×{epochs}, one sample", rule=one, tail="sampled", epochs=epochs),
         arm(f"{name} ×{epochs}, resample", rule=more, tail="sampled", epochs=epochs, resample=True),
         arm(f"{name} ×{epochs}, {epochs} samples together", rule=more, tail="sampled", epochs=epochs),
+    ]
+
+
+def steps_of(rows: int, denominator: int) -> list[Arm]:
+    """Larger steps, or smaller ones: the noise of sampled targets averages over the positions of a step."""
+    how = f", {rows} rows a step"
+    return [
+        arm(f"labels{how}", source="labels", step_rows=rows),
+        arm(f"full{how}", source="full", step_rows=rows),
+        threshold(denominator, how, step_rows=rows),
     ]
 
 
@@ -154,6 +175,7 @@ TRACK_1 = Track(
         *top_k(16, "label"),
         random(50),
         *map(threshold, (8, 20, 50)),
+        *steps_of(16, 20),
     ),
 )
 
@@ -181,6 +203,7 @@ TRACK_2 = replace(
         *map(random, (13, 50)),
         *map(threshold, (4, 8, 13, 20, 50, 200)),
         *several_epochs(4, 8),
+        *steps_of(4, 20),
     ),
 )
 TRACKS = {1: TRACK_1, 2: TRACK_2}
