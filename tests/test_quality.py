@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import cache_format as cf
-from benchmarks.quality import objectives, plot, report, runs, sources
+from benchmarks.quality import files, objectives, plot, report, runs, sources
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.corpora import Corpus
 from benchmarks.quality.dense import dense_loss
@@ -415,3 +415,11 @@ def test_without_apt_the_error_names_the_other_way(tmp_path: Path, monkeypatch: 
     found = CliRunner().invoke(main, ["--quick", "--work", str(tmp_path / "work")])
     assert found.exit_code == 1 and "apt-get" in found.output and "--text" in found.output
     assert len(found.output.strip().splitlines()) == 1
+
+
+def test_a_file_of_the_work_directory_is_never_seen_half_written(tmp_path: Path):
+    file = tmp_path / "text/train.jsonl"
+    files.write_text(file, "whole\n")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(file, "half \ud800")  # a plain write has emptied the file by then
+    assert file.read_text() == "whole\n"

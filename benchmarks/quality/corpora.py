@@ -16,6 +16,7 @@ import click
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.quality.files import write_text
 from benchmarks.quality.sources import Domain, cut
 from benchmarks.quality.tracks import Track
 from pipeline.teacher.corpus import DataConfig
@@ -46,8 +47,7 @@ def build_corpora(
     corpora = []
     for name, (trained_on, documents, tokens) in chosen.items():
         file = directory / "text" / f"{name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
         corpus = build_corpus(DataConfig(data=str(file), window_length=track.window), tokenizer)
         rows = len(corpus)
         if name == TRAIN:  # whole record batches, in each share of an arm of several epochs too

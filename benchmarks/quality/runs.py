@@ -24,6 +24,7 @@ from safetensors.torch import load_model, save_model
 from benchmarks.measure import machine
 from benchmarks.quality.caches import build_caches, rows_of, sizes
 from benchmarks.quality.corpora import Corpus, build_corpora
+from benchmarks.quality.files import write_json
 from benchmarks.quality.gradients import body_gradient, compare
 from benchmarks.quality.metrics import Held, evaluate
 from benchmarks.quality.objectives import (
@@ -266,13 +267,6 @@ def objective_of(prepared: Prepared, arm: Arm) -> Objective:
     if arm.source == "full":
         return full_objective(prepared.corpus, prepared.states, prepared.teacher)
     return cache_objective(prepared.caches[arm.name], arm)
-
-
-def write_json(file: Path, data: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(file)
 
 
 def _train(

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.quality.files import write_text
 from benchmarks.quality.r_data import read_strings
 from benchmarks.text import prose
 
@@ -69,11 +70,8 @@ def load_domains(work: Path, directory: Path | None) -> list[Domain]:
     for name, source in sources.items():
         file = work / "text" / f"{name}.jsonl"
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(vars(document), ensure_ascii=False) + "\n" for document in source(work / "packages")]
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(lines), encoding="utf-8")
-            partial.rename(file)
+            write_text(file, "".join(lines))
         with file.open(encoding="utf-8") as lines:
             domains.append(Domain(name, name != "python", [Document(**json.loads(line)) for line in lines]))
     return domains
