@@ -103,14 +103,14 @@ def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teac
         tmp_path,
         texts,
         *("--track", "1", "--seeds", "1", "--teacher", str(teacher_dir)),
-        *("--arms", "residual-to-label", "--arms", "full-16-rows"),
+        *("--arms", "residual-to-label", "--arms", "full-1-row"),
     )
     data = json.loads((tmp_path / "results/quality.json").read_text())
     by_arm = {run["arm"]: run for run in data["runs"]}
-    larger, full, run = (by_arm[name] for name in ("full-16-rows-a-step", "full", "residual-to-label-top-16"))
-    assert larger["steps"] == -(-full["steps"] // 4)
-    assert larger["learning_rate"] == 2 * full["learning_rate"]
-    assert "labels-16-rows-a-step" in by_arm  # its reference
+    smaller, full, run = (by_arm[name] for name in ("full-1-row-a-step", "full", "residual-to-label-top-16"))
+    assert full["steps"] == -(-smaller["steps"] // 4)
+    assert smaller["learning_rate"] == full["learning_rate"] / 2
+    assert "labels-1-row-a-step" in by_arm  # its reference
     assert run["cache"]["entries_per_token"] == 16
     assert run["held_out"].keys() == {"in-domain", "a", "b", "z"}
     for point in ("start", "end"):

@@ -142,8 +142,8 @@ def several_epochs(epochs: int, denominator: int) -> list[Arm]:
 
 
 def steps_of(rows: int, denominator: int) -> list[Arm]:
-    """Larger steps, or smaller ones: the noise of sampled targets averages over the positions of a step."""
-    how = f", {rows} rows a step"
+    """Smaller steps, and more of them: the noise of sampled targets averages over the positions of a step."""
+    how = f", {rows} row{'s' if rows > 1 else ''} a step"
     return [
         arm(f"labels{how}", source="labels", step_rows=rows),
         arm(f"full{how}", source="full", step_rows=rows),
@@ -175,7 +175,7 @@ TRACK_1 = Track(
         *top_k(16, "label"),
         random(50),
         *map(threshold, (8, 20, 50)),
-        *steps_of(16, 20),
+        *steps_of(1, 20),
     ),
 )
 
