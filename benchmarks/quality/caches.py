@@ -35,7 +35,7 @@ def cache_name(rule: TargetRule) -> str:
 
 def rows_of(arm: Arm, rows: int) -> int:
     """How many of the corpus's rows an arm sees, `arm.epochs` times."""
-    return rows // arm.epochs
+    return int(rows * arm.share) // arm.epochs
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
     share of the gain = (x_labels − x_arm) / (x_labels − x_full)        x: held-out CE, or KL to the teacher
 
 computed seed by seed, since the runs of a seed share initial weights and order; then mean and standard deviation.
-Arms are compared with labels and full of their own regime: of as many epochs, and as many rows in a step.
+Arms are compared with labels and full of their own regime: as many epochs, rows in a step, and text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.quality import plot
 from benchmarks.quality.runs import Run, chosen_rate, finished
-from benchmarks.quality.tracks import Arm, Track
+from benchmarks.quality.tracks import Arm, Track, planned
 from benchmarks.quality.train import FINAL_RATE, WARM_UP
 
 Plan = tuple[Track, Sequence[Arm], Sequence[int], Path]  # track, arms, seeds, directory
@@ -81,7 +81,7 @@ def build(plans: Sequence[Plan]) -> Report:
             continue
         facts = json.loads(facts_file.read_text())
         here = lines[track.name] = arm_lines(arms, list(finished(directory, track, arms, seeds)))
-        done = sum(len(line.runs) for line in here)
+        done, wanted = sum(len(line.runs) for line in here), len(planned(arms, seeds))
         title = f"Track {track.number}"
         unseen = [row["domain"] for row in facts["domains"] if not row["training tokens"]]
         tables += [
@@ -93,11 +93,11 @@ def build(plans: Sequence[Plan]) -> Report:
         if rows := search_rows(directory):
             tables.append(measure.Table(f"{title}: search for the learning rate", *rows))
         name = track.name
-        settings |= {f"{name} runs": f"{done} of {len(arms) * len(seeds)}", f"{name} student": facts["student"]}
+        settings |= {f"{name} runs": f"{done} of {wanted}", f"{name} student": facts["student"]}
         settings |= {f"{name} teacher": facts["teacher"], f"{name} training tokens": facts["training_tokens"]}
         settings |= {f"{name} learning rate": chosen_rate(directory, track, facts["digest"]) or "not chosen yet"}
         settings |= {f"{name} rows": f"of {track.window} tokens, {track.batch_rows} in a step"}
-        summary |= {f"{name}_runs": done, f"{name}_runs_wanted": len(arms) * len(seeds), **choices(name, here)}
+        summary |= {f"{name}_runs": done, f"{name}_runs_wanted": wanted, **choices(name, here)}
         records += [run["machine"] for line in here for run in line.runs.values()]
     settings["schedule"] = (
         f"AdamW, {WARM_UP:.0%} warm-up, cosine to {FINAL_RATE:.0%}, gradients clipped at norm 1; "

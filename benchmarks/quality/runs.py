@@ -38,7 +38,7 @@ from benchmarks.quality.objectives import (
 from benchmarks.quality.sources import Domain
 from benchmarks.quality.states import States, run_teacher
 from benchmarks.quality.teachers import bpe_tokenizer, describe, new_model, trained_teacher
-from benchmarks.quality.tracks import FULL, LABELS, SEARCH_SEED, Arm, Track
+from benchmarks.quality.tracks import FULL, LABELS, SEARCH_SEED, Arm, Track, planned
 from benchmarks.quality.train import train
 from benchmarks.teacher import open_teacher
 from pipeline.heads import Head, open_head
@@ -130,21 +130,20 @@ def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: 
 
 
 def run_missing(prepared: Prepared, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
-    """All runs of these arms and seeds that are not there yet; seed by seed, so that tables fill evenly."""
+    """All runs of these arms and seeds that are not there yet."""
     track = prepared.track
     search(prepared)
     learning_rate = chosen_rate(prepared.directory, track, prepared.digest)
     assert learning_rate is not None
-    for seed in seeds:
-        for arm in arms:
-            file, digest = run_file(prepared.directory, arm, seed), run_digest(prepared.digest, learning_rate, arm)
-            if _is_done(file, digest):
-                continue
-            _say(track, arm.title, seed, "starts")
-            run = one_run(prepared, arm, seed, learning_rate)
-            write_json(file, {**run, "digest": digest})
-            in_domain = run["held_out"]["in-domain"]
-            _say(track, arm.title, seed, f"{run['seconds']:,.0f} s, KL {in_domain['kl']:.4f}, CE {in_domain['ce']:.4f}")
+    for arm, seed in planned(arms, seeds):
+        file, digest = run_file(prepared.directory, arm, seed), run_digest(prepared.digest, learning_rate, arm)
+        if _is_done(file, digest):
+            continue
+        _say(track, arm.title, seed, "starts")
+        run = one_run(prepared, arm, seed, learning_rate)
+        write_json(file, {**run, "digest": digest})
+        in_domain = run["held_out"]["in-domain"]
+        _say(track, arm.title, seed, f"{run['seconds']:,.0f} s, KL {in_domain['kl']:.4f}, CE {in_domain['ce']:.4f}")
 
 
 def search(prepared: Prepared) -> None:
@@ -229,11 +228,10 @@ def finished(directory: Path, track: Track, arms: Sequence[Arm], seeds: Sequence
     learning_rate = chosen_rate(directory, track, digest)
     if learning_rate is None:
         return
-    for arm in arms:
-        for seed in seeds:
-            file = run_file(directory, arm, seed)
-            if _is_done(file, run_digest(digest, learning_rate, arm)):
-                yield json.loads(file.read_text())
+    for arm, seed in planned(arms, seeds):
+        file = run_file(directory, arm, seed)
+        if _is_done(file, run_digest(digest, learning_rate, arm)):
+            yield json.loads(file.read_text())
 
 
 def run_file(directory: Path, arm: Arm, seed: int) -> Path:
@@ -243,7 +241,8 @@ def run_file(directory: Path, arm: Arm, seed: int) -> Path:
 def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
     parts = {name: getattr(arm.rule, name) for name in RULE_PARTS} if arm.rule else {}
     rule = {name: value for name, value in parts.items() if value is not None} or None
-    later = [part for part in (arm.nudge, arm.step_rows) if part]  # as with the rule: without them, the same digest
+    # As with the rule: what has none of these keeps its digest.
+    later = [part for part in (arm.nudge, arm.step_rows, 1 - arm.share) if part]
     return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample, *later])
 
 

@@ -8,6 +8,7 @@ on labels and full; arms with n times the rows in a step take √n times that ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +30,9 @@ class Arm:
     epochs: int = 1  # of more than one: over so many times fewer rows, so that all arms see equally many tokens
     resample: bool = False  # an epoch uses one of the cache's samples alone, the next one each time
     step_rows: int | None = None  # default: the track's
+    share: float = 1.0  # of the text
     nudge: float = 0.0  # relative change of the first weights
+    seeds: int | None = None  # default: the track's; fewer for a question beside the main one
 
     @property
     def is_reference(self) -> bool:
@@ -37,9 +40,9 @@ class Arm:
         return self.rule is None and not self.nudge
 
     @property
-    def regime(self) -> tuple[int, int | None]:
+    def regime(self) -> tuple[int, int | None, float]:
         """How it is trained, whatever it learns from. An arm is compared with the references of its own."""
-        return self.epochs, self.step_rows
+        return self.epochs, self.step_rows, self.share
 
     @property
     def is_usual(self) -> bool:
@@ -124,7 +127,7 @@ def threshold(denominator: int, how: str = "", **parts: object) -> Arm:
 
 LABELS, FULL = arm("labels", source="labels"), arm("full", source="full")
 # What two runs differ by that differ in nothing but rounding: the least that a difference between arms can mean.
-FULL_AGAIN = arm("full, nudged", source="full", nudge=1e-6)
+FULL_AGAIN = arm("full, nudged", source="full", nudge=1e-6, seeds=1)
 
 
 def several_epochs(epochs: int, denominator: int) -> list[Arm]:
@@ -141,14 +144,20 @@ def several_epochs(epochs: int, denominator: int) -> list[Arm]:
     ]
 
 
-def steps_of(rows: int, denominator: int) -> list[Arm]:
-    """Smaller steps, and more of them: the noise of sampled targets averages over the positions of a step."""
-    how = f", {rows} row{'s' if rows > 1 else ''} a step"
+def small_steps(rows: int, denominator: int, seeds: int, text: int = 1) -> list[Arm]:
+    """Smaller steps, and more of them, over the text or a part of it: what does the noise of a sample average over?"""
+    how = f", {f'1/{text} of the text, ' if text > 1 else ''}{rows} row{'s' if rows > 1 else ''} a step"
+    common = {"step_rows": rows, "share": 1 / text, "seeds": seeds}
     return [
-        arm(f"labels{how}", source="labels", step_rows=rows),
-        arm(f"full{how}", source="full", step_rows=rows),
-        threshold(denominator, how, step_rows=rows),
+        arm(f"labels{how}", source="labels", **common),
+        arm(f"full{how}", source="full", **common),
+        threshold(denominator, how, **common),
     ]
+
+
+def planned(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
+    """All runs of them; seed by seed, so that tables fill evenly."""
+    return [(arm, seed) for seed in seeds for arm in arms if arm.seeds is None or seed < arm.seeds]
 
 
 TRACK_1 = Track(
@@ -175,7 +184,7 @@ TRACK_1 = Track(
         *top_k(16, "label"),
         random(50),
         *map(threshold, (8, 20, 50)),
-        *steps_of(1, 20),
+        *small_steps(1, 20, seeds=1),
     ),
 )
 
@@ -203,7 +212,8 @@ TRACK_2 = replace(
         *map(random, (13, 50)),
         *map(threshold, (4, 8, 13, 20, 50, 200)),
         *several_epochs(4, 8),
-        *steps_of(4, 20),
+        *small_steps(4, 20, seeds=2),
+        *small_steps(4, 20, seeds=5, text=8),
     ),
 )
 TRACKS = {1: TRACK_1, 2: TRACK_2}
