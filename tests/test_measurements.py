@@ -124,3 +124,100 @@ def test_the_first_page_says_the_same(said: str, targets: str, columns: tuple[st
     assert found
     for number, column in zip(found.groups(), columns, strict=True):
         assert agrees(number, row[column]), column
+
+
+# -- what students learn ----------------------------------------------------------------------------
+
+ARMS = {
+    "labels alone": "labels",
+    "the whole distribution": "full",
+    "the same, first weights changed by a millionth": "full, nudged",
+}
+RENAMED = {
+    r"top-(\d+), renormalised": r"renormalised top-\1",
+    r"top-(\d+), rest as one class": r"bucket top-\1",
+    r"top-(\d+), rest to the label": r"residual to label top-\1",
+    r"random, (\d+) draws": r"random \1 draws",
+}
+REGIMES = {
+    "track 1": (1, ""),
+    "track 1, a quarter of the rows a step": (1, ", 1 row a step"),
+    "track 2": (2, ""),
+    "track 2, a quarter of the rows a step": (2, ", 4 rows a step"),
+    "the same, an eighth of the text": (2, ", 1/8 of the text, 4 rows a step"),
+}
+
+
+def learned(track: int) -> dict[str, dict[str, Any]]:
+    return results("quality", f"Track {track}: held-out text of the domains trained on")
+
+
+def first_run(track: int, arm: str) -> dict[str, Any]:
+    runs = json.loads((ROOT / "benchmarks/results/quality.json").read_text(encoding="utf-8"))["runs"]
+    (found,) = [run for run in runs if (run["track"], run["title"], run["seed"]) == (track, arm, 0)]
+    return found
+
+
+def same_share(said: str, row: dict[str, Any]) -> bool:
+    """“86 ± 7 %” is what a table of results has as “86.4 ± 7.1”."""
+    numbers = re.findall(r"[\d.]+", said)
+    known = [float(part) for part in str(row["gain kept, KL %"]).replace("-", "").split(" ± ")]
+    known = known if row["seeds"] > 1 and known[-1] else known[:1]  # references have 0 or 100 by definition
+    same_sign = said.startswith("−") == str(row["gain kept, KL %"]).startswith("-")
+    return same_sign and all(agrees(number, value) for number, value in zip(numbers, known, strict=True))
+
+
+def test_what_students_learn_from_each_kind() -> None:
+    rows = page_table("learned from")
+    for track, first in ((1, 1), (2, 5)):
+        measured, said = learned(track), set()
+        for name, *cells in rows:
+            size, kl, share, seeds = cells[first - 1 : first + 3]
+            if not seeds:
+                continue
+            for pattern, renamed in RENAMED.items():
+                name = re.sub(pattern, renamed, name)
+            arm = ARMS.get(name, name)
+            row = measured[arm]
+            said.add(arm)
+            assert agrees(kl, first_run(track, arm)["held_out"]["in-domain"]["kl"]), (track, arm)
+            assert int(seeds) == row["seeds"] and (not size or agrees(size, float(row["bytes/token"]))), (track, arm)
+            assert same_share(share, row), (track, arm, row["gain kept, KL %"])
+        assert said == {arm for arm in measured if not re.search(r" a step|×|the teacher", arm)}
+
+
+def test_what_students_learn_in_other_steps() -> None:
+    (rows,) = [table[1:] for table in tables(PAGE) if table[0][1] == "positions a step"]
+    assert [name for name, *_ in rows] == list(REGIMES)
+    for name, positions, steps, *kls, share, seeds in rows:
+        track, regime = REGIMES[name]
+        for arm, kl in zip(("labels", "full", "threshold 1/20"), kls, strict=True):
+            run = first_run(track, arm + regime)
+            assert agrees(kl, run["held_out"]["in-domain"]["kl"]) and agrees(steps, run["steps"]), (name, arm)
+            assert agrees(positions, run["tokens"] / run["steps"])
+        row = learned(track)["threshold 1/20" + regime]
+        assert same_share(share, row) and int(seeds) == row["seeds"], (name, row)
+
+
+def test_what_students_learn_in_four_epochs() -> None:
+    said = re.search(r"one sample of 1/8 keeps (.*? %), .*? (\d+ ± \d+ %), all four at\nonce (.*? %)", text(PAGE))
+    assert said
+    for share, how in zip(said.groups(), ("one sample", "resample", "4 samples together"), strict=True):
+        assert same_share(share, learned(2)[f"threshold 1/8 ×4, {how}"]), how
+
+
+def test_the_first_page_says_what_students_learn() -> None:
+    said = re.search(
+        r"(\d+ ± \d+ %) with SmolLM2 as the teacher and (\d+ ± \d+ %) with a small one.*?"
+        r"(\d+ ± \d+ %) with the one and (\d+) to (\d+ %) with the other.*?1/50\nkept (\d+ ± \d+ %) with SmolLM2",
+        text("README.md"),
+        re.DOTALL,
+    )
+    assert said
+    one, two = learned(1), learned(2)
+    rows = one["threshold 1/20"], two["threshold 1/20"], one["bucket top-50"]
+    for share, row in zip(said.groups()[:3], rows, strict=True):
+        assert same_share(share, row), (share, row)
+    for share, arm in zip(said.groups()[3:5], ("bucket top-50", "bucket top-64"), strict=True):
+        assert agrees(share.removesuffix(" %"), float(two[arm]["gain kept, KL %"].partition(" ")[0]))
+    assert same_share(said[6], one["threshold 1/50"])
