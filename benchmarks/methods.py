@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 import cache_format as cf
 from benchmarks import demo, measure
+from benchmarks.files import write_json
 from benchmarks.reasoning import last_number
 
 BENCHMARKS = Path(__file__).parent
@@ -132,11 +133,7 @@ def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
 def once(file: Path, student: Path, caches: dict[str, Path], work: Path, sizes: Sizes) -> dict[str, float]:
     """What `measured` finds, from its file if there is one."""
     if not file.exists():
-        found = measured(student, caches, work, sizes)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(file)
+        write_json(file, measured(student, caches, work, sizes))
     return json.loads(file.read_text())
 
 

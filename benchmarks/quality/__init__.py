@@ -19,5 +19,5 @@ Each run, (track, arm, seed), is one JSON file in the work directory, written wh
     caches     what `cache-teacher` would have written, from the states      dense      the loss on whole distributions
     objectives an arm's loss on a batch                                      train      one training loop for all
     metrics    students against the teacher's whole distribution             gradients  angles
-    runs       what is done and what is missing (files: whole or not there)  report     tables     plot
+    runs       what is done and what is missing                              report     tables     plot
 """

@@ -16,7 +16,7 @@ import click
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.quality.files import write_text
+from benchmarks.files import write_text
 from benchmarks.quality.sources import Domain, cut
 from benchmarks.quality.tracks import Track
 from pipeline.teacher.corpus import DataConfig

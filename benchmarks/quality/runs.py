@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 
+from benchmarks.files import write_json
 from benchmarks.measure import machine
 from benchmarks.quality.caches import build_caches, rows_of, sizes
 from benchmarks.quality.corpora import Corpus, build_corpora
-from benchmarks.quality.files import write_json
 from benchmarks.quality.gradients import body_gradient, compare
 from benchmarks.quality.metrics import Held, evaluate
 from benchmarks.quality.objectives import (
@@ -155,7 +155,7 @@ def search(prepared: Prepared) -> None:
             if _is_done(file, digest):
                 continue
             began, head = time.monotonic(), student_head(prepared, SEARCH_SEED)
-            _train(prepared, arm, SEARCH_SEED, head, rate, share=track.search_share)
+            _train(prepared, replace(arm, share=track.search_share), SEARCH_SEED, head, rate)
             found = evaluate(head, prepared.teacher, prepared.held_out)
             seconds = time.monotonic() - began
             write_json(
@@ -268,12 +268,10 @@ def objective_of(prepared: Prepared, arm: Arm) -> Objective:
     return cache_objective(prepared.caches[arm.name], arm)
 
 
-def _train(
-    prepared: Prepared, arm: Arm, seed: int, head: Head, learning_rate: float, share: float = 1.0
-) -> tuple[list[float], int, float]:
+def _train(prepared: Prepared, arm: Arm, seed: int, head: Head, learning_rate: float) -> tuple[list[float], int, float]:
     """Training curve, steps, seconds."""
     track, began = prepared.track, time.monotonic()
-    rows = int(rows_of(arm, len(prepared.corpus.rows)) * share)
+    rows = rows_of(arm, len(prepared.corpus.rows))
     samples = arm.epochs if arm.resample else 1
     schedule = order(rows, track.record_batch_rows, seed, samples)
     step_rows = _step_rows(track, arm)

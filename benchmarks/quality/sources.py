@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quality.files import write_text
+from benchmarks.files import write_text
 from benchmarks.quality.r_data import read_strings
 from benchmarks.text import prose
 

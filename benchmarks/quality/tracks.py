@@ -144,14 +144,12 @@ def several_epochs(epochs: int, denominator: int) -> list[Arm]:
     ]
 
 
-def small_steps(rows: int, denominator: int, seeds: int, text: int = 1) -> list[Arm]:
-    """Smaller steps, and more of them, over the text or a part of it: what does the noise of a sample average over?"""
-    how = f", {f'1/{text} of the text, ' if text > 1 else ''}{rows} row{'s' if rows > 1 else ''} a step"
-    common = {"step_rows": rows, "share": 1 / text, "seeds": seeds}
+def trained_as(how: str, denominator: int, **regime: object) -> list[Arm]:
+    """A threshold and its references in another regime."""
     return [
-        arm(f"labels{how}", source="labels", **common),
-        arm(f"full{how}", source="full", **common),
-        threshold(denominator, how, **common),
+        arm(f"labels, {how}", source="labels", **regime),
+        arm(f"full, {how}", source="full", **regime),
+        threshold(denominator, f", {how}", **regime),
     ]
 
 
@@ -184,7 +182,8 @@ TRACK_1 = Track(
         *top_k(16, "label"),
         random(50),
         *map(threshold, (8, 20, 50)),
-        *small_steps(1, 20, seeds=1),
+        # Smaller steps, and more of them: what does the noise of a sample average over?
+        *trained_as("1 row a step", 20, step_rows=1, seeds=1),
     ),
 )
 
@@ -212,8 +211,8 @@ TRACK_2 = replace(
         *map(random, (13, 50)),
         *map(threshold, (4, 8, 13, 20, 50, 200)),
         *several_epochs(4, 8),
-        *small_steps(4, 20, seeds=2),
-        *small_steps(4, 20, seeds=5, text=8),
+        *trained_as("4 rows a step", 20, step_rows=4, seeds=2),
+        *trained_as("1/8 of the text, 4 rows a step", 20, step_rows=4, share=1 / 8),
     ),
 )
 TRACKS = {1: TRACK_1, 2: TRACK_2}

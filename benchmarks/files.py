@@ -1,4 +1,4 @@
-"""Files of the work directory, which several processes may share, and any of them may be killed."""
+"""Files of a work directory, which several processes may share, and any of them may be killed."""
 
 from __future__ import annotations
 
