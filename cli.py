@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from cache_format.errors import DistillError
+from cache_format.cache_errors import DistillError
 
 # Paths and tokens are printed as they are: "[b]" in one is not markup.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -382,9 +382,9 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
     """
     generate = _generation_options(given)
     _quiet_libraries()
-    from pipeline.report import describe_targets, duration, pairs, size
     from pipeline.teacher.capture import cache_teacher
     from pipeline.teacher.progress import CaptureProgress
+    from pipeline.terminal.views import describe_targets, duration, pairs, size
 
     repository = given.pop("push_to_hub")
     if repository is not None:
@@ -454,7 +454,7 @@ def cache_teacher_command(as_json: bool, seq_len: int, **given: Any) -> None:
 def _time_taken(summary: Any, unit: str) -> str:
     if not summary.tokens_per_s:
         return "none: everything was there"
-    from pipeline.report import duration
+    from pipeline.terminal.views import duration
 
     return f"{duration(summary.seconds)}, {summary.tokens_per_s:,.0f} {unit}"
 
@@ -464,12 +464,12 @@ HIDDEN_PARTS = {"layers": "states", "dtype": "dtype", "every": "every"}  # of Hi
 
 def _cache_teacher_config(seq_len: int, given: dict[str, Any]) -> Any:
     """The config that the options of cache-teacher make."""
-    from pipeline.teacher.config import CacheTeacherConfig
-    from pipeline.teacher.corpus import DataConfig
-    from pipeline.teacher.hidden import HiddenRule
-    from pipeline.teacher.masking import FLAGS, MaskRule
-    from pipeline.teacher.rules import TargetRule
-    from pipeline.teacher.workers import WorkerConfig
+    from pipeline.teacher.cache_config import CacheTeacherConfig
+    from pipeline.teacher.targets.hidden_states import HiddenRule
+    from pipeline.teacher.targets.rules import TargetRule
+    from pipeline.teacher.text.corpus import DataConfig
+    from pipeline.teacher.text.masking import FLAGS, MaskRule
+    from pipeline.teacher.writing.workers import WorkerConfig
 
     def take(part: Any) -> dict[str, Any]:
         return {name: given.pop(name) for name in list(given) if name in part.__dataclass_fields__}
@@ -528,11 +528,11 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _generate(config: Any, fields: dict[str, Any], repository: str | None, as_json: bool) -> None:
-    from pipeline.report import describe_targets, duration, pairs, size
-    from pipeline.teacher.answer_store import store_location
-    from pipeline.teacher.answering import GenerationProgress
-    from pipeline.teacher.answers import GenerationConfig
-    from pipeline.teacher.generation import generate_cache
+    from pipeline.teacher.generation.answer_store import store_location
+    from pipeline.teacher.generation.answering import GenerationProgress
+    from pipeline.teacher.generation.answers import GenerationConfig
+    from pipeline.teacher.generation.generate import generate_cache
+    from pipeline.terminal.views import describe_targets, duration, pairs, size
 
     def show(p: GenerationProgress) -> None:
         facts = f"answers · {p.tokens_per_s:,.0f} tokens/s · {duration(p.seconds_left)} left"
@@ -611,8 +611,8 @@ def plan_command(rows: int | None, cost_per_hour: float | None, seq_len: int, as
     asked for. Nothing is written to --output.
     """
     _quiet_libraries()
-    from pipeline.report import plan_view, size
     from pipeline.teacher.plan import plan_cache
+    from pipeline.terminal.views import plan_view, size
 
     with Status() as status:
         plan = plan_cache(
@@ -785,10 +785,10 @@ def train_student_command(as_json: bool, caches: tuple[str, ...], students: tupl
     --no-python distill train-student …
     """
     _quiet_libraries()
-    from pipeline.report import mixture_lines, training_view
-    from pipeline.student.many import train_students
-    from pipeline.student.output import last_checkpoint
-    from pipeline.student.train import TrainStudentConfig, train_student
+    from pipeline.student.training.many import train_students
+    from pipeline.student.training.output_directory import last_checkpoint
+    from pipeline.student.training.train import TrainStudentConfig, train_student
+    from pipeline.terminal.views import mixture_lines, training_view
 
     if given["kd_schedule"] is not None and _was_given("kd_weight"):
         raise click.UsageError("--kd-schedule takes the place of --kd-weight: give one of them.")
@@ -866,9 +866,9 @@ def train_student_command(as_json: bool, caches: tuple[str, ...], students: tupl
 def evaluate(students: tuple[str, ...], json_file: str | None, **given: Any) -> None:
     """Compare students with their teacher on a held-out cache."""
     _quiet_libraries()
-    from pipeline.evaluate import EvaluateConfig
-    from pipeline.evaluate import evaluate as run
-    from pipeline.report import evaluation_view
+    from pipeline.evaluation.held_out import EvaluateConfig
+    from pipeline.evaluation.held_out import evaluate as run
+    from pipeline.terminal.views import evaluation_view
 
     results = {}
     with Status() as status:
@@ -896,8 +896,8 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
     """Show one row, token by token, with what the teacher expected next."""
     _quiet_libraries()
     import cache_format as cf
-    from pipeline.report import inspect_row, inspect_view
-    from pipeline.student.checks import load_cache_tokenizer
+    from pipeline.student.validation.compatibility import load_cache_tokenizer
+    from pipeline.terminal.views import inspect_row, inspect_view
 
     opened = cf.open_cache(cache, hidden_layers=[]).with_states()
     if not -len(opened) <= row < len(opened):
@@ -920,7 +920,7 @@ def inspect_command(cache: str, row: int, start: int, positions: int, candidates
 def stats(cache: str, as_json: bool) -> None:
     """Show sizes, bytes per token by column, file and packed stream, exact mass and the teacher's entropy."""
     import cache_format as cf
-    from pipeline.stats import cache_stats, stats_view
+    from pipeline.terminal.cache_statistics import cache_stats, stats_view
 
     found = cache_stats(cf.open_cache(cache, hidden_layers=[]))
     print_json(found) if as_json else out.print(stats_view(found))
@@ -954,14 +954,14 @@ def verify(
     if against_teacher is None and (given["device_map"] or given["tensor_parallel"]):
         raise click.UsageError("--device-map and --tp: only the teacher of --against-teacher is spread. Name it.")
     import cache_format as cf
-    from pipeline.report import pairs, size
+    from pipeline.terminal.views import pairs, size
 
     with Status() as status:
         summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"), deep=deep)
         found = None
         if against_teacher is not None:
             _quiet_libraries()
-            from pipeline.verify import TeacherCheckConfig, verify_against_teacher
+            from pipeline.teacher.verification import TeacherCheckConfig, verify_against_teacher
 
             found = verify_against_teacher(
                 TeacherCheckConfig(cache=cache, teacher=against_teacher, rows=rows or 8, **given),
@@ -1033,7 +1033,7 @@ def convert(cache: str, output: str, as_json: bool, **changes: Any) -> None:
     What is not named stays as it is. Interrupted, the same command continues where it stopped.
     """
     import cache_format as cf
-    from pipeline.report import pairs, size
+    from pipeline.terminal.views import pairs, size
 
     source = cf.open_cache(cache)
     with Status() as status:
@@ -1070,7 +1070,7 @@ def merge(cache: str, stale_after: float, as_json: bool) -> None:
     --shard-range) and then brought together in one directory. A finished cache stays as it is.
     """
     import cache_format as cf
-    from pipeline.report import size
+    from pipeline.terminal.views import size
 
     manifest = cf.finish_cache(cache, stale_after_s=stale_after)
     if as_json:

@@ -29,13 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.measure import Result, Settings, Table, ratio, spread
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import prose
-from pipeline.padding import pad_rows
+from pipeline.models.padding import pad_rows
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.config import CacheTeacherConfig
-from pipeline.teacher.corpus import DataConfig
-from pipeline.teacher.packing import build_corpus
 from pipeline.teacher.progress import CaptureSummary
-from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.corpus import DataConfig
+from pipeline.teacher.text.packing import build_corpus
 
 TOP_K, BATCH_ROWS = 64, 8
 

@@ -34,7 +34,7 @@ import pyarrow as pa
 import cache_format as cf
 from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import TextTargets, text_targets
-from cache_format.codebook import Codebook
+from cache_format.codecs.codebook import Codebook
 
 SMALLEST = 1e-12
 TOP_KS = (16, 50, 64)

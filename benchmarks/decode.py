@@ -30,7 +30,7 @@ import torch
 import cache_format as cf
 from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import TextTargets, text_targets
-from pipeline.student.data import WINDOW, CacheDataset, LocalShuffle, collate
+from pipeline.student.data.dataset import WINDOW, CacheDataset, LocalShuffle, collate
 
 BATCH_ROWS, ROWS_PER_RECORD_BATCH = 8, 32
 LEVELS = (3, 9, 19)

@@ -102,7 +102,7 @@ def convert_teacher(directory: Path) -> None:
     """The dequantised teacher as an ordinary transformers directory, so that it loads in a second afterwards."""
     from transformers.utils import logging
 
-    from pipeline.models import load_model, load_tokenizer
+    from pipeline.models.loading import load_model, load_tokenizer
 
     logging.disable_progress_bar()
     try:
@@ -120,8 +120,8 @@ def convert_teacher(directory: Path) -> None:
 
 def write_untrained(teacher: Path, directory: Path) -> None:
     """The student before training, to compare with."""
-    from pipeline.models import load_tokenizer
-    from pipeline.student.students import load_student
+    from pipeline.models.loading import load_tokenizer
+    from pipeline.student.model.initialization import load_student
 
     tokenizer = load_tokenizer(str(teacher))
     load_student(str(teacher), layers=STUDENT_LAYERS, vocab_size=len(tokenizer), seed=0).save_pretrained(directory)

@@ -26,11 +26,11 @@ from transformers.utils import logging
 from benchmarks.measure import Settings
 from benchmarks.teacher import open_teacher
 from cache_format import default_codebooks
-from pipeline.heads import open_head
-from pipeline.report import bar
-from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import draws, sparse_targets
-from pipeline.tokenizers import real_vocab_size
+from pipeline.models.head import open_head
+from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import draws, sparse_targets
+from pipeline.terminal.views import bar
 
 TEXT, LABEL = "We crossed the river on a narrow wooden", " plank"
 KD_WEIGHT = 0.9  # of train-student

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 import cache_format as cf
 from benchmarks.measure import Result, Settings, Table
-from cache_format.manifest import ShardInfo, manifest_bytes
-from pipeline.student.data import WINDOW, CacheDataset, LocalShuffle, collate
+from cache_format.manifest.manifest import ShardInfo, manifest_bytes
+from pipeline.student.data.dataset import WINDOW, CacheDataset, LocalShuffle, collate
 
 VOCAB, TOKENS, BATCH_ROWS = 32_768, 1024, 8
 ROWS_PER_RECORD_BATCH, ROWS_PER_SHARD = 32, 256

@@ -27,14 +27,14 @@ import cache_format as cf
 from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import token_rows
-from pipeline.head_form import head_form
-from pipeline.heads import Head, open_head
 from pipeline.losses import FullTargets, TargetBatch, fused_head
-from pipeline.teacher.hidden import quantised
-from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
-from pipeline.teacher_head import TeacherHead
-from pipeline.tokenizers import real_vocab_size
+from pipeline.models.head import Head, open_head
+from pipeline.models.head_form import head_form
+from pipeline.models.teacher_head import TeacherHead
+from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.targets.hidden_states import quantised
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 
 ROWS, LENGTH, QUICK_LENGTH = 8, 64, 16
 LIKELY = 1e-6

@@ -88,11 +88,11 @@ def _work(given: dict[str, Any], index: int, processes: int, threads: int, ready
     import torch
 
     import cache_format as cf
+    from pipeline.teacher.cache_config import CacheTeacherConfig
     from pipeline.teacher.capture import cache_teacher
-    from pipeline.teacher.config import CacheTeacherConfig
-    from pipeline.teacher.corpus import DataConfig
-    from pipeline.teacher.rules import TargetRule
-    from pipeline.teacher.workers import WorkerConfig
+    from pipeline.teacher.targets.rules import TargetRule
+    from pipeline.teacher.text.corpus import DataConfig
+    from pipeline.teacher.writing.workers import WorkerConfig
 
     torch.set_num_threads(threads)
     began = 0.0

@@ -1,14 +1,14 @@
 """How good is a shuffle that only mixes what lies in a window of record batches?
 
 Training reads record batches in random order and shuffles the rows of `WINDOW` consecutive ones, see
-pipeline.student.data. Against a full permutation, on a corpus whose rows stand in an order of their own:
+pipeline.student.data.dataset. Against a full permutation, on a corpus whose rows stand in an order of their own:
 
     position     correlation of a row's place in the epoch with its place in the corpus
     places       distinct record batches that the rows of a training batch come from
     domains      variance of a domain's share of a training batch ÷ that of as many rows drawn without replacement:
                  V means that a batch of n rows holds the domains no more evenly than n/V rows would
     readers      record batches decoded when processes share the rows of each step, ÷ when one reads alone: dealt out in
-                 turn, and as pipeline.student.dividing does; the same with several loader workers of each process
+                 turn, and as pipeline.student.data.rank_sampler does; the same with several loader workers per process
 
 Two rows of a window of M = 32·W rows are from the same record batch with probability 31/(M−1), so on a corpus whose
 domains are longer than a record batch V = 1 + (n−1)·31/(M−1) for n ≤ M, and 32 beyond. Printed beside what was counted.
@@ -26,9 +26,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.measure import Result, Settings, Table
-from pipeline.student.data import WINDOW, LocalShuffle
-from pipeline.student.dividing import DividedByPlace
-from pipeline.student.mixing import MixedShuffle
+from pipeline.student.data.dataset import WINDOW, LocalShuffle
+from pipeline.student.data.mixed_dataset import MixedShuffle
+from pipeline.student.data.rank_sampler import DividedByPlace
 
 RECORD_BATCH = 32
 WINDOWS = (1, 4, 16, 64, 256, 1024)

@@ -28,13 +28,13 @@ import cache_format as cf
 from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import prose, windows
-from pipeline.heads import Head, open_head
-from pipeline.stats import cache_stats
-from pipeline.teacher.packing import TokenRow
-from pipeline.teacher.rows import cache_row
-from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
-from pipeline.tokenizers import real_vocab_size
+from pipeline.models.head import Head, open_head
+from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.targets.cache_rows import cache_row
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.text.packing import TokenRow
+from pipeline.terminal.cache_statistics import cache_stats
 
 ROWS, QUICK_ROWS = 208, 8
 CHUNK = 256

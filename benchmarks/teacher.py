@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.measure import Settings
 from benchmarks.text import token_rows
-from pipeline.heads import open_head
-from pipeline.models import load_model, load_tokenizer, weights_fingerprint
-from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import sparse_targets
-from pipeline.tokenizers import real_vocab_size
+from pipeline.models.head import open_head
+from pipeline.models.loading import load_model, load_tokenizer, weights_fingerprint
+from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import sparse_targets
 
 TOP_K = 64
 ROW_TOKENS = 512

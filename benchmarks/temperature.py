@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import TEMPERATURES, TextTargets, text_targets
-from cache_format.metadata import default_codebooks
+from cache_format.manifest.metadata import default_codebooks
 from pipeline.losses.tails import tempered_tail
 
 PERCENTILES = (5, 50, 95)

@@ -33,10 +33,10 @@ import cache_format as cf
 from benchmarks.measure import Result, Settings, Table, Value
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import token_rows
-from pipeline.heads import Head, open_head
-from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import draws, sparse_targets
-from pipeline.tokenizers import real_vocab_size
+from pipeline.models.head import Head, open_head
+from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import draws, sparse_targets
 
 DRAWS = (13, 25, 50, 100)
 LISTS = (16, 50, 64)

@@ -12,17 +12,7 @@ torch or transformers: a cache must be readable from anywhere.
 
 from __future__ import annotations
 
-from cache_format.answers import ANSWERS, write_answers
-from cache_format.codebook import (
-    Codebook,
-    entropy_codebook,
-    residual_codebook,
-    sqrt_probability_codebook,
-    weight_codebook,
-)
-from cache_format.convert import Conversion, convert_cache
-from cache_format.differences import FINGERPRINTS, but_for_names, differences, listed
-from cache_format.errors import (
+from cache_format.cache_errors import (
     CacheError,
     ClaimLostError,
     CorruptShardError,
@@ -30,32 +20,42 @@ from cache_format.errors import (
     FormatError,
     MismatchError,
 )
-from cache_format.fields import CODEBOOK_COLUMNS
-from cache_format.head import HEAD, HeadSpec, StoredHead, head_contents, head_file_bytes
-from cache_format.hidden import HiddenSpec, HiddenStates, find_invalid_state
-from cache_format.manifest import Manifest, sha256
-from cache_format.metadata import (
+from cache_format.codecs.codebook import (
+    Codebook,
+    entropy_codebook,
+    residual_codebook,
+    sqrt_probability_codebook,
+    weight_codebook,
+)
+from cache_format.manifest.answers_file import ANSWERS, write_answers
+from cache_format.manifest.differences import FINGERPRINTS, but_for_names, differences, listed
+from cache_format.manifest.fields import CODEBOOK_COLUMNS
+from cache_format.manifest.manifest import Manifest, sha256
+from cache_format.manifest.metadata import (
     EXACT_LEVELS,
     FORMAT_VERSION,
     CacheMetadata,
     default_codebooks,
 )
-from cache_format.occupancy import (
+from cache_format.manifest.stored_head import HEAD, HeadSpec, StoredHead, head_contents, head_file_bytes
+from cache_format.read.reader import Cache, open_cache
+from cache_format.read.verify import VerifySummary, verify_cache
+from cache_format.rows.hidden import HiddenSpec, HiddenStates, find_invalid_state
+from cache_format.rows.rebuilt import rebuilt_targets
+from cache_format.rows.row_batch import RowBatch
+from cache_format.rows.types import IGNORE_INDEX, CacheRow, SparseTargets
+from cache_format.storage.read_cache import ReadCache
+from cache_format.write.convert import Conversion, convert_cache
+from cache_format.write.occupancy import (
     check_writable,
     finished_already,
     finished_manifest,
     recorded_metadata,
     remove_cache,
 )
-from cache_format.read_cache import ReadCache
-from cache_format.reader import Cache, open_cache
-from cache_format.rebuilt import rebuilt_targets
-from cache_format.row_batch import RowBatch
-from cache_format.shared_writer import Share, SharedCacheWriter, parse_shard_range
-from cache_format.types import IGNORE_INDEX, CacheRow, SparseTargets
-from cache_format.unfinished import CacheSize, finish_cache
-from cache_format.verify import VerifySummary, verify_cache
-from cache_format.writer import CacheWriter
+from cache_format.write.shared_writer import Share, SharedCacheWriter, parse_shard_range
+from cache_format.write.unfinished import CacheSize, finish_cache
+from cache_format.write.writer import CacheWriter
 
 __all__ = [
     "ANSWERS",

@@ -1,6 +1,6 @@
 """What happens between a teacher and a student, one visible place per stage.
 
-    text ─▶ pipeline.teacher ─▶ cache directory ─▶ pipeline.student ─▶ checkpoint ─▶ pipeline.evaluate
+    text ─▶ pipeline.teacher ─▶ cache directory ─▶ pipeline.student ─▶ checkpoint ─▶ pipeline.evaluation.held_out
 
 `pipeline.teacher` (stage one) and `pipeline.student` (stage two) never import each other: they meet only in the
 cache directory. What both need stands beside them: `models` (loading), `heads` (hidden states and the vocabulary

@@ -1,7 +1,7 @@
 """What a user can act on in the pipeline, beside the errors of a cache directory.
 
-    DistillError        (cache_format.errors) the command line prints it as one line, status 1
-    ├── CacheError      a cache directory cannot be read, written or used: see cache_format.errors
+    DistillError        (cache_format.cache_errors) the command line prints it as one line, status 1
+    ├── CacheError      a cache directory cannot be read, written or used: see cache_format.cache_errors
     ├── DataError       the text is missing, empty, malformed, or not of the kind asked for
     ├── ModelError      a model or tokenizer cannot be loaded, or cannot do what is asked
     ├── ConfigError     the options contradict one another, the model or the data
@@ -12,7 +12,7 @@ Messages are one line: where, what was found, what was expected, because of what
 
 from __future__ import annotations
 
-from cache_format.errors import DistillError
+from cache_format.cache_errors import DistillError
 
 
 class DataError(DistillError):

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.files import write_text
 from benchmarks.quality.sources import Domain, cut
 from benchmarks.quality.tracks import Track
-from pipeline.teacher.corpus import DataConfig
-from pipeline.teacher.packing import TokenRow, build_corpus
+from pipeline.teacher.text.corpus import DataConfig
+from pipeline.teacher.text.packing import TokenRow, build_corpus
 
 TRAIN = "train"
 PIECE = 1200  # characters of held-out text

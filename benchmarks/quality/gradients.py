@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.objectives import Objective
-from pipeline.heads import Head
+from pipeline.models.head import Head
 
 
 def body_gradient(head: Head, objective: Objective, indices: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.quality.corpora import Corpus
 from benchmarks.quality.objectives import probabilities, student_states
 from benchmarks.quality.states import States
-from pipeline.heads import Head, evaluating
+from pipeline.models.head import Head, evaluating
 
 BINS = 15
 BATCH_ROWS = 8

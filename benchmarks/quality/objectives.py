@@ -21,12 +21,12 @@ from benchmarks.quality.corpora import Corpus
 from benchmarks.quality.dense import dense_loss
 from benchmarks.quality.states import States
 from benchmarks.quality.tracks import Arm
-from pipeline.heads import Head
 from pipeline.losses import IGNORE_INDEX, TargetBatch, fused_head
-from pipeline.padding import pad_rows
-from pipeline.student.data import CacheDataset, LocalShuffle, collate, targets_of
-from pipeline.student.forward import LossRecipe, distillation_output
-from pipeline.teacher.packing import TokenRow
+from pipeline.models.head import Head
+from pipeline.models.padding import pad_rows
+from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.student.training.forward import LossRecipe, distillation_output
+from pipeline.teacher.text.packing import TokenRow
 
 SHUFFLE_WINDOW = 8  # record batches
 

@@ -41,9 +41,9 @@ from benchmarks.quality.teachers import bpe_tokenizer, describe, new_model, trai
 from benchmarks.quality.tracks import FULL, LABELS, SEARCH_SEED, Arm, Track, planned
 from benchmarks.quality.train import train
 from benchmarks.teacher import open_teacher
-from pipeline.heads import Head, open_head
-from pipeline.models import weights_fingerprint
-from pipeline.tokenizers import real_vocab_size, tokenizer_fingerprint
+from pipeline.models.head import Head, open_head
+from pipeline.models.loading import weights_fingerprint
+from pipeline.models.tokenizers import real_vocab_size, tokenizer_fingerprint
 
 Run = dict[str, Any]
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.corpora import Corpus
-from pipeline.heads import Head
-from pipeline.padding import pad_rows
+from pipeline.models.head import Head
+from pipeline.models.padding import pad_rows
 
 ROWS_PER_FILE = 64
 BATCH_ROWS = 8

@@ -20,8 +20,8 @@ from benchmarks.quality.objectives import labels_objective, order
 from benchmarks.quality.sources import Domain
 from benchmarks.quality.tracks import Shape, Track
 from benchmarks.quality.train import train
-from pipeline.heads import Head, open_head
-from pipeline.models import load_model
+from pipeline.models.head import Head, open_head
+from pipeline.models.loading import load_model
 
 EOS = "<|endoftext|>"
 SEED = 0

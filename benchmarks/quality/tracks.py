@@ -15,7 +15,7 @@ from typing import Literal
 from transformers import LlamaConfig
 
 from pipeline.losses import TailPolicy
-from pipeline.teacher.rules import TargetRule
+from pipeline.teacher.targets.rules import TargetRule
 
 SEARCH_SEED = 1000
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks.quality.objectives import Objective
-from pipeline.heads import Head
-from pipeline.student.data import LocalShuffle
+from pipeline.models.head import Head
+from pipeline.student.data.dataset import LocalShuffle
 
 WARM_UP, FINAL_RATE = 0.05, 0.1
 LOGGED = 20  # points of the training curve

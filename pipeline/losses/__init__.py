@@ -6,12 +6,12 @@ the teacher's distribution is whole. See `tails` for the policies, `mixture` for
 for the weights of positions.
 """
 
-from pipeline.losses.full import FullTargets
+from pipeline.losses.divergence_sum import DIVERGENCES, Mixture
+from pipeline.losses.full_targets import FullTargets
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
-from pipeline.losses.mixture import DIVERGENCES, Mixture
 from pipeline.losses.reference import sparse_kl
+from pipeline.losses.sparse_targets import IGNORE_INDEX, TargetBatch
 from pipeline.losses.tails import TAIL_POLICIES, UNBIASED, TailPolicy
-from pipeline.losses.targets import IGNORE_INDEX, TargetBatch
 from pipeline.losses.weighting import POSITION_WEIGHTINGS, PositionWeighting
 
 __all__ = [

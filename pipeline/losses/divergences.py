@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from pipeline.losses.sparse_targets import TargetBatch
 from pipeline.losses.tails import (
     ABSENT,
     UNBIASED,
@@ -24,7 +25,6 @@ from pipeline.losses.tails import (
     teacher_classes,
     weights,
 )
-from pipeline.losses.targets import TargetBatch
 
 FLOOR = math.log(torch.finfo(torch.float32).eps)
 """Log-probability, -15.9 nats, in the place of log 0 where a divergence needs the logarithm of a teacher without any

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.losses import full
+from pipeline.losses import full_targets as full
+from pipeline.losses.divergence_sum import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.divergences import sampled_forward_kl, soft_loss
-from pipeline.losses.full import FullTargets
-from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
+from pipeline.losses.full_targets import FullTargets
+from pipeline.losses.sparse_targets import TargetBatch
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
-from pipeline.losses.targets import TargetBatch
 from pipeline.losses.weighting import PositionWeighting, check_weighting, entropy_of_parts, position_weight
 
 Targets = TargetBatch | FullTargets

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from cache_format import SparseTargets
-from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
+from pipeline.losses.divergence_sum import FORWARD_KL, Mixture, soft_losses
+from pipeline.losses.sparse_targets import TargetBatch
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
-from pipeline.losses.targets import TargetBatch
 from pipeline.losses.weighting import PositionWeighting, check_weighting, position_weight
 
 Reduction = Literal["mean", "sum", "none"]
@@ -53,7 +53,7 @@ def sparse_kl(
         temperature: T, divides both sides' logits in the divergence (not in the CE).
         kd_weight: α.
         tail: what becomes of the mass outside the entries, see `pipeline.losses.tails`.
-        divergence: D: a name, a weighted sum, or a function of your own, see `pipeline.losses.mixture`.
+        divergence: D: a name, a weighted sum, or a function of your own, see `pipeline.losses.divergence_sum`.
         position_weighting: w, see `pipeline.losses.weighting`. Of "mean" the divisor stays the number of positions.
         capture_temperature: of `SparseTargets`, as in the cache's metadata; a `TargetBatch` knows its own.
         reduction: "mean" over counted positions (0 if there are none), "sum", or "none" for [N].

@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pipeline.losses.targets import TargetBatch
+from pipeline.losses.sparse_targets import TargetBatch
 
 TailPolicy = Literal["sampled", "realized", "bucket", "renormalise", "label"]
 TAIL_POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.losses.divergence_sum import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.fused import CHUNK_POSITIONS, HeadOutput
-from pipeline.losses.mixture import FORWARD_KL, Mixture, soft_losses
 from pipeline.losses.reference import student_values
+from pipeline.losses.sparse_targets import TargetBatch
 from pipeline.losses.tails import entries_of
-from pipeline.losses.targets import TargetBatch
 
 
 @dataclass(frozen=True)

@@ -29,21 +29,21 @@ from torch import Tensor
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.heads import Head
-from pipeline.models import load_tokenizer
-from pipeline.padding import model_inputs
-from pipeline.teacher import hidden as hidden_states
-from pipeline.teacher.config import CacheTeacherConfig
-from pipeline.teacher.full import WrittenHead, check_full, in_words, write_down
-from pipeline.teacher.grouping import as_begun
-from pipeline.teacher.metadata import CHUNK_POSITIONS, cache_metadata, stored_positions
+from pipeline.models.head import Head
+from pipeline.models.loading import load_tokenizer
+from pipeline.models.padding import model_inputs
+from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
-from pipeline.teacher.packing import TokenRow
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
-from pipeline.teacher.rows import cache_rows
-from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
-from pipeline.teacher.workers import check_output, this_worker
-from pipeline.tokenizers import tokenizer_files, tokenizer_fingerprint
+from pipeline.teacher.targets import hidden_states
+from pipeline.teacher.targets.cache_rows import cache_rows
+from pipeline.teacher.targets.hidden_targets import WrittenHead, check_full, in_words, write_down
+from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.text.packing import TokenRow
+from pipeline.teacher.writing.cache_metadata import CHUNK_POSITIONS, cache_metadata, stored_positions
+from pipeline.teacher.writing.shard_sizes import as_begun
+from pipeline.teacher.writing.workers import check_output, this_worker
 
 GROUPS_IN_FLIGHT = 2
 

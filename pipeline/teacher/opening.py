@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
-from pipeline.heads import Head, check_packing, check_padding, open_head
-from pipeline.models import load_config, load_model
-from pipeline.objective import check_objective, most_positions
-from pipeline.placement import check_split
-from pipeline.teacher.config import CacheTeacherConfig
-from pipeline.teacher.masked_corpus import MaskedCorpus, build_masked_corpus
-from pipeline.teacher.masking import FLAGS, MaskRule
-from pipeline.teacher.packing import TokenCorpus, build_corpus
-from pipeline.tokenizers import real_vocab_size
+from pipeline.models.head import Head, check_packing, check_padding, open_head
+from pipeline.models.loading import load_config, load_model
+from pipeline.models.objective import check_objective, most_positions
+from pipeline.models.placement import check_split
+from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
+from pipeline.teacher.text.masking import FLAGS, MaskRule
+from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus
 

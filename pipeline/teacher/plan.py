@@ -26,11 +26,14 @@ import numpy as np
 import torch
 
 import cache_format as cf
-from pipeline.heads import Head
-from pipeline.models import load_tokenizer
-from pipeline.padding import model_inputs
-from pipeline.teacher.config import CacheTeacherConfig
-from pipeline.teacher.full import (
+from pipeline.models.head import Head
+from pipeline.models.loading import load_tokenizer
+from pipeline.models.padding import model_inputs
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
+from pipeline.teacher.targets.cache_rows import cache_rows
+from pipeline.teacher.targets.hidden_states import HiddenRule, predicted_bytes, quantised
+from pipeline.teacher.targets.hidden_targets import (
     WrittenHead,
     check_full,
     states_spec,
@@ -38,15 +41,12 @@ from pipeline.teacher.full import (
     without_states_of,
     write_down,
 )
-from pipeline.teacher.grouping import grouping, rows_together
-from pipeline.teacher.hidden import HiddenRule, predicted_bytes, quantised
-from pipeline.teacher.metadata import CHUNK_POSITIONS, stored_positions
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
-from pipeline.teacher.packing import TokenRow
-from pipeline.teacher.rows import cache_rows
-from pipeline.teacher.rules import TargetRule
-from pipeline.teacher.targets import ChunkTargets, draws, sparse_targets
-from pipeline.teacher.workers import this_worker
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.text.packing import TokenRow
+from pipeline.teacher.writing.cache_metadata import CHUNK_POSITIONS, stored_positions
+from pipeline.teacher.writing.shard_sizes import grouping, rows_together
+from pipeline.teacher.writing.workers import this_worker
 
 OTHERS = (
     TargetRule(top_k=16),

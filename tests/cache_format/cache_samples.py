@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from cache_format.ipc import cut_points
+from cache_format.codecs.ipc import cut_points
 
 VOCAB = 1000
 SHARD = "shards/shard-00000.arrow"

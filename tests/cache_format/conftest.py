@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cache_format import remote, verify
+from cache_format.read import verify
+from cache_format.storage import remote
 from converting import one_of_each, write_three_samples
 
 

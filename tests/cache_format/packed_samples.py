@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 import cache_format as cf
-from cache_format.columns import arrow_schema, decode, encode
-from cache_format.lexicon import Lexicon
-from cache_format.row_batch import concatenate
+from cache_format.codecs.columns import arrow_schema, decode, encode
+from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.rows.row_batch import concatenate
 from cache_samples import VOCAB, sample_metadata, sample_row
 
 TOP_K = {"kind": "top-k", "k": 9, "temperature": 1.0}

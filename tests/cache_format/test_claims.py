@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from cache_format import storage
-from cache_format.claims import CLAIMS, Claims, refused, this_process
-from cache_format.storage import LocalDirectory, open_directory
+from cache_format.storage import directory as storage
+from cache_format.storage.claims import CLAIMS, Claims, refused, this_process
+from cache_format.storage.directory import LocalDirectory, open_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,8 +69,8 @@ def test_names_of_claims_leave_no_folder(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from cache_format.claims import Claims
-from cache_format.storage import open_directory
+from cache_format.storage.claims import Claims
+from cache_format.storage.directory import open_directory
 assert Claims(open_directory(sys.argv[1])).take("all") is None
 os.kill(os.getpid(), signal.SIGKILL)
 """

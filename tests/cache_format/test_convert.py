@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import cache_format as cf
-from cache_format.lexicon import LEXICON
-from cache_format.shard_reader import ShardReader
-from cache_format.shard_writer import ShardWriter
+from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.read.shard_reader import ShardReader
+from cache_format.write.shard_writer import ShardWriter
 from cache_samples import contents
 from converting import assert_same_rows, convert, shards
 from packed_samples import (

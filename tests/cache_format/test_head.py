@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 
 import cache_format as cf
-from cache_format.head import _header, widened
+from cache_format.manifest.stored_head import _header, widened
 from cache_samples import complaint, edit_json, forge_shard, sample_metadata, sample_row, seal_manifest
 
 VOCAB, WIDTH, LAYER = 1000, 6, 5
@@ -127,7 +127,7 @@ def test_the_file_is_what_safetensors_reads_and_writes(dtype: str, bias: bool, t
 def test_distributions_are_those_of_the_formula(
     head: dict[str, Any], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache_format.head.VOCAB_BLOCK", 300)
+    monkeypatch.setattr("cache_format.manifest.stored_head.VOCAB_BLOCK", 300)
     weight, offset = numbers(bias=bias)
     data = cf.head_contents(weight, offset, "float32")
     plain = {"logit_scale": 1.0, "softcap": None, **head}

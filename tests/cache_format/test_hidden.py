@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from cache_format.columns import arrow_schema
-from cache_format.hidden import find_invalid_state
-from cache_format.ipc import buffers_per_column, message_buffers
+from cache_format.codecs.columns import arrow_schema
+from cache_format.codecs.ipc import buffers_per_column, message_buffers
+from cache_format.rows.hidden import find_invalid_state
 from cache_samples import SHARD, complaint, forge_shard, sample_metadata, sample_row
 
 LAYERS, WIDTH = (2, 5), 6

@@ -17,11 +17,11 @@ import pytest
 import zstandard
 
 import cache_format as cf
-from cache_format.columns import arrow_schema, decode, encode
-from cache_format.invariants import find_violation
-from cache_format.lexicon import LEXICON
-from cache_format.rans import Encoder
-from cache_format.row_batch import concatenate
+from cache_format.codecs.columns import arrow_schema, decode, encode
+from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.codecs.packed.rans import Encoder
+from cache_format.rows.invariants import find_violation
+from cache_format.rows.row_batch import concatenate
 from cache_samples import SHARD, SIDECAR, complaint, contents, edit_json, forge_shard, seal_manifest
 from packed_samples import (
     KINDS,

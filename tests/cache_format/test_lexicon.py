@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from cache_format.lexicon import Lexicon
+from cache_format.codecs.packed.lexicon import Lexicon
 from packed_samples import empty_lexicon
 
 

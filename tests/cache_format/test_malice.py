@@ -15,9 +15,10 @@ import pytest
 
 import cache_format as cf
 from benchmarks import fuzzed
-from cache_format import ipc, shard_writer
-from cache_format.read_cache import ReadCache
-from cache_format.storage import open_directory, write_bytes
+from cache_format.codecs import ipc
+from cache_format.storage.directory import open_directory, write_bytes
+from cache_format.storage.read_cache import ReadCache
+from cache_format.write import shard_writer
 from cache_samples import SIDECAR, contents, edit_json, sample_metadata, seal_manifest, write_sample
 
 # -- a checksum is the name of a file ---------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def test_a_lexicon_cannot_expand_without_limit_either(monkeypatch: pytest.Monkey
         file.write_batch(row)
     monkeypatch.setattr(ipc, "EXPANDS_ANYWAY", 2**16)
     with pytest.raises(cf.FormatError, match=r"here: not a lexicon \(.* expand to .* 64 times as many"):
-        cf.lexicon.Lexicon.from_bytes(sink.getvalue(), 1000, "here")
+        cf.codecs.packed.lexicon.Lexicon.from_bytes(sink.getvalue(), 1000, "here")
 
 
 def test_a_row_is_no_longer_than_the_windows_are_said_to_be(tmp_path: Path):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache_format as cf
-from cache_format.invariants import find_violation
-from cache_format.lexicon import Lexicon
-from cache_format.packed import LANES, pack
-from cache_format.row_batch import concatenate
+from cache_format.codecs.packed.block import LANES, pack
+from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.rows.invariants import find_violation
+from cache_format.rows.row_batch import concatenate
 from cache_samples import sample_row
 from packed_samples import (
     KINDS,

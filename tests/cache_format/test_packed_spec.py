@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 import cache_format as cf
-from cache_format.packed import pack
-from cache_format.row_batch import concatenate
+from cache_format.codecs.packed.block import pack
+from cache_format.rows.row_batch import concatenate
 from packed_samples import KINDS, lexicon_of, metadata_of, model_sizes, row_of, through
 
 

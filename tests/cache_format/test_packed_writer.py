@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import cache_format as cf
-from cache_format import shard_writer
-from cache_format.lexicon import LEXICON, Lexicon
-from cache_format.shard_writer import ShardWriter
+from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
+from cache_format.write import shard_writer
+from cache_format.write.shard_writer import ShardWriter
 from cache_samples import SHARD, SIDECAR, contents
 from packed_samples import (
     KINDS,

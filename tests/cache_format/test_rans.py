@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_format.rans import BITS, LOW, TOTAL, Decoder, Encoder, Model
+from cache_format.codecs.packed.rans import BITS, LOW, TOTAL, Decoder, Encoder, Model
 
 LANES = [1, 2, 3, 8, 64]
 

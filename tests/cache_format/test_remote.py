@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from cache_format import remote
-from cache_format.read_cache import ReadCache
-from cache_format.remote import RemoteDirectory, is_transient, repeated
-from cache_format.storage import open_directory, write_bytes
+from cache_format.storage import remote
+from cache_format.storage.directory import open_directory, write_bytes
+from cache_format.storage.read_cache import ReadCache
+from cache_format.storage.remote import RemoteDirectory, is_transient, repeated
 from cache_samples import SHARD, sample_metadata, sample_row, write_sample
 
 pytestmark = pytest.mark.usefixtures("short_waits")

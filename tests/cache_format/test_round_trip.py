@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache_format as cf
-from cache_format.shard_reader import ShardReader
+from cache_format.read.shard_reader import ShardReader
 from cache_samples import contents, sample_metadata, sample_row, several_samples, write_sample
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import cache_format as cf
-from cache_format import remote
-from cache_format.remote import RemoteDirectory
-from cache_format.storage import open_directory, write_bytes
+from cache_format.storage import remote
+from cache_format.storage.directory import open_directory, write_bytes
+from cache_format.storage.remote import RemoteDirectory
 from cache_samples import contents, sample_metadata, sample_row, several_samples
 from faults import Outcome, downloaded, faults_of, one_round
 
@@ -80,7 +80,7 @@ WRITER = """
 import sys, time
 sys.path[:0] = [{root!r}, {here!r}]
 import cache_format as cf
-from cache_format import remote
+from cache_format.storage import remote
 from cache_samples import sample_metadata, sample_row, several_samples
 
 remote.FIRST_WAIT_S, remote.LONGEST_WAIT_S = 0.001, 0.01

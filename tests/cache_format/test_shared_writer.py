@@ -17,9 +17,9 @@ import fsspec
 import pytest
 
 import cache_format as cf
-from cache_format.claims import CLAIMS, Claims
-from cache_format.lexicon import LEXICON
-from cache_format.storage import open_directory
+from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.storage.claims import CLAIMS, Claims
+from cache_format.storage.directory import open_directory
 from cache_samples import contents
 from packed_samples import TOP_K, metadata_of, row_of
 from test_claims import ELSEWHERE, plant
@@ -198,7 +198,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_shard_of_a_killed_process_is_taken_over_by_a_living_one(tmp_path):
     expected = alone(tmp_path / "whole")
-    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/cache_format")]
+    folders = [str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "tests/cache_format")]
     with shared(tmp_path / "cache") as writer:
         subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cache"), *folders], cwd=ROOT, check=False)
         assert os.listdir(tmp_path / "cache" / CLAIMS) == ["shard-00001.0.json"]
@@ -401,7 +401,7 @@ def test_removal_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("cache_format.storage.LocalDirectory.remove_tree", die)
+        patch.setattr("cache_format.storage.directory.LocalDirectory.remove_tree", die)
         cf.remove_cache(tmp_path / "cache")
     with pytest.raises(cf.FormatError, match="unfinished cache"):
         cf.open_cache(tmp_path / "cache")

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from cache_format import storage
-from cache_format.claims import CLAIMS
-from cache_format.storage import is_temporary
+from cache_format.storage import directory as storage
+from cache_format.storage.claims import CLAIMS
+from cache_format.storage.directory import is_temporary
 from cache_samples import SHARD, SIDECAR, contents, edit_json, sample_metadata, sample_row
 
 ROWS = 10

@@ -1,0 +1,1 @@
+"""Row batches to bytes and back: Arrow columns, codebooks, and the packed encoding."""

@@ -1,0 +1,378 @@
+"""The targets of a record batch as one block of bytes: the same numbers as in columns, entropy-coded.
+
+What is coded, in this order, with what is already known to both sides as context:
+
+    entropy         code            counts at t or not
+    exact entries   how many        counts or not, entropy
+                    their ranks     rank of the entry before, how many are left      (`lexicon`)
+                    their codes     rank, how many there are
+    residual        code            what 1 - Σp of the decoded entries predicts
+    each sample     how many        residual
+                    their ranks     as above
+                    their codes     rank; nothing where all weights are equal
+
+Ranks of a position ascend, so only the distances are coded: which of k tokens came first says nothing, and costs
+nothing. A distance is a bucket (its exponent and the two bits after the leading one), entropy-coded, and the bits
+below, as they are. Entries are coded by their number within the position, all first ones, then all second ones: within
+such a turn everything is independent, which is what numpy and the lanes of `rans` need.
+
+The frequencies of all symbols in all contexts stand before the codes of every record batch, so a batch needs nothing
+but itself and the lexicon, and a change of topic changes the frequencies.
+
+Shapes: N positions of a record batch, E entries, M samples, W entries of a position at most.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from cache_format.codecs.codebook import Codebook
+from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.codecs.packed.rans import BITS, Decoder, Encoder, Ints, Model
+from cache_format.codecs.packed.streams import PackedStreams
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.rows.row_batch import RowBatch
+from cache_format.rows.types import entry_groups, group_counts
+
+LANES = 512
+HEADER = struct.Struct("<IHI")  # entries, lanes, bytes of the compressed frequencies
+LEVEL = 19
+LEFT, RANK, PREDICTED = 4, 16, 16  # context classes of: entries left, exponent of a rank, predicted residual
+
+
+@dataclass(frozen=True)
+class Alphabets:
+    """Contexts and symbols of each model, in the order in which their frequencies are stored."""
+
+    entropy: tuple[int, int]
+    exact_counts: tuple[int, int]
+    exact_ranks: tuple[int, int]
+    exact_codes: tuple[int, int]
+    residual: tuple[int, int]
+    sample_counts: tuple[int, int]
+    sample_ranks: tuple[int, int]
+    sample_codes: tuple[int, int]
+
+    @classmethod
+    def of(cls, metadata: CacheMetadata, lexicon: Lexicon) -> Alphabets:
+        books = {name: len(book.values) for name, book in metadata.codebooks.items()}
+        most = metadata.max_entries + 1
+        longest = int(np.diff(lexicon.starts).max(initial=0))
+        buckets = 4 * ((metadata.vocab_size + longest).bit_length() + 1)
+        ranks = ((1 + RANK) * LEFT, buckets)
+        codes = (RANK * LEFT, books["target_logprobs"])
+        return cls(
+            entropy=(2, books["entropy"]),
+            exact_counts=(2 * 16, most),
+            exact_ranks=ranks,
+            exact_codes=codes,
+            residual=(PREDICTED, 2 * books["residual_logprob"] - 1),
+            sample_counts=(books["residual_logprob"], most),
+            sample_ranks=ranks,
+            sample_codes=codes,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The targets of a record batch as integers: what the walk reads when packing and returns when unpacking."""
+
+    entropy: Ints  # [N]
+    exact_counts: Ints  # [N]
+    exact_ranks: Ints  # [of exact entries] ascending within a position
+    exact_codes: Ints  # [of exact entries]
+    residual: Ints  # [N]
+    sample_counts: Ints  # [M, N]
+    sample_ranks: list[Ints]  # M times [of entries]
+    sample_codes: list[Ints]
+
+
+def pack(batch: RowBatch, metadata: CacheMetadata, lexicon: Lexicon) -> bytes:
+    """The targets of a checked batch. Raises: ValueError for a value that no code stands for."""
+    lanes = min(LANES, 1 << max(0, batch.num_entries.bit_length() - 7))  # each costs four bytes
+    coder = _Writer(Alphabets.of(metadata, lexicon), lanes)
+    tokens = batch.input_ids.astype(np.int64)
+    _walk(coder, batch.loss_mask, _codes(batch, tokens, metadata, lexicon), metadata)
+    return coder.finish(batch.num_entries)
+
+
+def unpack(
+    data: memoryview,
+    tokens: Ints,
+    loss_mask: NDArray[np.bool_],
+    metadata: CacheMetadata,
+    lexicon: Lexicon,
+    most_entries: int,
+    streams: PackedStreams | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Inverse of `pack`: the fields of `RowBatch` that speak of targets.
+
+    Args:
+        tokens: [N] input ids.
+        most_entries: that may be in there; more are refused before anything is allocated for them.
+        streams: to which is added what each stream takes.
+
+    Raises: ValueError for bytes that are not what `pack` writes.
+    """
+    coder = _Reader(data, Alphabets.of(metadata, lexicon), most_entries, measured=streams is not None)
+    codes = _walk(coder, loss_mask, None, metadata)
+    coder.finish()
+    if streams is not None:
+        coder.add_to(streams)
+    return _fields(codes, tokens, metadata, lexicon)
+
+
+def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexicon) -> Codes:
+    books = metadata.codebooks
+    counts = group_counts(batch)  # [N, 1 + M]
+    if not metadata.sampled and counts[:, 1:].any():
+        raise ValueError("there are sampled entries, but no `samples` in the targets of the metadata")
+    group = entry_groups(counts)  # [E]
+    position = batch.positions
+    ranks = lexicon.ranks(tokens[position], batch.ids.astype(np.int64))
+    codes = books["target_logprobs"].encode(batch.logprobs).astype(np.int64)
+    ordered = np.argsort((group * batch.num_tokens + position) * 2**32 + ranks)
+    ends = np.cumsum(counts.sum(axis=0))[:-1]
+    of_ranks, of_codes = (np.split(values[ordered], ends) for values in (ranks, codes))
+    return Codes(
+        entropy=books["entropy"].encode(batch.entropy).astype(np.int64),
+        exact_counts=counts[:, 0],
+        exact_ranks=of_ranks[0],
+        exact_codes=of_codes[0],
+        residual=books["residual_logprob"].encode(batch.residual_logprob).astype(np.int64),
+        sample_counts=counts[:, 1:].T,
+        sample_ranks=of_ranks[1:],
+        sample_codes=of_codes[1:],
+    )
+
+
+def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexicon) -> dict[str, NDArray[Any]]:
+    books, n = metadata.codebooks, len(tokens)
+    counts = np.concatenate([codes.exact_counts[None], codes.sample_counts])  # [1 + M, N]
+    position = np.concatenate([np.repeat(np.arange(n), of_group) for of_group in counts])
+    group = np.repeat(np.arange(len(counts)), counts.sum(axis=1))
+    ids = lexicon.ids(tokens[position], np.concatenate([codes.exact_ranks, *codes.sample_ranks]))
+    order = np.argsort((position * len(counts) + group) * metadata.vocab_size + ids)  # one key: thrice as fast as three
+    of_entries = np.concatenate([codes.exact_codes, *codes.sample_codes]).astype(np.uint8)
+    logprobs = books["target_logprobs"].decode(of_entries)
+    narrow = metadata.count_type
+    fields = {
+        "counts": counts.sum(axis=0).astype(narrow),
+        "ids": ids[order].astype(metadata.id_type),
+        "logprobs": logprobs[order],
+        "exact_counts": codes.exact_counts.astype(narrow),
+        "residual_logprob": books["residual_logprob"].decode(codes.residual.astype(np.uint8)),
+        "entropy": books["entropy"].decode(codes.entropy.astype(np.uint8)),
+    }
+    if metadata.num_samples > 1:
+        fields["sample_counts"] = codes.sample_counts.T.astype(narrow)
+    return fields
+
+
+def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metadata: CacheMetadata) -> Codes:
+    """Codes everything in `known`, or, where there is None, what the coder reads: one order for both ways."""
+    books, counted = metadata.codebooks, loss_mask.astype(np.int64)
+
+    def given(name: str, sample: int | None = None) -> Ints | None:
+        values: Any = None if known is None else getattr(known, name)
+        chosen: Ints | None = values if known is None or sample is None else values[sample]
+        return chosen
+
+    levels = len(books["entropy"].values)
+    entropy = coder.symbols("entropy", counted, given("entropy"))
+    exact_counts = coder.symbols("exact_counts", counted * 16 + entropy * 16 // levels, given("exact_counts"))
+    exact_ranks, exact_codes = _entries(coder, "exact", exact_counts, given("exact_ranks"), given("exact_codes"))
+    position = np.repeat(np.arange(len(counted)), exact_counts)
+    expected = _expected_residual(books, position, exact_codes, len(counted))
+    top = len(books["residual_logprob"].values) - 1
+    off = None if known is None else known.residual - expected + top
+    off = coder.symbols("residual", expected * PREDICTED // (top + 1), off)
+    residual = off + expected - top
+    if (residual < 0).any() or (residual > top).any():
+        raise ValueError("packed targets hold a residual that no code stands for")
+    samples: list[tuple[Ints, Ints, Ints]] = []
+    for i in range(metadata.num_samples if metadata.sampled else 0):
+        counts = coder.symbols("sample_counts", residual, given("sample_counts", i))
+        ranks, codes = _entries(coder, "sample", counts, given("sample_ranks", i), given("sample_codes", i))
+        samples.append((counts, ranks, codes))
+    return Codes(
+        entropy=entropy,
+        exact_counts=exact_counts,
+        exact_ranks=exact_ranks,
+        exact_codes=exact_codes,
+        residual=residual,
+        sample_counts=np.array([counts for counts, _, _ in samples], np.int64).reshape(len(samples), len(counted)),
+        sample_ranks=[ranks for _, ranks, _ in samples],
+        sample_codes=[codes for _, _, codes in samples],
+    )
+
+
+def _entries(
+    coder: Coder, what: str, counts: Ints, known_ranks: Ints | None, known_codes: Ints | None
+) -> tuple[Ints, Ints]:
+    """Ranks, ascending within a position, and codes of a group of entries."""
+    total = coder.announce(counts)
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(total, np.int64)
+    here, before = np.flatnonzero(counts), np.full(int(np.count_nonzero(counts)), -1)
+    turn = 0
+    while len(here):
+        place, left = starts[here] + turn, counts[here] - turn
+        context = np.minimum(_exponent(before + 1) + (before >= 0), RANK) * LEFT + np.minimum(left, LEFT) - 1
+        distance = None if known_ranks is None else known_ranks[place] - before - 1
+        ranks[place] = before + 1 + coder.number(f"{what}_ranks", context, distance)
+        more = left > 1
+        here, before = here[more], ranks[place][more]
+        turn += 1
+    context = np.minimum(_exponent(ranks + 1), RANK - 1) * LEFT + np.minimum(np.repeat(counts, counts), LEFT) - 1
+    return ranks, coder.symbols(f"{what}_codes", context, known_codes)
+
+
+def _exponent(values: Ints) -> Ints:
+    """floor(log2(value)); 0 for 0."""
+    exponents: Ints = np.maximum(np.frexp(values.astype(np.float64))[1] - 1, 0).astype(np.int64)
+    return exponents
+
+
+def _expected_residual(books: Mapping[str, Codebook], position: Ints, codes: Ints, n: int) -> Ints:
+    """[N] the code of 1 - Σp, from the decoded entries. In integers, so that every machine finds the same."""
+    one = 2.0**30
+    shares = np.rint(np.exp(books["target_logprobs"].values.astype(np.float64)) * one)
+    left = np.maximum(one - np.bincount(position, shares[codes], n), 0.0)
+    roots = np.exp(books["residual_logprob"].values.astype(np.float64) / 2)
+    thresholds = np.rint(((roots[1:] + roots[:-1]) / 2) ** 2 * one)
+    expected: Ints = np.searchsorted(thresholds, left).astype(np.int64)
+    return expected
+
+
+class Coder(Protocol):
+    """One way or the other. Symbols and values are given to a writer, and None to a reader; both return them."""
+
+    def announce(self, counts: Ints) -> int: ...
+    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints: ...
+    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints: ...
+
+
+class _Writer:
+    """Takes the symbols; their frequencies are known at the end."""
+
+    def __init__(self, alphabets: Alphabets, lanes: int) -> None:
+        self._alphabets, self._lanes = alphabets, lanes
+        self._parts: list[tuple[str, Ints, Ints]] = []  # model or "", contexts or widths, symbols or values
+
+    def announce(self, counts: Ints) -> int:
+        return int(counts.sum())
+
+    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
+        assert symbols is not None
+        self._parts.append((name, contexts, symbols))
+        return symbols
+
+    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
+        assert values is not None
+        exponent = _exponent(values + 1)
+        below = np.maximum(exponent - 2, 0)
+        self.symbols(name, contexts, exponent * 4 + ((values + 1) >> below & 3))
+        rest = (values + 1) & ((1 << below) - 1)
+        while below.any():
+            width = np.minimum(below, BITS)
+            self._parts.append(("", width, rest & ((1 << width) - 1)))
+            rest, below = rest >> width, below - width
+        return values
+
+    def finish(self, entries: int) -> bytes:
+        models, tables = {}, []
+        for field in fields(self._alphabets):
+            used = [(contexts, symbols) for name, contexts, symbols in self._parts if name == field.name]
+            nothing = np.zeros(0, np.int64)
+            contexts = np.concatenate([*(part for part, _ in used), nothing])
+            symbols = np.concatenate([*(part for _, part in used), nothing])
+            models[field.name] = Model.of(symbols, contexts, *getattr(self._alphabets, field.name))
+            tables.append(models[field.name].frequencies.astype("<u2").tobytes())
+        encoder = Encoder(self._lanes)
+        for name, contexts, symbols in self._parts:
+            if name:
+                encoder.symbols(symbols, contexts, models[name])
+            else:
+                encoder.bits(symbols, contexts)
+        frequencies = zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(tables))
+        return HEADER.pack(entries, self._lanes, len(frequencies)) + frequencies + encoder.finish()
+
+
+class _Reader:
+    """Gives the symbols. Raises: ValueError, from every method, for bytes that no writer wrote."""
+
+    def __init__(self, data: memoryview, alphabets: Alphabets, most_entries: int, *, measured: bool = False) -> None:
+        if len(data) < HEADER.size:
+            raise ValueError("packed targets are cut short")
+        self._left, lanes, length = HEADER.unpack_from(data)
+        if self._left > most_entries or not 1 <= lanes <= 2**12:
+            raise ValueError(f"packed targets announce {self._left} entries in {lanes} lanes")
+        sizes = {field.name: getattr(alphabets, field.name) for field in fields(alphabets)}
+        expected = 2 * sum(contexts * symbols for contexts, symbols in sizes.values())
+        tables = _decompress(data[HEADER.size : HEADER.size + length], expected)
+        self._models, start = {}, 0
+        for name, (contexts, symbols) in sizes.items():
+            self._models[name] = Model(tables[start : start + contexts * symbols].reshape(contexts, symbols))
+            start += contexts * symbols
+        self._decoder = Decoder(data[HEADER.size + length :], lanes)
+        self._table_bytes = length
+        self._counts = {name: np.zeros(size, np.int64) for name, size in sizes.items()} if measured else {}
+        self._low_bits: Counter[str] = Counter()
+
+    def announce(self, counts: Ints) -> int:
+        total = int(counts.sum())
+        self._left -= total
+        if self._left < 0:
+            raise ValueError("packed targets hold more entries than they announce")
+        return total
+
+    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
+        found = self._decoder.symbols(contexts, self._models[name])
+        if self._counts:
+            np.add.at(self._counts[name], (contexts, found), 1)
+        return found
+
+    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
+        symbols = self.symbols(name, contexts, None)
+        exponent, leading = symbols >> 2, symbols & 3
+        below = np.maximum(exponent - 2, 0)
+        found = np.where(exponent >= 2, (4 | leading) << below, np.where(exponent == 1, leading, 1))
+        shift = np.zeros_like(below)
+        while below.any():
+            width = np.minimum(below, BITS)
+            found += self._decoder.bits(width) << shift
+            self._low_bits[name] += int(width.sum())
+            shift, below = shift + width, below - width
+        return found - 1
+
+    def finish(self) -> None:
+        if self._left:
+            raise ValueError("packed targets hold fewer entries than they announce")
+        self._decoder.finish()
+
+    def add_to(self, streams: PackedStreams) -> None:
+        """Only where all has been read, and counted."""
+        streams.add_block(self._counts, self._models, self._low_bits, self._table_bytes)
+
+
+def _decompress(data: memoryview, expected: int) -> NDArray[np.uint16]:
+    """Exactly so many bytes. Raises: ValueError."""
+    try:
+        # Judged first: what a frame announces is allocated, whatever max_output_size says.
+        if (announced := zstandard.frame_content_size(data)) not in (expected, -1):
+            raise ValueError(f"the frequencies of packed targets announce {announced} bytes, expected {expected}")
+        tables = zstandard.ZstdDecompressor().decompress(data, max_output_size=expected)
+        if len(tables) != expected:
+            raise ValueError(f"the frequencies of packed targets have {len(tables)} bytes, expected {expected}")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"the frequencies of packed targets are damaged: {error}") from error
+    return np.frombuffer(tables, "<u2")

@@ -1,0 +1,83 @@
+"""answers.jsonl: of a cache whose text the teacher wrote, one line for each row, beside the shards.
+
+    {"row": 0, "document": 7, "answer": 2, "prompt_tokens": 31, "stop_reason": "eos", "mean_logprob": -0.41,
+     "text": "…", "token_logprobs": [-0.02, …]}
+
+`document` is the row of the source, `answer` the number among the answers to it; logarithms are natural. Size and
+checksum are in the manifest's `corpus.generation.answers_file`, so the chain of checksums covers it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from cache_format.cache_errors import FormatError
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.storage.directory import Directory, open_directory
+
+ANSWERS = "answers.jsonl"
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("row", "document", "answer", "prompt_tokens"), int),
+    **dict.fromkeys(("stop_reason", "text"), str),
+    "mean_logprob": (int, float),
+    "token_logprobs": list,
+}
+
+
+def recorded_answers(metadata: CacheMetadata) -> Mapping[str, Any] | None:
+    """`bytes` and `sha256` of the file, if this cache has one."""
+    generation: Mapping[str, Any] = metadata.corpus.get("generation") or {}
+    return generation.get("answers_file")
+
+
+def write_answers(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Writes the file into a directory; returns what a manifest records of it. Equal lines give equal bytes."""
+    digest, size = hashlib.sha256(), 0
+    with open_directory(path).create(ANSWERS) as name, open(name, "wb") as file:
+        for line in lines:
+            data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            digest.update(data)
+            size += file.write(data)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def answers_bytes(directory: Directory, recorded: Mapping[str, Any]) -> bytes:
+    """The whole file. Raises: FormatError if it is missing or not as it was written."""
+    where = directory.path(ANSWERS)
+    try:
+        data = directory.read_bytes(ANSWERS)
+    except OSError as error:
+        raise _damaged(where, "no such file") from error
+    if (found := hashlib.sha256(data).hexdigest()) != recorded.get("sha256"):
+        raise _damaged(where, f"checksum {found[:8]}…, expected {str(recorded.get('sha256'))[:8]}…")
+    return data
+
+
+def read_answers(directory: Directory, metadata: CacheMetadata) -> Iterator[dict[str, Any]]:
+    """Line by line. Raises: FormatError."""
+    recorded = recorded_answers(metadata)
+    if recorded is None:
+        return
+    where = directory.path(ANSWERS)
+    lines = answers_bytes(directory, recorded).split(b"\n")
+    if lines.pop() or len(lines) != metadata.num_rows:
+        raise _damaged(where, f"{len(lines)} lines, expected {metadata.num_rows}, one for each row")
+    for number, data in enumerate(lines):
+        try:
+            line = json.loads(data)
+            wrong = [key for key, kind in KINDS.items() if not isinstance(line[key], kind)]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _damaged(where, f"line {number + 1} is no answer ({' '.join(str(error).split())})") from error
+        if wrong or line["row"] != number:
+            raise _damaged(where, f"line {number + 1} is no answer (row {line['row']!r}; wrong: {', '.join(wrong)})")
+        yield line
+
+
+def _damaged(where: str, problem: str) -> FormatError:
+    return FormatError(
+        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
+    )

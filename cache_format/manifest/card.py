@@ -1,0 +1,161 @@
+"""The README.md of a cache: what it is, and how to read it without this package."""
+
+from __future__ import annotations
+
+from cache_format.manifest.manifest import Manifest
+from cache_format.manifest.metadata import CacheMetadata
+
+# What the hub shows and `datasets.load_dataset` goes by, of a local directory too: without it, it would guess.
+HEADER = """\
+---
+tags:
+- knowledge-distillation
+- distill-cache
+configs:
+- config_name: default
+  data_files: "shards/*.arrow"
+---
+"""
+
+TEMPLATE = """\
+# Teacher targets of {teacher}
+
+For each token of a tokenised corpus: {expected}. Written for knowledge distillation without the teacher.
+
+| | |
+|---|---|
+| teacher | {teacher}, {precision} |
+| data | {source} |
+| targets | {targets} |
+| encoding | {encoding} |
+| hidden states | {hidden} |
+{head}| alignment | {alignment} |
+| vocabulary | {vocab_size:,} |
+| sequences | {rows:,} |
+| tokens | {tokens:,}, of which {counted_tokens:,} count |
+| target entries | {entries:,} |
+| size | {bytes:,} bytes in {shards} shards, {bytes_per_token:.1f} per token |
+
+## Reading it
+
+{reading}
+Position t speaks of the prediction made *from* t: {about}.
+{residual}`loss_mask` says which
+positions count. {sampled}Checksums and every rule: `SPEC.md` of the package `cache_format`.
+"""
+
+READING = {
+    "columns": """\
+`manifest.json` describes everything; `shards/` are Arrow IPC files, which any Arrow reader opens. A
+table row is a token sequence, and every column is a list. The entries of all its positions stand
+one after the other: position t owns the next `target_counts[t]` of them. With plain pyarrow:
+
+```python
+import numpy as np, pyarrow as pa
+
+batch = pa.ipc.open_file(pa.memory_map("shards/shard-00000.arrow")).get_batch(0)
+row = {name: np.array(batch[name][0].as_py()) for name in batch.schema.names}
+ends = row["target_counts"].cumsum()
+ids = np.split(row["target_ids"], ends[:-1])  # ids[t]: what the teacher expects at position t
+logprobs = np.split(row["target_logprobs"], ends[:-1])
+```
+""",
+    "packed": """\
+`manifest.json` describes everything; `shards/` are Arrow IPC files with a table row per token
+sequence. Tokens, loss mask and document lengths are columns that any Arrow reader shows; the targets
+are entropy-coded and read by the package `cache_format` (or rewritten as columns by
+`distill convert CACHE NEW --encoding columns`):
+
+```python
+import cache_format as cf
+
+row = cf.open_cache(".")[0]
+ids, logprobs = row.targets.at(0)  # what the teacher expects at position 0
+```
+""",
+}
+
+REBUILDING = """\
+`manifest.json` describes everything; `shards/` are Arrow IPC files, which any Arrow reader opens, with a table row per
+token sequence. Entries there are none: the teacher's whole distribution follows from its last hidden state, which is a
+column, and from its vocabulary head, which is here once. With pyarrow and safetensors:
+
+```python
+import pyarrow as pa, torch
+from safetensors.torch import load_file
+
+head = load_file("head.safetensors")
+row = pa.ipc.open_file(pa.memory_map("shards/shard-00000.arrow")).get_batch(0).slice(0, 1).to_pylist()[0]
+states = torch.tensor(row["hidden_{layer}"])  # of the positions where row["hidden_mask"] is true
+{scales}logits = states.float() @ head["weight"].float().T
+{bias}{scaled}{capped}logprobs = logits.log_softmax(1)  # [positions, {vocab_size}]
+```
+"""
+
+SAMPLED = """\
+The first `exact_counts[t]` entries are exact; the others are a
+sample of the tail, whose `logprobs` are the logs of weights: over all entries Σ w f(i) is an unbiased
+estimate of Σ p f(i) over the vocabulary.
+"""
+
+EXPECTED = {
+    "next": "the most likely next tokens of the teacher, with their\nlog-probabilities",
+    "same": "the tokens that the teacher, a masked model, expects in its place, with their\nlog-probabilities",
+}
+
+STATES = {
+    "next": "the teacher's last hidden state, of which its head makes the\ndistribution of the next token",
+    "same": "the hidden state of which the head of the teacher, a masked model,\nmakes the distribution of the token",
+}
+
+RESIDUAL = "`residual_logprob` is the log of the mass that the exact entries leave out; "
+
+ABOUT = {
+    "next": "the token at t + 1",
+    "same": "the token at t, which is in `labels`",
+}
+
+
+def card(manifest: Manifest) -> str:
+    metadata, spec = manifest.metadata, manifest.metadata.head
+    hidden = ("hidden", "head")  # which have lines of their own
+    return HEADER + TEMPLATE.format(
+        teacher=metadata.teacher["name"],
+        precision=metadata.teacher.get("dtype", "unknown precision"),
+        source=metadata.corpus.get("source", "not recorded"),
+        targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None and k not in hidden),
+        hidden="none"
+        if metadata.hidden is None
+        else ", ".join(f"{k} {v}" for k, v in metadata.hidden.to_json().items()),
+        encoding=metadata.encoding,
+        alignment=metadata.alignment,
+        head="" if spec is None else f"| head | {spec.bytes:,} bytes of {spec.dtype}, once |\n",
+        reading=READING[metadata.encoding] if spec is None else _rebuilding(metadata),
+        residual=RESIDUAL if spec is None else "",
+        sampled=SAMPLED if metadata.sampled else "",
+        about=ABOUT[metadata.alignment],
+        expected=(EXPECTED if spec is None else STATES)[metadata.alignment],
+        vocab_size=metadata.vocab_size,
+        rows=manifest.num_rows,
+        tokens=manifest.num_tokens,
+        counted_tokens=manifest.num_counted_tokens,
+        entries=manifest.num_entries,
+        bytes=manifest.stored_bytes,
+        shards=len(manifest.shards),
+        bytes_per_token=manifest.stored_bytes / manifest.num_tokens,
+    )
+
+
+def _rebuilding(metadata: CacheMetadata) -> str:
+    """How a reader makes distributions of states: only the steps that this head has."""
+    spec, hidden = metadata.head, metadata.hidden
+    assert spec is not None and hidden is not None
+    scales = f'states = states * torch.tensor(row["hidden_{spec.layer}_scale"])[:, None]\n'
+    return REBUILDING.format(
+        layer=spec.layer,
+        scales=scales if hidden.dtype == "int8" else "",
+        bias='logits += head["bias"].float()\n' if spec.bias else "",
+        scaled="" if spec.logit_scale == 1.0 else f"logits *= {spec.logit_scale!r}\n",
+        capped="" if spec.softcap is None else f"logits = {spec.softcap!r} * (logits / {spec.softcap!r}).tanh()\n",
+        vocab_size=f"{metadata.vocab_size:,}",
+    )

@@ -1,0 +1,185 @@
+"""What is known about a cache before its first row is written, and never changes afterwards.
+
+Stage one supplies it; the manifest is this plus the list of shards. Everything that decides a byte
+of a shard is in here (the row geometry, codebooks, compression, count and id widths), which is why
+an interrupted run may only be continued with equal metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cache_format.codecs.codebook import (
+    Codebook,
+    entropy_codebook,
+    residual_codebook,
+    sqrt_probability_codebook,
+)
+from cache_format.manifest.fields import CODEBOOK_COLUMNS, CODEBOOKS, METADATA, check_fields
+from cache_format.manifest.stored_head import HeadSpec
+from cache_format.rows.hidden import HiddenSpec
+from cache_format.rows.types import Alignment
+
+FORMAT_NAME = "distill-cache"
+FORMAT_VERSION, WITH_HEAD = 1, 2  # what a cache needs of its readers: the second only where it has a head
+
+MOST_RECORD_BATCHES = 2**20  # of a shard
+LEAST_BYTES = 256  # of a record batch: the flatbuffer that names its buffers is longer
+ROWS_PER_BYTE = 8  # at most, in a shard: row numbers that ascend by one cost zstd more than half a byte each
+
+UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
+
+
+EXACT_LEVELS, POSITION_LEVELS = 112, 64
+
+
+def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
+    """As many values as pay: the quantisation of 50 exact entries costs .0008 nats of KL (docs/measurements.md)."""
+    return {
+        "target_logprobs": sqrt_probability_codebook(EXACT_LEVELS),
+        "residual_logprob": residual_codebook(POSITION_LEVELS),
+        "entropy": entropy_codebook(vocab_size, POSITION_LEVELS),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMetadata:
+    """The descriptive part of the manifest. Mappings may hold more keys than those named here."""
+
+    teacher: Mapping[str, Any]  # name, revision, dtype, weights_fingerprint, config_fingerprint
+    tokenizer: Mapping[str, str]  # fingerprint: component -> sha256 in hex
+    vocab_size: int  # real vocabulary, padded rows of the embedding cut off
+    alignment: Alignment
+    targets: Mapping[str, Any]  # kind, temperature, max_entries (or k); what else the kind has
+    corpus: Mapping[str, Any]  # source, rows, tokens, window_length, token_stream_sha256
+    capture: Mapping[str, Any] = field(default_factory=dict)  # device, threads, dtype
+    libraries: Mapping[str, str] = field(default_factory=dict)  # name -> version
+    rows_per_shard: int = 512
+    rows_per_record_batch: int = 32
+    encoding: str = "columns"  # or packed
+    compression: Mapping[str, Any] = field(default_factory=lambda: {"codec": "zstd", "level": 9})
+    codebooks: Mapping[str, Codebook] = field(default_factory=dict)  # by column; empty: defaults
+
+    def __post_init__(self) -> None:
+        check_fields({f.name: getattr(self, f.name) for f in fields(self)}, METADATA)
+        if self.targets.get("max_entries") is None and self.targets.get("k") is None:
+            raise ValueError("no key 'targets.max_entries'")
+        if self.max_entries < 1 and self.head is None:
+            raise ValueError(f"targets.max_entries is {self.max_entries}, expected 1 to 65535")
+        if self.num_record_batches(0) > MOST_RECORD_BATCHES:
+            raise ValueError(
+                f"metadata: {self.num_record_batches(0):,} record batches in a shard, expected at most "
+                f"{MOST_RECORD_BATCHES:,}"
+            )
+        if not self.codebooks:
+            object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
+        _ = self.hidden  # raises what is wrong with it
+        self._check_head()
+        if set(self.codebooks) != set(CODEBOOK_COLUMNS):
+            raise ValueError(f"metadata.codebooks must be {', '.join(CODEBOOK_COLUMNS)}")
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.corpus["rows"])
+
+    @property
+    def max_entries(self) -> int:
+        """The most entries that a position may have."""
+        most = self.targets.get("max_entries")
+        return int(self.targets["k"] if most is None else most)
+
+    @property
+    def num_samples(self) -> int:
+        """Independent samples of the tail at each position; 1 also if nothing is sampled."""
+        return int(self.targets.get("samples") or 1)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether positions may have sampled entries besides exact ones."""
+        return self.targets.get("samples") is not None
+
+    @property
+    def rounded_once(self) -> bool:
+        """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
+        changes = self.capture.get("converted") or ()
+        again = ("levels", "top_k", "samples", "tail_threshold")
+        return not any(name in change for change in changes for name in again)
+
+    @cached_property
+    def hidden(self) -> HiddenSpec | None:
+        """The hidden states that stand beside the targets, if any."""
+        data = self.targets.get("hidden")
+        return None if data is None else HiddenSpec.from_json(data)
+
+    @cached_property
+    def head(self) -> HeadSpec | None:
+        """Of targets that are hidden states: what makes distributions of them."""
+        data = self.targets.get("head")
+        return None if data is None else HeadSpec.from_json(data)
+
+    @property
+    def format_version(self) -> int:
+        """The lowest one whose readers do not misread this cache."""
+        return FORMAT_VERSION if self.head is None else WITH_HEAD
+
+    def _check_head(self) -> None:
+        head, hidden = self.head, self.hidden
+        if (head is None) != (self.targets["kind"] != "hidden"):
+            raise ValueError("metadata.targets: hidden targets and a head belong together, found one of them")
+        if head is None and hidden is not None and hidden.layers[-1] > hidden.teacher_layers:
+            raise ValueError(
+                f"metadata.targets: hidden layer {hidden.layers[-1]} of {hidden.teacher_layers}, and no head"
+            )
+        if head is None:
+            return
+        if hidden is None or head.layer not in hidden.layers or hidden.every != 1:
+            raise ValueError(f"metadata.targets: the head takes states of layer {head.layer} at every position")
+        if self.max_entries or self.sampled or self.encoding != "columns":
+            raise ValueError("metadata.targets: hidden targets have no entries, and nothing to pack")
+
+    @property
+    def id_type(self) -> UnsignedType:
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    @property
+    def count_type(self) -> UnsignedType:
+        return np.uint8 if self.max_entries < 2**8 else np.uint16
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """Rows of a shard. Shard boundaries depend on the row numbers only, so that any number of
+        processes, stopped any number of times, cut the corpus at the same places."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.num_rows))
+
+    def num_record_batches(self, shard: int) -> int:
+        return -(-len(self.shard_rows(shard)) // self.rows_per_record_batch)
+
+    def record_batch_rows(self, shard: int) -> Iterator[range]:
+        """Rows of each record batch of a shard; batches never cross a shard."""
+        rows = self.shard_rows(shard)
+        for start in range(rows.start, rows.stop, self.rows_per_record_batch):
+            yield range(start, min(start + self.rows_per_record_batch, rows.stop))
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["codebooks"] = {name: book.to_json() for name, book in self.codebooks.items()}
+        plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False, default=dict))
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CacheMetadata:
+        """Raises: ValueError for data of another shape."""
+        check_fields(data, METADATA | CODEBOOKS)
+        known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}  # encoding may be missing
+        books = {name: Codebook.from_json(book) for name, book in known["codebooks"].items()}
+        return cls(**{**known, "codebooks": books})

@@ -1,0 +1,326 @@
+"""Reading a cache: rows by number, in any order, each part checked when it is first used.
+
+Opening reads `manifest.json` and nothing else. A row costs a lookup when its record batch was used
+lately, and otherwise the reading, checking and decoding of that batch, which is why shuffling
+should stay local to record batches (`Cache.record_batches` names them).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from typing import Any, overload
+
+import pyarrow as pa
+
+from cache_format.cache_errors import CorruptShardError, FormatError
+from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
+from cache_format.codecs.packed.streams import PackedStreams
+from cache_format.manifest.answers_file import answers_bytes, read_answers, recorded_answers
+from cache_format.manifest.manifest import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    TOKENIZER_DIR,
+    Manifest,
+    sha256,
+    sidecar_name,
+)
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.manifest.stored_head import HEAD, StoredHead
+from cache_format.read.shard_reader import ShardReader, repair
+from cache_format.rows.row_batch import RowBatch
+from cache_format.rows.types import CacheRow
+from cache_format.storage.directory import Directory, LocalDirectory, open_directory
+from cache_format.storage.read_cache import ReadCache
+
+FETCHES = 8  # of a remote cache at once
+OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
+
+
+def open_cache(
+    path: str | os.PathLike[str],
+    *,
+    cached_record_batches: int = 8,
+    hidden_layers: Sequence[int] | None = None,
+    read_cache: ReadCache | None = None,
+) -> Cache:
+    """Open a finished cache.
+
+    Args:
+        path: the directory, or an fsspec URL of it.
+        cached_record_batches: how many decoded record batches to keep in memory.
+        hidden_layers: whose hidden states to decode, of those that the cache holds; default: all of them.
+        read_cache: where to keep what was read of a remote cache; a local one has no use for it.
+
+    Raises: FormatError if there is no finished cache of this format version.
+    """
+    directory = open_directory(path)
+    try:
+        data = directory.read_bytes(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_manifest(directory) from None
+    manifest = Manifest.from_bytes(data, directory.path(MANIFEST))
+    layers = None if hidden_layers is None else tuple(hidden_layers)
+    if isinstance(directory, LocalDirectory):
+        read_cache = None
+    return Cache(directory, manifest, cached_record_batches, layers, read_cache)
+
+
+class Cache(Sequence[CacheRow]):
+    """The rows of a cache, as a sequence. Safe to pickle, to fork and to share between threads."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        manifest: Manifest,
+        cached_record_batches: int,
+        hidden_layers: tuple[int, ...] | None = None,
+        read_cache: ReadCache | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self._hidden_layers = hidden_layers
+        self._directory = directory
+        self._cached_record_batches = cached_record_batches
+        self._read_cache = read_cache
+        self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._record_batch = lru_cache(cached_record_batches)(self._read_record_batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = self._cached_record_batches, self._hidden_layers, self._read_cache
+        return Cache, (self._directory, self.manifest, *kept)
+
+    def with_hidden(self, layers: Sequence[int]) -> Cache:
+        """The same cache, with the hidden states of these layers decoded, instead of those that it was opened with."""
+        kept = self._cached_record_batches, tuple(layers), self._read_cache
+        return Cache(self._directory, self.manifest, *kept)
+
+    def with_states(self, layers: Sequence[int] = ()) -> Cache:
+        """The same cache, with the states decoded that its targets are made of, if so, and those of other layers."""
+        head = self.metadata.head
+        wanted = sorted({*layers, *([] if head is None else [head.layer])})
+        return self.with_hidden(wanted) if wanted else self
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path!r}, rows={self.num_rows}, tokens={self.num_tokens})"
+
+    @property
+    def path(self) -> str:
+        return self._directory.path()
+
+    @property
+    def metadata(self) -> CacheMetadata:
+        return self.manifest.metadata
+
+    @property
+    def num_rows(self) -> int:
+        return self.manifest.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.manifest.num_tokens
+
+    @property
+    def num_counted_tokens(self) -> int:
+        """Positions whose loss_mask is True."""
+        return self.manifest.num_counted_tokens
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> CacheRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CacheRow]: ...
+    def __getitem__(self, index: int | slice) -> CacheRow | list[CacheRow]:
+        """`cache[i]`: a CacheRow; `cache[a:b]`: a list of them. Raises: IndexError."""
+        rows = range(self.num_rows)[index]
+        return self._row(rows) if isinstance(rows, int) else self.rows(rows)
+
+    def rows(self, indices: Sequence[int]) -> list[CacheRow]:
+        """The rows of `indices`, in that order; each record batch involved is decoded once."""
+        wanted = [range(self.num_rows)[int(index)] for index in indices]
+        found = {row: self._row(row) for row in sorted(set(wanted))}
+        return [found[row] for row in wanted]
+
+    def fetch(self, rows: Sequence[int]) -> None:
+        """Has the record batches of these rows read and decoded, if the cache is remote; several at once, since most of
+        it is waiting. For what is asked for together, and is at most what `cached_record_batches` keeps.
+
+        Raises: CorruptShardError, as reading them would.
+        """
+        if isinstance(self._directory, LocalDirectory):
+            return
+        places = sorted({self._place(row)[:2] for row in rows})[: self._cached_record_batches]
+        _ = self._lexicon
+        with ThreadPoolExecutor(FETCHES, thread_name_prefix="cache-fetch") as pool:
+            list(pool.map(self._shard, sorted({shard for shard, _ in places})))
+            list(pool.map(lambda place: self._record_batch(*place), places))
+
+    def iter_rows(self) -> Iterator[CacheRow]:
+        """All rows in order, past the memory of recent batches."""
+        for batch in self.iter_record_batches():
+            yield from (batch.row(i) for i in range(len(batch)))
+
+    def iter_record_batches(self, streams: PackedStreams | None = None) -> Iterator[RowBatch]:
+        """All rows in order, a record batch at a time, as flat arrays.
+
+        Args:
+            streams: to which is added what each stream of packed targets takes; with columns nothing.
+        """
+        for shard in range(len(self.manifest.shards)):
+            for index, _ in enumerate(self.metadata.record_batch_rows(shard)):
+                yield self._read_record_batch(shard, index, streams)
+
+    def check_bytes(self) -> Iterator[int]:
+        """Every byte of the shards against its checksum, without decoding; yields the number of rows done.
+
+        Raises: CorruptShardError, FormatError.
+        """
+        for shard in range(len(self.manifest.shards)):
+            reader = self._shard(shard)
+            for index, rows in enumerate(self.metadata.record_batch_rows(shard)):
+                reader.check_bytes(index)
+                yield rows.stop
+
+    def record_batches(self) -> list[tuple[int, int]]:
+        """(start_row, stop_row) of each record batch: shuffle these, then the rows within some.
+
+        Raises: CorruptShardError if a shard is not of the size that could hold so many.
+        """
+        self._check_sizes()
+        return [
+            (rows.start, rows.stop)
+            for shard in range(len(self.manifest.shards))
+            for rows in self.metadata.record_batch_rows(shard)
+        ]
+
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each column on disk, over all shards."""
+        total: dict[str, int] = {}
+        for shard in range(len(self.manifest.shards)):
+            for name, size in self._shard(shard).column_bytes().items():
+                total[name] = total.get(name, 0) + size
+        return total
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The teacher's tokenizer files, checked. Raises: FormatError."""
+        files = {}
+        for name, expected in self.manifest.tokenizer_files.items():
+            inside = f"{TOKENIZER_DIR}/{name}"
+            try:
+                files[name] = self._directory.read_bytes(inside)
+            except OSError as error:
+                raise _damaged(self._directory.path(inside), "no such file") from error
+            if (found := sha256(files[name])) != expected:
+                raise _damaged(self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…")
+        return files
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """For generated text, what is known of each row (`cache_format.manifest.answers_file`); else nothing.
+
+        Raises: FormatError.
+        """
+        return read_answers(self._directory, self.metadata)
+
+    def answers_bytes(self) -> bytes | None:
+        """The file that `answers` reads, checked, as it is. Raises: FormatError."""
+        recorded = recorded_answers(self.metadata)
+        return None if recorded is None else answers_bytes(self._directory, recorded)
+
+    def head(self) -> StoredHead | None:
+        """Of hidden targets the teacher's head, checked; else None. Raises: FormatError."""
+        metadata, data = self.metadata, self.head_bytes()
+        if metadata.head is None or data is None or metadata.hidden is None:
+            return None
+        where = self._directory.path(HEAD)
+        return StoredHead.of(data, metadata.head, metadata.vocab_size, metadata.hidden.width, where)
+
+    def head_bytes(self) -> pa.Buffer | None:
+        """The file that `head` reads, checked, as it is; on a local disk a memory map. Raises: FormatError."""
+        if self.metadata.head is None:
+            return None
+        expected, where, found = self.metadata.head.sha256, self._directory.path(HEAD), ""
+        if self._read_cache is not None and (data := self._read_cache.get(expected)) is not None:
+            if sha256(data) == expected:
+                return data
+            self._read_cache.drop(expected)
+        try:
+            file = self._directory.open(HEAD)
+            if file.size != self.metadata.head.bytes:
+                raise _damaged(where, f"{file.size:,} bytes, expected {self.metadata.head.bytes:,}")
+            for _ in range(file.readings):
+                data = file.read(0, file.size)
+                if (found := sha256(data)) == expected:
+                    if self._read_cache is not None:
+                        self._read_cache.put(expected, data)
+                    return data
+        except OSError as error:
+            raise _damaged(where, "no such file") from error
+        raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
+
+    @cached_property
+    def _lexicon(self) -> Lexicon | None:
+        """What packed targets are decoded with, checked. Raises: FormatError."""
+        if self.manifest.lexicon is None:
+            return None
+        expected = self.manifest.lexicon.sha256
+        where = self._directory.path(LEXICON)
+        try:
+            data = self._directory.read_bytes(LEXICON)
+        except OSError as error:
+            raise _damaged(where, "no such file") from error
+        if (found := sha256(data)) != expected:
+            raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
+        return Lexicon.from_bytes(data, self.metadata.vocab_size, where)
+
+    def _check_sizes(self) -> None:
+        """That the shards are there, as large as the manifest says: what is made as long as a list of their contents
+        is then no longer than a few times their files."""
+        sizes = self._directory.sizes("shards")
+        for shard in self.manifest.shards:
+            if (found := sizes.get(shard.name.rpartition("/")[2])) != shard.bytes:
+                problem = f"found {found} bytes, expected {shard.bytes}: the file was cut short or replaced"
+                if found is None:
+                    problem = "cannot be read (no such file), expected by the manifest"
+                raise CorruptShardError(f"{self._directory.path(shard.name)}: {problem}. {repair(shard.name)}")
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """Shard, record batch in it, row in that."""
+        shard, inside = divmod(row, self.metadata.rows_per_shard)
+        return shard, *divmod(inside, self.metadata.rows_per_record_batch)
+
+    def _row(self, row: int) -> CacheRow:
+        shard, batch, index = self._place(row)
+        return self._record_batch(shard, batch).row(index)
+
+    def _open_shard(self, shard: int) -> ShardReader:
+        options = self._lexicon, self._hidden_layers, self._read_cache
+        return ShardReader(self._directory, self.manifest, shard, *options)
+
+    def _read_record_batch(self, shard: int, index: int, streams: PackedStreams | None = None) -> RowBatch:
+        return self._shard(shard).record_batch(index, streams)
+
+
+def _no_manifest(directory: Directory) -> FormatError:
+    where, names = directory.path(), directory.names()
+    if PARTIAL_MANIFEST in names:
+        shards = set(directory.names("shards"))
+        complete = 0
+        while sidecar_name(complete).rpartition("/")[2] in shards:
+            complete += 1
+        return FormatError(
+            f"{where}: found an unfinished cache with {complete} complete shards, expected "
+            "manifest.json: the run that wrote it has not ended. Run cache-teacher again: it goes "
+            "on from there."
+        )
+    if not names and not directory.exists():
+        return FormatError(f"{where}: no such directory. Give the one that cache-teacher wrote.")
+    return FormatError(f"{where}: found no manifest.json: not a cache. Give the one that cache-teacher wrote.")
+
+
+def _damaged(where: str, problem: str) -> FormatError:
+    return FormatError(
+        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
+    )

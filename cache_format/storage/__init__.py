@@ -1,0 +1,1 @@
+"""Where a cache lives: directories, object stores, local copies, and claims between writers."""

@@ -1,0 +1,314 @@
+"""Who writes what: a claim is a small file in `claims/` that names its owner, for as long as the owner works on it.
+
+    claims/all.0.json          the whole cache, one writer: what `CacheWriter` takes
+    claims/shard-00007.0.json  one shard, of several writers: what `SharedCacheWriter` takes
+
+Files instead of locks of the operating system, because those hold on one machine only (flock), or not on object stores
+at all. Creating a file that must not exist yet is what every storage can do for several at once.
+
+**Dead owners.** An owner on this very machine is asked for: no such process, no claim. Of an owner elsewhere nothing
+is known but the time of its last heartbeat, a touch of the file every tenth of `stale_after_s`; ages are differences
+of times that the storage itself has set, so that no two clocks are compared. An owner that was only suspended finds
+out before it publishes a shard (`Claims.lost`).
+
+**Taking over** a stale claim never deletes it: the next generation (`all.1.json`) is created beside it, which again
+only one can do, and the highest generation owns. Deleting and creating anew could delete what a quicker one created.
+
+Claims save work, and keep a second writer out. What the shards hold does not rest on them: a shard is a function of its
+rows, and gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from cache_format.cache_errors import CacheError
+from cache_format.storage.directory import Directory, is_temporary
+
+CLAIMS = "claims"
+WHOLE = "all"
+STALE_AFTER_S = 300.0
+HEARTBEATS = 10  # so many in STALE_AFTER_S
+CLOCK_EVERY_S, MOST_PAUSE_S = 60.0, 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """A process, so that another one can tell whether it is still there."""
+
+    host: str
+    machine: str  # boot and process namespace: where `pid` means something; empty if unknown
+    pid: int
+    pid_started: int  # in ticks since boot: another process may get the same number; 0 if unknown
+    since: str  # UTC, for people
+    token: str  # of one `Claims`
+
+    def died(self) -> bool:
+        """True if that is certain: it was a process of this machine, and is none now."""
+        if not self.machine or self.machine != _machine():
+            return False
+        started = _pid_started(self.pid)
+        return started is None or (self.pid_started != 0 and started != self.pid_started)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Somebody else's claim, as it was found."""
+
+    name: str
+    generation: int
+    owner: Owner | None  # None: unreadable, because it is being written this moment, or by something else
+    age_s: float | None  # since the last heartbeat; None if the storage tells no times
+    stale: bool
+
+    def __str__(self) -> str:
+        who = "an unknown process"
+        if self.owner is not None:
+            who = f"process {self.owner.pid} on {self.owner.host}, since {self.owner.since}"
+        return who if self.age_s is None else f"{who}, last heard of {_duration(self.age_s)} ago"
+
+
+class Claims:
+    """What one writer has claimed in a directory. Renews it in the background; `close` gives everything back."""
+
+    def __init__(self, directory: Directory, stale_after_s: float = STALE_AFTER_S) -> None:
+        self._directory = directory
+        self.stale_after_s = stale_after_s
+        self._owner = this_process()
+        self.taken_over: list[Holder] = []  # whose claims were stale
+        self._held: dict[str, str] = {}  # name -> file
+        self._lost: set[str] = set()
+        self._guard = threading.Lock()
+        self._closed = threading.Event()
+        self._heart: threading.Thread | None = None
+        self._clock = -CLOCK_EVERY_S, 0.0  # monotonic time of a look at the storage's clock, its lead over that
+
+    def take(self, name: str) -> Holder | None:
+        """Claims `name`, if nobody alive has. Returns: whoever has; None if it is now ours, or was already."""
+        if name in self._held:
+            return None
+        before = self._holder(name)
+        if before is not None and not before.stale:
+            return before
+        file = _file(name, 0 if before is None else before.generation + 1)
+        if not self._directory.create_new(file, json.dumps(asdict(self._owner)).encode()):
+            return self._holder(name) or Holder(name, 0, None, None, False)  # given back this moment: ask again
+        with self._guard:
+            self._held[name] = file
+        # What was judged stale may have been given back and taken anew meanwhile, or somebody been quicker.
+        for holder in self._generations(name):
+            quicker = holder.owner is not None and holder.owner != self._owner
+            if quicker and not holder.stale and (before is None or holder.owner != before.owner):
+                self.release(name)
+                return holder
+        if before is not None:
+            self.taken_over.append(before)
+        self._start_heart()
+        return None
+
+    def release(self, name: str) -> None:
+        """Gives a claim back. The generations below first: none of them may come to be the highest."""
+        with self._guard:
+            file = self._held.pop(name, None)
+            self._lost.discard(name)
+        if file is None:
+            return
+        with contextlib.suppress(OSError):  # no space, no network: it will be stale
+            generation = _parse(file)[1]
+            for below in range(generation):
+                self._directory.remove(_file(name, below))
+            self._directory.remove(file)
+            self._directory.remove_folder(CLAIMS)
+
+    def lost(self, name: str) -> bool:
+        """Whether a claim that was taken is no longer ours: this process was silent for too long, and somebody else
+        took over."""
+        if name in self._lost or name not in self._held:
+            return True
+        found = [holder.generation for holder in self._generations(name)]
+        return not found or max(found) != _parse(self._held[name])[1]
+
+    def others(self) -> list[Holder]:
+        """Claims of others that are not stale, in order of their names."""
+        highest: dict[str, str] = {}
+        for file in sorted(self._files(), key=lambda file: _parse(file)[1]):
+            highest[_parse(file)[0]] = file
+        found = []
+        for name in sorted(highest.keys() - self._held.keys()):
+            with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+                found.append(self._look(highest[name]))
+        return [holder for holder in found if not holder.stale]
+
+    def sweep(self) -> None:
+        """Removes the claims of everybody else, for when there is nothing left to claim."""
+        for file in self._files():
+            if file not in self._held.values():
+                self._directory.remove(file)
+        self._directory.remove_folder(CLAIMS)
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._closed.set()
+        for name in list(self._held):
+            self.release(name)
+
+    def _files(self) -> list[str]:
+        names = (f"{CLAIMS}/{name}" for name in self._directory.names(CLAIMS) if not is_temporary(name))
+        return [name for name in names if _is_claim(name)]
+
+    def _holder(self, name: str) -> Holder | None:
+        """The owner of a claim: that of the highest generation."""
+        return max(self._generations(name), key=lambda holder: holder.generation, default=None)
+
+    def _generations(self, name: str) -> list[Holder]:
+        found = []
+        for file in self._files():
+            if _parse(file)[0] != name:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+                found.append(self._look(file))
+        return found
+
+    def _look(self, file: str) -> Holder:
+        name, generation = _parse(file)
+        owner = _read_owner(self._directory.read_bytes(file))
+        if owner == self._owner:
+            return Holder(name, generation, owner, 0.0, False)
+        modified = self._directory.modified(file)
+        age = None if modified is None else max(0.0, self._now() - modified)
+        stale = owner.died() if owner is not None else False
+        if not stale and age is not None and age > self.stale_after_s:
+            # A process of this machine that lives has its claim, however busy it is.
+            stale = owner is None or owner.machine != self._owner.machine or not owner.machine
+        return Holder(name, generation, owner, age, stale)
+
+    def _now(self) -> float:
+        """By the clock that `modified` goes by: asked now and then, through a file made for it."""
+        asked, lead = self._clock
+        if time.monotonic() - asked >= CLOCK_EVERY_S:
+            probe = f"{CLAIMS}/.now.{secrets.token_hex(4)}.tmp"
+            with contextlib.suppress(FileNotFoundError):  # swept away meanwhile: as before
+                self._directory.create_new(probe, b"")
+                asked = time.monotonic()
+                lead = (self._directory.modified(probe) or 0.0) - asked
+                self._clock = asked, lead
+            self._directory.remove(probe)
+            self._directory.remove_folder(CLAIMS)
+        return time.monotonic() + lead
+
+    def _start_heart(self) -> None:
+        if self._heart is None:
+            self._heart = threading.Thread(target=self._beat, name="cache-claims", daemon=True)
+            self._heart.start()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(self.stale_after_s / HEARTBEATS):
+            with self._guard:
+                held = dict(self._held)
+            for name, file in held.items():
+                try:
+                    self._directory.touch(file)
+                except FileNotFoundError:
+                    with self._guard:
+                        if self._held.get(name) == file:
+                            self._lost.add(name)
+                except OSError:
+                    pass  # perhaps the next one gets through
+
+
+def this_process() -> Owner:
+    return Owner(
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        pid_started=_pid_started(os.getpid()) or 0,
+        since=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        token=secrets.token_hex(8),
+    )
+
+
+def refused(directory: Directory, holder: Holder, stale_after_s: float) -> CacheError:
+    """For a writer that finds another one at work."""
+    what = "this cache" if holder.name == WHOLE else f"{holder.name} of it"
+    return CacheError(
+        f"{directory.path()}: {holder} writes {what}, so this run stays away: nothing was changed. Wait for it or stop "
+        f"it; if it is gone, its claim ends {_duration(stale_after_s)} after its last sign of life (--stale-after of "
+        "cache-teacher and merge). Several processes write one cache together if all are started with --num-workers or "
+        "by torchrun."
+    )
+
+
+def wait_for(claims: Claims, name: str) -> None:
+    """Takes a claim, waiting for whoever has it."""
+    for pause in pauses():
+        if claims.take(name) is None:
+            return
+        time.sleep(pause)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between one look and the next, for ever: what ends soon is noticed soon, what does not is left alone."""
+    pause = 0.02
+    while True:
+        yield pause
+        pause = min(1.5 * pause, MOST_PAUSE_S)
+
+
+def _file(name: str, generation: int) -> str:
+    return f"{CLAIMS}/{name}.{generation}.json"
+
+
+def _parse(file: str) -> tuple[str, int]:
+    name, generation, _ = file.rpartition("/")[2].rsplit(".", 2)
+    return name, int(generation)
+
+
+def _is_claim(file: str) -> bool:
+    parts = file.rpartition("/")[2].rsplit(".", 2)
+    return len(parts) == 3 and parts[1].isdecimal() and parts[2] == "json"
+
+
+def _read_owner(data: bytes) -> Owner | None:
+    try:
+        raw = json.loads(data)
+        known: dict[str, Any] = {f.name: raw[f.name] for f in fields(Owner)}
+        numbers = known.pop("pid"), known.pop("pid_started")
+        return Owner(pid=int(numbers[0]), pid_started=int(numbers[1]), **{k: str(v) for k, v in known.items()})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _machine() -> str:
+    """Equal where a process number means the same process. Only where /proc says so: Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _pid_started(pid: int) -> int | None:
+    """In ticks since boot; None if there is no such process, or only what its parent has not collected yet."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else int(rest[18])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"

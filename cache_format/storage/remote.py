@@ -1,0 +1,294 @@
+"""A cache on an object store, through fsspec: every operation is repeated for as long as its failure may pass.
+
+Connections drop, stores answer 500 and 503, bodies arrive cut short; over a cache of some thousand shards all of it
+happens. fsspec's own file systems repeat some of these, each other ones. Here all are repeated, with growing pauses,
+and what a repetition could spoil is looked at: a body is measured, an upload is compared with what lies there, and a
+file that must be new may be there because the first answer got lost. What never changes by waiting (no such file, no
+permission, no credentials) is not repeated.
+
+The last failure is an OSError with the URL and the number of attempts. Nothing else is raised on purpose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import http.client
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import fsspec
+import fsspec.asyn
+import pyarrow as pa
+from fsspec.registry import known_implementations
+
+from cache_format.cache_errors import CacheError
+
+ATTEMPTS = 8
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0  # the pause doubles: half a minute in all
+PATIENCE_S = 300.0  # an attempt may itself take a minute: what is below repeats as well
+TEMPORARY_SUFFIX = ".tmp"
+
+PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+TRANSIENT = (OSError, EOFError, TimeoutError, asyncio.TimeoutError, http.client.HTTPException)
+# Libraries below fsspec that raise exceptions of their own for what the network does.
+TRANSPORTS = (
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "azure",
+    "requests",
+    "urllib3",
+    "huggingface_hub",
+)
+HOPELESS = ("credential", "validation", "notimplemented")  # in the names of their other exceptions
+
+T = TypeVar("T")
+
+
+class CutShortError(OSError):
+    """Fewer bytes arrived, or lie there after an upload, than should."""
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same operation may succeed a moment later."""
+    kind = type(error)
+    if isinstance(error, PERMANENT) or any(word in kind.__name__.lower() for word in HOPELESS):
+        return False
+    return isinstance(error, TRANSIENT) or kind.__module__.partition(".")[0] in TRANSPORTS
+
+
+def repeated(operation: Callable[[], T], where: str) -> T:
+    """The operation's result, after up to `ATTEMPTS` attempts within `PATIENCE_S`. Raises: OSError, with `where`."""
+    began, wait = time.monotonic(), FIRST_WAIT_S
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return operation()
+        except Exception as error:
+            if not is_transient(error):
+                if isinstance(error, PermissionError) and "://" in where:
+                    raise PermissionError(errno.EACCES, _line(error), where) from error
+                if isinstance(error, OSError):
+                    raise
+                if type(error).__module__.partition(".")[0] not in TRANSPORTS:
+                    raise  # a bug, with its traceback
+                raise OSError(errno.EACCES, _line(error), where) from error
+            spent = time.monotonic() - began
+            if attempt == ATTEMPTS or spent > PATIENCE_S:
+                text = f"gave up after {attempt} attempts in {spent:.0f} s ({_line(error)})"
+                raise OSError(errno.EIO, text, where) from error
+            # Many readers that failed together should not come back together.
+            time.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, LONGEST_WAIT_S)
+    raise AssertionError
+
+
+if hasattr(os, "register_at_fork"):
+    # fsspec 2024.12 leaves a forked process its parent's event loop, whose thread is not there: a new file system would
+    # wait for it for ever. Later versions do this themselves.
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
+
+
+@lru_cache(maxsize=64)
+def _file_system(url: str, process: int) -> Any:
+    del process  # a file system with an event loop does not survive a fork: each process makes its own
+    return fsspec.core.url_to_fs(url)[0]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    directory: RemoteDirectory
+    name: str
+    size: int
+    readings = 3  # a part whose checksum is wrong may have been spoilt on its way
+
+    def read(self, start: int, stop: int) -> pa.Buffer:
+        fs, full_name = self.directory.fs, self.directory.full(self.name)
+
+        def fetch() -> bytes:
+            data = fs.cat_file(full_name, start=start, end=stop)
+            if len(data) != stop - start:
+                raise CutShortError(f"{len(data)} bytes arrived, expected {stop - start}")
+            return bytes(data)
+
+        return pa.py_buffer(repeated(fetch, self.directory.path(self.name)))
+
+
+@dataclass(frozen=True)
+class RemoteDirectory:
+    """`storage.Directory` over fsspec. There is no rename: a file is visible when its upload is complete."""
+
+    url: str
+    root: str  # in the file system's own words
+
+    @property
+    def fs(self) -> Any:
+        """fsspec.AbstractFileSystem"""
+        return _file_system(self.url, os.getpid())
+
+    def names(self, name: str = "") -> list[str]:
+        return sorted(_plain(entry) for entry in self._listed(name, detail=False))
+
+    def sizes(self, name: str) -> dict[str, int]:
+        found = self._listed(name, detail=True)
+        return {_plain(entry["name"]): int(entry["size"]) for entry in found if entry["type"] == "file"}
+
+    def _listed(self, name: str, *, detail: bool) -> list[Any]:
+        def entries() -> list[Any]:
+            self.fs.invalidate_cache()
+            try:
+                return list(self.fs.ls(self.full(name), detail=detail))
+            except FileNotFoundError:
+                return []
+
+        return self._repeated(entries, name)
+
+    def exists(self) -> bool:
+        return self._repeated(lambda: bool(self.fs.exists(self.root)))
+
+    def read_bytes(self, name: str) -> bytes:
+        return self._repeated(lambda: self._fetch(name), name)
+
+    def open(self, name: str) -> RemoteFile:
+        return RemoteFile(self, name, self._repeated(lambda: self._size(name), name))
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[str]:
+        handle, scratch = tempfile.mkstemp(suffix=TEMPORARY_SUFFIX)
+        os.close(handle)
+        try:
+            yield scratch
+
+            def upload() -> None:
+                self._make_folder(name)
+                self.fs.put_file(scratch, self.full(name))
+                found, expected = self._size(name), os.path.getsize(scratch)
+                if found != expected:
+                    raise CutShortError(f"{found} bytes lie there after the upload, expected {expected}")
+
+            self._repeated(upload, name)
+        finally:
+            os.unlink(scratch)
+
+    def create_new(self, name: str, data: bytes) -> bool:
+        def upload() -> bool:
+            self._make_folder(name)
+            try:
+                self.fs.pipe_file(self.full(name), data, mode="create")
+            except FileExistsError:
+                # By somebody else, or by us: the answer got lost, and we or the client's library tried again.
+                try:
+                    return self._fetch(name) == data
+                except FileNotFoundError:  # gone again
+                    return False
+            return True
+
+        return self._repeated(upload, name)
+
+    def touch(self, name: str) -> None:
+        data = self.read_bytes(name)
+        self._repeated(lambda: self.fs.pipe_file(self.full(name), data), name)
+
+    def modified(self, name: str) -> float | None:
+        def look() -> float | None:
+            self.fs.invalidate_cache()
+            try:
+                return float(self.fs.modified(self.full(name)).timestamp())
+            except NotImplementedError:
+                return None
+
+        return self._repeated(look, name)
+
+    def remove(self, name: str) -> None:
+        def remove() -> None:
+            self.fs.invalidate_cache()
+            if self.fs.exists(self.full(name)):
+                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                    self.fs.rm_file(self.full(name))
+
+        self._repeated(remove, name)
+
+    def remove_folder(self, name: str) -> None:
+        """An object store has none; what has them (memory, ssh) may keep an empty one."""
+
+    def remove_tree(self, name: str) -> None:
+        def remove() -> None:
+            self.fs.invalidate_cache()
+            if self.fs.exists(self.full(name)):
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm(self.full(name), recursive=True)
+
+        self._repeated(remove, name)
+
+    def path(self, name: str = "") -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def full(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _fetch(self, name: str) -> bytes:
+        self.fs.invalidate_cache()  # of listings, in which what is new is missing
+        data = bytes(self.fs.cat_file(self.full(name)))
+        if len(data) != (size := self._size(name)):
+            raise CutShortError(f"{len(data)} bytes arrived, expected {size}")
+        return data
+
+    def _size(self, name: str) -> int:
+        self.fs.invalidate_cache()
+        return int(self.fs.size(self.full(name)))
+
+    def _make_folder(self, name: str) -> None:
+        # On an object store folders are part of the name, and asking for one may ask for a bucket.
+        if not hasattr(self.fs, "bucket_exists") and not hasattr(self.fs, "s3"):
+            self.fs.makedirs(self.full(name).rpartition("/")[0], exist_ok=True)
+
+    def _repeated(self, operation: Callable[[], T], name: str = "") -> T:
+        return repeated(operation, self.path(name))
+
+
+def file_system_of(url: str) -> tuple[Any, str]:
+    """What fsspec has for a URL, and the path in its own words. Raises: CacheError if it does not know the protocol,
+    or lacks its package."""
+    protocol = url.partition("://")[0]
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+        return fs, str(root)
+    except ImportError as error:
+        package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
+        install = f"pip install {package}" if package not in ("", "fsspec") else "Install what it names"
+        raise CacheError(
+            f"{url}: {protocol}:// needs a package that is not here ({_line(error)}). {install}"
+        ) from error
+    except ValueError as error:
+        raise CacheError(
+            f"{url}: found {protocol}://, expected a directory or the URL of a store that fsspec knows, such as "
+            f"s3://bucket/cache ({_line(error)}). Check the spelling."
+        ) from error
+
+
+def check_can_be_written(url: str) -> None:
+    """Raises: CacheError for a store on which several small files cannot be created, renewed and removed."""
+    if url.startswith("hf://"):
+        raise CacheError(
+            f"{url}: a repository of the hub can be read as a cache, not written: every file would be a commit, and of "
+            "two processes that create one neither would be told. Write to a directory, then: distill push DIRECTORY "
+            "OWNER/NAME"
+        )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+def _plain(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,1 @@
+"""Writing a cache: shards, resume, several writers, conversion."""

@@ -1,0 +1,143 @@
+"""What already lies where a cache is to be written: nothing, an unfinished cache, a finished one, or something else.
+
+Asked before a run loads anything, and again by the writer. Deleting is possible only for what is certainly a cache, and
+that nobody is writing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cache_format.cache_errors import CacheError
+from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.manifest.answers_file import ANSWERS
+from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.manifest.stored_head import HEAD
+from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused
+from cache_format.storage.directory import Directory, is_temporary, open_directory
+from cache_format.storage.remote import check_can_be_written
+
+FOLDERS = ("shards", TOKENIZER_DIR)
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", *FOLDERS, CLAIMS}
+
+
+def recorded_manifest(directory: Directory) -> str | None:
+    """Name of the manifest that lies there: finished, partial, or None for an empty directory.
+
+    Raises: CacheError if the directory holds anything that is not a cache's, or can only be read.
+    """
+    where = directory.path()
+    check_can_be_written(where)
+    found = {name for name in directory.names() if not is_temporary(name)}
+    if foreign := sorted(found - OWN_NAMES):
+        raise CacheError(
+            f"{where}: found {foreign[0]!r}, expected an empty directory or a cache: nothing was "
+            "changed. Choose another directory."
+        )
+    recorded = next((name for name in (MANIFEST, PARTIAL_MANIFEST) if name in found), None)
+    found -= {folder for folder in FOLDERS if not directory.names(folder)}
+    found -= {CLAIMS}  # the first thing that a writer leaves, before it has recorded anything
+    if found and not recorded:
+        raise CacheError(
+            f"{where}: found {sorted(found)[0]!r} but no manifest: nothing was changed. Choose another directory."
+        )
+    return recorded
+
+
+def check_writable(
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    shared: bool = False,
+    stale_after_s: float = STALE_AFTER_S,
+) -> None:
+    """Raises CacheError unless a cache can be begun, continued or repaired at `path`.
+
+    Args:
+        replace: a cache that is there will be removed before; it is left alone until then.
+        shared: for one of several writers, whom neither other such writers disturb nor that they have finished.
+        stale_after_s: seconds of silence after which a writer on another machine counts as gone.
+    """
+    directory = open_directory(path)
+    recorded_manifest(directory)
+    claims = Claims(directory, stale_after_s)
+    for holder in claims.others():
+        if holder.name == WHOLE or not shared:
+            raise refused(directory, holder, claims.stale_after_s)
+    if not replace and not shared and (manifest := finished_manifest(path)) is not None:
+        raise finished_already(path, manifest)
+
+
+def finished_manifest(path: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a finished cache at `path`; None if there is none, or one that lacks shards."""
+    directory = open_directory(path)
+    if recorded_manifest(directory) != MANIFEST:
+        return None
+    manifest = Manifest.from_bytes(directory.read_bytes(MANIFEST), directory.path(MANIFEST))
+    shards = {f"shards/{name}" for name in directory.names("shards")}
+    return manifest if all(shard.name in shards for shard in manifest.shards) else None
+
+
+def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
+    """Of the cache at `path`, finished or not; None if there is none.
+
+    Raises: CacheError if there is something else; FormatError.
+    """
+    directory = open_directory(path)
+    if recorded_manifest(directory) is None:
+        return None
+    for name in (PARTIAL_MANIFEST, MANIFEST):  # in this order: the first gives way to the second
+        try:
+            data = directory.read_bytes(name)
+        except FileNotFoundError:
+            continue
+        return metadata_of(data, directory.path(name))
+    return None
+
+
+def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:
+    return CacheError(
+        f"{open_directory(path).path()}: found a finished cache ({manifest.num_rows:,} rows){because}, nothing was "
+        "changed. Choose another directory, or replace it with --overwrite."
+    )
+
+
+def remove_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> None:
+    """Delete the cache at `path`, finished or not; nothing happens if there is none.
+
+    Args:
+        stale_after_s: as in `check_writable`.
+
+    Raises: CacheError if there is something else, or if somebody is writing it.
+    """
+    directory = open_directory(path)
+    if recorded_manifest(directory) is None:
+        return
+    claims = Claims(directory, stale_after_s)
+    try:
+        claim_alone(directory, claims)
+        if (recorded := recorded_manifest(directory)) is None:
+            return
+        # Killed in the middle, this leaves an unfinished cache, which can be removed again.
+        if recorded == MANIFEST:
+            directory.create_new(PARTIAL_MANIFEST, directory.read_bytes(MANIFEST))
+            directory.remove(MANIFEST)
+        for folder in FOLDERS:
+            directory.remove_tree(folder)
+        claims.sweep()
+        for name in directory.names():
+            if name not in (PARTIAL_MANIFEST, CLAIMS):
+                directory.remove(name)
+        directory.remove(PARTIAL_MANIFEST)
+    finally:
+        claims.close()
+
+
+def claim_alone(directory: Directory, claims: Claims) -> None:
+    """Claims the whole cache. Raises: CacheError if anybody else has a claim on it, or on part of it."""
+    if (holder := claims.take(WHOLE)) is not None:
+        raise refused(directory, holder, claims.stale_after_s)
+    if others := claims.others():
+        claims.release(WHOLE)
+        raise refused(directory, others[0], claims.stale_after_s)

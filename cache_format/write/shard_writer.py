@@ -1,0 +1,120 @@
+"""One shard: record batches into an Arrow IPC file, and the sidecar that describes its bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Any
+
+import pyarrow as pa
+
+from cache_format.cache_errors import CacheError
+from cache_format.codecs.columns import encode
+from cache_format.codecs.ipc import check_expansion, cut_points, message_buffers
+from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.manifest.manifest import (
+    ByteRange,
+    RecordBatchInfo,
+    Sidecar,
+    sha256,
+    shard_name,
+    sidecar_name,
+    unannounced_bytes,
+)
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.rows.row_batch import RowBatch
+from cache_format.storage.directory import Directory, write_bytes
+
+
+class ShardWriter:
+    """Owns the file of the shard being written. End it with `finish` or `abandon`."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        metadata: CacheMetadata,
+        schema: pa.Schema,
+        index: int,
+        lexicon: Lexicon | None,
+    ) -> None:
+        self.index = index
+        self._lexicon = lexicon
+        self._directory, self._metadata, self._schema = directory, metadata, schema
+        self._creation: AbstractContextManager[str] = directory.create(shard_name(index))
+        self._path = self._creation.__enter__()
+        level = metadata.compression["level"]
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=level))
+        self._sink = pa.OSFile(self._path, "wb")
+        self._arrow = pa.ipc.new_file(self._sink, schema, options=options)
+        self._counts: list[dict[str, Any]] = []  # of each record batch
+
+    @property
+    def bytes_written(self) -> int:
+        return int(self._sink.tell())
+
+    @property
+    def tokens_written(self) -> int:
+        return sum(counts["tokens"] for counts in self._counts)
+
+    def write(self, batch: RowBatch) -> None:
+        """Append a record batch. Raises: ValueError, and then nothing was written."""
+        self._arrow.write_batch(encode(batch, self._schema, self._metadata, self._lexicon))
+        self._counts.append(
+            {
+                "first_row": int(batch.rows[0]),
+                "rows": len(batch),
+                "tokens": batch.num_tokens,
+                "counted_tokens": batch.num_counted_tokens,
+                "entries": batch.num_entries,
+            }
+        )
+
+    def finish(self, annotations: Mapping[str, Any]) -> tuple[Sidecar, str]:
+        """Give the shard its name, then write its sidecar. Returns the sidecar and its sha256."""
+        self._arrow.close()
+        self._sink.close()
+        sidecar = self._describe(annotations)
+        self._creation.__exit__(None, None, None)
+        data = sidecar.to_bytes()
+        write_bytes(self._directory, sidecar_name(self.index), data)
+        return sidecar, sha256(data)
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):  # a full disk, which may be why the shard is abandoned
+            self._sink.close()
+        reason = CacheError("shard abandoned")
+        self._creation.__exit__(CacheError, reason, None)
+
+    def _describe(self, annotations: Mapping[str, Any]) -> Sidecar:
+        # Hashed from the file, not from what was meant to be in it.
+        cuts = cut_points(self._path)
+        with pa.memory_map(self._path) as file:
+            data = file.read_buffer()
+
+        def checked(start: int, stop: int) -> dict[str, Any]:
+            return {"start": start, "stop": stop, "sha256": sha256(data.slice(start, stop - start))}
+
+        batches = tuple(
+            RecordBatchInfo(**checked(start, stop), **counts)
+            for (start, stop), counts in zip(pairwise(cuts), self._counts, strict=True)
+        )
+        total = {
+            name: sum(counts[name] for counts in self._counts)
+            for name in ("rows", "tokens", "counted_tokens", "entries")
+        }
+        for batch in batches:  # what no reader takes must not be written
+            (message,) = message_buffers(data.slice(batch.start, batch.stop - batch.start))
+            expanded = sum(message.uncompressed) + unannounced_bytes(self._metadata, batch)
+            check_expansion(expanded, batch.stop - batch.start)
+        return Sidecar(
+            file_bytes=data.size,
+            first_row=self._counts[0]["first_row"],
+            **total,
+            header=ByteRange(**checked(0, cuts[0])),
+            record_batches=batches,
+            footer=ByteRange(**checked(cuts[-1], data.size)),
+            annotations=dict(annotations),
+        )

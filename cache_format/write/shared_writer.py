@@ -1,0 +1,213 @@
+"""Several writers of one cache, on one machine or on many, that know of one another only through the directory.
+
+Each claims a shard, writes it, and claims the next, until all shards are complete; the last one to notice writes the
+manifest. Writers may join and leave at any time. Of one that died its claim is left, which another writer takes over
+when it has become stale (`cache_format.storage.claims`): so the last ones stay and wait, and a cache gets finished
+as long as one writer lives. There is no communication, no order, no leader.
+
+The packed encoding needs a lexicon, which shard 0 teaches: until it is there, only shard 0 is written, and the other
+writers wait for one shard's time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from cache_format.cache_errors import CacheError
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.storage.claims import STALE_AFTER_S, WHOLE, Holder, pauses, refused
+from cache_format.storage.directory import Buffer
+from cache_format.write.unfinished import ENDING, claim_name
+from cache_format.write.writer import CacheWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which shards a writer prefers, and which it writes at all."""
+
+    index: int = 0  # of `count` writers; prefers the shards that leave this remainder, then helps the others
+    count: int = 1
+    first: int = 0  # writes shards from here on ...
+    stop: int | None = None  # ... and before this one; None: to the end
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"writer {self.index} of {self.count}: the first is 0, the last {self.count - 1}")
+        if self.first < 0 or (self.stop is not None and self.stop <= self.first):
+            raise ValueError(f"shards {self.first} to {self.stop}: none")
+
+    def shards(self, num_shards: int) -> range:
+        return range(min(self.first, num_shards), num_shards if self.stop is None else min(self.stop, num_shards))
+
+    def in_order(self, num_shards: int) -> Iterator[int]:
+        mine = range(self.first + self.index, num_shards, self.count)
+        shards = self.shards(num_shards)
+        yield from (shard for shard in mine if shard in shards)
+        yield from (shard for shard in shards if shard not in mine)
+
+
+class SharedCacheWriter(CacheWriter):
+    """One of several writers of a cache. As `CacheWriter`, but the caller asks `begin_shard` which shard to write,
+    as often as it answers, and writes that one's rows.
+
+    Leaving the block normally finishes the cache if all shards are complete.
+
+    Args:
+        share: which shards.
+        on_wait: told who is waited for, each time it changes.
+
+    Raises: CacheError if the directory holds something else, or if a `CacheWriter` is writing it; MismatchError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: CacheMetadata,
+        *,
+        share: Share,
+        tokenizer_files: Mapping[str, bytes] | None = None,
+        head: Buffer | None = None,
+        allow_rounding: bool = False,
+        stale_after_s: float = STALE_AFTER_S,
+        on_wait: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._share, self._on_wait = share, on_wait
+        self._current: int | None = None  # claimed and not complete
+        super().__init__(
+            path,
+            metadata,
+            tokenizer_files=tokenizer_files,
+            head=head,
+            resume=True,
+            allow_finished=True,
+            allow_rounding=allow_rounding,
+            stale_after_s=stale_after_s,
+        )
+        self.next_row = metadata.num_rows  # until a shard is begun
+        if self._share.first >= metadata.num_shards:
+            self._claims.close()
+            raise CacheError(
+                f"{self._directory.path()}: shards from {self._share.first} on are asked for, it has "
+                f"{metadata.num_shards}, numbered from 0. Ask for some of those."
+            )
+
+    @property
+    def wrote_manifest(self) -> bool:
+        return self._cache.wrote_manifest
+
+    def begin_shard(self) -> int | None:
+        """The next shard of our share that nobody has, claimed; the one in hand if it was abandoned. None if all
+        are complete. Waits while others write what is left, in case that they die."""
+        said, since = "", time.monotonic()
+        for pause in pauses():
+            if self._current is not None:
+                return self._current
+            self._cache.find_complete()
+            share = self._share.shards(self._metadata.num_shards)
+            if all(shard in self._cache.complete for shard in share):
+                return None
+            busy = self._claim_next()
+            if self._current is not None:
+                self.next_row = self._metadata.shard_rows(self._current).start
+                return self._current
+            self._check_lexicon_will_come(busy, time.monotonic() - since)
+            waiting_for = f"waiting for {_few(busy)}"
+            if busy and waiting_for != said:
+                said = waiting_for
+                self._on_wait(said)
+            time.sleep(pause)
+        raise AssertionError
+
+    def _begin(self, resume: bool) -> None:
+        self._check_nobody_alone()
+        self._cache.begin(resume=resume)
+
+    def _end(self, next_row: int) -> None:
+        if not self._cache.is_complete:
+            self._cache.find_complete()
+        if not self._cache.is_complete:
+            return
+        for pause in pauses():
+            if self._claims.take(ENDING) is None:
+                self._cache.finish(self._claims)
+                return
+            if self._cache.is_finished:
+                return
+            time.sleep(pause)
+
+    def _claim_of(self, shard: int) -> str:
+        return claim_name(shard)
+
+    def _after_shard(self, shard: int) -> None:
+        self._claims.release(claim_name(shard))
+        self._current = None
+        self.next_row = self._metadata.num_rows
+
+    def abandon_shard(self) -> None:
+        with self._guard:
+            super().abandon_shard()
+            if self._current is None:
+                return
+            if self._claims.lost(claim_name(self._current)):
+                self._claims.release(claim_name(self._current))
+                self._current = None
+                self.next_row = self._metadata.num_rows
+            else:
+                self.next_row = self._metadata.shard_rows(self._current).start
+
+    def _claim_next(self) -> list[Holder]:
+        """Claims a shard, if one is free. Returns: who has those that are not."""
+        busy = []
+        only_the_first = self._metadata.encoding == "packed" and self._cache.lexicon is None
+        for shard in self._share.in_order(self._metadata.num_shards):
+            if shard in self._cache.complete or (only_the_first and shard > 0):
+                continue
+            name = claim_name(shard)
+            if (holder := self._claims.take(name)) is not None:
+                busy.append(holder)
+                continue
+            if self._cache.look_for(shard):  # completed between the look and the claim
+                self._claims.release(name)
+                continue
+            try:
+                self._check_nobody_alone()
+            except CacheError:
+                self._claims.release(name)
+                raise
+            self._cache.remove_temporary(f"{name}.")
+            self._current = shard
+            break
+        if only_the_first and 0 not in self._share.shards(self._metadata.num_shards):
+            busy = [holder for holder in self._claims.others() if holder.name == claim_name(0)]
+        return busy
+
+    def _check_nobody_alone(self) -> None:
+        for holder in self._claims.others():
+            if holder.name == WHOLE:
+                raise refused(self._directory, holder, self._claims.stale_after_s)
+
+    def _check_lexicon_will_come(self, busy: list[Holder], waited_s: float) -> None:
+        waits = self._metadata.encoding == "packed" and self._cache.lexicon is None
+        if waits and not busy and waited_s > self._claims.stale_after_s:
+            raise CacheError(
+                f"{self._directory.path()}: packed shards need the lexicon that shard 0 teaches; it is not there, and "
+                "nobody writes it, or may with these shards asked for. Write shard 0 first."
+            )
+
+
+def parse_shard_range(text: str) -> tuple[int, int | None]:
+    """`A:B`, `A:` or `:B`. Raises: ValueError."""
+    found = re.fullmatch(r"(\d*):(\d*)", text)
+    if found is None or text == ":":
+        raise ValueError(f"{text!r} is not a range of shards such as 0:100, 100: or :100")
+    first, stop = (int(number) if number else None for number in found.groups())
+    return first or 0, stop
+
+
+def _few(holders: list[Holder]) -> str:
+    named = "; ".join(f"{holder.name}: {holder}" for holder in holders[:2])
+    return named + (f" and {len(holders) - 2} more" if len(holders) > 2 else "")

@@ -1,0 +1,367 @@
+"""A cache on its way: what is recorded in the directory, which shards are complete, and how it ends.
+
+Beside the shards there is no state: a run that was killed anywhere, or twenty of them on as many machines, go on from
+the directory alone. While it is being written a cache has a `manifest.partial.json` and no `manifest.json`; a shard
+exists when its sidecar does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cache_format.cache_errors import CacheError, CorruptShardError, MismatchError
+from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
+from cache_format.manifest.card import card
+from cache_format.manifest.differences import Difference, but_for_names, differences, listed
+from cache_format.manifest.manifest import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    TOKENIZER_DIR,
+    FileInfo,
+    Manifest,
+    ShardInfo,
+    Sidecar,
+    answers_file,
+    manifest_bytes,
+    partial_contents,
+    sha256,
+    shard_name,
+    sidecar_name,
+)
+from cache_format.manifest.metadata import CacheMetadata
+from cache_format.manifest.stored_head import HEAD
+from cache_format.rows.row_batch import RowBatch
+from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused, wait_for
+from cache_format.storage.directory import Buffer, Directory, is_temporary, open_directory, write_bytes
+from cache_format.write.occupancy import recorded_manifest
+
+ENDING = "manifest"  # the claim of whoever writes it
+FOLDERS_WITH_FILES = ("", "shards", TOKENIZER_DIR, CLAIMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """Of all complete shards."""
+
+    shards: int
+    rows: int
+    tokens: int
+    counted_tokens: int
+    bytes: int  # with what they are decoded with, and the answers
+
+
+class UnfinishedCache:
+    """The directory of a cache that is being written, seen by one of its writers.
+
+    Attributes:
+        metadata: as recorded; what was given, if nothing was.
+        complete: shards that are there, by their numbers.
+        rounding: differences between recorded and given that were allowed.
+        wrote_manifest: whether `finish` found none.
+    """
+
+    def __init__(
+        self, directory: Directory, metadata: CacheMetadata, tokenizer_files: Mapping[str, str], *, allow_rounding: bool
+    ) -> None:
+        """`tokenizer_files`: name -> sha256."""
+        self.directory, self.metadata = directory, metadata
+        self.complete: dict[int, ShardInfo] = {}
+        self.rounding: list[Difference] = []
+        self.wrote_manifest = False
+        self.lexicon: Lexicon | None = None
+        self.lexicon_file: FileInfo | None = None
+        self._tokenizer_files = dict(tokenizer_files)
+        self._allow_rounding = allow_rounding
+        self._promised: dict[int, str] = {}  # sidecar's sha256 by shard, as a finished manifest says
+
+    @property
+    def size(self) -> CacheSize:
+        shards = self.complete.values()
+        head, answers = self.metadata.head, answers_file(self.metadata)
+        beside = sum(file.bytes for file in (head, answers, self.lexicon_file) if file is not None)
+        return CacheSize(
+            shards=len(shards),
+            rows=sum(shard.rows for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            counted_tokens=sum(shard.counted_tokens for shard in shards),
+            bytes=sum(shard.bytes for shard in shards) + beside,
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.complete) == self.metadata.num_shards
+
+    @property
+    def is_finished(self) -> bool:
+        """Complete, and said to be so."""
+        return self.is_complete and self._has_manifest
+
+    @property
+    def _has_manifest(self) -> bool:
+        names = self.directory.names()
+        return MANIFEST in names and PARTIAL_MANIFEST not in names
+
+    def begin(self, *, resume: bool) -> None:
+        """Records the metadata, or compares them with what is recorded, and finds what is complete.
+
+        Raises: CacheError if there is a cache and `resume` is not set; MismatchError if it is another one.
+        """
+        where = self.directory.path()
+        recorded = recorded_manifest(self.directory)
+        if recorded and not resume:
+            state = "a finished" if recorded == MANIFEST else "an unfinished"
+            raise CacheError(
+                f"{where}: found {state} cache, expected an empty directory: nothing was changed. "
+                "Choose another directory, or resume."
+            )
+        # Of several writers that begin at once one records, the others compare.
+        if recorded is None:
+            partial = manifest_bytes(self.metadata, self._tokenizer_files)
+            if self.directory.create_new(PARTIAL_MANIFEST, partial):
+                return
+        if self.read() == MANIFEST and not self.is_complete:
+            # Shards were lost: an unfinished cache again. With what was recorded, which is not always what was given.
+            self.directory.create_new(PARTIAL_MANIFEST, manifest_bytes(self.metadata, self._tokenizer_files))
+            self.directory.remove(MANIFEST)
+
+    def read(self) -> str:
+        """Compares the metadata with what is recorded, and finds what is complete; changes nothing.
+
+        Returns: the name of the manifest that is there. Raises: MismatchError.
+        """
+        recorded, data = self._read_recorded()
+        where = self.directory.path(recorded)
+        given = manifest_bytes(self.metadata, self._tokenizer_files)
+        self._check_same(data, given, where, finished=recorded == MANIFEST)
+        if recorded == MANIFEST:
+            shards = Manifest.from_bytes(data, where).shards
+            self._promised = {index: shard.sidecar_sha256 for index, shard in enumerate(shards)}
+        self.find_complete()
+        return recorded
+
+    def write_tokenizer(self, files: Mapping[str, bytes]) -> None:
+        there = set(self.directory.names(TOKENIZER_DIR))
+        for name, contents in files.items():
+            inside = f"{TOKENIZER_DIR}/{name}"
+            if name not in there or sha256(self.directory.read_bytes(inside)) != self._tokenizer_files[name]:
+                write_bytes(self.directory, inside, contents)
+
+    def write_head(self, contents: Buffer | None) -> None:
+        """Where it is not there, or damaged.
+
+        Raises: ValueError if it is needed and not given, or given and not what the metadata say.
+        """
+        expected = None if self.metadata.head is None else self.metadata.head.sha256
+        if contents is not None and sha256(contents) != expected:
+            raise ValueError("the contents of the head are not those that metadata.targets.head describes")
+        if expected is None or file_is_there(self.directory, HEAD, expected):
+            return
+        if contents is None:
+            raise ValueError("hidden targets need the contents of their head")
+        write_bytes(self.directory, HEAD, contents)
+
+    def find_complete(self) -> None:
+        """Looks for shards that were not there before."""
+        if self.metadata.encoding == "packed" and self.lexicon is None and not self._load_lexicon():
+            return  # without it the shards cannot be read
+        names = set(self.directory.names("shards"))
+        for index in range(self.metadata.num_shards):
+            if index not in self.complete and {_plain(shard_name(index)), _plain(sidecar_name(index))} <= names:
+                self.look_for(index)
+
+    def look_for(self, index: int) -> bool:
+        """Whether a shard is there, by what it costs little to check: that its sidecar is consistent in itself and
+        fits this place in this cache, the size of the file, and the checksums of its header and footer. The rest is
+        checked when it is read, and by `verify_cache`."""
+        name = sidecar_name(index)
+        try:
+            data = self.directory.read_bytes(name)
+            sidecar = Sidecar.from_bytes(data, self.directory.path(name))
+            fits = self._fits(index, sidecar, sha256(data)) and self._is_whole(shard_name(index), sidecar)
+        except (FileNotFoundError, CorruptShardError):
+            return False  # written again, like any shard without a sidecar
+        if fits:
+            self.complete[index] = shard_info(index, sidecar, sha256(data))
+        return fits
+
+    def shard_facts(self) -> dict[str, Any]:
+        """What a shard's sidecar says of how it was made, besides what the caller says."""
+        facts: dict[str, Any] = {}
+        if self.lexicon_file is not None:
+            facts["lexicon_sha256"] = self.lexicon_file.sha256
+        if self.rounding:
+            facts["made_with"] = {difference.key: difference.given for difference in self.rounding}
+        return facts
+
+    def learn_lexicon(self, batches: Sequence[RowBatch]) -> None:
+        """From the record batches of shard 0, whoever writes it: the same for any number of writers."""
+        contexts = [np.repeat(batch.input_ids.astype(np.int64), batch.counts) for batch in batches]
+        ids = [batch.ids.astype(np.int64) for batch in batches]
+        weight = self.metadata.num_rows / sum(len(batch) for batch in batches)
+        vocab_size = self.metadata.vocab_size
+        lexicon = Lexicon.learn(np.concatenate(contexts), np.concatenate(ids), vocab_size, weight)
+        self.directory.create_new(LEXICON, lexicon.to_bytes())
+        self._load_lexicon()
+
+    def finish(self, claims: Claims) -> None:
+        """Writes card and manifest, and removes everything that is no part of a finished cache. Harmless if that was
+        done before, here or elsewhere.
+
+        Args:
+            claims: the caller's, which stay; those of others hold nothing up where every shard is complete.
+        """
+        if not self._has_manifest:
+            shards = [self.complete[index] for index in range(self.metadata.num_shards)]
+            data = manifest_bytes(self.metadata, self._tokenizer_files, shards, self.lexicon_file)
+            manifest = Manifest.from_bytes(data, self.directory.path(MANIFEST))
+            write_bytes(self.directory, "README.md", card(manifest).encode())
+            write_bytes(self.directory, MANIFEST, data)
+            self.wrote_manifest = True
+            self.directory.remove(PARTIAL_MANIFEST)
+        self.remove_temporary()
+        claims.sweep()
+
+    def remove_temporary(self, prefix: str = "") -> None:
+        """What killed writers have left behind, of names that begin so. For whoever has claimed these names."""
+        for folder in FOLDERS_WITH_FILES:
+            for name in self.directory.names(folder):
+                if is_temporary(name) and name.startswith(f".{prefix}"):
+                    self.directory.remove(f"{folder}/{name}" if folder else name)
+
+    def _read_recorded(self) -> tuple[str, bytes]:
+        for name in (MANIFEST, PARTIAL_MANIFEST, MANIFEST):  # a cache may be finished, or broken up, between two looks
+            try:
+                return name, self.directory.read_bytes(name)
+            except FileNotFoundError:
+                continue
+        raise CacheError(f"{self.directory.path()}: its manifest disappeared while it was read. Run the command again.")
+
+    def _check_same(self, recorded_data: bytes, partial: bytes, where: str, *, finished: bool) -> None:
+        """Where names or rounding alone differ, what is recorded stays: the first writer's."""
+        given = partial_contents(partial, where)
+        recorded = partial_contents(recorded_data, where)
+        found = differences({key: value for key, value in recorded.items() if key in given}, given)
+        if not found:
+            return
+        essential = but_for_names(found, recorded)
+        only_rounding = all(difference.rounding is not None for difference in essential)
+        if only_rounding and (self._allow_rounding or not essential):
+            self.rounding = essential
+            as_recorded = CacheMetadata.from_json(recorded)
+            kept = {name: getattr(as_recorded, name) for name in ("teacher", "corpus", "capture", "libraries")}
+            self.metadata = replace(self.metadata, **kept)
+            return
+        found = essential if only_rounding else found
+        advice = "Choose another directory" + (", or replace it with --overwrite." if finished else ".")
+        if only_rounding:
+            advice = "Give the same, or allow it with --allow-rounding, or choose another directory."
+        raise MismatchError(
+            f"{where}: recorded and given metadata differ: {listed(found)}: a cache must be made with the same "
+            f"settings throughout. {advice}"
+        )
+
+    def _load_lexicon(self) -> bool:
+        if LEXICON not in self.directory.names():
+            return False
+        data = self.directory.read_bytes(LEXICON)
+        self.lexicon = Lexicon.from_bytes(data, self.metadata.vocab_size, self.directory.path(LEXICON))
+        self.lexicon_file = FileInfo(sha256=sha256(data), bytes=len(data))
+        return True
+
+    def _fits(self, index: int, sidecar: Sidecar, digest: str) -> bool:
+        lexicon = None if self.lexicon_file is None else self.lexicon_file.sha256
+        return (
+            digest == self._promised.get(index, digest)
+            and sidecar.is_for(self.metadata, index)
+            and sidecar.annotations.get("lexicon_sha256") == lexicon  # of another one, it cannot be read
+        )
+
+    def _is_whole(self, name: str, sidecar: Sidecar) -> bool:
+        file = self.directory.open(name)
+        return file.size == sidecar.file_bytes and all(
+            sha256(file.read(part.start, part.stop)) == part.sha256 for part in (sidecar.header, sidecar.footer)
+        )
+
+
+def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> Manifest:
+    """Gives a cache whose shards are all there its manifest; one that has it already stays as it is.
+
+    What the last of several writers does by itself. Needed where there is no last one: shards that were written on
+    several machines and then brought together.
+
+    Args:
+        stale_after_s: seconds of silence after which a writer on another machine counts as gone.
+
+    Raises: CacheError if shards or tokenizer files are missing, or somebody alone is writing the cache.
+    """
+    directory = open_directory(path)
+    where = directory.path()
+    recorded = recorded_manifest(directory)
+    if recorded is None:
+        raise CacheError(f"{where}: no cache there, finished or not. Give the directory that cache-teacher wrote into.")
+    raw = partial_contents(directory.read_bytes(recorded), directory.path(recorded))
+    metadata = CacheMetadata.from_json(raw)
+    cache = UnfinishedCache(directory, metadata, raw["tokenizer_files"], allow_rounding=False)
+    claims = Claims(directory, stale_after_s)
+    try:
+        if (holder := claims.take(WHOLE)) is not None:
+            raise refused(directory, holder, claims.stale_after_s)
+        claims.release(WHOLE)  # it only had to be free: others may write shards meanwhile
+        wait_for(claims, ENDING)
+        cache.read()
+        if not cache.is_complete:
+            missing = [index for index in range(metadata.num_shards) if index not in cache.complete]
+            raise CacheError(
+                f"{where}: {_missing(missing, claims)} Run cache-teacher again: it writes what is missing."
+            )
+        for name, digest in raw["tokenizer_files"].items():
+            if not file_is_there(directory, f"{TOKENIZER_DIR}/{name}", digest):
+                raise CacheError(
+                    f"{directory.path(f'{TOKENIZER_DIR}/{name}')}: missing or not the recorded file. Copy it here."
+                )
+        if metadata.head is not None and not file_is_there(directory, HEAD, metadata.head.sha256):
+            raise CacheError(f"{directory.path(HEAD)}: missing or not the recorded file. Copy it here.")
+        cache.finish(claims)
+    finally:
+        claims.close()
+    return Manifest.from_bytes(directory.read_bytes(MANIFEST), directory.path(MANIFEST))
+
+
+def shard_info(index: int, sidecar: Sidecar, digest: str) -> ShardInfo:
+    return ShardInfo(
+        name=shard_name(index),
+        bytes=sidecar.file_bytes,
+        rows=sidecar.rows,
+        tokens=sidecar.tokens,
+        counted_tokens=sidecar.counted_tokens,
+        entries=sidecar.entries,
+        sidecar_sha256=digest,
+    )
+
+
+def claim_name(shard: int) -> str:
+    return f"shard-{shard:05d}"
+
+
+def _missing(missing: Sequence[int], claims: Claims) -> str:
+    named = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+    busy = len([holder for holder in claims.others() if holder.name.startswith("shard-")])
+    return f"{len(missing)} shards are missing ({named}), {busy} of which are being written."
+
+
+def file_is_there(directory: Directory, name: str, digest: str) -> bool:
+    """With these contents."""
+    try:
+        file = directory.open(name)
+        return sha256(file.read(0, file.size)) == digest
+    except FileNotFoundError:
+        return False
+
+
+def _plain(name: str) -> str:
+    return name.rpartition("/")[2]

@@ -1,0 +1,149 @@
+"""What makes two tokenizers the same, and what of a tokenizer a cache records.
+
+Soft targets are distributions over token ids, so teacher and student must mean the same by every
+id: the same **vocabulary**. That is not enough: two tokenizers with one vocabulary but other merges
+or another pre-tokeniser cut a text differently (**segmentation**), and the student would be used on
+token sequences that it was never taught. Special tokens and chat template may differ, as between a
+base model and its instruct version: the cache holds tokens already, so that only earns a warning.
+
+The embedding matrix of a model often has more rows than there are tokens (151,936 for 151,669),
+padded to a round number, and differently within one family. V ends with the last token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cache_format.cache_errors import MismatchError
+
+# What save_pretrained writes beside the vocabulary.
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+# Case, accents, digits, spaces, code, other scripts: where the settings of slow tokenizers differ.
+_PROBE = " The  Café cost 1,234.50€ in İstanbul,\n\tif x != y: 東京 is 10°C\n"
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """sha256 (hex) of each component's canonical JSON; the same after saving and loading again.
+
+    Components: vocabulary (token -> id), segmentation (how text is cut), special_tokens,
+    chat_template. To compare two tokenizers at hand, use `check_same_tokenizer`: another version of
+    the tokenizers library may describe the same segmentation in other words.
+    """
+    components = {
+        "vocabulary": tokenizer.get_vocab(),
+        "segmentation": _segmentation(tokenizer),
+        "special_tokens": _special_tokens(tokenizer),
+        "chat_template": tokenizer.chat_template,
+    }
+    return {name: _sha256_json(value) for name, value in components.items()}
+
+
+def real_vocab_size(tokenizer: PreTrainedTokenizerBase, head_rows: int) -> int:
+    """V: rows of the vocabulary head that belong to a token, at most `head_rows`."""
+    return min(head_rows, 1 + max(tokenizer.get_vocab().values()))
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """File name -> contents, as `save_pretrained` writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def check_same_tokenizer(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int | None = None,
+) -> list[str]:
+    """Raise MismatchError unless both mean the same tokens and cut text alike; return warnings.
+
+    Args:
+        vocab_size: ids from here on do not matter; default: the teacher's last token + 1.
+    """
+    size = 1 + max(teacher.get_vocab().values())
+    size = min(size, vocab_size or size)
+    _check_vocabulary(_by_id(teacher, size), _by_id(student, size))
+    ours, theirs = _segmentation(teacher, size), _segmentation(student, size)
+    differing = [part for part in sorted(ours | theirs) if ours.get(part) != theirs.get(part)]
+    if differing:
+        raise MismatchError(
+            "the student's tokenizer has the teacher's vocabulary but cuts text differently: "
+            f"{', '.join(differing)} differ, expected the same. Give the student the teacher's "
+            "tokenizer files, or choose a student of the teacher's family."
+        )
+    warnings = []
+    if extra := [token for token, id_ in student.get_vocab().items() if id_ >= size]:
+        warnings.append(
+            f"the student's tokenizer has {len(extra)} tokens beyond the teacher's {size:,}, such "
+            f"as {min(extra)!r}: they are not trained."
+        )
+    ours, theirs = _special_tokens(teacher), _special_tokens(student)
+    for name in sorted(ours | theirs):
+        if ours.get(name) != theirs.get(name):
+            warnings.append(
+                f"{name} is {_token(theirs.get(name))} for the student, {_token(ours.get(name))} for the teacher."
+            )
+    if teacher.chat_template != student.chat_template:
+        warnings.append("the student's chat template is not the teacher's.")
+    return warnings
+
+
+def _check_vocabulary(teacher: dict[int, str], student: dict[int, str]) -> None:
+    differing = [i for i in sorted(teacher | student) if teacher.get(i) != student.get(i)]
+    if differing:
+        shown = ", ".join(f"{i} is {student.get(i)!r} instead of {teacher.get(i)!r}" for i in differing[:3])
+        raise MismatchError(
+            f"the student's tokenizer is not the teacher's: found {len(student):,} tokens, "
+            f"expected {len(teacher):,}; {len(differing):,} ids differ (id {shown}): soft targets "
+            "are about the teacher's ids. Choose a student of the teacher's family, or build one "
+            "with the teacher's tokenizer."
+        )
+
+
+def _segmentation(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> dict[str, Any]:
+    """Part -> description of how text becomes tokens; of added tokens only those with id < size."""
+    if not tokenizer.is_fast:  # its rules are code and settings: take its files, and what it does
+        files = tokenizer_files(tokenizer).items()
+        return {
+            "class": type(tokenizer).__name__,
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files if name not in _SETTINGS_FILES},
+            "probe": tokenizer(_PROBE)["input_ids"],
+        }
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state_of_use in ("version", "truncation", "padding"):
+        parts.pop(state_of_use, None)
+    if isinstance(parts["model"].get("vocab"), dict):  # unigram: a list, with scores that decide
+        del parts["model"]["vocab"]
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if size is None or token["id"] < size]
+    return parts
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """bos_token, eos_token, … -> [token, id]."""
+    return {
+        name: [str(token), tokenizer.convert_tokens_to_ids(str(token))]
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
+
+
+def _by_id(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    return {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ < size}
+
+
+def _token(entry: list[Any] | None) -> str:
+    return "not set" if entry is None else f"{entry[0]!r} (id {entry[1]})"
+
+
+def _sha256_json(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

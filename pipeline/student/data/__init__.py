@@ -1,0 +1,1 @@
+"""Rows of one or several caches as training batches, also in another tokenizer's tokens."""

@@ -1,0 +1,1 @@
+"""The training run: Trainer, loss, schedules, early stopping and checkpoints."""

@@ -1,0 +1,77 @@
+"""How long a run is, in optimizer steps, rows and tokens: as Trainer will count them, before it does.
+
+`--max-tokens N` becomes a number of steps before the run begins, so that schedules know its length, and so that it does
+not depend on how a step is divided among processes and forward passes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from pipeline.errors import ConfigError
+from pipeline.student.train_config import TrainStudentConfig, read_training_args
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Every epoch has `steps_per_epoch` steps of `rows_per_step` rows, the last of them of what is left."""
+
+    rows: int  # in an epoch
+    rows_per_step: int  # of all processes and accumulated batches
+    steps: int  # of the run
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.rows_per_step)
+
+    def rows_after(self, steps: int) -> int:
+        """Rows that were trained on in the first so many steps."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.rows + min(rest * self.rows_per_step, self.rows)
+
+    @classmethod
+    def of(cls, rows: int, arguments: TrainingArguments) -> Budget:
+        """Of a run over so many rows an epoch."""
+        budget = cls(rows, rows_per_step(arguments), arguments.max_steps)
+        if arguments.max_steps > 0:
+            return budget
+        return cls(rows, budget.rows_per_step, math.ceil(budget.steps_per_epoch * arguments.num_train_epochs))
+
+
+def rows_per_step(arguments: TrainingArguments) -> int:
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def steps_for_tokens(tokens: int, rows: int, tokens_per_epoch: float, rows_per_step: int) -> int:
+    """Steps until at least as many tokens have been trained on, if rows have their average length.
+
+    Tokens of input without padding, whether they count or not: what a run costs, and what tokens/s are.
+
+    Args:
+        rows: in an epoch, of `tokens_per_epoch` together.
+    """
+    epochs, rest = divmod(tokens, tokens_per_epoch)
+    rest_rows = rest * rows / tokens_per_epoch
+    return int(epochs) * math.ceil(rows / rows_per_step) + math.ceil(rest_rows / rows_per_step)
+
+
+def check_one_length(config: TrainStudentConfig) -> None:
+    """Raises ConfigError if --max-tokens stands beside another length of the run."""
+    if config.max_tokens is None:
+        return
+    if config.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {config.max_tokens}: expected a number of tokens, 1 or more.")
+    of_file = {} if config.training_args is None else read_training_args(config.training_args)
+    for option, name, unset in (("--max-steps", "max_steps", -1), ("--epochs", "num_train_epochs", None)):
+        given = getattr(config, name)
+        where = option
+        if given is None and of_file.get(name, unset) != unset:
+            given, where = of_file[name], f"{name} of {config.training_args}"
+        if given is not None:
+            raise ConfigError(
+                f"--max-tokens {config.max_tokens}: found {where} {given} too, and each of them says how long the run "
+                "is. Leave one out."
+            )

@@ -1,0 +1,1 @@
+"""Checks that a run passes before any weight is loaded or any file is touched."""

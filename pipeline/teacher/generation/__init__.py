@@ -1,0 +1,1 @@
+"""The teacher answers prompts; its answers and their targets become a cache."""

@@ -1,0 +1,234 @@
+"""Answers of a run that has not ended, in a directory beside its output: OUTPUT.answers.
+
+How many rows a cache will have is only known when all answers are there and have been judged, so they wait here. One
+file per group of prompts, written in one piece and never changed; its name carries the checksum of its bytes, so that a
+file is either there and whole, or not there. A run that was killed at any instant goes on with the first group that is
+missing. Removed when the cache is finished.
+
+    OUTPUT.answers/settings.json                 what decides the answers; another run must have the same
+    OUTPUT.answers/group-00007-1f3a….arrow       of one group: answers with their targets, as they were computed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import cache_format as cf
+from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, Holder
+from cache_format.storage.directory import is_temporary, open_directory, write_bytes
+from pipeline.teacher.generation.answers import Answer
+
+SETTINGS = "settings.json"
+_GROUP = re.compile(r"group-(\d{5,})-([0-9a-f]{16})\.arrow")
+
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_SCHEMA = pa.schema(
+    {
+        "document": pa.int64(),
+        "index": pa.int32(),
+        "prompt_tokens": pa.int32(),
+        "stop_reason": pa.string(),
+        "text": pa.string(),
+        "logprobs": _FLOATS,
+        "input_ids": _INTS,
+        "counts": _INTS,
+        "ids": _INTS,
+        "target_logprobs": _FLOATS,
+        "exact_counts": _INTS,
+        "sample_counts": _INTS,  # T·M, or null
+        "residual_logprob": _FLOATS,
+        "entropy": _FLOATS,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """The answers to consecutive prompts."""
+
+    answers: Sequence[Answer]  # by document, then index
+    batch_size: int  # the smallest that was used
+
+
+def store_location(output: str) -> str:
+    return output.rstrip("/") + ".answers"
+
+
+class AnswerStore:
+    """The directory; `location` is a path or an fsspec URL. Used as a context manager, it gives its claim back."""
+
+    def __init__(self, location: str, stale_after_s: float = STALE_AFTER_S) -> None:
+        self._directory = open_directory(location)
+        self._claims = Claims(self._directory, stale_after_s)
+        self._names: dict[int, str] = {}  # by group
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._claims.close()
+
+    @property
+    def location(self) -> str:
+        return self._directory.path()
+
+    def check(self) -> None:
+        """Raises: CacheError if the directory holds anything that is not a run's answers, or of another run's."""
+        for holder in self._claims.others():
+            raise self._refused(holder)
+        names = [name for name in self._directory.names() if not is_temporary(name) and name != CLAIMS]
+        foreign = [name for name in names if name not in (SETTINGS, cf.ANSWERS) and not _GROUP.fullmatch(name)]
+        if foreign or (names and SETTINGS not in names):
+            raise cf.CacheError(
+                f"{self.location}: found {sorted(foreign or names)[0]!r}, expected nothing there, or the answers of an "
+                "unfinished run: they wait there until the cache is written. Choose another --output."
+            )
+
+    def open(self, settings: Mapping[str, Any], *, replace: bool, allow_rounding: bool) -> None:
+        """Begins, or goes on with what is there.
+
+        Args:
+            replace: remove answers of other settings.
+            allow_rounding: go on with answers that differ by rounding alone.
+
+        Raises: CacheError if something else is there, or another process; MismatchError if it is of other settings.
+        """
+        self.check()
+        if (holder := self._claims.take(WHOLE)) is not None:
+            raise self._refused(holder)
+        settings = json.loads(json.dumps(settings))  # as it will be read
+        names = self._directory.names()
+        if SETTINGS in names:
+            recorded = json.loads(self._directory.read_bytes(SETTINGS))
+            found = cf.but_for_names(cf.differences(recorded, settings), recorded)
+            different = [each for each in found if not (allow_rounding and each.rounding)]
+            if different and not replace:
+                raise cf.MismatchError(
+                    f"{self.location}: holds answers of an unfinished run with other settings: "
+                    f"{cf.listed(different)}. Use the same, choose another --output, or begin anew with --overwrite."
+                )
+            if different:
+                for name in names:
+                    if name not in (CLAIMS, SETTINGS):
+                        self._directory.remove(name)
+                self._directory.remove(SETTINGS)  # last: what has none is not ours
+                names = []
+        for name in names:
+            if is_temporary(name):
+                self._directory.remove(name)
+        if SETTINGS not in names:
+            data = json.dumps(settings, indent=1, sort_keys=True).encode()
+            write_bytes(self._directory, SETTINGS, data)
+        self._names = {int(found[1]): name for name in names if (found := _GROUP.fullmatch(name))}
+
+    def load(self, number: int) -> Group | None:
+        """A group that is there; None if it is not, or not as it was written."""
+        if number not in self._names:
+            return None
+        name = self._names[number]
+        data = self._directory.read_bytes(name)
+        if _digest(data) != name.rpartition("-")[2].removesuffix(".arrow"):
+            self._directory.remove(name)
+            del self._names[number]
+            return None
+        return _decode(data)
+
+    def save(self, number: int, group: Group) -> None:
+        data = _encode(group)
+        name = f"group-{number:05d}-{_digest(data)}.arrow"
+        write_bytes(self._directory, name, data)
+        self._names[number] = name
+
+    def holds(self, answers_file: Mapping[str, Any]) -> bool:
+        """Whether the answers are those of a cache that records this of them."""
+        if cf.ANSWERS not in self._directory.names():
+            return False
+        return hashlib.sha256(self._directory.read_bytes(cf.ANSWERS)).hexdigest() == answers_file["sha256"]
+
+    def remove(self) -> None:
+        self._claims.close()
+        self._directory.remove_tree("")
+
+    def _refused(self, holder: Holder) -> cf.CacheError:
+        return cf.CacheError(
+            f"{self.location}: {holder} writes these answers, so this run stays away: nothing was changed. Wait for it "
+            "or stop it."
+        )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _encode(group: Group) -> bytes:
+    def column(name: str) -> list[Any]:
+        return [_value(answer, name) for answer in group.answers]
+
+    schema = _SCHEMA.with_metadata({"batch_size": str(group.batch_size)})
+    arrays = [pa.array(column(field.name), field.type) for field in schema]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def _value(answer: Answer, name: str) -> Any:
+    row, targets = answer.row, answer.row.targets
+    if name == "sample_counts":
+        return None if targets.sample_counts is None else targets.sample_counts.ravel()
+    if name == "input_ids":
+        return row.input_ids
+    if name in ("counts", "ids", "exact_counts", "residual_logprob", "entropy"):
+        return getattr(targets, name)
+    return targets.logprobs if name == "target_logprobs" else getattr(answer, name)
+
+
+def _decode(data: bytes) -> Group:
+    table = pa.ipc.open_file(pa.py_buffer(data))
+    batch = table.get_batch(0)
+    answers = []
+    for i in range(len(batch)):
+        values = {
+            field.name: batch.column(field.name)[i].values.to_numpy(zero_copy_only=False)
+            for field in _SCHEMA
+            if pa.types.is_list(field.type) and batch.column(field.name)[i].is_valid
+        }
+        plain = {field.name: batch.column(field.name)[i].as_py() for field in _SCHEMA if field.name not in values}
+        tokens, first = values["input_ids"], plain["prompt_tokens"]
+        counted = np.zeros(len(tokens), bool)
+        counted[first - 1 : -1] = True
+        samples = values.get("sample_counts")
+        answers.append(
+            Answer(
+                document=plain["document"],
+                index=plain["index"],
+                prompt_tokens=first,
+                stop_reason=plain["stop_reason"],
+                text=plain["text"],
+                logprobs=values["logprobs"],
+                row=cf.CacheRow(
+                    row=0,
+                    input_ids=tokens,
+                    loss_mask=counted,
+                    segment_lengths=np.array([len(tokens)], np.int32),
+                    targets=cf.SparseTargets(
+                        counts=values["counts"],
+                        ids=values["ids"],
+                        logprobs=values["target_logprobs"],
+                        exact_counts=values["exact_counts"],
+                        residual_logprob=values["residual_logprob"],
+                        entropy=values["entropy"],
+                        sample_counts=None if samples is None else samples.reshape(len(tokens), -1),
+                    ),
+                ),
+            )
+        )
+    return Group(answers=answers, batch_size=int(table.schema.metadata[b"batch_size"]))

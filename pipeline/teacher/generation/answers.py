@@ -1,0 +1,270 @@
+"""A teacher writes answers to prompts, and its targets for them come from the very passes that write.
+
+    prompts ─▶ states of the last token [b, D] ─▶ head, logits [b, V] ─▶ targets (the raw distribution)
+                    ▲                                                └─▶ a token (temperature, top-k, top-p)
+                    └──────────────── one position more ◀────────────────┘
+
+What an answer is depends on the teacher, the seed, its prompt and its number, never on the batch; only rounding does.
+
+Shapes: b answers that are being written, V vocabulary, T tokens of prompt and answer, n of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import cache_format as cf
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models.head import Head
+from pipeline.teacher.generation.decoding import Decoding
+from pipeline.teacher.generation.token_sampling import draw
+from pipeline.teacher.targets.cache_rows import cache_row
+from pipeline.teacher.targets.philox import uniforms
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.packing import TokenRow
+
+STREAM = 2  # of the random numbers that choose tokens; the sampled tail has 0, masks have 1
+EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
+
+Keep = Literal["all", "first", "best"]
+KEEP: tuple[Keep, ...] = get_args(Keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How the teacher answers, and which answers are kept."""
+
+    temperature: float = 1.0  # of the sampling, not of the targets; 0: the likeliest token
+    top_p: float = 1.0  # of the sampling: the fewest tokens with that mass
+    top_k: int = 0  # of the sampling: so many likely tokens; 0: all
+    seed: int = 0
+    answers_per_prompt: int = 1
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()  # an answer ends with any of these
+    keep_if: str | None = None  # predicate: module:function or path/to/file.py:function
+    keep: Keep = "all"  # of the answers to a prompt that pass
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"--gen-temperature {self.temperature}: expected 0 (the likeliest token) or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"--gen-top-p {self.top_p}: expected a probability mass above 0 and up to 1.")
+        for name, value, low, high in (
+            ("--gen-top-k", self.top_k, 0, 2**31),
+            ("--gen-seed", self.seed, 0, 2**64 - 1),
+            ("--answers-per-prompt", self.answers_per_prompt, 1, 2**16),
+            ("--max-new-tokens", self.max_new_tokens, 1, 2**24),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"{name} {value}: expected {low} to {high}.")
+        if self.temperature == 0.0 and self.answers_per_prompt > 1:
+            raise ConfigError(
+                f"--answers-per-prompt {self.answers_per_prompt}: at --gen-temperature 0 all answers to a prompt are "
+                "the same. Use 1, or a higher temperature."
+            )
+        if "" in self.stop:
+            raise ConfigError("--stop: found an empty string, which is in every text. Leave it out.")
+        if self.keep not in KEEP:
+            raise ConfigError(f"--keep {self.keep}: expected one of {', '.join(KEEP)}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the answers, as in the manifest."""
+        decides = asdict(self)
+        del decides["keep_if"], decides["keep"]
+        return {**decides, "stop": list(self.stop)}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One answer to be written."""
+
+    document: int  # row of the source
+    index: int  # among the answers to it
+    prompt: np.ndarray  # [P] int32, P ≥ 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """One answer. `row` holds prompt, answer and targets, its number is only given when answers have been chosen.
+
+    Attributes:
+        stop_reason: eos (or the end of a turn), stop-string, or length.
+        text: without the token or stop string that ended it.
+        logprobs: [n] float32, of the tokens written, natural logs of the teacher's own probability: at temperature 1,
+            nothing truncated, not quantised.
+    """
+
+    document: int
+    index: int
+    prompt_tokens: int
+    stop_reason: str
+    text: str
+    logprobs: np.ndarray
+    row: cf.CacheRow
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[n], the token that ended it included."""
+        return self.row.input_ids[self.prompt_tokens :]
+
+    @property
+    def mean_logprob(self) -> float:
+        return float(self.logprobs.mean(dtype=np.float64))
+
+
+def place_of(documents: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Where the generator's numbers for an answer are, [n] uint64: in a cache of given text, the row number."""
+    return np.asarray(documents, np.uint64) | np.asarray(indices, np.uint64) << np.uint64(40)
+
+
+def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
+    """What the tokenizer and the model call the end of a text, and in a chat the end of the assistant's turn."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if is_chat:
+        ends = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+        # One token only: of several, the first may stand in the middle of an answer.
+        found |= set(ends) if len(ends) == 1 else set()
+    return sorted(int(token) for token in found)
+
+
+class AnswerWriter:
+    """Owns the buffers of at most `batch_size` answers at a time.
+
+    Args:
+        rule: of the targets.
+        stop_tokens: an answer ends with any of these.
+        max_length: tokens of prompt and answer, at most.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        tokenizer: PreTrainedTokenizerBase,
+        rule: TargetRule,
+        generation: GenerationConfig,
+        *,
+        stop_tokens: Collection[int],
+        max_length: int,
+        batch_size: int,
+    ) -> None:
+        self.head, self.tokenizer, self.rule, self.generation = head, tokenizer, rule, generation
+        self.stop_tokens, self.max_length = frozenset(stop_tokens), max_length
+        device = head.device
+        self.logits = torch.empty((batch_size, head.vocab_size), dtype=head.weight.dtype, device=device)
+        self.scratch = torch.empty((batch_size, head.vocab_size), dtype=torch.float32, device=device)
+        # A string of n bytes takes n tokens at most; some more for tokens that are nothing but a part of a character.
+        self.tail_tokens = 4 + max((len(stop.encode()) for stop in generation.stop), default=0)
+
+    @torch.inference_mode()
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        """One batch, in the order given. Raises: ModelError if the teacher's logits are not all finite."""
+        prompts = {request.document: request.prompt for request in requests}
+        decoding = Decoding(self.head, list(prompts.values()))
+        if len(prompts) < len(requests):  # several answers: one pass over the prompt for all of them
+            order = {document: i for i, document in enumerate(prompts)}
+            decoding.select([order[request.document] for request in requests])
+        drafts = [_Draft(request, self._limit(request)) for request in requests]
+        active = drafts
+        for step in range(self.generation.max_new_tokens):
+            tokens = self._next(decoding, active, step)
+            for draft in active:
+                draft.stop_reason = self._stop_reason(draft)
+            going_on = [i for i, draft in enumerate(active) if draft.stop_reason is None]
+            if not going_on:
+                break
+            if len(going_on) < len(active):
+                decoding.select(going_on)
+                active, tokens = [active[i] for i in going_on], tokens[going_on]
+            decoding.advance(tokens)
+        return [self._answer(draft) for draft in drafts]
+
+    def _next(self, decoding: Decoding, active: Sequence[_Draft], step: int) -> torch.Tensor:
+        """Adds a token, its log-probability and the targets it was drawn from to each draft; the tokens [b]."""
+        generation, rule = self.generation, self.rule
+        places = place_of(
+            np.array([draft.request.document for draft in active]), np.array([draft.request.index for draft in active])
+        )
+        logits = self.head.logits(decoding.hidden, out=self.logits)
+        positions = np.array([len(draft.request.prompt) - 1 + step for draft in active])
+        targets = sparse_targets(logits, rule, draws(rule, places, positions), self.scratch).cpu()
+        if not targets.entropy.isfinite().all():
+            bad = active[int((~targets.entropy.isfinite()).nonzero()[0, 0])].request
+            raise ModelError(
+                f"prompt {bad.document}, answer {bad.index}, after {step} tokens: the teacher's logits hold NaN or "
+                "infinity. Try --dtype float32 (or bfloat16 instead of float16); the answers before are kept."
+            )
+        logits = logits.float()
+        chances = uniforms(generation.seed, places, np.full(len(places), step), 1, stream=STREAM)[:, 0]
+        tokens = draw(
+            logits,
+            torch.from_numpy(chances),
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            most=generation.top_k,
+        )
+        logprobs = logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+            active[i].token_ids.append(token)
+            active[i].logprobs.append(min(logprob, 0.0))
+            active[i].targets.append(ChunkTargets(*(part[i] for part in targets)))
+        return tokens
+
+    def _limit(self, request: Request) -> int:
+        return min(self.generation.max_new_tokens, self.max_length - len(request.prompt))
+
+    def _stop_reason(self, draft: _Draft) -> str | None:
+        if draft.token_ids[-1] in self.stop_tokens:
+            return EOS
+        if self.generation.stop and self._stop_at(self._decode(draft.token_ids[-self.tail_tokens :])) is not None:
+            return STOP_STRING
+        return LENGTH if len(draft.token_ids) >= draft.limit else None
+
+    def _stop_at(self, text: str) -> int | None:
+        """The first character of the first stop string in it."""
+        return min((at for stop in self.generation.stop if (at := text.find(stop)) >= 0), default=None)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        # Special tokens too: what the teacher wrote in the middle of an answer is not hidden from a predicate.
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _answer(self, draft: _Draft) -> Answer:
+        request = draft.request
+        text = self._decode(draft.token_ids[:-1] if draft.stop_reason == EOS else draft.token_ids)
+        if draft.stop_reason == STOP_STRING:
+            text = text[: self._stop_at(text)]
+        token_ids = np.concatenate([request.prompt, draft.token_ids]).astype(np.int32)
+        counted = np.zeros(len(token_ids), bool)
+        # From t the token at t + 1 is predicted: the first of the answer from the last of the prompt.
+        counted[len(request.prompt) - 1 : -1] = True
+        row = TokenRow(token_ids, counted, np.array([len(token_ids)], np.int32))
+        targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
+        return Answer(
+            document=request.document,
+            index=request.index,
+            prompt_tokens=len(request.prompt),
+            stop_reason=str(draft.stop_reason),
+            text=text,
+            logprobs=np.array(draft.logprobs, np.float32),
+            row=cache_row(0, row, counted, targets),
+        )
+
+
+class _Draft:
+    """An answer that is being written."""
+
+    def __init__(self, request: Request, limit: int) -> None:
+        self.request, self.limit = request, limit  # tokens, at most
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.targets: list[ChunkTargets] = []  # of one position each
+        self.stop_reason: str | None = None

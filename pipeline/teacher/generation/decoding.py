@@ -1,0 +1,126 @@
+"""Texts that grow by a token at a time: one forward pass over the prompts, then one position at a time with the
+key-value cache.
+
+Not `model.generate`: its sequences leave the batch only all together, its random numbers belong to the batch, and a
+model's own generation settings would change the distributions without a word. Here a sequence that has ended is taken
+out, several answers share one pass over their prompt, and the states go through the same `Head` as those of any text,
+so that targets come from the passes that write. Tests hold greedy answers to those of `model.generate`.
+
+Prompts of different lengths are padded on the left, where an attention mask hides the padding and positions begin with
+the first token. Whether a model does as told is not known from its name: `check_decoding` tries it.
+
+Shapes: b sequences, P longest prompt, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pipeline.errors import ModelError
+from pipeline.models.head import Head, evaluating
+
+PROBE_STEPS = 3
+
+
+class Decoding:
+    """The state of b growing sequences.
+
+    Attributes:
+        hidden: [b, D] the last state of each, from which its next token is predicted.
+    """
+
+    def __init__(self, head: Head, prompts: Sequence[np.ndarray]) -> None:
+        """Args: prompts: token ids of each, at least one."""
+        model, device = head.model, head.device
+        self._decoder = getattr(model, model.base_model_prefix)
+        self._cache = DynamicCache(config=model.config)
+        width = max(map(len, prompts))
+        input_ids, mask = torch.zeros((2, len(prompts), width), dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            input_ids[i, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
+            mask[i, width - len(prompt) :] = 1
+        self._mask = mask.to(device)  # [b, tokens so far]
+        self._lengths = self._mask.sum(dim=1, keepdim=True)  # [b, 1]
+        self.hidden = self._run(input_ids.to(device), (self._mask.cumsum(dim=1) - 1).clamp(min=0))
+
+    def select(self, which: Sequence[int]) -> None:
+        """Goes on with these sequences only, in this order; one may be taken several times."""
+        index = torch.tensor(which, dtype=torch.int64, device=self._mask.device)
+        self._cache.batch_select_indices(index)
+        self._mask, self._lengths, self.hidden = self._mask[index], self._lengths[index], self.hidden[index]
+
+    def advance(self, tokens: Tensor) -> None:
+        """Appends a token [b] to each sequence."""
+        self._mask = torch.cat([self._mask, torch.ones_like(self._lengths)], dim=1)
+        self.hidden = self._run(tokens[:, None], self._lengths)
+        self._lengths = self._lengths + 1
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        states = self._decoder(
+            input_ids=input_ids,
+            attention_mask=self._mask,
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+        )[0]
+        return states[:, -1].to(self._mask.device)
+
+
+def check_decoding(head: Head, *, padding: bool) -> None:
+    """Raises ModelError unless this model's states, a token at a time, are those of one pass over the whole text.
+
+    Args:
+        padding: whether sequences of different lengths will share a batch.
+    """
+    generator = torch.Generator().manual_seed(2)
+    first, second = (torch.randint(head.vocab_size, (n,), generator=generator).numpy() for n in (11, 7))
+    name = type(head.model).__name__
+    with evaluating(head.model), torch.no_grad():
+        for texts in ([first], [first, second]) if padding else ([first],):
+            expected = [_whole(head, text) for text in texts]
+            try:
+                found = _grown(head, texts)
+            except (TypeError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
+                raise ModelError(
+                    f"{name} cannot go on with a text from its key-value cache ({' '.join(str(error).split())[:200]}): "
+                    "this architecture cannot be used with --generate. Use another teacher."
+                ) from error
+            largest = max(states.abs().max().item() for states in expected)
+            deviation = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+            allowed = max(16 * torch.finfo(head.weight.dtype).eps, 64e-6) * max(1.0, largest)
+            if not deviation <= allowed:
+                alone = len(texts) == 1
+                raise ModelError(
+                    f"{name}: states from the key-value cache{'' if alone else ' of a padded batch'} differ from those "
+                    f"of one pass by {deviation:.2g} (allowed {allowed:.2g}). "
+                    + ("Use another teacher." if alone else "Use --batch-size 1, or another teacher.")
+                )
+
+
+def _whole(head: Head, text: np.ndarray) -> Tensor:
+    """[PROBE_STEPS, D] the states of the last positions, from one pass."""
+    ids = torch.from_numpy(text)[None].to(head.device)
+    positions = torch.arange(len(text), device=ids.device)[None]
+    return head.hidden_states(ids, positions)[0, -PROBE_STEPS:].float()
+
+
+def _grown(head: Head, texts: Sequence[np.ndarray]) -> list[Tensor]:
+    """The same of each text, grown from its beginning; the first leaves the batch before the last step."""
+    begun = Decoding(head, [text[: len(text) - PROBE_STEPS] for text in texts])
+    states: list[list[Tensor]] = [[] for _ in texts]
+    active = list(range(len(texts)))
+    for step in range(PROBE_STEPS):
+        if step == PROBE_STEPS - 1 and len(active) > 1:
+            states[0].append(_whole(head, texts[0])[-1])
+            active = active[1:]
+            begun.select(active)
+        tokens = [int(texts[i][len(texts[i]) - PROBE_STEPS + step]) for i in active]
+        begun.advance(torch.tensor(tokens, device=head.device))
+        for i, state in zip(active, begun.hidden.float(), strict=True):
+            states[i].append(state)
+    return [torch.stack(of_text) for of_text in states]

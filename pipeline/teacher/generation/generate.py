@@ -1,0 +1,377 @@
+"""`cache-teacher --generate`: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
+
+    1  write     a group of prompts ─▶ batches of similar length ─▶ answers with their targets ─▶ OUTPUT.answers
+    2  judge     a predicate sees every answer as soon as its group is there
+    3  cache     answers that were kept ─▶ rows, numbered ─▶ OUTPUT, an ordinary cache; OUTPUT.answers is removed
+
+Two places, because a cache must know its number of rows before the first, and what a predicate lets through is not
+known before the last answer is there. Killed at any instant, the same command goes on with the group of answers that
+is missing, or with the shard, and ends with the same bytes. What is kept is no part of what is recorded beside the
+answers: a predicate that was corrected judges answers that are there already, and a run that kept nothing loses none.
+
+One answer is one row: its prompt, which does not count, and its tokens, which do, with the one that ended it.
+
+Cost beside writing the answers, per token: choosing entries, some five reads of V floats. A prompt passes once through
+the teacher for all its answers that share a batch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import cache_format as cf
+from pipeline.errors import ConfigError
+from pipeline.models.head import Head
+from pipeline.models.loading import load_config, load_tokenizer, teacher_fingerprints
+from pipeline.models.objective import Objective, objective_of
+from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.generation.answer_store import AnswerStore, store_location
+from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
+from pipeline.teacher.generation.answers import AnswerWriter, GenerationConfig, find_stop_tokens
+from pipeline.teacher.generation.decoding import check_decoding
+from pipeline.teacher.generation.predicates import Predicate, load_predicate
+from pipeline.teacher.opening import open_teacher
+from pipeline.teacher.text.prompts import Prompts, open_prompts
+from pipeline.teacher.writing.cache_metadata import cache_metadata
+from pipeline.teacher.writing.shard_sizes import SHARD_TOKENS, as_begun, rows_together
+from pipeline.teacher.writing.workers import device_names, this_worker
+
+DECIMALS = 6  # of log-probabilities in answers.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSummary:
+    """What a finished run wrote."""
+
+    output: str
+    prompts: int
+    answers: int
+    passed: int  # the predicate; all without one
+    rows: int  # answers that were kept
+    prompts_kept: int  # with such an answer
+    stop_reasons: dict[str, int]  # of all answers
+    mean_logprob: float  # per token of the answers kept, nats
+    tokens: int
+    counted_tokens: int
+    bytes: int
+    exact_mass: float | None  # mean probability mass of the exact entries; None if the cache was found finished
+    seconds: float
+    tokens_per_s: float  # written by this run
+    resumed_answers: int  # found complete from an earlier run
+    corpus_report: dict[str, float]
+
+
+def generate_cache(
+    config: CacheTeacherConfig,
+    generation: GenerationConfig,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[GenerationProgress], None] = lambda _: None,
+) -> GenerationSummary:
+    """Lets the teacher answer the prompts of `config.data` and caches what it wrote; continues an unfinished run.
+
+    Of `config.data`, packing and what concerns losses are not used; `config.batch_size` is of answers.
+
+    Raises:
+        DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
+        CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
+    """
+    worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
+    if not worker.alone or worker.rank is not None:
+        raise ConfigError(
+            "--generate: one process writes the answers, found several (torchrun, --num-workers, --shard-range or "
+            "--tp). Start one."
+        )
+    # What can be found out now is found out before minutes go into loading.
+    predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
+    store = AnswerStore(store_location(config.output), config.workers.stale_after)
+    manifest = _finished(config, generation, predicate)
+    store.check()
+    if manifest is not None and not _other_names(config, manifest):
+        if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
+            store.remove()  # killed between the last two steps
+        return _summary_of(config.output, manifest)
+    device = worker.device(config.device)
+    started = time.perf_counter()
+
+    on_stage("reading the prompts")
+    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    _check_writes(config)
+    prompts = open_prompts(config.data, tokenizer)
+
+    on_stage(f"loading the teacher on {device}")
+    head = open_teacher(config, prompts, tokenizer, device)
+    config.targets.check_vocabulary(head.vocab_size)
+    check_decoding(head, padding=config.batch_size > 1)
+    stop_tokens = find_stop_tokens(head.model, tokenizer, is_chat=prompts.columns.is_chat)
+    settings = _settings(config, generation, prompts, head, tokenizer, stop_tokens, device)
+    if manifest is not None:
+        _check_same_things(config, manifest, settings)
+        return _summary_of(config.output, manifest)
+    with store:
+        store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
+
+        on_stage(f"writing {generation.answers_per_prompt} answers to each of {prompts.answerable.sum():,} prompts")
+        answering = Answering(
+            prompts,
+            store,
+            lambda batch_size: AnswerWriter(
+                head,
+                tokenizer,
+                config.targets,
+                generation,
+                stop_tokens=stop_tokens,
+                max_length=config.data.window_length,
+                batch_size=batch_size,
+            ),
+            answers_per_prompt=generation.answers_per_prompt,
+            batch_size=config.batch_size,
+            predicate=predicate,
+            keep=generation.keep,
+            on_progress=on_progress,
+        )
+        selection = answering.run()
+
+        on_stage(f"caching {len(selection.chosen):,} of {selection.answers:,} answers")
+        corpus = _corpus(generation, prompts, stop_tokens, predicate, answering)
+        grouped = config
+        if config.rows_per_shard is None:
+            # Answers are shorter than their window, so a shard is filled by what they have.
+            together = rows_together(config)
+            per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
+            grouped = replace(config, rows_per_shard=max(together, per_shard))
+        metadata = cache_metadata(grouped, corpus, head, tokenizer_fingerprint(tokenizer), device)
+        if config.overwrite:
+            # Only now that there is something to take its place.
+            cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
+        metadata = as_begun(config, metadata)
+        with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
+            _write_cache(config.output, writer, answering)
+        store.remove()
+    return replace(
+        _summary_of(config.output, cf.open_cache(config.output).manifest),
+        exact_mass=1.0 - selection.outside_sum / selection.counted_tokens,
+        seconds=time.perf_counter() - started,
+        tokens_per_s=answering.tokens_written / (time.perf_counter() - answering.started),
+        resumed_answers=answering.resumed,
+    )
+
+
+def _check_writes(config: CacheTeacherConfig) -> None:
+    """Raises: ConfigError if the teacher fills in what is masked, instead of going on with a text, or for what is kept
+    of given texts only."""
+    found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
+        raise ConfigError(
+            f"--generate: {config.teacher} is a masked language model, which cannot go on with a text. Use a causal "
+            "one."
+        )
+    if config.masking is not None:
+        raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
+    if config.targets.kind == "hidden":
+        raise ConfigError(
+            "--generate: --targets hidden keeps states of texts, not of what is being written. Use --targets threshold."
+        )
+    if config.hidden is not None:
+        raise ConfigError("--generate: states are kept of texts, not of what is being written. Leave --hidden-… out.")
+
+
+def _finished(
+    config: CacheTeacherConfig, generation: GenerationConfig, predicate: Predicate | None
+) -> cf.Manifest | None:
+    """The finished cache that this run would write, if it is there already, by all but the names of teacher and
+    prompts. Raises: CacheError if another one is."""
+    manifest = None if config.overwrite else cf.finished_manifest(config.output)
+    replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
+    cf.check_writable(config.output, replace=replaces, stale_after_s=stale_after_s)
+    if manifest is None:
+        return None
+    recorded = manifest.metadata.to_json()
+    corpus = recorded["corpus"]
+    data = {name: getattr(config.data, name) for name in ("data_config", "split", "text_column", "max_documents")}
+    compared = [
+        ("targets", recorded["targets"], config.targets.to_json()),
+        ("corpus", corpus, {"window_length": config.data.window_length, **data}),
+        ("generation", corpus.get("generation", {}), {**generation.to_json(), **_kept_by(generation, predicate)}),
+        ("manifest", recorded, {"encoding": config.encoding}),
+    ]
+    found = [d for key, was, given in compared for d in cf.differences({k: was.get(k) for k in given}, given, key)]
+    if found:
+        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+    return manifest
+
+
+def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
+    """Whether teacher or prompts are spelled in another way than they were, so that it takes a look at them to know
+    whether they are the same."""
+    recorded = manifest.metadata
+    return (config.teacher, config.data.data) != (recorded.teacher.get("name"), recorded.corpus.get("source"))
+
+
+def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settings: dict[str, Any]) -> None:
+    """Raises: CacheError if a finished cache is of another teacher or other prompts."""
+    recorded = manifest.metadata.to_json()
+    of_prompts = {name: settings["prompts"][name] for name in ("source", "files")}
+    of_teacher = {name: settings["teacher"][name] for name in ("dtype", *cf.FINGERPRINTS)}
+    given = {"teacher": of_teacher, "tokenizer": settings["tokenizer"], "prompts": of_prompts}
+    was = {
+        "teacher": {name: recorded["teacher"].get(name) for name in of_teacher},
+        "tokenizer": recorded["tokenizer"],
+        "prompts": {name: recorded["corpus"].get(name) for name in of_prompts},
+    }
+    if found := cf.but_for_names(cf.differences(was, given), was):
+        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+
+
+def _kept_by(generation: GenerationConfig, predicate: Predicate | None) -> dict[str, Any]:
+    return {"keep": generation.keep, "keep_if": None if predicate is None else predicate.to_json()}
+
+
+def _settings(
+    config: CacheTeacherConfig,
+    generation: GenerationConfig,
+    prompts: Prompts,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: list[int],
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that decides answers and targets, and nothing that decides which are kept."""
+    return {
+        "teacher": {
+            "architecture": type(head.model).__name__,
+            "dtype": str(head.weight.dtype).removeprefix("torch."),
+            **teacher_fingerprints(head.model),
+        },
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "vocab_size": head.vocab_size,
+        "prompts": {**prompts.description, "number": len(prompts)},
+        "max_length": config.data.window_length,
+        "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
+        "targets": config.targets.to_json(),
+        "capture": {
+            "device": device_names(head.model, device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "batch_size": config.batch_size,
+        },
+        "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """The text of the cache to be, as `cache_metadata` asks for it."""
+
+    selection: Selection
+    description: dict[str, Any]
+    report: dict[str, int | float]
+    objective: Objective = "causal"
+
+    def __len__(self) -> int:
+        return len(self.selection.chosen)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.selection.tokens
+
+    @property
+    def num_counted_tokens(self) -> int:
+        return self.selection.counted_tokens
+
+    @property
+    def token_stream_sha256(self) -> str:
+        return self.selection.stream.hexdigest()
+
+
+def _corpus(
+    generation: GenerationConfig,
+    prompts: Prompts,
+    stop_tokens: list[int],
+    predicate: Predicate | None,
+    answering: Answering,
+) -> _Corpus:
+    selection = answering.selection
+    counts = {"answers": selection.answers, "passed": selection.passed, "prompts_kept": selection.prompts_kept}
+    written = {
+        **generation.to_json(),
+        "stop_tokens": stop_tokens,
+        **_kept_by(generation, predicate),
+        **counts,
+        "stop_reasons": dict(selection.stop_reasons),
+        # Once here for its checksum, which the manifest holds from the beginning; once in the cache.
+        "answers_file": cf.write_answers(answering.store.location, _answers(answering)),
+    }
+    report: dict[str, int | float] = {
+        "documents": len(prompts),
+        "empty_prompts": int(np.count_nonzero(prompts.lengths == 0)),
+        "long_prompts": int(np.count_nonzero(prompts.lengths >= prompts.config.window_length)),
+        **counts,
+        "rows": len(selection.chosen),
+        "tokens": selection.tokens,
+        "counted_tokens": selection.counted_tokens,
+        "ignored_files": prompts.source.ignored_files,
+    }
+    description = {**prompts.description, "generation": written}
+    return _Corpus(selection, description, report)
+
+
+def _answers(answering: Answering) -> Iterator[dict[str, Any]]:
+    """One line for each row of the cache to be."""
+    number = 0
+    for group in answering.groups():
+        for answer in group.answers:
+            yield {
+                "row": number,
+                "document": answer.document,
+                "answer": answer.index,
+                "prompt_tokens": answer.prompt_tokens,
+                "stop_reason": answer.stop_reason,
+                "mean_logprob": round(answer.mean_logprob, DECIMALS),
+                "text": answer.text,
+                "token_logprobs": [round(each, DECIMALS) for each in answer.logprobs.tolist()],
+            }
+            number += 1
+
+
+def _write_cache(output: str, writer: Any, answering: Answering) -> None:
+    cf.write_answers(output, _answers(answering))
+    number = 0
+    for group in answering.groups():
+        writer.annotate(batch_size=group.batch_size)
+        rows = [replace(answer.row, row=number + i) for i, answer in enumerate(group.answers)]
+        writer.write(rows)
+        number += len(rows)
+
+
+def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
+    """What a finished cache says of how it was made."""
+    corpus = manifest.metadata.corpus
+    written = corpus["generation"]
+    logprobs = [logprob for line in cf.open_cache(output).answers() for logprob in line["token_logprobs"]]
+    return GenerationSummary(
+        output=output,
+        prompts=corpus["report"]["documents"],
+        answers=written["answers"],
+        passed=written["passed"],
+        rows=manifest.num_rows,
+        prompts_kept=written["prompts_kept"],
+        stop_reasons=dict(written["stop_reasons"]),
+        mean_logprob=float(np.mean(logprobs)),
+        tokens=manifest.num_tokens,
+        counted_tokens=manifest.num_counted_tokens,
+        bytes=manifest.stored_bytes,
+        exact_mass=None,
+        seconds=0.0,
+        tokens_per_s=0.0,
+        resumed_answers=written["answers"],
+        corpus_report=dict(corpus["report"]),
+    )

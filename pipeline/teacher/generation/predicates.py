@@ -1,0 +1,133 @@
+"""Which answers go into the cache: a user's predicate, and how many of those that pass it.
+
+    def correct(example, answer):
+        return answer.text.strip().endswith(example["solution"])
+
+`example` is the row of the source with all its columns, `answer` an `Answered`. The function is named by import path,
+`package.module:function`, or by file, `path/to/file.py:function`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.teacher.generation.answers import Answer, Keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What a predicate is told of an answer beside its example."""
+
+    text: str  # without the token or stop string that ended it
+    token_ids: tuple[int, ...]  # with them
+    stop_reason: str  # eos, stop-string or length
+    mean_logprob: float  # natural log, per token, by the teacher's own probabilities
+    index: int  # among the answers to this prompt, from 0
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A user's function, and what identifies it."""
+
+    name: str  # as given
+    function: Callable[[dict[str, Any], Answered], bool]
+    sha256: str | None  # of the file that it stands in, if there is one
+
+    def __call__(self, example: Mapping[str, Any], answer: Answer, where: str) -> bool:
+        """Raises: ConfigError naming `where` if it fails, or does not say yes or no."""
+        told = Answered(
+            text=answer.text,
+            token_ids=tuple(answer.token_ids.tolist()),
+            stop_reason=answer.stop_reason,
+            mean_logprob=answer.mean_logprob,
+            index=answer.index,
+        )
+        try:
+            verdict = self.function(dict(example), told)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"--keep-if {self.name}: raised {reason} on {where}. Correct the function.") from error
+        if not isinstance(verdict, (bool, np.bool_)):
+            raise ConfigError(
+                f"--keep-if {self.name}: returned {_short(verdict)} on {where}, expected True or False. Correct the "
+                "function."
+            )
+        return bool(verdict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"function": self.name, "sha256": self.sha256}
+
+
+def load_predicate(name: str) -> Predicate:
+    """Raises: ConfigError if there is no such function."""
+    place, colon, function_name = name.rpartition(":")
+    if not colon or not place or not function_name.isidentifier():
+        raise ConfigError(
+            f"--keep-if {name}: expected module:function or path/to/file.py:function. Give the function after a colon."
+        )
+    try:
+        module = _from_file(place) if place.endswith(".py") else _from_path(place)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"--keep-if {name}: {place} cannot be imported: {reason}. Correct it.") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        found = "nothing of that name" if function is None else f"a {type(function).__name__}"
+        raise ConfigError(f"--keep-if {name}: found {found} in {place}, expected a function. Check the name.")
+    try:
+        inspect.signature(function).bind({}, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"--keep-if {name}: it takes {inspect.signature(function)}, expected (example, answer). Change it."
+        ) from error
+    except ValueError:  # a builtin, which does not say
+        pass
+    file = getattr(module, "__file__", None)
+    digest = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return Predicate(name, function, digest)
+
+
+def choose(answers: Sequence[Answer], keep: Keep) -> list[Answer]:
+    """Of the answers to one prompt that passed: all, the first, or the one of the highest mean log-probability."""
+    if keep == "all" or not answers:
+        return list(answers)
+    return [answers[0] if keep == "first" else max(answers, key=lambda answer: (answer.mean_logprob, -answer.index))]
+
+
+def _from_file(place: str) -> Any:
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--keep-if {place}: no such file. Check the path.")
+    spec = importlib.util.spec_from_file_location(f"distill_keep_if_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--keep-if {place}: not a Python file. Check the path.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_path(place: str) -> Any:
+    # Looked for as by `python -m`: in the current directory too.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(place)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,156 @@
+"""Which hidden states of the teacher are kept, at which positions, in which numbers.
+
+    --hidden-states   last, all, or layers such as 6,12,18; 0 is the embeddings' output, i that of layer i
+    --hidden-every N  one in N of the positions that have targets, another one in each row
+    --hidden-dtype    float16, float32, or int8 with a scale per position: an error of at most max|h| / 254 in each
+
+What a student is taught by them is in `pipeline.losses.feature_losses`; those of the last layer may be the targets
+themselves (`targets.hidden_targets`). They are large: D numbers for a position and layer,
+where its targets take a few dozen bytes; hence the size that is said before anything is computed.
+
+Shapes: B rows of T positions, n positions of a batch that have states, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cache_format as cf
+from cache_format.rows.hidden import DTYPES
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models.head import Head
+
+RECORD_BATCH_BYTES = 2**23  # of the states that a reader has to hold for the sake of one row
+SHARD_BYTES = 2**29
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenRule:
+    """What is asked for; `spec` is what that is of a given teacher."""
+
+    layers: str | None = "last"  # last, all, or numbers with commas; None: only what hidden targets are made of
+    dtype: str = "float16"  # float32, or int8
+    every: int = 1  # one in so many of the positions that have targets
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError for what no teacher has."""
+        named = self.layers not in (None, "last", "all")
+        if named and not all(word.strip().isdecimal() for word in str(self.layers).split(",")):
+            raise ConfigError(f"--hidden-states {self.layers}: expected last, all, or layers as in 6,12,18.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--hidden-dtype {self.dtype}: expected one of {', '.join(DTYPES)}.")
+        if self.every < 1:
+            raise ConfigError(f"--hidden-every {self.every}: expected 1 or more.")
+
+    def spec(self, head: Head) -> cf.HiddenSpec:
+        """Raises: ConfigError for layers that this teacher does not have; ModelError if its states cannot be had."""
+        last, width = head.layers()
+        if self.layers == "last":
+            layers: Sequence[int] = [last]
+        elif self.layers == "all":
+            layers = range(1, last + 1)
+        else:
+            layers = sorted({int(word) for word in str(self.layers).split(",")})
+        if layers[-1] > last:
+            raise ConfigError(
+                f"--hidden-states {self.layers}: this teacher has layers 0 (the embeddings' output) to {last}. Choose "
+                "among them."
+            )
+        return cf.HiddenSpec(layers=tuple(layers), teacher_layers=last, width=width, dtype=self.dtype, every=self.every)
+
+
+def predicted_bytes(spec: cf.HiddenSpec, positions: int) -> int:
+    """Of the states of a corpus in which so many positions have targets; compression saves a tenth or so of them."""
+    return -(-positions // spec.every) * spec.bytes_per_position
+
+
+def rows_within(spec: cf.HiddenSpec, positions_per_row: float, most_bytes: int) -> int:
+    """So many rows have states of at most `most_bytes`; one at least."""
+    per_row = positions_per_row / spec.every * spec.bytes_per_position
+    return max(1, int(most_bytes // max(per_row, 1.0)))
+
+
+def chosen(stored: np.ndarray, row: int, every: int) -> np.ndarray:
+    """bool [T]: of the positions that have targets, one in `every`; over consecutive rows each in its turn."""
+    mask = np.zeros_like(stored)
+    positions = np.flatnonzero(stored)
+    mask[positions[(np.arange(len(positions)) + row) % every == 0]] = True
+    return mask
+
+
+def quantised(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """States [n, D] as they are stored, and their scales [n] float32 with int8.
+
+    int8: scale = max|h| / 127 of the position, integer = h / scale, rounded; off by half a scale at most.
+    """
+    if dtype != "int8":
+        return states.to(getattr(torch, dtype)), None
+    states = states.float()
+    scales = states.abs().amax(dim=1) / 127.0
+    integers = (states / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+    # An integer has no NaN: what was none shows in the scale, which the writer refuses.
+    return integers.nan_to_num_(0.0).clamp_(-127, 127).to(torch.int8), scales
+
+
+def of_batch(
+    states: Mapping[int, Tensor], masks: Sequence[np.ndarray], dtype: str
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """States [n, D] and scales [n] of every layer at the chosen positions, on the device.
+
+    Args:
+        states: layer -> [B, T, D].
+        masks: bool [≤T] of each row.
+    """
+    first = next(iter(states.values()))
+    where = torch.zeros(first.shape[:2], dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        where[i, : len(mask)] = torch.from_numpy(mask)
+    where = where.to(first.device)
+    kept, scales = {}, {}
+    for layer, each in states.items():
+        kept[layer], scale = quantised(each[where], dtype)
+        if scale is not None:
+            scales[layer] = scale
+    return kept, scales
+
+
+def of_rows(
+    states: Mapping[int, Tensor], scales: Mapping[int, Tensor], masks: Sequence[np.ndarray], rows: Sequence[int]
+) -> list[cf.HiddenStates]:
+    """The states of a batch, on the host, row by row.
+
+    Args:
+        rows: their numbers, for the error.
+
+    Raises: ModelError if some do not fit the numbers that they are stored in.
+    """
+    whole = cf.HiddenStates(
+        mask=np.concatenate(masks),
+        states={layer: each.numpy() for layer, each in states.items()},
+        scales={layer: each.numpy() for layer, each in scales.items()},
+    )
+    ends = np.cumsum([len(mask) for mask in masks])
+    found = [whole.cut(slice(end - len(mask), end)) for mask, end in zip(masks, ends, strict=True)]
+    for row, hidden in zip(rows, found, strict=True):
+        if problem := find_problem(hidden):
+            raise ModelError(f"row {row}, {problem}")
+    return found
+
+
+def find_problem(hidden: cf.HiddenStates) -> str | None:
+    """Where a state is not a number any more, and what to do about it."""
+    invalid = cf.find_invalid_state(hidden)
+    if invalid is None:
+        return None
+    position, what = invalid
+    remedy = (
+        "the largest float16 is 65,504. Use --hidden-dtype int8, which has a scale, or float32."
+        if any(states.dtype == np.float16 for states in hidden.states.values())
+        else "the teacher computes NaN or infinity. Try --dtype float32."
+    )
+    return f"position {position}: {what}: {remedy}"

@@ -1,0 +1,218 @@
+"""Text to tokenised documents, the first step of stage one.
+
+    rows of any source ─▶ text and spans to learn ─▶ token ids, and which of them are to be learned
+
+The result lies as Arrow files in the cache of `datasets` (HF_DATASETS_CACHE), some 4 bytes per
+token, and is memory-mapped; a second run on the same text, tokenizer and options finds it there, and of
+several processes that want it one does the work.
+Cost: the tokenizer's speed, and memory for one batch of documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cache_format.storage.claims import Claims, wait_for
+from cache_format.storage.directory import open_directory
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models.tokenizers import tokenizer_fingerprint
+from pipeline.teacher.text import chat, encoding, examples
+from pipeline.teacher.text.examples import Columns, find_columns, read_example
+from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
+
+_FEATURES = datasets.Features(
+    input_ids=datasets.Sequence(datasets.Value("int32")),
+    is_target=datasets.Sequence(datasets.Value("bool")),
+)
+# A document may be a book: so many of them are in memory at once.
+_DOCUMENTS_PER_BATCH = 64
+_DOCUMENTS_PER_RECORD_BATCH = 256
+
+_LOSS_CHOICES = ("auto", "all", "assistant", "completion")
+_SAMPLE_CHOICES = ("document", "paragraph", "line")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how it becomes rows of tokens."""
+
+    data: str  # file, glob, directory, save_to_disk folder, or the name of a dataset on the hub
+    data_config: str | None = None  # configuration ("subset") of a dataset on the hub
+    split: str = "train"  # or a slice of it, "train[:10%]"; local files are all "train"
+    text_column: str | None = None  # strings or messages; None: see examples.find_columns
+    sample_by: Literal["document", "paragraph", "line"] = "document"  # one document of a .txt file
+    loss_on: Literal["auto", "all", "assistant", "completion"] = "auto"  # auto: by the format
+    append_eos: bool | None = None  # end text with EOS; chat templates bring their own. None: for causal models
+    max_documents: int | None = None  # only the first so many
+    packing: bool | None = None  # several short documents per row, else one or a window. None: for causal models
+    window_length: int = 1024  # tokens in a row, at most
+    num_proc: int | None = None  # processes; None: this one, with the tokenizer's own threads
+
+    def __post_init__(self) -> None:
+        for name, choices in (("sample_by", _SAMPLE_CHOICES), ("loss_on", _LOSS_CHOICES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
+        if self.window_length < 2:
+            raise ConfigError(
+                f"window_length: found {self.window_length}, expected at least 2: one token predicts nothing."
+            )
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ConfigError(f"max_documents: found {self.max_documents}, expected at least 1.")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The tokenised text, in the order of its source."""
+
+    tokens: datasets.Dataset  # input_ids list<int32>, is_target list<bool>; both empty if no text
+    columns: Columns
+    loss_on: str  # all, assistant or completion
+    source: Source
+
+
+def tokenise_documents(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = True
+) -> Documents:
+    """Load, render, tokenise. Raises DataError, ModelError, ConfigError, with the next step.
+
+    Args:
+        special_tokens: begin and end texts as the tokenizer does, and with EOS if `config.append_eos` is not False.
+    """
+    source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
+    rows = source.rows
+    if config.max_documents is not None:
+        rows = rows.select(range(min(config.max_documents, len(rows))))
+    columns = find_columns(rows, config.text_column, config.data)
+    loss_on = columns.loss_choices[0] if config.loss_on == "auto" else config.loss_on
+    if loss_on not in columns.loss_choices:
+        raise ConfigError(
+            f"{config.data}: loss on {loss_on} does not go with {columns.format} data "
+            f"(column {', '.join(columns.names)}), expected {' or '.join(columns.loss_choices)}."
+        )
+    append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
+    _check_tokenizer(tokenizer, columns, loss_on, append_eos)
+    tokens = _map_cached(
+        rows,
+        partial(
+            _tokenise_batch,
+            data=config.data,
+            columns=columns,
+            loss_on=loss_on,
+            append_eos=append_eos,
+            affixes=special_tokens and not columns.is_chat,  # a chat template writes its special tokens itself
+            tokenizer=tokenizer,
+        ),
+        _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
+        config.num_proc,
+    )
+    return Documents(tokens, columns, loss_on, source)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_on: str, append_eos: bool) -> None:
+    name = tokenizer.name_or_path or "teacher"
+    if columns.is_chat:
+        chat.chat_template(tokenizer)
+    if loss_on != "all" and not tokenizer.is_fast:
+        raise ModelError(
+            f"{name}: found a slow tokenizer, expected a fast one: only its character offsets tell "
+            "the tokens to learn from the others. Convert it, or train on all (--loss-on all)."
+        )
+    if append_eos and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{name}: the tokenizer has no EOS token to end documents with. Set one, or do not append it."
+        )
+
+
+def _tokenise_batch(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    *,
+    data: str,
+    columns: Columns,
+    loss_on: str,
+    append_eos: bool,
+    affixes: bool,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, list[np.ndarray]]:
+    """Rows of the source, to the columns of `_FEATURES`."""
+    texts = [
+        read_example(
+            {name: batch[name][place] for name in columns.names},
+            f"{data}, row {row}",
+            columns=columns,
+            loss_on=loss_on,
+            tokenizer=tokenizer,
+        )
+        for place, row in enumerate(indices)
+    ]
+    prefix, suffix = encoding.special_affixes(tokenizer) if affixes else ([], [])
+    if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
+        suffix = [*suffix, tokenizer.eos_token_id]
+    input_ids, is_target = encoding.encode(texts, tokenizer, prefix=prefix, suffix=suffix)
+    return {"input_ids": input_ids, "is_target": is_target}
+
+
+def _map_cached(
+    rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None
+) -> datasets.Dataset:
+    # An explicit file: the default lies beside the source, which may be the user's own folder.
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "distill"
+    cache.mkdir(parents=True, exist_ok=True)
+    claims = Claims(open_directory(cache))
+    try:
+        wait_for(claims, f"documents-{fingerprint}")
+        return _map(rows, function, fingerprint, num_proc, cache)
+    finally:
+        claims.close()
+
+
+def _map(
+    rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None, cache: Path
+) -> datasets.Dataset:
+    with quiet_datasets():
+        return rows.map(
+            function,
+            with_indices=True,
+            batched=True,
+            batch_size=_DOCUMENTS_PER_BATCH,
+            writer_batch_size=_DOCUMENTS_PER_RECORD_BATCH,
+            remove_columns=rows.column_names,
+            features=_FEATURES,
+            num_proc=num_proc,
+            cache_file_name=str(cache / f"documents-{fingerprint}.arrow"),
+            load_from_cache_file=True,
+            new_fingerprint=fingerprint,
+        )
+
+
+def _fingerprint(
+    rows: datasets.Dataset,
+    columns: Columns,
+    loss_on: str,
+    append_eos: bool,
+    special_tokens: bool,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """Of everything that decides the tokens, this code included: corrected, it must not find what
+    it did before. `datasets` would hash the pickled tokenizer, which changes as it is used."""
+    modules = (__file__, examples.__file__, chat.__file__, encoding.__file__)
+    decides = {
+        "rows": rows._fingerprint,
+        "columns": [columns.format, *columns.names],
+        "loss_on": loss_on,
+        "append_eos": append_eos,
+        "special_tokens": special_tokens,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,119 @@
+"""Text to token ids, and per token whether it is to be learned.
+
+A text is tokenised as one: parts that are tokenised separately give other tokens at their seams
+than the model will see. Which tokens are to be learned follows from their character offsets. Only
+a text of more than a quarter million characters is tokenised in blocks, cut after a line: a
+tokenizer needs some 130 bytes per character, 4 GB for a text file of 30 MB.
+
+Shape: T tokens of one text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.teacher.text.chat import Span
+from pipeline.teacher.text.examples import Example
+
+# Four blocks make a group, which the tokenizer's threads share.
+_BLOCK_CHARACTERS = 1 << 18
+_GROUP_CHARACTERS = 1 << 20
+
+_Block = tuple[int, int, str]  # (index of the example, first character, text)
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefix: Sequence[int] = (),
+    suffix: Sequence[int] = (),
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids int32 [T] and targets bool [T] of each example; of empty text, nothing.
+
+    `prefix` is context, `suffix` is to be learned: how a text ends is part of it. A suffix that the
+    text ends with already is not repeated.
+    """
+    ids = [[np.asarray(prefix, dtype=np.int32)] for _ in examples]
+    targets = [[np.full(len(prefix), example.spans is None)] for example in examples]
+    with_offsets = any(example.spans is not None for example in examples)
+    for blocks in _groups(_blocks(examples)):
+        encoded = tokenizer(
+            [text for _, _, text in blocks],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,  # a tokenizer.json may carry a truncation of its own
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=with_offsets,
+            verbose=False,  # no warning beyond the model's context: windows come later
+        )
+        for place, (index, first, _) in enumerate(blocks):
+            block_ids = np.asarray(encoded["input_ids"][place], dtype=np.int32)
+            spans = examples[index].spans
+            if spans is None:
+                learned = np.ones(len(block_ids), dtype=bool)
+            else:
+                offsets = np.asarray(encoded["offset_mapping"][place], dtype=np.int64)
+                learned = token_targets(offsets.reshape(-1, 2) + first, spans)
+            ids[index].append(block_ids)
+            targets[index].append(learned)
+    for index, example in enumerate(examples):
+        if not example.text:
+            ids[index], targets[index] = [ids[index][0][:0]], [targets[index][0][:0]]
+        elif list(ids[index][-1][-len(suffix) :]) != list(suffix):
+            ids[index].append(np.asarray(suffix, dtype=np.int32))
+            targets[index].append(np.ones(len(suffix), dtype=bool))
+    return [np.concatenate(parts) for parts in ids], [np.concatenate(parts) for parts in targets]
+
+
+def token_targets(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Which tokens, of character offsets [T, 2], start within one of the spans: bool [T].
+
+    A token across the start of a span is not what the student will have to say there; a token
+    across its end ("!\\n") is the only way to end. A tokenizer that trims white space from its
+    offsets leaves empty ones at the token's end: the last condition keeps them out of a span that
+    only follows.
+    """
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    inside = np.zeros(len(offsets), dtype=bool)
+    for start, stop in spans:
+        inside |= (starts >= start) & (starts < stop) & (stops > start)
+    return inside
+
+
+def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a plain text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    begin = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[:begin], whole[begin + len(plain) :]
+
+
+def _blocks(examples: Iterable[Example]) -> Iterator[_Block]:
+    for index, example in enumerate(examples):
+        start, text = 0, example.text
+        while start < len(text):
+            stop = start + _BLOCK_CHARACTERS
+            if stop < len(text):
+                stop = text.rfind("\n", start, stop) + 1 or text.rfind(" ", start + 1, stop)
+                stop = stop if stop > start else start + _BLOCK_CHARACTERS
+            yield index, start, text[start:stop]
+            start = stop
+
+
+def _groups(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
+    """As many blocks at a time as bound the tokenizer's memory."""
+    group: list[_Block] = []
+    characters = 0
+    for block in blocks:
+        group.append(block)
+        characters += len(block[2])
+        if characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group

@@ -1,0 +1,110 @@
+"""What a teacher is asked: rows of any source ─▶ token ids, a few at a time.
+
+    messages    the conversation without a last answer, and what opens the assistant's turn
+    prompt      text or messages; whatever stands beside it, a `completion` too, is not shown
+    text        a text to go on with
+
+All are read once at the start, so that a row that cannot be used is found out before the first answer; only their
+lengths are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import DataError
+from pipeline.models.objective import Objective
+from pipeline.teacher.text import chat, encoding
+from pipeline.teacher.text.corpus import DataConfig
+from pipeline.teacher.text.examples import Columns, Example, find_prompt, read_prompt
+from pipeline.teacher.text.sources import Source, load_source
+
+_PROMPTS_PER_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The prompts, in the order of their source."""
+
+    config: DataConfig
+    rows: datasets.Dataset
+    columns: Columns
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [prompts], tokens of each. Raises: DataError for a row that cannot be used."""
+        parts = (range(start, start + _PROMPTS_PER_BATCH) for start in range(0, len(self), _PROMPTS_PER_BATCH))
+        return np.array([len(prompt) for part in parts for prompt in self.tokens(part)])
+
+    @cached_property
+    def answerable(self) -> np.ndarray:
+        """bool [prompts]: those that are not empty and leave room for an answer."""
+        return (self.lengths > 0) & (self.lengths < self.config.window_length)
+
+    def example(self, document: int) -> dict[str, Any]:
+        """A row of the source with all its columns."""
+        return dict(self.rows[document])
+
+    def tokens(self, documents: range) -> list[np.ndarray]:
+        """int32 [P] of each; of an empty prompt, nothing. Raises: DataError naming the row."""
+        (name,) = self.columns.names
+        batch = self.rows[documents.start : documents.stop]
+        texts = [
+            read_prompt({name: value}, f"{self.config.data}, row {row}", columns=self.columns, tokenizer=self.tokenizer)
+            for row, value in enumerate(batch[name], start=documents.start)
+        ]
+        # A chat template writes its special tokens itself; no prompt ends with one, since it goes on.
+        prefix = [] if self.columns.is_chat else encoding.special_affixes(self.tokenizer)[0]
+        return encoding.encode([Example(text) for text in texts], self.tokenizer, prefix=prefix)[0]
+
+    @property
+    def objective(self) -> Objective:
+        return "causal"
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Where they come from and how they were treated, for the cache's metadata."""
+        config = self.config
+        return {
+            "source": config.data,
+            "files": self.source.describe_files(),
+            "format": self.columns.format,
+            "columns": list(self.columns.names),
+            "data_config": config.data_config,
+            "split": config.split,
+            "text_column": config.text_column,
+            "sample_by": config.sample_by,
+            "max_documents": config.max_documents,
+            "loss_on": "answer",
+            "packing": False,
+        }
+
+
+def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """Raises: DataError, ModelError, with the next step."""
+    source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
+    rows = source.rows
+    if config.max_documents is not None:
+        rows = rows.select(range(min(config.max_documents, len(rows))))
+    columns = find_prompt(rows, config.text_column, config.data)
+    if columns.is_chat:
+        chat.chat_template(tokenizer)
+    prompts = Prompts(config, rows, columns, source, tokenizer)
+    if not prompts.answerable.any():
+        empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.window_length)
+        raise DataError(
+            f"{config.data}: no prompt to answer: {empty:,} are empty, {long:,} have {config.window_length:,} tokens "
+            "or more and leave no room. Check the column, or use a larger --seq-len."
+        )
+    return prompts

@@ -1,0 +1,184 @@
+"""Several processes that write one cache: which of them this is, and what it therefore does.
+
+    alone                  the whole cache; any other writer is refused
+    torchrun               one worker for each process, `cuda:LOCAL_RANK`; RANK and WORLD_SIZE tell which
+    --num-workers N        one worker for each call of the command, on any machine that sees the output
+    --shard-range A:B      only these shards, for machines that see nothing of one another; `finish_cache` afterwards
+
+Workers talk through claims in the output directory and nothing else (`cache_format.write.shared_writer`), so the bytes
+of a shard do not depend on how many there are, or on which of them were lost.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import cache_format as cf
+from cache_format.storage.claims import STALE_AFTER_S
+from pipeline.errors import ConfigError
+from pipeline.models.loading import resolve_device
+from pipeline.models.placement import computing_devices
+from pipeline.teacher.writing.tensor_parallel import Follower, Leader
+
+if TYPE_CHECKING:
+    from pipeline.teacher.cache_config import CacheTeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How this process shares the work with others."""
+
+    num_workers: int | None = None  # None: WORLD_SIZE, or alone
+    worker_index: int | None = None  # from 0
+    shard_range: str | None = None  # "A:B", shards that this process may write
+    allow_rounding: bool = False  # continue although device, threads, batch size or library versions differ
+    stale_after: float = STALE_AFTER_S  # seconds of silence after which another machine's writer counts as gone
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What this process is."""
+
+    share: cf.Share | None  # None: alone
+    local_rank: int | None  # under torchrun: which device of this machine
+    config: WorkerConfig = field(default_factory=WorkerConfig)
+    rank: int | None = None  # of the processes over which a teacher is split; the first one writes
+
+    @property
+    def alone(self) -> bool:
+        return self.share is None
+
+    @property
+    def follows(self) -> bool:
+        """Whether this process only computes."""
+        return bool(self.rank)
+
+    def device(self, name: str) -> torch.device:
+        """`auto` and `cuda` are a device of its own for each process that torchrun has started on this machine."""
+        device = resolve_device(name)
+        if self.local_rank is None or device.type != "cuda" or device.index is not None:
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {self.local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices, expected"
+                " one for each process. Use a smaller --nproc-per-node, or --device cpu."
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def open_writer(
+        self,
+        output: str,
+        metadata: cf.CacheMetadata,
+        tokenizer_files: Mapping[str, bytes],
+        on_wait: Callable[[str], None],
+        device: torch.device,
+        *,
+        head: bytes | None = None,
+    ) -> Any:
+        """A `CacheWriter`, or what stands for it if the teacher is split. Raises: CacheError, MismatchError."""
+        if self.rank is not None:
+            if self.follows:
+                return Follower(device)
+            alone = replace(self, rank=None)
+            return Leader(alone.open_writer(output, metadata, tokenizer_files, on_wait, device, head=head), device)
+        options: dict[str, Any] = {
+            "tokenizer_files": tokenizer_files,
+            "head": head,
+            "allow_rounding": self.config.allow_rounding,
+            "stale_after_s": self.config.stale_after,
+        }
+        if self.share is not None:
+            return cf.SharedCacheWriter(output, metadata, share=self.share, on_wait=on_wait, **options)
+        return cf.CacheWriter(output, metadata, resume=True, allow_finished=True, **options)
+
+
+def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_map: str | None = None) -> Worker:
+    """Which of several workers this process is, by the options or by what torchrun has set.
+
+    Args:
+        tensor_parallel: the processes of torchrun are one worker together.
+        device_map: one process uses all devices.
+
+    Raises: ConfigError.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+    local_rank = int(os.environ["LOCAL_RANK"]) if torchrun else None
+    if device_map is not None and tensor_parallel:
+        raise ConfigError("--device-map and --tp are two ways to spread one teacher: give one of them.")
+    if device_map is not None and world > 1:
+        raise ConfigError(
+            f"--device-map: found {world} processes of torchrun, each of which would spread its teacher over all "
+            "devices. Start one for each group of devices, with CUDA_VISIBLE_DEVICES, --num-workers and --worker-index."
+        )
+    rank = int(os.environ.get("RANK", "0")) if tensor_parallel else None
+    if (config.num_workers is None) != (config.worker_index is None):
+        raise ConfigError("--num-workers and --worker-index belong together: give both or neither.")
+    try:
+        first, stop = (0, None) if config.shard_range is None else cf.parse_shard_range(config.shard_range)
+        if config.num_workers is not None and config.worker_index is not None:
+            count, index = config.num_workers, config.worker_index
+            if world > 1 and not tensor_parallel:
+                count, index = count * world, index * world + int(os.environ["RANK"])
+            share = cf.Share(index=index, count=count, first=first, stop=stop)
+        elif torchrun and world > 1 and not tensor_parallel:
+            share = cf.Share(index=int(os.environ["RANK"]), count=world, first=first, stop=stop)
+        elif config.shard_range is not None:
+            share = cf.Share(first=first, stop=stop)
+        else:
+            return Worker(None, local_rank, config, rank)
+    except ValueError as error:
+        raise ConfigError(f"--num-workers, --worker-index, --shard-range: {error}. Correct them.") from error
+    return Worker(share, local_rank, config, rank)
+
+
+def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
+    """Finds out before anything is loaded whether a run may write to its output: that it is a cache or nothing, nobody
+    else is writing it alone, and a finished one was not clearly made with other settings.
+
+    Raises: CacheError, ConfigError.
+    """
+    if config.overwrite and not worker.alone:
+        raise ConfigError(
+            "--overwrite: each of several processes would delete what the others write. Delete the cache first, then "
+            "start them without --overwrite."
+        )
+    manifest = None if config.overwrite else cf.finished_manifest(config.output)
+    cf.check_writable(
+        config.output,
+        replace=config.overwrite or manifest is not None,
+        shared=not worker.alone,
+        stale_after_s=worker.config.stale_after,
+    )
+    if manifest is None:
+        return
+    # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
+    # compares what they are.
+    known = {name: value for name, value in asdict(config.data).items() if value is not None}
+    data = {name: value for name, value in known.items() if name not in ("data", "num_proc", "loss_on")}
+    given = {
+        "targets": config.targets.to_json(),
+        "corpus": data,
+        "encoding": config.encoding,
+    }
+    recorded = manifest.metadata.to_json()
+    found = [d for part in given for d in cf.differences(_like(recorded[part], given[part]), given[part], part)]
+    if found:
+        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+
+
+def device_names(model: torch.nn.Module, device: torch.device) -> str:
+    """Kinds of devices that a model computes on: of one kind, rounding is the same."""
+    places = computing_devices(model, device)
+    return " + ".join(sorted({torch.cuda.get_device_name(p) if p.type == "cuda" else p.type for p in places}))
+
+
+def _like(recorded: Any, given: Any) -> Any:
+    """Of what is recorded, what is known this early."""
+    return {name: recorded.get(name) for name in given} if isinstance(given, dict) else recorded

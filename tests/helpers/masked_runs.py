@@ -1,0 +1,36 @@
+"""A masked teacher of each kind and its cache, and how such a cache is made; `masked_dir` of conftest.py holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.corpus import DataConfig
+from tiny import english
+from tiny_masked import KINDS, tiny_masked
+
+
+def build_masked(folder: Path) -> Path:
+    """`bert`, `roberta` …: teachers whose embedding has rows that belong to no token; `bert-cache` …; `text.txt`."""
+    (folder / "text.txt").write_text(english(60), encoding="utf-8")
+    for i, kind in enumerate(KINDS):
+        tiny_masked(folder / kind, kind, pad_vocab=8, seed=i)
+        cache_teacher(settings(folder, kind, folder / f"{kind}-cache"))
+    return folder
+
+
+def settings(folder: Path, kind: str, output: Path, **options: Any) -> CacheTeacherConfig:
+    """The cache of a teacher in `folder`: top-16 targets, rows of up to 32 tokens, documents are lines."""
+    data = DataConfig(data=str(folder / "text.txt"), window_length=32, sample_by="line")
+    options = {"targets": TargetRule(top_k=16), "rows_per_shard": 16, **options}
+    return CacheTeacherConfig(teacher=str(folder / kind), data=data, output=str(output), device="cpu", **options)
+
+
+def load(path: Path) -> PreTrainedModel:
+    return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float64).eval()

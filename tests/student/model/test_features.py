@@ -1,0 +1,396 @@
+"""Feature distillation: its losses by hand, its projections recovered, its scale, and whole runs with it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import cache_format as cf
+from pipeline.errors import ConfigError
+from pipeline.losses.feature_losses import FEATURE_LOSSES, feature_losses
+from pipeline.models.head import open_head
+from pipeline.student.data.dataset import CacheDataset, collate
+from pipeline.student.model.feature_matching import FeatureRecipe, Features
+from pipeline.student.training.forward import distillation_output, install_distillation_forward
+from pipeline.student.training.recipe import LossRecipe
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_states import HiddenRule
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.corpus import DataConfig
+from runs import SGD, Stop, build_cache, distance, log_history, train, weights
+from tiny import tiny_llama
+
+# ---- the losses
+
+
+@pytest.mark.parametrize("kind", FEATURE_LOSSES)
+def test_losses_are_those_of_the_textbook(kind: str) -> None:
+    student, teacher = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for found, s, t in zip(feature_losses(kind, student, teacher), student.numpy(), teacher.numpy(), strict=True):
+        expected = {
+            "cosine": 1 - s @ t / math.sqrt((s @ s) * (t @ t)),
+            "mse": sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / 5,
+            "normalized-mse": sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / (t @ t),
+        }[kind]
+        assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda s: feature_losses(kind, s, teacher), [student.requires_grad_()], check_forward_ad=False
+    )
+
+
+@pytest.mark.parametrize("kind", FEATURE_LOSSES)
+def test_equal_states_have_no_loss_and_no_gradient_blows_up(kind: str) -> None:
+    states = torch.randn(4, 6)
+    student = states.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(feature_losses(kind, student, states).sum(), student)
+    assert (feature_losses(kind, states, states) == 0).all() and gradient.abs().max() < 1e-6
+    zeros = torch.zeros(1, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(feature_losses(kind, zeros, zeros.detach()).sum(), zeros)
+    assert gradient.isfinite().all()
+    assert feature_losses(kind, states.bfloat16(), states.half()).dtype == torch.float32
+
+
+# ---- layers
+
+
+def recipe(spec: dict[str, Any], layer_map: str = "uniform", loss: str = "mse", weight: float = 1.0) -> FeatureRecipe:
+    whole = cf.HiddenSpec(**{"teacher_layers": 12, "width": 8, "dtype": "float16", **spec})
+    return FeatureRecipe(loss=loss, weight=weight, layer_map=layer_map, spec=whole)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "layers, layer_map, student_layers, expected",
+    [
+        (range(1, 13), "uniform", 6, [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10), (6, 12)]),
+        (range(1, 13), "uniform", 12, [(i, i) for i in range(1, 13)]),
+        (range(13), "uniform", 3, [(0, 0), (1, 4), (2, 8), (3, 12)]),
+        ((6, 12), "uniform", 4, [(2, 6), (4, 12)]),
+        ((1,), "uniform", 2, [(1, 1)]),  # not the embeddings
+        ((3, 12), "uniform", 24, [(6, 3), (24, 12)]),
+        ((6, 12), "last", 5, [(5, 12)]),
+        ((6, 12), "0:6, 1:12", 2, [(0, 6), (1, 12)]),
+    ],
+)
+def test_which_layer_is_drawn_to_which(
+    layers: Any, layer_map: str, student_layers: int, expected: list[tuple[int, int]]
+) -> None:
+    assert list(recipe({"layers": tuple(layers)}, layer_map).pairs(student_layers)) == expected
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"layer_map": "middle"}, "--layer-map middle: found 'middle', expected uniform, last, or pairs"),
+        ({"layer_map": "1:2:3"}, "found '1:2:3'"),
+        ({"layer_map": ""}, "--layer-map : found '', expected uniform, last, or pairs"),
+        ({"layer_map": "1:6, 1:6"}, "found 1:6 twice"),
+        ({"layer_map": "1:5"}, "the cache has states of layers 6 of 12, not of 5"),
+        ({"layer_map": "last"}, "not of 12"),
+        ({"loss": "l1"}, "--hidden-loss l1"),
+        ({"weight": 0.0}, "--hidden-weight 0.0"),
+        ({"weight": math.inf}, "--hidden-weight inf"),
+    ],
+)
+def test_features_that_mean_nothing(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        recipe({"layers": (6,)}, **options)
+
+
+def test_layers_that_the_student_does_not_have() -> None:
+    with pytest.raises(ConfigError, match=r"the student has layers 0 .* to 2, not 3"):
+        recipe({"layers": (6,)}, "3:6").pairs(2)
+
+
+# ---- the module
+
+
+def batch_of(states: Tensor, mask: np.ndarray, counted: np.ndarray, layer: int = 4) -> dict[str, Tensor]:
+    """One layer's states [B, T, D] of a teacher, as collated: stored where `mask`, counted where `counted` [B, T]."""
+    labels = torch.where(torch.from_numpy(counted), 1, -100)
+    index = torch.from_numpy(np.flatnonzero(mask))
+    return {"labels": labels, "hidden_index": index, f"hidden_{layer}": states.flatten(0, 1)[index]}
+
+
+def test_known_projections_are_recovered() -> None:
+    """A teacher whose states are a matrix times the student's, other ones in two layers."""
+    torch.manual_seed(0)
+    known = {pair: torch.randn(6, 4) for pair in ((1, 4), (2, 9))}
+    features = Features("mse", 1.0, tuple(known), (4, 6), seed=3)
+    assert {tuple(each.shape) for each in features.parameters()} == {(6, 4)}
+    optimizer = torch.optim.Adam(features.parameters(), lr=0.05)
+    everywhere = np.ones((8, 16), bool)
+    for _ in range(600):
+        states = {layer: torch.randn(8, 16, 4) for layer in (1, 2)}
+        batch = batch_of(states[1] @ known[1, 4].T, everywhere, everywhere, 4)
+        batch |= batch_of(states[2] @ known[2, 9].T, everywhere, everywhere, 9)
+        loss = features(states, batch).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-6
+    for (student, teacher), expected in known.items():
+        torch.testing.assert_close(features.maps[f"{student}-{teacher}"].detach(), expected, atol=1e-3, rtol=0)
+
+
+def test_only_counted_positions_that_have_states_take_part() -> None:
+    rng = np.random.default_rng(0)
+    mask, counted = rng.random((2, 3, 9)) < 0.6
+    states, teacher = torch.randn(2, 3, 9, 5)
+    states.requires_grad_()
+    features = Features("mse", 1.0, ((1, 4),), (5, 5))
+    found = features({1: states}, batch_of(teacher, mask, counted))
+    (gradient,) = torch.autograd.grad(found.sum(), states)
+    assert np.array_equal((gradient != 0).any(dim=-1).numpy(), mask & counted)
+    expected = ((states - teacher).square().mean(-1) * torch.from_numpy(mask & counted)).sum(dim=1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_batch_without_any_such_position_still_has_a_gradient_for_the_projections() -> None:
+    features = Features("cosine", 1.0, ((1, 4),), (5, 7))
+    nothing = np.zeros((2, 3), bool)
+    features({1: torch.randn(2, 3, 5)}, batch_of(torch.randn(2, 3, 7), ~nothing, nothing)).sum().backward()
+    assert all(each.grad is not None and (each.grad == 0).all() for each in features.parameters())
+
+
+def test_states_at_one_position_in_so_many_stand_for_all() -> None:
+    """The sums over the N ways to choose them have the sum over all positions as their mean."""
+    states, teacher = torch.randn(2, 1, 12, 5)
+    everywhere = np.ones((1, 12), bool)
+    whole = Features("mse", 1.0, ((1, 4),), (5, 5))({1: states}, batch_of(teacher, everywhere, everywhere))
+    sparse = Features("mse", 1.0, ((1, 4),), (5, 5), every=3)
+    parts = [
+        sparse({1: states}, batch_of(teacher, (np.arange(12) % 3 == i)[None], everywhere)).item() for i in range(3)
+    ]
+    assert np.mean(parts) == pytest.approx(whole.item(), rel=1e-6)
+
+
+# ---- runs
+
+
+def build(output: Path, teacher: Path, data: Path, rule: HiddenRule) -> Path:
+    text = DataConfig(data=str(data), window_length=48, sample_by="line")
+    config = CacheTeacherConfig(teacher=str(teacher), data=text, output=str(output), hidden=rule, device="cpu")
+    cache_teacher(config)
+    return output
+
+
+@pytest.fixture(scope="module")
+def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    build(folder / "all", teacher_dir, text_file, HiddenRule(layers="0,1,2"))
+    build(folder / "int8", teacher_dir, text_file, HiddenRule(layers="all", dtype="int8", every=2))
+    return folder
+
+
+@pytest.mark.parametrize("kind", FEATURE_LOSSES)
+@pytest.mark.parametrize("name, bound", [("all", 2.0**-22), ("int8", 1e-3)])
+def test_a_student_that_is_its_teacher_has_no_feature_loss(
+    name: str, bound: float, kind: str, caches: Path, teacher_dir: Path
+) -> None:
+    """But for the rounding of what is stored: 2^-11 of each number, or 1/254 of the largest."""
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
+    cache = cf.open_cache(caches / name)
+    head = open_head(model, 400)
+    asked = FeatureRecipe.for_cache(cache, loss=kind, weight=1.0, layer_map="uniform")
+    features = Features.of(asked, head, 0)
+    assert not list(features.parameters()) and features.pairs[-1] == (2, 2)
+    with torch.no_grad():
+        output = distillation_output(head, collate(cache[:6]), LossRecipe(), features=features)
+        assert 0 <= output.features / output.count < bound * (3 if kind == "mse" else 1)
+        shifted = {**collate(cache[:6])}
+        shifted["hidden_1"] = shifted["hidden_1"].roll(1, 0)
+        assert distillation_output(head, shifted, LossRecipe(), features=features).features / output.count > 0.05
+
+
+def test_the_loss_is_the_sum_of_its_parts_and_its_gradient_theirs(caches: Path, student_dir: Path) -> None:
+    """Against the model's own hidden states, document by document, in fp64."""
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64).eval()
+    cache = cf.open_cache(caches / "all")
+    head = open_head(model, 400)
+    rows, pairs = [cache[i] for i in (0, 3, 7)], ((0, 1), (1, 2))
+    features = Features("normalized-mse", 0.3, pairs, (16, 32), seed=1).double()
+    total, count = torch.zeros((), dtype=torch.float64), sum(int(row.loss_mask.sum()) for row in rows)
+    for row in rows:
+        ends = np.cumsum(row.segment_lengths)
+        states: dict[int, list[Tensor]] = {0: [], 1: []}
+        for a, b in zip(ends - row.segment_lengths, ends, strict=True):
+            ids = torch.from_numpy(row.input_ids[a:b].astype(np.int64))[None]
+            for layer, each in enumerate(model(input_ids=ids, output_hidden_states=True).hidden_states):
+                states[layer].append(each[0])
+        for student, teacher in pairs:
+            mine = torch.cat(states[student])[torch.tensor(row.hidden.mask)] @ features.maps[f"{student}-{teacher}"].T
+            theirs = torch.from_numpy(row.hidden.values(teacher).copy()).double()
+            total = total + ((mine - theirs) ** 2).sum(1).div((theirs**2).sum(1)).sum() / 2
+    (0.3 * total / count).backward()
+    parameters = {**dict(model.named_parameters()), **{f"maps.{n}": p for n, p in features.maps.items()}}
+    expected = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
+    assert {"maps.0-1", "maps.1-2"} <= expected.keys()
+    for parameter in parameters.values():
+        parameter.grad = None
+
+    without = distillation_output(head, collate(rows), LossRecipe(), scale=1 / count)
+    features.attach(model)
+    install_distillation_forward(model, head, LossRecipe(), features)
+    output = model(scale=1 / count, **collate(rows))
+    assert output.features.item() == pytest.approx(total.item(), rel=1e-6)
+    assert output.loss.item() == pytest.approx(without.loss.item() + 0.3 * total.item() / count, rel=1e-9)
+    (output.loss - without.loss).backward()
+    for name, gradient in expected.items():
+        difference = (parameters[name].grad - gradient).abs().max()
+        assert difference < 1e-6 * gradient.abs().max(), (name, difference, gradient.abs().max())
+
+
+def run(output: Path, caches: Path, student: Path, **options: Any) -> Path:
+    """Eight rows an optimizer step by plain SGD, whose steps show the scale of a gradient."""
+    given = {
+        "hidden_loss": "mse",
+        "hidden_weight": 2.0,
+        "max_steps": 3,
+        "learning_rate": 0.02,
+        "seed": 5,
+        "logging_steps": 1,
+    }
+    arguments = {**SGD, **options.pop("arguments", {})}
+    train(output, caches / "all", student=student, arguments=arguments, **{**given, **options})
+    return output
+
+
+def everything(output: Path) -> dict[str, Tensor]:
+    projections = load_file(output / "projections.safetensors")
+    return {**weights(output), **{f"projection {name}": each for name, each in projections.items()}}
+
+
+def test_gradient_accumulation_does_not_change_the_scale(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    one = run(tmp_path / "one", caches, student_dir, per_device_train_batch_size=8)
+    four = run(tmp_path / "four", caches, student_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    other = run(tmp_path / "other", caches, student_dir, per_device_train_batch_size=8, hidden_weight=4.0)
+    assert distance(everything(one), everything(four)) < 2e-6
+    assert distance(everything(one), everything(other)) > 1e-3
+    logged = [[entry["features"] for entry in log_history(each) if "features" in entry] for each in (one, four)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and logged[0]
+
+
+def test_projections_are_beside_the_student_and_not_in_it(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    options = {"save_steps": 2, "max_steps": 4, "eval_cache": str(caches / "all"), "eval_steps": 2}
+    output = run(tmp_path / "student", caches, student_dir, layer_map="0:1,1:2", **options)
+    projections = load_file(output / "projections.safetensors")
+    assert {name: tuple(each.shape) for name, each in projections.items()} == {"0-1": (32, 16), "1-2": (32, 16)}
+    for folder in (output, output / "checkpoint-2", output / "checkpoint-4"):
+        assert (folder / "projections.safetensors").is_file()
+        assert weights(folder).keys() == weights(student_dir).keys()
+        _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+    entries = log_history(output)
+    curve = [entry["features"] for entry in entries if "features" in entry]
+    assert len(curve) == 4
+    held_out = [entry for entry in entries if "eval_features" in entry]
+    assert len(held_out) == 2 and held_out[1]["eval_features"] < held_out[0]["eval_features"]
+    for entry in held_out:  # at α = .9, T = 1
+        parts = 0.1 * entry["eval_ce"] + 0.9 * entry["eval_kl"] + 2.0 * entry["eval_features"]
+        assert entry["eval_loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_projections(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    """With Adam: its state of the projections has to come back too."""
+    options: dict[str, Any] = {"hidden_loss": "cosine", "max_steps": 6, "save_steps": 3, "learning_rate": 1e-2}
+    train(tmp_path / "whole", caches / "int8", student=student_dir, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", caches / "int8", student=student_dir, on_step=Stop(4), **options)
+    with pytest.raises(cf.MismatchError, match="hidden_loss was 'cosine', is 'mse'"):
+        train(
+            tmp_path / "parts", caches / "int8", student=student_dir, resume=True, **{**options, "hidden_loss": "mse"}
+        )
+    train(tmp_path / "parts", caches / "int8", student=student_dir, resume=True, **options)
+    assert distance(everything(tmp_path / "whole"), everything(tmp_path / "parts")) == 0.0
+
+
+def test_the_best_checkpoint_is_saved_with_its_own_projections(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    """The one with the larger loss for once, which is the first."""
+    options = {"eval_cache": str(caches / "all"), "eval_steps": 2, "max_steps": 4}
+    output = run(tmp_path / "student", caches, student_dir, arguments={"greater_is_better": True}, **options)
+    best, last = output / "checkpoint-2", output / "checkpoint-4"
+    assert distance(everything(output), everything(best)) == 0.0 < distance(everything(output), everything(last))
+
+
+def test_a_student_of_the_teachers_width_needs_no_projections(caches: Path, tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_llama(tmp_path / "wide", tokenizer, layers=1, hidden=32, seed=4)
+    options = {"eval_cache": str(caches / "all"), "eval_steps": 10, "max_steps": 20, "layer_map": "last"}
+    train(tmp_path / "student", caches / "all", student=student, hidden_loss="cosine", learning_rate=1e-2, **options)
+    assert not (tmp_path / "student/projections.safetensors").exists()
+    held_out = [entry["eval_features"] for entry in log_history(tmp_path / "student") if "eval_features" in entry]
+    assert held_out[1] < held_out[0]
+
+
+def test_what_a_cache_cannot_serve_is_refused_before_anything_is_touched(
+    caches: Path, student_dir: Path, teacher_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    bare = build_cache(tmp_path / "bare", teacher_dir, text_file)
+    for cache, options, words in (
+        (bare, {"hidden_loss": "mse"}, "holds no hidden states. Cache the text with --hidden-states"),
+        (caches / "all", {"hidden_weight": 1.0}, "belong to --hidden-loss"),
+        (caches / "int8", {"hidden_loss": "mse", "layer_map": "1:0"}, "has states of layers 1, 2 of 2, not of 0"),
+        (caches / "all", {"hidden_loss": "mse", "layer_map": ""}, "--layer-map : found ''"),
+        (caches / "all", {"hidden_loss": "mse", "layer_map": "2:1"}, "the student has layers 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(tmp_path / "student", cache, student=student_dir, **options)
+        assert not (tmp_path / "student").exists()
+    sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    with pytest.raises(ConfigError, match="projections between them cannot be sharded"):
+        train(tmp_path / "student", caches / "all", student=student_dir, hidden_loss="mse", arguments=sharded)
+    assert not (tmp_path / "student").exists()
+    warned: list[str] = []
+    options = {"hidden_loss": "mse", "max_steps": 1, "eval_cache": str(bare), "on_warning": warned.append}
+    summary = train(tmp_path / "student", caches / "all", student=student_dir, **options)
+    assert any("has not the hidden states" in each for each in warned) and "features" not in summary.eval
+
+
+def test_states_are_read_only_where_they_are_used(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    read = CacheDataset.__getitem__
+
+    def recording(dataset: CacheDataset, index: int) -> cf.CacheRow:
+        seen.append(row := read(dataset, index))
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheDataset, "__getitem__", recording)
+        train(tmp_path / "without", caches / "all", student=student_dir, max_steps=1)
+        assert seen and all(row.hidden is None for row in seen)
+        seen.clear()
+        train(tmp_path / "with", caches / "all", student=student_dir, max_steps=1, hidden_loss="mse", layer_map="1:2")
+        assert seen and all(tuple(row.hidden.states) == (2,) for row in seen)
+
+
+def test_masked_students_and_sampled_targets(masked_dir: Path, tmp_path: Path) -> None:
+    text = DataConfig(data=str(masked_dir / "text.txt"), window_length=32, sample_by="line")
+    config = CacheTeacherConfig(
+        teacher=str(masked_dir / "bert"),
+        data=text,
+        output=str(tmp_path / "cache"),
+        hidden=HiddenRule(),
+        targets=TargetRule(kind="threshold"),
+        device="cpu",
+    )
+    cache_teacher(config)
+    options = {"student_layers": 1, "hidden_loss": "cosine", "layer_map": "last", "max_steps": 10}
+    train(
+        tmp_path / "student",
+        tmp_path / "cache",
+        student=masked_dir / "bert",
+        learning_rate=3e-3,
+        eval_cache=str(tmp_path / "cache"),
+        eval_steps=5,
+        **options,
+    )
+    held_out = [entry["eval_features"] for entry in log_history(tmp_path / "student") if "eval_features" in entry]
+    assert held_out[1] < held_out[0]

@@ -1,0 +1,219 @@
+"""Students of masked teachers: trained, cut to fewer layers, built from a configuration, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
+
+import cache_format as cf
+from dense import document_logprobs
+from masked_runs import load
+from pipeline.errors import ConfigError
+from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.student.data.dataset import LocalShuffle
+from pipeline.student.model.initialization import keep_layers
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.many import train_students
+from pipeline.student.training.train import train_student
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.corpus import DataConfig
+from runs import SGD, build_cache, distance, log_history, train, weights
+from tiny import english
+from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked
+
+
+@pytest.fixture(scope="module")
+def trained(masked_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller BERT, trained for 12 steps on the cache of the larger one."""
+    folder = tmp_path_factory.mktemp("masked-student")
+    student = tiny_masked(folder / "student", "bert", layers=1, hidden=16, seed=9)
+    options = {"eval_cache": str(masked_dir / "bert-cache"), "eval_steps": 6, "max_steps": 12, "learning_rate": 1e-2}
+    train(folder / "trained", masked_dir / "bert-cache", student=student, seed=1, **options)
+    return folder / "trained"
+
+
+def test_a_student_learns_and_is_evaluated_by_its_own_logits(trained: Path, masked_dir: Path) -> None:
+    evaluations = [entry for entry in log_history(trained) if "eval_kl" in entry]
+    assert evaluations[-1]["eval_kl"] < evaluations[0]["eval_kl"]
+    cache, model = cf.open_cache(masked_dir / "bert-cache"), load(trained)
+    ce, agrees = [], []
+    for row in cache.iter_rows():
+        logprobs = document_logprobs(model, row, VOCAB)
+        for t in np.flatnonzero(row.loss_mask):
+            ids, values = row.targets.at(int(t))
+            ce.append(-logprobs[t, row.labels[t]])
+            agrees.append(logprobs[t].argmax() in ids[values == values.max()])
+    found = evaluate(EvaluateConfig(cache=str(cache.path), student=str(trained), device="cpu", batch_size=5))
+    assert found.ce == pytest.approx(np.mean(ce), rel=1e-5)
+    assert found.agreement == pytest.approx(np.mean(agrees), abs=1e-9)
+    assert found.tokens == cache.num_counted_tokens
+    assert evaluations[-1]["eval_ce"] == pytest.approx(found.ce, rel=1e-5)
+
+
+def test_several_caches_of_masked_teachers_are_mixed(masked_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(english(20, seed=6))
+    data = DataConfig(data=str(tmp_path / "text.txt"), window_length=32, sample_by="line")
+    rule = TargetRule(top_k=16)
+    cache_teacher(
+        CacheTeacherConfig(
+            teacher=str(masked_dir / "bert"), data=data, output=str(tmp_path / "b"), targets=rule, device="cpu"
+        )
+    )
+    student = tiny_masked(tmp_path / "student", "bert", layers=1, hidden=16, seed=9)
+    options = {"student": str(student), "num_train_epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    cache = (f"{masked_dir / 'bert-cache'}:1", f"{tmp_path / 'b'}:1")
+    config = TrainStudentConfig(cache=cache, output=str(tmp_path / "trained"), device="cpu", **options)
+    a, b = train_student(config).mixture
+    assert a["counted_tokens"] == pytest.approx(b["counted_tokens"], rel=0.1) and b["passes"] > 2 * a["passes"]
+    losses = [entry["loss"] for entry in log_history(tmp_path / "trained") if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_training_by_hand_gives_the_same_student(masked_dir: Path, tmp_path: Path) -> None:
+    """Hard labels only, SGD: masked-language-model training as everybody writes it."""
+    path = tiny_masked(tmp_path / "student", "roberta", layers=1, hidden=16, seed=9, hidden_dropout_prob=0.0)
+    config = json.loads((path / "config.json").read_text()) | {"attention_probs_dropout_prob": 0.0}
+    (path / "config.json").write_text(json.dumps(config))
+    cache = cf.open_cache(masked_dir / "roberta-cache")
+    options = {"kd_weight": 0.0, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 8, "seed": 7}
+    train(tmp_path / "trained", masked_dir / "roberta-cache", student=path, arguments=SGD, **options)
+    model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32)
+    order = list(LocalShuffle(cache.record_batches(), seed=7))
+    for start in (0, 8):
+        total, count = torch.zeros(()), 0
+        for row in cache.rows(order[start : start + 8]):
+            logits = model(input_ids=torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0]
+            total = total + F.cross_entropy(logits, torch.from_numpy(row.labels.astype(np.int64)), reduction="sum")
+            count += int((row.labels != -100).sum())
+        model.zero_grad()
+        (total / count).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    by_hand = model.state_dict()
+    found = weights(tmp_path / "trained")
+    assert distance(found, weights(path)) > 0.02
+    assert distance(found, {name: by_hand[name] for name in found}) < 5e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_layers_are_the_kept_ones(kind: str, tmp_path: Path) -> None:
+    model = load(tiny_masked(tmp_path / kind, kind, layers=4)).float()
+    smaller = keep_layers(model, 2)
+    assert type(smaller) is type(model) and smaller.config.num_hidden_layers == 2
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+        for index in (1, 2):  # 0 and 3 are kept
+            layers[index].register_forward_hook(lambda m, inputs, output: _like(output, inputs[0]))
+        torch.testing.assert_close(smaller(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def _like(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def test_students_from_layers_and_from_a_configuration(masked_dir: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 2, "learning_rate": 1e-3}
+    train(
+        tmp_path / "one",
+        masked_dir / "distilbert-cache",
+        student=masked_dir / "distilbert",
+        student_layers=1,
+        **options,
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "one").n_layers == 1
+    masked_config("modernbert", hidden=16).to_json_file(tmp_path / "config.json")
+    of_config = {"student_config": str(tmp_path / "config.json"), **options}
+    train(tmp_path / "two", masked_dir / "modernbert-cache", **of_config)
+    assert type(load(tmp_path / "two")).__name__ == "ModernBertForMaskedLM"
+
+
+def test_students_that_predict_something_else_are_refused(
+    masked_dir: Path, teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"  # without a tokenizer, which would be refused first
+    load(masked_dir / "bert").save_pretrained(bare)
+    causal = build_cache(tmp_path / "causal", teacher_dir, text_file)
+    with pytest.raises(cf.MismatchError, match=r"bare: is a masked language model, expected a causal language model"):
+        train(tmp_path / "x", causal, student=bare)
+    config = json.loads((student_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(cf.MismatchError, match=r"is a causal language model, expected a masked .* about masked tokens"):
+        train(tmp_path / "x", masked_dir / "bert-cache", student_config=str(tmp_path / "config.json"))
+    short = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=33, pad_token_id=1)
+    short.to_json_file(tmp_path / "short.json")
+    with pytest.raises(ConfigError, match="takes at most 31 positions, the rows of .* have up to 32"):
+        train(tmp_path / "x", masked_dir / "roberta-cache", student_config=str(tmp_path / "short.json"))
+    assert not (tmp_path / "x").exists()
+
+
+# -- with what other students can have --------------------------------------------------------------------------------
+
+
+def test_adapters_of_a_masked_student_are_saved_alone_or_merged(masked_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"student": masked_dir / "bert", "lora_rank": 2, "max_steps": 3, "learning_rate": 1e-2}
+    train(tmp_path / "adapter", masked_dir / "bert-cache", **options)
+    train(tmp_path / "merged", masked_dir / "bert-cache", merge_adapter=True, **options)
+    found = {}
+    for name in ("adapter", "merged"):
+        config = EvaluateConfig(cache=str(masked_dir / "bert-cache"), student=str(tmp_path / name), device="cpu")
+        found[name] = evaluate(config)
+    assert found["adapter"].kl == pytest.approx(found["merged"].kl, rel=1e-5)
+    assert distance(weights(tmp_path / "merged"), weights(masked_dir / "bert")) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_with_an_adapter_is_merged_whole(masked_dir: Path, tmp_path: Path, kind: str) -> None:
+    """It is untied from the embeddings: of BERT and RoBERTa its bias is tied as well as its weight."""
+    cache = masked_dir / f"{kind}-cache"
+    options = {"lora_rank": 2, "lora_head": True, "merge_adapter": True, "learning_rate": 1e-2}
+    options |= {"eval_cache": str(cache), "eval_steps": 2, "max_steps": 2}
+    adapted = train(tmp_path / "merged", cache, student=masked_dir / kind, **options)
+    merged = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "merged"), device="cpu"))
+    assert merged.kl == pytest.approx(adapted.eval["kl"], rel=1e-4)
+    _, found = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
+@pytest.mark.slow
+def test_masked_students_share_a_pass_and_stop_by_the_noise_of_rows(masked_dir: Path, tmp_path: Path) -> None:
+    students = [tiny_masked(tmp_path / f"s{i}", "bert", layers=1, hidden=16, seed=i) for i in (1, 2)]
+    cache = str(masked_dir / "bert-cache")
+    options = {"eval_cache": cache, "eval_steps": 1, "max_steps": 6, "early_stopping": ("loss:noise:1",)}
+    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    config = TrainStudentConfig(cache=cache, output=str(tmp_path / "many"), device="cpu", **options)
+    together = train_students(config, [str(path) for path in students])
+    for path in students:
+        alone = train(tmp_path / f"{path.name}-alone", Path(cache), student=path, **options)
+        assert together[path.name].eval == alone.eval and together[path.name].stopped == alone.stopped
+        assert distance(weights(tmp_path / f"{path.name}-alone"), weights(tmp_path / "many" / path.name)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"student_width": 16}, "is a bert, expected llama, mistral, qwen2, qwen3"),
+        (
+            {"tail": "realized"},
+            "--tail realized: .*bert-cache has targets about masked tokens, which are those of a text",
+        ),
+        ({"cross_tokenizer": "project"}, "targets about masked tokens.*Use a student with the teacher's tokenizer"),
+    ],
+)
+def test_what_masked_students_cannot_have(
+    masked_dir: Path, tmp_path: Path, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        train(tmp_path / "s", masked_dir / "bert-cache", student=masked_dir / "bert", **options)
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,143 @@
+"""What one process began two go on with, and back, in the middle of epochs: the same rows in the same steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cache_format as cf
+from pipeline.student.data.cache_mix import open_mix
+from pipeline.student.data.dataset import CacheDataset
+from pipeline.student.data.mixed_dataset import MixedDataset
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.train import train_student
+from runs import SGD, build_cache, distance, on_two_processes, weights
+from tiny import conversations, english, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+# A run of stage two that leaves, for every process, the rows that it trained on, forward by forward.
+WORKER = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from pipeline.student.train_config import TrainStudentConfig
+import pipeline.student.data.dataset as data, pipeline.student.data.mixed_dataset as mixing
+from pipeline.student.training.train import train_student
+
+seen = []
+for rows in (data.CacheDataset, mixing.MixedDataset):
+    def getitems(self, indices, plain=rows.__getitems__):
+        seen.append(indices)
+        return plain(self, indices)
+    rows.__getitems__ = getitems
+for job in json.loads(sys.argv[1]):
+    seen.clear()
+    warnings = []
+    job["cache"] = tuple(job["cache"])
+    train_student(TrainStudentConfig(**job), on_warning=warnings.append)
+    with open(f"{job['output']}-rank-{os.environ['RANK']}.json", "w") as file:
+        json.dump({"seen": seen, "warnings": warnings}, file)
+"""
+
+CASES = {"one cache": ("chats",), "a mixture": ("chats:0.6", "text:0.4")}
+LAST, KEPT_BY_ONE, KEPT_BY_TWO = 13, 4, 9
+
+
+def cut(source: Path, target: Path, step: int) -> Path:
+    """A run as it was when it was killed after the checkpoint of a step."""
+    target.mkdir()
+    shutil.copy(source / "distill_config.json", target)
+    shutil.copytree(source / f"checkpoint-{step}", target / f"checkpoint-{step}")
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole: one process, undisturbed; two: from its step 4 on by two processes."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    write_jsonl(folder / "chats.jsonl", conversations(14))
+    (folder / "text.txt").write_text(english(14, seed=5))
+    for name, file in (("chats", "chats.jsonl"), ("text", "text.txt")):
+        build_cache(folder / name, teacher_dir, folder / file, rows_per_shard=8)
+    (folder / "arguments.json").write_text(json.dumps({**SGD, "learning_rate": 0.3, "save_total_limit": 20}))
+    jobs = []
+    for case in CASES:
+        whole = config(folder, student_dir, case, "whole", per_device_train_batch_size=4)
+        train_student(TrainStudentConfig(**whole))
+        two = cut(folder / f"{case} whole", folder / f"{case} two", KEPT_BY_ONE)
+        job = config(folder, student_dir, case, "two", per_device_train_batch_size=2, resume=True)
+        jobs.append({**job, "output": str(two)})
+        # A step of twice as many rows is another run.
+        for words in jobs[-1], {**jobs[-1], "per_device_train_batch_size": 8}:
+            with pytest.raises(cf.MismatchError, match=r"a step took 8 rows, takes (4|16)"):
+                train_student(TrainStudentConfig(**words))
+    (folder / "worker.py").write_text(WORKER)
+    on_two_processes(folder, str(folder / "worker.py"), json.dumps(jobs))
+    return folder
+
+
+def config(folder: Path, student: Path, case: str, name: str, **options: Any) -> dict[str, Any]:
+    return {
+        "cache": tuple(f"{folder}/{each}" for each in CASES[case]),
+        "output": str(folder / f"{case} {name}"),
+        "student": str(student),
+        "device": "cpu",
+        "training_args": str(folder / "arguments.json"),
+        "gradient_accumulation_steps": 2,
+        "max_steps": LAST,
+        "save_steps": 1,
+        "logging_steps": 1,
+        **options,
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_go_on_with_what_one_began(folder: Path, student_dir: Path, case: str):
+    whole, two = weights(folder / f"{case} whole"), weights(folder / f"{case} two")
+    kept = weights(folder / f"{case} whole/checkpoint-{KEPT_BY_ONE}")
+    assert distance(whole, kept) > 0.01 and distance(whole, two) < 2e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_has_the_rows_that_it_would_have_had(folder: Path, case: str):
+    mix = open_mix([f"{folder}/{each}" for each in CASES[case]])
+    parts = [CacheDataset(cache) for cache in mix.caches]
+    dataset = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
+    order = []
+    for epoch in range(4):
+        sampler = dataset.sampler(seed=0)
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        order += [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    per_epoch = len(order) // 4
+    assert KEPT_BY_ONE % per_epoch and KEPT_BY_TWO % per_epoch and LAST > 2 * per_epoch
+    ranks = [json.loads((folder / f"{case} two-rank-{rank}.json").read_text()) for rank in (0, 1)]
+    micro = list(zip(*(each["seen"] for each in ranks), strict=True))
+    batches = iter(micro)
+    for step in range(KEPT_BY_ONE, LAST):
+        wanted = order[step]
+        parts = [[], []]
+        while len(parts[0] + parts[1]) < len(wanted):
+            for part, rows in zip(parts, next(batches), strict=True):
+                part += rows
+        fillers = {wanted[-1] + len(dataset)}  # which do not count
+        assert sorted(index for index in parts[0] + parts[1] if index not in fillers) == sorted(wanted)
+        places = [[index % len(dataset) for index in part] for part in parts]
+        assert places[0] + places[1] == sorted(places[0] + places[1])  # each has those that lie together
+    for each in ranks:
+        assert any("was written by 1 process, 2 go on" in warning for warning in each["warnings"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_goes_on_with_what_two_left(folder: Path, student_dir: Path, case: str):
+    back = cut(folder / f"{case} two", folder / f"{case} back", KEPT_BY_TWO)
+    warnings: list[str] = []
+    options = config(folder, student_dir, case, "back", per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    train_student(TrainStudentConfig(**{**options, "resume": True}), on_warning=warnings.append)
+    assert distance(weights(folder / f"{case} whole"), weights(back)) < 2e-6
+    assert any("was written by 2 processes, 1 go on" in warning for warning in warnings)

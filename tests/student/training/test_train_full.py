@@ -1,0 +1,332 @@
+"""Students trained and evaluated on hidden targets: the loss of a run, everything around it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cache_format as cf
+from dense import document_logprobs
+from full_runs import build_full
+from pipeline.errors import ConfigError
+from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.losses import sparse_kl
+from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.models import teacher_head
+from pipeline.models.head import open_head
+from pipeline.models.teacher_head import TeacherHead
+from pipeline.student.data.dataset import CacheDataset, collate
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.forward import distillation_output, install_distillation_forward
+from pipeline.student.training.many import train_students
+from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.training.train import train_student
+from runs import SGD, Stop, build_cache, distance, log_history, train, weights
+from tiny import english, tiny_llama
+
+VOCAB = 400
+
+
+@pytest.fixture(scope="module")
+def folder(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches of hidden targets, for training and held out, and the held-out text as top-16 targets."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "heldout.txt").write_text(english(12, seed=5))
+    build_full(teacher_dir, text_file, folder / "train")
+    build_full(teacher_dir, folder / "heldout.txt", folder / "heldout", dtype="float32")
+    build_cache(folder / "sparse", teacher_dir, folder / "heldout.txt", window_length=40)
+    return folder
+
+
+def opened(path: Path) -> cf.Cache:
+    return cf.open_cache(path, hidden_layers=[]).with_states()
+
+
+def dense_targets(rows: list[cf.CacheRow], teacher: Any) -> TargetBatch:
+    """All tokens of the teacher's own distribution in fp64 at every position, each document alone."""
+    logprobs = torch.from_numpy(np.concatenate([document_logprobs(teacher, row, VOCAB) for row in rows]))
+    return TargetBatch(
+        ids=torch.arange(VOCAB).expand(len(logprobs), VOCAB),
+        logprobs=logprobs,
+        residual_logprob=torch.full((len(logprobs),), -torch.inf, dtype=torch.float64),
+        labels=torch.from_numpy(np.concatenate([row.label_ids for row in rows])),
+    )
+
+
+# ---- the loss of a batch
+
+
+@pytest.mark.parametrize("divergence, temperature", [("forward-kl", 1.0), ("reverse-kl", 2.0), ("tvd", 3.0)])
+def test_loss_and_gradient_are_those_of_both_models_own_logits(
+    divergence: str, temperature: float, folder: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    """Rows of different lengths and several documents, against plain forward passes in fp64."""
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64).eval()
+    cache = opened(folder / "heldout")
+    rows = [cache[i] for i in (0, 1, len(cache) - 1)]
+    logits = []
+    for row in rows:
+        documents = np.split(np.asarray(row.input_ids, np.int64), np.cumsum(row.segment_lengths)[:-1])
+        logits += [model(input_ids=torch.from_numpy(d)[None]).logits[0] for d in documents]
+    options = {"kd_weight": 0.6, "temperature": temperature, "divergence": divergence}
+    expected = sparse_kl(torch.cat(logits), dense_targets(rows, teacher), **options)
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    head, recipe = open_head(model, VOCAB), LossRecipe.for_cache(cache, **options)
+    install_distillation_forward(model, head, recipe)
+    batch, count = collate(rows), sum(int(row.loss_mask.sum()) for row in rows)
+    output = model(scale=1 / count, **batch)
+    output.loss.backward()
+    assert output.count == count and output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        largest = gradients[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4 * largest, msg=name)
+    by_row = distillation_output(head, batch, recipe, by_row=True)
+    whole = distillation_output(head, batch, recipe)
+    for name in ("loss", "kl", "ce", "agreement", "count"):
+        assert getattr(by_row, name).sum().item() == pytest.approx(getattr(whole, name).item(), rel=1e-6)
+
+
+def test_a_student_that_is_its_teacher_has_no_loss(folder: Path, teacher_dir: Path, student_dir: Path) -> None:
+    for path, bound, agreement in ((folder / "train", 1e-6, 0.99), (folder / "heldout", 1e-8, 1.0)):  # float16, float32
+        found = evaluate(EvaluateConfig(cache=str(path), student=str(teacher_dir), device="cpu"))
+        assert abs(found.kl) < bound and found.agreement >= agreement
+        assert found.tokens == cf.open_cache(path).num_counted_tokens
+    found = evaluate(EvaluateConfig(cache=str(folder / "heldout"), student=str(student_dir), device="cpu"))
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64).eval()
+    kl, count = 0.0, 0
+    for row in cf.open_cache(folder / "heldout").iter_rows():
+        p, q = (document_logprobs(each, row, VOCAB)[row.loss_mask] for each in (teacher, model))
+        kl, count = kl + (np.exp(p) * (p - q)).sum(), count + len(p)
+    assert found.kl == pytest.approx(kl / count, rel=1e-5)
+    sparse = evaluate(EvaluateConfig(cache=str(folder / "sparse"), student=str(student_dir), device="cpu"))
+    assert sparse.kl < found.kl and sparse.ce == pytest.approx(found.ce, rel=1e-6)  # a lower bound of the same
+
+
+def test_masked_students(masked_dir: Path, tmp_path: Path) -> None:
+    cache = build_full(masked_dir / "bert", masked_dir / "text.txt", tmp_path / "cache")
+    teacher = evaluate(EvaluateConfig(cache=str(cache), student=str(masked_dir / "bert"), device="cpu"))
+    assert abs(teacher.kl) < 1e-5 and teacher.agreement == 1.0
+    options = {"student_layers": 1, "learning_rate": 3e-3, "eval_cache": str(cache), "eval_steps": 4, "max_steps": 8}
+    train(tmp_path / "student", cache, student=masked_dir / "bert", **options)
+    held_out = [entry["eval_kl"] for entry in log_history(tmp_path / "student") if "eval_kl" in entry]
+    assert held_out[1] < held_out[0]
+    with pytest.raises(ConfigError, match="holds no hidden states"):  # of layers; what the head multiplies is none
+        train(tmp_path / "other", cache, student=masked_dir / "bert", hidden_loss="mse")
+
+
+# ---- runs
+
+
+def run(output: Path, folder: Path, student: Path, **options: Any) -> Path:
+    """Eight rows an optimizer step by plain SGD, whose steps show the scale of a gradient."""
+    given = {"max_steps": 3, "learning_rate": 0.05, "seed": 5, "logging_steps": 1}
+    train(output, folder / "train", student=student, arguments=SGD, **{**given, **options})
+    return output
+
+
+def test_gradient_accumulation_does_not_change_the_scale(folder: Path, student_dir: Path, tmp_path: Path) -> None:
+    one = run(tmp_path / "one", folder, student_dir, per_device_train_batch_size=8)
+    four = run(tmp_path / "four", folder, student_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    hot = run(tmp_path / "hot", folder, student_dir, per_device_train_batch_size=8, temperature=4.0)
+    assert distance(weights(one), weights(four)) < 2e-6 < 1e-4 < distance(weights(one), weights(hot))
+
+
+def test_everything_else_of_a_run_works(folder: Path, student_dir: Path, tmp_path: Path) -> None:
+    """A scheduled temperature, weighted positions, features of the same states, a sum, and an early stop."""
+    options: dict[str, Any] = {
+        "divergence": "reverse-kl:0.5,js(0.3)",
+        "temperature_schedule": "linear:4:1",
+        "kd_schedule": "linear:1:0.5",
+        "position_weighting": "student-entropy",
+        "hidden_loss": "cosine",
+        "layer_map": "last",
+        "eval_cache": str(folder / "heldout"),
+        "eval_steps": 1,
+        "early_stopping": ("kl:99%:1", "ce:noise:1"),
+        "early_stopping_mode": "any",
+        "logging_steps": 1,
+        "max_steps": 5,
+    }
+    train(tmp_path / "student", folder / "train", student=student_dir, **options)
+    entries = log_history(tmp_path / "student")
+    assert [entry["temperature"] for entry in entries if "temperature" in entry]
+    held_out = [entry for entry in entries if "eval_kl" in entry]
+    assert 2 <= len(held_out) < 5 and all(math.isfinite(each["eval_soft"]) for each in held_out)
+    assert all("eval_features" in each for each in held_out)
+
+
+@pytest.mark.parametrize("train_on, held_out", [("train", "sparse"), ("sparse", "heldout")])
+def test_held_out_targets_may_be_of_another_kind(
+    train_on: str, held_out: str, folder: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "student"
+    options = {"eval_cache": str(folder / held_out), "eval_steps": 2, "max_steps": 2, "temperature": 2.0}
+    summary = train(output, folder / train_on, student=student_dir, kd_weight=1.0, **options)
+    entry = next(each for each in log_history(output) if "eval_kl" in each)
+    assert entry["eval_loss"] == pytest.approx(4 * entry["eval_kl"], rel=1e-5)  # T²·KL
+    recipe = LossRecipe.for_cache(cf.open_cache(folder / held_out), kd_weight=1.0, temperature=2.0)
+    assert (recipe.teacher is not None) == (held_out == "heldout")
+    assert summary.eval["kl"] > 0
+
+
+def test_features_of_layers_that_the_held_out_cache_lacks(
+    folder: Path, teacher_dir: Path, text_file: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    """It has states all the same, those that its targets are."""
+    cache = build_full(teacher_dir, text_file, tmp_path / "cache", layers="1")
+    options = {"hidden_loss": "cosine", "layer_map": "1:1", "eval_cache": str(folder / "heldout"), "eval_steps": 1}
+    train(tmp_path / "student", cache, student=student_dir, max_steps=1, **options)
+    entry = next(each for each in log_history(tmp_path / "student") if "eval_kl" in each)
+    assert "eval_features" not in entry
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder: Path, student_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-2}
+    train(tmp_path / "whole", folder / "train", student=student_dir, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", folder / "train", student=student_dir, on_step=Stop(4), **options)
+    train(tmp_path / "parts", folder / "train", student=student_dir, resume=True, **options)
+    assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
+
+
+@pytest.mark.slow
+def test_several_students_share_one_head(
+    folder: Path, student_dir: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    inner = cf.Cache.head
+    monkeypatch.setattr(cf.Cache, "head", lambda self: loaded.append(self.path) or inner(self))
+    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    config = TrainStudentConfig(cache=str(folder / "train"), output=str(tmp_path / "both"), device="cpu", **options)
+    train_students(config, [str(student_dir), str(teacher_dir)])
+    assert len(loaded) == 1
+    for student in (student_dir, teacher_dir):
+        train(tmp_path / student.name, folder / "train", student=student, **options)
+        assert distance(weights(tmp_path / student.name), weights(tmp_path / "both" / student.name)) == 0.0
+
+
+def test_a_frozen_head_that_is_the_teachers_is_used_for_both(
+    folder: Path, teacher_dir: Path, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student that is the teacher with fewer layers: then the matrix is in memory once."""
+    shared = []
+    inner = TeacherHead.share
+    monkeypatch.setattr(TeacherHead, "share", lambda *given: shared.append(inner(*given)) or shared[-1])
+    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "freeze_embeddings": True, "kd_weight": 1.0}
+    train(tmp_path / "frozen", folder / "train", student=teacher_dir, student_layers=1, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherHead, "share", lambda *given: False)
+        train(tmp_path / "twice", folder / "train", student=teacher_dir, student_layers=1, **options)
+    assert distance(weights(tmp_path / "frozen"), weights(tmp_path / "twice")) == 0.0
+    train(tmp_path / "learning", folder / "train", student=teacher_dir, student_layers=1, max_steps=1)
+    train(tmp_path / "other", folder / "train", student=student_dir, freeze_embeddings=True, max_steps=1)
+    assert shared == [True, False, False]
+    assert not teacher_head._loaded or all(each.weight.shape == (VOCAB, 32) for each in teacher_head._loaded.values())
+
+
+def test_nothing_of_the_teacher_is_saved_with_the_student(folder: Path, student_dir: Path, tmp_path: Path) -> None:
+    run(tmp_path / "student", folder, student_dir, max_steps=1)
+    assert weights(tmp_path / "student").keys() == weights(student_dir).keys()
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
+def test_half_precision_of_the_student_leaves_the_teacher_exact(folder: Path, student_dir: Path) -> None:
+    cache = opened(folder / "heldout")
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).eval()
+    head, recipe, seen = open_head(model, VOCAB), LossRecipe.for_cache(cache, kd_weight=1.0), []
+    assert recipe.teacher is not None
+    call = TeacherHead.__call__
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(TeacherHead, "__call__", lambda self, states: seen.append(call(self, states)) or seen[-1])
+        distillation_output(head, collate(cache[:3]), recipe)
+    rows = cache[:3]
+    exact = torch.cat(
+        [torch.from_numpy(cache.head().logits(row.hidden.values(2)[row.loss_mask[row.hidden.mask]])) for row in rows]
+    )
+    assert torch.cat(seen).dtype == torch.float32
+    torch.testing.assert_close(torch.cat(seen), exact, rtol=1e-5, atol=1e-5)
+
+
+# ---- refused
+
+
+def test_what_hidden_targets_do_not_have_is_refused(folder: Path, student_dir: Path, tmp_path: Path) -> None:
+    for options, words in (
+        ({"tail": "bucket"}, "--tail bucket: .* nothing is outside of it"),
+        ({"tail": "sampled"}, "--tail sampled: .* nothing is outside of it"),
+        ({"cross_tokenizer": "project"}, "without entries that could be carried over .* distill convert --top-k 64"),
+        ({"resample": True}, "--resample"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(tmp_path / "student", folder / "train", student=student_dir, **options)
+        assert not (tmp_path / "student").exists()
+
+
+def test_a_damaged_head_is_named_before_anything_is_touched(folder: Path, student_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "cache")
+    train(tmp_path / "student", tmp_path / "cache", student=student_dir, max_steps=1)
+    before = (tmp_path / "student/model.safetensors").read_bytes()
+    file = tmp_path / "cache/head.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"oops")
+    for action in (
+        lambda: train(tmp_path / "student", tmp_path / "cache", student=student_dir, max_steps=1, overwrite=True),
+        lambda: evaluate(EvaluateConfig(cache=str(tmp_path / "cache"), student=str(student_dir), device="cpu")),
+    ):
+        with pytest.raises(cf.FormatError, match=r"cache/head.safetensors: checksum .* Restore it from a copy"):
+            action()
+    assert (tmp_path / "student/model.safetensors").read_bytes() == before
+    config = json.loads((tmp_path / "student/distill_config.json").read_text())
+    assert config["cache"]["targets"]["head"]["bytes"] == file.stat().st_size
+
+
+def test_the_dataset_gives_every_counted_position_its_state(folder: Path) -> None:
+    cache = opened(folder / "train")
+    dataset = CacheDataset(cache)
+    batch = dataset.collate([dataset[i] for i in range(5)])
+    counted = torch.nonzero(batch["labels"].flatten() != -100).flatten()
+    assert set(counted.tolist()) <= set(batch["hidden_index"].tolist()) and batch["hidden_2"].dtype == torch.float16
+
+
+# ---- several caches
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return {"output": str(folder / "student"), "device": "cpu"}
+
+
+def test_caches_of_one_head_are_trained_on_together(
+    folder: Path, teacher_dir: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    build_full(teacher_dir, folder / "heldout.txt", tmp_path / "more")
+    caches = (f"{folder / 'train'}:0.5", f"{tmp_path / 'more'}:0.5")
+    train_student(TrainStudentConfig(cache=caches, student=str(student_dir), max_steps=2, **settings(tmp_path)))
+    record = json.loads((tmp_path / "student/distill_config.json").read_text())
+    assert len(record["mixture"]) == 2
+
+
+@pytest.mark.parametrize("other", ["sparse", "heldout", "stranger"])
+def test_caches_of_other_targets_states_or_heads_are_not(
+    other: str, folder: Path, tokenizer: Any, student_dir: Path, tmp_path: Path
+) -> None:
+    path = folder / other
+    if other == "stranger":
+        stranger = tiny_llama(tmp_path / "stranger", tokenizer, seed=8)
+        path = build_full(stranger, folder / "heldout.txt", tmp_path / "cache")
+    with pytest.raises(cf.MismatchError, match="of hidden targets .* against"):
+        caches = (str(folder / "train"), str(path))
+        train_student(TrainStudentConfig(cache=caches, student=str(student_dir), **settings(tmp_path)))
+    assert not (tmp_path / "student").exists()

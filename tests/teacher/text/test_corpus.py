@@ -1,0 +1,605 @@
+"""Text of every kind to tokens, what of it is to be learned, and bad input in one clear line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from pipeline.errors import ConfigError, DataError, DistillError, ModelError
+from pipeline.teacher.text import encoding
+from pipeline.teacher.text.corpus import DataConfig, Documents, tokenise_documents
+from tiny import BOS, CHAT_TEMPLATE, EOS, tiny_tokenizer, write_jsonl
+
+TEXTS = ["The first text.", "A second one,\nof two lines.", "Dritter Text: Äpfel."]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def texts(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [tokenizer.decode(row["input_ids"]) for row in documents.tokens]
+
+
+def learned(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
+    """Per document, each run of tokens to be learned as text."""
+    result = []
+    for row in documents.tokens:
+        ids, targets = np.array(row["input_ids"], dtype=int), np.array(row["is_target"], dtype=bool)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], targets, [0]])))
+        result.append([tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)])
+    return result
+
+
+def jsonl(tmp_path: Path, *records: Any) -> str:
+    return str(write_jsonl(tmp_path / "data.jsonl", records))
+
+
+# ---- file formats
+
+
+def write_jsonl_file(path: Path) -> None:
+    write_jsonl(path, [{"text": text} for text in TEXTS])
+
+
+def write_gzip(writer: Callable[[Path], None]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        plain = path.with_suffix("")
+        writer(plain)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+
+    return write
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps([{"text": text, "id": i} for i, text in enumerate(TEXTS)]))
+
+
+def write_separated(separator: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        rows = [f'{i}{separator}"{text}"' for i, text in enumerate(TEXTS)]
+        path.write_text("\n".join([f"id{separator}text", *rows]) + "\n", encoding="utf-8")
+
+    return write
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), path)
+
+
+def write_arrow_file(path: Path) -> None:
+    table = pa.table({"text": TEXTS})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_arrow_stream(path: Path) -> None:
+    table = pa.table({"text": TEXTS})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_folder(path: Path) -> None:
+    path.mkdir()
+    for i, text in enumerate(TEXTS):
+        (path / f"{i}.txt").write_text(text, encoding="utf-8")
+    (path / "README.md").write_text("not text of the corpus")
+    (path / ".hidden.txt").write_text("nor this")
+
+
+def write_saved(path: Path) -> None:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(path))
+
+
+def write_saved_splits(path: Path) -> None:
+    train, test = (datasets.Dataset.from_dict({"text": t}) for t in (TEXTS, ["other"]))
+    datasets.DatasetDict(train=train, test=test).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("a.jsonl", write_jsonl_file),
+        ("a.jsonl.gz", write_gzip(write_jsonl_file)),
+        ("a.json", write_json),
+        ("a.csv", write_separated(",")),
+        ("a.csv.gz", write_gzip(write_separated(","))),
+        ("a.tsv", write_separated("\t")),
+        ("a.parquet", write_parquet),
+        ("a.arrow", write_arrow_file),
+        ("stream.arrow", write_arrow_stream),
+        ("A.JSONL", write_jsonl_file),
+        ("odd [1] name*.jsonl", write_jsonl_file),
+        ("folder", write_folder),
+        ("saved", write_saved),
+        ("splits", write_saved_splits),
+    ],
+)
+def test_every_format_gives_the_same_documents(
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path], None],
+    tokenizer: PreTrainedTokenizerFast,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path / name)
+    capfd.readouterr()
+    documents = tokenise_documents(DataConfig(data=str(tmp_path / name)), tokenizer)
+    assert texts(documents, tokenizer) == [text + EOS for text in TEXTS]
+    assert learned(documents, tokenizer) == [[text + EOS] for text in TEXTS]
+    assert documents.columns.format == "text" and documents.loss_on == "all"
+    assert documents.source.ignored_files == (name == "folder")
+    assert capfd.readouterr() == ("", "")  # the pipeline never prints
+    assert not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(
+    "sample_by, expected",
+    [
+        ("document", ["One.\nTwo.\n\nThree.\n" + EOS]),
+        ("paragraph", ["One.\nTwo." + EOS, "Three.\n" + EOS]),
+        ("line", ["One." + EOS, "Two." + EOS, "", "Three." + EOS]),  # an empty document
+    ],
+)
+def test_what_is_a_document_of_a_text_file(
+    tmp_path: Path, sample_by: Any, expected: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for name, data in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(data(b"One.\nTwo.\n\nThree.\n"))
+        config = DataConfig(data=str(tmp_path / name), sample_by=sample_by)
+        assert texts(tokenise_documents(config, tokenizer), tokenizer) == expected
+
+
+def test_patterns_are_read_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for part in ("b", "a", "c"):
+        (tmp_path / f"{part}.txt").write_text(part)
+    (tmp_path / "d.other").write_text("d")
+    documents = tokenise_documents(DataConfig(data=str(tmp_path / "[ab].txt")), tokenizer)
+    assert texts(documents, tokenizer) == ["a" + EOS, "b" + EOS]
+    assert [path.name for path in documents.source.files] == ["a.txt", "b.txt"]
+
+
+def test_changed_file_is_read_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also behind .gz, which `datasets` could have unpacked into a cache by name."""
+    for name, data in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
+        for text in ("before", "after."):
+            (tmp_path / name).write_bytes(data(text.encode()))
+            documents = tokenise_documents(DataConfig(data=str(tmp_path / name)), tokenizer)
+            assert texts(documents, tokenizer) == [text + EOS]
+
+
+def test_second_run_does_not_tokenise_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(data=jsonl(tmp_path, {"text": "once"}))
+    first = texts(tokenise_documents(config, tokenizer), tokenizer)
+    monkeypatch.setattr(encoding, "encode", None)
+    assert texts(tokenise_documents(config, tokenizer), tokenizer) == first
+    # Anything that could change the tokens makes it do so.
+    for other, tok in (
+        (DataConfig(data=config.data, append_eos=False), tokenizer),
+        (config, tiny_tokenizer(seed=1)),
+    ):
+        with pytest.raises(TypeError, match="NoneType"):
+            tokenise_documents(other, tok)
+
+
+def test_users_folder_is_left_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_saved(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
+    tokenise_documents(DataConfig(data=str(tmp_path / "saved")), tokenizer)
+    assert sorted((tmp_path / "saved").iterdir()) == before
+
+
+# ---- columns
+
+
+@pytest.mark.parametrize(
+    "record, text_column, expected",
+    [
+        ({"text": "T", "body": "B"}, None, ("text", ("text",))),
+        ({"text": "T", "body": "B"}, "body", ("text", ("body",))),
+        ({"id": 3, "body": "B"}, None, ("text", ("body",))),
+        ({"text": "T", "messages": [{"role": "user", "content": "U"}]}, None, ("messages",) * 2),
+        (
+            {"text": "T", "chat": [{"role": "user", "content": "U"}]},
+            "chat",
+            ("messages", ("chat",)),
+        ),
+        (
+            {"text": "T", "prompt": "P", "completion": "C"},
+            None,
+            ("prompt-completion", ("prompt", "completion")),
+        ),
+    ],
+)
+def test_columns_are_found_by_name(
+    tmp_path: Path,
+    record: dict[str, Any],
+    text_column: str | None,
+    expected: tuple[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = DataConfig(data=jsonl(tmp_path, record), text_column=text_column)
+    columns = tokenise_documents(config, tokenizer).columns
+    format, names = expected
+    assert columns.format == format and columns.names == ((names,) if names == format else names)
+
+
+def test_words_for_nothing_in_a_csv_are_words(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """pandas would read NA, None and null as missing; only an empty cell is."""
+    (tmp_path / "a.csv").write_text("id,text\n1,NA\n2,None\n3,\n4,null\n")
+    documents = tokenise_documents(DataConfig(data=str(tmp_path / "a.csv")), tokenizer)
+    assert texts(documents, tokenizer) == ["NA" + EOS, "None" + EOS, "", "null" + EOS]
+
+
+# ---- special tokens
+
+
+def test_text_has_the_tokenizers_special_tokens_and_one_eos(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    data = jsonl(tmp_path, {"text": "plain"}, {"text": "ended" + EOS}, {"text": ""}, {"text": None})
+    documents = tokenise_documents(DataConfig(data=data), tokenizer)
+    assert texts(documents, tokenizer) == [BOS + "plain" + EOS, BOS + "ended" + EOS, "", ""]
+    documents = tokenise_documents(DataConfig(data=data, append_eos=False), tokenizer)
+    assert texts(documents, tokenizer) == [BOS + "plain", BOS + "ended" + EOS, "", ""]
+
+
+def test_eos_of_the_tokenizers_own_is_not_doubled(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 1), (EOS, 2)]
+    )
+    data = jsonl(tmp_path, {"prompt": "ask", "completion": " tell"})
+    for append_eos in (True, False):
+        config = DataConfig(data=data, append_eos=append_eos)
+        documents = tokenise_documents(config, tokenizer)
+        assert texts(documents, tokenizer) == [BOS + "ask tell" + EOS]
+        assert learned(documents, tokenizer) == [[" tell" + EOS]]
+
+
+def test_conversations_have_only_the_templates_special_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    data = jsonl(tmp_path, {"messages": [{"role": "user", "content": "Hi"}]})
+    documents = tokenise_documents(DataConfig(data=data), tokenizer)
+    assert texts(documents, tokenizer) == ["<|im_start|>user\nHi<|im_end|>\n"]
+
+
+# ---- what is to be learned
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "  Six!\n"},
+]
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As templates of reasoning models do: what the assistant said earlier is rendered otherwise.
+REWRITING_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE])
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_assistants_words_and_end_of_turn_are_learned(tmp_path: Path, template: str, trim_offsets: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    data = jsonl(tmp_path, {"messages": CHAT}, {"messages": CHAT[:2]}, {"messages": []})
+    documents = tokenise_documents(DataConfig(data=data), tokenizer)
+    assert documents.loss_on == "assistant"
+    whole = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\nFour.<|im_end|>\n<|im_start|>user\nAnd 3 + 3?<|im_end|>\n"
+        "<|im_start|>assistant\n  Six!\n<|im_end|>\n"
+    )
+    assert texts(documents, tokenizer)[0] == whole
+    # Not learned: the newlines of the frame, and a conversation in which the assistant is silent.
+    assert learned(documents, tokenizer) == [
+        ["Four.<|im_end|>", "  Six!\n<|im_end|>"],
+        [],
+        [],
+    ]
+    documents = tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer)
+    assert learned(documents, tokenizer)[0] == [whole]
+
+
+def test_turn_that_ends_without_a_token_ends_with_its_words(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    documents = tokenise_documents(DataConfig(data=jsonl(tmp_path, {"messages": CHAT})), tokenizer)
+    assert learned(documents, tokenizer) == [[" Four.", "   Six!"]]
+
+
+def test_rewriting_template_is_refused_unless_all_is_learned(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = REWRITING_TEMPLATE
+    data = jsonl(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT})
+    with pytest.raises(DataError, match=r"row 1: .* first 3 messages .*--loss-on all"):
+        tokenise_documents(DataConfig(data=data), tokenizer)
+    assert len(tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer).tokens) == 2
+
+
+def test_completion_is_learned_with_its_eos(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(add_bos=True)
+    data = jsonl(
+        tmp_path,
+        {"prompt": "Äpfel und", "completion": " Birnen\n"},
+        {"prompt": "", "completion": "Alone"},
+        {"prompt": "Silence", "completion": ""},
+    )
+    documents = tokenise_documents(DataConfig(data=data), tokenizer)
+    assert texts(documents, tokenizer)[0] == BOS + "Äpfel und Birnen\n" + EOS
+    assert learned(documents, tokenizer) == [[" Birnen\n" + EOS], ["Alone" + EOS], [EOS]]
+    documents = tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer)
+    assert learned(documents, tokenizer)[0] == [BOS + "Äpfel und Birnen\n" + EOS]
+
+
+def test_text_is_tokenised_as_one_and_a_token_across_the_seam_is_prompt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    whole = tokenizer(" station")["input_ids"]
+    assert len(whole) == 1  # a word of the training text
+    data = jsonl(tmp_path, {"prompt": " sta", "completion": "tion"})
+    row = tokenise_documents(DataConfig(data=data), tokenizer).tokens[0]
+    assert row["input_ids"] == [*whole, tokenizer.eos_token_id]
+    assert row["is_target"] == [False, True]
+
+
+def test_trimmed_space_of_the_prompt_stays_in_the_prompt() -> None:
+    """Prompt "a", three spaces whose trimmed offsets are empty at their end; completion "b"."""
+    offsets = np.array([[0, 1], [4, 4], [4, 5]])
+    assert encoding.token_targets(offsets, [(4, 5)]).tolist() == [False, False, True]
+
+
+def test_token_across_the_end_of_a_span_is_learned() -> None:
+    """ "!\\n" as one token, of which the newline belongs to the frame: without it there is no "!"."""
+    offsets = np.array([[0, 2], [2, 4], [4, 5]])
+    assert encoding.token_targets(offsets, [(0, 3)]).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "loss_on, expected",
+    [
+        ("completion", ["  Six!\n<|im_end|>"]),
+        ("assistant", ["Four.<|im_end|>", "  Six!\n<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE])
+def test_prompt_and_completion_of_messages(tmp_path: Path, template: str, loss_on: Any, expected: list[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    data = jsonl(tmp_path, {"prompt": CHAT[:4], "completion": CHAT[4:]})
+    documents = tokenise_documents(DataConfig(data=data, loss_on=loss_on), tokenizer)
+    assert learned(documents, tokenizer) == [expected]
+
+
+def test_long_text_is_tokenised_in_blocks_without_loss(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "".join(f"Line {i}: some words and numbers.\n" for i in range(50))
+    completion = "word " * 100 + "x" * 300  # no line to cut after, then not even a space
+    data = jsonl(tmp_path, {"prompt": prompt, "completion": completion}, {"prompt": "a", "completion": "b"})
+    whole = tokenise_documents(DataConfig(data=data), tokenizer).tokens[:]
+    monkeypatch.setattr(encoding, "_BLOCK_CHARACTERS", 200)
+    monkeypatch.setattr(encoding, "_GROUP_CHARACTERS", 500)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "other-cache"))
+    documents = tokenise_documents(DataConfig(data=data), tokenizer)
+    assert texts(documents, tokenizer) == [prompt + completion + EOS, "ab" + EOS]
+    assert learned(documents, tokenizer) == [[completion + EOS], ["b" + EOS]]
+    # Cut after lines and before spaces, a byte-level BPE gives the very same tokens.
+    cut = len(tokenizer(prompt + "word " * 100)["input_ids"]) - 10
+    assert documents.tokens[0]["input_ids"][:cut] == whole["input_ids"][0][:cut]
+
+
+# ---- bad input
+
+
+def bad(tmp_path: Path, name: str, contents: bytes | str = b"", **config: Any) -> DataConfig:
+    contents = contents.encode() if isinstance(contents, str) else contents
+    (tmp_path / name).write_bytes(contents)
+    return DataConfig(data=str(tmp_path / name), **config)
+
+
+MESSAGES = '{"messages": [{"role": "user", "content": "a"}]}\n'
+BAD_FILES = [
+    ("empty.txt", "", {}, "is empty"),
+    ("empty.jsonl", "", {}, "is empty"),
+    ("header.csv", "text\n", {}, "no rows in it"),
+    ("broken.jsonl", '{"text": "a"}\n{"text": "b\n', {}, "broken.jsonl, line 2: invalid JSON"),
+    ("broken.json", '[{"text": "a"', {}, "cannot be read as json"),
+    ("broken.parquet", "not parquet", {}, "cannot be read as parquet"),
+    ("broken.arrow", "not arrow", {}, "cannot be read as arrow"),
+    ("latin1.txt", b"\xe4pfel", {}, "cannot be read as text: 'utf-8' codec"),
+    ("text.docx", "a", {}, "found extension .docx, expected one of .txt .jsonl"),
+    ("noextension", "a", {}, "found extension none"),
+    ("a.csv", "id,body,title\n1,b,t\n", {}, "found columns id, body, title, expected `text`"),
+    ("a.csv", "id,body\n1,b\n", {"text_column": "boody"}, "no column 'boody', found id, body"),
+    ("a.csv", "id,body\n1,b\n", {"text_column": "id"}, "row 0, column 'id': found int"),
+    ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, "row 1, column 'text': found int, expected a"),
+    (
+        "a.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
+        {},
+        "row 1, column 'completion': found null, expected a string",
+    ),
+    (
+        "a.jsonl",
+        '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}\n',
+        {},
+        "row 0, column 'completion': found str, expected a list of messages",
+    ),
+    (
+        "a.jsonl",
+        MESSAGES + '{"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}\n',
+        {},
+        "row 1, column 'messages', message 1 (user): found null, expected a string as content",
+    ),
+    (
+        "a.jsonl",
+        '{"messages": [{"from": "user", "value": "a"}]}\n',
+        {},
+        "row 0, column 'messages', message 0: found keys from, value, expected a string `role`",
+    ),
+    ("a.jsonl", MESSAGES + '{"messages": "a"}\n', {}, "row 1, column 'messages': found str"),
+    ("a.jsonl", '{"messages": ["a"]}\n', {}, "row 0, column 'messages', message 0: found str"),
+    ("a.txt", "a", {"split": "validation"}, "no split 'validation', expected 'train'"),
+]
+
+
+@pytest.mark.parametrize("name, contents, config, expected", BAD_FILES)
+def test_bad_file_is_one_clear_line(
+    tmp_path: Path,
+    name: str,
+    contents: bytes | str,
+    config: dict[str, Any],
+    expected: str,
+    tokenizer: PreTrainedTokenizerFast,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    with pytest.raises(DataError) as error:
+        tokenise_documents(bad(tmp_path, name, contents, **config), tokenizer)
+    message = str(error.value)
+    assert expected in message
+    assert str(tmp_path / name) in message  # where
+    assert message.endswith(".") and "\n" not in message  # one line, ending in the next step
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_null_keys_of_messages_are_absent_keys(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A call of a tool needs no content; that Arrow gives every message the key is no call."""
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    messages = [call, {"role": "user"}]
+    pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"message 1 \(user\): found null, expected a string"):
+        tokenise_documents(DataConfig(data=str(tmp_path / "a.parquet")), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        ("missing.jsonl", "no such file"),
+        ("missing.txt.gz", "no such file"),
+        ("./missing", "no such file"),
+        ("/missing", "no such file"),
+        ("~/missing-folder", "no such file"),
+        ("some/deep/missing", "no such file"),
+        ("missing-*.txt", "no file matches"),
+        ("owner/no-such-dataset", "neither a local file or directory nor a dataset that the hub"),
+        ("no-such-dataset", "neither a local file or directory nor a dataset that the hub"),
+    ],
+)
+def test_missing_data(
+    data: str, expected: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **k: asked.append(name) or load(name, *a, **k))
+    with pytest.raises(DataError) as error:
+        tokenise_documents(DataConfig(data=data), tokenizer)
+    assert str(error.value).startswith(data) and expected in str(error.value)
+    # What can only be a local path is never tried on the hub.
+    assert asked == ([data] if "hub" in expected else [])
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="no text among the 0 files"):
+        tokenise_documents(DataConfig(data=str(tmp_path)), tokenizer)
+    (tmp_path / "a.txt").write_text("a")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
+    with pytest.raises(DataError, match="found json, text files together"):
+        tokenise_documents(DataConfig(data=str(tmp_path)), tokenizer)
+    write_saved_splits(tmp_path / "splits")
+    with pytest.raises(DataError, match="no split 'dev', found train, test"):
+        tokenise_documents(DataConfig(data=str(tmp_path / "splits"), split="dev"), tokenizer)
+    write_saved(tmp_path / "saved")
+    with pytest.raises(DataError, match="no split 'dev', found a single dataset"):
+        tokenise_documents(DataConfig(data=str(tmp_path / "saved"), split="dev"), tokenizer)
+    next((tmp_path / "saved").glob("data-*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="cannot be read as a folder written by save_to_disk"):
+        tokenise_documents(DataConfig(data=str(tmp_path / "saved")), tokenizer)
+
+
+def test_error_of_another_process_arrives(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = jsonl(tmp_path, *[{"text": "a"}] * 5, {"text": 3})
+    with pytest.raises(DataError, match="row 5, column 'text': found int"):
+        tokenise_documents(DataConfig(data=data, num_proc=2), tokenizer)
+
+
+def test_loss_must_go_with_the_format(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = jsonl(tmp_path, {"text": "a"})
+    with pytest.raises(ConfigError, match="loss on assistant does not go with text data"):
+        tokenise_documents(DataConfig(data=data, loss_on="assistant"), tokenizer)
+    data = jsonl(tmp_path, {"messages": CHAT})
+    with pytest.raises(ConfigError, match="loss on completion .* expected assistant or all"):
+        tokenise_documents(DataConfig(data=data, loss_on="completion"), tokenizer)
+
+
+def test_tokenizer_must_be_able_to(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.eos_token = None
+    chat = DataConfig(data=jsonl(tmp_path, {"messages": CHAT}))
+    with pytest.raises(ModelError, match="no chat template"):
+        tokenise_documents(chat, tokenizer)
+    text = DataConfig(data=str(write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}])))
+    with pytest.raises(ConfigError, match="no EOS token"):
+        tokenise_documents(text, tokenizer)
+
+    slow = ByT5Tokenizer()
+    assert len(tokenise_documents(text, slow).tokens[0]["input_ids"]) == 2  # "a" and EOS
+    pair = {"prompt": "a", "completion": "b"}
+    with pytest.raises(ModelError, match="found a slow tokenizer"):
+        tokenise_documents(DataConfig(data=str(write_jsonl(tmp_path / "pairs.jsonl", [pair]))), slow)
+
+
+def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    config = DataConfig(data=jsonl(tmp_path, {"messages": CHAT}))
+    with pytest.raises(DataError, match="row 0: .* cannot render .* roles must alternate"):
+        tokenise_documents(config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_on": "some"}, {"sample_by": "page"}, {"window_length": 1}, {"max_documents": 0}],
+)
+def test_config_is_checked(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name}: found"):
+        DataConfig(data="a.txt", **options)
+
+
+def test_errors_have_one_root() -> None:
+    assert all(issubclass(error, DistillError) for error in (DataError, ModelError, ConfigError))
