@@ -13,7 +13,6 @@ usage 2, an interrupt 130; a bug keeps its traceback. Heavy imports happen insid
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
 import signal
@@ -667,12 +666,7 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
     metavar="PATH[:WEIGHT]",
     help="Cache directory or URL. Several are mixed, by their weights as in a:0.7 b:0.3 or in proportion to size.",
 )
-@click.option(
-    "--student",
-    "students",
-    multiple=True,
-    help="transformers directory, hub name, or .gguf file. Several: one pass over the cache, each into OUTPUT/NAME.",
-)
+@click.option("--student", help="transformers directory, hub name, or .gguf file.")
 @click.option("--student-layers", type=click.IntRange(1), help="Keep so many of its layers, evenly spaced.")
 @click.option("--student-width", type=click.IntRange(1), help="Keep so many channels of its hidden state.")
 @click.option("--student-intermediate", type=click.IntRange(1), help="Keep so many neurons of each MLP.")
@@ -778,14 +772,13 @@ plan_command.params[:0] = [p for p in cache_teacher_command.params if p.name not
 @click.option("--overwrite", is_flag=True, help="Delete the student that is in --output first.")
 @MODEL_OPTIONS
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train_student_command(as_json: bool, caches: tuple[str, ...], students: tuple[str, ...], **given: Any) -> None:
+def train_student_command(as_json: bool, caches: tuple[str, ...], **given: Any) -> None:
     """Train a student on a cache.
 
     The result is an ordinary transformers directory with tokenizer. On several GPUs: torchrun --nproc-per-node N
     --no-python distill train-student …
     """
     _quiet_libraries()
-    from pipeline.student.training.many import train_students
     from pipeline.student.training.output_directory import last_checkpoint
     from pipeline.student.training.train import TrainStudentConfig, train_student
     from pipeline.terminal.views import mixture_lines, training_view
@@ -793,15 +786,14 @@ def train_student_command(as_json: bool, caches: tuple[str, ...], students: tupl
     if given["kd_schedule"] is not None and _was_given("kd_weight"):
         raise click.UsageError("--kd-schedule takes the place of --kd-weight: give one of them.")
     cache = caches[0] if len(caches) == 1 else caches
-    config = TrainStudentConfig(cache=cache, student=students[0] if len(students) == 1 else None, **given)
-    facts, mixture = "", None
+    config = TrainStudentConfig(cache=cache, **given)
+    facts = ""
 
     def features(name: str, logs: dict[str, Any]) -> str:
         return f" · features {logs[name]:.4f}" if name in logs else ""
 
     def log(logs: dict[str, Any]) -> None:
-        nonlocal facts, mixture
-        of = f"{logs['student']}: " if "student" in logs else ""
+        nonlocal facts
         if "loss" in logs:
             facts = (
                 f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
@@ -809,17 +801,15 @@ def train_student_command(as_json: bool, caches: tuple[str, ...], students: tupl
             )
         elif "eval_kl" in logs:
             status.line(
-                f"{of}step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
+                f"step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
                 f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
                 f"agreement {logs['eval_agreement']:.1%}{features('eval_features', logs)}"
             )
         elif "mixture" in logs:
-            if logs["mixture"] != mixture:  # several students see the same
-                mixture = logs["mixture"]
-                for line in mixture_lines(mixture):
-                    status.line(line)
+            for line in mixture_lines(logs["mixture"]):
+                status.line(line)
         elif "stopped" in logs:
-            status.line(f"{of}step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
+            status.line(f"step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
 
     with Status() as status:
         report: dict[str, Any] = {
@@ -829,22 +819,16 @@ def train_student_command(as_json: bool, caches: tuple[str, ...], students: tupl
             "on_warning": status.warn,
         }
         try:
-            if len(students) > 1:
-                summaries = list(train_students(config, students, **report).values())
-            else:
-                summaries = [train_student(config, **report)]
+            summary = train_student(config, **report)
         except KeyboardInterrupt:
-            outputs = [config.output, *glob.glob(f"{glob.escape(config.output)}/*")]
-            if all(last_checkpoint(output) is None for output in outputs):
+            if last_checkpoint(config.output) is None:
                 _stopped(f"no checkpoint was saved in {config.output} yet. Start again with --overwrite.")
             _stopped(f"checkpoints are kept in {config.output}. Continue from the last one with --resume.")
     if status.silent:
         return
     if as_json:
-        found = [asdict(summary) for summary in summaries]
-        return print_json(found[0] if len(students) <= 1 else {"students": found})
-    for summary in summaries:
-        out.print(training_view(asdict(summary)))
+        return print_json(asdict(summary))
+    out.print(training_view(asdict(summary)))
 
 
 @main.command(

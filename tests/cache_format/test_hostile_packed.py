@@ -482,7 +482,7 @@ def test_a_changed_lexicon(path):
 
 def seal_lexicon(path, data: bytes) -> None:
     (path / LEXICON).write_bytes(data)
-    digest = cf.manifest.sha256(data)
+    digest = cf.sha256(data)
     seal_manifest(path, lambda m: m["lexicon"].update(sha256=digest, bytes=len(data)))
 
 

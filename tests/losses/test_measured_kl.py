@@ -18,7 +18,6 @@ from cli import main
 from dense import dense_losses, random_targets
 from pipeline.evaluation.held_out import EvaluateConfig, evaluate
 from pipeline.losses import HeadOutput, TargetBatch, fused, fused_head, general_head
-from pipeline.student.training.many import train_students
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.train import TrainStudentConfig, TrainSummary, train_student
 from pipeline.teacher.targets.rules import TargetRule
@@ -226,16 +225,6 @@ def test_of_several_caches_it_is_sampled_only_if_all_of_them_are(
         logged, summary = run(output, caches, folder / "threshold", student_dir, divergence="reverse-kl")
         assert logged == pytest.approx(np.mean([each["kl"] for each in found]), rel=1e-5), names
         assert summary.eval["kl"] == pytest.approx(evaluated(folder / "threshold", student_dir).kl, rel=1e-5)
-
-
-def test_of_each_of_several_students(folder: Path, student_dir: Path, tmp_path: Path) -> None:
-    tiny_llama(tmp_path / "other", tiny_tokenizer(), layers=1, hidden=16, seed=9)
-    students = {path.name: path for path in (student_dir, tmp_path / "other")}
-    config = settings(tmp_path / "all", folder / "threshold", folder / "threshold", student_dir, divergence="tvd")
-    summaries = train_students(config, [str(path) for path in students.values()])
-    for name, path in students.items():
-        said = evaluated(folder / "threshold", path).kl
-        assert summaries[name].eval["kl"] == pytest.approx(said, rel=1e-5)
 
 
 def test_rows_in_another_tokenizers_tokens_have_no_sample(folder: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class _Data:
     vocab_size: int
 
     @classmethod
-    def of(cls, run: CheckedRun, shared: Callable[[Rows], Rows]) -> _Data:
+    def of(cls, run: CheckedRun) -> _Data:
         config, mix = run.config, run.mix
         vocab_size = mix.first.metadata.vocab_size
         dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset
@@ -72,8 +72,8 @@ class _Data:
             limit = None if config.student is None else longest_row(config.student, config.trust_remote_code)
             dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limit)
         parts = [dataset_of(cache) for cache in mix.caches]
-        train = shared(parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions]))
-        held_out = None if run.held_out is None else shared(dataset_of(run.held_out))
+        train = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
+        held_out = None if run.held_out is None else dataset_of(run.held_out)
         return cls(parts, train, held_out, vocab_size)
 
     def retokenised(self) -> list[str]:
@@ -118,26 +118,8 @@ def train_student(
         on_warning(warning)
     if any("://" in cache.path for cache in run.mix.caches):
         read_ahead(config, run.arguments)
-    return perform(run, on_stage=on_stage, on_step=on_step, on_log=on_log)
-
-
-def perform(
-    run: CheckedRun,
-    *,
-    on_stage: Callable[[str], None] = lambda _: None,
-    on_step: Callable[[int, int], None] = lambda step, total: None,
-    on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-    when_loaded: Callable[[], None] = lambda: None,
-    shared: Callable[[Rows], Rows] = lambda rows: rows,
-) -> TrainSummary:
-    """Loads the student, trains and saves it.
-
-    Args:
-        when_loaded: called once nothing but training is left that could go wrong, before the output is touched.
-        shared: gives the rows to train and to evaluate on their batches.
-    """
     config, mix, budget, arguments = run.config, run.mix, run.budget, run.arguments
-    data = _Data.of(run, shared)
+    data = _Data.of(run)
     for text in data.retokenised():
         on_stage(text)
     student = _load(run, data, on_stage)
@@ -146,7 +128,6 @@ def perform(
     for teacher in teachers:
         teacher.load(arguments.device)
 
-    when_loaded()
     # Only now that everything has been loaded is what --overwrite names deleted.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:

@@ -21,7 +21,6 @@ from pipeline.evaluation.held_out import EvaluateConfig, evaluate
 from pipeline.student.data.dataset import LocalShuffle
 from pipeline.student.model.initialization import keep_layers
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.many import train_students
 from pipeline.student.training.train import train_student
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
@@ -184,20 +183,6 @@ def test_a_head_with_an_adapter_is_merged_whole(masked_dir: Path, tmp_path: Path
     assert merged.kl == pytest.approx(adapted.eval["kl"], rel=1e-4)
     _, found = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-
-
-@pytest.mark.slow
-def test_masked_students_share_a_pass_and_stop_by_the_noise_of_rows(masked_dir: Path, tmp_path: Path) -> None:
-    students = [tiny_masked(tmp_path / f"s{i}", "bert", layers=1, hidden=16, seed=i) for i in (1, 2)]
-    cache = str(masked_dir / "bert-cache")
-    options = {"eval_cache": cache, "eval_steps": 1, "max_steps": 6, "early_stopping": ("loss:noise:1",)}
-    options |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
-    config = TrainStudentConfig(cache=cache, output=str(tmp_path / "many"), device="cpu", **options)
-    together = train_students(config, [str(path) for path in students])
-    for path in students:
-        alone = train(tmp_path / f"{path.name}-alone", Path(cache), student=path, **options)
-        assert together[path.name].eval == alone.eval and together[path.name].stopped == alone.stopped
-        assert distance(weights(tmp_path / f"{path.name}-alone"), weights(tmp_path / "many" / path.name)) == 0.0
 
 
 @pytest.mark.parametrize(

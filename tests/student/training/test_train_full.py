@@ -26,7 +26,6 @@ from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
-from pipeline.student.training.many import train_students
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.train import train_student
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
@@ -200,22 +199,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder: Path, studen
         train(tmp_path / "parts", folder / "train", student=student_dir, on_step=Stop(4), **options)
     train(tmp_path / "parts", folder / "train", student=student_dir, resume=True, **options)
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
-
-
-@pytest.mark.slow
-def test_several_students_share_one_head(
-    folder: Path, student_dir: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = []
-    inner = cf.Cache.head
-    monkeypatch.setattr(cf.Cache, "head", lambda self: loaded.append(self.path) or inner(self))
-    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
-    config = TrainStudentConfig(cache=str(folder / "train"), output=str(tmp_path / "both"), device="cpu", **options)
-    train_students(config, [str(student_dir), str(teacher_dir)])
-    assert len(loaded) == 1
-    for student in (student_dir, teacher_dir):
-        train(tmp_path / student.name, folder / "train", student=student, **options)
-        assert distance(weights(tmp_path / student.name), weights(tmp_path / "both" / student.name)) == 0.0
 
 
 def test_a_frozen_head_that_is_the_teachers_is_used_for_both(

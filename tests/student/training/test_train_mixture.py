@@ -18,7 +18,6 @@ from pipeline.student.data.cache_mix import mix_of, open_mix, parse_weight, reci
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.feature_matching import FeatureRecipe
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.many import train_students
 from pipeline.student.training.train import train_student
 from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
@@ -287,20 +286,6 @@ def test_the_union_trains_on_every_row_once_in_an_epoch(
     assert len(batches) > 2
     for batch in batches:
         assert abs(batch.count(paths[0]) - 8 * sizes[0] / sum(sizes)) < 1
-
-
-@pytest.mark.slow
-def test_several_students_from_one_mixture(
-    folder: Path, tmp_path: Path, student_dir: Path, tokenizer: PreTrainedTokenizerFast
-):
-    other = tiny_llama(tmp_path / "other", tokenizer, layers=1, hidden=16, seed=8)
-    students = {path.name: str(path) for path in (student_dir, other)}
-    options = {"max_steps": 4, "learning_rate": 1e-2, "eval_cache": str(folder / "text"), "eval_steps": 2}
-    config = TrainStudentConfig(cache=mixture(folder), output=str(tmp_path / "many"), device="cpu", **options)
-    train_students(config, list(students.values()))
-    for name, student in students.items():
-        run(tmp_path / "alone" / name, mixture(folder), student=student, **options)
-        assert distance(weights(tmp_path / "many" / name), weights(tmp_path / "alone" / name)) == 0.0
 
 
 def test_features_and_samples(folder: Path, tmp_path: Path, teacher_dir: Path, student_dir: Path):

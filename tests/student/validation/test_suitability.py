@@ -15,7 +15,6 @@ from dense import random_targets
 from pipeline.errors import ConfigError
 from pipeline.losses import sparse_kl
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.many import train_students
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.validation.run_checks import check_run
 from pipeline.student.validation.suitability import exact_entries
@@ -170,17 +169,6 @@ def test_rows_in_another_tokenizers_tokens_are_spoken_of_and_need_exact_entries(
         assert warning.startswith(f"--cross-tokenizer {method}: ") and warning.endswith("by --tail bucket")
         with pytest.raises(ConfigError, match="headless has threshold targets with K = 0, without an exact entry"):
             warned(folder, "headless", student, cross_tokenizer=method)
-
-
-def test_several_students_are_told_each(folder: Path, student_dir: Path, tmp_path: Path) -> None:
-    other = tiny_llama(tmp_path / "other", tiny_tokenizer(), layers=1, hidden=16, seed=9)
-    options = {"cache": str(folder / "threshold"), "output": str(tmp_path / "all"), "device": "cpu", "max_steps": 1}
-    seen: list[str] = []
-    config = TrainStudentConfig(divergence="js", **options)
-    train_students(config, [str(student_dir), str(other)], on_warning=seen.append)
-    assert [each.partition(": ")[0] for each in seen] == [student_dir.name, "other"]
-    for name in (student_dir.name, "other"):
-        assert json.loads((tmp_path / "all" / name / "distill_config.json").read_text())["resolved"]["tail"] == "bucket"
 
 
 # ---- what is recorded
