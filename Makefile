@@ -65,7 +65,7 @@ faults: $(STAMP) ## ten thousand requests to an S3 server that spoils some of th
 lint: $(STAMP)   ## ruff (rules and format), mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy cache_format
+	$(PY) -m mypy cache_format distill pipeline
 
 format: $(STAMP) ## let ruff rewrite what lint would complain of
 	$(PY) -m ruff check --fix .

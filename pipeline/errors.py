@@ -1,18 +1,25 @@
-"""What a user can act on in the pipeline, beside the errors of a cache directory.
+"""Errors of the pipeline that a user can act on, next to those of a cache directory.
 
     DistillError        (cache_format.cache_errors) the command line prints it as one line, status 1
     ├── CacheError      a cache directory cannot be read, written or used: see cache_format.cache_errors
-    ├── DataError       the text is missing, empty, malformed, or not of the kind asked for
-    ├── ModelError      a model or tokenizer cannot be loaded, or cannot do what is asked
-    ├── ConfigError     the options contradict one another, the model or the data
-    └── DivergedError   training has come to numbers that are none
+    ├── DataError       the text is missing, empty, malformed, or not of the requested kind
+    ├── ModelError      a model or tokenizer cannot be loaded, or lacks what the run needs
+    ├── ConfigError     an option is wrong, or contradicts another option, the model or the data
+    └── DivergedError   the loss or the weights became NaN or Inf
 
-Messages are one line: where, what was found, what was expected, because of what, next step.
+A message is one line: where, what was found, what was expected, why it matters, the next step. It names options by
+their Python name in backticks, `top_k`, `tail=bucket` or `packing=False`; the command line shows --top-k, --tail bucket
+and --no-packing.
 """
 
 from __future__ import annotations
 
+import re
+
 from cache_format.cache_errors import DistillError
+
+OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
+"""An option in a message: its name, and the value it is given with `=`."""
 
 
 class DataError(DistillError):
@@ -24,8 +31,14 @@ class ModelError(DistillError):
 
 
 class ConfigError(DistillError):
-    """The options contradict one another, the model or the data."""
+    """An option is wrong, or contradicts another option, the model or the data."""
+
+    @property
+    def field(self) -> str | None:
+        """The option that the message names first."""
+        found = OPTION.search(str(self))
+        return None if found is None else found[1]
 
 
 class DivergedError(DistillError):
-    """The loss or the weights of a student are no longer numbers."""
+    """The loss or the weights of a student became NaN or Inf."""

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import cache_format as cf
+from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.losses import IGNORE_INDEX, HeadOutput
 from pipeline.models.head import evaluating, open_head
 from pipeline.models.loading import load_model, resolve_device
@@ -29,23 +30,6 @@ from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.training.forward import distillation_output
 from pipeline.student.training.recipe import KlIs, LossRecipe
 from pipeline.student.validation.compatibility import check_isolation, check_student, longest_row
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """One evaluation of a student on a cache."""
-
-    cache: str  # held-out cache directory or URL
-    student: str  # transformers directory, hub name or .gguf file
-    batch_size: int = 8  # rows per forward pass
-    max_rows: int | None = None  # only the first so many
-    cache_dir: str | None = None  # local copies of what is read of a remote cache
-    cache_dir_gb: float = 100.0  # at most
-    cross_tokenizer: bool = False  # the student has another tokenizer: compare where tokens of both end together
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +75,14 @@ def evaluate(
         config.student,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        cross_tokenizer=config.cross_tokenizer,
-        otherwise="Or compare where tokens of both end together: --cross-tokenizer.",
+        cross_tokenizer=config.cross_tokenizer is not None,
+        otherwise="Or compare where tokens of both end together: `cross_tokenizer=project`.",
     )
     dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
     if config.cross_tokenizer:
         tail = check_cross_tokenizer(cache)
         limit = longest_row(config.student, config.trust_remote_code)
-        dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limit)
+        dataset_of, vocab_size = for_foreign_student(tokenizer, config.cross_tokenizer, limit)
         dataset = dataset_of(cache)
         on_stage(f"re-tokenising the text: {dataset.describe()}")
     on_stage("loading the student")
@@ -126,7 +110,8 @@ def evaluate(
             yield {name: tensor.to(model.device) for name, tensor in batch.items()}
             on_progress(min(rows, (i + 1) * config.batch_size), rows)
 
-    recipe = LossRecipe.for_cache(cache, kd_weight=1.0, tail=tail, exact_alone=config.cross_tokenizer)
+    recipe = LossRecipe.for_cache(cache, kd_weight=1.0, tail=tail, exact_alone=config.cross_tokenizer is not None)
+    recipe = replace(recipe, uld=config.cross_tokenizer == "uld")
     with evaluating(model):
         _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, recipe), batches())
     found = Evaluation.from_sums(kl, ce, agreement, count, recipe.kl_is)

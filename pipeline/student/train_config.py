@@ -1,245 +1,238 @@
-"""What a training run is told: one frozen configuration, and from it transformers' TrainingArguments."""
+"""Options of stage two: `distill train-student` and `distill.train_student`.
+
+Every default, range and help text of a training run is here. What becomes of them in transformers' TrainingArguments
+is in `training.training_arguments`. Standard library only (see `pipeline.options`).
+"""
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import TrainingArguments
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
-from pipeline.losses import PositionWeighting, TailPolicy
-from pipeline.models.adapters import Lora
-from pipeline.student.model.pruning import Sizes
-from pipeline.student.training.early_stopping import Mode
+from pipeline.options import check_ranges, option
 
-# What the run decides itself; a --training-args file may not.
-RESERVED = {
-    "output_dir": "use --output",
-    "resume_from_checkpoint": "use --resume",
-    "eval_strategy": "use --eval-cache, which is evaluated every --eval-steps",
-    "load_best_model_at_end": "always true with --eval-cache, and without one there is no best",
-    "average_tokens_across_devices": "always true: the loss is a mean over the tokens of all processes",
-    "remove_unused_columns": "always false: the targets are columns",
-    "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
-    "fp16": "use bf16: gradients divided by the tokens of a step underflow in float16",
-    "label_names": "the labels are in the cache",
-    "label_smoothing_factor": "the loss is that of --kd-weight, --divergence, --temperature and --tail",
-    "use_liger_kernel": "head and loss are fused already",
-    "disable_tqdm": "distill shows its own progress",
-}
+if TYPE_CHECKING:
+    from pipeline.models.adapters import Lora
+    from pipeline.student.model.pruning import Sizes
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "learning_rate": 3e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,  # a fraction of all steps
-    "weight_decay": 0.0,
-    "num_train_epochs": 1.0,
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "seed": 0,
-    "report_to": "none",
-    "logging_nan_inf_filter": False,  # would log an average in place of a loss that is not a number
-    "log_level_replica": "passive",  # else the other processes speak of what the first is silent about
-    "dataloader_pin_memory": torch.cuda.is_available(),
-}
+IO, STUDENT, LORA, LOSS = "Input and output", "Student", "Adapters (LoRA, DoRA)", "Loss"
+HIDDEN, OPTIMIZATION, STOPPING = "Hidden-state distillation", "Optimization", "Early stopping"
+LOGGING, HARDWARE = "Logging and checkpoints", "Hardware"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStudentConfig:
-    """One run of stage two. Fields named as in transformers.TrainingArguments are passed on to it; None: not given."""
+    """One run of stage two."""
 
-    cache: str | tuple[str, ...]  # cache directory or URL; several, PATH:WEIGHT, see pipeline.student.data.cache_mix
-    output: str  # checkpoint directory
-    student: str | None = None  # transformers directory, hub name, .gguf file
-    student_layers: int | None = None  # keep so many of its layers
-    student_config: str | None = None  # config.json for random initialisation
-    student_random: bool = False  # of `student` the architecture alone, with random weights
-    student_width: int | None = None  # channels of the hidden state to keep
-    student_intermediate: int | None = None  # neurons of each MLP to keep
-    student_heads: int | None = None  # query heads of each layer to keep
-    freeze_embeddings: bool = False  # and with them a head that is tied to them
-    lora_rank: int | None = None  # train adapters of this rank alone
-    lora_alpha: float | None = None  # default: twice the rank
-    lora_dropout: float | None = None
-    lora_targets: str = "auto"  # or ends of layer names with commas
-    dora: bool = False
-    lora_head: bool = False
-    merge_adapter: bool = False  # save a plain model
-    cross_tokenizer: str | None = None  # project or uld: the student has another tokenizer than the teacher
-    eval_cache: str | None = None  # held-out cache
-    kd_weight: float = 0.9  # α: 0 labels only, 1 teacher only
-    temperature: float | None = None  # default: that of the cache
-    tail: TailPolicy | None = None  # default: sampled if the cache has a sample of the tail, else bucket
-    divergence: str = (
-        "forward-kl"  # of the soft loss; weighted sums and own functions: see pipeline.losses.divergence_sum
+    cache: str | tuple[str, ...] = option(
+        help="Cache directory or URL. Several are mixed, by weights such as a:0.7 b:0.3 or in proportion to size.",
+        group=IO,
+        common=True,
+        metavar="PATH[:WEIGHT]",
     )
-    kd_schedule: str | None = None  # in the place of kd_weight, see pipeline.student.training.schedules
-    temperature_schedule: str | None = None  # in the place of temperature
-    position_weighting: PositionWeighting = "uniform"
-    hidden_loss: str | None = (
-        None  # cosine, mse or normalized-mse: features besides, see pipeline.student.model.feature_matching
+    # A directory, hub name or .gguf file; or (Python only) a loaded model, which is trained in place.
+    student: Any = option(None, help="Student: transformers directory, hub name, or .gguf file.", group=IO, common=True)
+    output: str = option(help="Directory for checkpoints and the trained student.", group=IO, common=True)
+    eval_cache: str | None = option(
+        None,
+        help="Held-out cache. It is evaluated during training, and the best checkpoint is kept.",
+        group=IO,
+        common=True,
     )
-    hidden_weight: float | None = None  # γ; default: 1
-    layer_map: str | None = None  # uniform (default), last, or pairs STUDENT:TEACHER
-    resample: bool = False  # every epoch another of several samples
-    early_stopping: tuple[str, ...] = ()  # conditions, see pipeline.student.training.early_stopping
-    early_stopping_mode: Mode = "all"  # of them must hold, or any
-    cache_dir: str | None = None  # local copies of what is read of a remote cache
-    cache_dir_gb: float = 100.0  # at most
-    device: str = "auto"  # or cpu
-    resume: bool = False
-    overwrite: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
-    training_args: str | None = None  # JSON file of any TrainingArguments; flags win over it
+    # Python only: a tokenizer object, for a student that is one too.
+    tokenizer: Any = option(None, help="Tokenizer of a student that is given as an object.", group=IO, python_only=True)
+    resume: bool = option(
+        False, help="Continue from the last checkpoint in the output directory.", group=IO, common=True
+    )
+    overwrite: bool = option(False, help="Delete the student in the output directory first.", group=IO, common=True)
+    cache_dir: str | None = option(None, help="Keep local copies of shards read from an object store here.", group=IO)
+    cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=IO, minimum=0.001)
 
-    per_device_train_batch_size: int | None = None  # rows
-    gradient_accumulation_steps: int | None = None
-    learning_rate: float | None = None
-    lr_scheduler_type: str | None = None
-    warmup_steps: float | None = None  # steps, or a fraction of them if below 1
-    weight_decay: float | None = None
-    num_train_epochs: float | None = None
-    max_steps: int | None = None  # optimizer steps; wins over epochs
-    max_tokens: int | None = None  # in the place of either, see pipeline.student.training.budget
-    seed: int | None = None
-    bf16: bool | None = None  # autocast
-    gradient_checkpointing: bool | None = None
-    logging_steps: int | None = None
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    dataloader_num_workers: int | None = None
+    student_layers: int | None = option(
+        None, help="Number of layers to keep, evenly spaced.", group=STUDENT, minimum=1, common=True
+    )
+    student_width: int | None = option(None, help="Hidden size to keep.", group=STUDENT, minimum=1)
+    student_intermediate: int | None = option(None, help="Neurons to keep in each MLP.", group=STUDENT, minimum=1)
+    student_heads: int | None = option(None, help="Attention heads to keep in each layer.", group=STUDENT, minimum=1)
+    student_random: bool = option(
+        False, help="Use only the architecture of the student, with random weights.", group=STUDENT
+    )
+    student_config: str | None = option(
+        None,
+        help="config.json of a student with random weights, instead of a checkpoint.",
+        group=STUDENT,
+        metavar="FILE",
+    )
+    freeze_embeddings: bool = option(
+        False, help="Do not train token embeddings, nor a head tied to them.", group=STUDENT
+    )
+    cross_tokenizer: Literal["project", "uld"] | None = option(
+        None,
+        help="For a student whose tokenizer differs. project: targets of shared tokens. uld: sorted probabilities.",
+        group=STUDENT,
+    )
+    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=STUDENT)
+    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=STUDENT)
+
+    lora_rank: int | None = option(
+        None, help="Train adapters of this rank (needs distill[peft]).", group=LORA, minimum=1
+    )
+    lora_alpha: float | None = option(
+        None, help="Adapters are scaled by alpha/rank.", group=LORA, above=0, below=math.inf, default_text="2 · rank"
+    )
+    lora_dropout: float | None = option(
+        None, help="Dropout on the input of an adapter.", group=LORA, minimum=0, below=1, default_text="0"
+    )
+    lora_targets: str = option(
+        "auto", help="Layers to adapt, such as q_proj,v_proj; auto: all linear layers.", group=LORA
+    )
+    dora: bool = option(False, help="Adapt direction and length of weights separately (DoRA).", group=LORA)
+    lora_head: bool = option(False, help="Adapt the vocabulary head too.", group=LORA)
+    merge_adapter: bool = option(False, help="Save a plain model instead of an adapter.", group=LORA)
+
+    kd_weight: float = option(
+        0.9, help="α, weight of the soft loss. 0: hard labels only, 1: teacher only.", group=LOSS, common=True
+    )
+    temperature: float | None = option(
+        None,
+        help="Temperature of the soft loss, which is scaled by T².",
+        group=LOSS,
+        default_text="that of the cache",
+        common=True,
+    )
+    tail: Literal["sampled", "realized", "bucket", "renormalise", "label"] | None = option(
+        None,
+        help="Treatment of the tail mass. sampled: by its sample. realized: by the teacher's own text. bucket: as one "
+        "class. renormalise: ignored. label: given to the label.",
+        group=LOSS,
+        default_text="sampled if cache and divergence allow it, else bucket",
+    )
+    divergence: str = option(
+        "forward-kl",
+        help="Divergence of the soft loss: forward-kl, reverse-kl, js(0.5), skew-forward-kl(0.1), "
+        "skew-reverse-kl(0.1), tvd, alpha-beta(0.5,0.5), logit-mse, pairwise, my_module.my_function, or a sum such as "
+        "forward-kl:0.7,reverse-kl:0.3.",
+        group=LOSS,
+    )
+    kd_schedule: str | None = option(
+        None,
+        help="Schedule of α: linear:FROM:TO, wsd:FROM:PEAK:TO[:WARMUP:DECAY] or constant:V. Replaces `kd_weight`.",
+        group=LOSS,
+    )
+    temperature_schedule: str | None = option(
+        None, help="Schedule of the temperature, in the same form. Replaces `temperature`.", group=LOSS
+    )
+    position_weighting: Literal["uniform", "teacher-entropy", "student-entropy"] = option(
+        "uniform", help="Weight of a position: 1, or entropy / log V.", group=LOSS
+    )
+    resample: bool = option(False, help="Use a different stored tail sample in each epoch.", group=LOSS)
+
+    hidden_loss: Literal["cosine", "mse", "normalized-mse"] | None = option(
+        None, help="Match the hidden states stored in the cache with this loss.", group=HIDDEN
+    )
+    hidden_weight: float | None = option(
+        None, help="γ, weight of the hidden-state loss.", group=HIDDEN, default_text="1"
+    )
+    layer_map: str | None = option(
+        None,
+        help="Pairs of layers: uniform, last, or STUDENT:TEACHER such as 3:6,6:12.",
+        group=HIDDEN,
+        default_text="uniform",
+    )
+
+    batch_size: int = option(8, help="Rows per device and forward pass.", group=OPTIMIZATION, minimum=1, common=True)
+    gradient_accumulation_steps: int = option(
+        1, help="Forward passes per optimizer step.", group=OPTIMIZATION, minimum=1
+    )
+    learning_rate: float = option(
+        3e-4, help="Peak learning rate.", group=OPTIMIZATION, minimum=0, below=math.inf, common=True
+    )
+    lr_scheduler: str = option("cosine", help="Learning-rate schedule, as transformers names it.", group=OPTIMIZATION)
+    warmup: float = option(
+        0.05,
+        help="Warmup in steps, or as a fraction of all steps if below 1.",
+        group=OPTIMIZATION,
+        minimum=0,
+        below=math.inf,
+    )
+    weight_decay: float = option(0.0, help="Weight decay.", group=OPTIMIZATION, minimum=0, below=math.inf)
+    epochs: float = option(1.0, help="Passes over the cache.", group=OPTIMIZATION, above=0, common=True)
+    max_steps: int | None = option(None, help="Optimizer steps, instead of epochs.", group=OPTIMIZATION, minimum=1)
+    max_tokens: int | None = option(
+        None, help="Input tokens to train on, instead of epochs or steps.", group=OPTIMIZATION, minimum=1
+    )
+    seed: int = option(0, help="Seed for the order of rows, random weights and dropout.", group=OPTIMIZATION)
+
+    logging_steps: int = option(10, help="Steps between logs.", group=LOGGING, minimum=1)
+    eval_steps: int = option(100, help="Steps between evaluations on the held-out cache.", group=LOGGING, minimum=1)
+    save_steps: int | None = option(
+        None, help="Steps between checkpoints.", group=LOGGING, minimum=1, default_text="as for evaluations, or 500"
+    )
+    early_stopping: tuple[str, ...] = option(
+        (),
+        help="Stop when a held-out metric has not improved by MIN_DELTA (0.01, 0.5% or noise) in PATIENCE evaluations; "
+        "may be given several times. default: kl:0.5%:3 with ce:noise:3.",
+        group=STOPPING,
+        metavar="METRIC:MIN_DELTA:PATIENCE",
+    )
+    early_stopping_mode: Literal["all", "any"] = option(
+        "all", help="How many of several conditions must hold.", group=STOPPING
+    )
+
+    device: str = option("auto", help="auto or cpu. Choose GPUs with CUDA_VISIBLE_DEVICES.", group=HARDWARE)
+    bf16: bool | None = option(
+        None, help="bfloat16 autocast; weights stay float32.", group=HARDWARE, default_text="off", common=True
+    )
+    gradient_checkpointing: bool | None = option(
+        None, help="Trade time for memory by recomputing activations.", group=HARDWARE, default_text="off"
+    )
+    dataloader_num_workers: int | None = option(
+        None, help="Processes that read the cache.", group=HARDWARE, minimum=0, default_text="0; 1 for a URL"
+    )
+    # A JSON file, or (in Python and in a config file) its contents.
+    training_args: Any = option(
+        None,
+        help="JSON file with any transformers.TrainingArguments; the options above win over it.",
+        group=HARDWARE,
+        metavar="FILE",
+        table=True,
+    )
+    # Names of the options that were given, even if at their default: these win over `training_args`.
+    explicit: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.kd_schedule is not None and self.kd_weight != 0.9:
+            raise ConfigError("`kd_schedule`: replaces `kd_weight`. Give one of them.")
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(f"`device` {self.device}: expected auto or cpu. Choose GPUs with CUDA_VISIBLE_DEVICES.")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets", "dora", "lora_head", "merge_adapter"):
+                if getattr(self, name) not in (None, False, "auto"):
+                    raise ConfigError(f"`{name}`: there is no adapter without `lora_rank`. Give a rank, such as 16.")
 
     @property
     def sizes(self) -> Sizes:
+        """What a narrower student keeps."""
+        from pipeline.student.model.pruning import Sizes
+
         return Sizes(width=self.student_width, intermediate=self.student_intermediate, heads=self.student_heads)
 
     @property
     def lora(self) -> Lora | None:
-        """Raises: ConfigError for options of an adapter without one, or numbers that make none."""
+        """The adapter to train; None for a student that is trained as a whole."""
+        from pipeline.models.adapters import Lora
+
         if self.lora_rank is None:
-            for option, given in (
-                ("--lora-alpha", self.lora_alpha is not None),
-                ("--lora-dropout", self.lora_dropout is not None),
-                ("--lora-targets", self.lora_targets != "auto"),
-                ("--dora", self.dora),
-                ("--lora-head", self.lora_head),
-                ("--merge-adapter", self.merge_adapter),
-            ):
-                if given:
-                    raise ConfigError(f"{option}: found no --lora-rank, so there is no adapter. Give one, such as 16.")
             return None
-        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        dropout = self.lora_dropout or 0.0
-        if self.lora_rank < 1 or not 0.0 < alpha < math.inf or not 0.0 <= dropout < 1.0:
-            raise ConfigError(
-                f"--lora-rank {self.lora_rank}, --lora-alpha {alpha:g}, --lora-dropout {dropout:g}: expected a rank of "
-                "1 or more, a positive alpha, and a dropout from 0 to below 1."
-            )
-        targets = () if self.lora_targets == "auto" else tuple(t.strip() for t in self.lora_targets.split(","))
         return Lora(
             rank=self.lora_rank,
-            alpha=alpha,
-            dropout=dropout,
-            targets=targets,
+            alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
+            dropout=self.lora_dropout or 0.0,
+            targets=() if self.lora_targets == "auto" else tuple(t.strip() for t in self.lora_targets.split(",")),
             dora=self.dora,
             head=self.lora_head,
             merged=self.merge_adapter,
         )
-
-
-def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
-    """Defaults, then the --training-args file, then flags.
-
-    Raises:
-        ConfigError: unreadable file, unknown or reserved argument, or values that TrainingArguments refuses.
-    """
-    known = {field.name for field in fields(TrainingArguments)}
-    values = dict(DEFAULTS)
-    if config.training_args is not None:
-        values |= read_training_args(config.training_args)
-    values |= {k: v for k, v in asdict(config).items() if k in known and v is not None}
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(f"--device {config.device}: expected auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES.")
-    if config.eval_cache is not None:
-        # The best checkpoint can only be kept if every evaluation has one.
-        steps = values.setdefault("eval_steps", 100)
-        values |= {"eval_strategy": "steps", "load_best_model_at_end": True}
-        values.setdefault("save_steps", steps)
-        values.setdefault("metric_for_best_model", "eval_loss")
-        values.setdefault("greater_is_better", False)
-        values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
-    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
-        values["activation_checkpointing"] = values.pop("gradient_checkpointing")
-    values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
-    for name in ("learning_rate", "weight_decay", "warmup_steps"):
-        value = values[name]
-        if isinstance(value, (int, float)) and not 0.0 <= value < math.inf:
-            option = "--" + name.removesuffix("_steps").replace("_", "-")
-            given = option if getattr(config, name) is not None else f"{config.training_args}: {name}"
-            raise ConfigError(f"{given} {value}: expected a number, 0 or more. Correct it.")
-    try:
-        arguments = TrainingArguments(
-            **values,
-            output_dir=config.output,
-            remove_unused_columns=False,
-            average_tokens_across_devices=True,
-            disable_tqdm=True,
-            label_names=["labels"],
-        )
-    except (ValueError, TypeError, ImportError) as error:  # the last: what an argument needs is not installed
-        where = "" if config.training_args is None else f" or {config.training_args}"
-        raise ConfigError(
-            f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the flags{where}."
-        ) from error
-    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
-    if deepspeed is not None and deepspeed.is_zero3():
-        raise ConfigError(
-            f"{config.training_args}: deepspeed with ZeRO stage 3, which gathers a weight inside of its module only: "
-            "the head's is read outside, by the fused loss. Use stage 2, or fsdp (docs/scaling.md)."
-        )
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(arguments.accelerator_config, name):
-            raise ConfigError(
-                f"{config.training_args}: {name} of accelerator_config cannot be set: every process reads batches "
-                "of its own, of rows that lie together. Remove it from the file."
-            )
-    return arguments
-
-
-def read_ahead(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
-    """For a cache that is read over a network: a worker that reads while the model computes, unless the user has said
-    how many. One, since each of several would fetch nearly all of the record batches."""
-    asked = {} if config.training_args is None else read_training_args(config.training_args)
-    if config.dataloader_num_workers is None and "dataloader_num_workers" not in asked:
-        arguments.dataloader_num_workers = 1
-
-
-def read_training_args(file: str) -> dict[str, Any]:
-    known = {field.name for field in fields(TrainingArguments)}
-    example = 'expected an object of training arguments, such as {"max_grad_norm": 0.5}'
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file, {example}. Check --training-args.") from error
-    except ValueError as error:  # JSON or UTF-8
-        raise ConfigError(f"{file}: not JSON ({error}), {example}. Correct it.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: found a {type(values).__name__}, {example}. Correct it.")
-    for name in values:
-        if name in RESERVED:
-            raise ConfigError(f"{file}: {name} cannot be set here: {RESERVED[name]}. Remove it from the file.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"{file}: {name} is not an argument of transformers.TrainingArguments. "
-                + (f"Did you mean {near[0]}?" if near else "Remove it, or correct its spelling.")
-            )
-    return values

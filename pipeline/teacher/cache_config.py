@@ -1,37 +1,349 @@
-"""What a run of stage one is told."""
+"""Options of stage one: `distill cache-teacher` and `distill plan`, `distill.cache_teacher` and `distill.plan`.
+
+One dataclass for each subject, all of them parts of `CacheTeacherConfig`. Every default, range and help text of stage
+one is here, but for those of targets, which are in `targets.rules`. Standard library only (see `pipeline.options`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pipeline.teacher.targets.hidden_states import HiddenRule
+from pipeline.errors import ConfigError
+from pipeline.options import Metadata, check_ranges, option, part
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
-from pipeline.teacher.text.masking import MaskRule
-from pipeline.teacher.writing.workers import WorkerConfig
+
+if TYPE_CHECKING:
+    import cache_format as cf
+    from pipeline.models.head import Head
+
+MAX_SEED = 2**64 - 1
+
+IO, TEXT, TEACHER = "Input and output", "Text", "Teacher"
+MASKED, HIDDEN, GENERATION = "Masked language models", "Hidden states", "Generation"
+FILES, PROCESSES = "Cache files", "Several processes"
+
+Keep = Literal["all", "first", "best"]
+KEEP: tuple[Keep, ...] = get_args(Keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how it becomes rows of tokens."""
+
+    # A path or hub name; several paths; or (Python only) a datasets.Dataset or an iterable of dicts.
+    data: Any = option(
+        help="Text: file, glob or directory (.txt .jsonl .parquet .csv .arrow), or a dataset on the hub.",
+        group=IO,
+        common=True,
+    )
+    data_config: str | None = option(None, help="Configuration (subset) of a hub dataset.", group=TEXT)
+    split: str = option("train", help="Split of the dataset, or a slice such as train[:10%].", group=TEXT)
+    text_column: str | None = option(
+        None,
+        help="Column of strings or chat messages.",
+        group=TEXT,
+        default_text="messages, prompt with completion, or text",
+        common=True,
+    )
+    sample_by: Literal["document", "paragraph", "line"] = option(
+        "document", help="Unit of text in a .txt file that becomes one document.", group=TEXT
+    )
+    loss_on: Literal["auto", "all", "assistant", "completion"] = option(
+        "auto",
+        help="Tokens in the loss. auto: all of plain text, the assistant's in a chat, the completion of a prompt.",
+        group=TEXT,
+    )
+    append_eos: bool | None = option(
+        None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"
+    )
+    max_documents: int | None = option(None, help="Use only the first N documents.", group=TEXT, minimum=1)
+    packing: bool | None = option(
+        None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
+    )
+    window_length: int = option(
+        1024, name="seq_len", help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True
+    )
+    num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """How rows are masked for a masked language model. The defaults are BERT's."""
+
+    PREFIX: ClassVar = "mask_"
+
+    probability: float = option(
+        0.15, help="Probability that a token is selected for prediction.", group=MASKED, above=0, maximum=1
+    )
+    mask_replace_prob: float = option(
+        0.8,
+        name="mask_replace_prob",
+        help="Share of the selected tokens that become the mask token.",
+        group=MASKED,
+        minimum=0,
+        maximum=1,
+    )
+    random_replace_prob: float = option(
+        0.1,
+        name="random_replace_prob",
+        help="Share of the selected tokens that become a random token.",
+        group=MASKED,
+        minimum=0,
+        maximum=1,
+    )
+    seed: int = option(
+        0, help="Seed for masking (combined with row and position).", group=MASKED, minimum=0, maximum=MAX_SEED
+    )
+    copies: int = option(1, help="Rows per window of text, each masked differently.", group=MASKED, minimum=1)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, self.PREFIX)
+        shares = (self.mask_replace_prob, self.random_replace_prob)
+        if sum(shares) > 1.0 + 1e-9:
+            raise ConfigError(
+                f"`mask_replace_prob` {shares[0]} and `random_replace_prob` {shares[1]}: expected at most 1 together, "
+                "since both are shares of the selected tokens."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenRule:
+    """Which hidden states are stored; `spec` resolves it for a given teacher."""
+
+    PREFIX: ClassVar = "hidden_"
+
+    layers: str | None = option(
+        None,
+        name="hidden_states",
+        help="Store hidden states too: last, all, or layers such as 6,12,18.",
+        group=HIDDEN,
+        metavar="LAYERS",
+    )  # None: only the states that hidden targets consist of
+    dtype: Literal["float16", "float32", "int8"] = option(
+        "float16", help="Number format of stored states; int8 has one scale per position.", group=HIDDEN
+    )
+    every: int = option(1, help="Store the states of every N-th position.", group=HIDDEN, minimum=1)
+
+    def __post_init__(self) -> None:
+        named = self.layers not in (None, "last", "all")
+        if named and not all(word.strip().isdecimal() for word in str(self.layers).split(",")):
+            raise ConfigError(f"`hidden_states` {self.layers}: expected last, all, or layers such as 6,12,18.")
+        check_ranges(self, self.PREFIX)
+
+    def spec(self, head: Head) -> cf.HiddenSpec:
+        """Raises: ConfigError for layers that this teacher does not have; ModelError if it gives no states."""
+        import cache_format as cf
+
+        last, width = head.layers()
+        if self.layers == "last":
+            layers = [last]
+        elif self.layers == "all":
+            layers = list(range(1, last + 1))
+        else:
+            layers = sorted({int(word) for word in str(self.layers).split(",")})
+        if layers[-1] > last:
+            raise ConfigError(
+                f"`hidden_states` {self.layers}: this teacher has layers 0 (the output of the embeddings) to {last}. "
+                "Choose among them."
+            )
+        return cf.HiddenSpec(layers=tuple(layers), teacher_layers=last, width=width, dtype=self.dtype, every=self.every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How the teacher answers prompts, and which answers are kept."""
+
+    PREFIX: ClassVar = "gen_"
+
+    temperature: float = option(
+        1.0,
+        help="Sampling temperature; 0 is greedy. Does not affect the targets.",
+        group=GENERATION,
+        minimum=0,
+        below=float("inf"),
+    )
+    top_p: float = option(
+        1.0, help="Sample from the smallest set of tokens with this probability.", group=GENERATION, above=0, maximum=1
+    )
+    top_k: int = option(
+        0, help="Sample from the N most likely tokens; 0: all.", group=GENERATION, minimum=0, maximum=2**31
+    )
+    seed: int = option(
+        0, help="Seed for sampling (combined with prompt and answer).", group=GENERATION, minimum=0, maximum=MAX_SEED
+    )
+    answers_per_prompt: int = option(1, help="Answers per prompt.", group=GENERATION, minimum=1, maximum=2**16)
+    max_new_tokens: int = option(
+        256, help="Maximum length of an answer in tokens.", group=GENERATION, minimum=1, maximum=2**24
+    )
+    stop: tuple[str, ...] = option(
+        (), help="String that ends an answer; may be given several times.", group=GENERATION, metavar="TEXT"
+    )
+    keep_if: str | None = option(
+        None,
+        help="Keep only answers that this function accepts: module:function or file.py:function.",
+        group=GENERATION,
+        metavar="FUNCTION",
+    )
+    keep: Keep = option(
+        "all", help="Which accepted answers to a prompt to keep: all, the first, or the most likely.", group=GENERATION
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, self.PREFIX)
+        if self.temperature == 0.0 and self.answers_per_prompt > 1:
+            raise ConfigError(
+                f"`gen_answers_per_prompt` {self.answers_per_prompt}: with `gen_temperature=0` all answers to a prompt "
+                "are the same. Use 1, or a higher temperature."
+            )
+        if "" in self.stop:
+            raise ConfigError("`gen_stop`: found an empty string, which every text contains. Leave it out.")
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the answers, as in the manifest."""
+        decides = asdict(self)
+        del decides["keep_if"], decides["keep"]
+        return {**decides, "stop": list(self.stop)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How this process shares the work with others."""
+
+    num_workers: int | None = option(
+        None,
+        help="Number of processes that write this cache, each started separately.",
+        group=PROCESSES,
+        default_text="as torchrun says",
+        minimum=1,
+    )
+    worker_index: int | None = option(None, help="Index of this process, from 0.", group=PROCESSES, minimum=0)
+    shard_range: str | None = option(
+        None, help="Write only shards A up to but not including B.", group=PROCESSES, metavar="A:B"
+    )
+    allow_rounding: bool = option(
+        False,
+        help="Continue on another kind of device, or with other threads, batch size or library versions.",
+        group=PROCESSES,
+    )
+    stale_after: float = option(
+        300.0,
+        help="Seconds of silence after which a writer on another machine is considered dead.",
+        group=PROCESSES,
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if (self.num_workers is None) != (self.worker_index is None):
+            raise ConfigError("`num_workers` and `worker_index` belong together: give both or neither.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheTeacherConfig:
     """One run of stage one."""
 
-    teacher: str  # transformers directory, hub name, or .gguf file
-    data: DataConfig
-    output: str  # cache directory or fsspec URL
-    targets: TargetRule = field(default_factory=TargetRule)
-    objective: str | None = None  # causal or masked; default: what the teacher was trained for
-    masking: MaskRule | None = None  # of a masked teacher; default: MaskRule()
-    hidden: HiddenRule | None = None  # hidden states to store beside the targets, or in what numbers the targets
-    all_positions: bool = False  # targets also where the loss mask is off
-    batch_size: int = 8  # rows per forward pass; halved when out of memory
-    device: str = "auto"
-    dtype: str = "auto"  # float32 on a CPU, the checkpoint's own elsewhere
-    revision: str | None = None  # of a hub model
-    trust_remote_code: bool = False
-    rows_per_shard: int | None = None  # default: some 262,144 tokens' worth
-    encoding: str = "columns"  # or packed: smaller, read by this package only
-    compression_level: int = 9  # zstd
-    device_map: str | None = None  # spread the teacher over devices, CPU and disk: a strategy of accelerate, or a file
-    tensor_parallel: bool = False  # split it over the processes of torchrun, which are one worker then
-    overwrite: bool = False  # delete a cache that is already in `output`
-    workers: WorkerConfig = field(default_factory=WorkerConfig)  # this process among others
+    # A directory, hub name or .gguf file; or (Python only) a loaded model.
+    teacher: Any = option(help="Teacher: transformers directory, hub name, or .gguf file.", group=IO, common=True)
+    data: DataConfig = part(DataConfig)
+    output: str = option(
+        help="Cache directory or fsspec URL. An unfinished run in it is continued.", group=IO, common=True
+    )
+    objective: Literal["auto", "causal", "masked"] = option(
+        "auto",
+        help="What the teacher predicts: the next token, or masked tokens. auto: as it was trained.",
+        group=TEACHER,
+    )
+    targets: TargetRule = part(TargetRule)
+    batch_size: int = option(
+        8,
+        help="Rows per forward pass; halved when out of memory.",
+        group=TEACHER,
+        minimum=1,
+        common=True,
+    )
+    device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=TEACHER, common=True)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=TEACHER, common=True
+    )
+    device_map: str | None = option(
+        None,
+        help="Spread the teacher over all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
+        group=TEACHER,
+        metavar="auto|FILE",
+    )
+    tensor_parallel: bool = option(
+        False, flag="tp", help="Split the teacher over the processes of torchrun (transformers).", group=TEACHER
+    )
+    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=TEACHER)
+    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
+    # Python only: a tokenizer object, for a teacher that is one too.
+    tokenizer: Any = option(
+        None, help="Tokenizer of a teacher that is given as an object.", group=TEACHER, python_only=True
+    )
+    masking: MaskRule | None = part(MaskRule, prefix=MaskRule.PREFIX, optional=True)
+    hidden: HiddenRule | None = part(HiddenRule, prefix=HiddenRule.PREFIX, optional=True)
+    all_positions: bool = option(
+        False, help="Store targets also where the loss mask is off, such as in prompts.", group=FILES
+    )
+    rows_per_shard: int | None = option(
+        None, help="Rows per shard file.", group=FILES, minimum=1, default_text="about 262,144 tokens"
+    )
+    encoding: Literal["columns", "packed"] = option(
+        "columns",
+        help="columns: readable by any Arrow reader. packed: 2/3 to 4/5 of the bytes, readable by distill.",
+        group=FILES,
+    )
+    compression_level: int = option(9, help="zstd compression level.", group=FILES, minimum=1, maximum=22)
+    generation: GenerationConfig | None = part(
+        GenerationConfig,
+        prefix=GenerationConfig.PREFIX,
+        optional=True,
+        switch="generate",
+        switch_metadata=Metadata(
+            help="Let the teacher answer the prompts in the data, and cache its answers.", group=GENERATION, common=True
+        ),
+    )
+    overwrite: bool = option(False, help="Delete the cache in the output directory first.", group=IO, common=True)
+    workers: WorkerConfig = part(WorkerConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        self._check_hidden()
+        if self.generation is not None:
+            self._check_generation()
+
+    def _check_hidden(self) -> None:
+        if self.targets.kind != "hidden":
+            if self.hidden is not None and self.hidden.layers is None:
+                raise ConfigError("`hidden_dtype` and `hidden_every` belong to `hidden_states`: name the layers.")
+            return
+        if self.encoding != "columns":
+            raise ConfigError(f"`encoding` {self.encoding}: hidden targets have no entries to pack. Leave it out.")
+        if self.hidden is not None and self.hidden.every != 1:
+            raise ConfigError(
+                f"`hidden_every` {self.hidden.every}: `targets=hidden` needs the state of every position. Leave it out."
+            )
+
+    def _check_generation(self) -> None:
+        data, workers = self.data, self.workers
+        own_row = "each answer is a row of its own, and the loss is on it"
+        several = "one process generates"
+        for name, given, why in (
+            ("packing", data.packing is not None, own_row),
+            ("append_eos", data.append_eos is not None, own_row),
+            ("loss_on", data.loss_on != "auto", own_row),
+            ("num_proc", data.num_proc is not None, own_row),
+            ("all_positions", self.all_positions, own_row),
+            ("num_workers", workers.num_workers is not None, several),
+            ("shard_range", workers.shard_range is not None, several),
+            ("tensor_parallel", self.tensor_parallel, several),
+            ("targets", self.targets.kind == "hidden", "hidden states are stored for given text only"),
+            ("hidden_states", self.hidden is not None, "hidden states are stored for given text only"),
+            ("mask_probability", self.masking is not None, "a teacher that generates has no masked tokens"),
+        ):
+            if given:
+                raise ConfigError(f"`{name}`: cannot be combined with `generate`: {why}. Leave it out.")

@@ -16,9 +16,8 @@ from pipeline.models.loading import load_config, load_model
 from pipeline.models.objective import check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
-from pipeline.teacher.text.masking import FLAGS, MaskRule
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus
@@ -38,8 +37,8 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:
         raise ConfigError(
-            f"{', '.join(FLAGS.values())}: {config.teacher} is a causal language model, of whose input nothing is "
-            "masked. Leave them out."
+            f"`mask_probability` and the other masking options: {config.teacher} is a causal language model, whose "
+            "input is not masked. Leave them out."
         )
     return build_corpus(config.data, tokenizer)
 

@@ -35,26 +35,12 @@ from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.verify_config import TeacherCheckConfig
 from pipeline.teacher.writing.workers import WorkerConfig, this_worker
 
 CHUNK_POSITIONS = 256
 NOISE_FACTOR, FLOOR = 16, 1e-4  # nats: a deviation of less than this, or than so many times the noise, is no finding
 SAME_SHARE = 0.1  # fewer positions with the very same entries than between two runs of the teacher, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherCheckConfig:
-    """Which rows of which cache to compute again."""
-
-    cache: str
-    teacher: str  # transformers directory, hub name or .gguf file
-    rows: int = 8  # at most; evenly spaced over the cache
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    device_map: str | None = None  # spread the teacher over devices, CPU and disk: a strategy of accelerate, or a file
-    tensor_parallel: bool = False  # split it over the processes of torchrun, which then all go through the same rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +96,6 @@ def verify_against_teacher(
             f"{config.cache}: its values were rounded a second time by distill convert, which would look like another "
             "teacher. Check the cache that it was made from."
         )
-    if config.rows < 1:
-        raise ConfigError(f"--rows {config.rows}: expected at least 1.")
     tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     found, expected = tokenizer_fingerprint(tokenizer)["vocabulary"], cache.metadata.tokenizer.get("vocabulary")
     if found != expected:

@@ -12,24 +12,20 @@ whose weight is more than its part of them is gone through more than once in it,
 
 from __future__ import annotations
 
-import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.inspection import describe_targets
 from pipeline.losses import TailPolicy
 from pipeline.models.tokenizers import check_same_tokenizer
+from pipeline.student.cache_paths import parse_weight
 from pipeline.student.model.feature_matching import FeatureRecipe, states_everywhere
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.validation.compatibility import load_cache_tokenizer
 from pipeline.student.validation.suitability import default_tail, exact_entries
-from pipeline.terminal.views import describe_targets
-
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -99,32 +95,6 @@ class Mix:
                 }
             )
         return found
-
-
-def parse_weight(text: str) -> tuple[str, float | None]:
-    """PATH:WEIGHT -> both; weight None if what stands after the last colon is no number, as in s3://bucket/cache.
-
-    A directory of that very name is a path, unless one without the number is there too.
-
-    Raises: ConfigError for a weight that is none.
-    """
-    path, colon, number = text.rpartition(":")
-    if not colon or not path or not NUMBER.fullmatch(number):
-        return text, None
-    if os.path.exists(text):
-        if os.path.exists(path):
-            raise ConfigError(
-                f"--cache {text}: both {path} and {text} are there. Write {path}:{number}:1 for the second of them, or "
-                f"./{path}/:{number} for the first with a weight."
-            )
-        return text, None
-    weight = float(number)
-    if not 0.0 < weight < math.inf:
-        raise ConfigError(
-            f"--cache {text}: weight {number}, expected a positive number. Weights are relative to one another, as in "
-            "A:0.7 B:0.3; leave a cache out that is not to be used."
-        )
-    return path, weight
 
 
 def open_mix(given: str | Sequence[str], **options: Any) -> Mix:

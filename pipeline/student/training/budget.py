@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
-from pipeline.student.train_config import TrainStudentConfig, read_training_args
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.training_arguments import read_training_args
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from transformers import TrainerState
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.student.data.cache_mix import Mix
-from pipeline.student.train_config import TrainStudentConfig, read_training_args
+from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.early_stopping import stopped_by
 from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.training.training_arguments import read_training_args
 
 CONFIG_FILE = "distill_config.json"
 

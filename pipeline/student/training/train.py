@@ -25,12 +25,13 @@ from pipeline.student.data.mixed_dataset import MixedDataset, Rows
 from pipeline.student.model.feature_matching import Features
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
-from pipeline.student.train_config import TrainStudentConfig, read_ahead
+from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output, check_adapted, record_seen
 from pipeline.student.training.recipe import KlIs
 from pipeline.student.training.trainer import DistillTrainer
+from pipeline.student.training.training_arguments import read_ahead
 from pipeline.student.validation.compatibility import check_isolation, longest_row
 from pipeline.student.validation.run_checks import CheckedRun, check_run
 

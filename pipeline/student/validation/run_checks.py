@@ -16,12 +16,13 @@ from pipeline.student.data.cross_tokenizer import check_cross_tokenizer
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.feature_matching import FeatureRecipe
 from pipeline.student.model.initialization import check_one_origin
-from pipeline.student.train_config import TrainStudentConfig, training_arguments
+from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
 from pipeline.student.training.early_stopping import Condition, check_conditions, too_few_evaluations
 from pipeline.student.training.output_directory import check_output, processes_of
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.trainer import held_out_metrics
+from pipeline.student.training.training_arguments import training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
 from pipeline.student.validation.suitability import (
     check_resample,

@@ -12,16 +12,16 @@ Shapes: b answers that are being written, V vocabulary, T tokens of prompt and a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ModelError
 from pipeline.models.head import Head
+from pipeline.teacher.cache_config import GenerationConfig
 from pipeline.teacher.generation.decoding import Decoding
 from pipeline.teacher.generation.token_sampling import draw
 from pipeline.teacher.targets.cache_rows import cache_row
@@ -33,54 +33,6 @@ from pipeline.teacher.text.packing import TokenRow
 
 STREAM = 2  # of the random numbers that choose tokens; the sampled tail has 0, masks have 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
-
-Keep = Literal["all", "first", "best"]
-KEEP: tuple[Keep, ...] = get_args(Keep)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How the teacher answers, and which answers are kept."""
-
-    temperature: float = 1.0  # of the sampling, not of the targets; 0: the likeliest token
-    top_p: float = 1.0  # of the sampling: the fewest tokens with that mass
-    top_k: int = 0  # of the sampling: so many likely tokens; 0: all
-    seed: int = 0
-    answers_per_prompt: int = 1
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()  # an answer ends with any of these
-    keep_if: str | None = None  # predicate: module:function or path/to/file.py:function
-    keep: Keep = "all"  # of the answers to a prompt that pass
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError."""
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--gen-temperature {self.temperature}: expected 0 (the likeliest token) or more.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"--gen-top-p {self.top_p}: expected a probability mass above 0 and up to 1.")
-        for name, value, low, high in (
-            ("--gen-top-k", self.top_k, 0, 2**31),
-            ("--gen-seed", self.seed, 0, 2**64 - 1),
-            ("--answers-per-prompt", self.answers_per_prompt, 1, 2**16),
-            ("--max-new-tokens", self.max_new_tokens, 1, 2**24),
-        ):
-            if not low <= value <= high:
-                raise ConfigError(f"{name} {value}: expected {low} to {high}.")
-        if self.temperature == 0.0 and self.answers_per_prompt > 1:
-            raise ConfigError(
-                f"--answers-per-prompt {self.answers_per_prompt}: at --gen-temperature 0 all answers to a prompt are "
-                "the same. Use 1, or a higher temperature."
-            )
-        if "" in self.stop:
-            raise ConfigError("--stop: found an empty string, which is in every text. Leave it out.")
-        if self.keep not in KEEP:
-            raise ConfigError(f"--keep {self.keep}: expected one of {', '.join(KEEP)}.")
-
-    def to_json(self) -> dict[str, Any]:
-        """What decides the answers, as in the manifest."""
-        decides = asdict(self)
-        del decides["keep_if"], decides["keep"]
-        return {**decides, "stop": list(self.stop)}
 
 
 @dataclass(frozen=True, eq=False)

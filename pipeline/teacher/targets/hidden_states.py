@@ -14,54 +14,16 @@ Shapes: B rows of T positions, n positions of a batch that have states, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import cache_format as cf
-from cache_format.rows.hidden import DTYPES
-from pipeline.errors import ConfigError, ModelError
-from pipeline.models.head import Head
+from pipeline.errors import ModelError
 
 RECORD_BATCH_BYTES = 2**23  # of the states that a reader has to hold for the sake of one row
 SHARD_BYTES = 2**29
-
-
-@dataclass(frozen=True, kw_only=True)
-class HiddenRule:
-    """What is asked for; `spec` is what that is of a given teacher."""
-
-    layers: str | None = "last"  # last, all, or numbers with commas; None: only what hidden targets are made of
-    dtype: str = "float16"  # float32, or int8
-    every: int = 1  # one in so many of the positions that have targets
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError for what no teacher has."""
-        named = self.layers not in (None, "last", "all")
-        if named and not all(word.strip().isdecimal() for word in str(self.layers).split(",")):
-            raise ConfigError(f"--hidden-states {self.layers}: expected last, all, or layers as in 6,12,18.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--hidden-dtype {self.dtype}: expected one of {', '.join(DTYPES)}.")
-        if self.every < 1:
-            raise ConfigError(f"--hidden-every {self.every}: expected 1 or more.")
-
-    def spec(self, head: Head) -> cf.HiddenSpec:
-        """Raises: ConfigError for layers that this teacher does not have; ModelError if its states cannot be had."""
-        last, width = head.layers()
-        if self.layers == "last":
-            layers: Sequence[int] = [last]
-        elif self.layers == "all":
-            layers = range(1, last + 1)
-        else:
-            layers = sorted({int(word) for word in str(self.layers).split(",")})
-        if layers[-1] > last:
-            raise ConfigError(
-                f"--hidden-states {self.layers}: this teacher has layers 0 (the embeddings' output) to {last}. Choose "
-                "among them."
-            )
-        return cf.HiddenSpec(layers=tuple(layers), teacher_layers=last, width=width, dtype=self.dtype, every=self.every)
 
 
 def predicted_bytes(spec: cf.HiddenSpec, positions: int) -> int:

@@ -18,20 +18,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
-from cache_format import EXACT_LEVELS, Codebook, sqrt_probability_codebook, weight_codebook
 from pipeline.errors import ConfigError
+from pipeline.options import check_ranges, option
 
-MAX_DRAWS = 255  # as many weights as a codebook has values besides certainty
-THRESHOLD_LEVELS = 76  # two or three exact entries cost .0003 nats of KL with so few
+if TYPE_CHECKING:
+    from cache_format import Codebook
+
+MAX_DRAWS = 255  # as many weights as a codebook has values, apart from 1
+MAX_ENTRIES = 65535
+THRESHOLD_LEVELS = 76  # with two or three exact entries, so few levels cost .0003 nats of KL
+GROUP = "Targets"
 
 TargetKind = Literal["top-k", "top-p", "threshold", "random", "hidden"]
 TARGET_KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
 
-# What a kind is made of, and what each part is if it is not given; other parts do not belong to it.
+# The options of each kind with their defaults; a kind has no others.
 PARTS: dict[TargetKind, dict[str, float]] = {
     "top-k": {"top_k": 64},
     "top-p": {"top_p": 0.95, "max_entries": 128},
@@ -39,7 +42,7 @@ PARTS: dict[TargetKind, dict[str, float]] = {
     "random": {"draws": 50, "samples": 1, "seed": 0},
     "hidden": {},
 }
-# A part that names its kind, if no kind is given. The first one counts: `top_k` is the exact head of threshold as well.
+# An option that implies its kind, if no kind is given. The first match counts: `top_k` is an option of threshold too.
 IMPLIED: dict[str, TargetKind] = {
     "tail_threshold": "threshold",
     "top_k": "top-k",
@@ -47,77 +50,130 @@ IMPLIED: dict[str, TargetKind] = {
     "draws": "random",
 }
 DEFAULT_KIND: TargetKind = "threshold"
-FLAGS = {name: "--" + name.replace("_", "-") for parts in PARTS.values() for name in parts}
+OPTIONS = tuple(dict.fromkeys(name for parts in PARTS.values() for name in parts))
+
+
+def _default(name: str) -> str:
+    kinds = {kind: parts[name] for kind, parts in PARTS.items() if name in parts}
+    if len(set(kinds.values())) == 1:
+        return f"{next(iter(kinds.values())):g}"
+    return ", ".join(f"{value:g} for {kind}" for kind, value in kinds.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRule:
-    """Which entries a position gets. Parts that are None get the default of the kind; it may have no others.
+    """Which entries a position gets. Options that are None get the default of the kind; other options are refused.
 
-    Without a kind it is the one that a part implies, in the order of `IMPLIED`, and threshold if there is none:
-    `TargetRule(top_k=64)` keeps the 64 most likely tokens and nothing else.
+    Without a kind, an option implies it, in the order of `IMPLIED`; else it is threshold:
+    `TargetRule(top_k=64)` stores the 64 most likely tokens and nothing else.
     """
 
-    kind: TargetKind | None = None  # never None afterwards
-    top_k: int | None = None  # exact entries, whatever their probability
-    top_p: float | None = None  # probability mass of the exact entries
-    max_entries: int | None = None  # at most so many for top_p
-    tail_threshold: float | None = None  # τ
-    draws: int | None = None  # N, of one sample
-    samples: int | None = None  # M, of each position
-    seed: int | None = None
-    temperature: float = 1.0  # of the softmax whose probabilities these are
+    kind: TargetKind | None = option(
+        None,
+        name="targets",
+        help="What to store of each distribution. threshold: exact head and an unbiased sample of the tail. top-k, "
+        "top-p: the most likely tokens. random: tokens drawn with replacement. hidden: the last hidden state, which "
+        "gives the full distribution.",
+        group=GROUP,
+        default_text="the kind that the options below imply, else threshold",
+        common=True,
+    )  # never None after construction
+    top_k: int | None = option(
+        None,
+        help="Number of most likely tokens to store exactly.",
+        group=GROUP,
+        minimum=0,
+        maximum=MAX_ENTRIES,
+        default_text=_default("top_k"),
+        common=True,
+    )
+    top_p: float | None = option(
+        None,
+        help="Probability mass of the exact entries of top-p.",
+        group=GROUP,
+        above=0,
+        maximum=1,
+        default_text=_default("top_p"),
+    )
+    max_entries: int | None = option(
+        None,
+        help="Maximum number of entries of top-p.",
+        group=GROUP,
+        minimum=1,
+        maximum=MAX_ENTRIES,
+        default_text=_default("max_entries"),
+    )
+    tail_threshold: float | None = option(
+        None,
+        help="τ of threshold: tokens with p ≥ τ are exact, others are sampled with probability p/τ.",
+        group=GROUP,
+        minimum=1e-3,
+        maximum=1,
+        default_text=_default("tail_threshold"),
+        common=True,
+    )
+    draws: int | None = option(
+        None,
+        help="Number of draws of random.",
+        group=GROUP,
+        minimum=1,
+        maximum=MAX_DRAWS,
+        default_text=_default("draws"),
+    )
+    samples: int | None = option(
+        None,
+        help="Number of independent tail samples per position, for training with `resample`.",
+        group=GROUP,
+        minimum=1,
+        maximum=255,
+        default_text=_default("samples"),
+    )
+    seed: int | None = option(
+        None,
+        help="Seed for tail sampling (combined with row and position).",
+        group=GROUP,
+        minimum=0,
+        maximum=2**64 - 1,
+        default_text=_default("seed"),
+    )
+    temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=GROUP, above=0, below=math.inf)
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError for a part that the kind does not have, or a value outside its range."""
+        """Raises: ConfigError for an option that the kind does not have, or a value outside its range."""
         if self.kind is None:
-            implied = (kind for part, kind in IMPLIED.items() if getattr(self, part) is not None)
+            implied = (kind for name, kind in IMPLIED.items() if getattr(self, name) is not None)
             object.__setattr__(self, "kind", next(implied, DEFAULT_KIND))
         if self.kind not in TARGET_KINDS:
-            raise ConfigError(f"--targets {self.kind}: expected one of {', '.join(TARGET_KINDS)}.")
-        for name, flag in FLAGS.items():
+            raise ConfigError(f"`targets` {self.kind}: expected one of {', '.join(TARGET_KINDS)}.")
+        for name in OPTIONS:
             value = getattr(self, name)
             if value is None and name in PARTS[self.kind]:
                 object.__setattr__(self, name, PARTS[self.kind][name])
             elif value is not None and name not in PARTS[self.kind]:
                 kinds = ", ".join(kind for kind, parts in PARTS.items() if name in parts)
                 raise ConfigError(
-                    f"{flag} {value}: {self.kind} targets have none. Use --targets {kinds}, or leave it out."
+                    f"`{name}` {value}: {self.kind} targets do not have this option. Use it with `targets` {kinds}, or "
+                    "leave it out."
                 )
-        for name, low, high in (
-            ("top_k", 0 if self.kind == "threshold" else 1, 65535),
-            ("max_entries", 1, 65535),
-            ("draws", 1, MAX_DRAWS),
-            ("samples", 1, 255),
-            ("seed", 0, 2**64 - 1),
-        ):
-            if (value := getattr(self, name)) is not None and not low <= value <= high:
-                raise ConfigError(f"{FLAGS[name]} {value}: expected {low} to {high}.")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"--top-p {self.top_p}: expected a probability mass above 0 and up to 1.")
-        if self.tail_threshold is not None:
-            if not 1e-3 <= self.tail_threshold <= 1.0:
-                raise ConfigError(
-                    f"--tail-threshold {self.tail_threshold}: expected 0.001 to 1; a position gets up to 1/τ entries."
-                )
-        if not 0.0 < self.temperature < math.inf:
-            raise ConfigError(f"--temperature {self.temperature}: expected a positive number.")
+        check_ranges(self)
+        if self.kind == "top-k" and not self.top_k:
+            raise ConfigError(f"`top_k` {self.top_k}: expected 1 to {MAX_ENTRIES}.")
         if self.kind == "hidden" and self.temperature != 1.0:
             raise ConfigError(
-                f"--temperature {self.temperature}: hidden targets hold every temperature. Leave it out here, and give "
-                "it to train-student."
+                f"`temperature` {self.temperature}: hidden targets serve any temperature. Leave it out here, and give "
+                "it when you train."
             )
-        if self.most_entries > 65535:
+        if self.most_entries > MAX_ENTRIES:
             raise ConfigError(
-                f"--targets {self.kind}: up to {self.most_entries:,} entries per position, expected at most 65,535. "
-                "Use fewer samples, or a larger threshold."
+                f"`targets` {self.kind}: up to {self.most_entries:,} entries per position, expected at most "
+                f"{MAX_ENTRIES:,}. Use fewer samples, or a larger threshold."
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises: ConfigError if more exact entries are asked for than there are tokens."""
         for name in ("top_k", "max_entries"):
             if (value := getattr(self, name) or 0) > vocab_size:
-                raise ConfigError(f"{FLAGS[name]} {value}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
+                raise ConfigError(f"`{name}` {value}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
 
     def to_json(self) -> dict[str, Any]:
         """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""
@@ -133,6 +189,10 @@ class TargetRule:
 
     def codebook(self) -> Codebook:
         """For `target_logprobs`: the weights of sampled entries exactly, those of exact ones to within its bound."""
+        import numpy as np
+
+        from cache_format import EXACT_LEVELS, Codebook, sqrt_probability_codebook, weight_codebook
+
         samples = self.samples or 1
         if self.kind == "random":
             weights = np.arange(1, (self.draws or 0) + 1) / ((self.draws or 0) * samples)

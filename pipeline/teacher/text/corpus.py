@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,6 +26,7 @@ from cache_format.storage.claims import Claims, wait_for
 from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
+from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import chat, encoding, examples
 from pipeline.teacher.text.examples import Columns, find_columns, read_example
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
@@ -37,37 +38,6 @@ _FEATURES = datasets.Features(
 # A document may be a book: so many of them are in memory at once.
 _DOCUMENTS_PER_BATCH = 64
 _DOCUMENTS_PER_RECORD_BATCH = 256
-
-_LOSS_CHOICES = ("auto", "all", "assistant", "completion")
-_SAMPLE_CHOICES = ("document", "paragraph", "line")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which text, and how it becomes rows of tokens."""
-
-    data: str  # file, glob, directory, save_to_disk folder, or the name of a dataset on the hub
-    data_config: str | None = None  # configuration ("subset") of a dataset on the hub
-    split: str = "train"  # or a slice of it, "train[:10%]"; local files are all "train"
-    text_column: str | None = None  # strings or messages; None: see examples.find_columns
-    sample_by: Literal["document", "paragraph", "line"] = "document"  # one document of a .txt file
-    loss_on: Literal["auto", "all", "assistant", "completion"] = "auto"  # auto: by the format
-    append_eos: bool | None = None  # end text with EOS; chat templates bring their own. None: for causal models
-    max_documents: int | None = None  # only the first so many
-    packing: bool | None = None  # several short documents per row, else one or a window. None: for causal models
-    window_length: int = 1024  # tokens in a row, at most
-    num_proc: int | None = None  # processes; None: this one, with the tokenizer's own threads
-
-    def __post_init__(self) -> None:
-        for name, choices in (("sample_by", _SAMPLE_CHOICES), ("loss_on", _LOSS_CHOICES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
-        if self.window_length < 2:
-            raise ConfigError(
-                f"window_length: found {self.window_length}, expected at least 2: one token predicts nothing."
-            )
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ConfigError(f"max_documents: found {self.max_documents}, expected at least 1.")
 
 
 @dataclass(frozen=True)

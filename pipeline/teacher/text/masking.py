@@ -16,49 +16,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ModelError
+from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.targets.philox import uniforms
 
 STREAM = 1  # of the random numbers; the sampled tail has 0
-FLAGS = {
-    "probability": "--mask-probability",
-    "mask_replace_prob": "--mask-replace-prob",
-    "random_replace_prob": "--random-replace-prob",
-    "seed": "--mask-seed",
-    "copies": "--mask-copies",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskRule:
-    """How rows are masked."""
-
-    probability: float = 0.15  # that a token is chosen
-    mask_replace_prob: float = 0.8  # of the chosen: the mask token takes its place
-    random_replace_prob: float = 0.1  # of the chosen: any other token does
-    seed: int = 0
-    copies: int = 1  # rows per window of text, each with a pattern of its own
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError for a value outside its range."""
-        if not 0.0 < self.probability <= 1.0:
-            raise ConfigError(f"--mask-probability {self.probability}: expected a number above 0 and up to 1.")
-        shares = (self.mask_replace_prob, self.random_replace_prob)
-        if min(shares) < 0.0 or sum(shares) > 1.0 + 1e-9:
-            raise ConfigError(
-                f"--mask-replace-prob {shares[0]} and --random-replace-prob {shares[1]}: expected shares of the chosen "
-                "tokens, 0 or more and together at most 1."
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"--mask-seed {self.seed}: expected 0 to {2**64 - 1}.")
-        if self.copies < 1:
-            raise ConfigError(f"--mask-copies {self.copies}: expected 1 or more.")
 
 
 class Masker:

@@ -19,25 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cache_format as cf
-from cache_format.storage.claims import STALE_AFTER_S
 from pipeline.errors import ConfigError
 from pipeline.models.loading import resolve_device
 from pipeline.models.placement import computing_devices
+from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.writing.tensor_parallel import Follower, Leader
 
 if TYPE_CHECKING:
     from pipeline.teacher.cache_config import CacheTeacherConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
-    """How this process shares the work with others."""
-
-    num_workers: int | None = None  # None: WORLD_SIZE, or alone
-    worker_index: int | None = None  # from 0
-    shard_range: str | None = None  # "A:B", shards that this process may write
-    allow_rounding: bool = False  # continue although device, threads, batch size or library versions differ
-    stale_after: float = STALE_AFTER_S  # seconds of silence after which another machine's writer counts as gone
 
 
 @dataclass(frozen=True)
@@ -118,8 +107,6 @@ def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_m
             "devices. Start one for each group of devices, with CUDA_VISIBLE_DEVICES, --num-workers and --worker-index."
         )
     rank = int(os.environ.get("RANK", "0")) if tensor_parallel else None
-    if (config.num_workers is None) != (config.worker_index is None):
-        raise ConfigError("--num-workers and --worker-index belong together: give both or neither.")
     try:
         first, stop = (0, None) if config.shard_range is None else cf.parse_shard_range(config.shard_range)
         if config.num_workers is not None and config.worker_index is not None:

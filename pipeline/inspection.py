@@ -1,20 +1,90 @@
-"""What is in a cache, and where its bytes are: `distill stats`, as numbers and as a page for a terminal."""
+"""A cache in numbers: one row token by token (`distill inspect`), and sizes and distributions (`distill stats`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 import cache_format as cf
-from cache_format.codecs.packed.streams import FREQUENCIES, PackedStreams
-from pipeline.terminal.views import bar, describe_targets, pairs, size
+from cache_format.codecs.packed.streams import PackedStreams
 
 
-def cache_stats(cache: cf.Cache) -> dict[str, Any]:
+def describe_targets(targets: Mapping[str, Any]) -> str:
+    """`targets` of a manifest in a line: threshold, τ = 0.05, K = 1, seed 0."""
+    names = {"tail_threshold": "τ", "k": "K", "top_p": "P", "draws": "N", "samples": "M", "temperature": "T"}
+    usual = {"samples": 1, "temperature": 1.0, "k": 0}
+    parts = [
+        f"{symbol} = {targets[name]:g}"
+        for name, symbol in names.items()
+        if targets.get(name) is not None and targets[name] != usual.get(name)
+    ]
+    if "head" in targets and "hidden" in targets:
+        parts.insert(0, f"D = {targets['hidden']['width']}, {targets['hidden']['dtype']}")
+    return ", ".join([targets["kind"], *parts])
+
+
+def inspect_row(
+    cache: cf.Cache, row_index: int, text: Callable[[int], str], *, candidates: int, start: int, positions: int
+) -> dict[str, Any]:
+    """One row, token by token: what the teacher expected after each, and what came (`next`, `next_id`, …).
+
+    Of a masked model: what it expected in the place of each, and what stood there (`label`, `label_id`, …).
+
+    Args:
+        text: token id -> what it says.
+        candidates: the teacher's most likely entries to show per position.
+        start, positions: from which position, and how many.
+    """
+    row = cache[row_index]
+    end = min(start + positions, len(row.input_ids))
+    targets = row.targets
+    if (head := cache.head()) is not None:
+        targets = cf.rebuilt_targets(row, head, min(candidates, cache.metadata.vocab_size), slice(start, end))
+    by_probability = targets.merged().sorted_by_probability()
+    labels, shown = row.label_ids, []
+    about = "next" if cache.metadata.alignment == "next" else "label"
+    for t in range(start, end):
+        ids, logprobs = by_probability.at(t)
+        probs = np.exp(logprobs.astype(np.float64))
+        label = int(labels[t])
+        among = np.flatnonzero(ids == label)
+        shown.append(
+            {
+                "position": t,
+                "segment": int(np.searchsorted(np.cumsum(row.segment_lengths), t, side="right")),
+                "token_id": int(row.input_ids[t]),
+                "token": text(int(row.input_ids[t])),
+                "counted": bool(row.loss_mask[t]),
+                f"{about}_id": label if label >= 0 else None,
+                about: text(label) if label >= 0 else None,
+                f"{about}_rank": int(among[0]) + 1 if len(among) else None,
+                f"{about}_prob": float(probs[among[0]]) if len(among) else None,
+                "entropy_nats": float(row.targets.entropy[t]),
+                "exact_mass": float(-np.expm1(float(targets.residual_logprob[t]))),
+                "candidates": [
+                    {
+                        "id": int(i),
+                        "token": text(int(i)),
+                        "prob": float(p),
+                        "sampled": bool(k >= by_probability.exact_counts[t]),
+                    }
+                    for k, (i, p) in enumerate(zip(ids[:candidates], probs[:candidates], strict=True))
+                ],
+            }
+        )
+    return {
+        "row": row_index,
+        "alignment": cache.metadata.alignment,
+        "tokens": len(row.input_ids),
+        "counted_tokens": int(row.loss_mask.sum()),
+        "segment_lengths": [int(n) for n in row.segment_lengths],
+        "positions": shown,
+    }
+
+
+def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
     """Sizes and distributions of a whole cache; reads every record batch once.
 
     Sizes: of the columns, and beside them (`beside_…`) framing (what else is in the shards: schemas, dictionaries,
@@ -117,67 +187,3 @@ def _bits(counts: np.ndarray) -> float:
     """Empirical entropy of order zero, of all symbols together."""
     counts = counts[counts > 0]
     return abs(float((counts * np.log2(counts / counts.sum())).sum()))
-
-
-def stats_view(stats: dict[str, Any]) -> RenderableType:
-    """`cache_stats` for people."""
-    targets = stats["targets"]
-    entries = f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"
-    kept = f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}"
-    weights, error = stats["weight_sum_mean"], stats["weight_sum_standard_error"]
-    once = ""
-    if targets["kind"] == "hidden":
-        entries, kept = "none: states, of which the head makes whole distributions", "all"
-        once = f", of it the head {size(stats['head_bytes'])}, once"
-    summary = pairs(
-        stats["path"],
-        [
-            ("teacher", stats["teacher"]),
-            ("targets", describe_targets(targets)),
-            ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
-            ("tokens", f"{stats['tokens']:,}, of which {stats['counted_tokens']:,} count"),
-            ("entries", entries),
-            ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token{once}"),
-            ("exact mass", kept),
-            *([] if weights is None else [("sum of weights", f"mean {weights:.5f} ± {error:.5f} (standard error)")]),
-            ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
-        ],
-    )
-    histogram = Table(title="teacher entropy, nats", title_justify="left", box=None, show_header=False)
-    edges, counts = stats["entropy_histogram"]["edges_nats"], stats["entropy_histogram"]["counts"]
-    total = max(1, sum(counts))
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        histogram.add_row(f"{low:4.1f} – {high:4.1f}", f"{count / total:6.1%}", bar(count / max(max(counts), 1), 24))
-    return Group(summary, Text(), _sizes_view(stats), Text(), histogram)
-
-
-def _sizes_view(stats: dict[str, Any]) -> RenderableType:
-    """Columns and what is beside them, largest first, adding up to the last line; under `packed` its streams."""
-    table = Table(box=None, header_style="dim")
-    for name in ("bytes per token", "on disk", "entropy", ""):
-        table.add_column(name, justify="right" if name in ("on disk", "entropy") else "left", no_wrap=True)
-    columns, entropy = stats["column_bytes_per_token"], dict(stats["column_entropy_bytes_per_token"])
-    streams, floors = stats["stream_bytes_per_token"], stats["stream_entropy_bytes_per_token"]
-    lines = {**columns, **stats["beside_bytes_per_token"]}
-    largest = max(lines.values(), default=1.0) or 1.0
-
-    def line(name: str, value: float, floor: float | None) -> None:
-        table.add_row(name, f"{value:.2f}", "" if floor is None else f"{floor:.2f}", bar(value / largest, 24))
-
-    as_columns = sum(value for name, value in entropy.items() if name not in columns)
-    entropy["packed"] = sum(floors.get(name, value) for name, value in streams.items() if name != FREQUENCIES)
-    for name, value in sorted(lines.items(), key=lambda item: -item[1]):
-        line(name, value, entropy.get(name))
-        if name == "packed":
-            for stream, of_stream in sorted(streams.items(), key=lambda item: -item[1]):
-                line(f"  {stream}", of_stream, floors.get(stream))
-            line("  coder's states", value - sum(streams.values()), None)
-    table.add_row("together", f"{sum(lines.values()):.2f}", "", "")
-    if not streams:
-        return table
-    note = f"packed: entropy in the contexts of each stream; as columns, order zero, its targets have {as_columns:.2f}"
-    return Group(table, Text(note, style="dim"))
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "—" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,326 @@
+"""The functions of `import distill`: keyword arguments become the configuration of one run.
+
+Every option of a command is a keyword argument with the same name; `help(distill.cache_teacher)` lists them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.options import Option, build, options_of, read_config
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.verify_config import TeacherCheckConfig
+
+if TYPE_CHECKING:
+    import os
+
+    import cache_format as cf
+    from pipeline.evaluation.held_out import Evaluation
+    from pipeline.student.training.train import TrainSummary
+    from pipeline.teacher.capture import CaptureSummary
+    from pipeline.teacher.generation.generate import GenerationSummary
+    from pipeline.teacher.plan import Plan
+    from pipeline.teacher.verification import TeacherCheck
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+logger = logging.getLogger("distill")
+
+
+class DistillWarning(UserWarning):
+    """Something that a user should know, and that does not stop the run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. `on_progress` gets one at the start of every stage, and then as the stage advances.
+
+    Attributes:
+        stage: what is being done, in words.
+        done, total: rows, answers or optimizer steps; both 0 at the start of a stage.
+        values: facts about the run by name, such as tokens_per_s, or the loss at a logged step.
+    """
+
+    stage: str
+    done: float = 0
+    total: float = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class _Reporter:
+    """Turns the callbacks of a run into log records, warnings and `Progress`."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.on_progress, self.current = on_progress, ""
+        self.values: dict[str, Any] = {}
+
+    def stage(self, text: str) -> None:
+        logger.info(text)
+        self.current, self.values = text, {}
+        self._send(0, 0)
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, DistillWarning, stacklevel=4)
+
+    def step(self, done: float, total: float) -> None:
+        self._send(done, total)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """What a training run logs: kept, and part of every `Progress` from now on."""
+        self.values |= values
+        if "eval_kl" in values or "stopped" in values:
+            logger.info(", ".join(f"{name} {value}" for name, value in values.items()))
+
+    def state(self, done: float, total: float, state: Any) -> None:
+        """A dataclass that says where a run stands."""
+        self.values = dict(vars(state))
+        self._send(done, total)
+
+    def _send(self, done: float, total: float) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.current, done, total, dict(self.values)))
+
+
+def _takes_options(config: type) -> Callable[[F], F]:
+    """Gives a function that takes **options the signature and the help texts of a configuration."""
+
+    def decorate(function: F) -> F:
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        declared = [each for each in options_of(config).values() if each.name not in names]
+        generated = [_parameter(each) for each in declared]
+        options = "\n".join(f"    {each.name}: {_help(each)}" for each in declared)
+        function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [*own, *generated], return_annotation=inspect.signature(function).return_annotation
+        )
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{options}\n"
+        return function
+
+    return decorate
+
+
+def _parameter(declared: Option) -> inspect.Parameter:
+    default = inspect.Parameter.empty if declared.required else declared.default
+    annotation = {tuple: "tuple[str, ...]"}.get(declared.type, getattr(declared.type, "__name__", "Any"))
+    if declared.optional:
+        annotation += " | None"
+    return inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _help(declared: Option) -> str:
+    text = declared.metadata.help
+    return text if declared.metadata.default_text is None else f"{text} Default: {declared.metadata.default_text}."
+
+
+def _config(config: type, config_file: str | os.PathLike[str] | None, given: dict[str, Any]) -> Any:
+    values = {} if config_file is None else read_config(str(config_file), config)
+    paths = {name: _plain(value) for name, value in given.items() if value is not None}
+    return build(config, {**values, **paths})
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, lists of strings as tuples; everything else as it is."""
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(item, str) or hasattr(item, "__fspath__") for item in value):
+        return tuple(str(item) for item in value)
+    return value
+
+
+@_takes_options(CacheTeacherConfig)
+def cache_teacher(
+    teacher: Any = None,
+    data: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> CaptureSummary | GenerationSummary:
+    """Run a teacher over a text and cache its targets, as `distill cache-teacher` does.
+
+    Continues an unfinished run with the same settings, and does nothing to a finished one.
+
+    Args:
+        teacher: transformers directory, hub name or .gguf file; or a loaded transformers model, with `tokenizer`.
+        data: a path, glob or hub name; several paths; a `datasets.Dataset`; or an iterable of dicts.
+        output: cache directory or fsspec URL.
+        config: TOML or JSON file of options; keyword arguments win over it.
+        on_progress: called with a `Progress`.
+
+    Returns: what was written; with `generate=True` a `GenerationSummary`.
+
+    Raises:
+        ConfigError, DataError, ModelError: the options, the text or the teacher cannot be used.
+        CacheError: `output` holds something else; MismatchError: it holds a run with other settings.
+    """
+    run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
+    report = _Reporter(on_progress)
+    if run.generation is not None:
+        from pipeline.teacher.generation.generate import generate_cache
+
+        return generate_cache(
+            run,
+            run.generation,
+            on_stage=report.stage,
+            on_progress=lambda state: report.state(state.answers, state.total_answers, state),
+        )
+    from pipeline.teacher.capture import cache_teacher as capture
+
+    return capture(
+        run,
+        on_stage=report.stage,
+        on_progress=lambda state: report.state(state.rows, state.total_rows, state),
+        on_warning=report.warn,
+    )
+
+
+@_takes_options(CacheTeacherConfig)
+def plan(
+    teacher: Any = None,
+    data: Any = None,
+    output: str | os.PathLike[str] = ".",
+    *,
+    rows: int | None = None,
+    cost_per_hour: float | None = None,
+    config: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> Plan:
+    """Predict size and time of a cache from a few rows, as `distill plan` does. Writes nothing to `output`.
+
+    Args:
+        teacher, data, output, config, on_progress: as in `cache_teacher`; `output` says which disk has to hold it.
+        rows: number of rows to run, spread over the text. Default: about 32,768 tokens.
+        cost_per_hour: price of this machine, in any currency.
+
+    Raises: as `cache_teacher`.
+    """
+    from pipeline.teacher.plan import plan_cache
+
+    run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
+    report = _Reporter(on_progress)
+    return plan_cache(
+        run, sample_rows=rows, cost_per_hour=cost_per_hour, on_stage=report.stage, on_progress=report.step
+    )
+
+
+@_takes_options(TrainStudentConfig)
+def train_student(
+    cache: Any = None,
+    student: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> TrainSummary:
+    """Train a student on a cache and save it as a plain transformers directory, as `distill train-student` does.
+
+    Args:
+        cache: cache directory or URL; several to mix them, with weights as in "caches/a:0.7".
+        student: transformers directory, hub name or .gguf file; or a loaded transformers model, which is trained in
+            place, with `tokenizer` if it is not the teacher's.
+        output: directory for checkpoints and the trained student.
+        config: TOML or JSON file of options; keyword arguments win over it.
+        on_progress: called with a `Progress`; its values hold the latest logs (loss, kl, ce, eval_kl, …).
+
+    Raises:
+        CacheError: a cache cannot be read; MismatchError: student and cache do not belong together.
+        ConfigError, ModelError: options or student cannot be used; nothing in `output` was touched.
+        DivergedError: the loss or the weights became NaN or Inf.
+    """
+    from pipeline.student.training.train import train_student as train
+
+    run = _config(TrainStudentConfig, config, {"cache": cache, "student": student, "output": output, **options})
+    report = _Reporter(on_progress)
+    return train(run, on_stage=report.stage, on_step=report.step, on_log=report.log, on_warning=report.warn)
+
+
+@_takes_options(EvaluateConfig)
+def evaluate(
+    cache: str | os.PathLike[str] | None = None,
+    student: Any = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Compare a student with its teacher on a held-out cache, as `distill evaluate` does.
+
+    Args:
+        cache: held-out cache directory or URL.
+        student: transformers directory, hub name or .gguf file; or a loaded transformers model.
+        config: TOML or JSON file of options; keyword arguments win over it.
+        on_progress: called with a `Progress`.
+
+    Returns: KL to the teacher and cross-entropy in nats per loss token, perplexity, and top-1 agreement.
+
+    Raises: MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
+    """
+    from pipeline.evaluation.held_out import evaluate as run_evaluation
+
+    run = _config(EvaluateConfig, config, {"cache": cache, "student": student, **options})
+    report = _Reporter(on_progress)
+    return run_evaluation(run, on_stage=report.stage, on_progress=report.step)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Attributes: cache: what was checked. teacher: the comparison with a teacher, if one was named."""
+
+    cache: cf.VerifySummary
+    teacher: TeacherCheck | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the cache is intact and, if it was compared, what this teacher says."""
+        return self.teacher is None or self.teacher.agrees
+
+
+@_takes_options(TeacherCheckConfig)
+def verify(
+    cache: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    against_teacher: Any = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> Verification:
+    """Check every byte of a cache, on demand every value and some rows against the teacher, as `distill verify` does.
+
+    Args:
+        cache: cache directory or URL.
+        deep: check every value too: counts, ids, order, sums of probabilities, entropy.
+        against_teacher: the teacher, as in `cache_teacher`, to compute some rows again.
+        on_progress: called with a `Progress`.
+
+    Raises:
+        CacheError: the cache is damaged; the message names the file and the place. A teacher that disagrees is not an
+        error: see `Verification.ok`.
+    """
+    import cache_format
+
+    report = _Reporter(on_progress)
+    report.stage(f"checking {cache}")
+    summary = cache_format.verify_cache(str(cache), report.step, deep=deep)
+    if against_teacher is None:
+        if options:
+            from pipeline.errors import ConfigError
+
+            raise ConfigError(f"`{next(iter(options))}`: only with `against_teacher`. Name the teacher.")
+        return Verification(summary, None)
+    from pipeline.teacher.verification import verify_against_teacher
+
+    run = _config(TeacherCheckConfig, None, {"cache": cache, "against_teacher": against_teacher, **options})
+    return Verification(summary, verify_against_teacher(run, on_stage=report.stage, on_progress=report.step))

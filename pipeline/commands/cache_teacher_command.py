@@ -1,0 +1,137 @@
+"""`distill cache-teacher`: text and teacher in, cache out; with `--generate` the teacher's own answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pipeline.commands.click_options import (
+    DistillCommand,
+    build_config,
+    config_options,
+    examples,
+    here_with_flags,
+    interrupted,
+    json_option,
+)
+from pipeline.commands.push_command import check_repository, push
+from pipeline.teacher.cache_config import CacheTeacherConfig
+
+
+@click.command(
+    "cache-teacher",
+    cls=DistillCommand,
+    config=CacheTeacherConfig,
+    epilog=examples(
+        "distill cache-teacher --teacher models/teacher --data data/train.jsonl --output caches/train",
+        "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --seq-len 512",
+        "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/answers \\",
+        "    --generate --gen-answers-per-prompt 4 --gen-keep-if checks.py:is_correct",
+    ),
+)
+@config_options(CacheTeacherConfig)
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished cache, as distill push does.")
+@json_option()
+def command(config_file: str | None, push_to_hub: str | None, json_file: str | None, **given: Any) -> None:
+    """Run a teacher over a text and cache its targets.
+
+    The text comes from a column of strings, of chat messages, or from prompt and completion columns. After an
+    interrupt, the same command continues where it stopped. On several GPUs: torchrun --nproc-per-node N --no-python
+    distill cache-teacher …
+
+    With --generate the data are prompts: a prompt column, messages (a final answer is dropped), or text to continue.
+    """
+    config = build_config(CacheTeacherConfig, given, config_file)
+    check_inputs(config)
+    if push_to_hub is not None:
+        check_repository(config.output, push_to_hub)
+    if config.generation is not None:
+        return _generate(config, push_to_hub, json_file)
+    _capture(config, push_to_hub, json_file)
+
+
+def check_inputs(config: CacheTeacherConfig) -> None:
+    """Finds a wrong path in a fraction of a second, before torch is imported."""
+    from pipeline.models.paths import check_model_path
+    from pipeline.teacher.text.data_paths import check_data_path
+
+    check_model_path(config.teacher)
+    check_data_path(config.data.data)
+
+
+def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
+    from pipeline.terminal.console import Status, quiet_libraries, show_result
+    from pipeline.terminal.tables import duration
+
+    quiet_libraries()
+    from pipeline.teacher.capture import cache_teacher
+    from pipeline.teacher.progress import CaptureProgress
+    from pipeline.terminal.capture_views import capture_view
+
+    def show(progress: CaptureProgress) -> None:
+        facts = f"rows · {progress.tokens_per_s:,.0f} tokens/s · {duration(progress.seconds_left)} left"
+        if progress.exact_mass == progress.exact_mass:  # not before the first record batch
+            facts += f" · exact mass {progress.exact_mass:.3f}"
+        if progress.bytes_per_token == progress.bytes_per_token:
+            facts += f" · {progress.bytes_per_token:.1f} bytes/token"
+        facts += _reduced(progress.batch_size, config)
+        status.step(progress.rows, progress.total_rows, facts)
+
+    with Status(here_with_flags) as status:
+        try:
+            summary = cache_teacher(config, on_stage=status.stage, on_progress=show, on_warning=status.warn)
+        except KeyboardInterrupt:
+            interrupted(f"complete shards are kept in {config.output}. Run {_again(config)} to continue.")
+    if push_to_hub is not None:
+        # Only one of several processes finishes the cache, and that one pushes it.
+        by_hand = f"distill push {config.output} {push_to_hub}"
+        if summary.wrote_manifest:
+            push(config.output, push_to_hub, private=False)
+        elif summary.finished:
+            status.line(f"Not pushed: another process finished the cache and pushes it. If it did not: {by_hand}")
+        else:
+            status.line(f"Not pushed: the cache is not finished yet. Once it is: {by_hand}")
+    if not status.silent:
+        show_result(lambda: capture_view(summary, config.targets.to_json()), lambda: asdict(summary), json_file)
+
+
+def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
+    from pipeline.terminal.console import Status, quiet_libraries, show_result
+    from pipeline.terminal.tables import duration
+
+    quiet_libraries()
+    from pipeline.teacher.generation.answer_store import store_location
+    from pipeline.teacher.generation.answering import GenerationProgress
+    from pipeline.teacher.generation.generate import generate_cache
+    from pipeline.terminal.capture_views import generation_view
+
+    assert config.generation is not None
+    judged = config.generation.keep_if is not None
+
+    def show(progress: GenerationProgress) -> None:
+        facts = f"answers · {progress.tokens_per_s:,.0f} tokens/s · {duration(progress.seconds_left)} left"
+        if progress.passed is not None:
+            facts += f" · {progress.passed:,} accepted"
+        facts += _reduced(progress.batch_size, config)
+        status.step(progress.answers, progress.total_answers, facts)
+
+    with Status(here_with_flags) as status:
+        try:
+            summary = generate_cache(config, config.generation, on_stage=status.stage, on_progress=show)
+        except KeyboardInterrupt:
+            interrupted(f"answers are kept in {store_location(config.output)}. Run {_again(config)} to continue.")
+    if push_to_hub is not None:
+        push(config.output, push_to_hub, private=False)
+    show_result(
+        lambda: generation_view(summary, config.targets.to_json(), judged=judged), lambda: asdict(summary), json_file
+    )
+
+
+def _reduced(batch_size: int, config: CacheTeacherConfig) -> str:
+    return f" · batch size {batch_size} (out of memory)" if batch_size < config.batch_size else ""
+
+
+def _again(config: CacheTeacherConfig) -> str:
+    return "the same command without --overwrite" if config.overwrite else "the same command again"

@@ -1,0 +1,240 @@
+"""From declared options (`pipeline.options`) to click: parameters, grouped help, `--config`, errors that name flags.
+
+A parameter that was not given is None, so that a config file can give it and the dataclass keeps its default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from cache_format.cache_errors import DistillError
+from pipeline.errors import OPTION
+from pipeline.options import RENAMED, Option, build, options_of, read_config
+
+T = TypeVar("T")
+
+
+class DistillCommand(click.Command):
+    """A command whose help shows options in groups, and whose errors name flags.
+
+    Args:
+        flags: of options whose flag is not their name, beside those of `config`.
+    """
+
+    def __init__(
+        self, *args: Any, config: type | None = None, flags: dict[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        declared = {} if config is None else options_of(config)
+        self.flags = {each.name: each.flag for each in declared.values()} | (flags or {})
+        self.groups = {each.name: each.metadata.group for each in declared.values()}
+        self.common = {each.name for each in declared.values() if each.metadata.common}
+        if any(name not in self.common for name in self.groups):
+            self.params.append(
+                click.Option(
+                    ["--help-all"],
+                    is_flag=True,
+                    expose_value=False,
+                    is_eager=True,
+                    callback=_show_everything,
+                    help="Show every option and exit.",
+                )
+            )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            new = RENAMED.get(error.option_name.lstrip("-").replace("-", "_"))
+            if new in self.flags:
+                raise click.UsageError(f"{error.option_name} is now {self.flags[new]}. Use that name.", ctx) from error
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from pipeline.terminal.error_lines import describe_os_error, rank_prefix
+
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            line = " ".join(str(error).split("\n"))
+            raise click.ClickException(rank_prefix() + with_flags(line, self.flags)) from error
+        except KeyboardInterrupt:
+            interrupted("nothing was changed.")
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise click.ClickException(rank_prefix() + describe_os_error(error)) from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        everything = ctx.meta.get("distill.help_all", False)
+        sections: dict[str, list[tuple[str, str]]] = {}
+        hidden = 0
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            group = self.groups.get(parameter.name or "", "Options")
+            if not everything and parameter.name in self.groups and parameter.name not in self.common:
+                hidden += 1
+                continue
+            sections.setdefault(group, []).append((record[0], with_flags(record[1], self.flags)))
+        rest = sections.pop("Options", [])
+        for title, records in (*sections.items(), ("Options", rest)):
+            with formatter.section(title):
+                formatter.write_dl(records)
+        if hidden:
+            formatter.write_paragraph()
+            formatter.write_text(f"{hidden} more options: {ctx.command_path} --help-all")
+
+
+def _show_everything(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["distill.help_all"] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+def with_flags(text: str, flags: dict[str, str]) -> str:
+    """`top_k` -> --top-k, `tail=bucket` -> --tail bucket, `packing=False` -> --no-packing, everywhere in `text`."""
+
+    def flag(found: Any) -> str:
+        name, value = found[1], found[2]
+        shown = flags.get(name, "--" + name.replace("_", "-"))
+        if value is None or value == "True":
+            return shown
+        if value == "False":
+            return "--no-" + shown.removeprefix("--")
+        return f"{shown} {value}"
+
+    return OPTION.sub(flag, text)
+
+
+def here_with_flags(text: str) -> str:
+    """`with_flags` for the command that is running."""
+    ctx = click.get_current_context(silent=True)
+    command = None if ctx is None else ctx.command
+    return with_flags(text, command.flags if isinstance(command, DistillCommand) else {})
+
+
+def config_options(
+    config: type, *, without: Sequence[str] = (), multiple: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds the options of a configuration, and `--config`.
+
+    Args:
+        without: options that this command does not have.
+        multiple: options that this command takes several times, once for each run.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = click.option(
+            "--config",
+            "config_file",
+            metavar="FILE",
+            help="TOML or JSON file of options (names as here, without dashes), or a directory with "
+            "distill_config.json; flags win over it.",
+        )(function)
+        for each in reversed(options_of(config).values()):
+            if each.name not in without and not each.metadata.python_only:
+                function = _click_option(each, several=each.name in multiple)(function)
+        return function
+
+    return decorate
+
+
+def _click_option(declared: Option, *, several: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    metadata = declared.metadata
+    text = metadata.help
+    settings: dict[str, Any] = {"default": None}
+    names = [declared.flag]
+    if metadata.flag is not None:
+        names.append("--" + declared.name.replace("_", "-"))
+    if declared.type is bool:
+        if declared.is_pair:
+            names = [f"{declared.flag}/--no-{declared.flag.removeprefix('--')}"]
+        settings["is_flag"] = True
+    else:
+        settings |= {"type": _click_type(declared), "metavar": metadata.metavar, "multiple": several}
+        if declared.type is tuple:
+            settings["multiple"] = True
+    default = metadata.default_text
+    if default is None and not declared.required and not any(declared.default is each for each in (None, False, ())):
+        default = f"{declared.default:g}" if isinstance(declared.default, float) else str(declared.default)
+    if default is not None:
+        text += f" [default: {default}]"
+    elif declared.required:
+        text += " [required]"
+    return click.option(*names, declared.name, cls=_Option, help=text, **settings)
+
+
+def _click_type(declared: Option) -> Any:
+    metadata = declared.metadata
+    if metadata.choices:
+        return click.Choice(metadata.choices)
+    if declared.type is int:
+        low, high = metadata.minimum, metadata.maximum
+        if low is None and high is None:
+            return int
+        return click.IntRange(None if low is None else int(low), None if high is None else int(high))
+    return click.FLOAT if declared.type is float else click.STRING
+
+
+class _Option(click.Option):
+    """Its help does not repeat ranges such as x>=1; an error does."""
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        return "INTEGER" if isinstance(self.type, click.IntRange) and not self.metavar else super().make_metavar(ctx)
+
+
+def read_values(config: type, given: dict[str, Any], config_file: str | None) -> dict[str, Any]:
+    """The options of a command by name: those of the config file, and over them those that were given.
+
+    Raises: UsageError (exit status 2) if one that must be given is missing.
+    """
+    values = {} if config_file is None else read_config(config_file, config)
+    for name, value in given.items():
+        if value is not None and value != ():
+            values[name] = value
+    for each in options_of(config).values():
+        if each.required and each.name in given and values.get(each.name) is None:
+            raise click.UsageError(f"Missing option '{each.flag}'.")
+    return values
+
+
+def build_config(config: type[T], given: dict[str, Any], config_file: str | None) -> T:
+    """The configuration that a command was given. Raises: UsageError, ConfigError."""
+    return build(config, read_values(config, given, config_file))
+
+
+def json_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--json [FILE]`, the same for every command."""
+    return click.option(
+        "--json",
+        "json_file",
+        is_flag=False,
+        flag_value="-",
+        metavar="[FILE]",
+        help="Write the result as JSON to FILE, or print it instead of the table.",
+    )
+
+
+def examples(*commands: str) -> str:
+    return "Example:\n\n\b\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def interrupted(what_is_kept: str) -> None:
+    """Says what an interrupt left behind, once, and exits with status 130."""
+    from pipeline.terminal.console import err
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        err.print(f"Interrupted: {what_is_kept}")
+    raise SystemExit(130)

@@ -1,0 +1,43 @@
+"""`distill merge`: the manifest of a cache whose shards were written separately."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.commands.click_options import DistillCommand, examples, json_option
+
+
+@click.command("merge", cls=DistillCommand, epilog=examples("distill merge caches/train"))
+@click.argument("cache")
+@click.option(
+    "--stale-after",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of silence after which a writer on another machine is considered dead.",
+)
+@json_option()
+def command(cache: str, stale_after: float, json_file: str | None) -> None:
+    """Finish a cache whose shards are all there, by writing its manifest.
+
+    The last of several processes does this by itself. The command is for shards that were written separately
+    (cache-teacher --shard-range) and then copied into one directory. A finished cache stays as it is.
+    """
+    import cache_format as cf
+    from pipeline.terminal.console import show_result
+    from pipeline.terminal.tables import size
+
+    manifest = cf.finish_cache(cache, stale_after_s=stale_after)
+    show_result(
+        lambda: (
+            f"{cache}: finished. {manifest.num_rows:,} rows, {manifest.num_tokens:,} tokens, "
+            f"{size(manifest.stored_bytes)} in {len(manifest.shards):,} shards."
+        ),
+        lambda: {
+            "rows": manifest.num_rows,
+            "tokens": manifest.num_tokens,
+            "shards": len(manifest.shards),
+            "bytes": manifest.stored_bytes,
+        },
+        json_file,
+    )

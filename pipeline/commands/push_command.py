@@ -1,0 +1,48 @@
+"""`distill push`: a cache becomes a dataset on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.commands.click_options import DistillCommand, examples, here_with_flags, json_option
+
+
+@click.command("push", cls=DistillCommand, epilog=examples("distill push caches/train owner/name --private"))
+@click.argument("cache")
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@json_option()
+def command(cache: str, repository: str, private: bool, json_file: str | None) -> None:
+    """Upload a cache to the Hugging Face hub, as a dataset.
+
+    REPOSITORY is OWNER/NAME. Every byte is checked first. Read the cache as hf://datasets/OWNER/NAME, or with
+    datasets.load_dataset.
+    """
+    from pipeline.terminal.console import show_result
+
+    address = push(cache, repository, private)
+    if json_file is not None:
+        show_result(lambda: "", lambda: {"cache": cache, "repository": repository, "address": address}, json_file)
+
+
+def push(cache: str, repository: str, private: bool) -> str:
+    from pipeline.hub import push_cache
+    from pipeline.terminal.console import Status, err
+
+    with Status(here_with_flags) as status:
+        address = push_cache(
+            cache,
+            repository,
+            private=private,
+            on_stage=status.stage,
+            on_progress=lambda done, total: status.step(done, total, "rows checked"),
+        )
+    err.print(f"Pushed to {address}")
+    return address
+
+
+def check_repository(output: str, repository: str) -> None:
+    """Before days of work rather than after."""
+    from pipeline.hub import check_push
+
+    check_push(output, repository)

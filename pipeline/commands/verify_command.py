@@ -1,0 +1,78 @@
+"""`distill verify`: every byte of a cache, on demand every value, and some rows against the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pipeline.commands.click_options import (
+    DistillCommand,
+    build_config,
+    config_options,
+    examples,
+    here_with_flags,
+    json_option,
+)
+from pipeline.teacher.verify_config import TeacherCheckConfig
+
+
+@click.command(
+    "verify",
+    cls=DistillCommand,
+    config=TeacherCheckConfig,
+    epilog=examples(
+        "distill verify caches/train",
+        "distill verify caches/train --deep --against-teacher models/teacher --rows 16",
+    ),
+)
+@click.argument("cache")
+@click.option("--checksums", is_flag=True, help="Check every byte against its checksum. Always on.")
+@click.option("--deep", is_flag=True, help="Check every value too: counts, ids, order, sums of probabilities, entropy.")
+@config_options(TeacherCheckConfig, without=("cache",))
+@json_option()
+def command(
+    cache: str, checksums: bool, deep: bool, config_file: str | None, json_file: str | None, **given: Any
+) -> None:
+    """Check a cache: every byte, on demand every value, and some rows against the teacher.
+
+    Exit status 1 if anything is wrong, with the file and the place.
+    """
+    del checksums  # always
+    if given["against_teacher"] is None and config_file is None:
+        for name, flag in (("rows", "--rows"), ("device_map", "--device-map"), ("tensor_parallel", "--tp")):
+            if given[name]:
+                raise click.UsageError(f"{flag}: only with --against-teacher. Name the teacher.")
+    import cache_format as cf
+    from pipeline.terminal.console import Status, show_result
+    from pipeline.terminal.verify_view import failed_check, verify_view
+
+    with Status(here_with_flags) as status:
+        summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"), deep=deep)
+        found = None
+        if given["against_teacher"] is not None or config_file is not None:
+            config = build_config(TeacherCheckConfig, {**given, "cache": cache}, config_file)
+            from pipeline.models.paths import check_model_path
+            from pipeline.terminal.console import quiet_libraries
+
+            check_model_path(config.teacher)
+            quiet_libraries()
+            from pipeline.teacher.verification import verify_against_teacher
+
+            found = verify_against_teacher(
+                config,
+                on_stage=status.stage,
+                on_progress=lambda done, total: status.step(done, total, "rows computed"),
+            )
+    if status.silent:  # one of several processes that compute together: the first one reports
+        return
+    teacher = given["against_teacher"]
+    compared = {} if found is None else {"teacher": {**asdict(found), "allowed": found.allowed}}
+    show_result(
+        lambda: verify_view(cache, summary, deep, teacher, found),
+        lambda: {"ok": found is None or found.agrees, **asdict(summary), **compared},
+        json_file,
+    )
+    if found is not None and not found.agrees:
+        raise click.ClickException(failed_check(cache, teacher, found))

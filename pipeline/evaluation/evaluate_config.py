@@ -1,0 +1,43 @@
+"""Options of `distill evaluate` and `distill.evaluate`. Standard library only (see `pipeline.options`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.options import check_ranges, option
+
+IO, STUDENT, READING, HARDWARE = "Input", "Student", "Reading the cache", "Hardware"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation of a student on a cache."""
+
+    cache: str = option(help="Held-out cache directory or URL.", group=IO, common=True)
+    # A directory, hub name or .gguf file; or (Python only) a loaded model.
+    student: Any = option(help="Student: transformers directory, hub name, or .gguf file.", group=IO, common=True)
+    # Python only: a tokenizer object, for a student that is one too.
+    tokenizer: Any = option(None, help="Tokenizer of a student that is given as an object.", group=IO, python_only=True)
+    max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
+    cross_tokenizer: Literal["project", "uld"] | None = option(
+        None,
+        help="For a student whose tokenizer differs: compare where tokens of both end together, on shared tokens "
+        "(project) or by sorted probabilities (uld).",
+        group=STUDENT,
+        common=True,
+    )
+    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=STUDENT)
+    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=STUDENT)
+    cache_dir: str | None = option(
+        None, help="Keep local copies of shards read from an object store here.", group=READING
+    )
+    cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=READING, minimum=0.001)
+    batch_size: int = option(8, help="Rows per forward pass.", group=HARDWARE, minimum=1, common=True)
+    device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=HARDWARE, common=True)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=HARDWARE, common=True
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

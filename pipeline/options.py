@@ -1,0 +1,362 @@
+"""Options, declared once: as fields of frozen dataclasses that carry their help, group and range as metadata.
+
+    field of a dataclass ─▶ click option (`pipeline.commands.click_options`), keyword argument of the Python API,
+                            key in a `config` file, key in the saved distill_config.json
+
+A configuration may consist of parts, which are dataclasses of their own (`part`). Their fields join the options of the
+whole under flat names, so that every option has one name everywhere: `gen_top_p` is `GenerationConfig.top_p`.
+
+Standard library only: commands read options before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pipeline.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What is declared of an option beside its name, type and default.
+
+    Attributes:
+        help: one sentence, without the default.
+        group: heading in the help.
+        common: whether the short help shows it.
+        minimum, maximum: inclusive range of a number; `above` and `below` are exclusive.
+        choices: allowed strings; taken from a `Literal` type if not given.
+        default_text: what the help says of the default where the value None stands for one.
+        name: flat name, if it is not prefix + field name.
+        flag: short form of the flag, without dashes; the name is a flag as well.
+        metavar: placeholder of the value in the help.
+        python_only: no option of the command line, such as an object.
+        table: whether a config file may give the contents of the file that the option names.
+    """
+
+    help: str
+    group: str
+    common: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    default_text: str | None = None
+    name: str | None = None
+    flag: str | None = None
+    metavar: str | None = None
+    python_only: bool = False
+    table: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A field whose value is a dataclass of options; `switch` names the flat boolean option that turns it on."""
+
+    type: type
+    prefix: str = ""
+    optional: bool = False
+    switch: str | None = None
+    switch_metadata: Metadata | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option under its flat name."""
+
+    name: str
+    type: Any  # without None: str, int, float, bool or tuple (of strings)
+    optional: bool  # None is allowed
+    default: Any  # `dataclasses.MISSING` if it must be given
+    metadata: Metadata
+    path: tuple[str, ...]  # of attributes, from the whole configuration
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def flag(self) -> str:
+        return "--" + (self.metadata.flag or self.name).replace("_", "-")
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is a boolean that has a flag for False too, since neither is the default."""
+        return self.type is bool and (self.optional or self.default is True)
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, group: str, **metadata: Any) -> Any:
+    """A dataclass field that is an option; see `Metadata`."""
+    return dataclasses.field(default=default, metadata={"option": Metadata(help=help, group=group, **metadata)})
+
+
+def part(type_: type, *, optional: bool = False, **settings: Any) -> Any:
+    """A dataclass field that is a part; optional ones are None unless one of their options is given."""
+    declared = {"part": Part(type=type_, optional=optional, **settings)}
+    if optional:
+        return dataclasses.field(default=None, metadata=declared)
+    required = any(field.default is dataclasses.MISSING for field in dataclasses.fields(type_))
+    return dataclasses.field(
+        default_factory=dataclasses.MISSING if required else type_,  # type: ignore[arg-type]
+        metadata=declared,
+    )
+
+
+@functools.cache
+def options_of(config: type) -> dict[str, Option]:
+    """Every option of a configuration and its parts, by flat name, in the order of declaration."""
+    return {each.name: each for each in _walk(config, "", ())}
+
+
+def _walk(config: type, prefix: str, path: tuple[str, ...]) -> Iterator[Option]:
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        here = (*path, field.name)
+        nested: Part | None = field.metadata.get("part")
+        if nested is not None:
+            if nested.switch is not None:
+                assert nested.switch_metadata is not None
+                yield Option(
+                    name=nested.switch,
+                    type=bool,
+                    optional=False,
+                    default=False,
+                    metadata=nested.switch_metadata,
+                    path=here,
+                )
+            yield from _walk(nested.type, prefix + nested.prefix, here)
+        elif (metadata := field.metadata.get("option")) is not None:
+            type_, optional, choices = _plain_type(hints[field.name])
+            yield Option(
+                name=metadata.name or prefix + field.name,
+                type=type_,
+                optional=optional,
+                default=field.default,
+                metadata=dataclasses.replace(metadata, choices=metadata.choices or choices),
+                path=here,
+            )
+
+
+def _plain_type(hint: Any) -> tuple[Any, bool, tuple[str, ...]]:
+    """The type without None, whether None is allowed, and the choices of a `Literal`."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    optional = type(None) in kinds
+    plain = [kind for kind in kinds if kind is not type(None)]
+    if any(typing.get_origin(kind) is tuple for kind in plain):
+        return tuple, optional, ()
+    (kind, *_) = plain
+    if typing.get_origin(kind) is Literal:
+        return str, optional, tuple(str(each) for each in typing.get_args(kind))
+    return kind, optional, ()
+
+
+# ---- from values to a configuration, and back
+
+
+def build(config: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration that flat values make; options that are not named, or None, keep their defaults.
+
+    Raises: ConfigError for a name that is no option, with the nearest one; or a value out of its range.
+    """
+    known = options_of(config)
+    for name in values:
+        if name not in known:
+            raise unknown_option(name, known)
+    for each in known.values():
+        if each.required and values.get(each.name) is None:
+            raise ConfigError(f"`{each.name}`: missing. Give it.")
+    given = {name: value for name, value in values.items() if value is not None}
+    built = _build(config, "", given)
+    if hasattr(built, "explicit"):
+        object.__setattr__(built, "explicit", frozenset(given))
+    return built
+
+
+def _build(config: type[T], prefix: str, values: Mapping[str, Any]) -> T:
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        nested: Part | None = field.metadata.get("part")
+        if nested is not None:
+            inner = prefix + nested.prefix
+            names = [each.name for each in _walk(nested.type, inner, ()) if each.name in values]
+            if nested.switch is not None:
+                if not values.get(nested.switch, False):
+                    if names:
+                        raise ConfigError(f"`{names[0]}`: only with `{nested.switch}=True`. Add it, or leave this out.")
+                    continue
+            elif nested.optional and not names:
+                continue
+            given[field.name] = _build(nested.type, inner, values)
+        elif (metadata := field.metadata.get("option")) is not None:
+            name = metadata.name or prefix + field.name
+            if name in values:
+                given[field.name] = values[name]
+    return config(**given)
+
+
+def unknown_option(name: str, known: Mapping[str, Option]) -> ConfigError:
+    if RENAMED.get(name) in known:
+        return ConfigError(f"`{name}` is now `{RENAMED[name]}`. Use that name.")
+    near = difflib.get_close_matches(name, [each.name for each in known.values()], n=1)
+    return ConfigError(
+        f"`{name}`: no such option." + (f" Did you mean `{near[0]}`?" if near else " Check the spelling.")
+    )
+
+
+RENAMED = {
+    "answers_per_prompt": "gen_answers_per_prompt",
+    "max_new_tokens": "gen_max_new_tokens",
+    "stop": "gen_stop",
+    "keep_if": "gen_keep_if",
+    "keep": "gen_keep",
+    "window_length": "seq_len",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "lr_scheduler",
+    "warmup_steps": "warmup",
+    "num_workers": "dataloader_num_workers",
+}
+"""Earlier name of an option -> its name."""
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Every option that is not at its default, as values that `build` takes and JSON can hold."""
+    found: dict[str, Any] = {}
+    for each in options_of(type(config)).values():
+        value: Any = config
+        for name in each.path:
+            value = None if value is None else getattr(value, name)
+        if dataclasses.is_dataclass(value):  # the switch of a part
+            value = True
+        elif each.type is bool and value is None and not each.optional:
+            value = False
+        if each.metadata.python_only or value is None or value == each.default:
+            continue
+        found[each.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Checks the fields of one dataclass against the ranges and choices they are declared with.
+
+    Raises: ConfigError naming the option, what was found and what is expected.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        metadata: Metadata | None = field.metadata.get("option")
+        value = getattr(config, field.name)
+        if metadata is None or value is None:
+            continue
+        name = metadata.name or prefix + field.name
+        choices = metadata.choices or _plain_type(hints[field.name])[2]
+        if choices and value not in choices:
+            raise ConfigError(f"`{name}` {value}: expected one of {', '.join(choices)}.")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        low, high, above, below = metadata.minimum, metadata.maximum, metadata.above, metadata.below
+        fits = (
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+            and (below is None or value < below)
+            and not math.isnan(value)
+        )
+        if not fits:
+            raise ConfigError(f"`{name}` {value}: expected {_range(metadata)}.")
+
+
+def _range(metadata: Metadata) -> str:
+    low, high = metadata.minimum, metadata.maximum
+    if low is not None and high is not None:
+        return f"{_number(low)} to {_number(high)}"
+    lower = f"{_number(low)} or more" if low is not None else None
+    if metadata.above is not None:
+        lower = "a positive number" if metadata.above == 0 else f"a number above {_number(metadata.above)}"
+    upper = None
+    if high is not None:
+        upper = f"at most {_number(high)}"
+    if metadata.below not in (None, math.inf):
+        upper = f"below {_number(typing.cast(float, metadata.below))}"
+    return " and ".join(text for text in (lower, upper) if text) or "a finite number"
+
+
+def _number(value: float) -> str:
+    return f"{int(value)}" if value == int(value) else f"{value:g}"
+
+
+# ---- files
+
+
+def read_config(file: str, config: type) -> dict[str, Any]:
+    """The options in a TOML or JSON file, checked by name and type; a distill_config.json gives those of its run.
+
+    Raises: ConfigError naming the file and the key.
+    """
+    path = Path(file).expanduser()
+    if path.is_dir():
+        path = path / CONFIG_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"`config` {file}: {error.strerror or error}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"`config` {file}: not UTF-8 text. Give a TOML or JSON file.") from error
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        kind = "TOML" if path.suffix == ".toml" else "JSON"
+        raise ConfigError(f"`config` {file}: not {kind}: {error}. Correct it.") from error
+    if isinstance(values, dict) and isinstance(values.get("config"), dict):  # what a run has saved
+        values = values["config"]
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"`config` {file}: found a {type(values).__name__}, expected names of options with their values."
+        )
+    known = options_of(config)
+    found = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known or known[name].metadata.python_only:
+            raise ConfigError(f"`config` {file}: {unknown_option(name, known)}")
+        found[name] = _converted(value, known[name], file)
+    return found
+
+
+CONFIG_FILE = "distill_config.json"
+"""Written into every cache and every student: the options of the run under "config"."""
+
+
+def _converted(value: Any, declared: Option, file: str) -> Any:
+    expected: dict[Any, tuple[type, ...]] = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}
+    if value is None or (declared.metadata.table and isinstance(value, dict)):
+        return value
+    if declared.type is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        wanted = "a string or a list of strings"
+    else:
+        wanted = {float: "a number", int: "a whole number", bool: "true or false"}.get(declared.type, "a string")
+        right = isinstance(value, expected.get(declared.type, (str,)))
+        if right and (declared.type is bool or not isinstance(value, bool)):
+            return value
+    raise ConfigError(f"`config` {file}: {declared.name} is {json.dumps(value)}, expected {wanted}. Correct it.")

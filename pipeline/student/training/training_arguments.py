@@ -1,0 +1,163 @@
+"""From the options of a run to transformers' TrainingArguments.
+
+Options that were given win over `training_args`, which wins over the defaults of the other options.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from pipeline.errors import ConfigError
+from pipeline.options import options_of
+from pipeline.student.train_config import TrainStudentConfig
+
+# Decided by the run itself; `training_args` may not set them.
+RESERVED = {
+    "output_dir": "use `output`",
+    "resume_from_checkpoint": "use `resume`",
+    "eval_strategy": "use `eval_cache`, which is evaluated every `eval_steps`",
+    "load_best_model_at_end": "always true with `eval_cache`, and without it there is no best checkpoint",
+    "average_tokens_across_devices": "always true: the loss is a mean over the tokens of all processes",
+    "remove_unused_columns": "always false: the targets are columns",
+    "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
+    "fp16": "use `bf16`: gradients divided by the tokens of a step underflow in float16",
+    "label_names": "the labels are in the cache",
+    "label_smoothing_factor": "the loss is set by `kd_weight`, `divergence`, `temperature` and `tail`",
+    "use_liger_kernel": "head and loss are fused already",
+    "disable_tqdm": "distill shows its own progress",
+}
+
+# Options whose name differs from that of the argument.
+ARGUMENTS = {
+    "batch_size": "per_device_train_batch_size",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "epochs": "num_train_epochs",
+}
+
+# What transformers decides otherwise.
+DEFAULTS: dict[str, Any] = {
+    "save_total_limit": 2,
+    "report_to": "none",
+    "logging_nan_inf_filter": False,  # would log an average instead of a loss that is NaN
+    "log_level_replica": "passive",  # else the other processes repeat what the first one does not say
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
+    """Raises: ConfigError for an unreadable file, an unknown or reserved argument, or a value that
+    TrainingArguments refuses."""
+    known = {field.name for field in fields(TrainingArguments)}
+    given = read_training_args(config.training_args)
+    values = {**DEFAULTS, **_options(config, known), **given, **_options(config, known, explicit=True)}
+    if config.eval_cache is not None:
+        # The best checkpoint can only be kept if every evaluation has one.
+        values |= {"eval_strategy": "steps", "load_best_model_at_end": True}
+        values.setdefault("save_steps", values["eval_steps"])
+        values.setdefault("metric_for_best_model", "eval_loss")
+        values.setdefault("greater_is_better", False)
+        values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
+    elif "eval_steps" not in given:
+        values.pop("eval_steps", None)
+    if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
+        values["activation_checkpointing"] = values.pop("gradient_checkpointing")
+    values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
+    for name in ("learning_rate", "weight_decay", "warmup_steps"):
+        if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
+            raise ConfigError(f"{_source(config)}: {name} {values[name]}: expected a number, 0 or more. Correct it.")
+    try:
+        arguments = TrainingArguments(
+            **values,
+            output_dir=config.output,
+            remove_unused_columns=False,
+            average_tokens_across_devices=True,
+            disable_tqdm=True,
+            label_names=["labels"],
+        )
+    except (ValueError, TypeError, ImportError) as error:  # the last: what an argument needs is not installed
+        where = "" if config.training_args is None else f" or {_source(config)}"
+        raise ConfigError(
+            f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the options{where}."
+        ) from error
+    _check_accelerate(config, arguments)
+    return arguments
+
+
+def _options(config: TrainStudentConfig, known: set[str], *, explicit: bool = False) -> dict[str, Any]:
+    """The options that are arguments, by the argument's name; or only those that were given."""
+    found = {}
+    for name, declared in options_of(TrainStudentConfig).items():
+        argument, value = ARGUMENTS.get(name, name), getattr(config, name)
+        was_given = name in config.explicit or value != declared.default
+        if argument in known and value is not None and (was_given or not explicit):
+            found[argument] = value
+    return found
+
+
+def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
+    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise ConfigError(
+            f"{_source(config)}: deepspeed with ZeRO stage 3 gathers a weight only inside its module, but the fused "
+            "loss reads the head outside of it. Use stage 2, or fsdp (docs/scaling.md)."
+        )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(arguments.accelerator_config, name):
+            raise ConfigError(
+                f"{_source(config)}: {name} of accelerator_config cannot be set: every process reads batches of its "
+                "own, of rows that lie together. Remove it."
+            )
+
+
+def read_ahead(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
+    """For a cache that is read over a network: a worker that reads while the model computes, unless the user has set
+    the number. One, since each of several would fetch nearly all record batches."""
+    given = read_training_args(config.training_args)
+    if config.dataloader_num_workers is None and "dataloader_num_workers" not in given:
+        arguments.dataloader_num_workers = 1
+
+
+def read_training_args(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The contents of a `training_args` file, checked; or a mapping that stands for one.
+
+    Raises: ConfigError.
+    """
+    if given is None:
+        return {}
+    example = 'expected an object of training arguments, such as {"max_grad_norm": 0.5}'
+    file = given if isinstance(given, str) else "`training_args`"
+    values: Any = given
+    if isinstance(given, str):
+        try:
+            values = json.loads(Path(given).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{file}: no such file, {example}. Check `training_args`.") from error
+        except ValueError as error:  # JSON or UTF-8
+            raise ConfigError(f"{file}: not JSON ({error}), {example}. Correct it.") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{file}: found a {type(values).__name__}, {example}. Correct it.")
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in values:
+        if name in RESERVED:
+            raise ConfigError(f"{file}: {name} cannot be set here: {RESERVED[name]}. Remove it.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{file}: {name} is not an argument of transformers.TrainingArguments. "
+                + (f"Did you mean {near[0]}?" if near else "Remove it, or correct its spelling.")
+            )
+    return dict(values)
+
+
+def _source(config: TrainStudentConfig) -> str:
+    """What the user has to correct."""
+    return config.training_args if isinstance(config.training_args, str) else "`training_args`"

@@ -1,0 +1,38 @@
+"""Errors of the environment as one line with a next step."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+CREDENTIALS = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (AWS_ENDPOINT_URL for other servers)",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "Log in (hf auth login)",
+}
+"""What to do when a kind of store refuses access."""
+
+
+def rank_prefix() -> str:
+    """Which of several processes reports an error: the others are otherwise silent."""
+    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def describe_os_error(error: OSError) -> str:
+    """No space, no permission, a name that is too long: not a bug."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}. {_remedy(error)}"
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space and run the same command again."
+    if error.errno == errno.EACCES and "://" in str(error.filename):
+        protocol = str(error.filename).partition("://")[0]
+        credentials = CREDENTIALS.get(protocol, "Set the credentials that this store requires")
+        return f"{credentials}, and check that they grant access."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Change its permissions, or choose another path."
+    if error.errno in (errno.EIO, errno.ETIMEDOUT):
+        return "Check the connection (or the disk), and run the same command again."
+    return "Check the path."

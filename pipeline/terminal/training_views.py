@@ -1,0 +1,143 @@
+"""What `train-student` and `evaluate` print: progress, results, and curves over the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.terminal.tables import bar, duration, pairs, titled
+
+
+def step_facts(logs: Mapping[str, Any]) -> str:
+    """Facts next to the progress bar, from the logs of a training step."""
+    return (
+        f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
+        f"agreement {logs['agreement']:.1%}{_states('features', logs)} · {logs['tokens_per_s']:,.0f} tokens/s"
+    )
+
+
+def held_out_line(logs: Mapping[str, Any]) -> str:
+    """One evaluation during training."""
+    return (
+        f"step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
+        f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
+        f"agreement {logs['eval_agreement']:.1%}{_states('eval_features', logs)}"
+    )
+
+
+def _states(name: str, logs: Mapping[str, Any]) -> str:
+    return f" · hidden states {logs[name]:.4f}" if name in logs else ""
+
+
+LOWER_BOUND = "a lower bound: all tokens outside the cache count as one class"
+
+
+def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """Students side by side: KL, CE, perplexity, agreement.
+
+    Across tokenizers the share of compared positions is shown instead of the perplexity, which is not comparable.
+    """
+    crossed = any(values.get("compared") is not None for values in evaluations.values())
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("student", overflow="fold", min_width=16)  # the one that gives way in a narrow terminal
+    for name in ("KL to teacher", "CE (nats)", "compared" if crossed else "perplexity", "agreement", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for student, values in evaluations.items():
+        table.add_row(
+            student,
+            f"{values['kl']:.4f}",
+            f"{values['ce']:.4f}",
+            f"{values['compared']:.1%}" if crossed else f"{values['perplexity']:,.2f}",
+            f"{values['agreement']:.1%}",
+            f"{values['tokens']:,}",
+        )
+    notes = [f"KL: {LOWER_BOUND}"] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
+    if crossed:
+        notes.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
+    return Group(titled(title, table), *map(Text, notes))
+
+
+def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much of each of several caches a run sees, one line each."""
+    return [
+        f"{each['cache']}: {each['share']:.1%} of the loss tokens · {each['rows_per_epoch']:,} rows an epoch · "
+        f"{each['passes']:.2f} passes, {each['tokens']:,} tokens in all"
+        for each in mixture
+    ]
+
+
+def training_view(summary: Mapping[str, Any]) -> RenderableType:
+    """A finished run, from its `TrainSummary` as a dictionary."""
+    of = "" if summary["stopped"] is None else f" of {summary['planned_steps']:,}, stopped early,"
+    loss, found = summary["train_loss"], summary["eval"]
+    rows = [
+        ("parameters", f"{summary['parameters'] / 1e6:.1f} M"),
+        ("steps", f"{summary['steps']:,}{of} in {duration(summary['seconds'])}"),
+        ("training loss", "—" if loss is None else f"{loss:.4f} (mean)"),
+        *(
+            ("and" if i else "trained on", f"{each['share']:.1%} {each['cache']}, {each['passes']:.2f} passes")
+            for i, each in enumerate(summary["mixture"])
+        ),
+    ]
+    if found:
+        best = summary["best_step"]
+        rows += [
+            ("checkpoint", "the last" if best is None else f"step {best:,}, the best"),
+            (
+                "held out",
+                f"KL {found['kl']:.4f} · CE {found['ce']:.4f} · perplexity {found['perplexity']:,.2f} · "
+                f"agreement {found['agreement']:.1%}"
+                + (f" · hidden states {found['features']:.4f}" if "features" in found else ""),
+            ),
+            *([("KL", LOWER_BOUND)] if summary["kl_is"] == "lower bound" else []),
+        ]
+    view = pairs(f"Trained {summary['output']}", rows)
+    if len(summary["evaluations"]) < 2:
+        return view
+    return Group(view, curves_view(summary["evaluations"], best_step=summary["best_step"], stopped=summary["stopped"]))
+
+
+CURVE_ROWS = 24
+
+
+def curves_view(
+    evaluations: Sequence[Mapping[str, float]],
+    *,
+    best_step: int | None = None,
+    stopped: Mapping[str, Any] | None = None,
+) -> RenderableType:
+    """Held-out KL and CE over the steps of a run; the saved checkpoint and an early stop are marked.
+
+    Bars span the range of a column. Of many evaluations every n-th is shown, and always the first, the best and the
+    last.
+    """
+    every = math.ceil(len(evaluations) / CURVE_ROWS)
+    last = len(evaluations) - 1
+    columns = {"kl": "KL to teacher", "ce": "CE (nats)"}
+    finite = {name: [e[name] for e in evaluations if math.isfinite(e[name])] for name in columns}
+    low = {name: min(values, default=0.0) for name, values in finite.items()}
+    span = {name: max(values, default=0.0) - low[name] for name, values in finite.items()}
+    table = Table(box=None, header_style="dim")
+    table.add_column("step", justify="right")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+        table.add_column()
+    table.add_column()
+    for i, evaluation in enumerate(evaluations):
+        step = evaluation["step"]
+        if not (i % every == 0 or i == last or step == best_step):
+            continue
+        cells = []
+        for name in columns:
+            value = evaluation[name]
+            share = (value - low[name]) / span[name] if span[name] and math.isfinite(value) else 0.0
+            cells += [f"{value:.4f}", bar(0.02 + 0.98 * share, 12)]
+        marks = [("◀ saved", step == best_step), ("■ stop", stopped is not None and step == stopped["step"])]
+        table.add_row(f"{step:,}", *cells, "  ".join(mark for mark, here in marks if here))
+    return titled("Held out", table)
