@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -231,7 +231,7 @@ def examples(*commands: str) -> str:
     return "Example:\n\n\b\n" + "\n".join(f"  {command}" for command in commands)
 
 
-def interrupted(what_is_kept: str) -> None:
+def interrupted(what_is_kept: str) -> NoReturn:
     """Says what an interrupt left behind, once, and exits with status 130."""
     from pipeline.terminal.console import err
 

@@ -29,10 +29,10 @@ import cache_format as cf
 from pipeline.models.head import Head
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.padding import model_inputs
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
 from pipeline.teacher.targets.cache_rows import cache_rows
-from pipeline.teacher.targets.hidden_states import HiddenRule, predicted_bytes, quantised
+from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.hidden_targets import (
     WrittenHead,
     check_full,

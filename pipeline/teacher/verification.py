@@ -32,11 +32,12 @@ from pipeline.models.objective import objective_for
 from pipeline.models.padding import model_inputs
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.models.tokenizers import tokenizer_fingerprint
+from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 from pipeline.teacher.verify_config import TeacherCheckConfig
-from pipeline.teacher.writing.workers import WorkerConfig, this_worker
+from pipeline.teacher.writing.workers import this_worker
 
 CHUNK_POSITIONS = 256
 NOISE_FACTOR, FLOOR = 16, 1e-4  # nats: a deviation of less than this, or than so many times the noise, is no finding

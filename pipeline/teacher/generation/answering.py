@@ -18,8 +18,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 import cache_format as cf
 from pipeline.errors import DataError
+from pipeline.teacher.cache_config import Keep
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
-from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerWriter, Keep, Request
+from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerWriter, Request
 from pipeline.teacher.generation.predicates import Predicate, choose
 from pipeline.teacher.text.prompts import Prompts
 

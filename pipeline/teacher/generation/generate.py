@@ -33,10 +33,10 @@ from pipeline.models.head import Head
 from pipeline.models.loading import load_config, load_tokenizer, teacher_fingerprints
 from pipeline.models.objective import Objective, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
-from pipeline.teacher.generation.answers import AnswerWriter, GenerationConfig, find_stop_tokens
+from pipeline.teacher.generation.answers import AnswerWriter, find_stop_tokens
 from pipeline.teacher.generation.decoding import check_decoding
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import open_teacher

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.teacher.generation.answers import Answer, Keep
+from pipeline.teacher.cache_config import Keep
+from pipeline.teacher.generation.answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)

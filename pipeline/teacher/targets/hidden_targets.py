@@ -13,8 +13,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
 from pipeline.models.head_form import HeadForm, head_form
-from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.targets.hidden_states import HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 
 
 @dataclass(frozen=True, kw_only=True)

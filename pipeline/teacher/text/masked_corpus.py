@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.objective import Objective
+from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import encoding, masking, packing
-from pipeline.teacher.text.corpus import DataConfig, Documents, tokenise_documents
-from pipeline.teacher.text.masking import Masker, MaskRule
+from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.masking import Masker
 from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, readable
 from pipeline.teacher.text.token_stream import StreamFacts, remembered
 

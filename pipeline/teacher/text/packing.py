@@ -32,7 +32,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
-from pipeline.teacher.text.corpus import DataConfig, Documents, tokenise_documents
+from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, remembered
 
 # Rows open for further pieces. On log-normal, uniform and chat-like lengths, window 1024: 8 open

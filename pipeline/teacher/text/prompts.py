@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
+from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import chat, encoding
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.text.examples import Columns, Example, find_prompt, read_prompt
 from pipeline.teacher.text.sources import Source, load_source
 
