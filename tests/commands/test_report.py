@@ -177,7 +177,7 @@ def test_row_for_people(cache: cf.Cache, tokenizer: PreTrainedTokenizerFast):
     index = next(i for i, row in enumerate(cache.iter_rows()) if len(row.segment_lengths) > 1)
     found = inspect_row(cache, index, lambda i: tokenizer.decode([i]), candidates=3, start=0, positions=1000)
     text = shown(row_view(found))
-    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['counted_tokens']:,} of them counted")
+    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['counted_tokens']:,} of them loss tokens")
     assert text.count("── next document ──") == len(found["segment_lengths"]) - 1
     assert text.count("◀") == 1 + found["counted_tokens"]  # the legend, and each true next token
     outside = sum(p["counted"] and p["next_prob"] is None for p in found["positions"])
@@ -205,7 +205,7 @@ def test_students_side_by_side():
 def test_students_of_several_tokenizers_are_not_passed_off_as_comparable():
     values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234, "compared": 0.694}
     text = shown(evaluation_view("Held out", {"students/one": values, "students/two": {**values, "compared": 1.0}}))
-    for words in ("compared", "69.4%", "100.0%", "Only students of one tokenizer compare"):
+    for words in ("compared", "69.4%", "100.0%", "Compare only students that share a tokenizer"):
         assert words in " ".join(text.split())
     assert "perplexity" not in text
     plain = shown(evaluation_view("Held out", {"one": {**values, "compared": None}}))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
+from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.training_arguments import read_training_args
 
@@ -60,19 +61,19 @@ def steps_for_tokens(tokens: int, rows: int, tokens_per_epoch: float, rows_per_s
 
 
 def check_one_length(config: TrainStudentConfig) -> None:
-    """Raises ConfigError if --max-tokens stands beside another length of the run."""
+    """Raises ConfigError if `max_tokens` is given together with another length of the run."""
     if config.max_tokens is None:
         return
-    if config.max_tokens < 1:
-        raise ConfigError(f"--max-tokens {config.max_tokens}: expected a number of tokens, 1 or more.")
-    of_file = {} if config.training_args is None else read_training_args(config.training_args)
-    for option, name, unset in (("--max-steps", "max_steps", -1), ("--epochs", "num_train_epochs", None)):
-        given = getattr(config, name)
-        where = option
-        if given is None and of_file.get(name, unset) != unset:
-            given, where = of_file[name], f"{name} of {config.training_args}"
-        if given is not None:
-            raise ConfigError(
-                f"--max-tokens {config.max_tokens}: found {where} {given} too, and each of them says how long the run "
-                "is. Leave one out."
-            )
+    declared, arguments = options_of(TrainStudentConfig), read_training_args(config.training_args)
+    for name, argument, unset in (("max_steps", "max_steps", -1), ("epochs", "num_train_epochs", None)):
+        value = getattr(config, name)
+        if name in config.explicit or value != declared[name].default:
+            found = f"`{name}` {value}"
+        elif arguments.get(argument, unset) != unset:
+            found = f"{argument} {arguments[argument]} in `training_args`"
+        else:
+            continue
+        raise ConfigError(
+            f"`max_tokens` {config.max_tokens}: found {found} too, and each of them sets the length of the run. Leave "
+            "one out."
+        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from transformers import TrainerState
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.options import CONFIG_FILE, options_of
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.early_stopping import stopped_by
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.training_arguments import read_training_args
-
-CONFIG_FILE = "distill_config.json"
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -35,7 +33,7 @@ RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "cache", "eval_
 # Who reads makes no difference to what is read.
 RESUME_MAY_CHANGE |= {"cache_dir", "cache_dir_gb", "dataloader_num_workers", "dataloader_prefetch_factor"}
 # What makes up the rows of a step: their number must be the same.
-PARTS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+PARTS_OF_A_STEP = {"batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
 # Of what was resolved, what the loss depends on; the rest is how it is measured.
 TRAINED = {"tail", "temperature"}
 
@@ -125,9 +123,10 @@ def _state(file: Path) -> TrainerState | None:
 
 
 def _settings(config: TrainStudentConfig) -> dict[str, Any]:
-    """The configuration with the contents of the --training-args file instead of its name."""
-    contents = {} if config.training_args is None else read_training_args(config.training_args)
-    return {**asdict(config), "training_args": contents}
+    """Every option by name, with the contents of a `training_args` file instead of its name."""
+    declared = options_of(TrainStudentConfig)
+    options = {name: getattr(config, name) for name, each in declared.items() if not each.metadata.python_only}
+    return {**options, "training_args": read_training_args(config.training_args)}
 
 
 def _identity(cache: cf.Cache) -> dict[str, Any]:
@@ -213,10 +212,11 @@ def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe
         for name in may_change & arguments.keys():
             del arguments[name]
     before["training_args"] = arguments_before
+    defaults = options_of(TrainStudentConfig)  # an earlier version recorded None for them
     different = [
         f"{name} was {before[name]!r}, is {now[name]!r}"
         for name in sorted(before.keys() & now.keys() - may_change)
-        if before[name] != now[name]
+        if before[name] != now[name] and not (before[name] is None and now[name] == defaults[name].default)
     ]
     different += [
         f"{name} was taken to be {resolved_before[name]!r}, is {value!r}"
