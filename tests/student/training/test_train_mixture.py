@@ -16,7 +16,7 @@ from made_up import THRESHOLD, TOP_K, made_up
 from pipeline.errors import ConfigError
 from pipeline.student.data.cache_mix import mix_of, open_mix, parse_weight, recipe_for
 from pipeline.student.data.dataset import CacheDataset
-from pipeline.student.model.feature_matching import FeatureRecipe
+from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
 from pipeline.teacher.targets.hidden_states import HiddenRule
@@ -167,7 +167,7 @@ def test_hidden_states_must_be_alike_if_they_are_used(tmp_path: Path):
         return made
 
     one = cache("a", HIDDEN)
-    features = FeatureRecipe.for_cache(one, loss="mse", weight=None, layer_map="last")
+    features = HiddenStateLoss.for_cache(one, loss="mse", weight=None, layer_map="last")
     assert recipe(one, cache("ab", {**HIDDEN, "layers": [2]}), features=features)[1] == []
     changed = {"width": 4, "dtype": "int8", "every": 2, "layers": [1]}
     with pytest.raises(cf.MismatchError) as caught:

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses.feature_losses import FEATURE_LOSSES, feature_losses
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate
-from pipeline.student.model.feature_matching import FeatureRecipe, Features
+from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.teacher.cache_config import CacheTeacherConfig
@@ -62,9 +62,9 @@ def test_equal_states_have_no_loss_and_no_gradient_blows_up(kind: str) -> None:
 # ---- layers
 
 
-def recipe(spec: dict[str, Any], layer_map: str = "uniform", loss: str = "mse", weight: float = 1.0) -> FeatureRecipe:
+def recipe(spec: dict[str, Any], layer_map: str = "uniform", loss: str = "mse", weight: float = 1.0) -> HiddenStateLoss:
     whole = cf.HiddenSpec(**{"teacher_layers": 12, "width": 8, "dtype": "float16", **spec})
-    return FeatureRecipe(loss=loss, weight=weight, layer_map=layer_map, spec=whole)  # type: ignore[arg-type]
+    return HiddenStateLoss(loss=loss, weight=weight, layer_map=layer_map, spec=whole)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_known_projections_are_recovered() -> None:
     """A teacher whose states are a matrix times the student's, other ones in two layers."""
     torch.manual_seed(0)
     known = {pair: torch.randn(6, 4) for pair in ((1, 4), (2, 9))}
-    features = Features("mse", 1.0, tuple(known), (4, 6), seed=3)
+    features = HiddenStateMatching("mse", 1.0, tuple(known), (4, 6), seed=3)
     assert {tuple(each.shape) for each in features.parameters()} == {(6, 4)}
     optimizer = torch.optim.Adam(features.parameters(), lr=0.05)
     everywhere = np.ones((8, 16), bool)
@@ -146,7 +146,7 @@ def test_only_counted_positions_that_have_states_take_part() -> None:
     mask, counted = rng.random((2, 3, 9)) < 0.6
     states, teacher = torch.randn(2, 3, 9, 5)
     states.requires_grad_()
-    features = Features("mse", 1.0, ((1, 4),), (5, 5))
+    features = HiddenStateMatching("mse", 1.0, ((1, 4),), (5, 5))
     found = features({1: states}, batch_of(teacher, mask, counted))
     (gradient,) = torch.autograd.grad(found.sum(), states)
     assert np.array_equal((gradient != 0).any(dim=-1).numpy(), mask & counted)
@@ -155,7 +155,7 @@ def test_only_counted_positions_that_have_states_take_part() -> None:
 
 
 def test_a_batch_without_any_such_position_still_has_a_gradient_for_the_projections() -> None:
-    features = Features("cosine", 1.0, ((1, 4),), (5, 7))
+    features = HiddenStateMatching("cosine", 1.0, ((1, 4),), (5, 7))
     nothing = np.zeros((2, 3), bool)
     features({1: torch.randn(2, 3, 5)}, batch_of(torch.randn(2, 3, 7), ~nothing, nothing)).sum().backward()
     assert all(each.grad is not None and (each.grad == 0).all() for each in features.parameters())
@@ -165,8 +165,8 @@ def test_states_at_one_position_in_so_many_stand_for_all() -> None:
     """The sums over the N ways to choose them have the sum over all positions as their mean."""
     states, teacher = torch.randn(2, 1, 12, 5)
     everywhere = np.ones((1, 12), bool)
-    whole = Features("mse", 1.0, ((1, 4),), (5, 5))({1: states}, batch_of(teacher, everywhere, everywhere))
-    sparse = Features("mse", 1.0, ((1, 4),), (5, 5), every=3)
+    whole = HiddenStateMatching("mse", 1.0, ((1, 4),), (5, 5))({1: states}, batch_of(teacher, everywhere, everywhere))
+    sparse = HiddenStateMatching("mse", 1.0, ((1, 4),), (5, 5), every=3)
     parts = [
         sparse({1: states}, batch_of(teacher, (np.arange(12) % 3 == i)[None], everywhere)).item() for i in range(3)
     ]
@@ -200,8 +200,8 @@ def test_a_student_that_is_its_teacher_has_no_feature_loss(
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
     cache = cf.open_cache(caches / name)
     head = open_head(model, 400)
-    asked = FeatureRecipe.for_cache(cache, loss=kind, weight=1.0, layer_map="uniform")
-    features = Features.of(asked, head, 0)
+    asked = HiddenStateLoss.for_cache(cache, loss=kind, weight=1.0, layer_map="uniform")
+    features = HiddenStateMatching.for_student(asked, head, 0)
     assert not list(features.parameters()) and features.pairs[-1] == (2, 2)
     with torch.no_grad():
         output = distillation_output(head, collate(cache[:6]), LossRecipe(), features=features)
@@ -217,7 +217,7 @@ def test_the_loss_is_the_sum_of_its_parts_and_its_gradient_theirs(caches: Path, 
     cache = cf.open_cache(caches / "all")
     head = open_head(model, 400)
     rows, pairs = [cache[i] for i in (0, 3, 7)], ((0, 1), (1, 2))
-    features = Features("normalized-mse", 0.3, pairs, (16, 32), seed=1).double()
+    features = HiddenStateMatching("normalized-mse", 0.3, pairs, (16, 32), seed=1).double()
     total, count = torch.zeros((), dtype=torch.float64), sum(int(row.loss_mask.sum()) for row in rows)
     for row in rows:
         ends = np.cumsum(row.segment_lengths)

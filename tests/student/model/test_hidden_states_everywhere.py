@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 import cache_format as cf
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate, uncounted
-from pipeline.student.model.feature_matching import FeatureRecipe, Features
+from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output
 from pipeline.student.training.recipe import LossRecipe
@@ -72,8 +72,8 @@ def test_a_masked_student_that_is_its_teacher_has_no_loss_at_any_position(masked
     cache_teacher(CacheTeacherConfig(teacher=str(teacher), output=str(tmp_path / "cache"), **given))
     cache = cf.open_cache(tmp_path / "cache")
     head = open_head(AutoModelForMaskedLM.from_pretrained(teacher, dtype=torch.float32).eval(), 400, masked=True)
-    asked = FeatureRecipe.for_cache(cache, loss="normalized-mse", weight=1.0, layer_map="1:1,2:2")
-    features = Features.of(asked, head, 0)
+    asked = HiddenStateLoss.for_cache(cache, loss="normalized-mse", weight=1.0, layer_map="1:1,2:2")
+    features = HiddenStateMatching.for_student(asked, head, 0)
     rows = sorted((cache[i] for i in range(6)), key=lambda row: len(row.input_ids))
     assert len(rows[0].input_ids) < len(rows[-1].input_ids)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_step_at_all_positions_is_the_same_in_several_batches(
 def test_rows_that_fill_up_a_batch_have_no_states_to_be_drawn_to(everywhere: Path) -> None:
     dataset = CacheDataset(cf.open_cache(everywhere / "all"))
     batch = dataset.collate([dataset[0], dataset[len(dataset) + 1]])  # the second is row 1 as a filler
-    features = Features("mse", 1.0, ((1, 2),), (32, 32), everywhere=True, shares=(0.25, 0.5))
+    features = HiddenStateMatching("mse", 1.0, ((1, 2),), (32, 32), everywhere=True, shares=(0.25, 0.5))
     states = {1: torch.randn(*batch["labels"].shape, 32)}
     found = features(states, batch)
     assert found[0] > 0 and found[1] == 0 and (features(states, uncounted(batch)) == 0).all()
