@@ -72,7 +72,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=torch.arange(30)[None], use_cache=False).logits
 
 
-# -- kept parts ------------------------------------------------------------------------------------------------------
+# -- kept parts -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
