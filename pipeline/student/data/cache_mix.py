@@ -22,7 +22,7 @@ from pipeline.inspection import describe_targets
 from pipeline.losses import TailPolicy
 from pipeline.models.tokenizers import check_same_tokenizer
 from pipeline.student.cache_paths import parse_weight
-from pipeline.student.model.feature_matching import FeatureRecipe, states_everywhere
+from pipeline.student.model.hidden_state_matching import HiddenStateLoss, states_everywhere
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.validation.compatibility import load_cache_tokenizer
 from pipeline.student.validation.suitability import default_tail, exact_entries
@@ -155,7 +155,7 @@ def mix_of(caches: Sequence[cf.Cache], weights: Sequence[float | None]) -> Mix:
 
 
 def recipe_for(
-    mix: Mix, *, tail: TailPolicy | None, divergence: str, features: FeatureRecipe | None = None, **options: Any
+    mix: Mix, *, tail: TailPolicy | None, divergence: str, features: HiddenStateLoss | None = None, **options: Any
 ) -> tuple[LossRecipe, list[str]]:
     """`LossRecipe.for_cache` of every one of the caches, which is the same, and the warnings of `check_agreement`.
 
@@ -168,7 +168,7 @@ def recipe_for(
     return replace(recipes[0], sampled=all(recipe.sampled for recipe in recipes)), warnings
 
 
-def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: FeatureRecipe | None = None) -> list[str]:
+def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: HiddenStateLoss | None = None) -> list[str]:
     """Warnings about caches that differ where it is no hindrance.
 
     Args:
@@ -196,7 +196,7 @@ def check_agreement(mix: Mix, *, tails: Sequence[TailPolicy], features: FeatureR
     return _differences(mix, tails)
 
 
-def _facts(cache: cf.Cache, tail: TailPolicy, features: FeatureRecipe | None) -> dict[str, Any]:
+def _facts(cache: cf.Cache, tail: TailPolicy, features: HiddenStateLoss | None) -> dict[str, Any]:
     """What the loss of a batch depends on, by name."""
     about, targets = cache.metadata, cache.metadata.targets
     facts: dict[str, Any] = {

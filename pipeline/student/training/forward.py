@@ -18,7 +18,7 @@ from pipeline.losses.uld import uld_head
 from pipeline.models.head import Head
 from pipeline.student.data.cross_tokenizer import sorted_targets_of
 from pipeline.student.data.dataset import Batch, full_targets_of, targets_of
-from pipeline.student.model.feature_matching import Features
+from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.recipe import LossRecipe
 
 
@@ -26,7 +26,7 @@ class FeatureOutput(NamedTuple):
     """`HeadOutput` of a student that is trained on features besides.
 
     loss: with γ·features in it, times `scale`.
-    features: the sum that γ weights, see `pipeline.student.model.feature_matching`.
+    features: the sum that γ weights, see `pipeline.student.model.hidden_state_matching`.
     """
 
     loss: Tensor
@@ -42,7 +42,7 @@ def distillation_output(
     batch: Batch,
     recipe: LossRecipe,
     scale: float | Tensor = 1.0,
-    features: Features | None = None,
+    features: HiddenStateMatching | None = None,
     *,
     by_row: bool = False,
 ) -> HeadOutput | FeatureOutput:
@@ -98,7 +98,7 @@ def distillation_output(
 
 
 def install_distillation_forward(
-    model: torch.nn.Module, head: Head, recipe: LossRecipe, features: Features | None = None
+    model: torch.nn.Module, head: Head, recipe: LossRecipe, features: HiddenStateMatching | None = None
 ) -> None:
     """Makes `model(scale=…, recipe=…, by_row=…, **batch)` return a `HeadOutput`, with features a `FeatureOutput`;
     undone by `remove_distillation_forward`.

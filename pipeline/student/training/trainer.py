@@ -26,7 +26,7 @@ from pipeline.losses import HeadOutput
 from pipeline.models.head import Head, evaluating
 from pipeline.student.data.dataset import Batch, CacheDataset, uncounted
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
-from pipeline.student.model.feature_matching import Features
+from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.early_stopping import EarlyStopping
 from pipeline.student.training.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.training.output_directory import last_checkpoint
@@ -68,7 +68,7 @@ class DistillTrainer(Trainer):
         eval_recipe: LossRecipe | None = None,
         resample: bool = False,
         model: nn.Module | None = None,
-        features: Features | None = None,
+        features: HiddenStateMatching | None = None,
         **kwargs: Any,
     ) -> None:
         self.recipe, self.resample = recipe, resample
