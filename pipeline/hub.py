@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, DataError
 FILES = (
     "manifest.json",
     "README.md",
+    "distill_config.json",
     "lexicon.arrow",
     "head.safetensors",
     "answers.jsonl",

@@ -42,6 +42,7 @@ from pipeline.teacher.targets.hidden_targets import WrittenHead, check_full, in_
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 from pipeline.teacher.text.packing import TokenRow
 from pipeline.teacher.writing.cache_metadata import CHUNK_POSITIONS, cache_metadata, stored_positions
+from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import as_begun
 from pipeline.teacher.writing.workers import check_output, this_worker
 
@@ -97,6 +98,8 @@ def cache_teacher(
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
         capture = _Capture(config, corpus, head, metadata, writer, on_progress, written)
         capture.run()
+    if not worker.follows and capture.writer.is_finished:
+        save_config(config)
     return capture.summary()
 
 

@@ -42,6 +42,7 @@ from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import open_teacher
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
+from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import SHARD_TOKENS, as_begun, rows_together
 from pipeline.teacher.writing.workers import device_names, this_worker
 
@@ -156,6 +157,7 @@ def generate_cache(
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
             _write_cache(config.output, writer, answering)
+        save_config(config)
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
