@@ -193,6 +193,7 @@ def test_paths_are_checked_without_torch() -> None:
     code = (
         "import sys; from pipeline.models.paths import check_model_path; check_model_path('owner/name');"
         "from pipeline.teacher.text.data_paths import check_data_path; check_data_path('owner/name');"
-        "heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+        "heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
