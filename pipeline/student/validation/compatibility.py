@@ -37,9 +37,9 @@ def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
         except Exception as error:  # the parsers of several libraries, on untrusted files
             why = reason(error).replace(folder, "tokenizer/")
             if "trust_remote_code" in str(error):
-                why = "it needs its own code, and code in a cache is never run"
+                why = "it needs code of its own, and code in a cache is never run"
             raise cf.FormatError(
-                f"{cache.path}: the tokenizer in it cannot be loaded: {why}. Restore it from a copy, or cache the text "
+                f"{cache.path}: its tokenizer cannot be loaded: {why}. Restore it from a copy, or cache the text "
                 "again with a tokenizer that transformers has."
             ) from error
 
