@@ -30,11 +30,10 @@ from torch import Tensor
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
-from pipeline.models.loading import load_tokenizer
 from pipeline.models.padding import model_inputs
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
+from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
@@ -77,7 +76,7 @@ def cache_teacher(
     device = worker.device(config.device)
 
     on_stage("reading and tokenising the text")
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)
 
     on_stage(f"loading the teacher on {device}")

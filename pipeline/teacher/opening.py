@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
-from pipeline.models.loading import load_config, load_model
+from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
@@ -32,15 +32,20 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
     known = load_config(config.teacher, **_source(config))
     found = known or PreTrainedConfig()
     if config.tensor_parallel:
-        check_split(config.teacher, known)
-    if check_objective(config.objective, found, config.teacher) == "masked":
+        check_split(model_name(config.teacher), known)
+    if check_objective(config.objective, found, model_name(config.teacher)) == "masked":
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:
         raise ConfigError(
-            f"`mask_probability` and the other masking options: {config.teacher} is a causal language model, whose "
+            f"`mask_probability` and the other masking options: {model_name(config.teacher)} is a causal language model, whose "
             "input is not masked. Leave them out."
         )
     return build_corpus(config.data, tokenizer)
+
+
+def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer: the given one, or the one that comes with the teacher."""
+    return load_tokenizer(config.tokenizer or config.teacher, **_source(config))
 
 
 def open_teacher(

@@ -27,10 +27,10 @@ import torch
 
 import cache_format as cf
 from pipeline.models.head import Head
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.loading import model_name
 from pipeline.models.padding import model_inputs
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
+from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.hidden_targets import (
@@ -125,7 +125,7 @@ def plan_cache(
     check_full(config)
     device = worker.device(config.device)
     on_stage("reading and tokenising the text")
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
@@ -312,7 +312,7 @@ def _written(
         assert spec is not None
         targets = {**with_head(targets, written), "hidden": spec.to_json()}
     metadata = cf.CacheMetadata(
-        teacher={"name": config.teacher},
+        teacher={"name": model_name(config.teacher)},
         tokenizer={},
         vocab_size=vocab_size,
         alignment="next" if rows[0].labels is None else "same",

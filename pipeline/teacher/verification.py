@@ -27,7 +27,7 @@ from cache_format.rows.types import entry_groups, group_counts
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_form import HeadForm, head_form
-from pipeline.models.loading import load_model, load_tokenizer, weights_fingerprint
+from pipeline.models.loading import load_model, load_tokenizer, model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.models.padding import model_inputs
 from pipeline.models.teacher_head import TeacherHead
@@ -97,11 +97,13 @@ def verify_against_teacher(
             f"{config.cache}: its values were rounded a second time by distill convert, which would look like another "
             "teacher. Check the cache that it was made from."
         )
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(
+        config.tokenizer or config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
     found, expected = tokenizer_fingerprint(tokenizer)["vocabulary"], cache.metadata.tokenizer.get("vocabulary")
     if found != expected:
         raise cf.MismatchError(
-            f"{config.teacher}: its vocabulary is not that of {config.cache} (fingerprint {found[:8]}…, expected "
+            f"{model_name(config.teacher)}: its vocabulary is not that of {config.cache} (fingerprint {found[:8]}…, expected "
             f"{str(expected)[:8]}…): it is not the teacher that wrote this cache. Give that one."
         )
     on_stage("loading the teacher")

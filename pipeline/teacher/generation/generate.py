@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
-from pipeline.models.loading import load_config, load_tokenizer, teacher_fingerprints
+from pipeline.models.loading import load_config, model_name, teacher_fingerprints
 from pipeline.models.objective import Objective, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
@@ -39,7 +39,8 @@ from pipeline.teacher.generation.answering import Answering, GenerationProgress,
 from pipeline.teacher.generation.answers import AnswerWriter, find_stop_tokens
 from pipeline.teacher.generation.decoding import check_decoding
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_teacher
+from pipeline.teacher.opening import open_teacher, open_tokenizer
+from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
 from pipeline.teacher.writing.saved_config import save_config
@@ -105,7 +106,7 @@ def generate_cache(
     started = time.perf_counter()
 
     on_stage("reading the prompts")
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = open_tokenizer(config)
     _check_writes(config)
     prompts = open_prompts(config.data, tokenizer)
 
@@ -174,7 +175,7 @@ def _check_writes(config: CacheTeacherConfig) -> None:
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
-            f"--generate: {config.teacher} is a masked language model, which cannot go on with a text. Use a causal "
+            f"`generate`: {model_name(config.teacher)} is a masked language model, which cannot go on with a text. Use a causal "
             "one."
         )
     if config.masking is not None:
@@ -216,7 +217,10 @@ def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
     """Whether teacher or prompts are spelled in another way than they were, so that it takes a look at them to know
     whether they are the same."""
     recorded = manifest.metadata
-    return (config.teacher, config.data.data) != (recorded.teacher.get("name"), recorded.corpus.get("source"))
+    return (model_name(config.teacher), data_name(config.data.data)) != (
+        recorded.teacher.get("name"),
+        recorded.corpus.get("source"),
+    )
 
 
 def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import cache_format as cf
 from pipeline.models.head import Head
-from pipeline.models.loading import teacher_fingerprints
+from pipeline.models.loading import model_name, teacher_fingerprints
 from pipeline.models.objective import ALIGNMENT
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.opening import Corpus
@@ -38,7 +38,7 @@ def cache_metadata(
     libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
     return cf.CacheMetadata(
         teacher={
-            "name": config.teacher,
+            "name": model_name(config.teacher),
             "revision": config.revision or getattr(head.model.config, "_commit_hash", None),
             "architecture": type(head.model).__name__,
             "dtype": str(head.weight.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,8 +147,8 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
         return
     # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
     # compares what they are.
-    known = {name: value for name, value in asdict(config.data).items() if value is not None}
-    data = {name: value for name, value in known.items() if name not in ("data", "num_proc", "loss_on")}
+    names = [field.name for field in fields(config.data) if field.name not in ("data", "num_proc", "loss_on")]
+    data = {name: value for name in names if (value := getattr(config.data, name)) is not None}
     given = {
         "targets": config.targets.to_json(),
         "corpus": data,
