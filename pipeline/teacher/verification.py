@@ -103,8 +103,8 @@ def verify_against_teacher(
     found, expected = tokenizer_fingerprint(tokenizer)["vocabulary"], cache.metadata.tokenizer.get("vocabulary")
     if found != expected:
         raise cf.MismatchError(
-            f"{model_name(config.teacher)}: its vocabulary is not that of {config.cache} (fingerprint {found[:8]}…, expected "
-            f"{str(expected)[:8]}…): it is not the teacher that wrote this cache. Give that one."
+            f"{model_name(config.teacher)}: its vocabulary is not that of {config.cache} (fingerprint "
+            f"{found[:8]}…, expected {str(expected)[:8]}…): it is not the teacher that wrote this cache. Give that one."
         )
     on_stage("loading the teacher")
     objective = objective_for(cache.metadata.alignment)

@@ -175,8 +175,8 @@ def _check_writes(config: CacheTeacherConfig) -> None:
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
-            f"`generate`: {model_name(config.teacher)} is a masked language model, which cannot go on with a text. Use a causal "
-            "one."
+            f"`generate`: {model_name(config.teacher)} is a masked language model, which cannot continue "
+            "a text. Use a causal one."
         )
     if config.masking is not None:
         raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
