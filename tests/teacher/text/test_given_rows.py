@@ -157,7 +157,6 @@ def test_splits_of_given_datasets() -> None:
         (3, "given int: expected a path"),
         ([{"text": "a"}, {"text": 3}], "row 1, column 'text': found int"),
     ],
-    ids=str,
 )
 def test_rows_that_cannot_be_used(rows: Any, message: str, cache: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=message) as error:
