@@ -35,7 +35,7 @@ class Budget:
         return epochs * self.rows + min(rest * self.rows_per_step, self.rows)
 
     @classmethod
-    def of(cls, rows: int, arguments: TrainingArguments) -> Budget:
+    def for_run(cls, rows: int, arguments: TrainingArguments) -> Budget:
         """The budget of a run with `rows` rows per epoch."""
         budget = cls(rows, rows_per_step(arguments), arguments.max_steps)
         if arguments.max_steps > 0:

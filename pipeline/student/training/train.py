@@ -21,7 +21,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.adapters import attach, merged
 from pipeline.models.head import Head, evaluating, open_head
-from pipeline.models.loading import weights_fingerprint
+from pipeline.models.loading import model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student
 from pipeline.student.data.dataset import CacheDataset
@@ -307,7 +307,7 @@ def _base_name(student: str | PreTrainedModel | None) -> str:
     """How an adapter names its base model: an absolute path, or a hub name."""
     if student is None:
         return ""
-    name = student.name_or_path if isinstance(student, PreTrainedModel) else student
+    name = student.name_or_path if isinstance(student, PreTrainedModel) else model_name(student)
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 

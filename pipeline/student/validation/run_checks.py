@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ class CheckedRun:
 
 def check_run(config: TrainStudentConfig) -> CheckedRun:
     """Checks caches, loss, student, length and output directory of a run. Raises: as `train_student`."""
-    if "://" not in config.output:  # Path would collapse the slashes of a URL, which `check_output` refuses
-        config = replace(config, output=str(Path(config.output).expanduser()))
+    output = os.fspath(config.output)
+    if "://" not in output:  # Path would collapse the slashes of a URL, which `check_output` refuses
+        output = str(Path(output).expanduser())
+    config = replace(config, output=output)
     check_one_length(config)
     mix, held_out, hidden_loss = _open_caches(config)
     recipe, warnings = _recipe(config, mix, held_out, hidden_loss)
@@ -71,7 +74,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         check_resample(mix.caches, recipe.tail, any(recipe.kd_weights))
     check_origin(config)
     tokenizer, student_warnings = check_student(
-        [*mix.caches, *([] if held_out is None else [held_out])],
+        mix.caches if held_out is None else [*mix.caches, held_out],
         config.student,
         config_file=config.student_config,
         tokenizer=getattr(config, "tokenizer", None),
@@ -92,7 +95,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         arguments._n_gpu = 1  # with more, Trainer uses nn.DataParallel, which cannot split sparse targets
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
-    budget = Budget.of(mix.rows, arguments)
+    budget = Budget.for_run(mix.rows, arguments)
     if config.resample:
         passes = budget.rows_after(budget.steps) / mix.rows  # over the mixture
         warnings += resample_warnings([(each.cache, each.passes(passes * each.rows)) for each in mix.portions])

@@ -47,7 +47,7 @@ def test_budget_has_the_steps_that_trainer_takes(sizes: tuple[int, int], epochs:
     rows, accumulation = sizes
     settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     config = TrainStudentConfig(cache="c", output=str(tmp_path), device="cpu", num_train_epochs=epochs, **settings)
-    budget = Budget.of(37, training_arguments(config))
+    budget = Budget.for_run(37, training_arguments(config))
     batches = -(-37 // rows)
     per_epoch = -(-batches // accumulation)
     assert budget.steps_per_epoch == per_epoch and budget.steps == int(np.ceil(epochs * per_epoch))
