@@ -126,9 +126,9 @@ def test_two_ways_at_once_are_refused(
 
 
 @pytest.mark.parametrize("heads, kv_heads, world, words", [
-    (4, 1, 2, "1 key-value heads, found 2 processes, .* Use --device-map"),
-    (4, 4, 3, "4 key-value heads, found 3 processes, .* Use --nproc-per-node 2 or 4, or --device-map"),
-    (6, 2, 4, "2 key-value heads, found 4 processes, .* Use --nproc-per-node 2, or"),
+    (4, 1, 2, "1 key-value heads, found 2 processes, .* Use `device_map=auto`"),
+    (4, 4, 3, "4 key-value heads, found 3 processes, .* Start 2 or 4 processes with torchrun, or use `device_map"),
+    (6, 2, 4, "2 key-value heads, found 4 processes, .* Start 2 processes with torchrun, or"),
     (6, None, 4, "6 key-value heads, found 4 processes, .* 2 or 3 or 6"),
     (0, 0, 2, "no plan .tp_plan. for splitting"),
 ])  # fmt: skip
@@ -143,9 +143,9 @@ def test_teacher_that_cannot_be_split_evenly_is_refused_first(
     monkeypatch.setattr(opening, "build_corpus", None)  # before the text is read
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", str(world))):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"^--tp: .*{words}"):
+    with pytest.raises(ConfigError, match=f"^`tensor_parallel`: .*{words}"):
         cache_teacher(settings(tmp_path / "teacher", text_file, tmp_path / "cache", tensor_parallel=True))
-    with pytest.raises(ConfigError, match=f"^--tp: .*{words}"):
+    with pytest.raises(ConfigError, match=f"^`tensor_parallel`: .*{words}"):
         load_model(str(tmp_path / "teacher"), tensor_parallel=True)
 
 

@@ -124,7 +124,7 @@ def test_other_segmentation_is_refused_by_part(tokenizer: PreTrainedTokenizerFas
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    with pytest.raises(MismatchError, match="cuts text differently: pre_tokenizer differ"):
+    with pytest.raises(MismatchError, match="splits text differently: pre_tokenizer differ"):
         check_same_tokenizer(tokenizer, digits)
 
 
