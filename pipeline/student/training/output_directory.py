@@ -18,13 +18,13 @@ from transformers import TrainerState
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.losses import DistillLoss
 from pipeline.models.loading import model_name
 from pipeline.options import CONFIG_FILE, options_of
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.early_stopping import stopped_by
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.training_arguments import read_training_args
 
 TRAINER_STATE = "trainer_state.json"
@@ -39,7 +39,7 @@ FACTORS_OF_A_STEP = {"batch_size", "per_device_train_batch_size", "gradient_accu
 RESOLVED_FOR_TRAINING = {"tail", "temperature"}
 
 
-def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> str | None:
+def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> str | None:
     """The checkpoint to resume from; None for a new run. Changes nothing.
 
     Raises:
@@ -63,7 +63,7 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: L
         if checkpoint is None:
             instead = "with `overwrite=True` instead of" if occupied else "without"
             raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} `resume=True`.")
-        _check_same_run(config, mix, budget, recipe, output / CONFIG_FILE)
+        _check_same_run(config, mix, budget, loss, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
                 f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another `output`, or "
@@ -146,7 +146,7 @@ def _identity(cache: cf.Cache) -> dict[str, Any]:
 
 
 def begin_output(
-    config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe, base_weights: str | None = None
+    config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, base_weights: str | None = None
 ) -> None:
     """Empties the directory, which `check_output` has allowed, and writes the record of the run.
 
@@ -158,7 +158,7 @@ def begin_output(
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    record = _record(config, mix, budget, recipe)
+    record = _record(config, mix, budget, loss)
     _write(output, record if base_weights is None else {**record, "adapted_weights": base_weights})
 
 
@@ -190,7 +190,7 @@ def _write(output: Path, record: dict[str, Any]) -> None:
     scratch.replace(output / CONFIG_FILE)
 
 
-def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> dict[str, Any]:
+def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> dict[str, Any]:
     """The contents of distill_config.json.
 
     config           options as given; `training_args` has the contents of the file
@@ -203,7 +203,7 @@ def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRe
     """
     record: dict[str, Any] = {
         "config": _settings(config),
-        "resolved": recipe.resolved,
+        "resolved": loss.resolved,
         "rows_per_step": budget.rows_per_step,
     }
     if len(mix.portions) == 1:
@@ -212,7 +212,7 @@ def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRe
     return {**record, "cache": [_identity(cache) for cache in mix.caches], "mixture": planned}
 
 
-def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe, file: Path) -> None:
+def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, file: Path) -> None:
     try:
         recorded = json.loads(file.read_text())
         before, recorded_cache = dict(recorded["config"]), recorded["cache"]
@@ -223,7 +223,7 @@ def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe
         raise ConfigError(
             f"{file}: cannot be read, so the run cannot be resumed. Start again with `overwrite=True`."
         ) from error
-    record = json.loads(json.dumps(_record(config, mix, budget, recipe)))
+    record = json.loads(json.dumps(_record(config, mix, budget, loss)))
     now, arguments_now = record["config"], record["config"]["training_args"]
     rows_before = recorded.get("rows_per_step")  # not recorded by earlier versions
     may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | FACTORS_OF_A_STEP

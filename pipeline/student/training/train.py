@@ -19,10 +19,12 @@ from transformers.trainer_callback import PrinterCallback
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import attach, merged
 from pipeline.models.head import Head, evaluating, open_head
 from pipeline.models.loading import model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
+from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.data.mixed_dataset import MixedDataset, Rows
@@ -33,7 +35,6 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output, check_base_weights, record_seen
-from pipeline.student.training.recipe import KlIs
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.student.training.training_arguments import read_ahead
 from pipeline.student.validation.compatibility import check_isolation, longest_row
@@ -54,7 +55,7 @@ class TrainSummary:
     best_step: int | None
     stopped: dict[str, Any] | None  # by `early_stopping`: {"step", "reasons"}
     evaluations: list[dict[str, float]]  # every held-out evaluation, with its step
-    kl_is: KlIs | None  # how the logged kl relates to that of the full distributions
+    kl_estimate_kind: KlEstimateKind | None  # how the logged kl relates to that of the full distributions
     mixture: list[dict[str, Any]]  # use of each of several caches, from `Mix.seen`; empty for one cache
     warnings: list[str]
 
@@ -151,24 +152,25 @@ def _train_student(
         on_stage(text)
     student = _load(run, data, on_stage)
     matching = _hidden_state_matching(run, student.head)
-    teachers = [each.teacher for each in (run.recipe, run.eval_recipe) if each is not None and each.teacher is not None]
+    losses = [run.loss] if run.eval_loss is None else [run.loss, run.eval_loss]
+    teachers = [loss.teacher_head for loss in losses if isinstance(loss.teacher_head, TeacherHead)]
     for teacher in teachers:
         teacher.load(arguments.device)
 
     # The old output is deleted only now, when everything has been loaded.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget, run.recipe, student.base_weights)
+        begin_output(config, mix, budget, run.loss, student.base_weights)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
     trainer = DistillTrainer(
         head=student.head,
         model=student.adapted,
-        recipe=run.recipe,
-        eval_recipe=run.eval_recipe,
+        loss=run.loss,
+        eval_loss=run.eval_loss,
         resample=config.resample,
-        features=matching,
+        matching=matching,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.held_out,
@@ -217,7 +219,7 @@ def _train_student(
         evaluations=[
             {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
         ],
-        kl_is=None if run.eval_recipe is None else run.eval_recipe.kl_is,
+        kl_estimate_kind=None if run.eval_loss is None else run.eval_loss.kl_estimate_kind,
         warnings=run.warnings,
         mixture=seen,
     )

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.losses import DistillLoss
 from pipeline.models.adapters import require_peft
-from pipeline.student.data.cache_mix import Mix, open_mix, recipe_for
+from pipeline.student.data.cache_mix import Mix, loss_for_mix, open_mix
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
@@ -21,10 +22,10 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
 from pipeline.student.training.early_stopping import Condition, check_conditions, too_few_evaluations
 from pipeline.student.training.output_directory import check_output, processes_of
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.trainer import held_out_metrics
 from pipeline.student.training.training_arguments import training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
+from pipeline.student.validation.loss_checks import loss_for_held_out
 from pipeline.student.validation.suitability import (
     check_resample,
     exact_entry_warnings,
@@ -42,8 +43,8 @@ class CheckedRun:
     budget: Budget
     held_out: cf.Cache | None
     hidden_loss: HiddenStateLoss | None
-    recipe: LossRecipe
-    eval_recipe: LossRecipe | None
+    loss: DistillLoss
+    eval_loss: DistillLoss | None
     arguments: TrainingArguments
     stopping: list[Condition]
     tokenizer: PreTrainedTokenizerBase
@@ -59,11 +60,11 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     config = replace(config, output=output)
     check_one_length(config)
     mix, held_out, hidden_loss = _open_caches(config)
-    recipe, warnings = _recipe(config, mix, held_out, hidden_loss)
-    eval_recipe = None
+    loss, warnings = _loss(config, mix, held_out, hidden_loss)
+    eval_loss = None
     if held_out is not None:
-        eval_recipe = recipe.for_held_out(held_out, exact_alone=config.cross_tokenizer is not None)
-    metrics = held_out_metrics(eval_recipe or recipe)
+        eval_loss = loss_for_held_out(loss, held_out, exact_only=config.cross_tokenizer is not None)
+    metrics = held_out_metrics(eval_loss or loss)
     stopping = check_conditions(
         config.early_stopping,
         config.early_stopping_mode,
@@ -71,7 +72,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         held_out_rows=None if held_out is None else len(held_out),
     )
     if config.resample:
-        check_resample(mix.caches, recipe.tail, any(recipe.kd_weights))
+        check_resample(mix.caches, loss.tail, any(loss.kd_weights))
     check_origin(config)
     tokenizer, student_warnings = check_student(
         mix.caches if held_out is None else [*mix.caches, held_out],
@@ -83,9 +84,9 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         cross_tokenizer=config.cross_tokenizer is not None,
     )
     warnings += student_warnings
-    warnings += _target_warnings(config, mix, held_out, recipe, eval_recipe)
-    if held_out is not None and eval_recipe is not None:
-        warnings += _held_out_warnings(mix, held_out, recipe, eval_recipe, hidden_loss)
+    warnings += _target_warnings(config, mix, held_out, loss, eval_loss)
+    if held_out is not None and eval_loss is not None:
+        warnings += _held_out_warnings(mix, held_out, loss, eval_loss, hidden_loss)
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
         warnings.append(
@@ -103,7 +104,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
     warnings += [] if too_few is None else [too_few]
-    resume_from = check_output(config, mix, budget, recipe)
+    resume_from = check_output(config, mix, budget, loss)
     if resume_from is not None and (processes := processes_of(resume_from)) != arguments.world_size:
         warnings.append(
             f"{resume_from} was written by {processes} process{'es' * (processes != 1)}, and {arguments.world_size} "
@@ -115,8 +116,8 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         budget=budget,
         held_out=held_out,
         hidden_loss=hidden_loss,
-        recipe=recipe,
-        eval_recipe=eval_recipe,
+        loss=loss,
+        eval_loss=eval_loss,
         arguments=arguments,
         stopping=stopping,
         tokenizer=tokenizer,
@@ -148,9 +149,9 @@ def _serves_held_out(hidden_loss: HiddenStateLoss | None, held_out: cf.Cache | N
     return hidden_loss is not None and held_out is not None and hidden_loss.serves(held_out)
 
 
-def _recipe(
+def _loss(
     config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, hidden_loss: HiddenStateLoss | None
-) -> tuple[LossRecipe, list[str]]:
+) -> tuple[DistillLoss, list[str]]:
     """The loss, with warnings about it."""
     tail = config.tail
     if config.cross_tokenizer is not None:
@@ -170,9 +171,9 @@ def _recipe(
                 position_weighting=config.position_weighting,
                 resample=config.resample,
             )
-    recipe, warnings = recipe_for(
+    return loss_for_mix(
         mix,
-        features=hidden_loss,
+        hidden=hidden_loss,
         kd_weight=config.kd_weight,
         temperature=config.temperature,
         tail=tail,
@@ -180,38 +181,38 @@ def _recipe(
         position_weighting=config.position_weighting,
         kd_schedule=config.kd_schedule,
         temperature_schedule=config.temperature_schedule,
-        exact_alone=config.cross_tokenizer is not None,
+        exact_only=config.cross_tokenizer is not None,
+        uld=config.cross_tokenizer == "uld",
     )
-    return replace(recipe, uld=config.cross_tokenizer == "uld"), warnings
 
 
 def _target_warnings(
-    config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, recipe: LossRecipe, eval_recipe: LossRecipe | None
+    config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, loss: DistillLoss, eval_loss: DistillLoss | None
 ) -> list[str]:
     """Warnings about parts of the targets that this loss cannot use."""
     warnings: list[str] = []
-    for each, loss in (*((cache, recipe) for cache in mix.caches), (held_out, eval_recipe)):
-        if each is not None and loss is not None and loss.tail == "realized":
+    for each, its_loss in (*((cache, loss) for cache in mix.caches), (held_out, eval_loss)):
+        if each is not None and its_loss is not None and its_loss.tail == "realized":
             warnings += realized_warnings(each)
     foreign = config.cross_tokenizer is not None
-    if any(recipe.kd_weights) and recipe.teacher is None and (foreign or "sampled" not in recipe.mixture.tails):
-        name = f"`cross_tokenizer` {config.cross_tokenizer}" if foreign else f"`divergence` {recipe.mixture}"
+    if any(loss.kd_weights) and not loss.full and (foreign or "sampled" not in loss.divergence.tails):
+        name = f"`cross_tokenizer` {config.cross_tokenizer}" if foreign else f"`divergence` {loss.divergence}"
         caches = list(mix.caches)
         if held_out is not None and not any(cache.metadata.sampled for cache in caches):
             caches.append(held_out)  # otherwise the warning about the training caches is enough
-        warnings += exact_entry_warnings(caches, recipe.tail, name, recipe.mixture)
+        warnings += exact_entry_warnings(caches, loss.tail, name, loss.divergence)
     return warnings
 
 
 def _held_out_warnings(
-    mix: Mix, held_out: cf.Cache, recipe: LossRecipe, eval_recipe: LossRecipe, hidden_loss: HiddenStateLoss | None
+    mix: Mix, held_out: cf.Cache, loss: DistillLoss, eval_loss: DistillLoss, hidden_loss: HiddenStateLoss | None
 ) -> list[str]:
     """Warnings about differences between the held-out loss and the training loss."""
     warnings: list[str] = []
-    if eval_recipe.tail != recipe.tail and recipe.teacher is None and eval_recipe.teacher is None:
+    if eval_loss.tail != loss.tail and not loss.full and not eval_loss.full:
         warnings.append(
-            f"{held_out.path}: its targets do not support `tail={recipe.tail}`, the held-out loss uses "
-            f"`tail={eval_recipe.tail}`"
+            f"{held_out.path}: its targets do not support `tail={loss.tail}`, the held-out loss uses "
+            f"`tail={eval_loss.tail}`"
         )
     for cache in mix.caches:
         warnings += check_same_teacher_tokens(cache, held_out)
