@@ -57,9 +57,8 @@ def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) ->
             f"{values['agreement']:.1%}",
             f"{values['tokens']:,}",
         )
-    notes = (
-        [f"KL: {LOWER_BOUND}"] if any(v.get("kl_estimate_kind") == "lower bound" for v in evaluations.values()) else []
-    )
+    lower_bound = any(values.get("kl_estimate_kind") == "lower bound" for values in evaluations.values())
+    notes = [f"KL: {LOWER_BOUND}"] if lower_bound else []
     if crossed:
         notes.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
     return Group(titled(title, table), *map(Text, notes))

@@ -78,7 +78,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         mix.caches if held_out is None else [*mix.caches, held_out],
         config.student,
         config_file=config.student_config,
-        tokenizer=getattr(config, "tokenizer", None),
+        tokenizer=config.tokenizer,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         cross_tokenizer=config.cross_tokenizer is not None,
