@@ -67,7 +67,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftM
             raise ConfigError(
                 f"`lora_targets` {','.join(lora.targets)}: the model has no linear layer {target}, expected "
                 f"{', '.join(ends)}, or auto for all of them."
-                + (" To adapt the head, use `lora_head=True`." if target == head else "")
+                + (" The head has an option of its own, `lora_head`." if target == head else "")
             )
     targets = list(lora.targets) or ends
     # The last part of a name may match the head as well: exclude or include the head by its full name.
@@ -91,7 +91,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftM
     if lora.dora:
         _keep_zero_rows(adapted, lora, head)
     adapted.peft_config["default"].base_model_name_or_path = base
-    # Otherwise peft saves the whole [V, D] head beside its adapter.
+    # Otherwise peft saves the [V, D] head next to its adapter.
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
 

@@ -62,7 +62,7 @@ class HeadExport:
 
     @property
     def spec(self) -> cf.HeadSpec:
-        """What the manifest says of the head."""
+        """The head's entry in the manifest."""
         return self._file[0]
 
     @property

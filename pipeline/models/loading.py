@@ -237,7 +237,7 @@ def _prepared(
 
 
 def _is_spread(model: PreTrainedModel) -> bool:
-    """Whether the parts of a model lie on several devices, on disk, or in several processes."""
+    """Whether the parts of a model are on several devices, on disk, or in several processes."""
     places = set(getattr(model, "hf_device_map", {}).values())
     return len(places) > 1 or any(each.is_meta or isinstance(each, DTensor) for each in model.parameters())
 

@@ -65,7 +65,7 @@ def adapter_base(name: str) -> str | None:
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: not the configuration of an adapter ({error}). Check the directory.") from error
+        raise ModelError(f"{file}: not an adapter's configuration ({error}). Check the directory.") from error
     if not isinstance(base, str):
         raise ModelError(f"{file}: names no base model to merge the adapter into. Check the directory.")
     return base

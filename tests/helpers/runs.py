@@ -25,12 +25,11 @@ from transformers import PreTrainedModel
 import cache_format as cf
 from cli import main
 from dense import dense_kl
-from pipeline.student.training.train import TrainStudentConfig, TrainSummary, train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.train import TrainSummary, train_student
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -174,7 +174,7 @@ def test_a_directory_must_hold_a_model_or_an_adapter(tmp_path: Path, model: PreT
     with pytest.raises(ModelError, match="no config.json in it, expected a model directory"):
         check_model_path(tmp_path)
     file = tmp_path / "adapter_config.json"
-    for contents, message in (("{", "not the configuration of an adapter"), ("{}", "not the configuration")):
+    for contents, message in (("{", "not an adapter's configuration"), ("{}", "not an adapter")):
         file.write_text(contents)
         with pytest.raises(ModelError, match=message):
             check_model_path(str(tmp_path))

@@ -21,14 +21,13 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, check_packing, open_head
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.teacher import capture, opening
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import selection as targets_module
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.writing import shard_sizes as grouping
 from sampled import check_draws, random, rule_name, threshold
 from tiny import english, tiny_llama

@@ -43,7 +43,7 @@ def rows_dataset(rows: Any, name: str) -> datasets.Dataset:
         with open(written, "rb") as file:
             fingerprint = _sha256(file)[:32]
         path = cache / f"rows-{fingerprint}.arrow"
-        # An existing file has the same bytes, and its modification time is part of what others remember of it.
+        # An existing file has the same bytes; keep it, because other processes may have it mapped.
         if not path.is_file():
             os.replace(written, path)
     finally:

@@ -26,9 +26,16 @@ from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import encoding, masking, packing
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
+<<<<<<< HEAD
 from pipeline.teacher.text.masking import Masker
 from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, readable
 from pipeline.teacher.text.token_stream import StreamFacts, remembered
+=======
+from pipeline.teacher.text.masking import Masker
+from pipeline.teacher.cache_config import MaskRule
+from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, format_counts
+from pipeline.teacher.text.token_stream import StreamFacts, load_or_compute
+>>>>>>> h2
 
 
 def cut_windows(lengths: np.ndarray, most: int) -> Pieces:
@@ -78,12 +85,12 @@ class MaskedCorpus:
         }
         if not len(self):
             raise DataError(
-                f"{data_name(config.data)}: no loss tokens in it ({readable(self.report)}), expected text with tokens "
-                f"that may be masked, with `loss_on` {documents.loss_on}. Check `text_column` and `loss_on`."
+                f"{data_name(config.data)}: no loss tokens in it ({format_counts(self.report)}), expected text with "
+                f"tokens that may be masked, with `loss_on` {documents.loss_on}. Check `text_column` and `loss_on`."
             )
-        decides = {"window_length": config.window_length, "around": around, "masker": masker.fingerprint()}
-        stream = remembered(
-            documents.tokens, decides, (__file__, masking.__file__, packing.__file__), self._fingerprint
+        options = {"window_length": config.window_length, "around": around, "masker": masker.fingerprint()}
+        stream = load_or_compute(
+            documents.tokens, options, (__file__, masking.__file__, packing.__file__), self._fingerprint
         )
         self.token_stream_sha256 = stream.sha256
         self.num_tokens, self.num_counted_tokens = stream.tokens, stream.counted_tokens

@@ -32,7 +32,7 @@ from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, remembered
+from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
 
 # Rows that are open for further pieces. On log-normal, uniform and chat-like lengths and rows of 1024 tokens,
 # 8 open rows give a fill ratio of 0.918 to 0.9997, 64 give 0.9755 to 0.9997, and 1024 at most 0.0003 more.
@@ -171,7 +171,7 @@ class TokenCorpus:
         )
         if plan.num_rows == 0:
             raise DataError(
-                f"{data_name(config.data)}: no loss tokens in it ({readable(plan.report)}), expected texts of two "
+                f"{data_name(config.data)}: no loss tokens in it ({format_counts(plan.report)}), expected texts of two "
                 f"tokens or more, with `loss_on` {documents.loss_on}. Check `text_column` and `loss_on`."
             )
         self._plan = plan
@@ -202,8 +202,8 @@ class TokenCorpus:
     @cached_property
     def token_stream_sha256(self) -> str:
         """sha256 of all rows: T and S as little-endian int64, then ids int32, loss mask uint8, segments int32."""
-        decides = {"window_length": self._config.window_length, "packing": self._config.packing is not False}
-        return remembered(self._documents.tokens, decides, (__file__,), self._fingerprint).sha256
+        options = {"window_length": self._config.window_length, "packing": self._config.packing is not False}
+        return load_or_compute(self._documents.tokens, options, (__file__,), self._fingerprint).sha256
 
     def _fingerprint(self) -> StreamFacts:
         digest, pieces, offsets = hashlib.sha256(), self._plan.pieces, self._plan.offsets
@@ -336,6 +336,6 @@ def _bools(column: Any, start: int, length: int) -> np.ndarray:
     return column.values.slice(start, length).to_numpy(zero_copy_only=False)
 
 
-def readable(report: Mapping[str, int | float]) -> str:
+def format_counts(report: Mapping[str, int | float]) -> str:
     """The counts as text, for an error message."""
     return ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in report.items())

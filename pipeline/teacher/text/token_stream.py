@@ -53,14 +53,14 @@ def add_rows_to(
         t, s = t + length, s + count
 
 
-def remembered(
-    tokens: datasets.Dataset, decides: Mapping[str, Any], code: tuple[str, ...], compute: Callable[[], StreamFacts]
+def load_or_compute(
+    tokens: datasets.Dataset, options: Mapping[str, Any], code: tuple[str, ...], compute: Callable[[], StreamFacts]
 ) -> StreamFacts:
     """The result of `compute`, or what was stored of it for the same rows; of several processes one computes it.
 
     Args:
         tokens: the tokenised text; if it is not in a file, nothing is stored.
-        decides: options that decide how the text is cut into rows.
+        options: options that decide how the text is cut into rows.
         code: Python files that decide it.
     """
     files = [Path(file["filename"]) for file in tokens.cache_files]
@@ -68,11 +68,11 @@ def remembered(
         return compute()
     facts = {
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "decides": dict(decides),
+        "options": dict(options),
         "code": [_sha256(Path(file).read_bytes()) for file in (__file__, philox.__file__, *code)],
     }
     facts = json.loads(json.dumps(facts))  # in the form in which it will be read back
-    key = _sha256(json.dumps([facts["files"][0][0], facts["decides"]], sort_keys=True).encode())[:16]
+    key = _sha256(json.dumps([facts["files"][0][0], facts["options"]], sort_keys=True).encode())[:16]
     name, directory = f"{files[0].stem}.stream-{key}", open_directory(files[0].parent)
     claims = Claims(directory)
     try:

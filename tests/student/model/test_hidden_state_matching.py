@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.student.training.recipe import LossRecipe
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,12 +21,9 @@ from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
-from pipeline.student.training.recipe import LossRecipe
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import tiny_llama
 
@@ -268,9 +266,9 @@ def weights_and_projections(output: Path) -> dict[str, Tensor]:
 
 
 def test_gradient_accumulation_does_not_change_the_scale(caches: Path, student_dir: Path, tmp_path: Path) -> None:
-    one = run(tmp_path / "one", caches, student_dir, per_device_train_batch_size=8)
-    four = run(tmp_path / "four", caches, student_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    other = run(tmp_path / "other", caches, student_dir, per_device_train_batch_size=8, hidden_weight=4.0)
+    one = run(tmp_path / "one", caches, student_dir, batch_size=8)
+    four = run(tmp_path / "four", caches, student_dir, batch_size=2, gradient_accumulation_steps=4)
+    other = run(tmp_path / "other", caches, student_dir, batch_size=8, hidden_weight=4.0)
     assert distance(weights_and_projections(one), weights_and_projections(four)) < 2e-6
     assert distance(weights_and_projections(one), weights_and_projections(other)) > 1e-3
     logged = [[entry["features"] for entry in log_history(each) if "features" in entry] for each in (one, four)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.student.training.recipe import LossRecipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -17,12 +18,9 @@ from pipeline.student.data.dataset import CacheDataset, collate, uncounted
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, distance, log_history, train, weights
 from tiny import tiny_llama
 
@@ -88,8 +86,8 @@ def test_gradient_accumulation_does_not_change_a_step(everywhere: Path, student_
     options = {"hidden_loss": "mse", "hidden_weight": 2.0, "max_steps": 3, "learning_rate": 0.02, "seed": 5}
     options |= {"logging_steps": 1, "arguments": SGD, "student": student_dir}
     one, four = tmp_path / "one", tmp_path / "four"
-    train(one, everywhere / "all", per_device_train_batch_size=8, **options)
-    train(four, everywhere / "all", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    train(one, everywhere / "all", batch_size=8, **options)
+    train(four, everywhere / "all", batch_size=2, gradient_accumulation_steps=4, **options)
     assert distance(weights(one), weights(four)) < 2e-6
     projections = [load_file(each / "projections.safetensors") for each in (one, four)]
     assert distance(*projections) < 2e-6

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.losses import sparse_kl
 from pipeline.models.adapters import Lora, attach, merged
 from pipeline.models.head import open_head
@@ -40,7 +41,7 @@ def adapter(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter_model.safetensors")
 
 
-OPTIONS: dict[str, Any] = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4}
+OPTIONS: dict[str, Any] = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 4, "batch_size": 4}
 
 
 # -- the arithmetic ---------------------------------------------------------------------------------------------------

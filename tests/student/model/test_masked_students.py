@@ -17,15 +17,15 @@ import cache_format as cf
 from dense import document_logprobs
 from masked_runs import load
 from pipeline.errors import ConfigError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.student.data.dataset import LocalShuffle
 from pipeline.student.model.initialization import keep_layers
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import english
 from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked
@@ -69,7 +69,7 @@ def test_caches_of_masked_teachers_can_be_mixed(masked_dir: Path, tmp_path: Path
         )
     )
     student = tiny_masked(tmp_path / "student", "bert", layers=1, hidden=16, seed=9)
-    options = {"student": str(student), "num_train_epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    options = {"student": str(student), "epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
     cache = (f"{masked_dir / 'bert-cache'}:1", f"{tmp_path / 'b'}:1")
     config = TrainStudentConfig(cache=cache, output=str(tmp_path / "trained"), device="cpu", **options)
     a, b = train_student(config).mixture
@@ -84,7 +84,7 @@ def test_labels_only_equals_masked_language_model_training(masked_dir: Path, tmp
     config = json.loads((path / "config.json").read_text()) | {"attention_probs_dropout_prob": 0.0}
     (path / "config.json").write_text(json.dumps(config))
     cache = cf.open_cache(masked_dir / "roberta-cache")
-    options = {"kd_weight": 0.0, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 8, "seed": 7}
+    options = {"kd_weight": 0.0, "learning_rate": 0.1, "max_steps": 2, "batch_size": 8, "seed": 7}
     train(tmp_path / "trained", masked_dir / "roberta-cache", student=path, arguments=SGD, **options)
     model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32)
     order = list(LocalShuffle(cache.record_batches(), seed=7))

@@ -21,7 +21,8 @@ from transformers import (
 
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.initialization import load_student
 from pipeline.student.model.pruning import CALIBRATION_ROWS, SUPPORTED, Sizes, calibration_batches, prune, resized

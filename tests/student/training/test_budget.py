@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 import cache_format as cf
 import pipeline.student.training.train as train_module
 from pipeline.errors import ConfigError
-from pipeline.student.train_config import TrainStudentConfig, training_arguments
+from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, steps_for_tokens
 from pipeline.student.training.train import train_student
+from pipeline.student.training.training_arguments import training_arguments
 from runs import build_cache, log_history, train
 from tiny import conversations, english, write_jsonl
 
@@ -45,8 +46,8 @@ def test_the_tokens_of_n_epochs_take_n_epochs():
 @pytest.mark.parametrize("epochs", [0.4, 1.0, 2.5])
 def test_budget_has_the_steps_that_trainer_takes(sizes: tuple[int, int], epochs: float, tmp_path: Path):
     rows, accumulation = sizes
-    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-    config = TrainStudentConfig(cache="c", output=str(tmp_path), device="cpu", num_train_epochs=epochs, **settings)
+    settings = {"batch_size": rows, "gradient_accumulation_steps": accumulation}
+    config = TrainStudentConfig(cache="c", output=str(tmp_path), device="cpu", epochs=epochs, **settings)
     budget = Budget.for_run(37, training_arguments(config))
     batches = -(-37 // rows)
     per_epoch = -(-batches // accumulation)
@@ -83,11 +84,11 @@ def test_run_with_max_tokens_sees_them_and_schedules_end_at_its_end(
         student=str(student_dir),
         device="cpu",
         max_tokens=2500,
-        per_device_train_batch_size=2,
+        batch_size=2,
         gradient_accumulation_steps=2,
         logging_steps=1,
-        lr_scheduler_type="linear",
-        warmup_steps=0,
+        lr_scheduler="linear",
+        warmup=0,
         kd_schedule="linear:1:0.5",
     )
     summary = train_student(config)
@@ -108,9 +109,9 @@ def test_run_with_max_tokens_sees_them_and_schedules_end_at_its_end(
     "options, words",
     [
         ({"max_steps": 5}, "`max_tokens` 100: found `max_steps` 5 too"),
-        ({"num_train_epochs": 1.0}, "found `epochs` 1.0 too"),
+        ({"epochs": 1.0}, "found `epochs` 1.0 too"),
         ({"arguments": {"max_steps": 5}}, "found max_steps in .*json 5 too"),
-        ({"arguments": {"num_train_epochs": 3}}, "found num_train_epochs in .*json 3 too"),
+        ({"arguments": {"epochs": 3}}, "found num_train_epochs in .*json 3 too"),
         ({"max_tokens": 0}, "`max_tokens` 0: expected a number of tokens"),
     ],
 )

@@ -46,12 +46,12 @@ def test_two_processes_with_zero_2_give_the_weights_of_one(
     held_out = build_cache(tmp_path / "held", teacher_dir, write_jsonl(tmp_path / "more.jsonl", conversations(5)))
     arguments = {**SGD, "learning_rate": 0.5}
     options: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "eval_cache": str(held_out), "eval_steps": 2}
-    train(tmp_path / "one", cache, student=student_dir, per_device_train_batch_size=4, arguments=arguments, **options)
+    train(tmp_path / "one", cache, student=student_dir, batch_size=4, arguments=arguments, **options)
 
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "zero2.json").write_text(json.dumps(zero2(zero_allow_untested_optimizer=True)))  # plain SGD
     (tmp_path / "arguments.json").write_text(json.dumps({**arguments, "deepspeed": str(tmp_path / "zero2.json")}))
-    given = {"output": tmp_path / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 1}
+    given = {"output": tmp_path / "two", "cache": cache, "student": student_dir, "batch_size": 1}
     given |= {"gradient_accumulation_steps": 2, "training_args": tmp_path / "arguments.json", **options}
     on_two_processes(tmp_path, str(tmp_path / "worker.py"), json.dumps(given, default=str))
 

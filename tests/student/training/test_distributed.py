@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerState
 
 import cache_format as cf
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.teacher.targets.rules import TargetRule
 from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, english, write_jsonl
@@ -62,17 +63,17 @@ def runs(
     options: dict[str, Any] = {
         "eval_cache": str(held_out),
         "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
+        "epochs": 2,
         "logging_steps": 1,
         "eval_steps": 3,
         "kd_weight": 0.7,
         "early_stopping": ["ce:noise:50"],  # gathers held-out sums per row; never stops
         "arguments": arguments,
     }
-    train(folder / "one", cache, student=student_dir, per_device_train_batch_size=4, **options)
+    train(folder / "one", cache, student=student_dir, batch_size=4, **options)
 
     (folder / "worker.py").write_text(WORKER)
-    given = {"output": folder / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 2}
+    given = {"output": folder / "two", "cache": cache, "student": student_dir, "batch_size": 2}
     # Written here, because both processes read it.
     given["training_args"] = folder / "arguments.json"
     given["training_args"].write_text(json.dumps(options.pop("arguments")))

@@ -269,7 +269,7 @@ OPTIONS: dict[str, Any] = {
     "max_steps": 40,
     "eval_steps": 1,
     "save_steps": 4,
-    "per_device_train_batch_size": 8,
+    "batch_size": 8,
     "kd_weight": 1.0,
     "arguments": {**SGD, "learning_rate": 24.0, "max_grad_norm": 1.0},
 }

@@ -105,7 +105,7 @@ def test_given_student_without_tokenizer_gives_a_warning(cache: Path, model: Pre
     own = tiny_tokenizer()
     assert check_student([opened], model, tokenizer=own) == (own, [])
     with pytest.raises(ConfigError, match="`cross_tokenizer`: .*`tokenizer`"):
-        check_student([opened], model, cross_tokenizer=True)
+        check_student([opened], model, cross_tokenizer="project")
 
 
 def test_tokenizer_option_is_compared_with_the_cache(
@@ -117,7 +117,7 @@ def test_tokenizer_option_is_compared_with_the_cache(
         for tokenizer in (foreign, str(path)):
             with pytest.raises(cf.MismatchError, match=f"{student_dir}: .*ids differ.*`cross_tokenizer=project`"):
                 check_student([opened], student, tokenizer=tokenizer)
-    assert check_student([opened], model, tokenizer=foreign, cross_tokenizer=True) == (foreign, [])
+    assert check_student([opened], model, tokenizer=foreign, cross_tokenizer="project") == (foreign, [])
 
 
 def test_url_as_output_is_refused(tmp_path: Path, cache: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch):

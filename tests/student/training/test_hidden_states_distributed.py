@@ -10,11 +10,9 @@ import pytest
 from safetensors.torch import load_file
 from test_distributed import WORKER
 
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, write_jsonl
 
@@ -38,9 +36,9 @@ def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
         "layer_map": "0:1,1:2",
         "arguments": {**SGD, "learning_rate": 0.1},
     }
-    train(folder / "one", cache, student=student_dir, per_device_train_batch_size=4, **options)
+    train(folder / "one", cache, student=student_dir, batch_size=4, **options)
     (folder / "worker.py").write_text(WORKER)
-    given = {"output": folder / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 2}
+    given = {"output": folder / "two", "cache": cache, "student": student_dir, "batch_size": 2}
     on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
     return folder
 

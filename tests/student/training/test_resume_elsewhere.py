@@ -67,13 +67,13 @@ def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPa
     (folder / "arguments.json").write_text(json.dumps({**SGD, "learning_rate": 0.3, "save_total_limit": 20}))
     jobs = []
     for case in CASES:
-        whole = config(folder, student_dir, case, "whole", per_device_train_batch_size=4)
+        whole = config(folder, student_dir, case, "whole", batch_size=4)
         train_student(TrainStudentConfig(**whole))
         two = cut(folder / f"{case} whole", folder / f"{case} two", KEPT_BY_ONE)
-        job = config(folder, student_dir, case, "two", per_device_train_batch_size=2, resume=True)
+        job = config(folder, student_dir, case, "two", batch_size=2, resume=True)
         jobs.append({**job, "output": str(two)})
         # A step with another number of rows is refused.
-        for words in jobs[-1], {**jobs[-1], "per_device_train_batch_size": 8}:
+        for words in jobs[-1], {**jobs[-1], "batch_size": 8}:
             with pytest.raises(cf.MismatchError, match=r"a step had 8 rows, has (4|16): `batch_size`"):
                 train_student(TrainStudentConfig(**words))
     (folder / "worker.py").write_text(WORKER)
@@ -137,7 +137,7 @@ def test_each_step_has_the_rows_of_an_uninterrupted_run(folder: Path, case: str)
 def test_one_process_continues_a_run_of_two(folder: Path, student_dir: Path, case: str):
     back = cut(folder / f"{case} two", folder / f"{case} back", KEPT_BY_TWO)
     warnings: list[str] = []
-    options = config(folder, student_dir, case, "back", per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    options = config(folder, student_dir, case, "back", batch_size=8, gradient_accumulation_steps=1)
     train_student(TrainStudentConfig(**{**options, "resume": True}), on_warning=warnings.append)
     assert distance(weights(folder / f"{case} whole"), weights(back)) < 2e-6
     assert any("was written by 2 processes, 1 go on" in warning for warning in warnings)

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline.student.training.recipe import LossRecipe
 
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.schedules import Schedule
 from pipeline.teacher.targets.rules import TargetRule
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
@@ -157,7 +157,7 @@ def test_schedule_constant_at_the_captured_temperature_is_accepted(folder: Path)
 OPTIONS: dict[str, Any] = {
     "kd_schedule": "wsd:0.2:0.8:0.5:0.5:0.25",
     "temperature_schedule": "linear:3:1",
-    "per_device_train_batch_size": 4,
+    "batch_size": 4,
     "gradient_accumulation_steps": 2,
     "max_steps": 5,
     "logging_steps": 1,

@@ -17,7 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 import cache_format as cf
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import conversations, english, tiny_llama, write_jsonl
 
@@ -125,11 +126,11 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
         student = untied if "untied" in name else student_dir
         adapter = ADAPTERS.get(name, {})
         if not one(folder, name).exists():
-            train(one(folder, name), cache, student=student, per_device_train_batch_size=4,
+            train(one(folder, name), cache, student=student, batch_size=4,
                   arguments=plain, **adapter, **options)  # fmt: skip
         file = folder / f"{name}.json"
         file.write_text(json.dumps({**plain, **(fsdp if "sharded" in name else {})}))
-        given = {**options, **adapter, "training_args": str(file), "per_device_train_batch_size": 4 // processes}
+        given = {**options, **adapter, "training_args": str(file), "batch_size": 4 // processes}
         paths = {"output": str(folder / name), "cache": str(cache), "student": str(student)}
         jobs.append({"processes": processes, "options": given, "sharded": "sharded" in name, **paths})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}

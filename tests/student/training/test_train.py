@@ -26,7 +26,8 @@ from transformers import (
 import cache_format as cf
 import pipeline.student.training.train as train_module
 from pipeline.errors import ConfigError, DivergedError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.losses import sparse_kl
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
@@ -74,9 +75,9 @@ def test_gradient_accumulation_does_not_change_weights(tmp_path: Path, cache: Pa
             cache,
             student=student_dir,
             arguments={**SGD, "learning_rate": 0.5},
-            per_device_train_batch_size=rows,
+            batch_size=rows,
             gradient_accumulation_steps=steps,
-            num_train_epochs=2,
+            epochs=2,
         )
         trained[rows] = weights(output)
     assert distance(trained[8], weights(student_dir)) > 0.05
@@ -92,7 +93,7 @@ def test_labels_only_equals_plain_cross_entropy(tmp_path: Path, cache: Path, stu
         student=student_dir,
         kd_weight=0.0,
         arguments={**SGD, "learning_rate": 0.2},
-        per_device_train_batch_size=8,
+        batch_size=8,
         seed=7,
     )
     # Reference: the model's own forward on one document at a time, shifted labels, a mean over the step.
@@ -169,7 +170,7 @@ def test_soft_capped_student_trains(tmp_path: Path, cache: Path, held_out: Path,
     gemma.to_json_file(tmp_path / "config.json")
     output = tmp_path / "student"
     options = {"student_config": str(tmp_path / "config.json"), "learning_rate": 1e-2, "kd_weight": 1.0}
-    summary = train(output, cache, eval_cache=str(held_out), num_train_epochs=2, eval_steps=4, **options)
+    summary = train(output, cache, eval_cache=str(held_out), epochs=2, eval_steps=4, **options)
     evaluations = [entry["eval_kl"] for entry in log_history(output) if "eval_kl" in entry]
     assert summary.eval["kl"] == min(evaluations) < 0.95 * evaluations[0]
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
@@ -189,7 +190,7 @@ def test_logged_metrics_equal_those_of_full_logits(tmp_path: Path, cache: Path, 
         cache,
         student=student_dir,
         eval_cache=str(held_out),
-        per_device_train_batch_size=len(opened),  # the first step sees all rows, with the initial weights
+        batch_size=len(opened),  # the first step sees all rows, with the initial weights
         max_steps=2,
         logging_steps=1,
         eval_steps=1,
@@ -303,9 +304,9 @@ def test_resume_is_exact(tmp_path: Path, cache: Path, held_out: Path, gpt2_confi
     options: dict[str, Any] = {
         "student_config": str(gpt2_config),
         "eval_cache": str(held_out),
-        "per_device_train_batch_size": 4,
+        "batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
+        "epochs": 2,
         "save_steps": 4,
         "eval_steps": 4,
         "logging_steps": 2,
@@ -419,7 +420,7 @@ def test_each_epoch_sees_each_row_once_in_a_new_order(
     seen: list[int] = []
     getitem = CacheDataset.__getitem__
     monkeypatch.setattr(CacheDataset, "__getitem__", lambda self, index: seen.append(index) or getitem(self, index))
-    train(tmp_path / "student", cache, student=student_dir, num_train_epochs=2)
+    train(tmp_path / "student", cache, student=student_dir, epochs=2)
     opened = cf.open_cache(cache)
     rows = len(opened)
     assert sorted(seen[:rows]) == sorted(seen[rows:]) == list(range(rows))

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.student.training.recipe import LossRecipe
 from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 from dense import document_logprobs
 from full_runs import build_full
 from pipeline.errors import ConfigError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.losses import sparse_kl
 from pipeline.losses.sparse_targets import TargetBatch
 from pipeline.models import teacher_head
@@ -26,7 +28,6 @@ from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.train import train_student
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import english, tiny_llama
@@ -137,9 +138,9 @@ def run(output: Path, folder: Path, student: Path, **options: Any) -> Path:
 
 
 def test_gradient_accumulation_does_not_change_the_scale(folder: Path, student_dir: Path, tmp_path: Path) -> None:
-    one = run(tmp_path / "one", folder, student_dir, per_device_train_batch_size=8)
-    four = run(tmp_path / "four", folder, student_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    hot = run(tmp_path / "hot", folder, student_dir, per_device_train_batch_size=8, temperature=4.0)
+    one = run(tmp_path / "one", folder, student_dir, batch_size=8)
+    four = run(tmp_path / "four", folder, student_dir, batch_size=2, gradient_accumulation_steps=4)
+    hot = run(tmp_path / "hot", folder, student_dir, batch_size=8, temperature=4.0)
     assert distance(weights(one), weights(four)) < 2e-6 < 1e-4 < distance(weights(one), weights(hot))
 
 

@@ -81,8 +81,8 @@ print(json.dumps([status, said]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_resume_after_random_kills_is_exact(tmp_path: Path, teacher_dir: Path, student_dir: Path):
     cache = build_cache(tmp_path / "cache", teacher_dir, write_jsonl(tmp_path / "chat.jsonl", conversations(24)))
-    options = {"num_train_epochs": 2, "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-2}
-    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = {"epochs": 2, "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-2}
+    options |= {"batch_size": 2, "gradient_accumulation_steps": 2}
     whole = train(tmp_path / "whole", cache, student=student_dir, **options)
     given = [str(tmp_path / "parts"), str(cache), str(student_dir), KILLS, options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}

@@ -14,12 +14,13 @@ import cache_format as cf
 from cli import main
 from made_up import THRESHOLD, TOP_K, made_up
 from pipeline.errors import ConfigError
-from pipeline.student.data.cache_mix import mix_of, open_mix, parse_weight, recipe_for
+from pipeline.student.cache_paths import parse_weight
+from pipeline.student.data.cache_mix import mix_of, open_mix, recipe_for
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from pipeline.teacher.targets.hidden_states import HiddenRule
+from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from runs import Stop, build_cache, distance, log_history, weights
 from tiny import conversations, english, tiny_llama, tiny_tokenizer, write_jsonl
@@ -195,9 +196,9 @@ def folder(teacher_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_facto
 
 
 OPTIONS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
+    "batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "num_train_epochs": 2,
+    "epochs": 2,
     "save_steps": 3,
     "logging_steps": 1,
     "learning_rate": 1e-2,
@@ -250,7 +251,7 @@ def test_resume_with_more_workers_is_exact(folder: Path, tmp_path: Path):
         with pytest.raises(cf.MismatchError, match=words):
             run(tmp_path / "parts", resume=True, **{"cache": mixture(folder), **options, **change})
     # The same rows per step and the same weights, given in another way.
-    changed = {**options, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    changed = {**options, "batch_size": 4, "gradient_accumulation_steps": 1}
     run(tmp_path / "parts", mixture(folder, 7, 3), resume=True, **changed)
 
 
@@ -292,7 +293,7 @@ def test_mixture_with_hidden_states_and_samples(folder: Path, tmp_path: Path, te
     for name, data in (("a", "chats.jsonl"), ("b", "text.txt")):
         build_cache(tmp_path / name, teacher_dir, folder / data, targets=rule, hidden=HiddenRule(layers="1,2"))
     cache = (f"{tmp_path / 'a'}:1", f"{tmp_path / 'b'}:1")
-    options = {"student": str(student_dir), "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    options = {"student": str(student_dir), "epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
     run(tmp_path / "s", cache, hidden_loss="mse", layer_map="last", resample=True, **options)
     logs = [entry for entry in log_history(tmp_path / "s") if "features" in entry]
     assert logs[-1]["features"] < logs[0]["features"] and logs[-1]["kl"] < logs[0]["kl"]
@@ -303,7 +304,7 @@ def test_mixture_with_hidden_states_and_samples(folder: Path, tmp_path: Path, te
 def test_mixture_with_another_tokenizer(folder: Path, tmp_path: Path):
     student = tiny_llama(tmp_path / "foreign", tiny_tokenizer(330, seed=7), layers=1, hidden=16, seed=3)
     stages: list[str] = []
-    options = {"student": str(student), "num_train_epochs": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    options = {"student": str(student), "epochs": 4, "learning_rate": 1e-2, "logging_steps": 1}
     run(tmp_path / "s", mixture(folder), cross_tokenizer="project", on_stage=stages.append, **options)
     assert sum(stage.startswith("re-tokenising the text of") for stage in stages) == 2
     losses = [entry["loss"] for entry in log_history(tmp_path / "s") if "loss" in entry]

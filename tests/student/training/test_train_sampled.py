@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.losses import TAIL_POLICIES, sparse_kl
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
@@ -256,7 +257,7 @@ def test_epochs_of_a_run_use_the_samples_in_turn(
     rows = len(several(folder))
     for resample, expected in ((True, [1, 2, 3, 1]), (False, [0, 0, 0, 0])):
         seen = record_indices(monkeypatch)
-        train(tmp_path / str(resample), folder / "several", student=student_dir, num_train_epochs=4, resample=resample)
+        train(tmp_path / str(resample), folder / "several", student=student_dir, epochs=4, resample=resample)
         assert len(seen) == 4 * rows
         for epoch, sample in enumerate(expected):
             here = np.array(seen[epoch * rows : (epoch + 1) * rows])
@@ -269,7 +270,7 @@ def test_epochs_of_a_run_use_the_samples_in_turn(
 def test_resampled_run_equals_steps_on_each_sample_in_turn(tmp_path: Path, folder: Path, student_dir: Path):
     """Two epochs of one step each, against plain SGD steps on the loss of full logits."""
     cache = several(folder)
-    options = {"per_device_train_batch_size": len(cache), "num_train_epochs": 2, "kd_weight": 0.8}
+    options = {"batch_size": len(cache), "epochs": 2, "kd_weight": 0.8}
     arguments = {**SGD, "learning_rate": 0.5}
     train(tmp_path / "run", folder / "several", student=student_dir, arguments=arguments, resample=True, **options)
     trained = weights(tmp_path / "run")
@@ -301,8 +302,8 @@ def test_resume_inside_an_epoch_uses_its_sample(tmp_path: Path, folder: Path, st
     options = {
         "student": student_dir,
         "resample": True,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 3,
+        "batch_size": 4,
+        "epochs": 3,
         "save_steps": 5,
         "learning_rate": 1e-2,
         "dataloader_num_workers": workers,
@@ -352,11 +353,9 @@ def test_run_that_skips_samples_gives_a_warning(tmp_path: Path, folder: Path, st
 
     (once,) = warned("once")
     assert "resample" in once and "several" in once and "3 samples" in once
-    assert (
-        warned("often", num_train_epochs=3.0) == [] == warned("alpha", num_train_epochs=3.0, kd_schedule="linear:0:1")
-    )
+    assert warned("often", epochs=3.0) == [] == warned("alpha", epochs=3.0, kd_schedule="linear:0:1")
     half = (f"{folder / 'several'}:1", f"{folder / 'twice'}:3")
-    (mixed,) = warned("mixed", cache=half, num_train_epochs=3.0)
+    (mixed,) = warned("mixed", cache=half, epochs=3.0)
     assert "several" in mixed and "1.5 times" in mixed and "3 samples" in mixed
 
 
@@ -392,7 +391,7 @@ def test_two_epochs_on_two_samples(tmp_path: Path, folder: Path, teacher_dir: Pa
     cache = build_cache(tmp_path / "cache", teacher_dir, folder / "chat.jsonl", targets=threshold(0.05, samples=2))
     options = {
         "eval_cache": str(held_out),
-        "num_train_epochs": 2,
+        "epochs": 2,
         "eval_steps": 1,
         "learning_rate": 1e-2,
         "kd_weight": 1,
@@ -409,7 +408,7 @@ def test_two_epochs_on_two_samples(tmp_path: Path, folder: Path, teacher_dir: Pa
 def test_logged_kl_is_that_of_all_samples(tmp_path: Path, folder: Path, student_dir: Path):
     """The first step sees all rows, with the initial weights."""
     cache, logs = several(folder), []
-    options = {"per_device_train_batch_size": len(cache), "max_steps": 1, "logging_steps": 1, "kd_weight": 0.7}
+    options = {"batch_size": len(cache), "max_steps": 1, "logging_steps": 1, "kd_weight": 0.7}
     train(tmp_path / "student", folder / "several", student=student_dir, on_log=logs.append, **options)
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     expected = dense_evaluation(model, list(cache.iter_rows()), 400, tail="sampled")

@@ -25,12 +25,14 @@ from pipeline.models.head import open_head
 from pipeline.models.head_form import HeadForm, head_form
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.teacher import capture
+from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
-from pipeline.teacher.targets.hidden_states import HiddenRule, predicted_bytes, quantised
+from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.verification import TeacherCheckConfig, _rounded_from, verify_against_teacher
+from pipeline.teacher.verification import _rounded_from, verify_against_teacher
+from pipeline.teacher.verify_config import TeacherCheckConfig
 from tiny import tiny_llama, tiny_tokenizer
 
 VOCAB = 400

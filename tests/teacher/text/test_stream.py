@@ -12,11 +12,10 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import masked_corpus, packing
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
-from pipeline.teacher.text.masking import MaskRule
 from pipeline.teacher.text.packing import TokenCorpus, add_row_to, build_corpus
 from tiny import completions, english, write_jsonl
 from tiny_masked import wordpiece_tokenizer
@@ -129,4 +128,4 @@ def test_counts_of_masked_rows_are_stored_too(tmp_path: Path, monkeypatch: pytes
         assert corpus.num_counted_tokens == sum(int(row.loss_mask.sum()) for row in rows)
         found.append((corpus.token_stream_sha256, corpus.report))
     assert found[0] == found[1] and len({digest for digest, _ in found}) == 3
-    assert masked_corpus.remembered is packing.remembered
+    assert masked_corpus.load_or_compute is packing.load_or_compute
