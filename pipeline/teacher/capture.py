@@ -37,7 +37,7 @@ from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tok
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
-from pipeline.teacher.targets.hidden_targets import WrittenHead, check_full, in_words, write_down
+from pipeline.teacher.targets.hidden_targets import WrittenHead, in_words, write_down
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 from pipeline.teacher.text.packing import TokenRow
 from pipeline.teacher.writing.cache_metadata import CHUNK_POSITIONS, cache_metadata, stored_positions
@@ -69,7 +69,6 @@ def cache_teacher(
             run with other settings.
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
-    check_full(config)
     # An occupied output is found out before minutes go into loading.
     if not worker.follows:
         check_output(config, worker)
@@ -169,8 +168,8 @@ class _Capture:
                         self._forget_shard()
                     elif should_reduce_batch_size(error) and self.config.tensor_parallel:
                         raise ConfigError(
-                            f"--batch-size {self.batch_size}: out of memory. With --tp it is not halved, since all "
-                            "processes would have to. Use a smaller one; complete shards are kept."
+                            f"`batch_size` {self.batch_size}: out of memory. With `tensor_parallel` it is not halved, "
+                            "since all processes would have to. Use a smaller one; complete shards are kept."
                         ) from error
                     elif should_reduce_batch_size(error) and self.batch_size > 1:
                         self._halve_batch()

@@ -73,8 +73,8 @@ def open_teacher(
     limit = most_positions(model.config)
     if limit is not None and config.data.window_length > limit:
         raise ConfigError(
-            f"--seq-len {config.data.window_length}: this teacher was trained on at most {limit} positions. "
-            f"Use --seq-len {limit} or less."
+            f"`seq_len` {config.data.window_length}: this teacher was trained on at most {limit} positions. "
+            f"Use `seq_len` {limit} or less."
         )
     return head
 

@@ -35,7 +35,6 @@ from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.hidden_targets import (
     WrittenHead,
-    check_full,
     states_spec,
     with_head,
     without_states_of,
@@ -122,7 +121,6 @@ def plan_cache(
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
-    check_full(config)
     device = worker.device(config.device)
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)

@@ -111,7 +111,7 @@ class Answering:
             self._report()
         if not self.selection.chosen and self.predicate is not None:
             raise DataError(
-                f"{self.prompts.config.data}: none of {self.selection.answers:,} answers passed --keep-if "
+                f"{self.prompts.config.data}: none of {self.selection.answers:,} answers passed `gen_keep_if` "
                 f"{self.predicate.name}: nothing to cache, and nothing was changed. The answers are in "
                 f"{self.store.location}: correct the function, and the same command judges them again."
             )

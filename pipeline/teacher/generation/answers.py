@@ -153,7 +153,7 @@ class AnswerWriter:
             bad = active[int((~targets.entropy.isfinite()).nonzero()[0, 0])].request
             raise ModelError(
                 f"prompt {bad.document}, answer {bad.index}, after {step} tokens: the teacher's logits hold NaN or "
-                "infinity. Try --dtype float32 (or bfloat16 instead of float16); the answers before are kept."
+                "infinity. Try `dtype` float32 (or bfloat16 instead of float16); the answers before are kept."
             )
         logits = logits.float()
         chances = uniforms(generation.seed, places, np.full(len(places), step), 1, stream=STREAM)[:, 0]

@@ -1,4 +1,4 @@
-"""`cache-teacher --generate`: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
+"""Generation: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
 
     1  write     a group of prompts ─▶ batches of similar length ─▶ answers with their targets ─▶ OUTPUT.answers
     2  judge     a predicate sees every answer as soon as its group is there
@@ -87,11 +87,12 @@ def generate_cache(
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
         CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
     """
+    config = replace(config, generation=generation)  # checks that they fit together
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
         raise ConfigError(
-            "--generate: one process writes the answers, found several (torchrun, --num-workers, --shard-range or "
-            "--tp). Start one."
+            "`generate`: one process writes the answers, found several (torchrun, `num_workers`, `shard_range` or "
+            "`tensor_parallel`). Start one."
         )
     # What can be found out now is found out before minutes go into loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
@@ -170,22 +171,13 @@ def generate_cache(
 
 
 def _check_writes(config: CacheTeacherConfig) -> None:
-    """Raises: ConfigError if the teacher fills in what is masked, instead of going on with a text, or for what is kept
-    of given texts only."""
+    """Raises: ConfigError for a masked language model, which cannot generate."""
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
             f"`generate`: {model_name(config.teacher)} is a masked language model, which cannot continue "
             "a text. Use a causal one."
         )
-    if config.masking is not None:
-        raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
-    if config.targets.kind == "hidden":
-        raise ConfigError(
-            "--generate: --targets hidden keeps states of texts, not of what is being written. Use --targets threshold."
-        )
-    if config.hidden is not None:
-        raise ConfigError("--generate: states are kept of texts, not of what is being written. Leave --hidden-… out.")
 
 
 def _finished(

@@ -26,16 +26,9 @@ from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import encoding, masking, packing
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
-<<<<<<< HEAD
 from pipeline.teacher.text.masking import Masker
-from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, readable
-from pipeline.teacher.text.token_stream import StreamFacts, remembered
-=======
-from pipeline.teacher.text.masking import Masker
-from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, format_counts
 from pipeline.teacher.text.token_stream import StreamFacts, load_or_compute
->>>>>>> h2
 
 
 def cut_windows(lengths: np.ndarray, most: int) -> Pieces:

@@ -265,7 +265,7 @@ def test_a_predicate_that_fails_names_the_example_and_costs_no_answer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match=f"--gen-keep-if {predicates}:{name}: {message}"):
+    with pytest.raises(ConfigError, match=f"`gen_keep_if` {predicates}:{name}: {message}"):
         generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, keep_if=f"{predicates}:{name}")
     assert not (tmp_path / "cache").exists()
     sizes = count_batches(monkeypatch)
@@ -304,7 +304,7 @@ def test_a_predicate_that_cannot_be_used_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.chdir(predicates.parent)
     Path("broken.py").write_text("def odd(:\n")
-    with pytest.raises(ConfigError, match=f"^--gen-keep-if .*{message}"):
+    with pytest.raises(ConfigError, match=f"^`gen_keep_if` .*{message}"):
         generate(tmp_path / "no teacher", data, tmp_path / "cache", keep_if=keep_if)
 
 
@@ -424,7 +424,7 @@ def test_several_processes_are_refused(
 ) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="--generate: one process writes the answers"):
+    with pytest.raises(ConfigError, match="`generate`: one process writes the answers"):
         generate(teacher_dir, data, tmp_path / "cache")
 
 

@@ -209,7 +209,7 @@ def test_states_too_large_for_a_half_float_are_not_stored(
         return last, {layer: each * 1e5 for layer, each in found.items()}
 
     monkeypatch.setattr(Head, "states", large)
-    with pytest.raises(ModelError, match=r"row \d+, position \d+: the hidden state of layer 1 .* --hidden-dtype int8"):
+    with pytest.raises(ModelError, match=r"row \d+, position \d+: the hidden state of layer 1 .* `hidden_dtype` int8"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", hidden=HiddenRule(layers="1")))
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "int8", hidden=HiddenRule(layers="1", dtype="int8")))
 
@@ -217,11 +217,11 @@ def test_states_too_large_for_a_half_float_are_not_stored(
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"layers": "first"}, "--hidden-states first: expected last, all, or layers"),
-        ({"layers": "3,-1"}, "--hidden-states 3,-1"),
-        ({"layers": ""}, "--hidden-states"),
-        ({"dtype": "float64"}, "--hidden-dtype float64"),
-        ({"every": 0}, "--hidden-every 0"),
+        ({"layers": "first"}, "`hidden_states` first: expected last, all, or layers"),
+        ({"layers": "3,-1"}, "`hidden_states` 3,-1"),
+        ({"layers": ""}, "`hidden_states`"),
+        ({"dtype": "float64"}, "`hidden_dtype` float64"),
+        ({"every": 0}, "`hidden_every` 0"),
     ],
 )
 def test_rules_that_mean_nothing(values: dict[str, Any], words: str) -> None:
@@ -230,7 +230,7 @@ def test_rules_that_mean_nothing(values: dict[str, Any], words: str) -> None:
 
 
 def test_layers_that_a_teacher_does_not_have(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--hidden-states 1,3: this teacher has layers 0 .* to 2"):
+    with pytest.raises(ConfigError, match=r"`hidden_states` 1,3: this teacher has layers 0 .* to 2"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", hidden=HiddenRule(layers="1,3")))
     assert not (tmp_path / "cache").exists()
 
