@@ -80,6 +80,12 @@ def computing_devices(model: nn.Module, device: torch.device) -> list[torch.devi
     return sorted((torch.device(place) for place in places), key=str) or [torch.device("cpu")]
 
 
+def device_names(model: nn.Module, device: torch.device) -> str:
+    """The kinds of devices that a model computes on; devices of one kind round alike."""
+    places = computing_devices(model, device)
+    return " + ".join(sorted({torch.cuda.get_device_name(p) if p.type == "cuda" else p.type for p in places}))
+
+
 def place_of(model: nn.Module, module: nn.Module) -> Any:
     """The entry of the device map for a module or the module that contains it; None if there is no device map."""
     name = next(name for name, found in model.named_modules() if found is module)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
@@ -17,6 +19,8 @@ from pipeline.models.objective import check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
+from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -77,6 +81,18 @@ def open_teacher(
             f"Use `seq_len` {limit} or less."
         )
     return head
+
+
+def row_request(config: CacheTeacherConfig, corpus: Corpus, index: int, hidden: cf.HiddenSpec | None) -> RowRequest:
+    """What an engine is asked about a row of the corpus.
+
+    Args:
+        hidden: the states to store, if any.
+    """
+    row = corpus[index]
+    stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
+    states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
+    return RowRequest(index=index, row=row, place=index, stored=stored, with_states=states)
 
 
 def _source(config: CacheTeacherConfig) -> dict[str, Any]:

@@ -24,19 +24,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head
-from pipeline.models.loading import load_config, model_name, teacher_fingerprints
+from pipeline.models.loading import load_config, model_name
 from pipeline.models.objective import Objective, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
-from pipeline.teacher.generation.answers import AnswerWriter, find_stop_tokens
+from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.decoding import check_decoding
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import open_teacher, open_tokenizer
@@ -45,7 +44,7 @@ from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
 from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import SHARD_TOKENS, as_begun, rows_together
-from pipeline.teacher.writing.workers import device_names, this_worker
+from pipeline.teacher.writing.workers import this_worker
 
 DECIMALS = 6  # of log-probabilities in answers.jsonl
 
@@ -116,7 +115,8 @@ def generate_cache(
     config.targets.check_vocabulary(head.vocab_size)
     check_decoding(head, padding=config.batch_size > 1)
     stop_tokens = find_stop_tokens(head.model, tokenizer, is_chat=prompts.columns.is_chat)
-    settings = _settings(config, generation, prompts, head, tokenizer, stop_tokens, device)
+    engine = TransformersEngine(head, device=device, batch_size=config.batch_size)
+    settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     if manifest is not None:
         _check_same_things(config, manifest, settings)
         return _summary_of(config.output, manifest)
@@ -127,17 +127,15 @@ def generate_cache(
         answering = Answering(
             prompts,
             store,
-            lambda batch_size: AnswerWriter(
-                head,
-                tokenizer,
-                config.targets,
-                generation,
-                stop_tokens=stop_tokens,
+            engine,
+            AnswerSettings(
+                tokenizer=tokenizer,
+                rule=config.targets,
+                sampling=generation,
+                stop_tokens=frozenset(stop_tokens),
                 max_length=config.data.window_length,
-                batch_size=batch_size,
             ),
             answers_per_prompt=generation.answers_per_prompt,
-            batch_size=config.batch_size,
             predicate=predicate,
             keep=generation.keep,
             on_progress=on_progress,
@@ -238,29 +236,24 @@ def _settings(
     config: CacheTeacherConfig,
     generation: GenerationConfig,
     prompts: Prompts,
-    head: Head,
+    engine: TransformersEngine,
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
-    device: torch.device,
 ) -> dict[str, Any]:
     """All that decides answers and targets, and nothing that decides which are kept."""
     return {
         "teacher": {
-            "architecture": type(head.model).__name__,
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            **teacher_fingerprints(head.model),
+            "architecture": type(engine.head.model).__name__,
+            "dtype": str(engine.head.weight.dtype).removeprefix("torch."),
+            **engine.fingerprints,
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "vocab_size": head.vocab_size,
+        "vocab_size": engine.vocab_size,
         "prompts": {**prompts.description, "number": len(prompts)},
         "max_length": config.data.window_length,
         "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
         "targets": config.targets.to_json(),
-        "capture": {
-            "device": device_names(head.model, device),
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "batch_size": config.batch_size,
-        },
+        "capture": engine.describe(),
         "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
 

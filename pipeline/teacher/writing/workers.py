@@ -21,7 +21,6 @@ import torch
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.loading import resolve_device
-from pipeline.models.placement import computing_devices
 from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.writing.tensor_parallel import Follower, Leader
 
@@ -158,12 +157,6 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     found = [d for part in given for d in cf.differences(_like(recorded[part], given[part]), given[part], part)]
     if found:
         raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
-
-
-def device_names(model: torch.nn.Module, device: torch.device) -> str:
-    """Kinds of devices that a model computes on: of one kind, rounding is the same."""
-    places = computing_devices(model, device)
-    return " + ".join(sorted({torch.cuda.get_device_name(p) if p.type == "cuda" else p.type for p in places}))
 
 
 def _like(recorded: Any, given: Any) -> Any:
