@@ -125,7 +125,8 @@ class DivergenceSum:
                 why = "a sampled tail is unbiased only for losses that are linear in the teacher's probabilities"
             options = " or ".join(f"`tail={each}`" for each in self.tails)
             raise ValueError(
-                f"`tail` {tail}: {term.name} cannot use it, because {why}. Use {options}, or `divergence=forward-kl`."
+                f"`tail` {tail} with `divergence={self}`: {term.name} cannot use it, because {why}. Use {options}, or "
+                "`divergence=forward-kl`."
             )
 
     @staticmethod

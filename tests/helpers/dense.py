@@ -100,7 +100,12 @@ def captured_for(targets: SparseTargetBatch, tail: str, temperature: float) -> S
 
 
 def dense_losses(
-    logits: Tensor, targets: SparseTargetBatch, *, temperature: float = 1.0, kd_weight: float = 1.0, tail: str = "bucket"
+    logits: Tensor,
+    targets: SparseTargetBatch,
+    *,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    tail: str = "bucket",
 ) -> np.ndarray:
     """[N] (1 − α)·CE + α·T²·KL of every position in fp64; 0 where it does not count."""
     losses = np.zeros(len(targets))

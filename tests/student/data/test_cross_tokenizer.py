@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import cache_format as cf
 from pipeline.errors import ConfigError, DistillError
 from pipeline.evaluation.held_out import EvaluateConfig, evaluate
-from pipeline.losses import TargetBatch
+from pipeline.losses import SparseTargetBatch
 from pipeline.losses.uld import SortedTargets, uld, uld_head
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, sorted_targets_of
-from pipeline.student.data.dataset import CacheDataset, collate, targets_of
+from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.data.document_pieces import documents_of
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, distance, log_history, train, weights
@@ -167,7 +167,7 @@ def test_uld_with_all_entries_is_the_published_distance(folder: Path, teacher_di
     model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float64)
     batch = dataset.collate([dataset[i] for i in range(len(dataset))])
     hidden = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
-    output = uld_head(hidden, model.lm_head, targets_of(batch), sorted_targets_of(batch), kd_weight=1.0, chunk_size=7)
+    output = uld_head(hidden, model.lm_head, batch["targets"], sorted_targets_of(batch), kd_weight=1.0, chunk_size=7)
     assert int(output.count) == len(expected)
     assert float(output.loss.detach()) == pytest.approx(np.sum(expected), rel=1e-6)
 
@@ -184,7 +184,7 @@ def test_gradient_of_uld_is_that_of_sorting_everything(entries: int, vocab: int)
     labels[4] = -100
     rest = (1.0 - p[:, :entries].sum(dim=1)).clamp(min=0)
     ordered = SortedTargets(p[:, :entries].log(), rest.log(), aligned)
-    nothing = TargetBatch(
+    nothing = SparseTargetBatch(
         ids=torch.zeros(n, 1, dtype=torch.long),
         logprobs=torch.full((n, 1), -torch.inf, dtype=torch.float64),
         residual_logprob=torch.zeros(n, dtype=torch.float64),

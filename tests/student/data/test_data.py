@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 import cache_format as cf
 from cache_format.read.shard_reader import ShardReader
-from pipeline.losses import IGNORE_INDEX, TargetBatch
-from pipeline.student.data.dataset import WINDOW, CacheDataset, LocalShuffle, collate, targets_of, uncounted
+from pipeline.losses import IGNORE_INDEX, SparseTargetBatch
+from pipeline.student.data.dataset import WINDOW, CacheDataset, LocalShuffle, collate, without_loss_tokens
 from runs import build_cache
 from tiny import english
 
@@ -182,14 +182,14 @@ def test_collated_rows_are_the_rows(cache: Path):
             if row.loss_mask[t]:
                 assert batch["labels"][i, t] == row.input_ids[t + 1]
     assert (batch["labels"][3] == IGNORE_INDEX).all()
-    flat = targets_of(batch)
-    assert isinstance(flat, TargetBatch) and flat.ids.shape == (4 * longest, 16)
+    flat = batch["targets"]
+    assert isinstance(flat, SparseTargetBatch) and flat.ids.shape == (4 * longest, 16)
     assert flat.counted.sum() == sum(int(row.loss_mask.sum()) for row in rows)
 
 
 def test_uncounted_batch_keeps_everything_but_the_labels(cache: Path):
     batch = collate(opened(cache)[:3])
-    silent = uncounted(batch)
+    silent = without_loss_tokens(batch)
     assert (silent["labels"] == IGNORE_INDEX).all() and (silent["shift_labels"] == IGNORE_INDEX).all()
     assert (batch["labels"] != IGNORE_INDEX).any()
     for name in batch.keys() - {"labels", "shift_labels"}:

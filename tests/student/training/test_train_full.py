@@ -19,15 +19,15 @@ from full_runs import build_full
 from pipeline.errors import ConfigError
 from pipeline.evaluation.held_out import EvaluateConfig, evaluate
 from pipeline.losses import sparse_kl
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.sparse_targets import SparseTargetBatch
 from pipeline.models import teacher_head
 from pipeline.models.head import open_head
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.train import train_student
+from pipeline.student.validation.loss_checks import loss_for_cache
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import english, tiny_llama
 
@@ -49,10 +49,10 @@ def opened(path: Path) -> cf.Cache:
     return cf.open_cache(path, hidden_layers=[]).with_states()
 
 
-def dense_targets(rows: list[cf.CacheRow], teacher: Any) -> TargetBatch:
+def dense_targets(rows: list[cf.CacheRow], teacher: Any) -> SparseTargetBatch:
     """The teacher's full distribution at each position in fp64, computed one document at a time."""
     logprobs = torch.from_numpy(np.concatenate([document_logprobs(teacher, row, VOCAB) for row in rows]))
-    return TargetBatch(
+    return SparseTargetBatch(
         ids=torch.arange(VOCAB).expand(len(logprobs), VOCAB),
         logprobs=logprobs,
         residual_logprob=torch.full((len(logprobs),), -torch.inf, dtype=torch.float64),
@@ -82,7 +82,7 @@ def test_loss_and_gradient_equal_those_of_both_models_logits(
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    head, recipe = open_head(model, VOCAB), LossRecipe.for_cache(cache, **options)
+    head, recipe = open_head(model, VOCAB), loss_for_cache(cache, **options)
     install_distillation_forward(model, head, recipe)
     batch, count = collate(rows), sum(int(row.loss_mask.sum()) for row in rows)
     output = model(scale=1 / count, **batch)
@@ -176,7 +176,7 @@ def test_held_out_targets_may_have_another_kind(
     summary = train(output, folder / train_on, student=student_dir, kd_weight=1.0, **options)
     entry = next(each for each in log_history(output) if "eval_kl" in each)
     assert entry["eval_loss"] == pytest.approx(4 * entry["eval_kl"], rel=1e-5)  # T²·KL
-    recipe = LossRecipe.for_cache(cf.open_cache(folder / held_out), kd_weight=1.0, temperature=2.0)
+    recipe = loss_for_cache(cf.open_cache(folder / held_out), kd_weight=1.0, temperature=2.0)
     assert (recipe.teacher is not None) == (held_out == "heldout")
     assert summary.eval["kl"] > 0
 
@@ -230,7 +230,7 @@ def test_teacher_head_is_not_saved_with_the_student(folder: Path, student_dir: P
 def test_autocast_does_not_change_the_teachers_logits(folder: Path, student_dir: Path) -> None:
     cache = opened(folder / "heldout")
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).eval()
-    head, recipe, seen = open_head(model, VOCAB), LossRecipe.for_cache(cache, kd_weight=1.0), []
+    head, recipe, seen = open_head(model, VOCAB), loss_for_cache(cache, kd_weight=1.0), []
     assert recipe.teacher is not None
     call = TeacherHead.__call__
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
