@@ -249,9 +249,10 @@ def _parse_term(text: str, whole: str) -> Term:
     if kind is None:
         if "." not in name or not all(part.isidentifier() for part in name.split(".")):
             near = difflib.get_close_matches(name, DIVERGENCES, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"`divergence` {whole}: unknown divergence {name}, expected {', '.join(DIVERGENCES)}, or a function of "
-                "your own as my_module.my_function." + (f" Did you mean {near[0]}?" if near else "")
+                f"`divergence` {whole}: unknown divergence {name}{hint}, expected {', '.join(DIVERGENCES)}, or a "
+                "function of your own as my_module.my_function."
             )
         if found["parameters"] is not None:
             raise ValueError(f"`divergence` {whole}: a function of your own takes no parameters. Use {name}.")
