@@ -27,7 +27,7 @@ import cache_format as cf
 from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import token_rows
-from pipeline.losses import FullTargets, SparseTargetBatch, fused_head
+from pipeline.losses import DistillLoss, FullTargets, SparseTargetBatch, fused_head
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_form import head_form
 from pipeline.models.teacher_head import TeacherHead
@@ -105,7 +105,14 @@ def _angles(states: Tensor, head: Head) -> list[list[str | float]]:
 
     def gradient(targets: SparseTargetBatch | FullTargets, options: dict[str, object]) -> Tensor:
         matrix = near.clone().requires_grad_()
-        loss = fused_head(states @ matrix, weight, None, targets, scale=1.0 / len(states), **options).loss  # type: ignore[arg-type]
+        loss = fused_head(
+            states @ matrix,
+            weight,
+            None,
+            targets,
+            DistillLoss(**options),
+            scale=1.0 / len(states),  # type: ignore[arg-type]
+        ).loss
         return torch.autograd.grad(loss, matrix)[0].flatten().double()
 
     full = _full_targets(states, head, labels)
@@ -221,7 +228,8 @@ def _losses(states: Tensor, head: Head) -> dict[str, object]:
 
     def loss_of(targets: SparseTargetBatch | FullTargets, **options: object) -> object:
         def both_ways() -> None:
-            fused_head(student, trained, None, targets, kd_weight=0.9, **options).loss.backward()  # type: ignore[arg-type]
+            loss = DistillLoss(kd_weight=0.9, **options)  # type: ignore[arg-type]
+            fused_head(student, trained, None, targets, loss).loss.backward()
 
         return both_ways
 

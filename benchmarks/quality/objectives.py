@@ -57,7 +57,7 @@ def labels_objective(corpus: Corpus) -> Objective:
             head.weight,
             head.bias,
             targets,
-            kd_weight=0.0,
+            DistillLoss(kd_weight=0.0),
             scale=1.0 / len(labels),
             vocab_size=head.vocab_size,
         )
@@ -80,7 +80,7 @@ def cache_objective(path: Path, arm: Arm) -> Objective:
     dataset, recipe = open_dataset(path, arm)
 
     def loss(head: Head, indices: Sequence[int]) -> Tensor:
-        batch = collate(dataset.__getitems__(indices))
+        batch = dataset.collate(dataset.__getitems__(indices))
         counted = int((batch["labels"] != IGNORE_INDEX).sum())
         return distillation_output(head, batch, recipe, 1.0 / counted).loss
 

@@ -88,7 +88,7 @@ def test_logged_metrics_equal_the_textbook_divergence_and_forward_kl(
     for row in rows:
         logits = torch.from_numpy(dense_logits(model, row, 400))
         targets = collate([row])["targets"]
-        counted = targets.counted.numpy()
+        counted = targets.loss_mask.numpy()
         soft.extend(textbook(objective["divergence"], logits, targets, **options)[counted])
         measured = textbook("forward-kl", logits, targets, **{**options, "tail": "bucket"})
         kl.extend(measured[counted] / objective["temperature"] ** 2)
