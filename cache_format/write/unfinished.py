@@ -17,7 +17,7 @@ import numpy as np
 from cache_format.cache_errors import CacheError, CorruptShardError, MismatchError
 from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
 from cache_format.manifest.card import card
-from cache_format.manifest.differences import Difference, but_for_names, differences, listed
+from cache_format.manifest.differences import Difference, ignoring_names, differences, listed
 from cache_format.manifest.manifest import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -248,7 +248,7 @@ class UnfinishedCache:
         found = differences({key: value for key, value in recorded.items() if key in given}, given)
         if not found:
             return
-        essential = but_for_names(found, recorded)
+        essential = ignoring_names(found, recorded)
         only_rounding = all(difference.rounding is not None for difference in essential)
         if only_rounding and (self._allow_rounding or not essential):
             self.rounding = essential
