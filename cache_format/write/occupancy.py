@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 
 from cache_format.cache_errors import CacheError
-from cache_format.codecs.packed.lexicon import LEXICON
 from cache_format.manifest.answers_file import ANSWERS
-from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
+from cache_format.manifest.manifest import LEXICON, MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import HEAD
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused

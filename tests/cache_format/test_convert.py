@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cache_format as cf
-from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.manifest.manifest import LEXICON
 from cache_format.read.shard_reader import ShardReader
 from cache_format.write.shard_writer import ShardWriter
 from cache_samples import contents

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from cache_format.cache_errors import FormatError
 from cache_format.codecs.ipc import MAGIC_BYTES, check_expansion, message_buffers
 
-LEXICON = "lexicon.arrow"
 # What pyarrow and our own parser of messages raise for bytes of something else.
 UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 MOST_CANDIDATES = 256  # of one token
