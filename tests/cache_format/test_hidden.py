@@ -133,7 +133,7 @@ def test_conversion_keeps_or_drops_them(tmp_path: Path) -> None:
     assert dropped.metadata.hidden is None and dropped[0].hidden is None
     assert not any(name.startswith("hidden") for name in dropped.column_bytes())
     assert np.array_equal(dropped[1].targets.ids, rows[1].targets.ids)
-    with pytest.raises(cf.MismatchError, match="--drop-hidden: there are no hidden states"):
+    with pytest.raises(cf.MismatchError, match="`drop_hidden=True`: there are no hidden states"):
         list(cf.convert_cache(tmp_path / "dropped", tmp_path / "x", cf.Conversion(drop_hidden=True)))
 
 

@@ -73,7 +73,7 @@ def written(path: Path, files: fuzzed.Files) -> Path:
 
 
 def test_local_copies_make_room_among_their_own_files_only(tmp_path: Path):
-    """`--cache-dir` may name a directory with other things in it, in folders that are named as those of the copies."""
+    """`cache_dir` may name a directory with other things in it, in folders that are named as those of the copies."""
     foreign = {
         f"{folder}/{name}" for folder in ("en", "00", "distill-copies/00") for name in ("corpus.txt", "notes.tmp")
     }
