@@ -142,7 +142,7 @@ def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
 
 def _symbols(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.ndarray]:
     """Those of each column, as non-negative integers."""
-    symbols = {
+    symbols: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "loss_mask": batch.loss_mask.view(np.uint8),
         "segment_lengths": batch.segment_lengths,
@@ -151,7 +151,7 @@ def _symbols(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.nda
         "target_ids": batch.ids,
     }
     for name in cf.CODEBOOK_COLUMNS:
-        values = {"target_logprobs": batch.logprobs}.get(name, getattr(batch, name, None))
+        values = batch.logprobs if name == "target_logprobs" else getattr(batch, name)
         symbols[name] = np.searchsorted(metadata.codebooks[name].values, values)
     if batch.labels is not None:
         symbols["labels"] = np.where(batch.loss_mask, batch.labels.astype(np.int64) + 1, 0)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import sys
@@ -121,10 +120,14 @@ def part(type_: type, *, optional: bool = False, **settings: Any) -> Any:
     )
 
 
-@functools.cache
 def options_of(config: type) -> dict[str, Option]:
     """Every option of a configuration and its parts, by flat name, in the order of declaration."""
-    return {each.name: each for each in _walk(config, "", ())}
+    if config not in _OPTIONS:
+        _OPTIONS[config] = {each.name: each for each in _walk(config, "", ())}
+    return _OPTIONS[config]
+
+
+_OPTIONS: dict[type, dict[str, Option]] = {}
 
 
 def _walk(config: type, prefix: str, path: tuple[str, ...]) -> Iterator[Option]:

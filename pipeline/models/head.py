@@ -96,7 +96,7 @@ class Head:
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
         with evaluating(self.model), torch.no_grad():
             output = _body(self.model)(**inputs, output_hidden_states=True)
-        found = getattr(output, "hidden_states", None) or ()
+        found: tuple[Tensor, ...] = getattr(output, "hidden_states", None) or ()
         widths = {tuple(each.shape) for each in found}
         if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
             raise ModelError(

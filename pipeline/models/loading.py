@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import weakref
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -36,7 +36,7 @@ from pipeline.models.placement import (
     place_of,
 )
 
-Model = str | os.PathLike[str] | PreTrainedModel  # a name, a path, or a model that is loaded already
+Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, or a model that is loaded already
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024

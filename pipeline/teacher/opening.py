@@ -5,7 +5,8 @@ Shared by everything that puts a text to a teacher: capture, and the plan of one
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
-from pipeline.models.objective import check_objective, most_positions
+from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
@@ -25,6 +26,34 @@ from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpu
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus
+
+
+class Text(Protocol):
+    """What a teacher is opened for and a cache is described by: a corpus, prompts, or the answers to them."""
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def description(self) -> dict[str, Any]: ...
+
+
+class CachedText(Text, Protocol):
+    """The text of a cache: a corpus, or the answers that were kept."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_counted_tokens(self) -> int: ...
+
+    @property
+    def token_stream_sha256(self) -> str: ...
+
+    @property
+    def report(self) -> Mapping[str, float]: ...
 
 
 def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
@@ -53,16 +82,16 @@ def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
 
 
 def open_teacher(
-    config: CacheTeacherConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: CacheTeacherConfig, text: Text, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Head:
     """The teacher on `device`, and the way to run its head.
 
     Raises: ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
     """
-    masked = corpus.objective == "masked"
+    masked = text.objective == "masked"
     model = load_model(
         config.teacher,
-        objective=corpus.objective,
+        objective=text.objective,
         dtype=config.dtype,
         device=device,
         device_map=config.device_map,
@@ -72,7 +101,7 @@ def open_teacher(
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
     if masked:
         check_padding(model, head)
-    elif corpus.description["packing"]:
+    elif text.description["packing"]:
         check_packing(model, head)
     limit = most_positions(model.config)
     if limit is not None and config.data.window_length > limit:

@@ -178,7 +178,7 @@ def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:
     return replace(rule, samples=samples, temperature=chosen.temperature)
 
 
-def _main_part(rule: TargetRule) -> tuple[str, object]:
+def _main_part(rule: TargetRule) -> tuple[object, object]:
     """What a kind is called by in a table."""
     return rule.kind, rule.tail_threshold or rule.draws or rule.top_p or rule.top_k
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format import Cache, CacheRow, SparseTargets
 from pipeline.errors import ConfigError
-from pipeline.losses import SortedTargets, SparseTargetBatch
+from pipeline.losses import SortedTargets, SparseTargetBatch, TailPolicy
 from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.data.document_pieces import LOST, documents_of
 from pipeline.student.data.retokenise import Retokeniser, TokenText, same_tokens
@@ -98,7 +98,7 @@ class CrossTokenizerDataset(CacheDataset):
     def __getitem__(self, index: int) -> ConvertedRow:
         return self.convert(super().__getitem__(index))
 
-    def collate(self, rows: Sequence[ConvertedRow]) -> Batch:
+    def collate(self, rows: Sequence[ConvertedRow]) -> Batch:  # type: ignore[override]
         """As `CacheDataset.collate`; for uld the targets are `SortedTargets`."""
         batch = super().collate(rows)
         if self.method == "uld":
@@ -217,13 +217,13 @@ def check_cross_tokenizer(
     cache: Cache,
     method: str = "project",
     *,
-    tail: str | None = None,
+    tail: TailPolicy | None = None,
     divergence: str = "forward-kl",
     temperature: float | None = None,
     scheduled_temperature: bool = False,
     position_weighting: str = "uniform",
     resample: bool = False,
-) -> str:
+) -> TailPolicy:
     """The tail policy to use.
 
     Raises: ConfigError for a loss that re-tokenised targets cannot serve, with the reason.

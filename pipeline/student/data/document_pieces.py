@@ -48,7 +48,7 @@ class Document:
         pieces: what the student reads.
     """
 
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
     ends: list[int]
     learned: np.ndarray
     pieces: list[Piece]

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
@@ -131,7 +132,7 @@ class Retokeniser:
         inserts_bos = ours == self.student.tokenizer.bos_token_id and theirs not in self.teacher.special
         object.__setattr__(self, "inserts_bos", inserts_bos)
 
-    def document(self, ids: Sequence[int]) -> Retokenised:
+    def document(self, ids: Sequence[int] | np.ndarray) -> Retokenised:
         tokens: list[Token] = []
         bos = self.student.tokenizer.bos_token_id
         if self.inserts_bos and not (len(ids) and self.counterparts.get(int(ids[0])) == bos):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def load_student(
         model = _from_config(configuration(config_file, vocab_size), seed, config_file, trust_remote_code=False)
         return model if layers is None else keep_layers(model, layers)
     assert student is not None
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if random:
         # The configuration of a .gguf file is known only after loading it.
         config = load_config(student, **options) or load_model(student, dtype="float32", **options).config

@@ -75,8 +75,8 @@ def distillation_output(
         return output
     distance = matching(states, batch)  # [B]
     distance = distance if by_row else distance.sum()
-    total, *rest = output
-    return FeatureOutput(total + matching.weight * scale * distance, *rest, distance.detach())
+    loss_sum = output.loss + matching.weight * scale * distance
+    return FeatureOutput(loss_sum, output.kl, output.ce, output.agreement, output.count, distance.detach())
 
 
 def install_distillation_forward(

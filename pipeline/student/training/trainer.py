@@ -219,7 +219,7 @@ class DistillTrainer(Trainer):
             metrics["soft"] = (metrics["loss"] - hidden_part - (1.0 - kd_weight) * result.ce) / kd_weight
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         self._since += time.perf_counter() - started  # training speed does not include this
         return metrics
 

@@ -75,7 +75,7 @@ def check_student(
     cache = caches[0]
     vocab_size = cache.metadata.vocab_size
     teacher = load_cache_tokenizer(cache)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     name = config_file or ("" if student is None else model_name(student))
     config = None
     if config_file is not None:

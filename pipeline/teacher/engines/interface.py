@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import cache_format as cf
-from pipeline.models.padding import PackedRow
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.packing import TokenRow
 
 if TYPE_CHECKING:
     from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
@@ -37,7 +37,7 @@ class RowRequest:
     """
 
     index: int
-    row: PackedRow
+    row: TokenRow | cf.CacheRow
     place: int
     stored: np.ndarray
     with_states: np.ndarray | None = None

@@ -127,7 +127,7 @@ class AnswerStore:
         if SETTINGS not in names:
             data = json.dumps(settings, indent=1, sort_keys=True).encode()
             write_bytes(self._directory, SETTINGS, data)
-        self._names = {int(found[1]): name for name in names if (found := _GROUP.fullmatch(name))}
+        self._names = {int(match[1]): name for name in names if (match := _GROUP.fullmatch(name))}
 
     def load(self, number: int) -> Group | None:
         """A group that is there; None if it is not, or not as it was written."""

@@ -66,7 +66,7 @@ class Selection:
         # As `TokenCorpus.token_stream_sha256`.
         self.stream.update(struct.pack("<qq", len(row.input_ids), len(row.segment_lengths)))
         for array, dtype in ((row.input_ids, "<i4"), (row.loss_mask, "u1"), (row.segment_lengths, "<i4")):
-            self.stream.update(array.astype(dtype, copy=False))
+            self.stream.update(array.astype(dtype, copy=False).data)
 
 
 class Answering:

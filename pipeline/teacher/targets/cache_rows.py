@@ -12,7 +12,7 @@ from pipeline.teacher.targets.selection import ChunkTargets
 from pipeline.teacher.text.packing import TokenRow
 
 
-def cache_row(index: int, row: TokenRow, stored: np.ndarray, targets: ChunkTargets) -> cf.CacheRow:
+def cache_row(index: int, row: TokenRow | cf.CacheRow, stored: np.ndarray, targets: ChunkTargets) -> cf.CacheRow:
     """The row to write.
 
     Args:
@@ -51,7 +51,7 @@ def cache_row(index: int, row: TokenRow, stored: np.ndarray, targets: ChunkTarge
 
 
 def cache_rows(
-    indices: Sequence[int], rows: Sequence[TokenRow], stored: Sequence[np.ndarray], targets: ChunkTargets
+    indices: Sequence[int], rows: Sequence[TokenRow | cf.CacheRow], stored: Sequence[np.ndarray], targets: ChunkTargets
 ) -> list[cf.CacheRow]:
     """`cache_row` of several rows, of whose stored positions `targets` has those of one row after the other's."""
     stops = np.cumsum([mask.sum() for mask in stored])[:-1].tolist()

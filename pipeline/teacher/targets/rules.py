@@ -143,7 +143,7 @@ class TargetRule:
         if self.kind is None:
             implied = (kind for name, kind in IMPLIED.items() if getattr(self, name) is not None)
             object.__setattr__(self, "kind", next(implied, DEFAULT_KIND))
-        if self.kind not in TARGET_KINDS:
+        if self.kind is None or self.kind not in TARGET_KINDS:
             raise ConfigError(f"`targets` {self.kind}: expected one of {', '.join(TARGET_KINDS)}.")
         for name in OPTIONS:
             value = getattr(self, name)
@@ -177,6 +177,7 @@ class TargetRule:
 
     def to_json(self) -> dict[str, Any]:
         """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""
+        assert self.kind is not None
         parts = {"k" if name == "top_k" else name: getattr(self, name) for name in PARTS[self.kind]}
         return {"kind": self.kind, "temperature": self.temperature, **parts, "max_entries": self.most_entries}
 

@@ -150,18 +150,18 @@ def sample(
     ends = blocks.cumsum(dim=1, dtype=precise)  # [n, V/BLOCK]
     # By the sums that the points are compared with: by any other, a draw next to 1 may fall behind the last token.
     total = kept.to(precise)[:, None] + ends[:, -1:]
-    samples = []
-    for i in range(rule.samples or 1):
+    samples, count, threshold = [], rule.samples or 1, rule.tail_threshold or 0.0
+    for i in range(count):
         if rule.kind == "random":
             draws = uniforms[:, i * rule.points : (i + 1) * rule.points]
-            samples.append(_counted(find(outside, ends, draws * total), rule.points * rule.samples))
+            samples.append(_counted(find(outside, ends, draws * total), rule.points * count))
             continue
-        start = (uniforms + i / (rule.samples or 1)).frac()  # [n, 1]
-        points = (start + torch.arange(rule.points, device=start.device)) * (rule.tail_threshold * total)
+        start = (uniforms + i / count).frac()  # [n, 1]
+        points = (start + torch.arange(rule.points, device=start.device)) * (threshold * total)
         ids = find(outside, ends, points).masked_fill_(points >= ends[:, -1:], -1)
         # Never the same token twice, not even where a block sum and the sum of its tokens differ by rounding.
         ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], -1)
-        weight = math.log(rule.tail_threshold / rule.samples)
+        weight = math.log(threshold / count)
         samples.append((ids, torch.full_like(points, weight, dtype=torch.float32)))
     return samples
 

@@ -63,7 +63,7 @@ def data_name(data: Any) -> str:
     if isinstance(data, str | os.PathLike):
         return os.fspath(data)
     if is_path_list(data):
-        return ", ".join(map(os.fspath, data[:3])) + (f" and {len(data) - 3} more" if len(data) > 3 else "")
+        return ", ".join(os.fspath(each) for each in data[:3]) + (f" and {len(data) - 3} more" if len(data) > 3 else "")
     return f"given {type(data).__name__}"
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -30,7 +30,7 @@ from pipeline.errors import DataError
 from pipeline.teacher.text.data_paths import EXTENSIONS, PathLike, data_name, extension, find_local, is_path_list
 from pipeline.teacher.text.given_rows import rows_dataset
 
-Data = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
+Data: TypeAlias = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
 
 # For pandas "NA", "None" or "null" in a CSV cell is a missing value; in a corpus it is text.
 _CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}

@@ -41,9 +41,9 @@ def add_rows_to(
         segments: segment lengths of all rows, int32.
         tokens, counts: number of tokens and of segments of each row, int64 [R].
     """
-    heads = memoryview(np.stack([tokens, counts], axis=1).astype("<i8")).cast("B")
-    id_bytes, segment_bytes = (memoryview(each.astype("<i4", copy=False)).cast("B") for each in (ids, segments))
-    mask_bytes = memoryview(mask.astype("u1")).cast("B")
+    heads = _bytes(np.stack([tokens, counts], axis=1).astype("<i8"))
+    id_bytes, segment_bytes = (_bytes(each.astype("<i4", copy=False)) for each in (ids, segments))
+    mask_bytes = _bytes(mask.astype("u1"))
     t = s = 0
     for row, (length, count) in enumerate(zip(tokens.tolist(), counts.tolist(), strict=True)):
         digest.update(heads[16 * row : 16 * row + 16])
@@ -97,3 +97,8 @@ def _read(path: Path, facts: Mapping[str, Any]) -> StreamFacts | None:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array without a copy."""
+    return memoryview(array.data).cast("B")

@@ -13,19 +13,19 @@ from pipeline.models.objective import ALIGNMENT
 from pipeline.models.placement import device_names
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.transformers_engine import CHUNK_POSITIONS
-from pipeline.teacher.opening import Corpus
+from pipeline.teacher.opening import CachedText
 from pipeline.teacher.targets.hidden_targets import WrittenHead, states_spec, with_head
 from pipeline.teacher.writing.shard_sizes import grouping
 
 
-def stored_positions(config: CacheTeacherConfig, corpus: Corpus) -> int:
+def stored_positions(config: CacheTeacherConfig, corpus: CachedText) -> int:
     """Positions that get targets."""
     return corpus.num_tokens if config.all_positions else corpus.num_counted_tokens
 
 
 def cache_metadata(
     config: CacheTeacherConfig,
-    corpus: Corpus,
+    corpus: CachedText,
     head: Head,
     fingerprint: dict[str, str],
     device: torch.device,
