@@ -180,7 +180,7 @@ def values(path: Path) -> list[Any]:
 @click.option("--count", default=12_000, show_default=True, help="Bits to flip.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--jobs", default=1, show_default=True, help="Targets at a time, each in a process of its own.")
-@click.option("--keep", is_flag=True, help="Then renew the inputs that the test suite replays.")
+@click.option("--gen-keep", is_flag=True, help="Then renew the inputs that the test suite replays.")
 @click.option("--results", type=click.Path(path_type=Path), help="Where to record; else only printed.")
 def main(
     targets: tuple[str, ...], seconds: int, count: int, seed: int, jobs: int, keep: bool, results: Path | None

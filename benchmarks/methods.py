@@ -115,7 +115,7 @@ def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
     demo.write_problems(work / "train.jsonl", sizes.train, demo.TRAIN_SEED)
     demo.write_problems(work / "heldout.jsonl", sizes.held_out, demo.HELD_OUT_SEED)
     features = ["--hidden-states", sizes.features, "--hidden-dtype", "int8"]
-    writing = [*WRITING, "--max-new-tokens", sizes.written_tokens]
+    writing = [*WRITING, "--gen-max-new-tokens", sizes.written_tokens]
     wanted: dict[str, tuple[str, Sequence[object]]] = {
         "train": ("train", features),
         "heldout": ("heldout", []),

@@ -30,7 +30,7 @@ from pipeline.models.head import open_head
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import draws, sparse_targets
-from pipeline.terminal.views import bar
+from pipeline.terminal.tables import bar
 
 TEXT, LABEL = "We crossed the river on a narrow wooden", " plank"
 KD_WEIGHT = 0.9  # of train-student

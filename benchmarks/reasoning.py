@@ -2,7 +2,7 @@
 
     reasoning-gym ─▶ sums with their solution ─▶ SmolLM2 answers each four times ─▶ those that end with the right number
 
-`is_right` is the predicate: a worked example of `cache-teacher --generate --keep-if benchmarks.reasoning:is_right`.
+`is_right` is the predicate: a worked example of `cache-teacher --generate --gen-keep-if benchmarks.reasoning:is_right`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 PROBLEMS, SEED, ANSWERS = 48, 1, 4
-GENERATE = ["--gen-temperature", "0.7", "--max-new-tokens", "48", "--batch-size", "32"]
+GENERATE = ["--gen-temperature", "0.7", "--gen-max-new-tokens", "48", "--batch-size", "32"]
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -58,7 +58,7 @@ def reasoning(output: Path, teacher: Path | None, problems: int) -> None:
     distill(
         "cache-teacher",
         *("--teacher", teacher, "--data", output / "sums.jsonl", "--output", cache, "--overwrite", "--generate"),
-        *("--answers-per-prompt", ANSWERS, *GENERATE, "--keep-if", f"{__file__}:{is_right.__name__}"),
+        *("--gen-answers-per-prompt", ANSWERS, *GENERATE, "--gen-keep-if", f"{__file__}:{is_right.__name__}"),
     )
     distill("inspect", cache, "--row", "0", "--start", "40", "--positions", "24")
 

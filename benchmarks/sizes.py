@@ -28,13 +28,13 @@ import cache_format as cf
 from benchmarks.measure import Result, Settings, Table
 from benchmarks.teacher import ROW_TOKENS, describe, hidden_states, open_teacher
 from benchmarks.text import prose, windows
+from pipeline.inspection import cache_statistics
 from pipeline.models.head import Head, open_head
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 from pipeline.teacher.text.packing import TokenRow
-from pipeline.terminal.cache_statistics import cache_stats
 
 ROWS, QUICK_ROWS = 208, 8
 CHUNK = 256
@@ -117,7 +117,7 @@ def _sizes(name: str, rule: TargetRule, rows: list[cf.CacheRow], text: Text, scr
         seconds[encoding] = time.process_time() - began
     columns, best = (_per_token(caches["columns", level], 0) for level in (9, 19))
     packed = _per_token(caches["packed", 9], 1)
-    floor = sum(cache_stats(caches["columns", 9])["column_entropy_bytes_per_token"].values())
+    floor = sum(cache_statistics(caches["columns", 9])["column_entropy_bytes_per_token"].values())
     tokens = text.input_ids.size
     return [
         name,

@@ -5,10 +5,11 @@ Every option of a command is a keyword argument with the same name; `help(distil
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -91,6 +92,20 @@ class _Reporter:
             self.on_progress(Progress(self.current, done, total, dict(self.values)))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers inside the block: nothing is printed but what the caller prints."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
 def _takes_options(config: type) -> Callable[[F], F]:
     """Gives a function that takes **options the signature and the help texts of a configuration."""
 
@@ -169,20 +184,22 @@ def cache_teacher(
     if run.generation is not None:
         from pipeline.teacher.generation.generate import generate_cache
 
-        return generate_cache(
-            run,
-            run.generation,
-            on_stage=report.stage,
-            on_progress=lambda state: report.state(state.answers, state.total_answers, state),
-        )
+        with _quiet():
+            return generate_cache(
+                run,
+                run.generation,
+                on_stage=report.stage,
+                on_progress=lambda state: report.state(state.answers, state.total_answers, state),
+            )
     from pipeline.teacher.capture import cache_teacher as capture
 
-    return capture(
-        run,
-        on_stage=report.stage,
-        on_progress=lambda state: report.state(state.rows, state.total_rows, state),
-        on_warning=report.warn,
-    )
+    with _quiet():
+        return capture(
+            run,
+            on_stage=report.stage,
+            on_progress=lambda state: report.state(state.rows, state.total_rows, state),
+            on_warning=report.warn,
+        )
 
 
 @_takes_options(CacheTeacherConfig)
@@ -210,9 +227,10 @@ def plan(
 
     run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
     report = _Reporter(on_progress)
-    return plan_cache(
-        run, sample_rows=rows, cost_per_hour=cost_per_hour, on_stage=report.stage, on_progress=report.step
-    )
+    with _quiet():
+        return plan_cache(
+            run, sample_rows=rows, cost_per_hour=cost_per_hour, on_stage=report.stage, on_progress=report.step
+        )
 
 
 @_takes_options(TrainStudentConfig)
@@ -244,7 +262,8 @@ def train_student(
 
     run = _config(TrainStudentConfig, config, {"cache": cache, "student": student, "output": output, **options})
     report = _Reporter(on_progress)
-    return train(run, on_stage=report.stage, on_step=report.step, on_log=report.log, on_warning=report.warn)
+    with _quiet():
+        return train(run, on_stage=report.stage, on_step=report.step, on_log=report.log, on_warning=report.warn)
 
 
 @_takes_options(EvaluateConfig)
@@ -272,7 +291,8 @@ def evaluate(
 
     run = _config(EvaluateConfig, config, {"cache": cache, "student": student, **options})
     report = _Reporter(on_progress)
-    return run_evaluation(run, on_stage=report.stage, on_progress=report.step)
+    with _quiet():
+        return run_evaluation(run, on_stage=report.stage, on_progress=report.step)
 
 
 @dataclass(frozen=True)
@@ -323,4 +343,5 @@ def verify(
     from pipeline.teacher.verification import verify_against_teacher
 
     run = _config(TeacherCheckConfig, None, {"cache": cache, "against_teacher": against_teacher, **options})
-    return Verification(summary, verify_against_teacher(run, on_stage=report.stage, on_progress=report.step))
+    with _quiet():
+        return Verification(summary, verify_against_teacher(run, on_stage=report.stage, on_progress=report.step))

@@ -1,7 +1,7 @@
-"""A finished cache ─▶ a dataset repository on the Hugging Face hub.
+"""Upload a finished cache to a dataset repository on the Hugging Face hub.
 
-The card that every cache has says where its shards are, so `datasets.load_dataset(repo)` opens it, and
-`distill train-student --cache hf://datasets/OWNER/NAME` trains from it.
+The card of a cache lists its shards, so `datasets.load_dataset("OWNER/NAME")` opens it, and a student trains from
+hf://datasets/OWNER/NAME.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, DataError
 FILES = (
     "manifest.json",
     "README.md",
+    "distill_config.json",
     "lexicon.arrow",
     "head.safetensors",
     "answers.jsonl",
@@ -34,21 +35,24 @@ CONNECTION = (
     "httpcore2",
     "requests",
     "urllib3",
-)  # below the client
+)  # packages whose connection errors reach the caller
 
 
 def check_push(path: str | os.PathLike[str], name: str) -> None:
-    """Before days of work rather than after. Raises: ConfigError for what cannot be the name of a repository, and for
-    a cache on another machine."""
+    """Check before days of work whether a cache can be pushed.
+
+    Raises:
+        ConfigError: `name` is not the name of a repository, or the cache is not on a local disk.
+    """
     if "://" in os.fspath(path):
         raise ConfigError(
-            f"--push-to-hub {name}: only a local cache can be pushed, found {path}. Copy it to a disk first, then: "
+            f"`push_to_hub` {name}: only a local cache can be pushed, found {path}. Copy it to a disk first, then: "
             f"distill push DIRECTORY {name}"
         )
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"--push-to-hub {name}: {error} Give OWNER/NAME.") from error
+        raise ConfigError(f"`push_to_hub` {name}: {error} Give OWNER/NAME.") from error
 
 
 def push_cache(
@@ -59,13 +63,14 @@ def push_cache(
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Uploads a cache, and returns the address of its repository; one that exists gets the files that differ.
+    """Upload a cache and return the address of its repository; an existing repository gets the files that differ.
 
-    Every byte is compared with its checksum first. The manifest arrives last, in a commit of its own: until then the
-    repository is an unfinished cache, and is read as one.
+    All checksums are verified first. The manifest is uploaded last, in a commit of its own: until then the repository
+    is an unfinished cache and is read as one.
 
     Raises:
-        ConfigError: `repository` is no name, or the cache lies on another machine. CacheError: it is damaged.
+        ConfigError: `repository` is not the name of a repository, or the cache is not on a local disk.
+        CacheError: the cache is damaged.
         DataError: the hub refuses, or cannot be reached.
     """
     check_push(path, repository)
@@ -89,7 +94,7 @@ def push_cache(
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"{repository}: the hub did not take the cache: {lines[0].rstrip('.')}. {path} is complete and unchanged; "
-            f"log in (hf auth login) or check the connection, then: distill push {path} {repository}"
+            f"{repository}: the hub did not accept the cache: {lines[0].rstrip('.')}. {path} is complete and "
+            f"unchanged; log in (hf auth login) or check the connection, then: distill push {path} {repository}"
         ) from error
     return str(address)

@@ -294,9 +294,11 @@ def _range(metadata: Metadata) -> str:
     upper = None
     if high is not None:
         upper = f"at most {_number(high)}"
-    if metadata.below not in (None, math.inf):
-        upper = f"below {_number(typing.cast(float, metadata.below))}"
-    return " and ".join(text for text in (lower, upper) if text) or "a finite number"
+    if metadata.below == math.inf:
+        return f"a finite number, {lower}" if lower else "a finite number"
+    if metadata.below is not None:
+        upper = f"below {_number(metadata.below)}"
+    return " and ".join(text for text in (lower, upper) if text) or "a number"
 
 
 def _number(value: float) -> str:
@@ -336,7 +338,8 @@ def read_config(file: str, config: type) -> dict[str, Any]:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in known or known[name].metadata.python_only:
-            raise ConfigError(f"`config` {file}: {unknown_option(name, known)}")
+            problem = str(unknown_option(name, known)).replace("`", "")
+            raise ConfigError(f"`config` {file}: {problem}")
         found[name] = _converted(value, known[name], file)
     return found
 

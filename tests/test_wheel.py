@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "cli.py", "cache_format", "pipeline"]
+PACKAGES = ["cache_format", "distill", "pipeline"]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", *PACKAGES]
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -76,21 +77,18 @@ def elsewhere(tmp_path: Path) -> tuple[Path, dict[str, str]]:
 def test_wheel_holds_the_modules_and_nothing_else(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {
-        path.relative_to(ROOT).as_posix()
-        for path in [*ROOT.glob("cache_format/**/*.py"), *ROOT.glob("pipeline/**/*.py")]
-    }
+    modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in ROOT.glob(f"{name}/**/*.py")}
     packed = {name for name in names if ".dist-info/" not in name}
     # The normative page of the format travels with the code that implements it.
-    assert packed - {"cache_format/py.typed"} == {*modules, "cli.py", "cache_format/SPEC.md"}
+    assert packed == {*modules, "cache_format/SPEC.md", "cache_format/py.typed", "distill/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
 def test_wheel_is_imported_from_where_it_was_installed(environment: Path, elsewhere):
     directory, variables = elsewhere
     code = (
-        "import cache_format, cli, pipeline, importlib.metadata as metadata;"
-        "print(cache_format.__file__, cli.__file__, pipeline.__file__, sep='\\n');"
+        "import cache_format, distill, pipeline, importlib.metadata as metadata;"
+        "print(cache_format.__file__, distill.__file__, pipeline.__file__, sep='\\n');"
         "print(metadata.version('distill'))"
     )
     *files, version = run(environment / "bin/python", "-c", code, cwd=directory, env=variables).splitlines()
@@ -116,3 +114,41 @@ def test_wheel_runs_from_another_directory(
     distill("train-student", "--cache", "c", *student, "--max-steps", "2")
     scores = json.loads(distill("evaluate", "--cache", "c", "--student", "s", "--json"))
     assert scores["students"]["s"]["kl"] > 0
+
+
+SCRIPT = """
+import distill
+
+teacher, data, student = {teacher!r}, {data!r}, {student!r}
+distill.cache_teacher(teacher, data, "caches/train", top_k=8, seq_len=64, device="cpu")
+distill.train_student("caches/train", student, "students/first", max_steps=2, seed=3, device="cpu")
+print(distill.evaluate("caches/train", "students/first", device="cpu").kl)
+"""
+
+CONFIG = """
+cache = "caches/train"
+student = {student!r}
+output = "students/second"
+max-steps = 2
+seed = 3
+device = "cpu"
+"""
+
+
+@pytest.mark.slow
+def test_a_script_and_a_config_file_do_the_same(
+    environment: Path, elsewhere, teacher_dir: Path, student_dir: Path, text_file: Path
+):
+    """The ten-line script of docs/python.md and the same through `--config`, from the installed wheel."""
+    directory, variables = elsewhere
+    names = {"teacher": str(teacher_dir), "data": str(text_file), "student": str(student_dir)}
+    (directory / "script.py").write_text(SCRIPT.format(**names))
+    (directory / "run.toml").write_text(CONFIG.format(**names))
+    printed = run(environment / "bin/python", "script.py", cwd=directory, env=variables)
+    assert float(printed) > 0 and len(printed.splitlines()) == 1
+    run(environment / "bin/distill", "train-student", "--config", "run.toml", cwd=directory, env=variables)
+    first, second = (directory / "students" / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    again = ["train-student", "--config", "students/first", "--output", "students/third"]
+    run(environment / "bin/distill", *again, cwd=directory, env=variables)
+    assert (directory / "students/third/model.safetensors").read_bytes() == first.read_bytes()

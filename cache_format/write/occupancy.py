@@ -19,7 +19,7 @@ from cache_format.storage.directory import Directory, is_temporary, open_directo
 from cache_format.storage.remote import check_can_be_written
 
 FOLDERS = ("shards", TOKENIZER_DIR)
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", *FOLDERS, CLAIMS}
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", "distill_config.json", *FOLDERS, CLAIMS}
 
 
 def recorded_manifest(directory: Directory) -> str | None:

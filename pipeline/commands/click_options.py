@@ -5,9 +5,10 @@ A parameter that was not given is None, so that a config file can give it and th
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -180,7 +181,13 @@ def _click_type(declared: Option) -> Any:
         if low is None and high is None:
             return int
         return click.IntRange(None if low is None else int(low), None if high is None else int(high))
-    return click.FLOAT if declared.type is float else click.STRING
+    if declared.type is not float:
+        return click.STRING
+    low = metadata.minimum if metadata.above is None else metadata.above
+    high = metadata.maximum if metadata.below in (None, math.inf) else metadata.below
+    if low is None and high is None:
+        return click.FLOAT
+    return click.FloatRange(low, high, min_open=metadata.above is not None, max_open=high == metadata.below)
 
 
 class _Option(click.Option):
@@ -192,7 +199,12 @@ class _Option(click.Option):
         return extra
 
     def make_metavar(self, ctx: click.Context) -> str:
-        return "INTEGER" if isinstance(self.type, click.IntRange) and not self.metavar else super().make_metavar(ctx)
+        names = {click.IntRange: "INTEGER", click.FloatRange: "NUMBER"}
+        return (
+            names.get(type(self.type), "")
+            if not self.metavar and type(self.type) in names
+            else super().make_metavar(ctx)
+        )
 
 
 def read_values(config: type, given: dict[str, Any], config_file: str | None) -> dict[str, Any]:
@@ -231,7 +243,7 @@ def examples(*commands: str) -> str:
     return "Example:\n\n\b\n" + "\n".join(f"  {command}" for command in commands)
 
 
-def interrupted(what_is_kept: str) -> None:
+def interrupted(what_is_kept: str) -> NoReturn:
     """Says what an interrupt left behind, once, and exits with status 130."""
     from pipeline.terminal.console import err
 

@@ -22,8 +22,8 @@ class EvaluateConfig:
     max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
     cross_tokenizer: Literal["project", "uld"] | None = option(
         None,
-        help="For a student whose tokenizer differs: compare where tokens of both end together, on shared tokens "
-        "(project) or by sorted probabilities (uld).",
+        help="For a student whose tokenizer differs: compare where tokens of both end together. The same measure for "
+        "students trained with either value.",
         group=STUDENT,
         common=True,
     )

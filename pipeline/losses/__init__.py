@@ -1,17 +1,26 @@
-"""Losses on sparse teacher targets: a plain reference and its fused twin.
+"""Losses on the teacher's targets, from one `DistillLoss`: a plain reference and its fused twin.
 
 `sparse_kl` takes logits and is the definition; `fused_head_loss` takes hidden states and the head's weight, never
-builds the logits, and equals it within rounding. Both read a `TargetBatch`; the fused one `FullTargets` as well, where
-the teacher's distribution is whole. See `tails` for the policies, `mixture` for the names of divergences, `weighting`
-for the weights of positions.
+builds all logits, and equals it within rounding.
+
+    spec.py              DistillLoss: what is minimised
+    targets.py           Targets: what the walk needs of the teacher
+    entries.py, sparse_targets.py, full_targets.py, uld.py    its implementations
+    tails.py, divergences.py, divergence_sum.py, weighting.py  the parts of the loss
+    fused.py, reference.py   the walk over chunks, and the definition
+    feature_losses.py    distances of hidden states
 """
 
-from pipeline.losses.divergence_sum import DIVERGENCES, Mixture
+from pipeline.losses.divergence_sum import DIVERGENCES, DivergenceSum
+from pipeline.losses.entries import IGNORE_INDEX
 from pipeline.losses.full_targets import FullTargets
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
 from pipeline.losses.reference import sparse_kl
-from pipeline.losses.sparse_targets import IGNORE_INDEX, TargetBatch
+from pipeline.losses.sparse_targets import SparseTargetBatch
+from pipeline.losses.spec import DistillLoss, KlEstimateKind
 from pipeline.losses.tails import TAIL_POLICIES, UNBIASED, TailPolicy
+from pipeline.losses.targets import Targets
+from pipeline.losses.uld import SortedTargets
 from pipeline.losses.weighting import POSITION_WEIGHTINGS, PositionWeighting
 
 __all__ = [
@@ -20,12 +29,16 @@ __all__ = [
     "POSITION_WEIGHTINGS",
     "TAIL_POLICIES",
     "UNBIASED",
+    "DistillLoss",
+    "DivergenceSum",
     "FullTargets",
     "HeadOutput",
-    "Mixture",
+    "KlEstimateKind",
     "PositionWeighting",
+    "SortedTargets",
+    "SparseTargetBatch",
     "TailPolicy",
-    "TargetBatch",
+    "Targets",
     "fused_head",
     "fused_head_loss",
     "general_head",

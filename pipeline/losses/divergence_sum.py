@@ -1,12 +1,11 @@
-"""Which divergences make up the soft loss, by name: `--divergence forward-kl:0.7,js(0.1):0.3`.
+"""The divergence of the loss, a weighted sum of named divergences: "forward-kl:0.7,js(0.1):0.3".
 
     spec    term {"," term}                 a weighted sum
     term    name ["(" number {"," number} ")"] [":" weight]           weight 1 if none is given
     name    one of DIVERGENCES, or the import path of a function: my_module.my_function
 
-A specification is parsed once to a frozen `Mixture`, which prints as one that parses to the same. `soft_losses` is all
-that the fused head and its reference see of it, and `full_soft_losses` where the teacher's distribution is whole. Costs
-a few operations on [n, K+1] numbers, and nothing V-wide; there on [n, V].
+A specification is parsed once to a frozen `DivergenceSum`; `str` of it parses to an equal one. Losses on entries call
+`soft_losses`, a few operations on [n, K+1] numbers; those on full distributions `full_soft_losses`, on [n, V].
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses import divergences as d
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.entries import TargetEntries
 from pipeline.losses.tails import TAIL_POLICIES, UNBIASED, StudentValues, TailPolicy, distributions
 
 OVER_CLASSES: tuple[TailPolicy, ...] = tuple(tail for tail in TAIL_POLICIES if tail not in UNBIASED)
@@ -34,16 +33,15 @@ FORWARD_KL = "forward-kl"
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """What is known of a divergence beside its formula.
+    """A divergence and the facts about it that its formula does not show.
 
     Attributes:
-        function: log p, log q [n, C], *parameters → [n]; or, if `of_entries`, the numbers of the K exact entries.
+        function: log p, log q [n, C], *parameters → [n]; with `of_entries`, on log p and logits of the K exact entries.
         parameters: default of each, by name.
         between: open interval for the parameters; closed at 0 if `with_zero`.
-        tails: policies under which it means something.
-        power: T^power of the loss keeps its gradient from vanishing or growing with T. 2 for what is quadratic near
-            agreement, where a tempered p − q shrinks as 1/T and so does dz; 1 for total variation, whose gradient is a
-            sign and has only the latter.
+        tails: tail policies it can be used with.
+        power: the factor T^power keeps the gradient independent of T. It is 2 if D is quadratic near agreement, where
+            p − q shrinks as 1/T and dz as well; 1 for total variation, whose gradient is a sign.
     """
 
     function: Callable[..., Tensor]
@@ -56,7 +54,7 @@ class Divergence:
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    # Looked up when called, so that a test can replace what it is made of.
+    # A lambda looks the function up when it is called, so that a test can replace it.
     FORWARD_KL: Divergence(function=lambda p, q: d.forward_kl(p, q), tails=TAIL_POLICIES),
     "reverse-kl": Divergence(function=d.reverse_kl, tails=("bucket", "renormalise")),
     "js": Divergence(function=d.js, parameters={"beta": 0.5}),
@@ -91,11 +89,11 @@ class Term:
 
     @property
     def divergence(self) -> Divergence:
-        return DIVERGENCES.get(self.name) or Divergence(function=_own(self.name))
+        return DIVERGENCES.get(self.name) or Divergence(function=_user_function(self.name))
 
 
 @dataclass(frozen=True)
-class Mixture:
+class DivergenceSum:
     """Σ weight·T^(power−2)·D, to be multiplied by T²."""
 
     terms: tuple[Term, ...]
@@ -109,59 +107,55 @@ class Mixture:
 
     @property
     def tails(self) -> tuple[TailPolicy, ...]:
-        """Policies that every one of the divergences can be taken under."""
+        """Tail policies that every term can use."""
         return tuple(tail for tail in TAIL_POLICIES if all(tail in term.divergence.tails for term in self.terms))
 
     def check_tail(self, tail: TailPolicy) -> None:
-        """Raises: ValueError if the sum means nothing under this policy, with the reason."""
+        """Raises: ValueError if a term cannot use this tail policy, with the reason."""
         if tail not in TAIL_POLICIES:
-            raise ValueError(f"tail {tail}: expected one of {', '.join(TAIL_POLICIES)}")
+            raise ValueError(f"`tail` {tail}: expected one of {', '.join(TAIL_POLICIES)}.")
         for term in self.terms:
             if tail in term.divergence.tails:
                 continue
             if tail == "label":
-                why = (
-                    "everything but the entries and the label then has teacher probability 0, whose logarithm it takes"
-                )
+                why = "it takes the logarithm of teacher probabilities, which are then 0 outside entries and label"
             elif term.divergence.of_entries:
-                why = "it compares exact entries alone"
+                why = "it compares exact entries only"
             else:
-                why = "a sample of the tail is unbiased only for what is linear in the teacher's probabilities"
+                why = "a sampled tail is unbiased only for losses that are linear in the teacher's probabilities"
+            options = " or ".join(f"`tail={each}`" for each in self.tails)
             raise ValueError(
-                f"tail {tail} with divergence {self}: {term.name} cannot use it, because {why}; "
-                f"use tail {' or '.join(self.tails)}, or divergence forward-kl"
+                f"`tail` {tail}: {term.name} cannot use it, because {why}. Use {options}, or `divergence=forward-kl`."
             )
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
-    def parse(text: str | Mixture) -> Mixture:
-        """The mixture that a specification names.
-
-        Raises: ValueError, one line: what was found, what was expected, what to do.
-        """
-        if isinstance(text, Mixture):
+    def parse(text: str | DivergenceSum) -> DivergenceSum:
+        """Parses a specification. Raises: ValueError, one line: what was found, what was expected, what to do."""
+        if isinstance(text, DivergenceSum):
             return text
-        return Mixture(tuple(_parse_term(term.strip(), text) for term in re.split(r",(?![^(]*\))", text)))
+        return DivergenceSum(tuple(_parse_term(term.strip(), text) for term in re.split(r",(?![^(]*\))", text)))
 
 
 def soft_losses(
-    targets: TargetBatch,
+    targets: TargetEntries,
     student: StudentValues,
     tail: TailPolicy,
     temperature: float,
     vocab_size: int,
-    mixture: Mixture,
-    measured: Tensor | None = None,
+    divergence: DivergenceSum,
+    reported: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[n] KL(teacher‖student) to compare runs by, and [n] the mixture that is trained; usually the same tensor.
+    """[n] KL(teacher‖student), which compares runs, and [n] the divergence that is trained; often the same tensor.
 
-    Args: as of `divergences.soft_loss`, and
-        measured: the former, where it is taken by another policy than the loss.
+    Args:
+        targets, student, tail, temperature, vocab_size: as for `divergences.soft_loss`.
+        reported: the KL, if it has another tail policy than the loss.
     """
-    return _mixed(
-        mixture,
+    return _kl_and_divergence(
+        divergence,
         temperature,
-        measured=measured,
+        reported=reported,
         kl=lambda: d.soft_loss(targets, student, tail, temperature, vocab_size),
         classes=lambda: _comparable(*distributions(targets, student, tail, temperature, vocab_size)),
         numbers=lambda: (targets.logprobs * (targets.temperature / temperature), student.entries),
@@ -169,18 +163,18 @@ def soft_losses(
 
 
 def full_soft_losses(
-    log_p: Tensor, log_q: Tensor, z: Tensor, temperature: float, mixture: Mixture
+    log_p: Tensor, log_q: Tensor, z: Tensor, temperature: float, divergence: DivergenceSum
 ) -> tuple[Tensor, Tensor]:
-    """`soft_losses` of whole distributions: every token is a class, and an entry.
+    """`soft_losses` on full distributions: every token is a class and an entry.
 
     Args:
         log_p, log_q: [n, V] log-probabilities at temperature T.
-        z: [n, V] the student's logits divided by T, of which log q is the log-softmax.
+        z: [n, V] the student's logits divided by T; log q is their log-softmax.
     """
-    return _mixed(
-        mixture,
+    return _kl_and_divergence(
+        divergence,
         temperature,
-        kl=lambda: (log_p.exp() * (log_p - log_q)).sum(dim=1),  # no log p of a softmax is -inf: no pass to look for one
+        kl=lambda: (log_p.exp() * (log_p - log_q)).sum(dim=1),  # log p of a softmax is never -inf, so no check
         classes=lambda: (log_p, log_q),
         numbers=lambda: (log_p, z),
     )
@@ -189,33 +183,33 @@ def full_soft_losses(
 Pair = tuple[Tensor, Tensor]
 
 
-def _mixed(
-    mixture: Mixture,
+def _kl_and_divergence(
+    divergence: DivergenceSum,
     temperature: float,
     *,
     kl: Callable[[], Tensor],
     classes: Callable[[], Pair],
     numbers: Callable[[], Pair],
-    measured: Tensor | None = None,
+    reported: Tensor | None = None,
 ) -> Pair:
-    """Both results of `soft_losses`, computing only what is needed.
+    """Both results of `soft_losses`; computes only what is needed.
 
     Args:
-        kl: that of the loss.
-        classes: log p, log q [n, C]. numbers: log p and the student's logits of the entries [n, K].
+        kl: the KL under the tail policy of the loss.
+        classes: log p, log q [n, C]. numbers: log p and the student's logits at the entries [n, K].
     """
-    if mixture.is_forward_kl:
+    if divergence.is_forward_kl:
         found = kl()
-        return found if measured is None else measured, found
-    part = any(term.name == FORWARD_KL for term in mixture.terms)
-    forward = measured
-    if part or measured is None:
+        return found if reported is None else reported, found
+    part = any(term.name == FORWARD_KL for term in divergence.terms)
+    forward = reported
+    if part or reported is None:
         with torch.set_grad_enabled(torch.is_grad_enabled() and part):
             forward = kl()
     assert forward is not None
     both = None
     total = torch.zeros_like(forward)
-    for term in mixture.terms:
+    for term in divergence.terms:
         kind = term.divergence
         if term.name == FORWARD_KL:
             value = forward
@@ -225,11 +219,11 @@ def _mixed(
             both = both or classes()
             value = kind.function(*both, *term.parameters)
         total = total + term.weight * temperature ** (kind.power - 2) * value
-    return forward if measured is None else measured, total
+    return forward if reported is None else reported, total
 
 
 def _comparable(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the teacher has no class at all (renormalise, no entries), it agrees with the student: zero everywhere."""
+    """At a position without classes (renormalise, no entries) the teacher is set equal to the student: D is 0."""
     some = (log_p > -torch.inf).any(dim=1, keepdim=True)
     return torch.where(some, log_p, log_q.detach()), log_q
 
@@ -238,8 +232,8 @@ def _parse_term(text: str, whole: str) -> Term:
     found = _TERM.fullmatch(text)
     if found is None:
         raise ValueError(
-            f"divergence {whole}: found {text!r}, expected NAME, NAME(NUMBER), NAME:WEIGHT, or several with commas, "
-            "as in forward-kl:0.7,js(0.1):0.3"
+            f"`divergence` {whole}: found {text!r}, expected NAME, NAME(NUMBER), NAME:WEIGHT, or several separated by "
+            "commas, as in forward-kl:0.7,js(0.1):0.3."
         )
     name = found["name"]
     weight = 1.0 if found["weight"] is None else _parse_number(found["weight"])
@@ -247,35 +241,35 @@ def _parse_term(text: str, whole: str) -> Term:
         dotted = f"{name}.{found['weight']}"
         own = name not in DIVERGENCES and all(part.isidentifier() for part in dotted.split("."))
         raise ValueError(
-            f"divergence {whole}: weight {found['weight']} of {name}, expected a number above 0"
-            + (f"; a function of your own is written {dotted}" if own else "")
+            f"`divergence` {whole}: found weight {found['weight']} for {name}, expected a number above 0."
+            + (f" A function of your own is written {dotted}." if own else "")
         )
     kind = DIVERGENCES.get(name)
     if kind is None:
         if "." not in name or not all(part.isidentifier() for part in name.split(".")):
             near = difflib.get_close_matches(name, DIVERGENCES, n=1)
             raise ValueError(
-                f"divergence {whole}: {name} is not known, expected {', '.join(DIVERGENCES)}, or a function of your "
-                "own as my_module.my_function" + (f"; did you mean {near[0]}?" if near else "")
+                f"`divergence` {whole}: unknown divergence {name}, expected {', '.join(DIVERGENCES)}, or a function of "
+                "your own as my_module.my_function." + (f" Did you mean {near[0]}?" if near else "")
             )
         if found["parameters"] is not None:
-            raise ValueError(f"divergence {whole}: a function of your own takes no parameters, use {name}")
-        _own(name)
+            raise ValueError(f"`divergence` {whole}: a function of your own takes no parameters. Use {name}.")
+        _user_function(name)
         return Term(name, (), weight)
     if found["parameters"] is None:
         return Term(name, tuple(kind.parameters.values()), weight)
     given = [part.strip() for part in found["parameters"].split(",")]
     if len(given) != len(kind.parameters):
         names = ",".join(kind.parameters)
-        raise ValueError(f"divergence {whole}: found {text}, expected {f'{name}({names})' if names else name}")
+        raise ValueError(f"`divergence` {whole}: found {text}, expected {f'{name}({names})' if names else name}.")
     low, high = kind.between
     numbers = []
     for parameter, each in zip(kind.parameters, given, strict=True):
         number = _parse_number(each)
         if number is None or not (low < number < high or (kind.with_zero and number == 0.0)):
             expected = "a number" + (f" between {low:g} and {high:g}" if high < math.inf else ", 0 or more")
-            ends = "; for the ends use forward-kl or reverse-kl" if high < math.inf else ""
-            raise ValueError(f"divergence {whole}: {parameter}={each} of {name}, expected {expected}{ends}")
+            ends = " At the ends use forward-kl or reverse-kl." if high < math.inf else ""
+            raise ValueError(f"`divergence` {whole}: found {parameter}={each} for {name}, expected {expected}.{ends}")
         numbers.append(number)
     return Term(name, tuple(numbers), weight)
 
@@ -292,10 +286,10 @@ def _number(value: float) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _own(path: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A user's function, looked for as by `python -m`: in the current directory too.
+def _user_function(path: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Imports a user's function, also from the current directory, as `python -m` does.
 
-    It gets finite numbers only: `FLOOR` for log 0, and `ABSENT` on both sides for a class that is not there.
+    It is called with finite numbers only: `FLOOR` for log 0, `ABSENT` on both sides for a class that does not exist.
     """
     module_name, _, name = path.rpartition(".")
     if os.getcwd() not in sys.path:
@@ -304,28 +298,30 @@ def _own(path: str) -> Callable[[Tensor, Tensor], Tensor]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # of something that the user's module imports
+            raise  # a module that the user's module imports is missing
         raise ValueError(
-            f"divergence {path}: no module {error.name} in the current directory or on Python's path; check the name, "
-            "or start where the module is"
+            f"`divergence` {path}: no module {error.name} in the current directory or on Python's path. Check the "
+            "name, or run in the directory of the module."
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        found = "nothing of that name" if function is None else f"a {type(function).__name__}"
-        raise ValueError(f"divergence {path}: found {found} in {module_name}, expected a function of log p and log q")
+        found = "nothing with that name" if function is None else f"a {type(function).__name__}"
+        raise ValueError(
+            f"`divergence` {path}: found {found} in {module_name}, expected a function of log p and log q."
+        )
 
     def checked(log_p: Tensor, log_q: Tensor) -> Tensor:
-        there = log_q > d.ABSENT / 1e6  # a T divides ABSENT too
+        there = log_q > d.ABSENT / 1e6  # ABSENT may have been divided by T
         sides = d.floored(log_p, log_q)
         value = function(*(torch.where(there, side, d.ABSENT) for side in sides))
         if not isinstance(value, Tensor) or value.shape != log_p.shape[:1]:
             what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"divergence {path}: returned {what} for log p, log q of shape {list(log_p.shape)}, expected "
-                f"[{len(log_p)}]: one number per position, such as (…).sum(dim=1)"
+                f"`divergence` {path}: returned {what} for log p, log q of shape {list(log_p.shape)}, expected "
+                f"[{len(log_p)}]: one number per position, such as (…).sum(dim=1)."
             )
         return value
 
     log_p, log_q = torch.tensor([[[0.5, 0.3, 0.2], [0.9, 0.1, 0.0]], [[0.3, 0.3, 0.4], [0.2, 0.7, 0.1]]]).log()
-    checked(log_p, log_q)  # better now than in a run
+    checked(log_p, log_q)  # fail now and not during a run
     return checked

@@ -1,11 +1,11 @@
-"""Divergences between teacher and student, from the few numbers per position that a tail policy leaves.
+"""Divergences between teacher and student, on the few numbers per position that a tail policy keeps.
 
 Plain torch, nothing vocabulary-wide, in nats: log p, log q [n, C] → [n], differentiable in the student's log q. C is
-K+1 classes, or K+2 under the policy `label` (see `tails.distributions`). A class where the teacher has no mass may be
--inf in log p; one that is not there at all is at most `ABSENT` in log q, and adds exactly zero to value and gradient.
-`logit_mse` and `pairwise` compare numbers of the K exact entries instead, up to a constant per position.
+K+1 classes, or K+2 under the policy `label` (see `tails.distributions`). log p is -inf for a class without teacher
+mass; log q is at most `ABSENT` for a class that does not exist, which adds exactly zero to value and gradient.
+`logit_mse` and `pairwise` compare logits of the K exact entries instead, up to a constant per position.
 
-What each is good for, its range and its source: docs/divergences.md. `mixture` gives them names and weights.
+When to use which, ranges and sources: docs/divergences.md. `divergence_sum.py` gives them names and weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.entries import TargetEntries
 from pipeline.losses.tails import (
     ABSENT,
     UNBIASED,
@@ -27,17 +27,17 @@ from pipeline.losses.tails import (
 )
 
 FLOOR = math.log(torch.finfo(torch.float32).eps)
-"""Log-probability, -15.9 nats, in the place of log 0 where a divergence needs the logarithm of a teacher without any
-mass in a class: a cache says 0 of a residual too small for its codebook. A student below it agrees with such a one."""
+"""-15.9 nats, replaces log 0 in divergences that take the logarithm of a class without teacher mass: a cache stores 0
+for a tail mass too small for its codebook. A student at or below it agrees with such a class."""
 
 
 def soft_loss(
-    targets: TargetBatch, student: StudentValues, tail: TailPolicy, temperature: float, vocab_size: int
+    targets: TargetEntries, student: StudentValues, tail: TailPolicy, temperature: float, vocab_size: int
 ) -> Tensor:
-    """[n] KL(teacher_T‖student_T) under a tail policy; of unbiased ones an estimate, below zero now and then.
+    """[n] KL(teacher_T‖student_T) under a tail policy; under an unbiased one an estimate, which may be negative.
 
     Args:
-        targets: as `entries_of` gives them.
+        targets: from `entries_of`.
         student: at temperature T.
     """
     if tail in UNBIASED:
@@ -46,32 +46,32 @@ def soft_loss(
     return forward_kl(log_p, student_classes(student, tail))
 
 
-def estimated_forward_kl(targets: TargetBatch, student: StudentValues, entries: Tensor, label: Tensor) -> Tensor:
-    """lse(z) − Σ w_i z_i − H(p): on average over the samples KL(p‖q) = Σ p_i (log p_i − log q_i), and so its gradient.
+def estimated_forward_kl(targets: TargetEntries, student: StudentValues, entries: Tensor, label: Tensor) -> Tensor:
+    """[n] lse(z) − Σ w_i z_i − H(p), an unbiased estimate of KL(p‖q) = Σ p_i (log p_i − log q_i) and of its gradient.
 
-    The coefficient of lse is 1 and not Σw, which is 1 only on average: then the gradient is softmax(z) − w, in which
-    the student's own part carries no noise.
+    The coefficient of lse is 1 and not Σw, which is 1 only on average: the gradient is then softmax(z) − w, and the
+    student's own term in it has no noise.
 
     Args:
         entries: [n, K] weights of the entries.
-        label: [n] weight of the label where it is none of the entries.
+        label: [n] weight of the label where it is not an entry.
     """
-    z_label = torch.where(student.label > ABSENT / 1e6, student.label, 0.0)  # a T divides ABSENT too
+    z_label = torch.where(student.label > ABSENT / 1e6, student.label, 0.0)  # ABSENT may have been divided by T
     return sampled_forward_kl(targets, student.entries, student.lse, entries) - label * z_label
 
 
-def sampled_forward_kl(targets: TargetBatch, z: Tensor, lse: Tensor, entries: Tensor | None = None) -> Tensor:
-    """[n] `estimated_forward_kl` without the label: of the student it needs the entries' logits and lse(z) alone.
+def sampled_forward_kl(targets: TargetEntries, z: Tensor, lse: Tensor, entries: Tensor | None = None) -> Tensor:
+    """[n] `estimated_forward_kl` without the label, from the student's logits at the entries and lse(z) alone.
 
     Args:
-        z: [n, K] at the temperature of the targets; anything where padded.
-        entries: weights as there; default: those of the policy `sampled`.
+        z: [n, K] at the temperature of the targets; any value where padded.
+        entries: [n, K] weights; default: those of the policy `sampled`.
     """
     entries = targets.logprobs.exp() if entries is None else entries
     return lse - (entries * torch.where(targets.valid, z, 0.0)).sum(dim=1) - targets.entropy
 
 
-# ---- of two distributions over classes
+# ---- between distributions over classes
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
 
 
 def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """½·Σ|p − q|: total variation, the share of draws in which teacher and student need differ.
+    """½·Σ|p − q|: total variation, the smallest possible share of draws in which teacher and student differ.
 
     Range [0, 1]. Wen et al., 2023 (f-distill), https://arxiv.org/abs/2307.15190.
     """
@@ -139,12 +139,12 @@ def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
 def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float = 0.5, beta: float = 0.5) -> Tensor:
     """−1/(αβ)·Σ (p^α·q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)), its limits at α = 0 and β = 0, `FLOOR` for log 0.
 
-    (1, 0) is the forward KL, (0, 1) the reverse, (½, ½) four times Σ(√p − √q)²/2, (0, 0) ½·Σ(log p − log q)². α raises
-    the weight of where p is large, α + β of where both are. Range [0, ∞).
+    (1, 0) is the forward KL, (0, 1) the reverse, (½, ½) four times Σ(√p − √q)²/2, (0, 0) ½·Σ(log p − log q)². A larger
+    α gives more weight to classes where p is large, a larger α + β to classes where both are. Range [0, ∞).
     Wang et al., 2025 (ABKD), https://arxiv.org/abs/2505.04560; Cichocki et al., 2011, https://doi.org/10.3390/e13010134.
 
-    Written from the side of the larger power as p^s/α·[φ_s(d) − φ_β(d)], φ_c(d) = (e^(cd) − 1)/c, d = log q − log p,
-    s = α + β: the same sum without a difference of large terms, and with the limits in it.
+    Computed as p^s/α·[φ_s(d) − φ_β(d)], φ_c(d) = (e^(cd) − 1)/c, d = log q − log p, s = α + β, with p the side of the
+    larger power: the same sum without a difference of large terms, and with the limits included.
     """
     log_p, log_q = floored(log_p, log_q)
     if alpha == 0.0 == beta:
@@ -159,31 +159,31 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float = 0.5, beta: float = 0
 
 
 def floored(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """With `FLOOR` in the place of log 0 on the teacher's side, and there at least as much on the student's.
+    """log p with `FLOOR` for log 0, and log q at least `FLOOR` in the same classes.
 
-    A class that is not there at all is the same on both sides then, and adds nothing to a sum of differences.
+    A class that does not exist is then equal on both sides, and adds nothing to a sum of differences.
     """
     nothing = log_p == -torch.inf
     return log_p.masked_fill(nothing, FLOOR), torch.where(nothing, log_q.clamp(min=FLOOR), log_q)
 
 
 def _exp_step(x: Tensor, step: Tensor) -> Tensor:
-    """exp(x + step) − exp(x) of x and x + step that are not large, exact to the last digits for the smallest step."""
+    """exp(x + step) − exp(x), accurate for the smallest step; x and x + step must not overflow."""
     small = step.abs() < 1.0
     return torch.where(small, x.exp() * torch.expm1(torch.where(small, step, 0.0)), (x + step).exp() - x.exp())
 
 
-# ---- of the numbers of the exact entries
+# ---- between logits of the exact entries
 
 
 def logit_mse(log_p: Tensor, z: Tensor) -> Tensor:
     """Mean over the entries of (e − ē)², e = z − log p: squared error of logits, both centred over the entries.
 
-    A constant per position is no part of a distribution, hence the centring. Range [0, ∞); T²·D at temperature T is the
-    same number for every T. Kim et al., 2021, https://arxiv.org/abs/2105.08919.
+    Centred because a constant per position does not change a distribution. Range [0, ∞); T²·D is the same for every
+    temperature T. Kim et al., 2021, https://arxiv.org/abs/2105.08919.
 
     Args:
-        log_p: [n, K] teacher log-probabilities of the exact entries, up to a constant; -inf where there is none.
+        log_p: [n, K] teacher log-probabilities of the exact entries, up to a constant; -inf for padding.
         z: [n, K] student logits of the same tokens.
     """
     there = log_p > -torch.inf
@@ -196,12 +196,11 @@ def logit_mse(log_p: Tensor, z: Tensor) -> Tensor:
 def pairwise(log_p: Tensor, z: Tensor) -> Tensor:
     """Σ_{i<j} p_i·p_j·((z_i − z_j) − (log p_i − log p_j))², p rescaled to sum to one over the entries.
 
-    Differences of logits, those of likely pairs above all. By the identity of the variance it is that of e = z − log p
-    under p, and so costs K operations, not K²; with all p equal it is `logit_mse`. Range [0, ∞); near agreement twice
-    the KL over the entries. After Li et al., 2024 (BiLD), https://arxiv.org/abs/2406.13555, whose loss
-    compares the softmax of all pairs' differences.
+    Differences of logits, weighted towards likely pairs. Equals the variance of e = z − log p under p, so it costs K
+    operations, not K²; with all p equal it is `logit_mse`. Range [0, ∞); near agreement twice the KL over the entries.
+    After Li et al., 2024 (BiLD), https://arxiv.org/abs/2406.13555, who compare the softmax of all pairs' differences.
 
-    Args: as of `logit_mse`.
+    Args: as for `logit_mse`.
     """
     there = log_p > -torch.inf
     p = (log_p - torch.logsumexp(log_p, dim=1, keepdim=True).clamp(min=ABSENT)).exp()

@@ -1,12 +1,12 @@
-"""How far a student's hidden state is from its teacher's, at one position and layer.
+"""Distance between a student's and its teacher's hidden state, at one position and layer.
 
-    cosine           1 − cos(s, t)                 direction alone: DistilBERT (Sanh et al., 2019, arXiv 1910.01108)
-    mse              Σ (s − t)² / D                size too: TinyBERT (Jiao et al., 2020, arXiv 1909.10351)
-    normalized-mse   Σ (s − t)² / Σ t²             size too, but relative to the teacher's
+    cosine           1 − cos(s, t)                 direction only: DistilBERT (Sanh et al., 2019, arXiv 1910.01108)
+    mse              Σ (s − t)² / D                size as well: TinyBERT (Jiao et al., 2020, arXiv 1909.10351)
+    normalized-mse   Σ (s − t)² / Σ t²             size as well, relative to the teacher's
 
-A few numbers of a transformer's state are hundreds of times as large as the others, and layers differ in size by as
-much: `mse` is mostly about those, `normalized-mse` gives every position and layer the same weight, `cosine` leaves the
-size to the student. All are 0 where s = t, and computed in float32 at least.
+A few components of a transformer's state are hundreds of times as large as the others, and layers differ in size by as
+much. `mse` mostly fits those; `normalized-mse` gives every position and layer the same weight; `cosine` ignores size.
+All are 0 if s = t, and are computed in float32 or wider.
 
 Shapes: n positions, D the teacher's width.
 """
@@ -25,20 +25,20 @@ TINY = 1e-12
 
 
 def feature_losses(kind: FeatureLoss, student: Tensor, teacher: Tensor) -> Tensor:
-    """[n] of states [n, D]; a gradient for the student alone.
+    """[n] distances of states [n, D]; the gradient is for the student only.
 
     Raises: ValueError for a kind that is not one of `FEATURE_LOSSES`.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     s, t = student.to(dtype), teacher.detach().to(dtype)
     if kind == "cosine":
-        # 1 − cos, as half the square of the distance of two unit vectors: exactly 0 for equal ones, and never below.
+        # 1 − cos as half the squared distance of unit vectors: exactly 0 for equal vectors, and never negative.
         return 0.5 * (_unit(s) - _unit(t)).square().sum(dim=-1)
     if kind == "mse":
         return (s - t).square().mean(dim=-1)
     if kind == "normalized-mse":
         return (s - t).square().sum(dim=-1) / t.square().sum(dim=-1).clamp(min=TINY)
-    raise ValueError(f"feature loss {kind}: expected one of {', '.join(FEATURE_LOSSES)}")
+    raise ValueError(f"`hidden_loss` {kind}: expected one of {', '.join(FEATURE_LOSSES)}.")
 
 
 def _unit(states: Tensor) -> Tensor:

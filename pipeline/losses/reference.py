@@ -1,41 +1,42 @@
 """The sparse distillation loss, written plainly: the definition that the fused head must reproduce.
 
-Takes full student logits, works in fp32 (fp64 for fp64 logits), lets autograd do the rest. Memory: several
-[N, V] tensors. For training use `pipeline.losses.fused_head_loss`, which equals this on `hidden @ weight.T + bias`.
-
     L = w·[(1 − α)·CE(label) + α·T²·D(teacher_T ‖ student_T)]      Hinton et al., 2015, https://arxiv.org/abs/1503.02531
 
-D is the forward KL unless another divergence is named, w is 1 unless positions are weighted. T² keeps the size of the
-soft gradient from falling as 1/T²; it is part of the loss, hence of the gradient.
+D is the forward KL unless another divergence is named; w is 1 unless positions are weighted. T² keeps the soft gradient
+from shrinking as 1/T²; it is part of the loss, hence of the gradient.
+
+Takes full student logits, computes in fp32 (fp64 for fp64 logits), and leaves the gradient to autograd. Memory: several
+[N, V] tensors. For training use `pipeline.losses.fused_head_loss`, which equals this on `hidden @ weight.T + bias`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cache_format import SparseTargets
-from pipeline.losses.divergence_sum import FORWARD_KL, Mixture, soft_losses
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
+from pipeline.losses.entries import IGNORE_INDEX, TargetEntries
+from pipeline.losses.sparse_targets import SparseTargetBatch
+from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
-from pipeline.losses.weighting import PositionWeighting, check_weighting, position_weight
+from pipeline.losses.weighting import PositionWeighting, position_weight
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 def sparse_kl(
     student_logits: Tensor,
-    targets: TargetBatch | SparseTargets,
+    targets: SparseTargetBatch | SparseTargets,
     *,
     labels: Tensor | None = None,
     loss_mask: Tensor | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
-    divergence: str | Mixture = FORWARD_KL,
+    divergence: str | DivergenceSum = FORWARD_KL,
     position_weighting: PositionWeighting = "uniform",
     capture_temperature: float = 1.0,
     reduction: Reduction = "mean",
@@ -46,59 +47,65 @@ def sparse_kl(
     `F.kl_div(log_softmax(student_logits), teacher_logprobs, log_target=True, reduction="batchmean")`.
 
     Args:
-        student_logits: [N, V] or [B, T, V], any float dtype. Cut to the teacher's vocabulary by the caller.
-        targets: a `TargetBatch` of N positions, or one row's `SparseTargets` straight from a cache.
-        labels: [N] int64 true tokens with -100 where a position does not count; overrides those of a `TargetBatch`.
-        loss_mask: [N] bool, further positions that do not count.
+        student_logits: [N, V] or [B, T, V], any float dtype, cut to the teacher's vocabulary.
+        targets: a `SparseTargetBatch` of N positions, or one row's `SparseTargets` straight from a cache.
+        labels: [N] int64 true tokens, -100 outside the loss mask; replaces those of a `SparseTargetBatch`.
+        loss_mask: [N] bool, further restricts the loss tokens.
         temperature: T, divides both sides' logits in the divergence (not in the CE).
         kd_weight: α.
-        tail: what becomes of the mass outside the entries, see `pipeline.losses.tails`.
+        tail: treatment of the tail mass, see `pipeline.losses.tails`.
         divergence: D: a name, a weighted sum, or a function of your own, see `pipeline.losses.divergence_sum`.
-        position_weighting: w, see `pipeline.losses.weighting`. Of "mean" the divisor stays the number of positions.
-        capture_temperature: of `SparseTargets`, as in the cache's metadata; a `TargetBatch` knows its own.
-        reduction: "mean" over counted positions (0 if there are none), "sum", or "none" for [N].
+        position_weighting: w, see `pipeline.losses.weighting`. "mean" still divides by the number of loss tokens.
+        capture_temperature: of `SparseTargets`, from the cache's metadata; a `SparseTargetBatch` has its own.
+        reduction: "mean" over loss tokens (0 if there are none), "sum", or "none" for [N].
 
     Raises:
-        ValueError: shapes that do not match, a loss that needs labels without any, a divergence that is not known or
-            means nothing under this policy.
+        ValueError: shapes that do not match; a loss that needs labels without any; an unknown divergence, or one that
+            cannot use this tail policy; an option out of range.
     """
-    check_weighting(position_weighting)
-    mixture = Mixture.parse(divergence)
-    mixture.check_tail(tail)
+    loss = DistillLoss(
+        kd_weight=kd_weight,
+        temperature=temperature,
+        tail=tail,
+        divergence=divergence,  # type: ignore[arg-type]
+        position_weighting=position_weighting,
+    )
     logits = student_logits.reshape(-1, student_logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, SparseTargets):
         if labels is None and (kd_weight != 1.0 or tail in ("label", "realized")):
-            raise ValueError(f"labels are needed for kd_weight={kd_weight}, tail={tail!r}: pass labels=row.label_ids")
-        targets = TargetBatch.from_sparse(targets, temperature=capture_temperature)
+            raise ValueError(
+                f"sparse_kl: `kd_weight={kd_weight}` with `tail={tail}` needs labels. Pass labels=row.label_ids."
+            )
+        targets = SparseTargetBatch.from_sparse(targets, temperature=capture_temperature)
     if labels is not None or loss_mask is not None:
         new = targets.labels if labels is None else torch.as_tensor(labels).reshape(-1)
         if loss_mask is not None:
-            new = new.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool).reshape(-1), -100)
-        targets = replace(targets, labels=new)
+            new = new.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool).reshape(-1), IGNORE_INDEX)
+        targets = targets.with_labels(new)
     if len(targets) != len(logits):
-        raise ValueError(f"student_logits have {len(logits)} positions, targets {len(targets)}")
-    targets = entries_of(targets, tail, temperature).to(device=logits.device, dtype=logits.dtype)
+        raise ValueError(f"sparse_kl: found {len(logits)} positions in the logits and {len(targets)} in the targets.")
+    targets = entries_of(targets, tail, temperature).to(logits.device, logits.dtype)
 
     student = student_values(logits / temperature, targets)
-    _, soft = soft_losses(targets, student, tail, temperature, logits.shape[-1], mixture)
+    _, soft = soft_losses(targets, student, tail, temperature, logits.shape[-1], loss.divergence)
     label = targets.labels.clamp(min=0)
     log_q = logits.log_softmax(dim=-1)
     ce = -log_q.gather(1, label[:, None]).squeeze(1)
-    loss = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
+    losses = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
     if position_weighting != "uniform":
         entropy = targets.entropy if position_weighting == "teacher-entropy" else -(log_q.exp() * log_q).sum(dim=1)
-        # Of a position that does not count the entropy may be NaN, and NaN·0 is no gradient.
-        loss = loss * position_weight(torch.where(targets.counted, entropy, 0.0), logits.shape[-1])
+        # Outside the loss mask the entropy may be NaN, and NaN·0 would poison the gradient.
+        losses = losses * position_weight(torch.where(targets.loss_mask, entropy, 0.0), logits.shape[-1])
 
-    loss = torch.where(targets.counted, loss, 0.0)
+    losses = torch.where(targets.loss_mask, losses, 0.0)
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / targets.counted.sum().clamp(min=1)
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / targets.loss_mask.sum().clamp(min=1)
 
 
-def student_values(logits: Tensor, targets: TargetBatch) -> StudentValues:
+def student_values(logits: Tensor, targets: TargetEntries) -> StudentValues:
     """Splits [N, V] logits (already divided by T) into the entries', the label's and everything else's."""
     label = targets.labels.clamp(min=0)[:, None]  # [N, 1]
     label_is_entry = ((targets.ids == label) & targets.valid).any(dim=1)

@@ -1,100 +1,122 @@
-"""Sparse teacher targets as tensors: what a loss sees of the cache.
+"""Sparse targets and their loss on a chunk of logits, with its gradient.
 
-The cache stores the entries of all positions flat, with a count per position (`cache_format.SparseTargets`). A loss
-wants rectangles, so a batch is padded to its longest entry list. Shapes here and in the whole package:
+A sparse loss sees the V logits of a position through K+2 numbers only (`StudentValues`): the logits z_S of the entries,
+the label's, and the log-sum-exp r of everything else. So
 
-    N  positions (flattened batch)      K  entries per position after padding      V  vocabulary
+    ∂L/∂z_j = ∂L/∂z_j                     for j in S or the label     (a scatter of K+1 numbers)
+    ∂L/∂z_j = ∂L/∂r · exp(z_j − r)        for every other j           (one scalar per row times the softmax)
 
-Cost: 12 bytes per entry and position on the device, K ≪ V.
+The divergence and its K+2 derivatives are plain autograd on [n, K+2] tensors: a new divergence needs no new gradient.
+Cost: five passes over the V logits, while the chunk is in cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache_format import CacheRow, SparseTargets
+from pipeline.losses.divergence_sum import soft_losses
+from pipeline.losses.divergences import sampled_forward_kl, soft_loss
+from pipeline.losses.entries import IGNORE_INDEX, TargetEntries
+from pipeline.losses.spec import DistillLoss
+from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, entries_of
+from pipeline.losses.weighting import entropy_of_parts, position_weight
 
-IGNORE_INDEX = -100
-"""Label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetBatch:
-    """Targets of N positions. Index n speaks of the prediction made *from* position n; nothing here shifts.
+class SparseTargetBatch(TargetEntries):
+    """`TargetEntries` of N positions as targets of a loss."""
 
-    Attributes:
-        ids: [N, K] int64, token ids of the entries; anything where `logprobs` is -inf.
-        logprobs: [N, K] float, in nats: log-probabilities of the exact entries, which come first, then logs of the
-            weights of the sampled ones; -inf marks padding (or an entry of probability zero, which is the same thing to
-            every loss). No token is twice among the entries of a position.
-        exact_counts: [N] int64, how many entries are exact. Default: all.
-        residual_logprob: [N] float, log of the mass outside the exact entries; -inf when there is none.
-        entropy: [N] float, nats, of the teacher's full distribution. Default: NaN, for losses that do without it.
-        labels: [N] int64, the true token; `IGNORE_INDEX` where the position does not count. A position that does
-            not count contributes exactly zero to every loss, gradient and count.
-        temperature: of the softmax that all of these speak of, as the cache was captured.
-    """
+    CHUNK_POSITIONS: ClassVar[int] = 512
+    """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
 
-    ids: Tensor
-    logprobs: Tensor
-    residual_logprob: Tensor
-    labels: Tensor
-    exact_counts: Tensor = None  # type: ignore[assignment]
-    entropy: Tensor = None  # type: ignore[assignment]
-    temperature: float = 1.0
+    def prepare(self, loss: DistillLoss) -> Self:
+        """Without the sampled entries, unless the loss or the reported KL reads them."""
+        of_loss = entries_of(self, loss.tail, loss.temperature)  # refuses what cannot be tempered
+        return self if loss.kl_tail == "sampled" else of_loss
 
-    def __post_init__(self) -> None:
-        if self.exact_counts is None:
-            everything = torch.full_like(self.labels, self.ids.shape[1])
-            object.__setattr__(self, "exact_counts", everything)
-        if self.entropy is None:
-            object.__setattr__(self, "entropy", torch.full_like(self.residual_logprob, torch.nan))
+    def loss_and_dlogits(
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Targets`; the gradient is written into the logits' memory. Every position must be a loss token."""
+        temperature, tail, kl_tail, vocab_size = loss.temperature, loss.tail, loss.kl_tail, logits.shape[1]
+        want_grad = scale is not None
+        label = self.labels[:, None]  # [n, 1]
+        targets: TargetEntries = self
+        taken = gathered = _ids_and_label(self)  # [n, K+1]
+        if kl_tail == "sampled" != tail:  # in this loss the sampled entries belong to the tail
+            targets = entries_of(self, tail, temperature)
+            taken = _ids_and_label(targets)
+        is_label = (targets.ids == label) & targets.valid  # [n, K]
+        label_is_entry = is_label.any(dim=1)
+        z = logits.gather(1, gathered)  # [n, K+1]
+        entries = z[:, :-1].masked_fill(~targets.valid, ABSENT).requires_grad_(want_grad)
+        label_alone = z[:, -1].masked_fill(label_is_entry, ABSENT).requires_grad_(want_grad)
+        largest = logits.amax(dim=1)
 
-    @property
-    def valid(self) -> Tensor:
-        """[N, K] bool: which entries are real."""
-        return self.logprobs > -torch.inf
+        # The rest at T = 1 for the cross-entropy, at T for the divergence; the last of them overwrites `logits`.
+        others, total, rest = exp_rest(logits if temperature == 1.0 else logits.clone(), largest, taken)
+        if loss.position_weighting == "student-entropy":
+            parts = torch.cat([entries, label_alone[:, None]], dim=1)
+            student_entropy = entropy_of_parts(others, (parts - largest[:, None]).exp())
+        others_t, total_t, rest_t = others, total, rest
+        if temperature != 1.0:
+            others_t, total_t, rest_t = exp_rest(logits.div_(temperature), largest / temperature, taken)
+        leaves = [entries, label_alone, rest.requires_grad_(want_grad), rest_t.requires_grad_(want_grad)]
 
-    @property
-    def counted(self) -> Tensor:
-        """[N] bool: which positions count."""
-        return self.labels != IGNORE_INDEX
+        with torch.set_grad_enabled(want_grad):
+            at_1 = StudentValues(entries, label_alone, rest)
+            at_t = at_1
+            if temperature != 1.0:
+                at_t = StudentValues(entries / temperature, label_alone / temperature, rest_t)
+            reported = None
+            if kl_tail == "sampled" != tail:  # at the temperature of the sample, which is 1 if it is not T
+                at_sample = at_t if temperature == self.temperature else at_1
+                reported = sampled_forward_kl(self, z[:, :-1] / self.temperature, at_sample.lse.detach())
+            elif kl_tail != tail:
+                with torch.no_grad():
+                    reported = soft_loss(targets, at_t, kl_tail, temperature, vocab_size)
+            kl, soft = soft_losses(targets, at_t, tail, temperature, vocab_size, loss.divergence, reported)  # [n] each
+            z_label = torch.where(label_is_entry, torch.where(is_label, entries, 0.0).sum(dim=1), label_alone)
+            ce = at_1.lse - z_label  # [n]
+            losses = (1.0 - loss.kd_weight) * ce + loss.kd_weight * temperature**2 * soft
+            if loss.position_weighting != "uniform":
+                entropy = targets.entropy if loss.position_weighting == "teacher-entropy" else student_entropy
+                losses = losses * position_weight(entropy, vocab_size)
+            total_loss = losses.sum() * scale if want_grad else None
 
-    @property
-    def exact(self) -> TargetBatch:
-        """Without the sampled entries: what every loss sees that is not linear in the teacher's probabilities."""
-        place = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)
-        sampled = place >= self.exact_counts[:, None]
-        return replace(self, logprobs=self.logprobs.masked_fill(sampled, -torch.inf))
+        agrees = agreement(self, z[:, :-1], largest)
+        count = torch.full((), len(losses), dtype=losses.dtype, device=losses.device)
+        sums = torch.stack([losses.sum(), kl.sum(), ce.sum(), agrees.sum(dtype=losses.dtype), count]).detach()
+        if not want_grad:
+            return sums, None
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> TargetBatch:
-        return replace(self, **{name: tensor[index] for name, tensor in self._tensors().items()})
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-
-    def to(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> TargetBatch:
-        """Everything on a device, the floats in a dtype."""
-        moved = {
-            # Never by way of a float: bfloat16 cannot tell token 256 from 257.
-            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-            for name, tensor in self._tensors().items()
-        }
-        return replace(self, **moved)
+        d_entries, d_label, d_rest, d_rest_t = torch.autograd.grad(
+            total_loss, leaves, allow_unused=True, materialize_grads=True
+        )
+        d_logits = others.mul_((d_rest / total)[:, None])
+        if temperature != 1.0:
+            d_logits.addcmul_(others_t, (d_rest_t / (temperature * total_t))[:, None])
+        # `taken` may name the label several times; all but one of those carry zero, so adding is exact.
+        d_entries = d_entries.masked_fill(~targets.valid, 0.0)
+        d_label = d_label.masked_fill(label_is_entry, 0.0)
+        return sums, d_logits.scatter_add_(1, taken, torch.cat([d_entries, d_label[:, None]], dim=1))
 
     @classmethod
-    def from_rows(cls, rows: Sequence[CacheRow], length: int | None = None, temperature: float = 1.0) -> TargetBatch:
+    def from_rows(cls, rows: Sequence[CacheRow], length: int | None = None, temperature: float = 1.0) -> Self:
         """Pads rows to `length` positions each (default: the longest) and flattens them to N = len(rows) · length.
 
-        Rows with several samples of the tail are taken with all of them together.
+        If rows have several samples of the tail, all of them are used together.
         """
         rows = [
             row if row.targets.sample_counts is None else replace(row, targets=row.targets.merged()) for row in rows
@@ -134,11 +156,11 @@ class TargetBatch:
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> TargetBatch:
+    ) -> Self:
         """One row's targets as read from a cache, with labels if the loss needs them.
 
-        Without `labels` every position (of `loss_mask`) counts and carries label 0: fine for a pure divergence,
-        refused by losses that mix in the hard label.
+        Without `labels` every position (of `loss_mask`) is a loss token with label 0: right for a pure divergence,
+        refused by losses that use the label.
         """
         targets = targets.merged()
         counts = np.asarray(targets.counts, np.int64)
@@ -161,3 +183,29 @@ class TargetBatch:
             labels=labels,
             temperature=temperature,
         )
+
+
+def exp_rest(logits: Tensor, largest: Tensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z − largest) with zeros at `taken`, written over the logits [n, V]; its sum [n]; r = log Σ exp(z) [n]."""
+    others = logits.sub_(largest[:, None]).exp_().scatter_(1, taken, 0.0)
+    total = others.sum(dim=1).clamp_(min=math.exp(-UNDERFLOW_NATS))
+    return others, total, total.log() + largest
+
+
+def agreement(targets: TargetEntries, z: Tensor, largest: Tensor) -> Tensor:
+    """[n] bool: whether a most likely token of the student is a most likely token of the teacher.
+
+    Args:
+        z: [n, K] the student's logits at the entries. largest: [n] its largest logit.
+    """
+    # Weights of sampled entries do not rank tokens, but they are all there is at a position without exact entries.
+    some_exact = targets.exact_counts > 0
+    known = torch.where(some_exact[:, None], targets.exact.logprobs, targets.logprobs)
+    likeliest = (known >= known.amax(dim=1, keepdim=True)) & (known > -torch.inf)
+    return (likeliest & (z >= largest[:, None])).any(dim=1)
+
+
+def _ids_and_label(targets: TargetEntries) -> Tensor:
+    """[n, K+1] token ids. The label replaces padding: it is excluded from the rest anyway."""
+    label = targets.labels[:, None]
+    return torch.cat([torch.where(targets.valid, targets.ids, label), label], dim=1)

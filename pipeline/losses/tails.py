@@ -1,64 +1,57 @@
-"""What a loss makes of the mass that the entries leave out.
+"""Tail policies: how a loss treats the teacher's probability outside the exact entries.
 
-The teacher gives K entries and a residual mass m; the student gives K+2 numbers of its V logits: the entries' logits,
-the label's, and the log-sum-exp of everything else. A **tail policy** says what becomes of m.
+The teacher gives K entries and the tail mass m; the student gives K+2 numbers from its V logits (`StudentValues`).
 
-**Unbiased: a weighted sample stands for the whole distribution.** For everything linear in p, such as the forward KL:
+Unbiased policies estimate anything linear in p, such as the forward KL, with weighted tokens of the tail:
 
-    sampled       the sampled entries of the cache, with their weights w. Σ w_i f(i) is Σ p_i f(i) on average.
-    realized      text that the teacher itself wrote at temperature 1: where the next token is no exact entry it is a
-                  draw from the tail, and gets weight 1. Costs no bytes; wrong on any other text.
+    sampled       the cache's sampled entries with their weights w: E[Σ w_i f(i)] = Σ p_i f(i).
+    realized      for text that the teacher wrote at temperature 1: uses the observed token as a one-draw sample of the
+                  tail, with weight 1, if it is not an exact entry. Costs no bytes; wrong on any other text.
 
-**Classes: both sides are seen through K+1 classes**, exact entries first, one class for the tail last. Two
-distributions that any divergence may compare; sampled entries are left out of these:
+The others compare two distributions over K+1 classes, the exact entries and the tail, and ignore sampled entries:
 
     bucket        the rest of the vocabulary is one class with teacher mass m. A lower bound of the full KL.
-    renormalise   entries only, both sides rescaled to sum to one. Biased: it ignores the student's mass elsewhere.
-    label         m goes to the true token: KL(p′‖q) over the whole vocabulary with p′ = entries + m·onehot(label).
+    renormalise   exact entries only, both sides rescaled to sum to one. Biased: ignores the student's mass elsewhere.
+    label         m goes to the true token: KL(p′‖q) over the vocabulary with p′ = entries + m·onehot(label).
 
-Entries come from an 8-bit codebook, so they and m sum to one only nearly; the teacher side is always rescaled to
-sum to exactly one, which makes every KL here non-negative and zero where student and teacher agree.
-
-**Temperature.** A cache that was captured at T holds p at T, and a sample drawn at T is of no use at another: refused.
-Exact entries of a cache captured at 1 can be tempered. At T the entries become p_i^(1/T), exactly; of the tail only the
-mass is known, and `tempered_tail` says what is made of it. Against SmolLM2's own tempered softmax at K = 64 and T = 2
-that is off by .007 nats of KL, where an even spread of the mass is off by .12 and one token with all of it by 1.6
-(`benchmarks/results/temperature.md`).
+Entries are stored in 8 bits, so the teacher's side is rescaled to sum to one: KL ≥ 0, and 0 where both agree. Exact
+entries captured at temperature 1 can be tempered (`tempered_tail`); samples, and entries captured at T ≠ 1, cannot.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.entries import TargetEntries
 
 TailPolicy = Literal["sampled", "realized", "bucket", "renormalise", "label"]
 TAIL_POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)
 UNBIASED: tuple[TailPolicy, ...] = ("sampled", "realized")
 
+Entries = TypeVar("Entries", bound=TargetEntries)
 
 ABSENT = -1e30
-"""Logit of a class that is not there. Finite, so that no gradient is ever inf − inf; its exp is exactly zero."""
+"""Logit of a class that does not exist. Finite, so no gradient is ever inf − inf; its exp is exactly zero."""
 
 TAIL_SURPRISE = 0.3
-"""Where the mean −log p of a tail lies between its least and its largest: .25 to .54 measured, see `tempered_tail`."""
+"""Where the mean −log p of a tail lies between its bounds: 0.25 to 0.54 measured, see `tempered_tail`."""
 
 UNDERFLOW_NATS = 69.0
-"""How far below the largest logit `StudentValues.rest` may fall: exp(-69) = 1e-30 is still a divisor in float32."""
+"""How far `StudentValues.rest` may fall below the largest logit: exp(-69) = 1e-30 is still a divisor in float32."""
 
 
 class StudentValues(NamedTuple):
-    """All a sparse loss needs of the student's V logits at n positions, at one temperature (logits divided by T).
+    """What a sparse loss reads of the student's V logits at n positions, at one temperature (logits divided by T).
 
     entries: [n, K] logits at the target ids; `ABSENT` where padded.
-    label:   [n] logit of the label if it is not among the entries, else `ABSENT`.
-    rest:    [n] log-sum-exp over all tokens that are neither, at least the largest logit − `UNDERFLOW_NATS`.
+    label:   [n] logit of the label if it is not an entry, else `ABSENT`.
+    rest:    [n] log-sum-exp over all other tokens, at least the largest logit − `UNDERFLOW_NATS`.
 
-    Three disjoint parts, so the tail's log-probability is `rest − lse`, never log(1 − Σq): as the student becomes
-    sure of itself the subtraction would lose every digit, and its gradient with it.
+    The parts are disjoint, so the tail's log-probability is `rest − lse`, never log(1 − Σq), which loses every digit,
+    and its gradient, as the student becomes certain.
     """
 
     entries: Tensor
@@ -76,36 +69,35 @@ class StudentValues(NamedTuple):
         return torch.logsumexp(torch.cat([self.entries, self.label[:, None], self.rest[:, None]], dim=1), dim=1)
 
 
-def entries_of(targets: TargetBatch, tail: TailPolicy, temperature: float) -> TargetBatch:
-    """The targets as a policy sees them: with or without the sampled entries.
+def entries_of(targets: Entries, tail: TailPolicy, temperature: float) -> Entries:
+    """The entries that a policy reads: with or without the sampled ones.
 
-    Raises: ValueError if they were captured at a temperature from which there is no way to this one.
+    Raises: ValueError if they were captured at another temperature and cannot be tempered to this one.
     """
     if temperature != targets.temperature and (tail in UNBIASED or targets.temperature != 1.0):
+        what = "a sample" if targets.temperature == 1.0 else "truncated targets"
         raise ValueError(
-            f"temperature {temperature} with targets captured at {targets.temperature}: "
-            + ("a sample" if targets.temperature == 1.0 else "their softmax")
-            + f" cannot be tempered again; use temperature={targets.temperature}, "
-            "or capture at the one you want (cache-teacher --temperature)"
+            f"`temperature` {temperature}: the targets were captured at temperature {targets.temperature}, and {what} "
+            f"cannot be tempered afterwards. Use `temperature={targets.temperature}`, or cache with "
+            f"`temperature={temperature}`."
         )
     return targets if tail == "sampled" else targets.exact
 
 
-def weights(targets: TargetBatch, tail: TailPolicy) -> tuple[Tensor, Tensor]:
-    """Weights of the entries [n, K] and of the label [n] (where it is no entry) under an unbiased policy."""
-    entries = targets.logprobs.exp()
-    realized = torch.full_like(targets.residual_logprob, float(tail == "realized"))
-    return entries, realized
+def weights(targets: TargetEntries, tail: TailPolicy) -> tuple[Tensor, Tensor]:
+    """Weights of the entries [n, K], and of the label [n] where it is not an entry, under an unbiased policy."""
+    label = torch.full_like(targets.residual_logprob, float(tail == "realized"))
+    return targets.logprobs.exp(), label
 
 
-def teacher_classes(targets: TargetBatch, tail: TailPolicy, temperature: float, vocab_size: int) -> Tensor:
+def teacher_classes(targets: TargetEntries, tail: TailPolicy, temperature: float, vocab_size: int) -> Tensor:
     """Teacher log-probabilities [n, K+1] under a tail policy, normalised; the last class is the tail (or the label)."""
     temperature = temperature / targets.temperature
     logprobs, rest = targets.logprobs, targets.residual_logprob
     if tail == "renormalise":
         rest = torch.full_like(rest, -torch.inf)
     elif tail == "label":
-        # m joins the label's own entry where it has one; otherwise it is the last class.
+        # m is added to the label's entry if it has one; otherwise it is the last class.
         is_label = (targets.ids == targets.labels[:, None]) & targets.valid
         logprobs = torch.where(is_label, torch.logaddexp(logprobs, rest[:, None]), logprobs)
         rest = rest.masked_fill(is_label.any(dim=1), -torch.inf)
@@ -118,24 +110,27 @@ def teacher_classes(targets: TargetBatch, tail: TailPolicy, temperature: float, 
         else:
             rest = rest / temperature
     classes = torch.cat([logprobs, rest[:, None]], dim=1)
-    # clamp: a position without any class (renormalise, no entries) stays all -inf instead of NaN.
+    # clamp: at a position without classes (renormalise, no entries) all stay -inf instead of NaN.
     return classes - torch.logsumexp(classes, dim=1, keepdim=True).clamp(min=ABSENT)
 
 
 def tempered_tail(rest: Tensor, smallest: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log M = log Σ p^s, s = 1/T, over a tail of which the mass, the number of tokens and an upper bound are known.
+    """[n] estimate of log M = log Σ p^s, s = 1/T, over the tail, whose probabilities are not stored.
 
-    log M is convex in s, log n at s = 0 and log m at s = 1, where its slope is −S with S the mean of −log p over the
-    tail. S is at least −log of the smallest entry, as none in the tail is above it, and at most log(n/m), that of an
-    even spread. A parabola through both points with S at `TAIL_SURPRISE` of that range is closer than one with the S
-    that follows from the stored entropy, whose rounding is divided by m. For T < 1 it ends at the bounds on M.
+    log M is convex in s; it is log n at s = 0 and log m at s = 1, where its slope is −S, S the mean of −log p over the
+    tail. S is at least −log of the smallest entry, since no token of the tail is above it, and at most log(n/m), that
+    of an even spread. The estimate is a parabola through both points with S at `TAIL_SURPRISE` of that range, clamped
+    to the bounds on M. An S derived from the stored entropy is worse: the entropy's rounding error is divided by m.
+
+    Error against SmolLM2's own tempered softmax at K = 64, T = 2: 0.007 nats of KL; an even spread has 0.12, a single
+    token with all of m has 1.6 (`benchmarks/results/temperature.md`).
 
     Args:
-        rest: [n] log m. smallest: [n] log-probability of the smallest exact entry; 0 where there is none.
-        tokens: [n] how many tokens the tail has.
+        rest: [n] log m. smallest: [n] log-probability of the smallest exact entry, 0 if there is none.
+        tokens: [n] number of tokens in the tail.
     """
     s, log_n = 1.0 / temperature, tokens.log()
-    log_m = rest.masked_fill(rest.isneginf(), 0.0)  # no tail: see the end
+    log_m = rest.masked_fill(rest.isneginf(), 0.0)  # an empty tail: see the last line
     most = log_n - log_m
     least = torch.minimum(torch.maximum(-log_m, -smallest), most)
     surprise = least + TAIL_SURPRISE * (most - least)
@@ -155,12 +150,12 @@ def student_classes(student: StudentValues, tail: TailPolicy) -> Tensor:
 
 
 def distributions(
-    targets: TargetBatch, student: StudentValues, tail: TailPolicy, temperature: float, vocab_size: int
+    targets: TargetEntries, student: StudentValues, tail: TailPolicy, temperature: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Teacher's and student's log-probabilities over the classes of a policy, each summing to one: [n, C].
+    """Teacher's and student's log-probabilities over the classes of a policy: two distributions [n, C].
 
-    C is K+1, and K+2 under `label`: there the K+1 classes leave out tokens on which the student has mass and p′ none,
-    which the forward KL never looks at and every other divergence does.
+    C is K+1, and K+2 under `label`, whose last class holds the tokens on which the student has mass and p′ has none.
+    The forward KL does not depend on it, every other divergence does.
     """
     log_p = teacher_classes(targets, tail, temperature, vocab_size)
     log_q = student_classes(student, tail)

@@ -1,47 +1,124 @@
 """Universal logit distillation: sorted probabilities against sorted probabilities, for vocabularies that differ.
 
-    D = Σ_i |p₍ᵢ₎ − q₍ᵢ₎|        p₍₁₎ ≥ p₍₂₎ ≥ …, the shorter vector filled up with zeros
+    D = Σ_i |p₍ᵢ₎ − q₍ᵢ₎|        p₍₁₎ ≥ p₍₂₎ ≥ …, the shorter vector padded with zeros
 
-(Boizard et al., 2024, https://arxiv.org/abs/2402.12030.) It asks how sure the teacher is, and of how many tokens, never
-which: no token of one vocabulary has to have a like in the other. Of the teacher K probabilities and the mass m of the
-rest are known, so the rest of both sides is one term, |m − Σ_{i>K} q₍ᵢ₎|: a lower bound of D, and D itself with K = V.
+(Boizard et al., 2024, https://arxiv.org/abs/2402.12030.) It compares how certain both models are, and between how many
+tokens, not which tokens; so no token needs a counterpart in the other vocabulary. K probabilities of the teacher and
+its tail mass m are known, so the tail of both sides is one term, |m − Σ_{i>K} q₍ᵢ₎|: a lower bound of D, and D itself
+with K = V.
 
-Needs the K largest of the student's V probabilities, so logits are built, a chunk of positions at a time, and again in
-the backward pass: memory chunk·V, no fused twin.
+Cost on top of a sparse loss: a softmax and its backward pass over the V logits of a chunk, and the selection of the K
+largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.losses.divergence_sum import FORWARD_KL, Mixture, soft_losses
-from pipeline.losses.fused import CHUNK_POSITIONS, HeadOutput
+from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
+from pipeline.losses.entries import TargetEntries
 from pipeline.losses.reference import student_values
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.sparse_targets import SparseTargetBatch, agreement
+from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import entries_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SortedTargets:
-    """A teacher's probabilities at N positions, whichever tokens they are of.
+    """A teacher's probabilities at N positions of a student with another tokenizer, whichever tokens they are of.
 
     Attributes:
         logprobs: [N, K] float, descending; -inf where there are fewer.
-        residual_logprob: [N] float, log of the mass outside of them.
-        aligned: [N] bool, false where there is no teacher: D is 0.
+        residual_logprob: [N] float, log of the tail mass.
+        aligned: [N] bool, false where no position of the teacher ends at the same place in the text: D is 0.
+        entries: labels, and the entries that have a counterpart in the student's vocabulary, for the reported KL.
     """
+
+    CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.CHUNK_POSITIONS
 
     logprobs: Tensor
     residual_logprob: Tensor
     aligned: Tensor
+    entries: TargetEntries
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64, `IGNORE_INDEX` outside the loss mask."""
+        return self.entries.labels
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[N] bool, true for loss tokens."""
+        return self.entries.loss_mask
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
     def __getitem__(self, index: slice | Tensor) -> SortedTargets:
-        return SortedTargets(self.logprobs[index], self.residual_logprob[index], self.aligned[index])
+        return SortedTargets(
+            logprobs=self.logprobs[index],
+            residual_logprob=self.residual_logprob[index],
+            aligned=self.aligned[index],
+            entries=self.entries[index],
+        )
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> SortedTargets:
+        """Moves all tensors to `device`, and converts the floats to `dtype`."""
+        return SortedTargets(
+            logprobs=self.logprobs.to(device, dtype, non_blocking=non_blocking),
+            residual_logprob=self.residual_logprob.to(device, dtype, non_blocking=non_blocking),
+            aligned=self.aligned.to(device, non_blocking=non_blocking),
+            entries=self.entries.to(device, dtype, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> SortedTargets:
+        return SortedTargets(
+            logprobs=self.logprobs.pin_memory(),
+            residual_logprob=self.residual_logprob.pin_memory(),
+            aligned=self.aligned.pin_memory(),
+            entries=self.entries.pin_memory(),
+        )
+
+    def with_labels(self, labels: Tensor) -> SortedTargets:
+        return replace(self, entries=self.entries.with_labels(labels))
+
+    def prepare(self, loss: DistillLoss) -> SortedTargets:
+        """Without sampled entries. Raises: ValueError for entries captured at a temperature other than 1."""
+        return replace(self, entries=entries_of(self.entries, "bucket", 1.0))
+
+    def loss_and_dlogits(
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Targets`: (1 − kd_weight)·CE + kd_weight·D, and the KL of `entries` under `bucket`, which compares runs.
+
+        The other fields of the loss are not read. Every position must be a loss token.
+        """
+        entries = self.entries
+        z = logits.detach().requires_grad_(scale is not None)
+        with torch.set_grad_enabled(scale is not None), torch.autocast(logits.device.type, enabled=False):
+            ce = torch.nn.functional.cross_entropy(z, entries.labels, reduction="none")
+            total = ((1.0 - loss.kd_weight) * ce + loss.kd_weight * uld(z, self)).sum()
+            scaled = total if scale is None else total * scale
+        with torch.no_grad():
+            student = student_values(logits, entries)
+            kl, _ = soft_losses(entries, student, "bucket", 1.0, logits.shape[1], DivergenceSum.parse(FORWARD_KL))
+            agrees = agreement(entries, student.entries, logits.amax(dim=1))
+        count = torch.full((), len(ce), dtype=ce.dtype, device=ce.device)
+        sums = torch.stack([total, kl.sum(), ce.sum(), agrees.sum(dtype=ce.dtype), count]).detach()
+        if scale is None:
+            return sums, None
+        (d_logits,) = torch.autograd.grad(scaled, z)
+        return sums, d_logits
 
 
 def uld(student_logits: Tensor, targets: SortedTargets) -> Tensor:
@@ -49,54 +126,11 @@ def uld(student_logits: Tensor, targets: SortedTargets) -> Tensor:
     logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     given = (targets.logprobs > -torch.inf)[:, : logits.shape[1]]  # [N, K]
     p = targets.logprobs.to(logits.dtype).exp()
-    surplus = p[:, logits.shape[1] :].sum(dim=1)  # more entries than the student has tokens: against zeros
+    surplus = p[:, logits.shape[1] :].sum(dim=1)  # more entries than the student has tokens: compared with zeros
     p = p[:, : logits.shape[1]]
-    q = logits.softmax(dim=1).topk(p.shape[1], dim=1).values  # [N, K], descending; the gradient goes to where they are
+    q = logits.softmax(dim=1).topk(p.shape[1], dim=1).values  # [N, K], descending; its gradient reaches those tokens
     q = torch.where(given, q, 0.0)
     rest = targets.residual_logprob.to(logits.dtype).exp() - (1.0 - q.sum(dim=1))
-    # Where every token of the student has been compared, rest is the teacher's alone.
+    # Where every token of the student has been compared, `rest` is the teacher's alone.
     distance = (p - q).abs().sum(dim=1) + surplus + rest.abs()
     return torch.where(targets.aligned, distance, 0.0)
-
-
-def uld_head(
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets: TargetBatch,
-    sorted_targets: SortedTargets,
-    *,
-    kd_weight: float,
-    scale: float | Tensor = 1.0,
-    chunk_size: int = CHUNK_POSITIONS,
-) -> HeadOutput:
-    """Sums of (1 − α)·CE + α·D; `kl` is that of `targets` under `bucket`, so that runs can be compared by it.
-
-    Args:
-        hidden: [N, D] or [B, T, D] states. head: [n, D] → [n, V], cut to the student's real vocabulary.
-        targets: labels, and the teacher's entries as far as the student has the same tokens.
-        sorted_targets: of the same positions.
-    """
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    kept = targets.counted.nonzero().squeeze(1)
-    hidden, targets, sorted_targets = hidden[kept], entries_of(targets[kept], "bucket", 1.0), sorted_targets[kept]
-    mixture = Mixture.parse(FORWARD_KL)
-
-    def chunk_terms(states: Tensor, chunk: TargetBatch, ordered: SortedTargets) -> Tensor:
-        logits = head(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        chunk = chunk.to(dtype=logits.dtype)
-        ce = torch.nn.functional.cross_entropy(logits, chunk.labels, reduction="none")
-        loss = (1.0 - kd_weight) * ce + kd_weight * uld(logits, ordered)
-        with torch.no_grad():
-            kl, _ = soft_losses(chunk, student_values(logits, chunk), "bucket", 1.0, logits.shape[1], mixture)
-            likeliest = chunk.valid & (chunk.logprobs >= chunk.logprobs.amax(dim=1, keepdim=True))
-            agrees = (likeliest & (chunk.ids == logits.argmax(dim=1, keepdim=True))).any(dim=1)
-        count = torch.full((), len(ce), dtype=loss.dtype, device=loss.device)
-        return torch.stack([loss.sum(), kl.sum(), ce.detach().sum(), agrees.sum(dtype=loss.dtype), count])
-
-    total = torch.zeros(())
-    for start in range(0, max(1, len(hidden)), chunk_size):  # once at least, see general_head
-        here = slice(start, start + chunk_size)
-        terms = checkpoint(chunk_terms, hidden[here], targets[here], sorted_targets[here], use_reentrant=False)
-        total = terms if start == 0 else total + terms
-    return HeadOutput(total[0] * scale, *total[1:].detach().unbind())

@@ -1,16 +1,15 @@
-"""How much a position counts in the loss: all the same, or by how uncertain the teacher or the student is there.
+"""Weights of positions in the loss: uniform, or by the entropy of the teacher or the student.
 
     w = 1                        uniform
     w = H(teacher) / log V       teacher-entropy: of the full distribution, at the temperature of the cache
     w = H(student) / log V       student-entropy: at temperature 1, no gradient through it
 
-Both parts of a position's loss are multiplied by w, so α keeps its meaning. The sum is still divided by the number of
-counted positions, not by Σw: a weight is then a function of its position alone, and gradient accumulation and several
-processes give what one batch gives, exactly. The loss gets smaller by the mean of w, which Adam divides out again; with
-plain SGD raise the learning rate by as much.
+w multiplies both parts of a position's loss, so α keeps its meaning. The sum is divided by the number of loss tokens,
+not by Σw: a weight then depends on its position alone, and gradient accumulation and several processes give exactly
+what one batch gives. The loss is smaller by the mean of w, which Adam cancels; with plain SGD raise the learning rate.
 
-Costs nothing for the teacher's entropy, which is in the cache, and one more pass over the V logits for the student's.
-Su et al., 2023, weight by the entropy of both: https://arxiv.org/abs/2311.13621.
+Cost: none for the teacher's entropy, which is in the cache; one more pass over the V logits for the student's.
+Source: Su et al., 2023, weight by the entropy of both, https://arxiv.org/abs/2311.13621.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ POSITION_WEIGHTINGS: tuple[PositionWeighting, ...] = get_args(PositionWeighting)
 
 
 def check_weighting(weighting: str) -> None:
-    """Raises: ValueError if there is no such weighting."""
+    """Raises: ValueError for an unknown weighting."""
     if weighting not in POSITION_WEIGHTINGS:
-        raise ValueError(f"position_weighting {weighting}: expected one of {', '.join(POSITION_WEIGHTINGS)}")
+        raise ValueError(f"`position_weighting` {weighting}: expected one of {', '.join(POSITION_WEIGHTINGS)}.")
 
 
 def position_weight(entropy: Tensor, vocab_size: int) -> Tensor:
-    """[n] H / log V of entropies [n] in nats, from 0 to 1; a teacher without a known entropy stays NaN."""
+    """[n] H / log V from entropies H [n] in nats, between 0 and 1; NaN where the entropy is unknown."""
     return (entropy.detach() / math.log(max(2, vocab_size))).clamp(0.0, 1.0)
 
 
 @torch.no_grad()
 def entropy_of_parts(others: Tensor, taken: Tensor) -> Tensor:
-    """[n] entropy of the softmax whose unnormalised probabilities are exp(z − max z) [n, V] and more of them [n, k]."""
+    """[n] entropy of the softmax with unnormalised probabilities exp(z − max z): `others` [n, V] and `taken` [n, k]."""
     total = others.sum(dim=1) + taken.sum(dim=1)
-    # entr(e) = −e·log e = −e·(z − max z), and 0 where e has underflowed, as it should be.
+    # entr(e) = −e·log e = −e·(z − max z), and 0 where e has underflowed.
     return total.log() + (torch.special.entr(others).sum(dim=1) + torch.special.entr(taken).sum(dim=1)) / total

@@ -1,17 +1,15 @@
 """Hidden states and the vocabulary head as two steps, for any language model of transformers, causal or masked.
 
-A forward pass of `…ForCausalLM` ends in logits [B, T, V]: at V = 128k and 8k positions that is 4 GB in fp32, and the
-largest tensor of either stage. Both stages instead take the last hidden states [B, T, D] of its body (decoder, or
-encoder of a masked model) and run the head on a chunk of positions at a time.
+A forward pass of `…ForCausalLM` ends in logits [B, T, V]: at V = 128k and 8k positions 4 GB in fp32, the largest tensor
+of either stage. Both stages take the last hidden states [B, T, D] of the body instead (decoder, or encoder of a masked
+model) and run the head on a chunk of positions at a time, in one of two ways:
 
-Two ways to run a head:
+    linear    logits = hidden @ weight.T + bias, if the model does nothing else; the fused loss needs this form
+    own       the model's own `forward` with its body replaced by the given states, so that soft-capping, scaling or
+              the transform of a BERT are computed by the model's own code
 
-    linear    logits = hidden @ weight.T + bias, when the model does nothing else. The fused loss needs this form.
-    own       the model's own `forward` with its body replaced by the given states: whatever the architecture does to
-              its logits (soft-capping, scaling, the transform of a BERT) is done by its own code.
-
-`open_head` does not guess from class names: it tries both against the model's own logits on a few positions, small
-logits and large, and takes the linear one if it agrees, the other if not, and refuses to go on if neither does.
+`open_head` tests both against the model's own logits instead of deciding by class name. `head_export` writes a head to
+a cache, `teacher_head` computes with one that was read from a cache.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ class Head:
     """The vocabulary head of `model`, cut to the tokenizer's real vocabulary.
 
     Attributes:
-        linear: whether `weight` and `bias` are all there is to it.
-        vocab_size: V; rows of the embedding matrix beyond it are padding.
-        masked: whether the model sees both sides of a token.
+        linear: the head is `weight` and `bias` and nothing else.
+        vocab_size: V; rows of the output matrix beyond it are padding.
+        masked: the model is a masked language model, which attends to both sides of a token.
     """
 
     model: PreTrainedModel
@@ -61,36 +59,37 @@ class Head:
 
     @property
     def device(self) -> torch.device:
-        """Where logits are computed."""
+        """Where the logits are computed."""
         return compute_device(self.model.get_output_embeddings())
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, T], [B, T] → [B, T, D]: what the head is applied to.
+        """[B, T], [B, T] → [B, T, D]: the states that the head is applied to.
 
-        Packed documents are kept apart by position ids that restart at 0, from which transformers builds a
-        block-diagonal mask; that holds only without an attention mask and without a key-value cache. A masked model
-        has one document per row, numbers positions as it was trained to, and must not see the padding.
+        Packed documents are kept apart by position ids that restart at 0: transformers builds a block-diagonal mask
+        from them, but only without an attention mask and without a key-value cache. A masked model has one document
+        per row, counts positions itself, and must not attend to padding.
 
         Args:
-            attention_mask: [B, T] int64, 1 but for padding; for masked models, default: nothing is padding.
+            attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used for masked models only. Default: all 1.
         """
         return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
 
     def states(
         self, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """`hidden_states`, and those of some layers [B, T, D]: 0 the embeddings' output, i that of layer i.
+        """`hidden_states`, and the states [B, T, D] of some layers: 0 is the embeddings' output, i that of layer i.
 
-        The last layer's are what the head is applied to, with the norm that follows it in most architectures.
+        The last layer's states are those that the head is applied to, after the final norm that most models have.
         """
         inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
         output = _body(self.model)(**inputs, output_hidden_states=True)
         return output[0], {layer: output.hidden_states[layer] for layer in layers}
 
     def layers(self) -> tuple[int, int]:
-        """L, the number of the last layer, and D, the width of all their states.
+        """The number of layers L, which is the number of the last one, and the width D of their states.
 
-        Raises: ModelError if the model does not give its layers' states as `states` takes them to be.
+        Raises:
+            ModelError: the model does not return the states of its layers in the form that `states` expects.
         """
         device = self.device
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
@@ -101,15 +100,17 @@ class Head:
         widths = {tuple(each.shape) for each in found}
         if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
             raise ModelError(
-                f"{type(self.model).__name__} does not give the hidden states of its layers as other models do "
-                f"({len(found)} of shapes {sorted(widths)}): features cannot be distilled from or into it."
+                f"{type(self.model).__name__}: found {len(found)} hidden states of shapes {sorted(widths)}, expected "
+                "one of the same shape for each layer, the last being the head's input. Hidden states of this model "
+                "can be neither stored nor matched."
             )
         return len(found) - 1, found[-1].shape[-1]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, D] → [n, V], in the dtype the model computes them in.
+        """[n, D] → [n, V], in the dtype that the model computes them in.
 
-        `out`: [≥n, V] of that dtype to write into; used if the head is linear and no gradient is asked for.
+        Args:
+            out: buffer [≥n, V] of that dtype to write into; used only by a linear head, and without gradients.
         """
         if not self.linear:
             return self.own_logits(hidden)
@@ -122,52 +123,52 @@ class Head:
         )
 
     def own_logits(self, hidden: Tensor) -> Tensor:
-        """`logits` by the model's own forward, its body replaced by `hidden`."""
+        """`logits` from the model's own forward pass, with its body replaced by `hidden`."""
         with _body_returning(self.model, hidden[None]):
             dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-            # The class's forward: on a student in training the instance's is the loss, which calls this.
+            # The forward of the class: that of a student in training is replaced by the loss, which calls this method.
             output = type(self.model).forward(self.model, input_ids=dummy, use_cache=False)
             return output.logits[0, :, : self.vocab_size]
 
 
 def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) -> Head:
-    """Finds the way to run the model's head that reproduces the model's own logits.
+    """The head of `model`, run in the first of the two ways that reproduces the model's own logits.
 
     Args:
-        masked: whether the model is a masked language model.
+        masked: the model is a masked language model.
 
     Raises:
-        ModelError: neither way does, or the model has fewer output rows than the vocabulary has tokens.
+        ModelError: neither way reproduces them, they are not finite, or the model has no output row for some token.
     """
     name = type(model).__name__
     output = model.get_output_embeddings()
     if output is None:
-        raise ModelError(f"{name} has no output embeddings: only models with a language-modelling head can be used")
+        raise ModelError(f"{name} has no output embeddings: expected a language-modelling head. Use another model.")
     if output.weight.shape[0] < vocab_size:
         raise ModelError(
-            f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}: "
-            "they do not belong together. Use a model and a cache of the same tokenizer."
+            f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}. Use a model and a "
+            "tokenizer (or cache) that belong together."
         )
     if masked and "attention_mask" not in inspect.signature(_body(model).forward).parameters:
-        raise ModelError(f"{name} takes no attention mask, so it cannot tell text from padding. Use another model.")
+        raise ModelError(f"{name} takes no attention mask, so it would attend to padding. Use another model.")
     device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     with evaluating(model), torch.no_grad():
-        # Twice, the second time with large logits: soft-capping leaves the small ones of a new student alone.
+        # Small and large logits: soft-capping does not change the small ones of a randomly initialised student.
         inputs = _inputs(masked, ids, positions, None)
         quiet = _logits_of_amplified_states(model, inputs, 1.0)[:, :vocab_size]
         if not quiet.isfinite().all():
             raise ModelError(
-                f"{name}: its logits hold NaN or infinity: its weights are damaged, or too large for "
-                f"{str(quiet.dtype).removeprefix('torch.')}. Use another dtype or checkpoint."
+                f"{name}: its logits contain NaN or infinity: the weights are damaged, or too large for "
+                f"{str(quiet.dtype).removeprefix('torch.')}. Use another `dtype` or checkpoint."
             )
         factor = LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)
         loud = _logits_of_amplified_states(model, inputs, factor)[:, :vocab_size]
         worst = {}
         hidden = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked).hidden_states(ids, positions)[0]
-        # The decoder of an ELECTRA takes states of another width than its body gives.
+        # The output matrix of an ELECTRA takes states of another width than its body returns.
         may_be_linear = isinstance(output, nn.Linear) and output.weight.shape[1] == hidden.shape[-1]
         for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size, masked=masked)
@@ -186,10 +187,13 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
 
 
 def check_packing(model: PreTrainedModel, head: Head) -> None:
-    """Raises `ModelError` if documents packed into one row can see one another in this model.
+    """Check that documents packed into one row do not attend to each other.
 
-    The second document must be what it is alone, and the same whatever the first is; the latter to the last bits in any
-    dtype, since nothing but the first document changes.
+    The states of the second document must be those it has alone, and must not depend on the first document. The second
+    comparison is strict in any dtype: only the tokens of the first document change.
+
+    Raises:
+        ModelError: they do attend to each other.
     """
     device = head.device
     generator = torch.Generator().manual_seed(1)
@@ -204,13 +208,17 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
         off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
         if not off <= allowed:
             raise ModelError(
-                f"{type(model).__name__}: a document packed behind another one changes by {off:.2g} "
-                f"(allowed {allowed:.2g}), so they attend to one another. Use --no-packing."
+                f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it "
+                "is packed behind another one, so they attend to one another. Use `packing=False`."
             )
 
 
 def check_padding(model: PreTrainedModel, head: Head) -> None:
-    """Raises `ModelError` if a document's states in this masked model depend on what pads its row."""
+    """Check that a document's states in a masked model do not depend on the padding of its row.
+
+    Raises:
+        ModelError: they do.
+    """
     device = head.device
     generator = torch.Generator().manual_seed(1)
     document, padding = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 5))
@@ -224,14 +232,15 @@ def check_padding(model: PreTrainedModel, head: Head) -> None:
         off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
         if not off <= allowed:
             raise ModelError(
-                f"{type(model).__name__}: a document changes by {off:.2g} (allowed {allowed:.2g}) when its row "
-                "is padded, so it sees the padding: rows of different lengths cannot share a batch. Use another model."
+                f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when "
+                "its row is padded, so it sees the padding: rows of different lengths cannot share a batch. Use "
+                "another model."
             )
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, the mode before it afterwards."""
+    """Evaluation mode inside the block; the model's own mode is restored after it."""
     training = model.training
     model.eval()
     try:
@@ -245,7 +254,7 @@ def _body(model: PreTrainedModel) -> nn.Module:
 
 
 class _StatesOnly(BaseModelOutputWithPast):
-    """A body's output of which only the states are there: what else an architecture may look for in it is None."""
+    """Output of a body that has hidden states only; every other attribute that a head may look up is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -253,12 +262,12 @@ class _StatesOnly(BaseModelOutputWithPast):
 
 
 class _Returning(nn.Module):
-    """In the place of `body`: gives `hidden`, and whatever else of the body a head refers to."""
+    """Replaces `body`: returns `hidden`, and passes on every other attribute that a head may look up."""
 
     def __init__(self, hidden: Tensor, body: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
-        object.__setattr__(self, "body", body)  # no submodule: it stays where it is
+        object.__setattr__(self, "body", body)  # not registered as a submodule, so that it is neither moved nor saved
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -282,16 +291,16 @@ def _body_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
 
 
 def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-    """What a model's forward takes; see `Head.hidden_states`."""
+    """Arguments of a body's forward pass; see `Head.hidden_states`."""
     if not masked:
         return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-    # No position ids: RoBERTa's begin at its padding token's id + 1, and every model knows its own.
+    # No position ids: those of RoBERTa start at its padding token's id + 1, and every model computes its own.
     everything = torch.ones_like(input_ids)
     return {"input_ids": input_ids, "attention_mask": everything if attention_mask is None else attention_mask}
 
 
 def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> Tensor:
-    """The model's own logits [T, ≥V] for one sequence, the states between body and head multiplied by `factor`."""
+    """The model's own logits [T, ≥V] for one sequence, with the head's input multiplied by `factor`."""
 
     def amplify(_: nn.Module, __: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
         output["last_hidden_state"] = output[0] * factor
@@ -305,10 +314,10 @@ def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], 
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
-    """The largest difference."""
+    """The largest absolute difference, in fp32."""
     return (found.float() - expected.float()).abs().max().item()
 
 
 def tolerance(expected: Tensor, *, roundings: int) -> float:
-    """So many roundings of the largest value in the dtype it was computed in; fp32 products need some slack."""
+    """`roundings` rounding errors of the largest value in its dtype, and at least 64e-6, as fp32 products need."""
     return max(roundings * torch.finfo(expected.dtype).eps, 64e-6) * max(1.0, expected.abs().max().item())

@@ -1,67 +1,115 @@
-"""Loading language models and tokenizers: a transformers directory, a hub name, an adapter, or a `.gguf` file.
+"""Loading language models and tokenizers from a name, a path or an object, and the fingerprints of what was loaded.
 
-Remote code stays off unless asked for. A GGUF file is dequantised by transformers into a plain model.
+    a transformers directory, a hub name, a .gguf file        loaded; GGUF weights are dequantised by transformers
+    the directory of an adapter                               loaded and merged into its base model
+    a loaded model or tokenizer                               used as it is
+
+Code that comes with a model runs only with `trust_remote_code`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.adapters import base_of, with_adapter
+from pipeline.models.adapters import with_adapter
 from pipeline.models.objective import NAMES, Objective, auto_class
-from pipeline.models.placement import begin_tensor_parallel, check_split, named_tensors, parse_device_map, place_of
+from pipeline.models.paths import adapter_base, locate_model
+from pipeline.models.placement import (
+    begin_tensor_parallel,
+    check_split,
+    compute_device,
+    computing_devices,
+    named_tensors,
+    parse_device_map,
+    place_of,
+)
+
+Model = str | os.PathLike[str] | PreTrainedModel  # a name, a path, or a model that is loaded already
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
-UNSAID = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # of a configuration, by its fingerprint
+# Parts of a configuration that do not change what a model computes.
+NOT_FINGERPRINTED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 # What transformers raises for files that are missing, damaged or of another kind.
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model.
+def model_name(model: Model) -> str:
+    """The name to record and to show: of a loaded model where it came from, else its class.
 
     Raises:
+        ConfigError: neither a name, nor a path, nor a model of transformers.
+    """
+    if isinstance(model, PreTrainedModel):
+        return getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    merge = " Merge the adapter first: model.merge_and_unload()." if hasattr(model, "merge_and_unload") else ""
+    raise ConfigError(
+        f"found a {type(model).__name__}, expected the name or path of a model, or a loaded transformers model.{merge}"
+    )
+
+
+def load_tokenizer(
+    source: Model | PreTrainedTokenizerBase, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a named model; a tokenizer that is given as an object is returned.
+
+    Raises:
+        ConfigError: a loaded model, which has no tokenizer with it.
         ModelError: there is none, or it cannot be read.
     """
-    source, options = _source(name)
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    name = model_name(source)
+    if isinstance(source, PreTrainedModel):
+        raise ConfigError(
+            f"`tokenizer`: found none, expected one because {name} is given as a loaded model. Pass its tokenizer, "
+            "for example AutoTokenizer.from_pretrained(NAME)."
+        )
+    place, gguf_file = locate_model(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **_gguf(gguf_file)}
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **options)
+        return AutoTokenizer.from_pretrained(place, **options)
     except UNREADABLE as error:
         raise ModelError(
             f"{name}: its tokenizer cannot be loaded: {reason(error)}. Check the path, and the tokenizer's files there."
         ) from error
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig | None:
-    """The configuration of a model, of an adapter that of its base.
+def load_config(
+    model: Model, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig | None:
+    """The configuration of a model; for an adapter, that of its base model.
 
-    None for a .gguf file, which is known only once it is loaded.
+    None for a .gguf file, whose configuration is known only once it is loaded.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    if (base := base_of(name)) is not None:
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    name = model_name(model)
+    if (base := adapter_base(name)) is not None:
         return load_config(base, trust_remote_code=trust_remote_code)
-    source, options = _source(name)
-    if options:
+    place, gguf_file = locate_model(name)
+    if gguf_file is not None:
         return None
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
         raise ModelError(
             f"{name}: its configuration cannot be read: {reason(error)}. Check its config.json, or the name."
@@ -69,56 +117,73 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def load_model(
-    name: str,
+    model: Model,
     *,
     objective: Objective = "causal",
     dtype: str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device_map: str | None = None,
     tensor_parallel: bool = False,
 ) -> PreTrainedModel:
-    """A language model on `device`, in evaluation mode; an adapter is merged into its base model.
+    """A language model in evaluation mode; an adapter is merged into its base model.
+
+    A model that is given as an object is returned itself. It is moved or converted only for an explicit `device` or
+    `dtype`. The caller restores its mode.
 
     Args:
-        objective: what it was trained to predict, which decides the class that it is loaded as.
-        dtype: "auto" is float32 on a CPU (faster there and exact) and the checkpoint's own dtype elsewhere.
-        device_map: spread over several devices, CPU and disk instead: a strategy of accelerate, or a JSON file.
-        tensor_parallel: split over the processes of torchrun instead.
+        objective: what the model was trained to predict; decides the class that it is loaded as.
+        dtype: "auto" keeps the dtype of an object; otherwise it is float32 on a CPU (faster there, and exact) and the
+            checkpoint's dtype elsewhere.
+        device: None is the CPU and "auto" the first accelerator there is; both leave an object where it is.
+        device_map: spread the model over devices, CPU and disk: a strategy of accelerate, or a JSON file.
+        tensor_parallel: split every layer over the processes of torchrun.
 
     Raises:
-        ModelError: it cannot be found, read, or is not a language model of this kind.
+        ModelError: it cannot be found or read, or is not a language model of this kind.
+        ConfigError: an option does not go with this model.
     """
-    if (base := base_of(name)) is not None:
+    name = model_name(model)
+    if isinstance(model, PreTrainedModel):
+        if device_map is not None or tensor_parallel:
+            option = "`tensor_parallel`" if tensor_parallel else f"`device_map` {device_map}"
+            raise ConfigError(
+                f"{option}: {name} is loaded already, expected a model to load. Leave the option out, or give the "
+                "model's name or path."
+            )
+        return _prepared(model, name, objective, dtype, None if device == "auto" else device)
+    device = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
+    if (base := adapter_base(name)) is not None:
         if device_map is not None or tensor_parallel:
             raise ConfigError(
                 f"{name}: an adapter, which is merged into its base model on one device. Merge and save it first, or "
-                "leave out --device-map and --tensor-parallel."
+                "leave out `device_map` and `tensor_parallel`."
             )
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         try:
-            model = load_model(base, objective=objective, **options)
+            merged = load_model(
+                base, objective=objective, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
         except ModelError as error:
             raise ModelError(f"{name}: an adapter to {base}, which cannot be loaded: {error}") from error
-        return with_adapter(model, name).eval()
-    source, options = _source(name)
-    device = torch.device(device)
+        return with_adapter(merged, name).eval()
+    place, gguf_file = locate_model(name)
+    options: dict[str, Any] = _gguf(gguf_file)
     folder = None
     if tensor_parallel:
         check_split(name, load_config(name, revision=revision, trust_remote_code=trust_remote_code))
         options["distributed_config"] = begin_tensor_parallel(device)
     elif device_map is not None:
-        # For what has to be converted before it can be left on disk; a safetensors checkpoint is read where it lies.
+        # Only weights that have to be converted are written here; those of a safetensors file are read in place.
         folder = tempfile.TemporaryDirectory(prefix="distill-offload-")
         options |= {"device_map": parse_device_map(device_map), "offload_folder": folder.name}
     try:
-        model, found = auto_class(objective).from_pretrained(
-            source,
+        loaded, info = auto_class(objective).from_pretrained(
+            place,
             dtype=resolve_dtype(dtype, device),
             revision=revision,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # to be named below
+            ignore_mismatched_sizes=True,  # reported below, with the missing ones
             output_loading_info=True,
             **options,
         )
@@ -127,85 +192,131 @@ def load_model(
             f"{name}: cannot be loaded as a {NAMES[objective]}: {reason(error)}. Check that it is one and complete."
         ) from error
     # transformers fills these with random numbers and goes on.
-    if random := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
+    if random := sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"]):
         raise ModelError(
-            f"{name}: {len(random)} of its weights are missing or of another shape than config.json says, such as "
+            f"{name}: {len(random)} of its weights are missing or differ in shape from config.json, such as "
             f"{random[0]}: expected all. Check that it is a {NAMES[objective]} and complete."
         )
-    if "gguf_file" in options:
-        # The tensors are plain by now; these leftovers make `save_pretrained` refuse them.
-        model.hf_quantizer = None
-        for config in (model.config, model.generation_config):
+    if gguf_file is not None:
+        # The weights are dequantised by now; these leftovers make `save_pretrained` refuse them.
+        loaded.hf_quantizer = None
+        for config in (loaded.config, loaded.generation_config):
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
     if folder is not None:
-        _check_tied(model, device_map)
-        weakref.finalize(model, folder.cleanup)  # it is there as long as the model
-    return (model if tensor_parallel or device_map is not None else model.to(device)).eval()
+        _check_tied(loaded, device_map)
+        weakref.finalize(loaded, folder.cleanup)  # the files are needed for as long as the model
+    return (loaded if tensor_parallel or device_map is not None else loaded.to(device)).eval()
+
+
+def _prepared(
+    model: PreTrainedModel, name: str, objective: Objective, dtype: str, device: torch.device | str | None
+) -> PreTrainedModel:
+    """A given model in evaluation mode, moved and converted where this is asked for."""
+    if model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name}: found a {type(model).__name__}, which has no vocabulary head, expected a {NAMES[objective]}. "
+            f"Load it with {auto_class(objective).__name__}."
+        )
+    device = resolve_device(device) if isinstance(device, str) else device
+    changes: dict[str, Any] = {}
+    if dtype != "auto":
+        changes["dtype"] = resolve_dtype(dtype, device or compute_device(model.get_output_embeddings()))
+        if all(tensor.dtype == changes["dtype"] for tensor in model.parameters()):
+            del changes["dtype"]
+    if _is_spread(model):
+        if device is not None and device not in computing_devices(model, device):
+            raise ConfigError(f"`device` {device}: {name} is spread over several devices already. Leave it out.")
+    elif device is not None:
+        changes["device"] = device
+    try:
+        return (model.to(**changes) if changes else model).eval()
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # a quantised model, or one without values
+        asked = " and ".join(f"`{option}` {value}" for option, value in changes.items()).replace("torch.", "")
+        raise ConfigError(f"{asked}: {name} cannot be converted: {reason(error)}. Leave it out.") from error
+
+
+def _is_spread(model: PreTrainedModel) -> bool:
+    """Whether the parts of a model are on several devices, on disk, or in several processes."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    return len(places) > 1 or any(each.is_meta or isinstance(each, DTensor) for each in model.parameters())
+
+
+def _gguf(gguf_file: str | None) -> dict[str, Any]:
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
 
 
 def _check_tied(model: PreTrainedModel, device_map: str | None) -> None:
-    """What is one tensor cannot be kept in two places: the hooks would look for it in vain."""
+    """Raise ConfigError if a device map puts tied embeddings and head, one tensor, in two places."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if not getattr(model.config, "tie_word_embeddings", False) or None in ends:
         return
     places = [place_of(model, module) for module in ends]
     if places[0] != places[1]:
         raise ConfigError(
-            f"--device-map {device_map}: embedding and head are one tensor in this model, found places {places[0]} and "
-            f"{places[1]}. Give them the same."
+            f"`device_map` {device_map}: embedding and head are one tensor in this model, found places {places[0]} and "
+            f"{places[1]}. Give them the same place."
         )
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first of CUDA, MPS, CPU that is there."""
+def resolve_device(name: str, model: object = None) -> torch.device:
+    """A device by name. "auto" is the device of a loaded model, else the first of CUDA, MPS and CPU that is available.
+
+    Raises:
+        ConfigError: torch does not know the device, or it is not available.
+    """
     if name != "auto":
         try:
             device = torch.device(name)
         except RuntimeError as error:
             raise ConfigError(
-                f"--device {name}: not a device torch knows. Use auto, cpu, cuda, cuda:1 or mps."
+                f"`device` {name}: not a device that torch knows. Use auto, cpu, cuda, cuda:1 or mps."
             ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"--device {name}: torch sees no CUDA device here. Use --device auto or cpu.")
+            raise ConfigError(f"`device` {name}: torch sees no CUDA device here. Use `device=auto` or cpu.")
         return device
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        return compute_device(model.get_output_embeddings())
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """A dtype by name; "auto" as in `load_model`."""
+    """A dtype by name. "auto" is float32 on a CPU; elsewhere transformers takes the checkpoint's dtype."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name not in DTYPES:
-        raise ConfigError(f"--dtype {name}: not one of auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"`dtype` {name}: expected auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def teacher_fingerprints(model: PreTrainedModel) -> dict[str, str]:
-    """What tells one teacher from another wherever it lies: `weights_fingerprint` and `config_fingerprint`."""
+    """`weights_fingerprint` and `config_fingerprint`: which model this is, wherever its files are."""
     return {"weights_fingerprint": weights_fingerprint(model), "config_fingerprint": config_fingerprint(model)}
 
 
 def config_fingerprint(model: PreTrainedModel) -> str:
-    """sha256 of what a configuration says other than its kind's defaults: the same weights with another rope or window
-    are another teacher. Not of where it was found, nor of what saved it, in what dtype."""
-    text = json.dumps(_said(model.config.to_diff_dict()), sort_keys=True, default=str)
+    """sha256 of the settings that differ from the defaults of the model's type.
+
+    The same weights with other rotary embeddings or another attention window are another teacher. The path, the dtype
+    and the version that saved the model are left out.
+    """
+    text = json.dumps(_settings(model.config.to_diff_dict()), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _said(config: Any) -> Any:
+def _settings(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
-    return {k: _said(v) for k, v in config.items() if not k.startswith("_") and k not in UNSAID}
+    return {k: _settings(v) for k, v in config.items() if not k.startswith("_") and k not in NOT_FINGERPRINTED}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """sha256 over every tensor's name, shape, dtype and 1,024 evenly spaced values.
+    """sha256 of the name, shape, dtype and 1,024 evenly spaced values of every tensor.
 
-    A sample, so that a 70B teacher takes seconds: it tells checkpoints apart, and does not protect against someone who
-    edits single values.
+    A sample takes seconds even for a 70B model. It tells checkpoints apart; it does not detect that somebody edited
+    single values.
     """
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model):
@@ -218,37 +329,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error message without its full stop: what fits into one line of ours."""
+    """The first line of an error message, without its full stop."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__  # its own first line only names a validator
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__).rstrip(".")
-
-
-def check_model_path(name: str) -> None:
-    """Raises ModelError if `name` was clearly meant to be on this disk and is not a model there."""
-    _source(name)
-
-
-def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for a directory, a hub name or a .gguf file."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"{name}: no such file. Check the path.")
-        try:
-            import gguf  # noqa: F401
-        except ImportError as error:
-            raise ModelError(f"{name}: reading GGUF needs the gguf package: pip install 'distill[gguf]'") from error
-        return str(path.parent), {"gguf_file": path.name}
-    if path.exists():
-        if not (path / "config.json").is_file() and base_of(name) is None:
-            raise ModelError(
-                f"{name}: no config.json in it, expected a model directory of transformers or a .gguf file. "
-                "Check the path."
-            )
-        return str(path), {}
-    # A hub name is `name` or `owner/name`; anything more path-like was meant to be on this disk.
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise ModelError(f"{name}: no such directory. Check the path.")
-    return name, {}

@@ -1,4 +1,4 @@
-"""Rows of different lengths as one rectangle, the same way for the teacher and for the student."""
+"""Rows of different lengths as one rectangular batch, the same way for teacher and student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class PackedRow(Protocol):
-    """A row of tokens, corpus row or cache row."""
+    """A row of the corpus or of a cache."""
 
     @property
     def input_ids(self) -> np.ndarray: ...  # [T]
@@ -21,11 +21,11 @@ class PackedRow(Protocol):
 
 
 def pad_rows(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
-    """input_ids, position_ids [B, T] int64, padded on the right with token 0.
+    """input_ids and position_ids, int64 [B, T], padded on the right with token 0.
 
-    Causal models get no attention mask, on purpose: positions restart at 0 with every packed document, from which
-    transformers keeps documents apart only if it is given no mask. Padding goes on counting after the last document,
-    where causal attention hides it and no new document seems to begin. Masked models get `padding_mask`.
+    Causal models get no attention mask on purpose: positions restart at 0 with every packed document, and transformers
+    keeps documents apart by them only if it is given no mask. The positions of padding continue those of the last
+    document, so that no new document begins; causal attention hides it. Masked models get `padding_mask`.
     """
     longest = max(len(row.input_ids) for row in rows)
     input_ids = np.zeros((len(rows), longest), np.int64)
@@ -40,11 +40,11 @@ def pad_rows(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
 
 
 def padding_mask(rows: Sequence[PackedRow]) -> Tensor:
-    """[B, T] int64: 1 but for padding, which a model that sees both sides would see."""
+    """int64 [B, T]: 0 at padding, which a masked model would attend to, and 1 elsewhere."""
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 def model_inputs(rows: Sequence[PackedRow], *, masked: bool) -> list[Tensor]:
-    """What `Head.hidden_states` takes for these rows: `pad_rows`, and of a masked model `padding_mask`."""
+    """Arguments of `Head.hidden_states` for these rows: `pad_rows`, for a masked model also `padding_mask`."""
     return [*pad_rows(rows), *([padding_mask(rows)] if masked else [])]

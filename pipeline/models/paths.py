@@ -1,9 +1,71 @@
-"""Stub."""
+"""What the name or path of a model refers to: a transformers directory, an adapter, a .gguf file, or a hub name.
+
+Takes the standard library only, so that a wrong path is reported before torch and transformers are imported, which
+takes seconds. A name that looks like a path is only looked for on this disk: a misspelt directory must not become a
+request to a server.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from pipeline.errors import ModelError
+
+ADAPTER_FILE = "adapter_config.json"
 
 
-def check_model_path(name: Any) -> None:
-    """To come."""
+def check_model_path(model: object) -> None:
+    """Check that a model which is clearly meant to be on this disk is there. Loaded models pass.
+
+    Raises:
+        ModelError: no such file or directory, or it holds no model.
+    """
+    if isinstance(model, str | os.PathLike):
+        locate_model(os.fspath(model))
+
+
+def locate_model(name: str) -> tuple[str, str | None]:
+    """What `from_pretrained` takes: the directory or hub name, and the name of the .gguf file if it is one.
+
+    Raises:
+        ModelError: no such file or directory, it holds no model, or the package that reads it is missing.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{name}: no such file. Check the path.")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError(f"{name}: reading GGUF needs the gguf package: pip install 'distill[gguf]'")
+        return str(path.parent), path.name
+    if path.exists():
+        if not (path / "config.json").is_file() and adapter_base(name) is None:
+            raise ModelError(
+                f"{name}: no config.json in it, expected a model directory of transformers or a .gguf file. "
+                "Check the path."
+            )
+        return str(path), None
+    # A hub name is `name` or `owner/name`.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise ModelError(f"{name}: no such directory. Check the path.")
+    return name, None
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model that an adapter directory names, or None for anything else.
+
+    Raises:
+        ModelError: the adapter's configuration cannot be read, or names no base model.
+    """
+    file = Path(name).expanduser() / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not an adapter's configuration ({error}). Check the directory.") from error
+    if not isinstance(base, str):
+        raise ModelError(f"{file}: names no base model to merge the adapter into. Check the directory.")
+    return base

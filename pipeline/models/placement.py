@@ -1,11 +1,11 @@
-"""Models that do not fit one device: where their parts lie, and how to get at their weights.
+"""Models that do not fit on one device: where their parts are, and how to read their weights.
 
-    device_map         accelerate gives every layer a device, or the disk, and moves states along (one process)
-    tensor parallel    transformers splits every layer over the processes of torchrun (one model, all of them)
+    device_map         accelerate assigns every layer to a device or the disk and moves the states along; one process
+    tensor_parallel    transformers splits every layer over the processes of torchrun, which form one model
 
-With a device map a weight that was left on the CPU or on disk is a "meta" tensor without values; a hook loads it for
-each call of its module. Split over processes it is a `DTensor`. Either way the module computes, and its weight cannot
-be used without it: see `is_here`.
+With a device map, a weight that was left on the CPU or on disk is a "meta" tensor without values, which a hook loads
+for each call of its module. With tensor parallelism, it is a `DTensor`. In both cases only the module can compute with
+its weight; see `is_here`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor
 from pipeline.errors import ConfigError, ModelError
 
 BALANCED = ("auto", "balanced", "balanced_low_0", "sequential")
-# One process may wait for others to write their shards, and the rest of its group for it.
+# A process may wait while others write their shards, and the rest of its group waits for it.
 PATIENCE = datetime.timedelta(days=7)
 
 
 def compute_device(module: nn.Module) -> torch.device:
-    """Where a module with a weight computes, wherever that lies meanwhile."""
+    """The device on which a module computes, even if its weight is stored elsewhere."""
     hook = getattr(module, "_hf_hook", None)
     weight: Tensor = module.weight
     if weight.is_meta and hook is not None:
@@ -39,13 +39,15 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def is_here(weight: Tensor) -> bool:
-    """Whether a weight can be multiplied with, rather than only by way of its module."""
+    """Whether a weight has its values on this device and in this process, so that it can be used without its module."""
     return not weight.is_meta and not isinstance(weight, DTensor)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the state dict by name, ascending, with its values. Of a model that is split over processes, all
-    of them must ask for all."""
+    """Names and values of all tensors of the state dict, in order of their names.
+
+    If a model is split over processes, every process must iterate over all of them.
+    """
     modules = dict(model.named_modules())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, DTensor):
@@ -59,7 +61,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def values_of(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter of a module with its values, wherever they lie meanwhile; None if it has none of that name."""
+    """The values of a parameter, even if they are stored elsewhere; None if the module has no such parameter."""
     tensor = getattr(module, name, None)
     if tensor is None:
         return None
@@ -73,13 +75,19 @@ def values_of(module: nn.Module, name: str) -> Tensor | None:
 
 
 def computing_devices(model: nn.Module, device: torch.device) -> list[torch.device]:
-    """Where the layers of a model compute: what is left on CPU or disk on the first GPU, if there is one."""
+    """The devices that layers compute on; layers left on CPU or disk compute on the first GPU, if there is one."""
     places = set(getattr(model, "hf_device_map", {"": device}).values()) - {"cpu", "disk", torch.device("cpu")}
     return sorted((torch.device(place) for place in places), key=str) or [torch.device("cpu")]
 
 
+def device_names(model: nn.Module, device: torch.device) -> str:
+    """The kinds of devices that a model computes on; devices of one kind round alike."""
+    places = computing_devices(model, device)
+    return " + ".join(sorted({torch.cuda.get_device_name(p) if p.type == "cuda" else p.type for p in places}))
+
+
 def place_of(model: nn.Module, module: nn.Module) -> Any:
-    """What the device map says of a module, by its name or that of what it is part of; None if there is no map."""
+    """The entry of the device map for a module or the module that contains it; None if there is no device map."""
     name = next(name for name, found in model.named_modules() if found is module)
     places = getattr(model, "hf_device_map", {})
     parents = [name.rsplit(".", drop)[0] for drop in range(name.count(".") + 1)]
@@ -87,28 +95,33 @@ def place_of(model: nn.Module, module: nn.Module) -> Any:
 
 
 def parse_device_map(text: str) -> str | dict[str, Any]:
-    """A strategy of accelerate, or a JSON file of module -> device. Raises: ConfigError."""
+    """A strategy of accelerate, or the contents of a JSON file: module name → device.
+
+    Raises:
+        ConfigError: neither.
+    """
     if text in BALANCED:
         return text
     path = Path(text)
     if not path.is_file():
-        raise ConfigError(f"--device-map {text}: expected {', '.join(BALANCED)}, or a JSON file. Check the path.")
+        raise ConfigError(f"`device_map` {text}: expected {', '.join(BALANCED)}, or a JSON file. Check the path.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"--device-map {text}: not JSON: {error}. Correct it.") from error
+        raise ConfigError(f"`device_map` {text}: not JSON: {error}. Correct it.") from error
     if not isinstance(found, dict) or not all(isinstance(place, int | str) for place in found.values()):
-        raise ConfigError(f"--device-map {text}: expected an object of module names and devices. Correct it.")
+        raise ConfigError(f"`device_map` {text}: expected an object of module names and devices. Correct it.")
     return found
 
 
 def check_split(name: str, config: Any) -> None:
-    """Whether the processes of torchrun can split a model: transformers finds out in the middle of the first pass.
+    """Check that the processes of torchrun can split a model; transformers would fail in the first forward pass.
 
     Args:
-        config: of transformers; None if it is known only once the model is loaded.
+        config: the transformers configuration; None if it is known only once the model is loaded.
 
-    Raises: ConfigError.
+    Raises:
+        ConfigError: they cannot.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config is None or world < 2:
@@ -116,7 +129,8 @@ def check_split(name: str, config: Any) -> None:
     text = config.get_text_config()
     if not (getattr(config, "base_model_tp_plan", None) or getattr(text, "base_model_tp_plan", None)):
         raise ConfigError(
-            f"--tp: transformers has no plan (tp_plan) for splitting {name}, a {config.model_type}. Use --device-map."
+            f"`tensor_parallel`: transformers has no plan (tp_plan) for splitting {name}, a {config.model_type}. Use "
+            "`device_map=auto` instead."
         )
     heads = getattr(text, "num_attention_heads", None)
     for what, count in (
@@ -125,26 +139,32 @@ def check_split(name: str, config: Any) -> None:
     ):
         if count is not None and count % world:
             fit = [n for n in range(2, count + 1) if count % n == 0 and (heads or count) % n == 0]
-            use = f"Use --nproc-per-node {' or '.join(map(str, fit))}, or --device-map." if fit else "Use --device-map."
+            start = f"Start {' or '.join(map(str, fit))} processes with torchrun, or use" if fit else "Use"
             raise ConfigError(
-                f"--tp: {name} has {count} {what}, found {world} processes, expected a number of them that divides "
-                f"these: whole heads are split. {use}"
+                f"`tensor_parallel`: {name} has {count} {what}, found {world} processes, expected a number that "
+                f"divides {count}, because every process gets whole heads. {start} `device_map=auto`."
             )
 
 
 def begin_tensor_parallel(device: torch.device) -> Any:
-    """Joins the processes that torchrun has started into one group. Returns: what `from_pretrained` takes as
-    `distributed_config`. Raises: ConfigError, ModelError."""
+    """Join the processes of torchrun into one group; returns the `distributed_config` of `from_pretrained`.
+
+    Raises:
+        ConfigError: there is only one process.
+        ModelError: this version of transformers cannot split a model.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world < 2:
         raise ConfigError(
-            "--tp: found one process, expected several to split the teacher over. Start them with torchrun "
-            "--nproc-per-node N --no-python distill cache-teacher …"
+            "`tensor_parallel`: found one process, expected several to split the model over. Start N processes with "
+            "torchrun."
         )
     try:
         from transformers.distributed import DistributedConfig
     except ImportError as error:
-        raise ModelError("--tp: this version of transformers cannot split a model. Install a newer one.") from error
+        raise ModelError(
+            "`tensor_parallel`: this version of transformers cannot split a model. Install a newer one."
+        ) from error
     if not torch.distributed.is_initialized():
         options = {"device_id": device} if device.type == "cuda" else {}
         backend = "nccl" if device.type == "cuda" else "gloo"

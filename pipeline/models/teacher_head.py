@@ -1,11 +1,11 @@
-"""The teacher's vocabulary head, from a cache of hidden targets: what makes distributions of its states again.
+"""The teacher's vocabulary head as read from a cache with hidden targets: states in, logits out.
 
-    logits = c·tanh(s·(W·x + b) / c)          (`cache_format.manifest.stored_head`)
+    logits = c·tanh(s·(W·x + b) / c)          (see `head_export`, which writes it)
 
-It is no part of any model: a student in training is not wrapped, saved or sharded with it. W stays in the dtype that it
-is stored in, V·D numbers on the device, and is widened a block of the vocabulary at a time; products are float32, also
-where the student computes in bfloat16, whose logits of 30 would be off by .1. Several students in one process share it;
-and where the student's own head is the teacher's and not trained, it is that tensor.
+It is not part of any model, so a student in training is neither wrapped nor saved nor sharded with it. W keeps its
+stored dtype, V·D numbers on the device, and is widened one block of the vocabulary at a time. Products are fp32 even if
+the student computes in bfloat16, where logits of 30 would be off by 0.1. All users of a head in one process share it,
+and if the student's own head is the teacher's and frozen, that tensor is used.
 
 Shapes: n positions, D width of x, V vocabulary.
 """
@@ -21,81 +21,85 @@ from torch import Tensor
 
 import cache_format as cf
 from pipeline.models.head import Head
-from pipeline.models.head_form import TORCH_DTYPES, finished
+from pipeline.models.head_export import TORCH_DTYPES, scaled_and_capped
 from pipeline.models.placement import is_here
 
 VOCAB_BLOCK = 8192
 
 
 @dataclass(eq=False)
-class _Numbers:
+class _Weights:
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
 
 
-_loaded: weakref.WeakValueDictionary[tuple[str, torch.device], _Numbers] = weakref.WeakValueDictionary()
+_loaded: weakref.WeakValueDictionary[tuple[str, torch.device], _Weights] = weakref.WeakValueDictionary()
 
 
 class TeacherHead:
-    """Loaded when it is first used, on the device of the states that it is given.
+    """Loaded on first use, to the device of the states.
 
     Args:
-        cache: of hidden targets.
+        cache: a cache with hidden targets.
     """
 
     def __init__(self, cache: cf.Cache) -> None:
         assert cache.metadata.head is not None
         self.cache, self.spec = cache, cache.metadata.head
-        self._numbers: _Numbers | None = None
+        self._weights: _Weights | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[n, D] → [n, V] logits, in float32, or float64 of float64 states."""
-        numbers = self.load(states.device)
+        """[n, D] → [n, V] logits, in float64 for float64 states and float32 otherwise."""
+        weights = self.load(states.device)
         dtype = torch.promote_types(states.dtype, torch.float32)
         states = states.to(dtype)
-        vocab_size = len(numbers.weight)
-        if numbers.weight.dtype == dtype:
-            logits = states @ numbers.weight.T
+        vocab_size = len(weights.weight)
+        if weights.weight.dtype == dtype:
+            logits = states @ weights.weight.T
         else:
             logits = torch.empty((len(states), vocab_size), dtype=dtype, device=states.device)
             for start in range(0, vocab_size, VOCAB_BLOCK):
                 here = slice(start, start + VOCAB_BLOCK)
-                logits[:, here] = states @ numbers.weight[here].to(dtype).T
-        if numbers.bias is not None:
-            logits += numbers.bias
-        return finished(logits, self.spec.logit_scale, self.spec.softcap)
+                logits[:, here] = states @ weights.weight[here].to(dtype).T
+        if weights.bias is not None:
+            logits += weights.bias
+        return scaled_and_capped(logits, self.spec.logit_scale, self.spec.softcap)
 
-    def load(self, device: torch.device | str) -> _Numbers:
-        """Raises: FormatError if its file is missing or damaged."""
+    def load(self, device: torch.device | str) -> _Weights:
+        """W [V, D] and b [V] on `device`.
+
+        Raises:
+            FormatError: the file of the head is missing or damaged.
+        """
         device = torch.device(device)
-        if self._numbers is None or self._numbers.weight.device != device:
+        if self._weights is None or self._weights.weight.device != device:
             key = self.spec.sha256, device
             found = _loaded.get(key)
             if found is None:
                 stored = self.cache.head()
                 assert stored is not None
                 bias = None if stored.bias is None else _tensor(stored.bias, self.spec.dtype).to(device)
-                found = _loaded[key] = _Numbers(_tensor(stored.weight, self.spec.dtype).to(device), bias)
-            self._numbers = found
-        return self._numbers
+                found = _loaded[key] = _Weights(_tensor(stored.weight, self.spec.dtype).to(device), bias)
+            self._weights = found
+        return self._weights
 
     @torch.no_grad()
     def share(self, head: Head) -> bool:
-        """Makes the matrix of a head its own, if that is not trained and the same numbers; whether it is."""
-        weight, numbers = head.weight, self._numbers
-        if numbers is None or weight.requires_grad or not is_here(weight) or weight.device != numbers.weight.device:
+        """Use the matrix of `head` instead of an own copy, if it is frozen and has the same values; return whether."""
+        weight, weights = head.weight, self._weights
+        if weights is None or weight.requires_grad or not is_here(weight) or weight.device != weights.weight.device:
             return False
         weight = weight[: head.vocab_size]
-        same = weight.shape == numbers.weight.shape and all(
+        same = weight.shape == weights.weight.shape and all(
             torch.equal(ours.float(), theirs.float())
-            for ours, theirs in zip(weight.split(VOCAB_BLOCK), numbers.weight.split(VOCAB_BLOCK), strict=True)
+            for ours, theirs in zip(weight.split(VOCAB_BLOCK), weights.weight.split(VOCAB_BLOCK), strict=True)
         )
         if same:
-            numbers.weight = weight.detach()
+            weights.weight = weight.detach()
         return same
 
 
 def _tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """A copy: what is mapped from a file may change under it."""
+    """A copy, because a memory-mapped file may change."""
     bits = torch.from_numpy(np.array(values))
     return bits.view(TORCH_DTYPES[dtype]) if dtype == "bfloat16" else bits

@@ -1,13 +1,12 @@
-"""What makes two tokenizers the same, and what of a tokenizer a cache records.
+"""When two tokenizers are the same, and the fingerprint of a tokenizer that a cache records.
 
-Soft targets are distributions over token ids, so teacher and student must mean the same by every
-id: the same **vocabulary**. That is not enough: two tokenizers with one vocabulary but other merges
-or another pre-tokeniser cut a text differently (**segmentation**), and the student would be used on
-token sequences that it was never taught. Special tokens and chat template may differ, as between a
-base model and its instruct version: the cache holds tokens already, so that only earns a warning.
+Soft targets are distributions over token ids, so teacher and student need the same **vocabulary**. They also need the
+same **segmentation**: with other merges or another pre-tokenizer, the student would be used on token sequences that it
+was never trained on. Special tokens and chat template may differ, as between a base model and its instruct version; the
+cache holds tokens, so that is only a warning.
 
-The embedding matrix of a model often has more rows than there are tokens (151,936 for 151,669),
-padded to a round number, and differently within one family. V ends with the last token.
+The embedding matrix of a model often has more rows than there are tokens (151,936 for 151,669), padded to a round
+number that differs within a family. V is the number of tokens.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format.cache_errors import MismatchError
 
-# What save_pretrained writes beside the vocabulary.
+# Files with settings that save_pretrained writes next to the vocabulary.
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-# Case, accents, digits, spaces, code, other scripts: where the settings of slow tokenizers differ.
+# Case, accents, digits, spaces, code and other scripts, where the settings of slow tokenizers differ.
 _PROBE = " The  Café cost 1,234.50€ in İstanbul,\n\tif x != y: 東京 is 10°C\n"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """sha256 (hex) of each component's canonical JSON; the same after saving and loading again.
+    """sha256 (hex) of the canonical JSON of each component; the same after saving and loading.
 
-    Components: vocabulary (token -> id), segmentation (how text is cut), special_tokens,
-    chat_template. To compare two tokenizers at hand, use `check_same_tokenizer`: another version of
-    the tokenizers library may describe the same segmentation in other words.
+    Components: vocabulary (token → id), segmentation (how text is split), special_tokens, chat_template. To compare two
+    loaded tokenizers, use `check_same_tokenizer`: another version of the tokenizers library may serialise the same
+    segmentation differently.
     """
     components = {
         "vocabulary": tokenizer.get_vocab(),
@@ -46,12 +45,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def real_vocab_size(tokenizer: PreTrainedTokenizerBase, head_rows: int) -> int:
-    """V: rows of the vocabulary head that belong to a token, at most `head_rows`."""
+    """V: the number of rows of the vocabulary head that belong to a token, at most `head_rows`."""
     return min(head_rows, 1 + max(tokenizer.get_vocab().values()))
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """File name -> contents, as `save_pretrained` writes them."""
+    """File name → contents, as written by `save_pretrained`."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
@@ -64,10 +63,13 @@ def check_same_tokenizer(
     *,
     vocab_size: int | None = None,
 ) -> list[str]:
-    """Raise MismatchError unless both mean the same tokens and cut text alike; return warnings.
+    """Check that vocabulary and segmentation are the same; return warnings about other differences.
 
     Args:
-        vocab_size: ids from here on do not matter; default: the teacher's last token + 1.
+        vocab_size: ids from here on are not compared; default: the teacher's last token + 1.
+
+    Raises:
+        MismatchError: they differ.
     """
     size = 1 + max(teacher.get_vocab().values())
     size = min(size, vocab_size or size)
@@ -76,7 +78,7 @@ def check_same_tokenizer(
     differing = [part for part in sorted(ours | theirs) if ours.get(part) != theirs.get(part)]
     if differing:
         raise MismatchError(
-            "the student's tokenizer has the teacher's vocabulary but cuts text differently: "
+            "the student's tokenizer has the teacher's vocabulary but splits text differently: "
             f"{', '.join(differing)} differ, expected the same. Give the student the teacher's "
             "tokenizer files, or choose a student of the teacher's family."
         )
@@ -93,7 +95,7 @@ def check_same_tokenizer(
                 f"{name} is {_token(theirs.get(name))} for the student, {_token(ours.get(name))} for the teacher."
             )
     if teacher.chat_template != student.chat_template:
-        warnings.append("the student's chat template is not the teacher's.")
+        warnings.append("the student's chat template differs from the teacher's.")
     return warnings
 
 
@@ -103,15 +105,15 @@ def _check_vocabulary(teacher: dict[int, str], student: dict[int, str]) -> None:
         shown = ", ".join(f"{i} is {student.get(i)!r} instead of {teacher.get(i)!r}" for i in differing[:3])
         raise MismatchError(
             f"the student's tokenizer is not the teacher's: found {len(student):,} tokens, "
-            f"expected {len(teacher):,}; {len(differing):,} ids differ (id {shown}): soft targets "
-            "are about the teacher's ids. Choose a student of the teacher's family, or build one "
-            "with the teacher's tokenizer."
+            f"expected {len(teacher):,}; {len(differing):,} ids differ (id {shown}), but "
+            "soft targets are over the teacher's ids. Choose a student of the teacher's family, or build one with the "
+            "teacher's tokenizer."
         )
 
 
 def _segmentation(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> dict[str, Any]:
-    """Part -> description of how text becomes tokens; of added tokens only those with id < size."""
-    if not tokenizer.is_fast:  # its rules are code and settings: take its files, and what it does
+    """Part → description of how text is split into tokens; added tokens only if their id is below `size`."""
+    if not tokenizer.is_fast:  # its rules are code and settings: take its files and the tokens of a sample text
         files = tokenizer_files(tokenizer).items()
         return {
             "class": type(tokenizer).__name__,
@@ -119,16 +121,16 @@ def _segmentation(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -
             "probe": tokenizer(_PROBE)["input_ids"],
         }
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state_of_use in ("version", "truncation", "padding"):
-        parts.pop(state_of_use, None)
-    if isinstance(parts["model"].get("vocab"), dict):  # unigram: a list, with scores that decide
+    for usage in ("version", "truncation", "padding"):
+        parts.pop(usage, None)
+    if isinstance(parts["model"].get("vocab"), dict):  # unigram has a list with scores, which decide the split
         del parts["model"]["vocab"]
     parts["added_tokens"] = [token for token in parts["added_tokens"] if size is None or token["id"] < size]
     return parts
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    """bos_token, eos_token, … -> [token, id]."""
+    """bos_token, eos_token, … → [token, id]."""
     return {
         name: [str(token), tokenizer.convert_tokens_to_ids(str(token))]
         for name, token in tokenizer.special_tokens_map.items()

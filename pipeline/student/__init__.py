@@ -1,7 +1,7 @@
-"""Stage two: a cache and a student become a checkpoint. The teacher is nowhere near.
+"""Stage two: train a student on a cache. Never imports `pipeline.teacher`: the cache has all it needs.
 
-    cache ─▶ data (rows ─▶ batches) ─▶ forward (hidden states ─▶ fused head) ─▶ trainer ─▶ checkpoint
-    students: where the student comes from
+cache ─▶ data/ (rows ─▶ batches) ─▶ training/forward (hidden states ─▶ fused head) ─▶ training/trainer ─▶ checkpoint
 
-Never imports `pipeline.teacher`: everything known of the teacher is in the cache.
+validation/   checks before any weights are loaded
+model/        creating the student, hidden-state distillation
 """

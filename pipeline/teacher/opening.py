@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
-from pipeline.models.loading import load_config, load_model
+from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
+from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -32,15 +36,20 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
     known = load_config(config.teacher, **_source(config))
     found = known or PreTrainedConfig()
     if config.tensor_parallel:
-        check_split(config.teacher, known)
-    if check_objective(config.objective, found, config.teacher) == "masked":
+        check_split(model_name(config.teacher), known)
+    if check_objective(config.objective, found, model_name(config.teacher)) == "masked":
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:
         raise ConfigError(
-            f"`mask_probability` and the other masking options: {config.teacher} is a causal language model, whose "
-            "input is not masked. Leave them out."
+            f"`mask_probability` and the other masking options: {model_name(config.teacher)} is a causal language "
+            "model, whose input is not masked. Leave them out."
         )
     return build_corpus(config.data, tokenizer)
+
+
+def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer: the given one, or the one that comes with the teacher."""
+    return load_tokenizer(config.tokenizer or config.teacher, **_source(config))
 
 
 def open_teacher(
@@ -68,10 +77,22 @@ def open_teacher(
     limit = most_positions(model.config)
     if limit is not None and config.data.window_length > limit:
         raise ConfigError(
-            f"--seq-len {config.data.window_length}: this teacher was trained on at most {limit} positions. "
-            f"Use --seq-len {limit} or less."
+            f"`seq_len` {config.data.window_length}: this teacher was trained on at most {limit} positions. "
+            f"Use `seq_len` {limit} or less."
         )
     return head
+
+
+def row_request(config: CacheTeacherConfig, corpus: Corpus, index: int, hidden: cf.HiddenSpec | None) -> RowRequest:
+    """What an engine is asked about a row of the corpus.
+
+    Args:
+        hidden: the states to store, if any.
+    """
+    row = corpus[index]
+    stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
+    states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
+    return RowRequest(index=index, row=row, place=index, stored=stored, with_states=states)
 
 
 def _source(config: CacheTeacherConfig) -> dict[str, Any]:

@@ -23,28 +23,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import cache_format as cf
 from pipeline.models.head import Head
-from pipeline.models.loading import load_tokenizer
-from pipeline.models.padding import model_inputs
-from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher
-from pipeline.teacher.targets.cache_rows import cache_rows
-from pipeline.teacher.targets.hidden_states import HiddenRule, predicted_bytes, quantised
+from pipeline.models.loading import model_name
+from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
+from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
+from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
+from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
     WrittenHead,
-    check_full,
     states_spec,
     with_head,
     without_states_of,
     write_down,
 )
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
-from pipeline.teacher.text.packing import TokenRow
-from pipeline.teacher.writing.cache_metadata import CHUNK_POSITIONS, stored_positions
+from pipeline.teacher.writing.cache_metadata import stored_positions
 from pipeline.teacher.writing.shard_sizes import grouping, rows_together
 from pipeline.teacher.writing.workers import this_worker
 
@@ -122,10 +118,9 @@ def plan_cache(
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
-    check_full(config)
     device = worker.device(config.device)
     on_stage("reading and tokenising the text")
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
@@ -135,21 +130,39 @@ def plan_cache(
 
     taken = min(sample_rows or rows_together(config), len(corpus))
     chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
-    rows = sorted((corpus[index] for index in chosen), key=lambda row: -len(row.input_ids))
-    on_stage(f"running the teacher on {len(rows)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
+    on_stage(f"running the teacher on {len(chosen)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
     written = write_down(config, head)
     spec = states_spec(config.hidden, head, written)
     beside = None if spec is None else without_states_of(spec, written)
     states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
-    sample = _Sample(config, head, rules, states, written)
-    for start in range(0, len(rows), config.batch_size):
-        sample.run(rows[start : start + config.batch_size])
-        on_progress(min(start + config.batch_size, len(rows)), len(rows))
+    of_targets = None if written is None else _states_of_targets(config, head, written)
+    engine = TransformersEngine(
+        head,
+        device=device,
+        batch_size=config.batch_size,
+        export=None if written is None else written.form,
+        hidden=of_targets,
+        divisible=not config.tensor_parallel,
+        timed=True,
+    )
+    requests = [row_request(config, corpus, index, of_targets) for index in chosen]
+    while True:
+        sample = _Sample(config, engine, rules, states, written)
+        try:
+            done = 0
+            for batch in engine.batches(requests):
+                sample.run(batch)
+                done += len(batch)
+                on_progress(done, len(requests))
+            break
+        except Exception as error:
+            if not engine.halve_batch(error):
+                raise
     return Plan(
         rows=len(corpus),
         tokens=corpus.num_tokens,
         counted_tokens=corpus.num_counted_tokens,
-        sample_rows=len(rows),
+        sample_rows=len(requests),
         sample_tokens=sample.tokens,
         forward_tokens_per_s=sample.forward_speeds,
         rules=tuple(sample.plan(rule, corpus, chosen=i == 0) for i, rule in enumerate(rules)),
@@ -176,67 +189,29 @@ class _Sample:
     def __init__(
         self,
         config: CacheTeacherConfig,
-        head: Head,
+        engine: TransformersEngine,
         rules: Sequence[TargetRule],
         states: int,
         written: WrittenHead | None = None,
     ) -> None:
-        self.config, self.head, self.rules, self.states, self.written = config, head, rules, states, written
+        self.config, self.engine, self.rules, self.states, self.written = config, engine, rules, states, written
         self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
         self.tokens = 0
         self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
         self.choosing: list[list[float]] = [[] for _ in rules]  # seconds of each batch
-        device, width = head.device, head.vocab_size
-        self.logits = torch.empty((CHUNK_POSITIONS, width), dtype=head.weight.dtype, device=device)
-        self.scratch = torch.empty((CHUNK_POSITIONS, width), dtype=torch.float32, device=device)
 
-    @torch.inference_mode()
-    def run(self, rows: Sequence[TokenRow]) -> None:
+    def run(self, batch: Sequence[RowRequest]) -> None:
         if not self.forward:
-            self._hidden(rows)  # the first pass pays for allocations
-        tokens = sum(len(row.input_ids) for row in rows)
-        began = self._clock()
-        hidden, stored = self._hidden(rows)
-        forward, choosing = self._clock() - began, [0.0] * len(self.rules)
-        first = len(self.rows[0])
-        row_of = np.repeat(np.arange(first, first + len(rows)), [mask.sum() for mask in stored])
-        position = np.concatenate([np.flatnonzero(mask) for mask in stored])
-        chunks: list[list[ChunkTargets]] = [[] for _ in self.rules]
-        multiplied = []  # by the head; only where it is the targets
-        for start in range(0, len(hidden), CHUNK_POSITIONS):
-            here = slice(start, start + CHUNK_POSITIONS)
-            began = self._clock()
-            if self.written is None:
-                logits = self.head.logits(hidden[here], out=self.logits)
-            else:
-                logits, inner = self.written.form.logits(hidden[here], out=self.logits)
-                multiplied.append(inner.cpu())
-            forward += self._clock() - began
-            for i, rule in enumerate(self.rules):
-                began = self._clock()
-                drawn = draws(rule, row_of[here], position[here])
-                chunks[i].append(sparse_targets(logits, rule, drawn, self.scratch))
-                choosing[i] += self._clock() - began
+            self.engine.run(batch, self.rules).wait()  # the first pass pays for allocations
+        running = self.engine.run(batch, self.rules)
+        tokens = sum(request.tokens for request in batch)
         self.tokens += tokens
-        self.forward.append((tokens, forward))
-        indices = range(first, first + len(rows))
-        for i, found in enumerate(chunks):
-            self.choosing[i].append(choosing[i])
-            self.rows[i] += cache_rows(indices, rows, stored, ChunkTargets.cat(found).cpu())
-        if self.written is not None:
-            self._add_states(torch.cat(multiplied), stored)
-
-    def _add_states(self, states: torch.Tensor, stored: Sequence[np.ndarray]) -> None:
-        """To the rows of the last batch, those that hidden targets are [n, D]."""
-        assert self.written is not None and self.rules[0].kind == "hidden"
-        layer, dtype = self.written.layer, "float16" if self.config.hidden is None else self.config.hidden.dtype
-        kept, scale = quantised(states, dtype)
-        scales = {} if scale is None else {layer: scale.numpy()}
-        whole = cf.HiddenStates(np.concatenate(stored), {layer: kept.numpy()}, scales)
-        rows, start = self.rows[0], 0
-        for i, mask in enumerate(stored, start=len(rows) - len(stored)):
-            rows[i] = replace(rows[i], hidden=whole.cut(slice(start, start + len(mask))))
-            start += len(mask)
+        self.forward.append((tokens, running.timing.forward))
+        for i, seconds in enumerate(running.timing.selection):
+            self.choosing[i].append(seconds)
+            rows = running.rows(i)
+            # Only hidden targets, the first rule if any, consist of states.
+            self.rows[i] += rows if i == 0 else [replace(row, hidden=None) for row in rows]
 
     @property
     def forward_speeds(self) -> tuple[float, float]:
@@ -252,11 +227,11 @@ class _Sample:
         hidden = self.config.hidden
         if full is None and hidden is not None and hidden.layers is None:
             hidden = None  # it says of what dtype hidden targets are, which these are not
-        spec = states_spec(hidden, self.head, full)
+        spec = states_spec(hidden, self.engine.head, full)
         per_shard = grouping(self.config, spec, per_row)["rows_per_shard"]
         for encoding in ENCODINGS if full is None else ENCODINGS[:1]:
             began = time.perf_counter()
-            columns, of_shard, once = _written(rows, rule, self.config, self.head, encoding, full, per_shard)
+            columns, of_shard, once = _written(rows, rule, self.config, self.engine.head, encoding, full, per_shard)
             writing[encoding] = (time.perf_counter() - began) / self.tokens
             shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
@@ -278,23 +253,6 @@ class _Sample:
             writer_bound=writing[self.config.encoding] > computing,
         )
 
-    def _hidden(self, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, list[np.ndarray]]:
-        """States [n, D] of the positions that get targets, and which of each row they are."""
-        device = self.head.device
-        inputs = model_inputs(rows, masked=self.head.masked)
-        everywhere = self.config.all_positions
-        stored = [np.ones(len(row.loss_mask), bool) if everywhere else np.array(row.loss_mask, bool) for row in rows]
-        mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
-        for i, of_row in enumerate(stored):
-            mask[i, : len(of_row)] = torch.from_numpy(of_row)
-        hidden = self.head.hidden_states(*(tensor.to(device) for tensor in inputs))
-        return hidden[mask.to(device)], stored
-
-    def _clock(self) -> float:
-        if self.head.device.type == "cuda":
-            torch.cuda.synchronize(self.head.device)
-        return time.perf_counter()
-
 
 def _written(
     rows: Sequence[cf.CacheRow],
@@ -308,11 +266,9 @@ def _written(
     """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
     vocab_size, targets = head.vocab_size, rule.to_json()
     if written is not None:
-        spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), head, written)
-        assert spec is not None
-        targets = {**with_head(targets, written), "hidden": spec.to_json()}
+        targets = {**with_head(targets, written), "hidden": _states_of_targets(config, head, written).to_json()}
     metadata = cf.CacheMetadata(
-        teacher={"name": config.teacher},
+        teacher={"name": model_name(config.teacher)},
         tokenizer={},
         vocab_size=vocab_size,
         alignment="next" if rows[0].labels is None else "same",
@@ -331,6 +287,13 @@ def _written(
         columns, manifest = sum(cache.column_bytes().values()), cache.manifest
         of_shard = (manifest.shard_bytes - columns) // len(manifest.shards)
         return columns, of_shard, manifest.stored_bytes - manifest.shard_bytes
+
+
+def _states_of_targets(config: CacheTeacherConfig, head: Head, written: WrittenHead) -> cf.HiddenSpec:
+    """The hidden states that hidden targets consist of, without other layers."""
+    spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), head, written)
+    assert spec is not None
+    return spec
 
 
 def _free_bytes(output: str) -> int | None:

@@ -25,20 +25,21 @@ import torch
 import cache_format as cf
 from cache_format.rows.types import entry_groups, group_counts
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head, open_head
-from pipeline.models.head_form import HeadForm, head_form
-from pipeline.models.loading import load_model, load_tokenizer, weights_fingerprint
+from pipeline.models.head import open_head
+from pipeline.models.head_export import HeadExport, export_head
+from pipeline.models.loading import load_model, load_tokenizer, model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
-from pipeline.models.padding import model_inputs
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.models.tokenizers import tokenizer_fingerprint
+from pipeline.teacher.cache_config import WorkerConfig
+from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.engines.transformers_engine import CHUNK_POSITIONS, TransformersEngine
 from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.targets.selection import ChunkTargets
 from pipeline.teacher.verify_config import TeacherCheckConfig
-from pipeline.teacher.writing.workers import WorkerConfig, this_worker
+from pipeline.teacher.writing.workers import this_worker
 
-CHUNK_POSITIONS = 256
 NOISE_FACTOR, FLOOR = 16, 1e-4  # nats: a deviation of less than this, or than so many times the noise, is no finding
 SAME_SHARE = 0.1  # fewer positions with the very same entries than between two runs of the teacher, at most
 
@@ -96,20 +97,23 @@ def verify_against_teacher(
             f"{config.cache}: its values were rounded a second time by distill convert, which would look like another "
             "teacher. Check the cache that it was made from."
         )
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(
+        config.tokenizer or config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
     found, expected = tokenizer_fingerprint(tokenizer)["vocabulary"], cache.metadata.tokenizer.get("vocabulary")
     if found != expected:
         raise cf.MismatchError(
-            f"{config.teacher}: its vocabulary is not that of {config.cache} (fingerprint {found[:8]}…, expected "
-            f"{str(expected)[:8]}…): it is not the teacher that wrote this cache. Give that one."
+            f"{model_name(config.teacher)}: its vocabulary is not that of {config.cache} (fingerprint "
+            f"{found[:8]}…, expected {str(expected)[:8]}…): it is not the teacher that wrote this cache. Give that one."
         )
     on_stage("loading the teacher")
+    device = worker.device(config.device)
     objective = objective_for(cache.metadata.alignment)
     model = load_model(
         config.teacher,
         objective=objective,
         dtype=config.dtype,
-        device=worker.device(config.device),
+        device=device,
         device_map=config.device_map,
         tensor_parallel=config.tensor_parallel,
         revision=config.revision,
@@ -121,15 +125,16 @@ def verify_against_teacher(
     rows = cache.rows(chosen)
     places = _places(cache)
     together = int(cache.metadata.capture.get("batch_size") or 8)
-    form = None if stored_head is None else head_form(head)
+    export = None if stored_head is None else export_head(head)
+    engine = TransformersEngine(head, device=device, batch_size=together)
     checks = []
     for start in range(0, len(rows), together):
         batch = rows[start : start + together]
-        for row, other in zip(batch, _ask(head, batch, rule, cache.metadata, places), strict=True):
-            (alone,) = _ask(head, [row], rule, cache.metadata, places)
+        for row, other in zip(batch, _ask(engine, batch, rule, cache.metadata, places), strict=True):
+            (alone,) = _ask(engine, [row], rule, cache.metadata, places)
             check = _check(row, alone, other, cache.metadata)
-            if stored_head is not None and form is not None:
-                check = _check_states(row, alone, other, form, stored_head, check)
+            if stored_head is not None and export is not None:
+                check = _check_states(row, alone, other, export, stored_head, check)
             checks.append(check)
             on_progress(len(checks), len(rows))
     positions = sum(check.positions for check in checks)
@@ -147,29 +152,37 @@ def verify_against_teacher(
     )
 
 
-@torch.inference_mode()
 def _ask(
-    head: Head, rows: Sequence[cf.CacheRow], rule: TargetRule, metadata: cf.CacheMetadata, places: np.ndarray
+    engine: TransformersEngine,
+    rows: Sequence[cf.CacheRow],
+    rule: TargetRule,
+    metadata: cf.CacheMetadata,
+    places: np.ndarray,
 ) -> list[_Asked]:
     """One forward pass over these rows together."""
-    device = head.device
-    hidden = head.hidden_states(*(tensor.to(device) for tensor in model_inputs(rows, masked=head.masked)))
+    stored = [_stored(row, metadata) for row in rows]
+    requests = [
+        RowRequest(index=row.row, row=row, place=int(places[row.row]), stored=mask)
+        for row, mask in zip(rows, stored, strict=True)
+    ]
+    ids: list[torch.Tensor] = []  # the cached exact ones of each position
+    for row, mask in zip(rows, stored, strict=True):
+        counts = np.asarray(row.targets.exact_counts, np.int64)[mask]
+        ids += torch.from_numpy(_exact(row, row.targets.ids).astype(np.int64)).split(counts.tolist())
+    logprobs: list[torch.Tensor] = []
+
+    def read(here: slice, logits: torch.Tensor) -> None:
+        found = torch.log_softmax(logits.double().cpu() / rule.temperature, dim=1)
+        logprobs.extend(each[cached] for each, cached in zip(found, ids[here], strict=True))
+
+    running = engine.run(requests, [rule], read)
+    running.wait()
+    stops = np.cumsum([mask.sum() for mask in stored]).tolist()
     asked = []
-    for i, row in enumerate(rows):
-        stored = _stored(row, metadata)
-        states = hidden[i, : len(stored)][torch.from_numpy(stored).to(device)]  # [n, D]
-        position = np.flatnonzero(stored)
-        counts = np.asarray(row.targets.exact_counts, np.int64)[stored]
-        ids = torch.from_numpy(_exact(row, row.targets.ids).astype(np.int64)).split(counts.tolist())
-        drawn = draws(rule, np.full(len(position), places[row.row]), position)
-        logprobs, chunks = [], []
-        for start in range(0, len(states), CHUNK_POSITIONS):
-            here = slice(start, start + CHUNK_POSITIONS)
-            logits = head.logits(states[here])
-            found = torch.log_softmax(logits.double().cpu() / rule.temperature, dim=1)
-            logprobs += [of_position[cached] for of_position, cached in zip(found, ids[here], strict=True)]
-            chunks.append(sparse_targets(logits, rule, None if drawn is None else drawn[here]).cpu())
-        asked.append(_Asked(torch.cat(logprobs).numpy(), ChunkTargets.cat(chunks), states))
+    for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+        here = slice(start, stop)
+        targets = ChunkTargets(*(part[here] for part in running.targets[0]))
+        asked.append(_Asked(torch.cat(logprobs[here]).numpy(), targets, running.inputs[here]))
     return asked
 
 
@@ -220,7 +233,7 @@ def _check(row: cf.CacheRow, asked: _Asked, again: _Asked, metadata: cf.CacheMet
 
 @torch.inference_mode()
 def _check_states(
-    row: cf.CacheRow, asked: _Asked, again: _Asked, form: HeadForm, stored_head: TeacherHead, check: _RowCheck
+    row: cf.CacheRow, asked: _Asked, again: _Asked, export: HeadExport, stored_head: TeacherHead, check: _RowCheck
 ) -> _RowCheck:
     """`check` of a row's entropies, with what its states say of every token."""
     hidden, layer = row.hidden, stored_head.spec.layer
@@ -230,7 +243,7 @@ def _check_states(
     worst, worst_at, noise, same, same_noise = check.deviation, check.deviation_at, check.noise, 0, 0
     for start in range(0, len(position), CHUNK_POSITIONS):
         here = slice(start, start + CHUNK_POSITIONS)
-        (logits, inputs), (others, _) = form.logits(asked.hidden[here]), form.logits(again.hidden[here])
+        (logits, inputs), (others, _) = export.logits(asked.hidden[here]), export.logits(again.hidden[here])
         nearest = torch.minimum(torch.maximum(inputs.double().cpu(), low[here].double()), high[here].double())
         found, other = (each.double().cpu().log_softmax(dim=1) for each in (logits, others))
         rebuilt = stored_head(nearest.float()).double().log_softmax(dim=1)
@@ -244,7 +257,7 @@ def _check_states(
         likeliest = found.argmax(dim=1)
         same += int((stored_head(stored[here]).argmax(dim=1) == likeliest).sum())
         same_noise += int((other.argmax(dim=1) == likeliest).sum())
-    entries = len(position) * form.head.vocab_size
+    entries = len(position) * export.head.vocab_size
     return _RowCheck(len(position), entries, worst, worst_at, noise, same, same_noise)
 
 

@@ -57,7 +57,8 @@ def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) ->
             f"{values['agreement']:.1%}",
             f"{values['tokens']:,}",
         )
-    notes = [f"KL: {LOWER_BOUND}"] if any(v.get("kl_is") == "lower bound" for v in evaluations.values()) else []
+    lower_bound = any(values.get("kl_estimate_kind") == "lower bound" for values in evaluations.values())
+    notes = [f"KL: {LOWER_BOUND}"] if lower_bound else []
     if crossed:
         notes.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
     return Group(titled(title, table), *map(Text, notes))
@@ -95,7 +96,7 @@ def training_view(summary: Mapping[str, Any]) -> RenderableType:
                 f"agreement {found['agreement']:.1%}"
                 + (f" · hidden states {found['features']:.4f}" if "features" in found else ""),
             ),
-            *([("KL", LOWER_BOUND)] if summary["kl_is"] == "lower bound" else []),
+            *([("KL", LOWER_BOUND)] if summary["kl_estimate_kind"] == "lower bound" else []),
         ]
     view = pairs(f"Trained {summary['output']}", rows)
     if len(summary["evaluations"]) < 2:

@@ -24,9 +24,8 @@ from benchmarks.quality.tracks import FULL, LABELS, TRACK_2, arm, planned, quick
 from benchmarks.quality.train import rate
 from pipeline.losses import TargetBatch, fused_head
 from pipeline.models.loading import load_model
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.text.packing import TokenRow
 from runs import dense_logits
 from tiny import english

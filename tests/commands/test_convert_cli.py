@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import cache_format as cf
 from cli import main
+from pipeline.commands import convert_command
 from runs import command as run
 from runs import distance, weights
 
@@ -174,7 +175,7 @@ def test_refused_in_one_line(folder: Path, tmp_path: Path, name: str):
 
 
 def test_every_number_of_levels_that_is_offered_works_or_is_refused(folder: Path, tmp_path: Path):
-    option = next(option for option in main.commands["convert"].params if option.name == "levels")
+    option = next(option for option in convert_command.command.params if option.name == "levels")
     for levels in (option.type.min, option.type.max):
         words = ["convert", folder / "top-k-columns", tmp_path / str(levels), "--levels", levels]
         result = CliRunner().invoke(main, [str(word) for word in words])

@@ -22,13 +22,14 @@ from rich.console import Console
 import cache_format as cf
 from benchmarks import fuzzed
 from cache_format.write.convert import Conversion, convert_cache
+from pipeline.inspection import cache_statistics, inspect_row
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.validation.run_checks import check_run
 from pipeline.student.validation.suitability import realized_warnings
-from pipeline.terminal.cache_statistics import cache_stats, stats_view
-from pipeline.terminal.views import inspect_row, inspect_view
+from pipeline.terminal.row_view import row_view
+from pipeline.terminal.statistics_view import statistics_view
 from runs import build_cache
 
 EXTREMES: list[Any] = [
@@ -140,8 +141,8 @@ def uses(path: Path, student: Path) -> Iterator[Callable[[], Any]]:
 
     yield lambda: fuzzed.read_all(opened())
     yield lambda: cf.verify_cache(path, deep=True)
-    yield lambda: shown(stats_view(cache_stats(opened())))
-    yield lambda: shown(inspect_view(inspect_row(opened(), 0, str, candidates=2, start=0, positions=4)))
+    yield lambda: shown(statistics_view(cache_statistics(opened())))
+    yield lambda: shown(row_view(inspect_row(opened(), 0, str, candidates=2, start=0, positions=4)))
     yield batches
     yield realized
     yield merged

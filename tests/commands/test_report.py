@@ -12,18 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
 from cache_format.codecs.packed.block import LANES
-from cli import out
+from pipeline.inspection import cache_statistics, inspect_row
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.terminal.cache_statistics import cache_stats, stats_view
-from pipeline.terminal.views import (
-    bar,
-    curves_view,
-    duration,
-    evaluation_view,
-    inspect_row,
-    inspect_view,
-    size,
-)
+from pipeline.terminal.console import out
+from pipeline.terminal.row_view import row_view
+from pipeline.terminal.statistics_view import statistics_view
+from pipeline.terminal.tables import bar, duration, size
+from pipeline.terminal.training_views import curves_view, evaluation_view
 from runs import build_cache
 
 
@@ -68,7 +63,7 @@ def test_durations(seconds: float, expected: str):
 
 
 def test_stats_are_those_of_the_rows(cache: cf.Cache):
-    stats = cache_stats(cache)
+    stats = cache_statistics(cache)
     rows = list(cache.iter_rows())
     kept = [np.exp(row.targets.at(t)[1].astype(float)).sum() for row in rows for t in np.flatnonzero(row.loss_mask)]
     entropy = np.concatenate([row.targets.entropy[row.loss_mask] for row in rows])
@@ -96,8 +91,8 @@ def test_stats_are_those_of_the_rows(cache: cf.Cache):
 
 
 def test_stats_for_people(cache: cf.Cache):
-    stats = cache_stats(cache)
-    text = shown(stats_view(stats))
+    stats = cache_statistics(cache)
+    text = shown(statistics_view(stats))
     for words in ("top-k, K = 16", f"{stats['rows']:,} in 1 shards", f"{stats['bytes_per_token']:.1f} bytes per token"):
         assert words in text
     assert all(name in text for name in stats["column_bytes_per_token"]) and "order zero" not in text
@@ -117,13 +112,13 @@ def test_the_lines_of_stats_add_up_to_the_size(
     rule: TargetRule, encoding: str, beside: set[str], teacher_dir: Path, chat_file: Path, tmp_path: Path
 ):
     path = build_cache(tmp_path / "cache", teacher_dir, chat_file, targets=rule, encoding=encoding)
-    stats = cache_stats(cf.open_cache(path))
+    stats = cache_statistics(cf.open_cache(path))
     files = [file for file in path.rglob("*") if file.suffix in (".arrow", ".safetensors")]
     assert stats["bytes"] == sum(file.stat().st_size for file in files)
     parts = stats["beside_bytes_per_token"]
     assert set(parts) == beside and min(parts.values()) > 0
     assert sum([*stats["column_bytes_per_token"].values(), *parts.values()]) == pytest.approx(stats["bytes_per_token"])
-    lines = [line.split() for line in shown(stats_view(stats)).splitlines()]
+    lines = [line.split() for line in shown(statistics_view(stats)).splitlines()]
     shown_sizes = {line[0]: float(line[1]) for line in lines if len(line) > 1 and line[0] in {*parts, "together"}}
     assert set(shown_sizes) == {*parts, "together"}
     assert shown_sizes["together"] == pytest.approx(stats["bytes_per_token"], abs=0.006)
@@ -132,14 +127,14 @@ def test_the_lines_of_stats_add_up_to_the_size(
 def test_a_packed_column_is_its_streams_and_little_else(teacher_dir: Path, chat_file: Path, tmp_path: Path):
     rule = TargetRule(kind="threshold", tail_threshold=0.1)
     path = build_cache(tmp_path / "cache", teacher_dir, chat_file, targets=rule, encoding="packed")
-    stats = cache_stats(cf.open_cache(path))
+    stats = cache_statistics(cf.open_cache(path))
     streams, floors = stats["stream_bytes_per_token"], stats["stream_entropy_bytes_per_token"]
     states = stats["column_bytes_per_token"]["packed"] - sum(streams.values())
     batches = len(cf.open_cache(path).record_batches())
     assert 0 < states * stats["tokens"] < batches * (4 * LANES + 100)
     assert set(streams) - set(floors) <= {"frequencies", "exact_ranks_low_bits", "sample_ranks_low_bits"}
     assert all(floor <= streams[name] + 1e-9 for name, floor in floors.items()) and floors["sample_ranks"] > 0.5
-    text = shown(stats_view(stats))
+    text = shown(statistics_view(stats))
     assert all(f"  {name}" in text for name in streams) and "as columns, order zero" in text
 
 
@@ -181,8 +176,8 @@ def test_part_of_a_row(cache: cf.Cache):
 def test_row_for_people(cache: cf.Cache, tokenizer: PreTrainedTokenizerFast):
     index = next(i for i, row in enumerate(cache.iter_rows()) if len(row.segment_lengths) > 1)
     found = inspect_row(cache, index, lambda i: tokenizer.decode([i]), candidates=3, start=0, positions=1000)
-    text = shown(inspect_view(found))
-    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['counted_tokens']:,} of them counted")
+    text = shown(row_view(found))
+    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['counted_tokens']:,} of them loss tokens")
     assert text.count("── next document ──") == len(found["segment_lengths"]) - 1
     assert text.count("◀") == 1 + found["counted_tokens"]  # the legend, and each true next token
     outside = sum(p["counted"] and p["next_prob"] is None for p in found["positions"])
@@ -192,7 +187,7 @@ def test_row_for_people(cache: cf.Cache, tokenizer: PreTrainedTokenizerFast):
 
 def test_tokens_are_shown_as_they_are(cache: cf.Cache):
     found = inspect_row(cache, 0, lambda i: "[red]:smile:\x1b[31m", candidates=1, start=0, positions=30)
-    text = shown(inspect_view(found))
+    text = shown(row_view(found))
     assert "[red]:smile:" in text and "\x1b" not in text
 
 
@@ -210,7 +205,7 @@ def test_students_side_by_side():
 def test_students_of_several_tokenizers_are_not_passed_off_as_comparable():
     values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234, "compared": 0.694}
     text = shown(evaluation_view("Held out", {"students/one": values, "students/two": {**values, "compared": 1.0}}))
-    for words in ("compared", "69.4%", "100.0%", "Only students of one tokenizer compare"):
+    for words in ("compared", "69.4%", "100.0%", "Compare only students that share a tokenizer"):
         assert words in " ".join(text.split())
     assert "perplexity" not in text
     plain = shown(evaluation_view("Held out", {"one": {**values, "compared": None}}))

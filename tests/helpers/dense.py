@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache_format as cf
-from pipeline.losses import IGNORE_INDEX, UNBIASED, TargetBatch
+from pipeline.losses import IGNORE_INDEX, UNBIASED, SparseTargetBatch
 
 
 def extremes(temperatures: Sequence[float]) -> Callable[[Any], Any]:
@@ -47,7 +47,7 @@ def random_targets(
     sampled: int = 3,
     quantised: bool = False,
     dtype: torch.dtype = torch.float64,
-) -> TargetBatch:
+) -> SparseTargetBatch:
     """Top-K targets of random teachers, with sampled entries. Of four labels two are exact entries and one is sampled.
 
     The weights of the sampled entries do not make the entries sum to one, and may exceed the largest probability.
@@ -84,7 +84,7 @@ def random_targets(
         logprobs[present] = entries.decode(entries.encode(logprobs[present]))
         residual = rest.decode(rest.encode(residual))
     labels[rng.random(positions) < masked] = IGNORE_INDEX
-    return TargetBatch(
+    return SparseTargetBatch(
         ids=torch.from_numpy(ids),
         logprobs=torch.from_numpy(logprobs).to(dtype),
         exact_counts=torch.from_numpy(counts.astype(np.int64)),
@@ -94,13 +94,18 @@ def random_targets(
     )
 
 
-def captured_for(targets: TargetBatch, tail: str, temperature: float) -> TargetBatch:
+def captured_for(targets: SparseTargetBatch, tail: str, temperature: float) -> SparseTargetBatch:
     """The same numbers, said to be of the temperature at which a loss is to use them where it can use no others."""
     return replace(targets, temperature=temperature) if tail in UNBIASED else targets
 
 
 def dense_losses(
-    logits: Tensor, targets: TargetBatch, *, temperature: float = 1.0, kd_weight: float = 1.0, tail: str = "bucket"
+    logits: Tensor,
+    targets: SparseTargetBatch,
+    *,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    tail: str = "bucket",
 ) -> np.ndarray:
     """[N] (1 − α)·CE + α·T²·KL of every position in fp64; 0 where it does not count."""
     losses = np.zeros(len(targets))

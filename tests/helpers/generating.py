@@ -13,11 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
-from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.generation.answers import GenerationConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig
 from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 
 K = 16
 OF_CACHE = {"targets", "batch_size", "rows_per_shard", "overwrite", "encoding"}
@@ -61,7 +59,7 @@ def token_ids(path: Path) -> dict[tuple[int, int], list[int]]:
 
 
 def write_predicates(path: Path) -> Path:
-    """Functions for --keep-if, good and bad, of prompts that have a `number`."""
+    """Functions for --gen-keep-if, good and bad, of prompts that have a `number`."""
     path.write_text(
         "def odd(example, answer):\n"
         "    return (example['number'] + answer.index) % 2 == 1\n"

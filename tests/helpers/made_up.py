@@ -1,4 +1,4 @@
-"""Caches of made-up numbers, written in milliseconds: for what does not depend on what a teacher says.
+"""Caches of made-up numbers, written in milliseconds, for tests that need no real teacher.
 
 cache = made_up(tmp / "a", rows=40)                       # record batches of 4, rows of 3 to 12 tokens
 made_up(tmp / "b", rows=9, vocab_size=500, targets={...})  # fields of the metadata
@@ -36,11 +36,11 @@ def made_up(
     tokenizer_files: Mapping[str, bytes] | None = None,
     **changes: Any,
 ) -> cf.Cache:
-    """A cache, opened; the first token of a row is the last three digits of its number.
+    """Writes a cache and opens it. The first token of a row is its row number modulo 1000.
 
     Args:
-        lengths: tokens of the shortest and of the longest row.
-        share: of the positions that could count, how many do.
+        lengths: number of tokens in the shortest and in the longest row.
+        share: fraction of positions that are loss tokens.
         changes: fields of the metadata.
     """
     metadata = cf.CacheMetadata(
@@ -67,7 +67,7 @@ def _row(row: int, metadata: cf.CacheMetadata, lengths: tuple[int, int], seed: i
     mask = rng.random(tokens) < share
     mask[-1] &= metadata.alignment == "same"
     samples = metadata.num_samples
-    counts = np.full(tokens, 1 + samples)  # an exact one, and one in each sample
+    counts = np.full(tokens, 1 + samples)  # one exact entry, and one in each sample
     ids = np.concatenate([[i, *range(500, 500 + samples)] for i in rng.integers(0, 400, tokens)])
     input_ids = rng.integers(0, 400, tokens)
     input_ids[0] = row % 1000

@@ -1,4 +1,4 @@
-"""A masked teacher of each kind and its cache, and how such a cache is made; `masked_dir` of conftest.py holds them."""
+"""Masked teachers of each kind and their caches; the fixture `masked_dir` in conftest.py builds them once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from tiny import english
 from tiny_masked import KINDS, tiny_masked
 
 
 def build_masked(folder: Path) -> Path:
-    """`bert`, `roberta` …: teachers whose embedding has rows that belong to no token; `bert-cache` …; `text.txt`."""
+    """Builds teachers `bert`, `roberta` … with padded embeddings, their caches `bert-cache` … and `text.txt`."""
     (folder / "text.txt").write_text(english(60), encoding="utf-8")
     for i, kind in enumerate(KINDS):
         tiny_masked(folder / kind, kind, pad_vocab=8, seed=i)
@@ -26,7 +25,7 @@ def build_masked(folder: Path) -> Path:
 
 
 def settings(folder: Path, kind: str, output: Path, **options: Any) -> CacheTeacherConfig:
-    """The cache of a teacher in `folder`: top-16 targets, rows of up to 32 tokens, documents are lines."""
+    """How to cache a teacher of `folder`: top-16 targets, rows of up to 32 tokens, documents are lines."""
     data = DataConfig(data=str(folder / "text.txt"), window_length=32, sample_by="line")
     options = {"targets": TargetRule(top_k=16), "rows_per_shard": 16, **options}
     return CacheTeacherConfig(teacher=str(folder / kind), data=data, output=str(output), device="cpu", **options)

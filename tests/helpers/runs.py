@@ -1,4 +1,4 @@
-"""Stage two on tiny models: caches and training runs that take a second or less.
+"""Caches and training runs of tiny models, each in about a second.
 
 cache = build_cache(tmp / "cache", teacher_dir, text_file)      # stage one, in this process
 train(tmp / "student", cache, student=student_dir, ...)         # stage two
@@ -25,28 +25,27 @@ from transformers import PreTrainedModel
 import cache_format as cf
 from cli import main
 from dense import dense_kl
-from pipeline.student.training.train import TrainStudentConfig, TrainSummary, train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.train import TrainSummary, train_student
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Plain SGD without clipping: a step is proportional to the gradient. Adam divides a wrong scale of the loss out again.
+# Plain SGD without clipping, so that a step is proportional to the gradient. Adam would hide a wrong scale of the loss.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
 def command(*words: object, status: int = 0) -> Result:
-    """`distill` with these words, in this process."""
+    """Runs the command line in this process and checks its exit status."""
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == status, (result.output, result.exc_info)
     return result
 
 
 def on_two_processes(folder: Path, *words: str) -> None:
-    """`torchrun --nproc-per-node 2` of these words, in `folder`, over gloo."""
+    """Runs a script with arguments on two processes of torchrun, in `folder`, over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +69,7 @@ def build_cache(
     packing: bool = True,
     encoding: str = "columns",
 ) -> Path:
-    """Packed rows of up to 48 tokens; documents are lines, or conversations of which only answers count.
+    """A cache of packed rows; documents are lines, or conversations with loss tokens in the answers.
 
     Args:
         targets: default: the `top_k` most likely tokens.
@@ -93,20 +92,25 @@ def build_cache(
 
 
 def train(
-    output: Path, cache: Path, *, student: Path | None = None, arguments: dict[str, Any] | None = None, **options: Any
+    output: Path,
+    cache: Path,
+    *,
+    student: Path | PreTrainedModel | None = None,
+    arguments: dict[str, Any] | None = None,
+    **options: Any,
 ) -> TrainSummary:
     """`train_student` on the CPU. Keywords that begin with on_ are its callbacks.
 
     Args:
-        arguments: contents of a --training-args file.
+        arguments: contents of the file for `training_args`.
     """
     callbacks = {name: options.pop(name) for name in list(options) if name.startswith("on_")}
     if arguments is not None:
         file = output.with_name(f"{output.name}-arguments.json")
         file.write_text(json.dumps(arguments))
         options["training_args"] = str(file)
-    given = None if student is None else str(student)
-    config = TrainStudentConfig(cache=str(cache), output=str(output), student=given, device="cpu", **options)
+    student = str(student) if isinstance(student, Path) else student
+    config = TrainStudentConfig(cache=str(cache), output=str(output), student=student, device="cpu", **options)
     return train_student(config, **callbacks)
 
 
@@ -115,7 +119,7 @@ def weights(directory: Path) -> dict[str, Tensor]:
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference of any weight."""
+    """The largest absolute difference of any weight."""
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
@@ -126,7 +130,7 @@ def log_history(output: Path) -> list[dict[str, float]]:
 
 @torch.no_grad()
 def dense_logits(model: PreTrainedModel, row: cf.CacheRow, vocab: int) -> np.ndarray:
-    """[T, V] float64, the plain way: every document alone, no padding, the model's own forward."""
+    """[T, V] float64 logits of the model's own forward, one document at a time, without padding."""
     documents = np.split(np.asarray(row.input_ids, np.int64), np.cumsum(row.segment_lengths)[:-1])
     logits = [model(input_ids=torch.from_numpy(document)[None]).logits[0, :, :vocab] for document in documents]
     return torch.cat(logits).double().numpy()
@@ -135,10 +139,10 @@ def dense_logits(model: PreTrainedModel, row: cf.CacheRow, vocab: int) -> np.nda
 def dense_evaluation(
     model: PreTrainedModel, rows: list[cf.CacheRow], vocab: int, *, tail: str = "bucket", temperature: float = 1.0
 ) -> dict[str, float]:
-    """Means over counted positions of kl, ce, agreement, from full logits in float64.
+    """Means of kl, ce and agreement over loss tokens, from full logits in float64.
 
     Args:
-        temperature: at which the rows were captured; the divergence is at the same.
+        temperature: of the rows and of the divergence.
     """
     kl, ce, agreement = [], [], []
     for row in rows:
@@ -160,7 +164,7 @@ def dense_evaluation(
 
 
 class Stop:
-    """Presses Ctrl-C after a step."""
+    """Raises KeyboardInterrupt after a step; for `on_step`."""
 
     def __init__(self, step: int) -> None:
         self.step = step

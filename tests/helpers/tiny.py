@@ -1,8 +1,7 @@
-"""Tiny tokenizers, models and corpora, built in a second and without a network.
+"""Tiny tokenizers, models and corpora, built in a second without a network.
 
-Everything here is real: a byte-level BPE tokenizer trained on the spot and a randomly initialised
-Llama, both written to a directory that `from_pretrained` reads. They are small, not faked: a test
-with them exercises the same code as one with SmolLM2, which `make test-real` uses.
+They are small but real: a trained byte-level BPE tokenizer and a randomly initialised Llama, in a directory that
+`from_pretrained` reads. A test with them runs the same code as one with SmolLM2 (`make test-real`).
 
     from tiny import tiny_llama, tiny_tokenizer, english
     tokenizer = tiny_tokenizer()                      # 400 tokens, every byte covered
@@ -24,8 +23,8 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, IM_START, IM_END]
 
-# ChatML as SmolLM2 and Qwen write it, and like theirs without a {% generation %} block: whoever
-# wants the assistant's tokens only has to find them without the template's help.
+# ChatML as in SmolLM2 and Qwen. Like theirs it has no {% generation %} block, so that the assistant's tokens must be
+# found without help from the template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -53,7 +52,7 @@ _LINKS = ("and then", "because", "although", "while", "so that", "but", "until")
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence of simple English, with now and then a number, a quotation or an accent."""
+    """One sentence of simple English, sometimes with a number, a quotation or an accent."""
 
     def clause() -> str:
         return " ".join(rng.choice(words) for words in (_SUBJECTS, _VERBS, _OBJECTS, _PLACES))
@@ -71,7 +70,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def english(sentences: int = 80, seed: int = 0) -> str:
-    """Varied English: one document per line, one to five sentences each, some 70 bytes each."""
+    """English text: one document per line, with one to five sentences of about 70 bytes."""
     rng = random.Random(seed)
     documents: list[str] = []
     written = 0
@@ -112,10 +111,9 @@ def write_jsonl(path: Path, records: Iterable[object]) -> Path:
 
 
 def tiny_tokenizer(vocab_size: int = 400, *, add_bos: bool = False, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of exactly `vocab_size` tokens: 5 specials, 256 bytes, the rest merges.
+    """A byte-level BPE of exactly `vocab_size` tokens: 5 special tokens, 256 bytes, the rest merges.
 
-    `seed` changes the training text and with it the merges: a second seed gives a different
-    tokenizer of the same size, the mismatch that a vocabulary size alone does not show.
+    Another `seed` gives other merges: a tokenizer that differs although its size is the same.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -146,7 +144,7 @@ def tiny_tokenizer(vocab_size: int = 400, *, add_bos: bool = False, seed: int = 
 
 
 def tiny_sentencepiece(seed: int = 0) -> PreTrainedTokenizerFast:
-    """As Llama 2's: ▁ for a space, one put before every text, bytes as <0x41>, <s> added at the beginning."""
+    """A tokenizer like Llama 2's: ▁ for a space and before every text, bytes as <0x41>, <s> at the beginning."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     names = ["<unk>", "<s>", "</s>"]
@@ -180,13 +178,13 @@ def tiny_llama(
     scale: float = 0.3,
     **config: object,
 ) -> Path:
-    """Write a random Llama and its tokenizer to `path`, which is returned.
+    """Writes a random Llama and its tokenizer to `path` and returns it.
 
     Args:
-        pad_vocab: rows of the embedding beyond the tokenizer's vocabulary, as real models have.
-            They get large logits, so that code which forgets to cut them off goes visibly wrong.
-        scale: standard deviation of the weights. With the usual .02 every prediction is near 1/V;
-            with .3 the teacher has opinions (top-1 probability .04 to .3, entropy 4.6 nats).
+        pad_vocab: embedding rows beyond the vocabulary, as real models have. They get large logits, so that code that
+            does not cut them off fails.
+        scale: standard deviation of the weights. With the usual 0.02 all probabilities are near 1/V; with 0.3 the
+            top-1 probability is 0.04 to 0.3 and the entropy 4.6 nats.
         config: further `LlamaConfig` fields.
     """
     vocab = len(tokenizer)

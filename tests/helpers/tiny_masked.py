@@ -1,4 +1,4 @@
-"""Tiny masked language models and their tokenizers, as `tiny.py` has causal ones: real, random, built in a second.
+"""Tiny masked language models and their tokenizers; `tiny.py` has the causal ones.
 
 path = tiny_masked(folder, "roberta", layers=2)     # a directory with model and tokenizer
 """
@@ -20,7 +20,7 @@ from tiny import english
 VOCAB, WINDOW = 400, 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-# Beside the shape: what tells each architecture from a BERT. Positions of a RoBERTa begin behind its padding token.
+# Settings that differ from BERT's. Positions of a RoBERTa begin after its padding token.
 KINDS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"max_position_embeddings": WINDOW + 2},
@@ -31,9 +31,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def wordpiece_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Lower case, [CLS] text [SEP], as BERT's: of exactly `vocab_size` tokens.
+    """A tokenizer like BERT's with exactly `vocab_size` tokens: lower case, [CLS] text [SEP].
 
-    Characters, beginnings of words and whole words, the most frequent first. (The library's trainer is not repeatable.)
+    Tokens are characters, beginnings of words and whole words, the most frequent first, because the library's trainer
+    is not deterministic.
     """
     text = english(800, seed=1000).lower()
     letters = sorted(
@@ -55,7 +56,7 @@ def wordpiece_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
 
 
 def bpe_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Bytes, <s> text </s>, padding token 1, mask token last, as RoBERTa's."""
+    """A tokenizer like RoBERTa's: bytes, <s> text </s>, padding token 1, mask token last."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -87,10 +88,10 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
 def tiny_masked(
     path: Path, kind: str, *, layers: int = 2, hidden: int = 32, pad_vocab: int = 0, seed: int = 0, **config: Any
 ) -> Path:
-    """Write a random masked language model of `kind`, and its tokenizer, to `path`, which is returned.
+    """Writes a random masked language model of `kind` and its tokenizer to `path` and returns it.
 
     Args:
-        pad_vocab: rows of the embedding beyond the tokenizer's vocabulary.
+        pad_vocab: embedding rows beyond the vocabulary.
     """
     tokenizer = tokenizer_of(kind)
     settings = masked_config(kind, layers=layers, hidden=hidden, vocab_size=len(tokenizer) + pad_vocab, **config)
@@ -99,7 +100,7 @@ def tiny_masked(
         torch.manual_seed(seed)
         model = AutoModelForMaskedLM.from_config(settings).eval()
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # biases that are all zero would hide one that is left out
+            if parameter.ndim == 1:  # zero biases would not show that one is ignored
                 torch.nn.init.normal_(parameter, mean=float("orm" in name and "weight" in name), std=0.3)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -108,9 +109,9 @@ def tiny_masked(
 
 def masked_config(kind: str, *, layers: int = 2, hidden: int = 32, vocab_size: int = VOCAB, **config: Any) -> Any:
     """The configuration of a tiny model of `kind`."""
-    of_kind = dict(KINDS[kind])
+    own = dict(KINDS[kind])
     if kind == "distilbert":
-        of_kind |= {"dim": hidden, "hidden_dim": 2 * hidden, "n_layers": layers}
+        own |= {"dim": hidden, "hidden_dim": 2 * hidden, "n_layers": layers}
     special = {f"{name}_token_id": number for name, number in (("pad", 0), ("bos", 2), ("eos", 3), ("cls", 2))}
     shape = {
         "vocab_size": vocab_size,
@@ -122,4 +123,4 @@ def masked_config(kind: str, *, layers: int = 2, hidden: int = 32, vocab_size: i
         "initializer_range": 0.3,
         "sep_token_id": 3,
     }
-    return AutoConfig.for_model(kind, **{**shape, **special, **of_kind, **config})
+    return AutoConfig.for_model(kind, **{**shape, **special, **own, **config})

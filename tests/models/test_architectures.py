@@ -1,7 +1,7 @@
-"""Heads that do something of their own to logits, through both stages: Gemma 2 and 3, Cohere, Granite, Phi.
+"""Architectures with special heads through both stages: Gemma 2 and 3, Cohere, Granite, Phi.
 
-What the cache holds is the model's own log-softmax, and what a student is trained on is a loss of its own logits;
-`test_heads.py` has the heads alone, `test_masked_models.py` the masked ones.
+The cache holds the model's own log-softmax, and the student's loss is computed from its own logits. `test_heads.py`
+tests the heads alone, `test_masked_models.py` masked models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pipeline.student.training.recipe import LossRecipe
 from test_heads import LINEAR, OWN
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -20,7 +21,6 @@ from pipeline.losses import sparse_kl
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import collate
 from pipeline.student.training.forward import install_distillation_forward
-from pipeline.student.training.recipe import LossRecipe
 from runs import build_cache
 
 NAMES = [
@@ -34,7 +34,7 @@ VOCAB = 400
 def cached(
     request: pytest.FixtureRequest, tmp_path_factory, tokenizer: PreTrainedTokenizerFast, text_file: Path
 ) -> Path:
-    """A teacher, whose embedding has rows that belong to no token, and its cache."""
+    """A teacher whose embedding matrix has padding rows, and its cache."""
     folder = tmp_path_factory.mktemp("architecture")
     given = {**LINEAR, **OWN}[request.param]
     config = type(given)(**{**given.to_dict(), "vocab_size": VOCAB + 8, "max_position_embeddings": 64})
@@ -60,7 +60,7 @@ def test_cached_targets_equal_the_models_own_log_softmax(cached: Path) -> None:
 
 
 def test_the_students_loss_is_that_of_its_own_logits(cached: Path) -> None:
-    """Value and every gradient, on each document alone: fused for a linear head, general for the others."""
+    """Value and every gradient, against each document alone: fused for a linear head, general for the others."""
     cache = cf.open_cache(cached / "cache")
     model = AutoModelForCausalLM.from_pretrained(cached / "teacher", dtype=torch.float64).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Code that comes with a cache or a configuration is not run, and nobody is asked whether it should be."""
+"""Code that comes with a cache or a configuration is not run, and the user is not asked whether to run it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENIZER = {"tokenizer_class": "Foreign", "auto_map": {"AutoTokenizer": ["forei
 
 @pytest.fixture
 def foreign_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[bytes]:
-    """A module that leaves a trace when it is run; whoever asks whether to run it is told yes."""
+    """A module that leaves a file behind when it is run; every question is answered with yes."""
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     trace = tmp_path / "executed"
     yield (
@@ -48,8 +48,8 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_tokenizer_that_is_code_is_refused(command: str, foreign_code: bytes, student_dir: Path, tmp_path: Path):
-    """Whatever is said of the student: `--trust-remote-code` does not speak of what comes with a cache."""
+def test_a_tokenizer_that_needs_code_is_refused(command: str, foreign_code: bytes, student_dir: Path, tmp_path: Path):
+    """Even with `--trust-remote-code`, which is about the student and not about files of a cache."""
     files = {"tokenizer_config.json": json.dumps(TOKENIZER).encode(), "foreign.py": foreign_code}
     cache = tmp_path / "cache"
     made_up(cache, 4, tokenizer_files=files)
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_is_code_is_refused(command: str, foreign_code: bytes, 
 @pytest.mark.parametrize(
     "data", [b"{}", b"[1]", b'{"model": {"type": "BPE"}}', b'{"version": "1.0", "model": 3}', b"\xff", b"[" * 9999]
 )
-def test_a_tokenizer_that_is_none_is_an_error_in_one_line(data: bytes, tmp_path: Path):
+def test_a_broken_tokenizer_is_an_error_in_one_line(data: bytes, tmp_path: Path):
     cache = tmp_path / "cache"
     made_up(cache, 4, tokenizer_files={"tokenizer.json": data})
     result = invoke("inspect", cache)
@@ -72,7 +72,7 @@ def test_a_tokenizer_that_is_none_is_an_error_in_one_line(data: bytes, tmp_path:
 
 
 def test_the_code_of_a_configuration_is_not_run(foreign_code: bytes, tmp_path: Path):
-    """Of a kind of model that transformers knows, but not as a language model."""
+    """The type of model is known to transformers, but not as a language model."""
     config = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "foreign.Foreign"}}
     (tmp_path / "config.json").write_text(json.dumps({**config, "name_or_path": str(tmp_path)}))
     (tmp_path / "foreign.py").write_bytes(foreign_code)

@@ -1,4 +1,4 @@
-"""Which way each architecture's head is run, that it gives the model's own logits, and who is refused."""
+"""How each architecture's head is run, that it gives the model's own logits, and which models are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def sample_ids(rows: int = 2, length: int = 9) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, head: Head) -> None:
-    """Both ways that are open give the model's own logits of the real vocabulary, for several rows at once."""
+    """Both ways to run the head give the model's own logits over the real vocabulary, for several rows at once."""
     ids = sample_ids()
     expected = model(input_ids=ids, use_cache=False).logits[..., :V]
     hidden = head.hidden_states(ids, torch.arange(ids.shape[1]).expand_as(ids)).flatten(0, 1)
@@ -94,7 +94,7 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LINEAR)
-def test_a_head_that_is_a_product(name: str, dtype: torch.dtype) -> None:
+def test_linear_heads(name: str, dtype: torch.dtype) -> None:
     model = build(LINEAR[name], dtype)
     head = open_head(model, V)
     assert head.linear and head.vocab_size == V
@@ -106,8 +106,8 @@ def test_a_head_that_is_a_product(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OWN)
-def test_a_head_that_is_more(name: str, dtype: torch.dtype) -> None:
-    """In bfloat16 as well, where soft-capping changes a logit of 10 by less than a careless tolerance."""
+def test_heads_that_are_not_linear(name: str, dtype: torch.dtype) -> None:
+    """Also in bfloat16, where soft-capping changes a logit of 10 by less than a loose tolerance."""
     model = build(OWN[name], dtype)
     head = open_head(model, V)
     assert not head.linear
@@ -116,7 +116,7 @@ def test_a_head_that_is_more(name: str, dtype: torch.dtype) -> None:
     assert model._modules[model.base_model_prefix] is model.base_model  # put back
 
 
-def test_a_head_with_another_scale_is_not_taken_for_a_product() -> None:
+def test_a_scaled_head_is_not_linear() -> None:
     model = build(OWN["granite, logits_scaling"])
     hidden = torch.randn(3, 32)
     own, linear = (Head(model=model, linear=way, vocab_size=V).logits(hidden) for way in (False, True))
@@ -149,10 +149,10 @@ def test_a_model_whose_logits_cannot_be_reproduced_is_refused(monkeypatch: pytes
     model = build(LINEAR["llama"])
     states = Head.hidden_states
 
-    def of_another_layer(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def scaled(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return states(head, input_ids, position_ids) * 1.001
 
-    monkeypatch.setattr(Head, "hidden_states", of_another_layer)
+    monkeypatch.setattr(Head, "hidden_states", scaled)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM: logits computed .* \(linear\), .* \(own\)"):
         open_head(model, V)
 
@@ -166,7 +166,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_numbers_are_called_that(value: float) -> None:
+def test_weights_with_nan_or_infinity_are_reported(value: float) -> None:
     model = build(LINEAR["llama"])
     with torch.no_grad():
         model.model.norm.weight[3] = value
@@ -177,14 +177,12 @@ def test_weights_that_are_not_numbers_are_called_that(value: float) -> None:
 def test_a_model_with_a_recurrent_state_may_not_be_packed() -> None:
     model = build(MambaConfig(vocab_size=PADDED, hidden_size=32, num_hidden_layers=1, state_size=4))
     head = open_head(model, V)
-    with pytest.raises(ModelError, match="attend to one another. Use --no-packing"):
+    with pytest.raises(ModelError, match="attend to one another. Use `packing=False`"):
         check_packing(model, head)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_leak_is_found_however_small_beside_the_largest_state(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_leak_is_found_next_to_very_large_states(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real models have a few states of a hundred times the usual size; a tolerance relative to those hides a leak."""
     model = build(LINEAR["llama"], dtype)
     with torch.no_grad():
@@ -203,7 +201,7 @@ def test_a_leak_is_found_however_small_beside_the_largest_state(
 
 
 def test_position_ids_that_are_ignored_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept apart, but counted on from the document before."""
+    """Documents do not attend to each other, but positions continue those of the document before."""
     model = build(GPT2Config(**GPT2))
     head = open_head(model, V)
     decoder = model.transformer.forward
@@ -218,8 +216,8 @@ def test_position_ids_that_are_ignored_are_found(monkeypatch: pytest.MonkeyPatch
 
 
 @torch.no_grad()
-def test_an_attention_mask_of_ones_would_let_documents_see_one_another() -> None:
-    """Why `hidden_states` passes none: with a mask, transformers no longer looks at the position ids."""
+def test_an_attention_mask_of_ones_would_let_documents_attend_to_each_other() -> None:
+    """Why `hidden_states` passes no mask: with one, transformers ignores that position ids restart."""
     model = build(LINEAR["llama"])
     head = open_head(model, V)
     first, second = sample_ids(2, 6).split(1)

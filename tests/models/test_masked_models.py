@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pipeline.student.training.recipe import LossRecipe
 from transformers import AutoConfig, PreTrainedModel
 
 import cache_format as cf
@@ -22,14 +23,14 @@ from pipeline.models.head import Head, check_padding, open_head
 from pipeline.models.objective import check_objective, most_positions, objective_of
 from pipeline.student.data.dataset import CacheDataset, collate, targets_of
 from pipeline.student.training.forward import install_distillation_forward
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.teacher import capture, opening
+from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.masking import MaskRule
-from pipeline.teacher.verification import TeacherCheckConfig, verify_against_teacher
+from pipeline.teacher.verification import verify_against_teacher
+from pipeline.teacher.verify_config import TeacherCheckConfig
 from tiny_masked import KINDS, VOCAB, WINDOW, masked_config, tiny_masked
 
 
@@ -41,14 +42,14 @@ def shards(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objective_is_found_and_what_contradicts_it_refused(kind: str, masked_dir: Path, teacher_dir: Path) -> None:
+def test_the_objective_is_detected_and_another_one_is_refused(kind: str, masked_dir: Path, teacher_dir: Path) -> None:
     config = AutoConfig.from_pretrained(masked_dir / kind)
     assert objective_of(config) == "masked" == objective_of(masked_config(kind))  # with and without architectures
     assert check_objective("auto", config, kind) == check_objective("masked", config, kind) == "masked"
-    with pytest.raises(ConfigError, match=r"--objective causal: .* is a masked language model .*has seen the one"):
+    with pytest.raises(ConfigError, match=r"`objective` causal: .* is a masked language model .*has seen the one"):
         check_objective("causal", config, str(masked_dir / kind))
     llama = AutoConfig.from_pretrained(teacher_dir)
-    with pytest.raises(ConfigError, match=r"--objective masked: .* is a causal language model \(LlamaForCausalLM\)"):
+    with pytest.raises(ConfigError, match=r"`objective` masked: .* is a causal language model \(LlamaForCausalLM\)"):
         check_objective("masked", llama, str(teacher_dir))
 
 
@@ -60,11 +61,11 @@ def test_a_bert_that_is_a_decoder_is_causal() -> None:
     assert objective_of(AutoConfig.for_model("bart")) == "causal"
 
 
-def test_positions_of_a_roberta_begin_behind_its_padding_token(masked_dir: Path, tmp_path: Path) -> None:
+def test_positions_of_a_roberta_start_after_its_padding_token(masked_dir: Path, tmp_path: Path) -> None:
     limits = {kind: most_positions(AutoConfig.from_pretrained(masked_dir / kind)) for kind in KINDS}
     assert limits == dict.fromkeys(KINDS, WINDOW)
     config = settings(masked_dir, "roberta", tmp_path / "cache")
-    with pytest.raises(ConfigError, match=f"at most {WINDOW} positions. Use --seq-len {WINDOW}"):
+    with pytest.raises(ConfigError, match=f"at most {WINDOW} positions"):
         cache_teacher(replace(config, data=replace(config.data, window_length=WINDOW + 1)))
     longest = replace(config.data, window_length=WINDOW, sample_by="document")
     cache_teacher(replace(config, data=longest))  # rows of all 64 tokens, which index position 65
@@ -72,11 +73,11 @@ def test_positions_of_a_roberta_begin_behind_its_padding_token(masked_dir: Path,
     check_cache(tmp_path / "cache", masked_dir / "roberta")
 
 
-# ---- the cache says what the teacher says
+# ---- the cache against the teacher
 
 
 def check_cache(path: Path, teacher: Path) -> int:
-    """Every row against the teacher in fp64 on the row alone, without padding or attention mask."""
+    """Compare every row with the teacher in fp64 on that row alone, without padding or attention mask."""
     cache, model = cf.open_cache(path), load(teacher)
     assert cache.metadata.alignment == "same" and cache.metadata.vocab_size == VOCAB
     for row in cache.iter_rows():
@@ -104,7 +105,7 @@ def test_targets_one_position_off_are_detected(by: int, masked_dir: Path) -> Non
 
 
 def test_a_shift_at_capture_is_detected(masked_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states of t − 1 where those of t belong, as a causal pipeline would have it, unseen by the start-up probe."""
+    """States of t − 1 in place of t, as in a causal pipeline, introduced after the start-up probe."""
     states = Head.hidden_states
 
     def shift_from_here_on(model: PreTrainedModel, head: Head) -> None:
@@ -147,7 +148,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(masked_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(masked_dir: Path, tmp_path: Path) -> None:
     config = settings(masked_dir, "bert", tmp_path / "cache")
 
     def kill(progress: CaptureProgress) -> None:
@@ -176,11 +177,11 @@ def test_all_positions_copies_and_sampled_targets(masked_dir: Path, tmp_path: Pa
     cf.verify_cache(tmp_path / "c")
 
 
-def test_masks_asked_of_a_causal_teacher_are_refused(teacher_dir: Path, masked_dir: Path, tmp_path: Path) -> None:
+def test_masks_for_a_causal_teacher_are_refused(teacher_dir: Path, masked_dir: Path, tmp_path: Path) -> None:
     config = replace(settings(masked_dir, "bert", tmp_path / "c"), teacher=str(teacher_dir))
-    with pytest.raises(ConfigError, match=r"--mask-probability.*is a causal language model"):
+    with pytest.raises(ConfigError, match="is a causal language model"):
         cache_teacher(replace(config, masking=MaskRule()))
-    with pytest.raises(ConfigError, match=r"--objective masked"):
+    with pytest.raises(ConfigError, match=r"`objective` masked"):
         cache_teacher(replace(config, objective="masked"))
     assert not (tmp_path / "c").exists()
 
@@ -217,7 +218,7 @@ def test_a_model_that_sees_its_padding_is_refused(masked_dir: Path, monkeypatch:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_students_loss_has_the_gradient_of_dense_autograd(kind: str, masked_dir: Path) -> None:
-    """On each row alone by the model's own forward, a mean over the masked tokens of all rows."""
+    """The reference is the model's own forward pass on each row alone, averaged over the masked tokens of all rows."""
     model = load(masked_dir / kind)
     head = open_head(model, VOCAB, masked=True)
     cache = cf.open_cache(masked_dir / f"{kind}-cache")
@@ -245,7 +246,7 @@ def test_the_students_loss_has_the_gradient_of_dense_autograd(kind: str, masked_
 
 
 def check_alignment(rows: list[cf.CacheRow]) -> None:
-    """What a batch says at t is about the token at t: mask, label, target list."""
+    """Mask, label and target list of a batch at t are those of the token at t."""
     batch = collate(rows)
     targets, length = targets_of(batch), batch["input_ids"].shape[1]
     for i, row in enumerate(rows):
@@ -318,7 +319,7 @@ def test_on_the_command_line(masked_dir: Path, tmp_path: Path) -> None:
     assert "in its place" in (tmp_path / "cache/README.md").read_text()
 
 
-def test_plan_and_verify_ask_a_masked_teacher_as_capture_does(masked_dir: Path, tmp_path: Path) -> None:
+def test_plan_and_verify_run_a_masked_teacher_as_capture_does(masked_dir: Path, tmp_path: Path) -> None:
     options = {"masking": MaskRule(probability=0.3), "rows_per_shard": 1000}
     plan = plan_cache(settings(masked_dir, "roberta", tmp_path / "cache", **options))
     cache_teacher(settings(masked_dir, "roberta", tmp_path / "cache", **options))

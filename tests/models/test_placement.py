@@ -1,4 +1,4 @@
-"""Teachers that do not fit one device: spread by a device map, left on disk, split over processes; the same targets."""
+"""Teachers spread by a device map, left on disk or split over processes give the same targets."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ from pipeline.models.head import open_head
 from pipeline.models.loading import load_model, weights_fingerprint
 from pipeline.models.placement import computing_devices, parse_device_map
 from pipeline.teacher import opening
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +98,7 @@ def test_spread_teacher_is_the_same_teacher(
         assert found["plain"] == found["spread"]
 
 
-def test_device_map_by_name_and_what_is_none(tmp_path: Path, teacher_dir: Path, text_file: Path):
+def test_device_maps_by_name_and_invalid_ones(tmp_path: Path, teacher_dir: Path, text_file: Path):
     assert parse_device_map("auto") == "auto"
     (tmp_path / "bad.json").write_text("[1]")
     (tmp_path / "broken.json").write_text("{")
@@ -110,7 +109,7 @@ def test_device_map_by_name_and_what_is_none(tmp_path: Path, teacher_dir: Path, 
     assert cf.verify_cache(tmp_path / "cache").rows > 0
 
 
-def test_two_ways_at_once_are_refused(
+def test_device_map_and_tensor_parallel_together_are_refused(
     tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = settings(teacher_dir, text_file, tmp_path / "cache")
@@ -126,9 +125,9 @@ def test_two_ways_at_once_are_refused(
 
 
 @pytest.mark.parametrize("heads, kv_heads, world, words", [
-    (4, 1, 2, "1 key-value heads, found 2 processes, .* Use --device-map"),
-    (4, 4, 3, "4 key-value heads, found 3 processes, .* Use --nproc-per-node 2 or 4, or --device-map"),
-    (6, 2, 4, "2 key-value heads, found 4 processes, .* Use --nproc-per-node 2, or"),
+    (4, 1, 2, "1 key-value heads, found 2 processes, .* Use `device_map=auto`"),
+    (4, 4, 3, "4 key-value heads, found 3 processes, .* Start 2 or 4 processes with torchrun, or use `device_map"),
+    (6, 2, 4, "2 key-value heads, found 4 processes, .* Start 2 processes with torchrun, or"),
     (6, None, 4, "6 key-value heads, found 4 processes, .* 2 or 3 or 6"),
     (0, 0, 2, "no plan .tp_plan. for splitting"),
 ])  # fmt: skip
@@ -143,9 +142,9 @@ def test_teacher_that_cannot_be_split_evenly_is_refused_first(
     monkeypatch.setattr(opening, "build_corpus", None)  # before the text is read
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", str(world))):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"^--tp: .*{words}"):
+    with pytest.raises(ConfigError, match=f"^`tensor_parallel`: .*{words}"):
         cache_teacher(settings(tmp_path / "teacher", text_file, tmp_path / "cache", tensor_parallel=True))
-    with pytest.raises(ConfigError, match=f"^--tp: .*{words}"):
+    with pytest.raises(ConfigError, match=f"^`tensor_parallel`: .*{words}"):
         load_model(str(tmp_path / "teacher"), tensor_parallel=True)
 
 
@@ -160,7 +159,7 @@ def test_a_spread_teacher_can_be_compared_with_its_cache(tmp_path: Path, padded_
 
 
 def on_two(folder: Path, words: list[str]) -> list[tuple[str, str]]:
-    """What `distill` with these words says in each of two processes that split a teacher, and its stderr."""
+    """stdout and stderr of `distill` in each of two processes that split a teacher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,7 +181,9 @@ def on_two(folder: Path, words: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_teacher_split_over_two_processes_says_the_same(tmp_path: Path, teacher_dir: Path, text_file: Path, tokenizer):
+def test_teacher_split_over_two_processes_gives_the_same_targets(
+    tmp_path: Path, teacher_dir: Path, text_file: Path, tokenizer
+):
     """transformers' tensor parallelism over gloo: equal within rounding, and written once."""
     config = LlamaConfig.from_pretrained(teacher_dir)
     config.num_key_value_heads = 2  # one for each process
@@ -216,7 +217,7 @@ def test_teacher_split_over_two_processes_says_the_same(tmp_path: Path, teacher_
         entries += len(row.targets.ids)
         assert np.abs(np.exp(row.targets.logprobs / 2) - np.exp(other.targets.logprobs / 2)).max() < 0.02  # a code
     assert same / entries > 0.999
-    # And two processes find that it is so.
+    # Two processes verify it, too.
     words = ["verify", str(tmp_path / "cache"), "--against-teacher", given.teacher, "--device", "cpu", "--tp", "--json"]
     (said, problem), (other_said, other_problem) = on_two(tmp_path, words)
     assert other_said == "" and json.loads(said)["ok"], problem + other_problem

@@ -18,12 +18,12 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 import cache_format as cf
 from dense import check_row, document_logprobs
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.models.loading import load_tokenizer
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import train
 from tiny import english
 

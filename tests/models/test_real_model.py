@@ -24,12 +24,10 @@ from dense import Deviation, captured_for, check_row, document_logprobs
 from pipeline.losses import TAIL_POLICIES, fused_head, sparse_kl
 from pipeline.models.head import check_packing, open_head
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.generation.answers import GenerationConfig
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.real

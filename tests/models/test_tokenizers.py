@@ -1,4 +1,4 @@
-"""When two tokenizers are the same, and what is recorded of one."""
+"""When two tokenizers are the same, and the fingerprint of a tokenizer."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ def test_other_segmentation_is_refused_by_part(tokenizer: PreTrainedTokenizerFas
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    with pytest.raises(MismatchError, match="cuts text differently: pre_tokenizer differ"):
+    with pytest.raises(MismatchError, match="splits text differently: pre_tokenizer differ"):
         check_same_tokenizer(tokenizer, digits)
 
 
-def test_special_tokens_and_template_are_only_warned_of() -> None:
+def test_other_special_tokens_and_templates_are_warnings() -> None:
     student = tiny_tokenizer()
     student.pad_token, student.chat_template = EOS, None
     pad, template = check_same_tokenizer(tiny_tokenizer(), student)
@@ -136,12 +136,12 @@ def test_special_tokens_and_template_are_only_warned_of() -> None:
     assert "chat template" in template
 
 
-def test_tokens_beyond_the_teachers_only_earn_a_warning() -> None:
+def test_tokens_beyond_the_teachers_are_a_warning() -> None:
     student = tiny_tokenizer()
     student.add_tokens(["<fim>", "<mid>"])
     (warning,) = check_same_tokenizer(tiny_tokenizer(), student)
     assert "2 tokens beyond the teacher's 400, such as '<fim>'" in warning
-    # The other way round the student cannot say what the teacher can ...
+    # The other way round, the student lacks tokens of the teacher ...
     with pytest.raises(MismatchError, match="2 ids differ"):
         check_same_tokenizer(student, tiny_tokenizer())
     # ... unless the head of the teacher has no rows for those tokens either.

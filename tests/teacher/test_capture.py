@@ -21,14 +21,13 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, check_packing, open_head
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate, targets_of
 from pipeline.teacher import capture, opening
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import selection as targets_module
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.writing import shard_sizes as grouping
 from sampled import check_draws, random, rule_name, threshold
 from tiny import english, tiny_llama
@@ -107,7 +106,7 @@ def test_all_tokens_as_entries(teacher_dir: Path, text_file: Path, tmp_path: Pat
     cache = cf.open_cache(tmp_path / "cache")
     assert (cache[0].targets.residual_logprob[cache[0].loss_mask] == -np.inf).all()
     check_cache(tmp_path / "cache", teacher_dir)
-    with pytest.raises(ConfigError, match="--top-k 401"):
+    with pytest.raises(ConfigError, match="`top_k` 401"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "other", targets=TargetRule(top_k=401)))
 
 
@@ -353,7 +352,7 @@ def test_packed_documents_that_see_one_another_are_refused_and_detected(
     model = AutoModelForCausalLM.from_pretrained(teacher_dir)
     with pytest.raises(ModelError, match="attend to one another"):
         check_packing(model, open_head(model, 400))
-    with pytest.raises(ModelError, match="Use --no-packing"):
+    with pytest.raises(ModelError, match="Use `packing=False`"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
     # Without packing there is nothing to see, and the check is not made.
@@ -609,6 +608,6 @@ def test_a_finished_cache_is_refused_or_overwritten(
 def test_windows_longer_than_the_teacher_can_read_are_refused(
     teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--seq-len 2049: this teacher was trained on at most 2048"):
+    with pytest.raises(ConfigError, match="`seq_len` 2049: this teacher was trained on at most 2048"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", window_length=2049))
     assert not (tmp_path / "cache").exists()

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 import cache_format as cf
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.targets.hidden_states import RECORD_BATCH_BYTES, SHARD_BYTES
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.writing.shard_sizes import grouping
 
 

@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner, Result
 
 import cache_format as cf
-from cli import GENERATION_NAMES, main
+from cli import main
+from pipeline.inspection import describe_targets
 from pipeline.teacher import plan
 from pipeline.teacher.writing.workers import Worker
-from pipeline.terminal.views import describe_targets
 from tiny import english
 
 ROWS_TAKEN = 24

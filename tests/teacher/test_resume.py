@@ -22,13 +22,12 @@ import pytest
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, WorkerConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.writing import shard_sizes as grouping
-from pipeline.teacher.writing.workers import WorkerConfig, this_worker
+from pipeline.teacher.writing.workers import this_worker
 from runs import command as run
 
 ROOT = Path(__file__).resolve().parents[2]

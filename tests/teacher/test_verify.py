@@ -19,7 +19,8 @@ from pipeline.errors import ConfigError
 from pipeline.teacher import capture
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import sparse_targets
-from pipeline.teacher.verification import TeacherCheckConfig, verify_against_teacher
+from pipeline.teacher.verification import verify_against_teacher
+from pipeline.teacher.verify_config import TeacherCheckConfig
 from runs import build_cache
 from sampled import random, rule_name, threshold
 from tiny import tiny_llama, tiny_tokenizer

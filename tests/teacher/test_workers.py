@@ -169,7 +169,7 @@ def test_a_student_of_a_cache_on_a_store_has_a_worker_that_reads_ahead(
         return loader(self)
 
     monkeypatch.setattr(DistillTrainer, "get_train_dataloader", watched)
-    options: dict[str, Any] = {"student": student_dir, "max_steps": 4, "per_device_train_batch_size": 4}
+    options: dict[str, Any] = {"student": student_dir, "max_steps": 4, "batch_size": 4}
     train(tmp_path / "disk", cache, **options)
     for number, given in (("url", {}), ("none", {"dataloader_num_workers": 0})):
         train(tmp_path / number, url, **options, **given)

@@ -1,22 +1,16 @@
-"""A cache for a student with another tokenizer: rows in the student's tokens, with what of the targets it can use.
+"""A cache for a student with another tokenizer: rows in the student's tokens, with the targets that it can use.
 
-    cache row ─▶ text of each document ─▶ the student's tokens ─▶ aligned positions ─▶ targets there ─▶ the usual losses
+    cache row ─▶ text of each document ─▶ the student's tokens ─▶ aligned positions ─▶ targets there ─▶ loss
 
-**project.** At an aligned position (`retokenise`) each exact entry goes to the student's token of the same bytes; what
-has none joins the residual, with the tail. The result is an ordinary row over the student's vocabulary, and every loss
-with a class for the rest takes it as it is. With identical tokenizers nothing is lost and nothing changes.
+    project    at an aligned position (`retokenise.py`) each exact entry becomes the student's token of the same bytes;
+               entries without one join the tail mass. The result is an ordinary row of the student's vocabulary.
+    uld        at an aligned position sorted probabilities are compared, see `pipeline.losses.uld`.
 
-**uld.** At an aligned position sorted probabilities are compared with sorted probabilities, see `pipeline.losses.uld`.
+Lost are: sampled entries; entries without a counterpart; the teacher's targets at positions that are not aligned, which
+learn from the label only; the first token of each further piece of a long document, which nothing predicts; and the
+difference between a token and the beginning of a longer one (` run` and ` running`).
 
-A document that is longer than the student takes becomes several, each as long as it can be and with the document's
-BOS, if it has one; they end where a token of the teacher's does. The teacher had read all that went before.
-
-What is lost: the first token of such a piece, which nothing predicts; the teacher's word at positions that are not
-aligned (they learn from the label alone: their teacher is all residual, whose divergence is 0); entries that the
-student has no token for; and, where a token is the beginning of another one, the difference between "ends here" and
-"begins so": the student's ` run` is on the way to ` running`, the teacher's was not. Sampled entries are left out.
-
-Runs at some 30,000 tokens/s and core at K = 64; `--num-workers` hides it behind the training.
+Speed: about 30,000 tokens/s per core at K = 64; loader workers (`dataloader_num_workers`) hide it behind training.
 """
 
 from __future__ import annotations
@@ -31,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format import Cache, CacheRow, SparseTargets
 from pipeline.errors import ConfigError
-from pipeline.losses.uld import SortedTargets
-from pipeline.student.data.dataset import Batch, CacheDataset, collate
+from pipeline.losses import SortedTargets, SparseTargetBatch
+from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.data.document_pieces import LOST, documents_of
 from pipeline.student.data.retokenise import Retokeniser, TokenText, same_tokens
 from pipeline.student.validation.compatibility import load_cache_tokenizer
@@ -44,13 +38,13 @@ PROBED_ROWS = 32
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the student can use of some rows.
+    """The part of some rows that the student can use.
 
     Attributes:
-        teacher_tokens, student_tokens: counted positions of either.
-        aligned: share of the student's that end with one of the teacher's.
-        mass: share of what the teacher's exact entries hold there that the student has tokens for.
-        lost: why -> share of the bytes to be learned that no counted token of the student's says.
+        teacher_tokens, student_tokens: numbers of loss tokens.
+        aligned: share of the student's loss tokens that end where one of the teacher's does.
+        mass: share of the probability of the teacher's exact entries there that goes to tokens of the student.
+        lost: reason -> share of the bytes to be learned that are in no loss token of the student.
     """
 
     teacher_tokens: int
@@ -62,7 +56,12 @@ class Coverage:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedRow(CacheRow):
-    """A row in the student's tokens. `aligned`: [T'] the teacher's position that ends where this one does, else -1."""
+    """A row in the student's tokens.
+
+    Attributes:
+        aligned: [T'] the teacher's position that ends at the same place in the text, else -1.
+        teacher: the teacher's own targets.
+    """
 
     aligned: np.ndarray = None  # type: ignore[assignment]
     teacher: SparseTargets = None  # type: ignore[assignment]
@@ -74,9 +73,9 @@ class CrossTokenizerDataset(CacheDataset):
     Args:
         teacher, student: tokenizers.
         method: "project" or "uld".
-        max_length: positions that the student takes; longer documents become several.
+        max_length: most positions that the student accepts; longer documents are split.
 
-    Raises: ConfigError if a tokenizer does not say what text its tokens are.
+    Raises: ConfigError if the bytes of a tokenizer's tokens are unknown.
     """
 
     def __init__(
@@ -100,14 +99,14 @@ class CrossTokenizerDataset(CacheDataset):
         return self.convert(super().__getitem__(index))
 
     def collate(self, rows: Sequence[ConvertedRow]) -> Batch:
-        """As `data.collate`; for uld with uld_logprobs [B, T, K], descending, uld_residual and uld_aligned [B, T]."""
-        batch = collate(rows)
+        """As `CacheDataset.collate`; for uld the targets are `SortedTargets`."""
+        batch = super().collate(rows)
         if self.method == "uld":
-            batch |= _sorted_batch(rows, batch["input_ids"].shape[1])
+            batch["targets"] = _sorted_targets(rows, batch["targets"], batch["input_ids"].shape[1])
         return batch
 
     def convert(self, row: CacheRow) -> ConvertedRow:
-        """The row in the student's tokens, with the teacher's targets where they are aligned."""
+        """The row in the student's tokens, with the teacher's targets at aligned positions."""
         ids: list[int] = []
         counted: list[bool] = []
         aligned: list[int] = []
@@ -118,7 +117,7 @@ class CrossTokenizerDataset(CacheDataset):
                 counted += piece.counted
                 aligned += piece.teachers.tolist()
                 lengths.append(len(piece.tokens))
-        if not ids:  # nothing that the student has tokens for
+        if not ids:  # the student has no token for any of it
             ids, counted, aligned, lengths = [0], [False], [-1], [1]
         return ConvertedRow(
             row=row.row,
@@ -131,7 +130,7 @@ class CrossTokenizerDataset(CacheDataset):
         )
 
     def _project(self, targets: SparseTargets, aligned: Sequence[int]) -> SparseTargets:
-        """Exact entries over the student's tokens; all is residual where there is no teacher."""
+        """Exact entries as the student's tokens; at a position that is not aligned the tail has all the mass."""
         offsets, exact = targets.offsets, np.asarray(targets.exact_counts, np.int64)
         all_ids: list[np.ndarray] = [np.zeros(0, np.int64)]
         all_logprobs: list[np.ndarray] = [np.zeros(0, np.float32)]
@@ -151,7 +150,7 @@ class CrossTokenizerDataset(CacheDataset):
                 ids, logprobs = ids[kept], logprobs[kept]
             unique, place = np.unique(ids, return_inverse=True)
             merged = np.full(len(unique), -np.inf, np.float64)
-            np.logaddexp.at(merged, place, logprobs.astype(np.float64))  # of one entry: its own value
+            np.logaddexp.at(merged, place, logprobs.astype(np.float64))  # a single entry keeps its value
             all_ids.append(unique)
             all_logprobs.append(np.minimum(merged, 0.0).astype(np.float32))
             counts[s] = len(unique)
@@ -166,7 +165,7 @@ class CrossTokenizerDataset(CacheDataset):
 
     @functools.cached_property
     def coverage(self) -> Coverage:
-        """Of up to 32 rows from all over the cache."""
+        """Measured on up to 32 rows, spread over the cache."""
         rows = np.linspace(0, len(self) - 1, min(PROBED_ROWS, len(self))).round().astype(int)
         theirs = ours = aligned = total = 0
         before, after = 0.0, 0.0
@@ -193,25 +192,25 @@ class CrossTokenizerDataset(CacheDataset):
 
     @property
     def counted_tokens(self) -> float:
-        """The student's; of a cache of more than 32 rows, by what those have for each of the teacher's."""
+        """Number of the student's loss tokens, extrapolated from the rows of `coverage`."""
         found = self.coverage
         return self.cache.num_counted_tokens * found.student_tokens / max(1, found.teacher_tokens)
 
     def describe(self) -> str:
-        """`coverage` in words."""
+        """`coverage` as text."""
         found = self.coverage
-        some = "some " if len(self) > PROBED_ROWS else ""
-        words = (
-            f"{some}{self.counted_tokens:,.0f} of the student's tokens count ({self.cache.num_counted_tokens:,} of the "
-            f"teacher's); {found.aligned:.0%} of its positions end with one of the teacher's, and there it has tokens "
-            f"for {found.mass:.0%} of what the teacher's exact entries hold"
+        some = "about " if len(self) > PROBED_ROWS else ""
+        text = (
+            f"{some}{self.counted_tokens:,.0f} loss tokens of the student ({self.cache.num_counted_tokens:,} of the "
+            f"teacher); {found.aligned:.0%} of them end where one of the teacher's does, and there it has tokens for "
+            f"{found.mass:.0%} of the probability of the teacher's exact entries"
         )
         if found.lost:
             reasons = ", ".join(f"{share:.1%} {LOST[why]}" for why, share in found.lost.items())
-            words += f"; not learned of the text: {reasons}"
+            text += f"; text that is not learned: {reasons}"
         if "piece" in found.lost:
-            words += f" (its longest is {self.max_length:,} positions)"
-        return words
+            text += f" (at most {self.max_length:,} positions each)"
+        return text
 
 
 def check_cross_tokenizer(
@@ -227,41 +226,45 @@ def check_cross_tokenizer(
 ) -> str:
     """The tail policy to use.
 
-    Raises: ConfigError for what re-tokenised targets cannot serve, with the reason.
+    Raises: ConfigError for a loss that re-tokenised targets cannot serve, with the reason.
     """
-    option, targets = f"--cross-tokenizer {method}", cache.metadata.targets
+    option, targets = f"`cross_tokenizer` {method}", cache.metadata.targets
     if method not in METHODS:
         raise ConfigError(f"{option}: expected {' or '.join(METHODS)}.")
     if cache.metadata.alignment != "next":
         raise ConfigError(
-            f"{option}: {cache.path} has targets about masked tokens, and what is hidden among the teacher's is not "
-            "among the student's. Use a student with the teacher's tokenizer."
+            f"{option}: {cache.path} has targets at masked tokens, and the student's tokens cannot be masked at the "
+            "same places. Use a student with the teacher's tokenizer."
         )
     if exact_entries(cache)[0] == 0:
         raise ConfigError(
-            f"{option}: {cache.path} has {without_exact(cache)}, and a sample loses what makes it "
-            "unbiased where tokens have no counterpart. Cache with --targets top-k."
+            f"{option}: {cache.path} has {without_exact(cache)}, and a sample is no longer unbiased if tokens have no "
+            "counterpart. Cache the text with `targets=top-k`."
         )
     if targets["kind"] == "hidden":
         raise ConfigError(
-            f"{option}: {cache.path} has hidden targets, without entries that could be carried over to other tokens. "
-            "Make some of them: distill convert --top-k 64."
+            f"{option}: {cache.path} has hidden targets, without entries to project on other tokens. Make a cache with "
+            "entries of it: distill convert with `top_k=64`."
         )
     allowed = ("bucket", "renormalise") if method == "project" else ("bucket",)
     if tail is not None and tail not in allowed:
         raise ConfigError(
-            f"{option}: --tail {tail} gives meaning to entries that have no counterpart. Use {' or '.join(allowed)}."
+            f"{option}: `tail` {tail} needs the entries that have no counterpart. Use "
+            f"{' or '.join(f'`tail={each}`' for each in allowed)}."
         )
     if resample:
-        raise ConfigError(f"{option}: sampled entries are left out, so there is nothing to --resample. Leave it out.")
+        raise ConfigError(f"{option}: sampled entries are not used, so `resample` has no effect. Leave `resample` out.")
     if position_weighting == "teacher-entropy":
         raise ConfigError(
-            f"{option}: --position-weighting teacher-entropy, and most positions have no teacher. Use student-entropy."
+            f"{option}: `position_weighting` teacher-entropy is unknown at positions that are not aligned. Use "
+            "`position_weighting=student-entropy`."
         )
     if method == "uld":
         captured = float(targets["temperature"])
         if divergence != "forward-kl":
-            raise ConfigError(f"{option}: it is the divergence; found --divergence {divergence} too. Leave one out.")
+            raise ConfigError(
+                f"{option}: it is a divergence itself; found `divergence` {divergence} as well. Leave one out."
+            )
         if (
             captured != 1.0
             or temperature not in (None, 1.0)
@@ -269,8 +272,8 @@ def check_cross_tokenizer(
             or position_weighting != "uniform"
         ):
             raise ConfigError(
-                f"{option}: it compares probabilities at temperature 1, positions alike. Use targets captured at "
-                f"temperature 1 (here {captured:g}), and neither --temperature nor --position-weighting."
+                f"{option}: it compares probabilities at temperature 1, with uniform weights. Use targets captured at "
+                f"temperature 1 (found {captured:g}), and neither `temperature` nor `position_weighting`."
             )
     return tail or "bucket"
 
@@ -278,7 +281,7 @@ def check_cross_tokenizer(
 def for_foreign_student(
     tokenizer: PreTrainedTokenizerBase, method: str, max_length: int | None
 ) -> tuple[Callable[[Cache], CrossTokenizerDataset], int]:
-    """What reads a cache for a student with this tokenizer, and the size of its vocabulary."""
+    """The dataset class for a student with this tokenizer, as a function of a cache, and the vocabulary size."""
 
     def dataset_of(cache: Cache) -> CrossTokenizerDataset:
         return CrossTokenizerDataset(cache, load_cache_tokenizer(cache), tokenizer, method, max_length)
@@ -286,7 +289,8 @@ def for_foreign_student(
     return dataset_of, 1 + max(tokenizer.get_vocab().values())
 
 
-def _sorted_batch(rows: Sequence[ConvertedRow], length: int) -> Batch:
+def _sorted_targets(rows: Sequence[ConvertedRow], entries: SparseTargetBatch, length: int) -> SortedTargets:
+    """Targets for uld of rows padded to `length`, flattened to N = len(rows) · length."""
     width = max(1, max(int(np.max(row.teacher.exact_counts, initial=0)) for row in rows))
     logprobs = np.full((len(rows), length, width), -np.inf, np.float32)
     residual = np.zeros((len(rows), length), np.float32)
@@ -295,19 +299,13 @@ def _sorted_batch(rows: Sequence[ConvertedRow], length: int) -> Batch:
         offsets, exact = row.teacher.offsets, np.asarray(row.teacher.exact_counts, np.int64)
         for s in np.flatnonzero(row.aligned >= 0):
             t = row.aligned[s]
-            entries = np.sort(row.teacher.logprobs[offsets[t] : offsets[t] + exact[t]])[::-1]
-            logprobs[i, s, : len(entries)] = entries
+            exact_logprobs = np.sort(row.teacher.logprobs[offsets[t] : offsets[t] + exact[t]])[::-1]
+            logprobs[i, s, : len(exact_logprobs)] = exact_logprobs
             residual[i, s] = row.teacher.residual_logprob[t]
             aligned[i, s] = True
-    return {
-        "uld_logprobs": torch.from_numpy(logprobs),
-        "uld_residual": torch.from_numpy(residual),
-        "uld_aligned": torch.from_numpy(aligned),
-    }
-
-
-def sorted_targets_of(batch: Batch) -> SortedTargets:
-    """The flattened targets [N = B·T] of a batch for uld."""
     return SortedTargets(
-        batch["uld_logprobs"].flatten(0, 1), batch["uld_residual"].flatten(), batch["uld_aligned"].flatten()
+        logprobs=torch.from_numpy(logprobs).flatten(0, 1),
+        residual_logprob=torch.from_numpy(residual).flatten(),
+        aligned=torch.from_numpy(aligned).flatten(),
+        entries=entries,
     )

@@ -1,40 +1,39 @@
 """Cache rows as training batches: a map-style dataset, a sampler that shuffles locally, and a collator.
 
-Map-style, so that Trainer resumes in the middle of an epoch by skipping indices, without reading what it skips, and so
-that a row and its targets can never be paired wrongly: they are one object, found by its index.
+Map-style, so that Trainer resumes in the middle of an epoch by skipping indices, without reading the rows it skips, and
+so that a row and its targets can never be paired wrongly: they are one object with one index.
 
-**Shuffling.** Reading one row means decoding its record batch (32 rows of 1,024 tokens, more where they are shorter). A
-full shuffle would decode every batch as often as it has rows. Here record batches are put in random order, and rows are
-shuffled within windows of `WINDOW` consecutive ones: every row of the cache has the same chance to be anywhere, each
-batch is decoded once, and a training batch mixes rows from up to `WINDOW` places of the corpus.
+**Shuffling.** Reading one row means decoding its record batch (32 rows of 1,024 tokens, more if they are shorter). A
+full shuffle would decode every record batch once per row. Here record batches are put in random order, and rows are
+shuffled within windows of `WINDOW` consecutive ones: a row may land anywhere in the epoch, each record batch is decoded
+once, and a training batch mixes rows from up to `WINDOW` places of the corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cache_format import Cache, CacheRow
-from pipeline.losses import IGNORE_INDEX, FullTargets, TargetBatch
+from pipeline.losses import IGNORE_INDEX, FullTargets, SparseTargetBatch
 from pipeline.models.padding import pad_rows, padding_mask
-from pipeline.models.teacher_head import TeacherHead
+from pipeline.student.data.row_index import RowIndex
 
 WINDOW = 16
 """Record batches that are mixed with one another, and that the reader must keep decoded."""
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""What `collate` returns: tensors, and under "targets" an object with the methods of `losses.Targets`."""
 
 
 class CacheDataset(Dataset[CacheRow]):
-    """The n rows of a cache, with all samples of the tail together.
-
-    What a sampler wants beyond a row's number is in the index, and so in whatever resumes or distributes indices:
-    n + i is row i with no position that counts, to fill up a batch; 2n·(s + 1) + i is i with sample s alone.
-    """
+    """The rows of a cache; an integer index is that of a row, or an encoded `RowIndex`."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -44,38 +43,40 @@ class CacheDataset(Dataset[CacheRow]):
 
     @property
     def name(self) -> str:
-        """Of what the rows are."""
+        """Path of the cache."""
         return self.cache.path
 
     @property
     def counted_tokens(self) -> float:
-        """Positions that a loss is computed at."""
+        """Number of loss tokens."""
         return self.cache.num_counted_tokens
 
     def __getitem__(self, index: int) -> CacheRow:
-        if index < 0:
-            index = range(len(self))[index]
-        sample, index = divmod(index, 2 * len(self.cache))
-        filler, index = divmod(index, len(self.cache))
-        row = self.cache[index]
-        if filler:
+        wanted = RowIndex.decode(index, len(self.cache))
+        row = self.cache[wanted.row]
+        if wanted.is_filler:
             row = replace(row, loss_mask=np.zeros_like(row.loss_mask))
-        if sample:
-            row = replace(row, targets=row.targets.sample(sample - 1))
+        if wanted.sample is not None:
+            row = replace(row, targets=row.targets.sample(wanted.sample))
         return row
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
-        self.cache.fetch([index % len(self.cache) for index in indices])
+        self.cache.fetch([RowIndex.decode(index, len(self.cache)).row for index in indices])
         # In the sampler's order, not sorted: a batch that reaches into the next window must be through with this one
         # before the reader drops its record batches for those of the next.
         return [self[index] for index in indices]
 
     def collate(self, rows: Sequence[CacheRow]) -> Batch:
-        """A batch of what `__getitems__` gives."""
-        return collate(rows)
+        """`collate` with the cache's temperature, and with full targets if the cache has hidden targets."""
+        about = self.cache.metadata
+        return collate(
+            rows,
+            temperature=float(about.targets["temperature"]),
+            target_layer=None if about.head is None else about.head.layer,
+        )
 
     def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> LocalShuffle:
-        """The order to train in. `resample`: with several samples of the tail, every epoch uses one alone."""
+        """The training order. `resample`: use a different stored sample of the tail in each epoch."""
         samples = self.cache.metadata.num_samples if resample else 1
         return LocalShuffle(self.cache.record_batches(), seed=seed, samples=samples, multiple_of=multiple_of)
 
@@ -84,10 +85,11 @@ class LocalShuffle(Sampler[int]):
     """A permutation of all rows per (seed, epoch), local to windows of record batches.
 
     Args:
-        seed: or several numbers, for orders that have nothing to do with one another.
-        samples: with more than one, every epoch uses one sample of the tail alone, the next one each time.
-        multiple_of: filled up to a multiple of this with an uncounted row. Several processes must get equally many
-            batches, and accelerate would fill up by training on the first rows once more.
+        record_batches: (start, stop) rows of each.
+        seed: one number or several; different ones give independent orders.
+        samples: if more than one, each epoch uses a single sample of the tail, the next one each time.
+        multiple_of: the length is filled up to a multiple of this with a row without loss tokens. All processes need
+            the same number of batches, and accelerate would fill up by training on the first rows again.
     """
 
     def __init__(
@@ -112,94 +114,110 @@ class LocalShuffle(Sampler[int]):
         return self.rows + self.fillers
 
     def __iter__(self) -> Iterator[int]:
+        sample = self.epoch % self.samples if self.samples > 1 else None
+        row = 0
+        for row in self.iter_rows():
+            yield RowIndex(row, sample).encode(self.rows)
+        filler = RowIndex(row, sample, is_filler=True).encode(self.rows)
+        yield from [filler] * self.fillers
+
+    def iter_rows(self) -> Iterator[int]:
+        """The rows alone, without sample and fillers."""
         generator = np.random.default_rng((*self.seed, self.epoch))
         order = generator.permutation(len(self.record_batches))
-        first = 2 * self.rows * (1 + self.epoch % self.samples) if self.samples > 1 else 0  # see CacheDataset
         for i in range(0, len(order), self.window):
             rows = np.concatenate([np.arange(*self.record_batches[j]) for j in order[i : i + self.window]])
-            rows = (first + generator.permutation(rows)).tolist()
-            yield from rows
-        yield from [self.rows + rows[-1]] * self.fillers
+            yield from generator.permutation(rows).tolist()
 
 
-def collate(rows: Sequence[CacheRow]) -> Batch:
-    """Rows padded to the longest one. All tensors share the index t of the prediction made *from* t.
+def collate(rows: Sequence[CacheRow], *, temperature: float = 1.0, target_layer: int | None = None) -> Batch:
+    """Rows padded to the longest one. Everything shares the index t of the prediction made *from* t.
 
-    input_ids, position_ids, labels [B, T] int64; target_ids [B, T, K] int64; target_logprobs [B, T, K] float32;
-    target_exact_counts [B, T] int64; target_residual_logprob, target_entropy [B, T] float32; num_tokens [] int64
-    without padding. Of masked models attention_mask [B, T] int64, 1 but for padding. With hidden states hidden_index
-    [n] int64, their places among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n] float32 if int8.
+    input_ids, position_ids, labels [B, T] int64; targets, an object with the B·T positions;
+    num_tokens [] int64 without padding. For masked models attention_mask [B, T] int64, 0 for padding. With hidden
+    states hidden_index [n] int64, their places among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n]
+    float32 if they are int8.
 
-    `labels` are already aligned, so they are also given under the name `shift_labels`, by which transformers knows that
-    nothing must be shifted when it counts the tokens of an optimizer step.
+    `labels` are aligned with the predictions, so they are also given as `shift_labels`, which tells transformers not to
+    shift them when it counts the tokens of an optimizer step.
+
+    Args:
+        temperature: at which the targets were captured.
+        target_layer: number of the stored states that the teacher's head multiplies, for `FullTargets`. Default:
+            `SparseTargetBatch`.
     """
     input_ids, position_ids = pad_rows(rows)
     length = input_ids.shape[1]
-    targets = TargetBatch.from_rows(rows, length)
-    labels = targets.labels.view(len(rows), length)
-    both_sides = {} if rows[0].labels is None else {"attention_mask": padding_mask(rows)}
+    sparse = SparseTargetBatch.from_rows(rows, length, temperature)
+    labels = sparse.labels.view(len(rows), length)
+    states = _hidden_states(rows, length)
+    targets = sparse if target_layer is None else _full_targets(sparse, states, target_layer)
+    attention_mask = {} if rows[0].labels is None else {"attention_mask": padding_mask(rows)}
     return (
-        both_sides
-        | _hidden_states(rows, length)
+        attention_mask
+        | states
         | {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "labels": labels,
             "shift_labels": labels,
-            "target_ids": targets.ids.view(len(rows), length, -1),
-            "target_logprobs": targets.logprobs.view(len(rows), length, -1),
-            "target_exact_counts": targets.exact_counts.view(len(rows), length),
-            "target_residual_logprob": targets.residual_logprob.view(len(rows), length),
-            "target_entropy": targets.entropy.view(len(rows), length),
+            "targets": targets,
             "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
         }
     )
 
 
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def without_loss_tokens(batch: Batch) -> Batch:
+    """The same batch with an empty loss mask: fills up a process that has run out of rows."""
+    ignored = torch.full_like(batch["labels"], IGNORE_INDEX)
+    targets = batch["targets"].with_labels(ignored.flatten())
+    return {**batch, "labels": ignored, "shift_labels": ignored, "targets": targets}
+
+
+def with_target_states(batch: Batch) -> Batch:
+    """The batch with the states of full targets under hidden_… too, for hidden-state matching; the same tensors."""
+    targets = batch["targets"]
+    if not isinstance(targets, FullTargets):
+        return batch
+    return batch | _named(targets.layer, targets.states, targets.scales)
+
+
 def _hidden_states(rows: Sequence[CacheRow], length: int) -> Batch:
-    """The states of all rows one after the other."""
+    """The states of all rows, concatenated."""
     found = [row.hidden for row in rows if row.hidden is not None]
     if len(found) < len(rows):
         return {}
     places = [i * length + np.flatnonzero(hidden.mask) for i, hidden in enumerate(found)]
-    batch = {"hidden_index": torch.from_numpy(np.concatenate(places))}
+    batch: Batch = {"hidden_index": torch.from_numpy(np.concatenate(places))}
     for layer in found[0].states:
-        batch[f"hidden_{layer}"] = torch.from_numpy(np.concatenate([hidden.states[layer] for hidden in found]))
-    for layer in found[0].scales:
-        batch[f"hidden_{layer}_scale"] = torch.from_numpy(np.concatenate([hidden.scales[layer] for hidden in found]))
+        states = torch.from_numpy(np.concatenate([hidden.states[layer] for hidden in found]))
+        scales = None
+        if layer in found[0].scales:
+            scales = torch.from_numpy(np.concatenate([hidden.scales[layer] for hidden in found]))
+        batch |= _named(layer, states, scales)
     return batch
 
 
-def targets_of(batch: Batch, temperature: float = 1.0) -> TargetBatch:
-    """The flattened targets [N = B·T] of a collated batch, captured at `temperature`."""
-    return TargetBatch(
-        ids=batch["target_ids"].flatten(0, 1),
-        logprobs=batch["target_logprobs"].flatten(0, 1),
-        exact_counts=batch["target_exact_counts"].flatten(),
-        residual_logprob=batch["target_residual_logprob"].flatten(),
-        entropy=batch["target_entropy"].flatten(),
-        labels=batch["labels"].flatten(),
-        temperature=temperature,
-    )
+def _named(layer: int, states: Tensor, scales: Tensor | None) -> Batch:
+    named = {f"hidden_{layer}": states}
+    return named if scales is None else named | {f"hidden_{layer}_scale": scales}
 
 
-def full_targets_of(batch: Batch, teacher: TeacherHead) -> FullTargets:
-    """The flattened targets [N = B·T] of a collated batch with the states that the teacher's head multiplies."""
-    labels, index = batch["labels"].flatten(), batch["hidden_index"]
-    place = torch.full_like(labels, -1)
-    place[index] = torch.arange(len(index), device=index.device)
-    layer = teacher.spec.layer
+def _full_targets(sparse: SparseTargetBatch, states: Batch, layer: int) -> FullTargets:
+    """Takes the layer's states out of `states`: a batch moves them to the device once."""
+    index = states["hidden_index"]
+    place = torch.full_like(sparse.labels, -1)
+    place[index] = torch.arange(len(index))
     return FullTargets(
-        states=batch[f"hidden_{layer}"],
-        scales=batch.get(f"hidden_{layer}_scale"),
+        states=states.pop(f"hidden_{layer}"),
+        scales=states.pop(f"hidden_{layer}_scale", None),
         place=place,
-        labels=labels,
-        entropy=batch["target_entropy"].flatten(),
-        head=teacher,
+        labels=sparse.labels,
+        entropy=sparse.entropy,
+        layer=layer,
     )
-
-
-def uncounted(batch: Batch) -> Batch:
-    """The same batch with no position that counts: fills up a rank that has run out of rows."""
-    ignored = torch.full_like(batch["labels"], IGNORE_INDEX)
-    return {**batch, "labels": ignored, "shift_labels": ignored}

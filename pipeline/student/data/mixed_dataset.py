@@ -1,20 +1,14 @@
-"""Rows of several caches in one order: what a mixture is to `data.CacheDataset` and `data.LocalShuffle`.
+"""Rows of several caches in one order: `CacheDataset` and `LocalShuffle` for a mixture.
 
     pass 0, pass 1, … of A, each shuffled anew   ─┐
     pass 0, pass 1, … of B                       ─┴▶ interleaved by fixed counts ─▶ epoch 0 │ epoch 1 │ …
 
-Every cache is one endless stream of passes over it, each a `LocalShuffle` of its own. An epoch takes the next so many
-rows of every stream, always as many, and the next epoch goes on where this one ended, in the middle of a pass if need
-be. So every row comes exactly once in each pass, and where epoch e begins in a stream is arithmetic: nothing is counted
-along, and Trainer resumes by skipping indices as it does with one cache.
+Every cache is an endless stream of passes, each with its own `LocalShuffle`. Each epoch takes the same number of rows
+from a stream and starts where the previous one ended, possibly in the middle of a pass. So every row appears exactly
+once per pass, the start of an epoch is arithmetic, and Trainer resumes by skipping indices as with one cache.
 
-**Interleaving.** Drawing the cache of each row by chance would hold the shares only on average: of batches of 8 at
-shares of a half, 7 % would have 7 or 8 rows of one cache. Here each row goes to the cache that is most behind: among
-the first t rows of an epoch the number of each cache's differs from its share of t by at most 1 − 1/(2C−2) of a row,
-the best bound that holds for all shares of C caches, and so in any stretch of rows by less than 2 (the chairman
-assignment problem; Tijdeman, Discrete Mathematics 32, 1980, 323-330). Costs some microseconds a row.
-
-Each cache is read by a reader of its own with its own window of decoded record batches: memory is that of C caches.
+**Interleaving.** Random draws would keep the shares only on average. Here each row comes from the cache furthest behind
+its share (`interleave`). Memory: C caches have C windows of decoded record batches.
 """
 
 from __future__ import annotations
@@ -27,13 +21,14 @@ from torch.utils.data import Dataset, Sampler
 
 from cache_format import CacheRow
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle
+from pipeline.student.data.row_index import RowIndex
 
 
 class MixedDataset(Dataset[CacheRow]):
-    """The rows of several caches one after the other, numbered from 0 to n; beyond n as in `CacheDataset`.
+    """The rows of several caches, concatenated; indices as in `CacheDataset`.
 
     Args:
-        parts: one for each cache.
+        parts: one per cache.
         counts: rows of each in an epoch.
     """
 
@@ -49,28 +44,26 @@ class MixedDataset(Dataset[CacheRow]):
         return " ".join(part.name for part in self.parts)
 
     def __getitem__(self, index: int) -> CacheRow:
-        if index < 0:
-            index = range(len(self))[index]
-        kind, row = divmod(index, len(self))  # whether a filler, and which sample
-        number = self.part_of(row)
+        wanted = RowIndex.decode(index, len(self))
+        number = self.part_of(index)
         part = self.parts[number]
-        return part[kind * len(part) + row - self._starts[number]]
+        return part[wanted._replace(row=wanted.row - self._starts[number]).encode(len(part))]
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
-        rows = [index % len(self) for index in indices]
+        rows = [RowIndex.decode(index, len(self)).row for index in indices]
         for part, start in zip(self.parts, self._starts, strict=False):
             part.cache.fetch([row - start for row in rows if start <= row < start + len(part)])
         return [self[index] for index in indices]  # in the sampler's order, as in CacheDataset
 
     def part_of(self, index: int) -> int:
-        """Which of the parts an index names a row of."""
-        return bisect.bisect_right(self._starts, index % len(self)) - 1
+        """Number of the part that holds the row of an index."""
+        return bisect.bisect_right(self._starts, RowIndex.decode(index, len(self)).row) - 1
 
     def collate(self, rows: Sequence[CacheRow]) -> Batch:
         return self.parts[0].collate(rows)
 
     def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> MixedShuffle:
-        """As `CacheDataset.sampler`; with `resample` every pass over a cache uses another of its samples."""
+        """As `CacheDataset.sampler`; `resample`: each pass over a cache uses a different sample."""
         return MixedShuffle(
             [part.cache.record_batches() for part in self.parts],
             self.counts,
@@ -84,11 +77,11 @@ Rows = CacheDataset | MixedDataset
 
 
 class MixedShuffle(Sampler[int]):
-    """`counts` rows of each cache per epoch, interleaved; indices are those of `MixedDataset`.
+    """`counts` rows of each cache per epoch, interleaved; yields indices of `MixedDataset`.
 
     Args:
-        record_batches: of each cache.
-        samples, multiple_of: as for `LocalShuffle`, the first for each cache.
+        record_batches, samples: as for `LocalShuffle`, one per cache.
+        multiple_of: as for `LocalShuffle`.
     """
 
     def __init__(
@@ -113,30 +106,35 @@ class MixedShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         streams = [self._stream(i, self.epoch * count) for i, count in enumerate(self.counts)]
-        index = 0
+        rows = self.starts[-1]
+        index = RowIndex(0)
         for number in interleave(self.counts):
             index = next(streams[number])
-            yield index
-        yield from [self.starts[-1] + index] * self.fillers
+            yield index.encode(rows)
+        yield from [index._replace(is_filler=True).encode(rows)] * self.fillers
 
-    def _stream(self, number: int, first: int) -> Iterator[int]:
-        """The rows of one cache, pass after pass, from the one number `first` on."""
+    def _stream(self, number: int, first: int) -> Iterator[RowIndex]:
+        """The rows of one cache, pass after pass, starting with row `first` of the stream."""
         done, skipped = divmod(first, self.rows[number])
         order = LocalShuffle(self.record_batches[number], seed=(self.seed, number))
+        samples = self.samples[number]
         for epoch in itertools.count(done):
             order.set_epoch(epoch)
-            samples = self.samples[number]
-            sample = 2 * self.starts[-1] * (1 + epoch % samples) if samples > 1 else 0  # see CacheDataset
-            for row in itertools.islice(order, skipped, None):
-                yield sample + self.starts[number] + row
+            sample = epoch % samples if samples > 1 else None
+            for row in itertools.islice(order.iter_rows(), skipped, None):
+                yield RowIndex(self.starts[number] + row, sample)
             skipped = 0
 
 
 def interleave(counts: Sequence[int]) -> Iterator[int]:
-    """Numbers of the parts, each as often as `counts` says, spread as evenly as can be.
+    """Numbers of the parts, part i `counts[i]` times, spread as evenly as possible.
 
-    The k-th row of part i (from 0), whose share is s, may come from place (k + 1/D)/s on and must have come at place
-    (k + 1 − 1/D)/s, counted from 1, with D = 2C − 2. Of those that may come, the one that must come first does.
+    Among the first t numbers, each part's count differs from its share of t by at most 1 − 1/(2C−2), the best bound
+    that holds for all shares of C parts; in any stretch it differs by less than 2. Row k of part i (from 0), with share
+    s, is allowed from place (k + 1/D)/s on and due at place (k + 1 − 1/D)/s, counted from 1, D = 2C − 2; of the allowed
+    rows the one due first is next. Costs a few microseconds per row.
+
+    Source: the chairman assignment problem, Tijdeman, Discrete Mathematics 32, 1980, 323-330.
     """
     total, slack = sum(counts), max(1, 2 * len(counts) - 2)
     done = [0] * len(counts)

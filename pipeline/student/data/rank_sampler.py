@@ -1,17 +1,16 @@
-"""Which process gets which rows of an optimizer step: those that lie together, so that reading is divided as well.
+"""Assignment of the rows of an optimizer step to processes: neighbouring rows together, so that reading is divided too.
 
-Who needs a row decodes its whole record batch, and the rows of a step come from all record batches of a window. Dealt
-out in turn, every process needs some row of each, and R of them decode R times as much as one. What a step computes
-depends on which rows it has, not on who has them: its loss is one sum over all of them. So the rows of a step are
-sorted by place and cut into as many parts as there are processes, and those into micro-batches:
+A process that needs a row decodes its whole record batch, and the rows of a step come from all record batches of a
+window. If rows were dealt out in turn, every process would need every record batch, and R processes would decode R
+times as much. The loss of a step is one sum over its rows, whichever process computes them. So the rows of a step are
+sorted by place and cut into one part per process, and each part into micro-batches:
 
     rows of a step, sorted    0 1 2 3 4 5 │ 6 7 8 9 10 11         2 processes, 3 micro-batches of 2
                               process 0   │ process 1
     order of the sampler      0 1 6 7 · 2 3 8 9 · 4 5 10 11
 
-Part r of a step is from about the same record batches as part r of the next one, while they are of one window. It stays
-above one decoding of each record batch because the cuts wander from step to step, the less the larger a step is
-(benchmarks/shuffle.py counts).
+Within a window, part r of a step comes from about the same record batches as part r of the next step. The cuts shift a
+little from step to step, so some record batches are decoded twice, fewer with larger steps (benchmarks/shuffle.py).
 """
 
 from __future__ import annotations
@@ -23,19 +22,20 @@ from torch.utils.data import Sampler
 
 from pipeline.student.data.dataset import LocalShuffle
 from pipeline.student.data.mixed_dataset import MixedShuffle
+from pipeline.student.data.row_index import RowIndex
 
 
 class DividedByPlace(Sampler[int]):
-    """The order of a sampler, with the rows of each optimizer step in another one.
+    """The order of a sampler, with the rows of each optimizer step rearranged.
 
     Laid out for accelerate's `BatchSamplerShard` (split_batches=False), which gives batch k to process k mod R. Trainer
-    takes `accumulation` batches of each process for a step, so S = accumulation · R · batch_size consecutive rows are
-    one; the last step of an epoch takes what is left, in fewer micro-batches.
+    takes `accumulation` batches per process for a step, so S = accumulation · R · batch_size consecutive rows form a
+    step; the last step of an epoch takes the remaining rows, in fewer micro-batches.
 
     Args:
-        sampler: whose length is a multiple of processes · batch_size; any fillers stand beside the row that they name.
-        rows: in the dataset: i and i + k · rows lie at one place, see `data.CacheDataset`.
-        accumulation: micro-batches of a process in a step.
+        sampler: its length is a multiple of processes · batch_size.
+        rows: of the dataset, to decode indices with.
+        accumulation: micro-batches per process and step.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DividedByPlace(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order, size = iter(self.sampler), self.batch_size
         while step := list(itertools.islice(order, self.accumulation * self.processes * size)):
-            step.sort(key=lambda index: index % self.rows)
+            step.sort(key=lambda index: RowIndex.decode(index, self.rows).row)
             part = len(step) // self.processes
             for first in range(0, part, size):
                 for process in range(self.processes):
@@ -62,6 +62,6 @@ class DividedByPlace(Sampler[int]):
 
 
 def share_of(rows: int, processes: int, rank: int) -> range:
-    """Of rows that are gone through once, in order: the consecutive ones that a process takes, maybe none."""
+    """The consecutive rows that a process evaluates, possibly none."""
     most = -(-rows // processes)
     return range(rows)[rank * most : (rank + 1) * most]

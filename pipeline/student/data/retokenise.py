@@ -47,7 +47,7 @@ class TokenText:
             of = _sentencepiece
         else:
             raise ConfigError(
-                f"--cross-tokenizer: the {whose}'s tokenizer ({type(tokenizer).__name__}) is neither byte-level nor "
+                f"`cross_tokenizer`: the {whose}'s tokenizer ({type(tokenizer).__name__}) is neither byte-level nor "
                 "SentencePiece-like, so its tokens do not say which bytes of the text they are. Choose another."
             )
         added = tokenizer.added_tokens_decoder

@@ -1,1 +1,1 @@
-"""The student: loaded, cut down, or built from a configuration; and hidden-state distillation."""
+"""The student model: loading, fewer layers, narrower layers, random initialisation, hidden-state distillation."""

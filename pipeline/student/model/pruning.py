@@ -1,18 +1,14 @@
-"""A narrower student cut out of a model: fewer channels, MLP neurons and attention heads, those with the least to say.
+"""Make a student narrower: keep the most active channels, MLP neurons and attention heads of a model.
 
-What may go is measured on rows of the cache, as in Minitron (Muralidharan et al., 2024, https://arxiv.org/abs/2407.14679):
+Activity is measured on rows of the cache, as in Minitron (Muralidharan et al., 2024, https://arxiv.org/abs/2407.14679):
 
-    channels of the hidden state   mean |output of a norm|, summed over all norms of the model
-    neurons of an MLP              mean |what enters the down projection|, in each layer for itself
-    attention heads                mean ‖what enters the output projection‖ of a head, in each layer for itself; with
-                                   grouped queries a key–value head goes with all of its queries, by their sum
+    channels of the hidden state   mean |output of a norm|, summed over all norms
+    neurons of an MLP              mean |input of the down projection|, per layer
+    attention heads                mean ‖input of the output projection‖ per head and layer; with grouped queries, a
+                                   key–value head is kept or removed with all of its queries, by the sum of theirs
 
-Kept ones keep their order and weights. One thing is corrected: a norm divides by the root mean square over the channels
-that are left, so kept channels would come out larger or smaller than before. Each norm's weight is multiplied by
-rms(kept) / rms(all), measured on the same rows; a model whose other channels are zero stays the same function.
-
-Costs one forward pass over `CALIBRATION_ROWS` rows; nothing is trained here. Random weights in the smaller shape need
-no measuring: `resized` alone.
+Each norm's weight is multiplied by rms(kept) / rms(all channels), measured on the same rows, because a norm divides by
+the rms over the channels that remain. Costs one forward pass over `CALIBRATION_ROWS` rows and no training.
 """
 
 from __future__ import annotations
@@ -24,13 +20,14 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import reason
 from pipeline.student.data.dataset import Batch, CacheDataset
 
-# Tested, each of them. Others may add parameters, tie sizes together or scale the hidden state by its width.
+# Each is tested. Other architectures may have more parameters, tie sizes or scale the hidden state by its width.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 CALIBRATION_ROWS = 32
@@ -38,7 +35,7 @@ CALIBRATION_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the smaller model shall have; None: as the larger."""
+    """Sizes of the narrower model; None keeps the size."""
 
     width: int | None = None  # channels of the hidden state
     intermediate: int | None = None  # neurons of each MLP
@@ -49,30 +46,30 @@ class Sizes:
 
 
 def resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
-    """The configuration of the smaller model. Heads keep their dimension.
+    """The configuration of the narrower model. The dimension of a head stays.
 
     Raises:
-        ConfigError: an architecture that this module does not know, or sizes that it cannot have.
+        ConfigError: the architecture is not supported, or it cannot have these sizes.
     """
     if config.model_type not in SUPPORTED:
         raise ConfigError(
-            f"--student-width, --student-intermediate, --student-heads: the model is a {config.model_type}, expected "
-            f"{', '.join(SUPPORTED)}. Use --student-layers, or write a --student-config."
+            f"`student_width`, `student_intermediate`, `student_heads`: the model is a {config.model_type}, expected "
+            f"{', '.join(SUPPORTED)}. Use `student_layers`, or write a `student_config`."
         )
     queries, pairs = config.num_attention_heads, config.num_key_value_heads
     group = queries // pairs
     for option, wanted, has in (
-        ("--student-width", sizes.width, config.hidden_size),
-        ("--student-intermediate", sizes.intermediate, config.intermediate_size),
-        ("--student-heads", sizes.heads, queries),
+        ("student_width", sizes.width, config.hidden_size),
+        ("student_intermediate", sizes.intermediate, config.intermediate_size),
+        ("student_heads", sizes.heads, queries),
     ):
         if wanted is not None and not 1 <= wanted <= has:
-            raise ConfigError(f"{option} {wanted}: the model has {has}. Give a number from 1 to {has}.")
+            raise ConfigError(f"`{option}` {wanted}: the model has {has}. Use a number from 1 to {has}.")
     heads = queries if sizes.heads is None else sizes.heads
     if heads % group:
         raise ConfigError(
-            f"--student-heads {heads}: in this model {group} query heads share a key–value head, and go together. "
-            f"Give a multiple of {group}, such as {max(group, heads - heads % group)}."
+            f"`student_heads` {heads}: in this model {group} query heads share a key–value head, expected a multiple "
+            f"of {group}, such as {max(group, heads - heads % group)}."
         )
     settings = config.to_dict() | {
         "hidden_size": sizes.width or config.hidden_size,
@@ -85,25 +82,28 @@ def resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
         return AutoConfig.for_model(**settings)
     except (StrictDataclassError, ValueError) as error:
         raise ConfigError(
-            f"--student-width {settings['hidden_size']}, --student-heads {heads}: {type(config).__name__} refuses "
-            f"them: {reason(error)}. Choose others."
+            f"`student_width` {settings['hidden_size']}, `student_heads` {heads}: {type(config).__name__} refuses "
+            f"them: {reason(error)}. Choose other sizes."
         ) from error
 
 
 def calibration_batches(dataset: CacheDataset) -> Iterable[Batch]:
-    """Rows evenly spaced over a cache, each alone, so that there is no padding to leave out."""
+    """`CALIBRATION_ROWS` rows, evenly spaced over a cache, one per batch, so that no batch has padding."""
     indices = np.linspace(0, len(dataset) - 1, min(CALIBRATION_ROWS, len(dataset))).round().astype(int)
     return (dataset.collate([dataset[int(i)]]) for i in indices)
 
 
 def prune(model: PreTrainedModel, sizes: Sizes, batches: Iterable[Batch]) -> PreTrainedModel:
-    """A new model of the same architecture in float32 on the CPU, with the most active parts of `model`.
+    """A narrower model of the same architecture in float32 on the CPU, with the most active parts of `model`.
+
+    Kept channels, neurons and heads stay in their order.
 
     Args:
-        batches: input_ids and position_ids [1, T] of text to measure on.
+        batches: input_ids and position_ids [1, T] of the text to measure on.
 
     Raises:
-        ConfigError: as `resized`. ModelError: the model has parameters that this module does not know.
+        ConfigError: as `resized`.
+        ModelError: the model has a parameter that cannot be made narrower.
     """
     config = resized(model.config, sizes)
     measured = _measure(model, batches)
@@ -136,10 +136,10 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Sums over tokens, float64 on the CPU."""
+    """Activity, summed over tokens; float64 on the CPU."""
 
     channels: Tensor  # [D], over all norms
-    squares: dict[str, Tensor]  # norm -> [D] squares of what enters it
+    squares: dict[str, Tensor]  # norm -> [D] squared inputs
     neurons: list[Tensor]  # [F] of each layer
     heads: list[Tensor]  # [H] of each layer
 
@@ -154,14 +154,14 @@ def _measure(model: PreTrainedModel, batches: Iterable[Batch]) -> _Measured:
     neurons = [torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64, device=device) for layer in layers]
     heads = [torch.zeros(model.config.num_attention_heads, dtype=torch.float64, device=device) for _ in layers]
 
-    def watch_norm(name: str, module: nn.Module):
+    def watch_norm(name: str, module: nn.Module) -> RemovableHandle:
         def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             channels.add_(output.double().abs().flatten(0, -2).sum(dim=0))
             squares[name].add_(inputs[0].double().square().flatten(0, -2).sum(dim=0))
 
         return module.register_forward_hook(hook)
 
-    def watch_inputs(module: nn.Module, total: Tensor, size: int | None):
+    def watch_inputs(module: nn.Module, total: Tensor, size: int | None) -> RemovableHandle:
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
             values = inputs[0].double().flatten(0, -2)  # [T, F]
             values = values.abs() if size is None else values.unflatten(1, (-1, size)).norm(dim=2)
@@ -170,9 +170,9 @@ def _measure(model: PreTrainedModel, batches: Iterable[Batch]) -> _Measured:
         return module.register_forward_pre_hook(hook)
 
     hooks = [watch_norm(name, module) for name, module in norms.items()]
-    for layer, of_neurons, of_heads in zip(layers, neurons, heads, strict=True):
-        hooks.append(watch_inputs(layer.mlp.down_proj, of_neurons, None))
-        hooks.append(watch_inputs(layer.self_attn.o_proj, of_heads, dim))
+    for layer, neuron_sums, head_sums in zip(layers, neurons, heads, strict=True):
+        hooks.append(watch_inputs(layer.mlp.down_proj, neuron_sums, None))
+        hooks.append(watch_inputs(layer.self_attn.o_proj, head_sums, dim))
     training = model.training
     model.eval()
     try:
@@ -194,11 +194,11 @@ def _measure(model: PreTrainedModel, batches: Iterable[Batch]) -> _Measured:
 def _cut(
     name: str, tensor: Tensor, channels: Tensor, kept: _Kept | None, group: int, dim: int, squares: dict[str, Tensor]
 ) -> Tensor:
-    """One tensor of the larger model as the smaller one has it."""
+    """The part of a tensor of the larger model that the narrower model keeps."""
     *_, module, kind = name.split(".")
-    of_norm = name.removesuffix(".weight")
-    if of_norm in squares:
-        energy = squares[of_norm]
+    norm = name.removesuffix(".weight")
+    if norm in squares:
+        energy = squares[norm]
         ratio = (energy[channels].mean() / energy.mean().clamp(min=1e-30)).sqrt()
         return tensor[channels] * ratio.to(tensor.dtype)
     if module in ("embed_tokens", "lm_head") and kind == "weight":
@@ -208,32 +208,35 @@ def _cut(
     if kept is not None:
         queries = (kept.pairs[:, None] * group + torch.arange(group)).flatten()
         outputs = {
-            "q_proj": _of_heads(queries, dim),
-            "k_proj": _of_heads(kept.pairs, dim),
-            "v_proj": _of_heads(kept.pairs, dim),
+            "q_proj": _head_rows(queries, dim),
+            "k_proj": _head_rows(kept.pairs, dim),
+            "v_proj": _head_rows(kept.pairs, dim),
             "o_proj": channels,
             "gate_proj": kept.neurons,
             "up_proj": kept.neurons,
             "down_proj": channels,
         }
-        inputs = {"o_proj": _of_heads(queries, dim), "down_proj": kept.neurons}
+        inputs = {"o_proj": _head_rows(queries, dim), "down_proj": kept.neurons}
         if module in outputs and kind == "bias":
             return tensor[outputs[module]]
         if module in outputs and kind == "weight":
             return tensor[outputs[module]][:, inputs.get(module, channels)]
-    raise ModelError(f"{name}: a parameter of which it is not known how to make it narrower. Use --student-layers.")
+    raise ModelError(
+        f"{name}: cannot be made narrower, the parameter is not one of a supported architecture. Use `student_layers`."
+    )
 
 
 def _is_hidden_norm(name: str) -> bool:
     return name == "model.norm" or name.endswith((".input_layernorm", ".post_attention_layernorm"))
 
 
-def _of_heads(heads: Tensor, dim: int) -> Tensor:
+def _head_rows(heads: Tensor, dim: int) -> Tensor:
+    """Indices of the rows of a projection that belong to the given heads."""
     return (heads[:, None] * dim + torch.arange(dim)).flatten()
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest, ascending; of equals the first."""
+    """Indices of the `count` largest values, ascending; ties go to the first."""
     return values.sort(descending=True, stable=True).indices[:count].sort().values
 
 

@@ -1,1 +1,1 @@
-"""The training run: Trainer, loss, schedules, early stopping and checkpoints."""
+"""The training run: trainer, loss, schedules, early stopping, output directory."""

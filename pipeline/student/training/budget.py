@@ -1,7 +1,7 @@
-"""How long a run is, in optimizer steps, rows and tokens: as Trainer will count them, before it does.
+"""The length of a run in optimizer steps, rows and tokens, computed as Trainer will count them.
 
-`--max-tokens N` becomes a number of steps before the run begins, so that schedules know its length, and so that it does
-not depend on how a step is divided among processes and forward passes.
+`max_tokens` becomes a number of steps before the run begins. So schedules know the length, and it does not depend on
+how a step is divided into processes and forward passes.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
+from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.training_arguments import read_training_args
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Every epoch has `steps_per_epoch` steps of `rows_per_step` rows, the last of them of what is left."""
+    """A run: `steps` steps of `rows_per_step` rows. The last step of an epoch has the remaining rows."""
 
-    rows: int  # in an epoch
-    rows_per_step: int  # of all processes and accumulated batches
-    steps: int  # of the run
+    rows: int  # per epoch
+    rows_per_step: int  # over all processes and accumulated batches
+    steps: int  # in the run
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.rows / self.rows_per_step)
 
     def rows_after(self, steps: int) -> int:
-        """Rows that were trained on in the first so many steps."""
+        """Number of rows in the first `steps` steps."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
         return epochs * self.rows + min(rest * self.rows_per_step, self.rows)
 
     @classmethod
-    def of(cls, rows: int, arguments: TrainingArguments) -> Budget:
-        """Of a run over so many rows an epoch."""
+    def for_run(cls, rows: int, arguments: TrainingArguments) -> Budget:
+        """The budget of a run with `rows` rows per epoch."""
         budget = cls(rows, rows_per_step(arguments), arguments.max_steps)
         if arguments.max_steps > 0:
             return budget
@@ -47,12 +48,12 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 
 def steps_for_tokens(tokens: int, rows: int, tokens_per_epoch: float, rows_per_step: int) -> int:
-    """Steps until at least as many tokens have been trained on, if rows have their average length.
+    """Number of steps that train on at least `tokens` tokens, if every row has the average length.
 
-    Tokens of input without padding, whether they count or not: what a run costs, and what tokens/s are.
+    Tokens are input tokens without padding, loss tokens or not: the unit of cost and of tokens/s.
 
     Args:
-        rows: in an epoch, of `tokens_per_epoch` together.
+        rows: rows per epoch, with `tokens_per_epoch` tokens in total.
     """
     epochs, rest = divmod(tokens, tokens_per_epoch)
     rest_rows = rest * rows / tokens_per_epoch
@@ -60,19 +61,19 @@ def steps_for_tokens(tokens: int, rows: int, tokens_per_epoch: float, rows_per_s
 
 
 def check_one_length(config: TrainStudentConfig) -> None:
-    """Raises ConfigError if --max-tokens stands beside another length of the run."""
+    """Raises ConfigError if `max_tokens` is given together with another length of the run."""
     if config.max_tokens is None:
         return
-    if config.max_tokens < 1:
-        raise ConfigError(f"--max-tokens {config.max_tokens}: expected a number of tokens, 1 or more.")
-    of_file = {} if config.training_args is None else read_training_args(config.training_args)
-    for option, name, unset in (("--max-steps", "max_steps", -1), ("--epochs", "num_train_epochs", None)):
-        given = getattr(config, name)
-        where = option
-        if given is None and of_file.get(name, unset) != unset:
-            given, where = of_file[name], f"{name} of {config.training_args}"
-        if given is not None:
-            raise ConfigError(
-                f"--max-tokens {config.max_tokens}: found {where} {given} too, and each of them says how long the run "
-                "is. Leave one out."
-            )
+    declared, arguments = options_of(TrainStudentConfig), read_training_args(config.training_args)
+    for name, argument, unset in (("max_steps", "max_steps", -1), ("epochs", "num_train_epochs", None)):
+        value = getattr(config, name)
+        if name in config.explicit or value != declared[name].default:
+            found = f"`{name}` {value}"
+        elif arguments.get(argument, unset) != unset:
+            found = f"{argument} {arguments[argument]} in `training_args`"
+        else:
+            continue
+        raise ConfigError(
+            f"`max_tokens` {config.max_tokens}: found {found} too, and each of them sets the length of the run. Leave "
+            "one out."
+        )

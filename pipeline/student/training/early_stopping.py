@@ -1,24 +1,12 @@
-"""When to stop: conditions on what the held-out evaluations found, alone or together.
+"""Early stopping: conditions on the held-out evaluations.
 
-    METRIC:MIN_DELTA:PATIENCE     has not improved by MIN_DELTA in PATIENCE evaluations
-    MIN_DELTA                     0.01 absolute, 0.5% of the reference, or noise
-    default                       kl:0.5%:3 and ce:noise:3, both at once
+    METRIC:MIN_DELTA:PATIENCE     holds if METRIC has not improved by MIN_DELTA in PATIENCE evaluations
+    MIN_DELTA                     0.01 absolute, 0.5% of the reference, or noise (see `paired_noise`)
+    default                       kl:0.5%:3 and ce:noise:3
 
-Each condition keeps a reference: the first value, then every value that is better than the reference by more than
-MIN_DELTA. It holds once PATIENCE evaluations in a row have not moved the reference, so that small gains add up instead
-of each being dismissed. With mode `all` the run stops at the first evaluation at which every condition holds, with
-`any` at which one does. A value that is not a number improves nothing.
-
-**Noise.** Both values of a comparison come from the same held-out rows, so what matters is the noise of their
-difference, which is far below that of either: how hard a row is drops out. Rows are drawn, tokens within a row are not
-independent; with x_r the sum of the differences in row r and n_r its counted tokens,
-
-    m = Σx / Σn        SE² = R/(R−1) · Σ (x_r − m·n_r)² / (Σn)²        (ratio estimator over clusters, Cochran 1977, §6)
-
-and MIN_DELTA is 2·SE: a student that has not changed is taken for a better one in 2 % of comparisons. Costs one head
-per row instead of one per batch at evaluation, no other pass.
-
-The state is in every checkpoint (`trainer_state.json`, Trainer's ExportableState): a resumed run goes on counting.
+The reference is the first value, then each value that is better than the reference by more than MIN_DELTA, so that
+small gains add up. With mode `all` the run stops at the first evaluation where every condition holds, with `any` where
+one does. NaN never improves. The state is saved in every checkpoint, so a resumed run continues to count.
 """
 
 from __future__ import annotations
@@ -43,12 +31,12 @@ FORM = "METRIC:MIN_DELTA:PATIENCE such as kl:0.5%:3, ce:noise:3 or agreement:0.0
 STANDARD_ERRORS = 2.0
 HIGHER_IS_BETTER = {"agreement"}
 BY_ROW = ("loss", "kl", "ce", "agreement")
-"""Metrics that are a sum over rows divided by the counted tokens: those whose noise is known."""
+"""Metrics that are a sum over rows divided by the loss tokens; only their noise can be estimated."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One of them. `min_delta` is a fraction if `unit` is relative, and unused if it is noise."""
+    """One condition. `min_delta` is a fraction if `unit` is relative, and unused if it is noise."""
 
     metric: str
     min_delta: float
@@ -61,22 +49,24 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """The condition that `--early-stopping` was given; eval_kl is kl.
+        """The condition in `text`; a prefix eval_ of the metric is dropped.
 
-        Raises: ConfigError, one line.
+        Raises: ConfigError if `text` is not a condition.
         """
-        problem = ConfigError(f"--early-stopping {text}: expected {FORM}.")
+        problem = ConfigError(f"`early_stopping` {text}: expected {FORM}.")
         parts = [part.strip() for part in text.split(":")]
         if len(parts) != 3 or not parts[0]:
             raise problem
         metric, delta, patience = parts[0].removeprefix("eval_"), parts[1], parts[2]
         if not patience.isdecimal() or int(patience) < 1:
-            raise ConfigError(f"--early-stopping {text}: patience {patience!r}, expected evaluations, 1 or more.")
+            raise ConfigError(
+                f"`early_stopping` {text}: patience {patience!r}, expected a number of evaluations, 1 or more."
+            )
         if delta == "noise":
             if metric not in BY_ROW:
                 raise ConfigError(
-                    f"--early-stopping {text}: the noise of {metric} is not known, only that of {', '.join(BY_ROW)}. "
-                    "Give a number or a percentage."
+                    f"`early_stopping` {text}: noise can be estimated for {', '.join(BY_ROW)}, not for {metric}. Use a "
+                    "number or a percentage."
                 )
             return cls(metric, 0.0, "noise", int(patience))
         unit: Unit = "relative" if delta.endswith("%") else "absolute"
@@ -85,84 +75,90 @@ class Condition:
         except ValueError:
             raise problem from None
         if not 0.0 <= number < math.inf:
-            raise ConfigError(f"--early-stopping {text}: min_delta {delta}, expected a number, 0 or more.")
+            raise ConfigError(f"`early_stopping` {text}: min_delta {delta}, expected a number, 0 or more.")
         return cls(metric, number / 100.0 if unit == "relative" else number, unit, int(patience))
 
 
 def parse_conditions(texts: Sequence[str]) -> list[Condition]:
-    """All of them, `default` and `auto` spelt out.
+    """The conditions, with `default` (or `auto`) replaced by its two.
 
-    Raises: ConfigError, one line.
+    Raises: ConfigError if one is not a condition.
     """
-    spelt_out = [each for text in texts for each in (DEFAULT if text in ("default", "auto") else (text,))]
-    return [Condition.parse(text) for text in spelt_out]
+    expanded = [each for text in texts for each in (DEFAULT if text in ("default", "auto") else (text,))]
+    return [Condition.parse(text) for text in expanded]
 
 
 def check_conditions(
     texts: Sequence[str], mode: str, *, metrics: Sequence[str], held_out_rows: int | None
 ) -> list[Condition]:
-    """The conditions of a run.
+    """The conditions of a run, checked against its evaluations.
 
     Args:
-        metrics: what its evaluations report, without eval_.
+        metrics: metrics that its evaluations report, without eval_.
         held_out_rows: None without a held-out cache.
 
-    Raises: ConfigError where they could never be decided, with the reason.
+    Raises: ConfigError if a condition can never be evaluated.
     """
     if mode not in MODES:
-        raise ConfigError(f"--early-stopping-mode {mode}: expected {' or '.join(MODES)}.")
+        raise ConfigError(f"`early_stopping_mode` {mode}: expected {' or '.join(MODES)}.")
     conditions = parse_conditions(texts)
     if not conditions:
         if mode != "all":
             raise ConfigError(
-                f"--early-stopping-mode {mode}: found no --early-stopping, so there are no conditions to speak of. "
-                "Give one, such as default, or leave it out."
+                f"`early_stopping_mode` {mode}: found no `early_stopping`, so there is no condition. Add "
+                "`early_stopping=default`, or leave it out."
             )
         return []
     if held_out_rows is None:
         raise ConfigError(
-            f"--early-stopping {texts[0]}: found no --eval-cache, and what a student has learned by heart does not "
-            "show when to stop. Give a held-out cache, and how often to evaluate with --eval-steps."
+            f"`early_stopping` {texts[0]}: found no `eval_cache`, but conditions are on held-out evaluations. Set "
+            "`eval_cache` to a held-out cache, and `eval_steps` to the steps between evaluations."
         )
     for condition in conditions:
         if condition.metric not in metrics:
             raise ConfigError(
-                f"--early-stopping {condition}: evaluations of this run report {', '.join(metrics)}, not "
+                f"`early_stopping` {condition}: evaluations of this run report {', '.join(metrics)}, not "
                 f"{condition.metric}. Choose one of them."
             )
         if condition.unit == "noise" and held_out_rows < 2:
             raise ConfigError(
-                f"--early-stopping {condition}: the held-out cache has {held_out_rows} row, and noise is estimated "
-                "from the differences between rows. Give a larger one, or a number instead of noise."
+                f"`early_stopping` {condition}: the held-out cache has {held_out_rows} row, but noise is estimated "
+                "from the differences between rows. Use a larger cache, or a number instead of noise."
             )
     return conditions
 
 
 def too_few_evaluations(conditions: Sequence[Condition], mode: Mode, *, steps: int, every: float) -> str | None:
-    """A warning if a run of so many steps ends before its conditions can hold.
+    """A warning if a run of `steps` steps ends before its conditions can hold.
 
     Args:
-        every: steps between evaluations; below 1 a fraction of all of them.
+        every: steps between evaluations; below 1, a fraction of `steps`.
     """
     if not conditions:
         return None
     every = math.ceil(steps * every) if every < 1 else every
-    found = int((steps - 1) // every)
+    evaluations = int((steps - 1) // every)
     needed = 1 + (max if mode == "all" else min)(condition.patience for condition in conditions)
-    if found >= needed:
+    if evaluations >= needed:
         return None
     return (
-        f"--early-stopping: {found} evaluations before the last of {steps:,} steps, at least {needed} are needed to "
-        "stop. Lower --eval-steps."
+        f"`early_stopping` can never stop this run: {evaluations} evaluations before the last of {steps:,} steps, "
+        f"expected at least {needed}. Lower `eval_steps`."
     )
 
 
 def paired_noise(now: np.ndarray, before: np.ndarray, counts: np.ndarray) -> float:
-    """Standard error of the mean difference per token between two evaluations of the same rows.
+    """Standard error of the mean difference per loss token between two evaluations of the same rows.
+
+        m = Σx / Σn        SE² = R/(R−1) · Σ (x_r − m·n_r)² / (Σn)²
+
+    with x_r the difference and n_r the loss tokens of row r: a ratio estimator over clusters (Cochran 1977, §6), since
+    tokens of a row are not independent. It is far below the noise of either evaluation, because both have the same
+    rows. With a threshold of 2·SE an unchanged student passes for a better one in 2 % of comparisons.
 
     Args:
-        now, before: [R] sums over each row's counted tokens.
-        counts: [R] counted tokens.
+        now, before: [R] sums over the loss tokens of each row.
+        counts: [R] loss tokens.
     """
     kept = counts > 0
     differences, counts = (now - before)[kept], counts[kept]
@@ -174,12 +170,12 @@ def paired_noise(now: np.ndarray, before: np.ndarray, counts: np.ndarray) -> flo
 
 
 class EarlyStopping(TrainerCallback, ExportableState):
-    """Ends a run when its conditions hold.
+    """Stops a run when its conditions hold.
 
     Attributes:
-        rows: of the evaluation that is about to be reported, [R] by metric and "count"; set by the trainer where
-            `needs_rows`.
-        stopped: None, or what ended the run: {"step", "reasons"}.
+        rows: sums per row of the evaluation about to be reported: [R] for each metric and for "count". The trainer
+            sets it if `needs_rows`.
+        stopped: None, or why the run was stopped: {"step", "reasons"}.
     """
 
     def __init__(self, conditions: Sequence[str], mode: Mode = "all") -> None:
@@ -199,7 +195,7 @@ class EarlyStopping(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        # Of a resumed run: what its checkpoint holds. Of a new one: what `state` gave a moment ago.
+        # A resumed run finds the state of its checkpoint here, a new one the result of `state`.
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is not None:
             self.progress, self.stopped = saved["attributes"]["progress"], saved["attributes"]["stopped"]
@@ -214,13 +210,13 @@ class EarlyStopping(TrainerCallback, ExportableState):
             for condition, progress in zip(self.conditions, self.progress, strict=True)
         ]
         self.rows = None
-        # At the last step there is nothing left to stop.
+        # The last step ends the run anyway.
         if state.global_step < state.max_steps and (all(holds) if self.mode == "all" else any(holds)):
             parts = zip(self.conditions, self.progress, holds, strict=True)
             reasons = [_reason(condition, progress) for condition, progress, held in parts if held]
             self.stopped = {"step": state.global_step, "reasons": reasons}
             control.should_training_stop = True
-            control.should_save = True  # so that a run killed from here on knows that it has stopped
+            control.should_save = True  # so that a run killed after this still knows that it was stopped
         return control
 
     def _observe(self, condition: Condition, progress: dict[str, Any], value: float, step: int) -> bool:
@@ -232,7 +228,7 @@ class EarlyStopping(TrainerCallback, ExportableState):
             delta *= abs(reference)
         rows = None
         if condition.unit == "noise":
-            assert self.rows is not None, "the trainer gives rows to whoever needs them"
+            assert self.rows is not None, "the trainer sets rows if needs_rows"
             rows = self.rows[condition.metric]
             if reference is not None:
                 before = np.asarray(progress["rows"], np.float64)
@@ -260,6 +256,6 @@ def _reason(condition: Condition, progress: Mapping[str, Any]) -> str:
 
 
 def stopped_by(state: TrainerState) -> dict[str, Any] | None:
-    """What ended the run that saved this state before its last step, as `EarlyStopping.stopped`."""
+    """`EarlyStopping.stopped` of the run that saved this state."""
     saved = state.stateful_callbacks.get(EarlyStopping.__name__) if state.stateful_callbacks else None
     return None if saved is None else saved["attributes"]["stopped"]

@@ -1,32 +1,29 @@
 """The student's forward pass for distillation: token ids and targets in, sums of the loss out.
 
-Installed as the model's own `forward`. Trainer wraps the model (DDP, FSDP, autocast) and calls the wrapper; a loss
-computed beside the wrapped module would leave data-parallel ranks with gradients that are never averaged, or find a
-sharded weight. Here hidden states, head and loss are all inside that one call.
+Installed as the model's own `forward`. Trainer wraps the model (DDP, FSDP, autocast) and calls the wrapper; if the loss
+were computed outside the wrapped module, data-parallel processes would not average gradients, and sharded weights would
+be missing. Here hidden states, head and loss are all inside that one call.
 """
 
 from __future__ import annotations
 
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.losses import HeadOutput, fused_head, general_head
-from pipeline.losses.uld import uld_head
+from pipeline.losses import DistillLoss, HeadOutput, fused_head, general_head
 from pipeline.models.head import Head
-from pipeline.student.data.cross_tokenizer import sorted_targets_of
-from pipeline.student.data.dataset import Batch, full_targets_of, targets_of
-from pipeline.student.model.feature_matching import Features
-from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.data.dataset import Batch, with_target_states
+from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 
 
 class FeatureOutput(NamedTuple):
-    """`HeadOutput` of a student that is trained on features besides.
+    """`HeadOutput` of a student that is also trained on hidden states.
 
-    loss: with γ·features in it, times `scale`.
-    features: the sum that γ weights, see `pipeline.student.model.feature_matching`.
+    loss: includes γ·features, times `scale`.
+    features: the sum that γ weights, see `pipeline.student.model.hidden_state_matching`.
     """
 
     loss: Tensor
@@ -40,84 +37,70 @@ class FeatureOutput(NamedTuple):
 def distillation_output(
     head: Head,
     batch: Batch,
-    recipe: LossRecipe,
+    loss: DistillLoss,
     scale: float | Tensor = 1.0,
-    features: Features | None = None,
+    matching: HiddenStateMatching | None = None,
     *,
     by_row: bool = False,
 ) -> HeadOutput | FeatureOutput:
-    """Sums over the counted positions of a collated batch; `loss` times `scale` carries the gradient.
+    """Sums over the loss tokens of a collated batch; `loss` of the output, times `scale`, carries the gradient.
 
     Args:
-        features: what hidden states are drawn together by, if the batch has the teacher's.
-        by_row: sums of each row, [B] instead of scalars: the head runs on a row at a time.
+        matching: the hidden-state loss, used if the batch has the teacher's states.
+        by_row: sums of each row, [B] instead of scalars: the head runs on one row at a time.
     """
     inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
     states: dict[int, Tensor] = {}
-    if features is None or not features.are_in(batch):
-        features, hidden = None, head.hidden_states(*inputs)
+    if matching is not None:
+        batch = with_target_states(batch)
+    if matching is None or not matching.are_in(batch):
+        matching, hidden = None, head.hidden_states(*inputs)
     else:
-        hidden, states = head.states(features.student_layers, *inputs)
-    options = {
-        "kd_weight": recipe.kd_weight,
-        "temperature": recipe.temperature,
-        "tail": recipe.tail,
-        "divergence": recipe.mixture,
-        "position_weighting": recipe.position_weighting,
-        "kl_tail": recipe.kl_tail,
-        "scale": scale,
-        "vocab_size": head.vocab_size,
-    }
-    if recipe.teacher is None:
-        targets = targets_of(batch, recipe.capture_temperature)
-    else:
-        targets = full_targets_of(batch, recipe.teacher)
-
-    hidden = hidden.flatten(0, 1)
+        hidden, states = head.states(matching.student_layers, *inputs)
+    hidden, targets = hidden.flatten(0, 1), batch["targets"]
 
     def sums(here: slice) -> HeadOutput:
-        if recipe.uld:
-            ordered = sorted_targets_of(batch)[here]
-            return uld_head(hidden[here], head.logits, targets[here], ordered, kd_weight=recipe.kd_weight, scale=scale)
         if head.linear:
-            return fused_head(hidden[here], head.weight, head.bias, targets[here], **options)
-        return general_head(hidden[here], head.own_logits, targets[here], **options)
+            weights = head.weight, head.bias
+            return fused_head(hidden[here], *weights, targets[here], loss, scale=scale, vocab_size=head.vocab_size)
+        return general_head(hidden[here], head.own_logits, targets[here], loss, scale=scale, vocab_size=head.vocab_size)
 
     rows, length = batch["labels"].shape
     if by_row:
-        found = [sums(slice(i * length, (i + 1) * length)) for i in range(rows)]
-        output = HeadOutput(*map(torch.stack, zip(*found, strict=True)))
+        outputs = [sums(slice(i * length, (i + 1) * length)) for i in range(rows)]
+        output = HeadOutput(*map(torch.stack, zip(*outputs, strict=True)))
     else:
         output = sums(slice(None))
-    if features is None:
+    if matching is None:
         return output
-    drawn = features(states, batch)  # [B]
-    drawn = drawn if by_row else drawn.sum()
-    loss, *rest = output
-    return FeatureOutput(loss + features.weight * scale * drawn, *rest, drawn.detach())
+    distance = matching(states, batch)  # [B]
+    distance = distance if by_row else distance.sum()
+    total, *rest = output
+    return FeatureOutput(total + matching.weight * scale * distance, *rest, distance.detach())
 
 
 def install_distillation_forward(
-    model: torch.nn.Module, head: Head, recipe: LossRecipe, features: Features | None = None
+    model: torch.nn.Module, head: Head, loss: DistillLoss, matching: HiddenStateMatching | None = None
 ) -> None:
-    """Makes `model(scale=…, recipe=…, by_row=…, **batch)` return a `HeadOutput`, with features a `FeatureOutput`;
-    undone by `remove_distillation_forward`.
+    """Makes `model(scale=…, loss=…, by_row=…, **batch)` return a `HeadOutput`, or a `FeatureOutput` with `matching`.
+
+    `remove_distillation_forward` undoes it.
 
     Args:
         model: `head.model`, or a wrapper around it.
-        recipe: where a call names none.
-        features: already part of the model.
+        loss: for calls without one.
+        matching: already part of the model.
     """
-    default = recipe
+    default = loss
 
     def forward(
         self: torch.nn.Module,
         scale: float | Tensor = 1.0,
-        recipe: LossRecipe | None = None,
+        loss: DistillLoss | None = None,
         by_row: bool = False,
-        **batch: Tensor,
+        **batch: Any,
     ) -> HeadOutput | FeatureOutput:
-        return distillation_output(head, batch, recipe or default, scale, features, by_row=by_row)
+        return distillation_output(head, batch, loss or default, scale, matching, by_row=by_row)
 
     # On the instance, as a method, so that accelerate can wrap it and the class still saves and loads as itself.
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

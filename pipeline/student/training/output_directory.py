@@ -1,8 +1,8 @@
-"""The directory that a run writes to: what is in it, whether that may be continued or replaced, what is recorded there.
+"""The output directory of a run: may it be continued or replaced, and the record of the run in it.
 
 OUTPUT/
-  distill_config.json    what made this student, written before the first step
-  checkpoint-N/          Trainer's: weights, optimizer, random state; trainer_state.json last
+  distill_config.json    configuration and caches of the run, written before the first step (`_record`)
+  checkpoint-N/          written by Trainer: weights, optimizer, random state; trainer_state.json last
   config.json, …         the trained student, a plain transformers directory
   trainer_state.json     written last of all
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,78 +18,81 @@ from transformers import TrainerState
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.losses import DistillLoss
+from pipeline.models.loading import model_name
+from pipeline.options import CONFIG_FILE, options_of
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.early_stopping import stopped_by
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.training_arguments import read_training_args
-
-CONFIG_FILE = "distill_config.json"
 
 TRAINER_STATE = "trainer_state.json"
 
-# May differ between a run and its --resume. Caches may have moved; what is in them must be the same.
-RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "cache", "eval_cache", "output"}
-# Who reads makes no difference to what is read.
+# Settings that a resumed run may change. Models and caches may have moved; the contents of the caches must be the same.
+RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "tokenizer", "cache", "eval_cache", "output"}
+# How rows are read does not change them.
 RESUME_MAY_CHANGE |= {"cache_dir", "cache_dir_gb", "dataloader_num_workers", "dataloader_prefetch_factor"}
-# What makes up the rows of a step: their number must be the same.
-PARTS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-# Of what was resolved, what the loss depends on; the rest is how it is measured.
-TRAINED = {"tail", "temperature"}
+# These may change if the rows of a step, their product with the number of processes, stay the same.
+FACTORS_OF_A_STEP = {"batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
+# Resolved settings that the trained loss depends on; the others only affect what is measured.
+RESOLVED_FOR_TRAINING = {"tail", "temperature"}
 
 
-def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> str | None:
-    """The checkpoint to resume from, if any. Changes nothing.
+def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> str | None:
+    """The checkpoint to resume from; None for a new run. Changes nothing.
 
     Raises:
-        ConfigError, MismatchError: the directory holds something that this run may not touch or cannot continue.
+        ConfigError: the directory has contents that this run may not replace, or no run to resume.
+        MismatchError: the run to resume had other settings.
     """
     if "://" in config.output:
         raise ConfigError(
-            f"{config.output}: a URL, expected a directory: checkpoints are written, renamed and removed there. Train "
-            "to a disk and copy the student afterwards."
+            f"`output` {config.output}: found a URL, expected a local directory, because checkpoints are renamed and "
+            "removed there. Train to a local directory and copy the student afterwards."
         )
     output = Path(config.output)
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: found a file, expected a directory to write to. Choose another --output.")
-    found = output.is_dir() and any(output.iterdir())
+        raise ConfigError(f"`output` {output}: found a file, expected a directory. Choose another directory.")
+    occupied = output.is_dir() and any(output.iterdir())
     ours = (output / CONFIG_FILE).is_file()
     if config.resume:
-        if found and not ours:
-            raise ConfigError(f"{output}: has no {CONFIG_FILE}, so there is no run of ours to resume. Check --output.")
+        if occupied and not ours:
+            raise ConfigError(f"{output}: has no {CONFIG_FILE}, so there is no run to resume. Check `output`.")
         checkpoint = last_checkpoint(output)
         if checkpoint is None:
-            instead = "with --overwrite instead of" if found else "without"
-            raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} --resume.")
-        _check_same_run(config, mix, budget, recipe, output / CONFIG_FILE)
+            instead = "with `overwrite=True` instead of" if occupied else "without"
+            raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} `resume=True`.")
+        _check_same_run(config, mix, budget, loss, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
-                f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another --output, or "
-                "replace it with --overwrite."
+                f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another `output`, or "
+                "replace the run with `overwrite=True`."
             )
         return str(checkpoint)
-    if found and not config.overwrite and ours:
-        state = "a finished" if is_finished(output) else "an unfinished"
-        continuing = "Replace it with" if is_finished(output) else "Continue it with --resume, replace it with"
+    if occupied and not config.overwrite and ours:
+        finished = is_finished(output)
+        state = "a finished" if finished else "an unfinished"
+        next_step = "Replace it with" if finished else "Continue it with `resume=True`, replace it with"
         raise ConfigError(
-            f"{output}: found {state} run, nothing was changed. {continuing} --overwrite, or choose another directory."
+            f"{output}: found {state} run, nothing was changed. {next_step} `overwrite=True`, or choose another "
+            "directory."
         )
-    if found and not config.overwrite:
+    if occupied and not config.overwrite:
         raise ConfigError(
             f"{output}: found {min(output.iterdir()).name!r}, expected an empty directory: nothing was changed. "
             "Choose another directory."
         )
-    if found and not ours:
+    if occupied and not ours:
         raise ConfigError(
-            f"{output}: has no {CONFIG_FILE}, so it is not a student of ours and --overwrite does not touch it. "
-            "Choose another directory."
+            f"{output}: has no {CONFIG_FILE}, so it is not the output of a run, and `overwrite=True` does not delete "
+            "it. Choose another directory."
         )
     return None
 
 
 def last_checkpoint(output: str | Path) -> Path | None:
-    """The latest complete one: Trainer writes its state last, and a run may be killed while it writes."""
+    """The latest complete checkpoint: one with a state, which Trainer writes last."""
     complete = [
         state.parent for state in Path(output).glob(f"checkpoint-*/{TRAINER_STATE}") if _state(state) is not None
     ]
@@ -98,23 +100,23 @@ def last_checkpoint(output: str | Path) -> Path | None:
 
 
 def processes_of(checkpoint: str | Path) -> int:
-    """How many processes wrote it: each left the state of its random generators."""
+    """Number of processes that wrote a checkpoint; each saved the state of its random generators."""
     return len(list(Path(checkpoint).glob("rng_state*.pth")))
 
 
 def is_finished(output: Path) -> bool:
-    """Whether the student itself was saved: the state beside it is the last thing written."""
+    """Whether the trained student was saved. Its state is the last file written."""
     state = _state(output / TRAINER_STATE)
     return state is not None and (state.global_step >= state.max_steps or stopped_by(state) is not None)
 
 
 def _early(output: Path) -> str:
-    """Words for a run that ended before its last step."""
+    """Describes an early stop, for an error; empty without one."""
     state = _state(output / TRAINER_STATE)
     stopped = None if state is None else stopped_by(state)
     if state is None or stopped is None:
         return ""
-    return f" that had stopped early at step {stopped['step']} of {state.max_steps} ({'; '.join(stopped['reasons'])})"
+    return f" that stopped early at step {stopped['step']} of {state.max_steps} ({'; '.join(stopped['reasons'])})"
 
 
 def _state(file: Path) -> TrainerState | None:
@@ -125,13 +127,16 @@ def _state(file: Path) -> TrainerState | None:
 
 
 def _settings(config: TrainStudentConfig) -> dict[str, Any]:
-    """The configuration with the contents of the --training-args file instead of its name."""
-    contents = {} if config.training_args is None else read_training_args(config.training_args)
-    return {**asdict(config), "training_args": contents}
+    """Every option by name, with the contents of a `training_args` file instead of its name, and the
+    name of a student that was given as an object."""
+    declared = options_of(TrainStudentConfig)
+    options = {name: getattr(config, name) for name, each in declared.items() if not each.metadata.python_only}
+    student = None if config.student is None else model_name(config.student)
+    return {**options, "student": student, "training_args": read_training_args(config.training_args)}
 
 
 def _identity(cache: cf.Cache) -> dict[str, Any]:
-    """What is in a cache, wherever it lies."""
+    """Identifies the contents of a cache, independent of its path."""
     return {
         "teacher": dict(cache.metadata.teacher),
         "targets": dict(cache.metadata.targets),
@@ -141,38 +146,40 @@ def _identity(cache: cf.Cache) -> dict[str, Any]:
 
 
 def begin_output(
-    config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe, adapted: str | None = None
+    config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, base_weights: str | None = None
 ) -> None:
-    """Empties the directory, which `check_output` has allowed, and records everything that will make this student.
+    """Empties the directory, which `check_output` has allowed, and writes the record of the run.
 
     Args:
-        adapted: `weights_fingerprint` of what adapters are trained to: their checkpoints do not hold it.
+        base_weights: `weights_fingerprint` of the model that adapters are trained on; checkpoints of adapters do not
+            contain it.
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    record = _record(config, mix, budget, recipe)
-    _write(output, record if adapted is None else {**record, "adapted_weights": adapted})
+    record = _record(config, mix, budget, loss)
+    _write(output, record if base_weights is None else {**record, "adapted_weights": base_weights})
 
 
-def check_adapted(config: TrainStudentConfig, adapted: str) -> None:
-    """Raises MismatchError if the run to resume trains adapters to other weights than these; earlier ones do not say.
+def check_base_weights(config: TrainStudentConfig, base_weights: str) -> None:
+    """Raises MismatchError if the run to resume trains adapters on other weights. Its path may have changed.
 
-    Where the student is may have changed: its path is no part of what has to be the same.
+    Earlier versions did not record the weights; their runs pass.
     """
     file = Path(config.output) / CONFIG_FILE
     before = json.loads(file.read_text()).get("adapted_weights")
-    if before not in (None, adapted):
+    if before not in (None, base_weights):
+        name = "" if config.student is None else model_name(config.student)
         raise cf.MismatchError(
-            f"--student {config.student}: its weights (fingerprint {adapted[:8]}…) are not those that the adapter in "
-            f"{config.output} was trained to ({before[:8]}…), and its checkpoints hold the adapter alone: resuming "
-            "would put it on another model. Name the same student, or another --output."
+            f"`student` {name}: found weights {base_weights[:8]}…, expected {before[:8]}…, on which the adapter in "
+            f"{config.output} was trained. Checkpoints have only the adapter, so resuming would put it on another "
+            "model. Use the same student, or another `output`."
         )
 
 
 def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:
-    """Adds what a finished run has seen of each of several caches, as `Mix.seen`."""
+    """Adds to the record how much of each cache a finished run has used, from `Mix.seen`."""
     output = Path(config.output)
     _write(output, {**json.loads((output / CONFIG_FILE).read_text()), "seen": seen})
 
@@ -183,11 +190,20 @@ def _write(output: Path, record: dict[str, Any]) -> None:
     scratch.replace(output / CONFIG_FILE)
 
 
-def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe) -> dict[str, Any]:
-    """For several caches `cache` is a list, and `mixture` says what is planned, as `Mix.seen`."""
+def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> dict[str, Any]:
+    """The contents of distill_config.json.
+
+    config           options as given; `training_args` has the contents of the file
+    resolved         values of options that were left open
+    rows_per_step    over all processes and accumulated batches
+    cache            identity of the cache; a list for several caches
+    mixture          for several caches, the planned use of each (`Mix.seen`)
+
+    A run adds adapted_weights (fingerprint of the base model of adapters) and seen (the actual use of several caches).
+    """
     record: dict[str, Any] = {
-        "config": _settings(config),  # as given
-        "resolved": recipe.resolved,
+        "config": _settings(config),
+        "resolved": loss.resolved,
         "rows_per_step": budget.rows_per_step,
     }
     if len(mix.portions) == 1:
@@ -196,50 +212,53 @@ def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRe
     return {**record, "cache": [_identity(cache) for cache in mix.caches], "mixture": planned}
 
 
-def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, recipe: LossRecipe, file: Path) -> None:
+def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, file: Path) -> None:
     try:
         recorded = json.loads(file.read_text())
         before, recorded_cache = dict(recorded["config"]), recorded["cache"]
         arguments_before = dict(before["training_args"])
-        rows_of_each = [each["rows_per_epoch"] for each in recorded.get("mixture", [])]
-        resolved_before = dict(recorded.get("resolved", {}))  # earlier versions did not say
+        rows_per_epoch = [each["rows_per_epoch"] for each in recorded.get("mixture", [])]
+        resolved_before = dict(recorded.get("resolved", {}))  # not recorded by earlier versions
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: cannot be read, so what it began cannot be resumed. Use --overwrite.") from error
-    record = json.loads(json.dumps(_record(config, mix, budget, recipe)))
+        raise ConfigError(
+            f"{file}: cannot be read, so the run cannot be resumed. Start again with `overwrite=True`."
+        ) from error
+    record = json.loads(json.dumps(_record(config, mix, budget, loss)))
     now, arguments_now = record["config"], record["config"]["training_args"]
-    rows_before = recorded.get("rows_per_step")  # earlier versions did not say
-    may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | PARTS_OF_A_STEP
+    rows_before = recorded.get("rows_per_step")  # not recorded by earlier versions
+    may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | FACTORS_OF_A_STEP
     for arguments in (arguments_before, arguments_now):
         for name in may_change & arguments.keys():
             del arguments[name]
     before["training_args"] = arguments_before
+    defaults = options_of(TrainStudentConfig)  # an earlier version recorded None for them
     different = [
         f"{name} was {before[name]!r}, is {now[name]!r}"
         for name in sorted(before.keys() & now.keys() - may_change)
-        if before[name] != now[name]
+        if before[name] != now[name] and not (before[name] is None and now[name] == defaults[name].default)
     ]
     different += [
-        f"{name} was taken to be {resolved_before[name]!r}, is {value!r}"
+        f"{name} was resolved to {resolved_before[name]!r}, is {value!r}"
         for name, value in record["resolved"].items()
-        if name in TRAINED and name in resolved_before and resolved_before[name] != value
+        if name in RESOLVED_FOR_TRAINING and name in resolved_before and resolved_before[name] != value
     ]
     paths = " ".join(cache.path for cache in mix.caches)
     if recorded_cache != record["cache"]:
-        different.append(f"{paths} does not hold the targets that {_named(before.get('cache'))} held")
-    elif rows_of_each != [each["rows_per_epoch"] for each in record.get("mixture", [])]:
+        different.append(f"{paths} does not have the targets of {_join_paths(before.get('cache'))}")
+    elif rows_per_epoch != [each["rows_per_epoch"] for each in record.get("mixture", [])]:
         rows_now = [portion.rows for portion in mix.portions]
-        different.append(f"of {paths} an epoch had {rows_of_each} rows, has {rows_now}: other weights")
+        different.append(f"rows per epoch from {paths} were {rows_per_epoch}, are {rows_now}: the weights changed")
     if rows_before not in (None, budget.rows_per_step):
         different.append(
-            f"a step took {rows_before} rows, takes {budget.rows_per_step}: --batch-size times "
-            "--gradient-accumulation-steps times processes must stay the same"
+            f"a step had {rows_before} rows, has {budget.rows_per_step}: `batch_size` times "
+            "`gradient_accumulation_steps` times processes must stay the same"
         )
     if different:
         raise cf.MismatchError(
             f"{file}: the interrupted run had other settings ({'; '.join(different)}): resuming would mix two "
-            "runs. Use the same settings, or another --output."
+            "runs. Use the same settings, or another `output`."
         )
 
 
-def _named(caches: Any) -> str:
+def _join_paths(caches: Any) -> str:
     return " ".join(caches) if isinstance(caches, list) else str(caches)

@@ -1,15 +1,13 @@
-"""Numbers that change in the course of a run: the weight of the soft loss, the temperature.
+"""Schedules for the weight of the soft loss and for the temperature.
 
-    constant:V                              V
-    linear:FROM:TO                          from FROM at the first step to TO at the last
-    wsd:FROM:PEAK:TO[:WARMUP:DECAY]         warm-up, stable, decay: up to PEAK in the first WARMUP of all steps, down
-                                            to TO in the last DECAY of them (fractions, .1 and .1 unless given)
+    constant:V                         V
+    linear:FROM:TO                     from FROM at the first step to TO at the last
+    wsd:FROM:PEAK:TO[:WARMUP:DECAY]    up to PEAK in the first WARMUP of all steps, down to TO in the last DECAY of them
+                                       (fractions, default 0.1 and 0.1)
 
-A value depends on the number of the step and on how many there are, and on nothing else: a resumed run has the values
-of an uninterrupted one, and so has every micro-batch and every process.
-
-Peng et al., 2024, found that in pre-training a weight of the soft loss which warms up, stays and decays, along with
-such a learning rate, does better than constants: https://arxiv.org/abs/2410.16215.
+A value depends only on the step number and the number of steps, so that it is the same after a resume, in every
+micro-batch and on every process. Source of wsd (warm-up, stable, decay) for the weight of the soft loss: Peng et al.,
+2024, https://arxiv.org/abs/2410.16215.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ WARMUP = DECAY = 0.1  # of all steps
 
 @dataclass(frozen=True)
 class Schedule:
-    """Straight lines between points (progress from 0 to 1, value); `text` parses to the same."""
+    """Linear interpolation between points (progress from 0 to 1, value). `text` parses to the same schedule."""
 
     text: str
     points: tuple[tuple[float, float], ...]
@@ -35,11 +33,11 @@ class Schedule:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Those between which all others lie."""
+        """Values at the points; all others lie between them."""
         return tuple(value for _, value in self.points)
 
     def at(self, step: int, max_steps: int) -> float:
-        """The value for the optimizer step number `step`, counted from 0, of `max_steps`; beyond: that of the last."""
+        """The value at optimizer step `step` (from 0) of `max_steps`; after the last step its value."""
         progress = min(1.0, step / (max_steps - 1)) if max_steps > 1 else 1.0
         (x0, y0), *following = self.points
         for x, y in following:
@@ -50,9 +48,12 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, option: str) -> Schedule:
-        """The schedule that an option such as `--kd-schedule` was given.
+        """The schedule in `text`.
 
-        Raises: ConfigError, one line.
+        Args:
+            option: how errors name the option, such as "`kd_schedule`".
+
+        Raises: ConfigError if `text` is not a schedule.
         """
         kind, *words = text.split(":")
         try:
@@ -69,9 +70,9 @@ class Schedule:
             first, peak, last, warmup, decay = numbers if len(numbers) == 5 else [*numbers, WARMUP, DECAY]
             if warmup < 0.0 or decay < 0.0 or warmup + decay > 1.0 + 1e-9:
                 raise ConfigError(
-                    f"{option} {text}: WARMUP {warmup:g} and DECAY {decay:g} of all steps, expected fractions that add "
-                    "up to at most 1, such as 0.1:0.1."
+                    f"{option} {text}: WARMUP is {warmup:g} and DECAY is {decay:g}, expected fractions of all steps "
+                    "with a sum of at most 1, such as 0.1:0.1."
                 )
             rise, fall = ((0.0, first),) if warmup else (), ((1.0, last),) if decay else ()
             return cls(text, (*rise, (warmup, peak), (1.0 - decay, peak), *fall))
-        raise ConfigError(f"{option} {text}: expected {FORMS}, as in linear:0.9:0.5.")
+        raise ConfigError(f"{option} {text}: expected {FORMS}, such as linear:0.9:0.5.")

@@ -1,8 +1,8 @@
-"""transformers' Trainer for distillation: everything of it stays, the loss and the evaluation are ours.
+"""transformers' Trainer with the distillation loss and its held-out evaluation.
 
-**Scale.** One optimizer step sees some number of counted tokens, over all its micro-batches and all processes. The loss
-is the sum over them divided by that number, once: each micro-batch's sum is scaled by processes / tokens (DDP averages
-over processes), so that 1×8, 2×4 and two processes give the same gradient whatever the padding and masks.
+**Scale.** The loss of an optimizer step is a sum over the loss tokens of all its micro-batches and processes, divided
+once by their number. Each micro-batch's sum is scaled by processes / tokens, because DDP averages over processes. So
+1×8, 2×4 and two processes give the same gradient, whatever the padding and masks.
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
 from pipeline.errors import DivergedError
-from pipeline.evaluation.held_out import Evaluation, sum_over
-from pipeline.losses import HeadOutput
+from pipeline.evaluation.metrics import Evaluation, sum_over
+from pipeline.losses import DistillLoss, HeadOutput
 from pipeline.models.head import Head, evaluating
-from pipeline.student.data.dataset import Batch, CacheDataset, uncounted
+from pipeline.student.data.dataset import Batch, CacheDataset, to_device, without_loss_tokens
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
-from pipeline.student.model.feature_matching import Features
+from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.early_stopping import EarlyStopping
 from pipeline.student.training.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.training.output_directory import last_checkpoint
-from pipeline.student.training.recipe import LossRecipe
 
 METRICS = ("loss", "kl", "ce", "perplexity", "agreement")
 
 
 def _local(weight: Tensor) -> Tensor:
-    """This process's part of a sharded weight."""
+    """This process's shard of a weight."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def held_out_metrics(recipe: LossRecipe) -> tuple[str, ...]:
-    """What an evaluation by this recipe reports, without eval_."""
-    return METRICS if recipe.trains_kl or recipe.kd_weight == 0.0 else (*METRICS, "soft")
+def held_out_metrics(loss: DistillLoss) -> tuple[str, ...]:
+    """Names of the metrics that an evaluation with this loss reports, without eval_."""
+    return METRICS if loss.trains_kl or loss.kd_weight == 0.0 else (*METRICS, "soft")
 
 
 class DistillTrainer(Trainer):
@@ -50,12 +49,12 @@ class DistillTrainer(Trainer):
 
     Args:
         head: the student's head, from `open_head`.
-        model: what is trained and saved, if it is a wrapper around `head.model`.
-        recipe: the loss, with its schedules.
-        eval_recipe: the loss on the held-out targets, if they are of another kind.
-        features: what hidden states are drawn together by; part of `head.model` from now on.
-        resample: with several samples of the tail, every epoch uses one alone.
-        Everything else: as for `Trainer`; `args.remove_unused_columns` must be False.
+        model: a wrapper around `head.model` to train and save instead.
+        loss: with its schedules.
+        eval_loss: the loss on the held-out targets; default: `loss` at the last step, with uniform weights.
+        matching: the hidden-state loss; becomes part of `head.model`.
+        resample: use a different stored sample of the tail in each epoch.
+        Others: as for `Trainer`; `args.remove_unused_columns` must be False.
     """
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole optimizer step, see compute_loss
@@ -64,28 +63,28 @@ class DistillTrainer(Trainer):
         self,
         *,
         head: Head,
-        recipe: LossRecipe,
-        eval_recipe: LossRecipe | None = None,
+        loss: DistillLoss,
+        eval_loss: DistillLoss | None = None,
         resample: bool = False,
         model: nn.Module | None = None,
-        features: Features | None = None,
+        matching: HiddenStateMatching | None = None,
         **kwargs: Any,
     ) -> None:
-        self.recipe, self.resample = recipe, resample
-        # Weighted positions leave no way back from the sum of the loss to that of its parts.
-        self._logs_soft = not recipe.trains_kl and recipe.position_weighting == "uniform"
-        self.eval_recipe = eval_recipe or replace(recipe.at(1, 1), position_weighting="uniform")
-        self.features = features
-        if features is not None:
-            features.attach(head.model)
+        self.loss, self.resample = loss, resample
+        # With weighted positions the sum of D cannot be recovered from the sums of the loss and the CE.
+        self._logs_soft = not loss.trains_kl and loss.position_weighting == "uniform"
+        self.eval_loss = eval_loss or replace(loss.at(1, 1), position_weighting="uniform")
+        self.matching = matching
+        if matching is not None:
+            matching.attach(head.model)
         model = model or head.model
-        install_distillation_forward(model, head, recipe, features)
+        install_distillation_forward(model, head, loss, matching)
         super().__init__(model=model, data_collator=kwargs["train_dataset"].collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
-        # Of this process, on the device, where adding does not wait for it: [loss, kl, ce, agreement, count, tokens].
+        # Sums of this process, on the device so that adding does not wait: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
         self._features = torch.zeros((), device=self.args.device)  # since the last log: the sum that γ weights
-        self._loss_sum = torch.zeros((), device=self.args.device)  # over all steps of this call of train
+        self._loss_sum = torch.zeros((), device=self.args.device)  # over all steps of this call of train()
         self._soft = torch.zeros(2, device=self.args.device)  # since the last log: sum of T²·D, its positions
         self._since = time.perf_counter()
 
@@ -96,61 +95,67 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        counted = num_items_in_batch
-        if counted is None:
-            counted = (inputs["labels"] != -100).sum()
+        count = num_items_in_batch
+        if count is None:
+            count = inputs["targets"].loss_mask.sum()
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        scale = processes / torch.as_tensor(counted, device=inputs["labels"].device).clamp(min=1)
-        recipe = self.recipe.at(self.state.global_step, self.state.max_steps)
+        scale = processes / torch.as_tensor(count, device=inputs["labels"].device).clamp(min=1)
+        loss = self.loss.at(self.state.global_step, self.state.max_steps)
         # Through the wrapper: DDP averages gradients there.
-        output: HeadOutput = model(scale=scale, recipe=recipe, **inputs)
-        of_features = torch.zeros((), device=scale.device)
+        output: HeadOutput = model(scale=scale, loss=loss, **inputs)
+        hidden_part = torch.zeros((), device=scale.device)
         if isinstance(output, FeatureOutput):
-            of_features = self.features.weight * output.features
+            hidden_part = self.matching.weight * output.features
             self._features += output.features
-        if self._logs_soft and recipe.kd_weight > 0.0:
-            own = output.loss.detach() / scale - of_features
-            soft = (own - (1.0 - recipe.kd_weight) * output.ce) / recipe.kd_weight
+        if self._logs_soft and loss.kd_weight > 0.0:
+            on_logits = output.loss.detach() / scale - hidden_part
+            soft = (on_logits - (1.0 - loss.kd_weight) * output.ce) / loss.kd_weight
             self._soft += torch.stack([soft, output.count])
         self._sums += torch.stack([*output[: len(HeadOutput._fields)], inputs["num_tokens"]]).detach()
         self._loss_sum += output.loss.detach() / processes
         return (output.loss, output) if return_outputs else output.loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        # accelerate has moved the batch where it places data; Trainer itself moves tensors only.
+        if isinstance(data, Tensor) or not hasattr(data, "with_labels"):
+            return super()._prepare_input(data)
+        return data.to(self.args.device)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds KL, CE and agreement since the last log, over all processes, to the training logs.
 
-        `features`, if there are any, without their weight; `soft`, T²·D, if what is trained is not that KL;
-        what a schedule gave at the last step.
+        Also `features`, the hidden-state loss without its weight; `soft`, T²·D, if D is not the reported KL; and the
+        values of schedules at the last step.
         """
         if "loss" in logs:
             _, kl, ce, agreement, count, tokens = self._reduce(self._sums)
             seconds = time.perf_counter() - self._since
             if count:
                 logs |= {"kl": kl / count, "ce": ce / count, "agreement": agreement / count}
-            if self.features is not None:
-                (drawn,) = self._reduce(self._features[None])
-                logs |= {"features": drawn / count} if count else {}
+            if self.matching is not None:
+                (distance,) = self._reduce(self._features[None])
+                logs |= {"features": distance / count} if count else {}
                 self._features.zero_()
             if self._logs_soft:
                 soft, positions = self._reduce(self._soft)
                 logs |= {"soft": soft / positions} if positions else {}
-            done = self.recipe.at(self.state.global_step - 1, self.state.max_steps)
-            if self.recipe.kd_schedule is not None:
+            done = self.loss.at(self.state.global_step - 1, self.state.max_steps)
+            if self.loss.kd_schedule is not None:
                 logs["kd_weight"] = done.kd_weight
-            if self.recipe.temperature_schedule is not None:
+            if self.loss.temperature_schedule is not None:
                 logs["temperature"] = done.temperature
             logs["tokens_per_s"] = tokens / seconds
             self._sums.zero_()
             self._soft.zero_()
             self._since = time.perf_counter()
         if "train_loss" in logs and (mean := self.mean_loss()) is not None:
-            logs["train_loss"] = mean  # Trainer's own leaves out what other processes did since the last log
+            logs["train_loss"] = mean  # Trainer's own omits the other processes since the last log
         super().log(logs, start_time)
-        # Loss and sums are those of all processes: none goes on alone.
+        # The loss is that of all processes, so all of them stop.
         self._check_finite(math.isfinite(logs.get("loss", 0.0)) and math.isfinite(logs.get("train_loss", 0.0)), "loss")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Never one with weights that are no numbers: it would take the place of one that can be gone on from."""
+        """Refuses NaN and Inf weights: such a checkpoint would replace one that training can resume from."""
         bad = torch.zeros((), device=self.args.device)
         for weight in self.model.parameters():
             bad += ~torch.isfinite(_local(weight.detach())).all()
@@ -162,16 +167,15 @@ class DistillTrainer(Trainer):
             return
         output = Path(self.args.output_dir)
         last = last_checkpoint(output)
-        kept = "There is no checkpoint yet" if last is None else f"{last} is from before and is kept"
-        again = "start again" if last is None else "start again, or go on from there with --resume"
+        kept = "There is no checkpoint yet" if last is None else f"{last}, from before, is kept"
+        again = "start again" if last is None else "start again, or continue from it with `resume=True`"
         raise DivergedError(
-            f"{output}: at step {self.state.global_step} of {self.state.max_steps} the {what} of the student "
-            f"{'is' if what == 'loss' else 'are'} not finite: training has diverged. {kept}. Take a lower "
-            f"--learning-rate or a longer --warmup, and {again}."
+            f"{output}: at step {self.state.global_step} of {self.state.max_steps} the {what} became NaN or Inf: "
+            f"training has diverged. {kept}. Lower `learning_rate` or lengthen `warmup`, and {again}."
         )
 
     def mean_loss(self) -> float | None:
-        """Over the optimizer steps of this call of train; None if it had none to do."""
+        """Mean over the optimizer steps of this call of train(); None if there were none."""
         steps = self.state.global_step - self._initial_global_step
         (total,) = self._reduce(self._loss_sum[None])
         return total / steps if steps else None
@@ -185,19 +189,21 @@ class DistillTrainer(Trainer):
         """Means over the held-out cache, the same on every process: loss, kl, ce, perplexity, agreement, and features
         and soft as in `log`.
 
-        `eval_loss` is the mean of the objective as it is at the last step, with positions that count alike; `eval_kl`
-        at the same temperature, or of a sample at its own, by `LossRecipe.kl_tail`: as in `distill evaluate`.
+        The metric `eval_loss` is the loss at the last step, with uniform weights. `eval_kl` is what `distill evaluate`
+        reports, at the temperature of the loss, or of the targets if they are a sample.
         """
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
         stopping = self.early_stopping
         if stopping is not None and stopping.needs_rows:
             rows = self._row_sums(dataset)
-            stopping.rows = dict(zip(HeadOutput._fields, rows.numpy(), strict=False))  # features, if any, come last
-            loss, kl, ce, agreement, count, *drawn = rows.sum(dim=1).tolist()
+            stopping.rows = dict(
+                zip(HeadOutput._fields, rows.numpy(), strict=False)
+            )  # the hidden-state sums, if any, come last
+            loss, kl, ce, agreement, count, *distance = rows.sum(dim=1).tolist()
         else:
-            loss, kl, ce, agreement, count, *drawn = self._sums_over(dataset)
-        result = Evaluation.from_sums(kl, ce, agreement, count, self.eval_recipe.kl_is)
+            loss, kl, ce, agreement, count, *distance = self._sums_over(dataset)
+        result = Evaluation.from_sums(kl, ce, agreement, count, self.eval_loss.kl_estimate_kind)
         metrics = {
             "loss": loss / max(count, 1.0),
             "kl": result.kl,
@@ -205,13 +211,13 @@ class DistillTrainer(Trainer):
             "perplexity": result.perplexity,
             "agreement": result.agreement,
         }
-        of_features = 0.0
-        if drawn and self.features is not None:  # the held-out cache has states as well
-            metrics["features"] = drawn[0] / max(count, 1.0)
-            of_features = self.features.weight * metrics["features"]
-        kd_weight = self.eval_recipe.kd_weight
-        if "soft" in held_out_metrics(self.eval_recipe):
-            metrics["soft"] = (metrics["loss"] - of_features - (1.0 - kd_weight) * result.ce) / kd_weight
+        hidden_part = 0.0
+        if distance and self.matching is not None:  # the held-out cache has states as well
+            metrics["features"] = distance[0] / max(count, 1.0)
+            hidden_part = self.matching.weight * metrics["features"]
+        kd_weight = self.eval_loss.kd_weight
+        if "soft" in held_out_metrics(self.eval_loss):
+            metrics["soft"] = (metrics["loss"] - hidden_part - (1.0 - kd_weight) * result.ce) / kd_weight
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -220,42 +226,42 @@ class DistillTrainer(Trainer):
 
     @property
     def early_stopping(self) -> EarlyStopping | None:
-        """The one among the callbacks; Trainer may have put another in the place of the one that it was given."""
+        """The callback of that class; Trainer may have replaced the object that it was given."""
         return next((each for each in self.callback_handler.callbacks if isinstance(each, EarlyStopping)), None)
 
     def _sums_over(self, dataset: CacheDataset) -> list[float]:
         model = self._model_to_evaluate()
         with evaluating(model):
-            sums = sum_over(lambda batch: model(recipe=self.eval_recipe, **batch), self._eval_batches(dataset))
+            sums = sum_over(lambda batch: model(loss=self.eval_loss, **batch), self._eval_batches(dataset))
         return self._reduce(torch.tensor(sums, dtype=torch.float64))
 
     @torch.no_grad()
     def _row_sums(self, dataset: CacheDataset) -> Tensor:
-        """[5, R] float64 on the CPU: `HeadOutput` of every row, on every process; [6, R] with features."""
+        """[5, R] float64 on the CPU: `HeadOutput` of every row, on every process; [6, R] with hidden states."""
         model, found = self._model_to_evaluate(), []
         with evaluating(model):
             for batch in self._eval_batches(dataset):
-                found.append(torch.stack(model(recipe=self.eval_recipe, by_row=True, **batch)).double().cpu())
+                found.append(torch.stack(model(loss=self.eval_loss, by_row=True, **batch)).double().cpu())
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         here = torch.cat(found, dim=1)
         rows = torch.zeros((len(here), len(dataset)), dtype=torch.float64)
         share = share_of(len(dataset), processes, rank)
         mine = rows[:, share.start : share.stop]
-        mine.copy_(here[:, : mine.shape[1]])  # without what only filled up
+        mine.copy_(here[:, : mine.shape[1]])  # without filler rows
         return rows if processes == 1 else torch.tensor(self._reduce(rows.flatten())).view_as(rows)
 
     def _model_to_evaluate(self) -> nn.Module:
         return self.model_wrapped if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model_wrapped)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # Trainer can only keep the best checkpoint if there is one: also between two --save-steps.
+        # Trainer can only keep the best checkpoint if it exists, so save it outside of `save_steps` too.
         best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= best
         return best
 
     def _eval_batches(self, dataset: CacheDataset) -> Iterator[Batch]:
-        """This process's share of the rows. Every process gets the same number of batches, since a sharded model's
-        forward is collective; the last ones may hold nothing that counts."""
+        """This process's share of the rows. Every process gets the same number of batches, because the forward pass of
+        a sharded model is collective; the last ones may have no loss tokens."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
         rows = share_of(len(dataset), processes, rank)
@@ -264,34 +270,35 @@ class DistillTrainer(Trainer):
         loader = DataLoader(dataset, batch_sampler=shares, collate_fn=dataset.collate)
         batch = None
         for batch in loader:
-            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            batch = to_device(batch, self.args.device)
             yield batch
         for _ in range(batches - len(shares)):
-            filler = batch or {k: v.to(self.args.device) for k, v in dataset.collate([dataset[0]]).items()}
-            yield uncounted(filler)
+            yield without_loss_tokens(batch or to_device(dataset.collate([dataset[0]]), self.args.device))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.features is not None and self.args.should_save:
-            self.features.save(output_dir or self.args.output_dir)  # before the state, which says that all is there
+        if self.matching is not None and self.args.should_save:
+            self.matching.save(
+                output_dir or self.args.output_dir
+            )  # before the state, which marks a complete checkpoint
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.features is not None:
-            self.features.load(resume_from_checkpoint)
+        if self.matching is not None:
+            self.matching.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.features is not None:
-            self.features.load(self.state.best_model_checkpoint)
+        if self.matching is not None:
+            self.matching.load(self.state.best_model_checkpoint)
 
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
         dataset = train_dataset or self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         processes, size = self.accelerator.num_processes, self._train_batch_size
         if processes == 1:
-            # In the order of the windows, of which one reader needs one at a time. Sorted, a step that reaches into the
-            # next window would go through both from end to end, and a reader that keeps one decode them again.
+            # In the order of the windows, which a single reader needs one at a time. If rows were sorted, a step that
+            # reaches into the next window would alternate between both, and the reader would decode them again.
             return dataset.sampler(seed=seed, resample=self.resample)
         return DividedByPlace(
             dataset.sampler(seed=seed, resample=self.resample, multiple_of=processes * size),
@@ -302,12 +309,12 @@ class DistillTrainer(Trainer):
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer looks at these only after a step: resumed from its last one, it would train another.
+        # Trainer checks these only after a step: resumed from its last one, it would train another.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _reduce(self, sums: Tensor) -> list[float]:
         """Sums over all processes."""
         if self.accelerator.num_processes == 1:
-            return sums.tolist()  # not by way of the device: MPS has no float64
+            return sums.tolist()  # not on the device: MPS has no float64
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()

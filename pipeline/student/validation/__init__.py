@@ -1,1 +1,1 @@
-"""Checks that a run passes before any weight is loaded or any file is touched."""
+"""Checks of a run before any weights are loaded and any file is written."""

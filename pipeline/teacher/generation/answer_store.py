@@ -89,7 +89,7 @@ class AnswerStore:
         if foreign or (names and SETTINGS not in names):
             raise cf.CacheError(
                 f"{self.location}: found {sorted(foreign or names)[0]!r}, expected nothing there, or the answers of an "
-                "unfinished run: they wait there until the cache is written. Choose another --output."
+                "unfinished run: they wait there until the cache is written. Choose another `output`."
             )
 
     def open(self, settings: Mapping[str, Any], *, replace: bool, allow_rounding: bool) -> None:
@@ -113,7 +113,7 @@ class AnswerStore:
             if different and not replace:
                 raise cf.MismatchError(
                     f"{self.location}: holds answers of an unfinished run with other settings: "
-                    f"{cf.listed(different)}. Use the same, choose another --output, or begin anew with --overwrite."
+                    f"{cf.listed(different)}. Use the same, choose another `output`, or begin anew with `overwrite`."
                 )
             if different:
                 for name in names:

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 import cache_format as cf
 from pipeline.errors import DataError
+from pipeline.teacher.cache_config import Keep
+from pipeline.teacher.engines.interface import TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
-from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerWriter, Keep, Request
+from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerSettings, Request
 from pipeline.teacher.generation.predicates import Predicate, choose
+from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts
 
 BATCHES_PER_GROUP = 4  # sorted by length; what a kill may cost
@@ -71,27 +73,27 @@ class Answering:
     """All the answers of a run: writes those that are missing, and gives them out again.
 
     Args:
-        new_writer: for a batch size.
-        batch_size: answers per forward pass; halved when out of memory.
+        engine: writes the answers; halves its batch size when out of memory.
     """
 
     def __init__(
         self,
         prompts: Prompts,
         store: AnswerStore,
-        new_writer: Callable[[int], AnswerWriter],
+        engine: TeacherEngine,
+        settings: AnswerSettings,
         *,
         answers_per_prompt: int,
-        batch_size: int,
         predicate: Predicate | None,
         keep: Keep,
         on_progress: Callable[[GenerationProgress], None],
     ) -> None:
-        self.prompts, self.store, self.new_writer = prompts, store, new_writer
-        self.answers_per_prompt, self.batch_size = answers_per_prompt, batch_size
+        self.prompts, self.store, self.engine, self.settings = prompts, store, engine, settings
+        self.answers_per_prompt = answers_per_prompt
         self.predicate, self.keep, self.on_progress = predicate, keep, on_progress
-        self.prompts_per_group = max(1, max(LEAST_PER_GROUP, BATCHES_PER_GROUP * batch_size) // answers_per_prompt)
-        self.writer = new_writer(batch_size)
+        self.prompts_per_group = max(
+            1, max(LEAST_PER_GROUP, BATCHES_PER_GROUP * engine.batch_size) // answers_per_prompt
+        )
         self.selection = Selection()
         self.resumed = 0  # answers found
         self.tokens_written = 0
@@ -110,8 +112,8 @@ class Answering:
             self._report()
         if not self.selection.chosen and self.predicate is not None:
             raise DataError(
-                f"{self.prompts.config.data}: none of {self.selection.answers:,} answers passed --keep-if "
-                f"{self.predicate.name}: nothing to cache, and nothing was changed. The answers are in "
+                f"{data_name(self.prompts.config.data)}: none of {self.selection.answers:,} answers passed "
+                f"`gen_keep_if` {self.predicate.name}: nothing to cache, and nothing was changed. The answers are in "
                 f"{self.store.location}: correct the function, and the same command judges them again."
             )
         return self.selection
@@ -147,19 +149,17 @@ class Answering:
                 answers = self._write_batches(requests)
                 break
             except Exception as error:
-                if not should_reduce_batch_size(error) or self.batch_size == 1:
+                if not self.engine.halve_batch(error):
                     raise
-                clear_device_cache(garbage_collection=True)
-                self.batch_size //= 2
-                self.writer = self.new_writer(self.batch_size)
                 self.tokens_written = tokens_before
         answers.sort(key=lambda answer: (answer.document, answer.index))
-        return Group(answers=answers, batch_size=self.batch_size)
+        return Group(answers=answers, batch_size=self.engine.batch_size)
 
     def _write_batches(self, requests: list[Request]) -> list[Answer]:
         answers: list[Answer] = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = self.writer.write(requests[start : start + self.batch_size])
+        size = self.engine.batch_size
+        for start in range(0, len(requests), size):
+            batch = self.engine.generate(requests[start : start + size], self.settings)
             self.tokens_written += sum(len(answer.logprobs) for answer in batch)
             answers += batch
             if len(answers) < len(requests):  # else the group is complete, and reported with what passed
@@ -183,7 +183,7 @@ class Answering:
     def _passes(self, answer: Answer) -> bool:
         if self.predicate is None:
             return True
-        where = f"{self.prompts.config.data}, row {answer.document}, answer {answer.index}"
+        where = f"{data_name(self.prompts.config.data)}, row {answer.document}, answer {answer.index}"
         return self.predicate(self.prompts.example(answer.document), answer, where)
 
     def _report(self, in_group: int = 0) -> None:
@@ -199,6 +199,6 @@ class Answering:
                 passed=None if self.predicate is None else self.selection.passed,
                 tokens_per_s=self.tokens_written / seconds,
                 seconds_left=(total - answers) * seconds / written if written else float("nan"),
-                batch_size=self.batch_size,
+                batch_size=self.engine.batch_size,
             )
         )

@@ -11,8 +11,9 @@ Shapes: b answers that are being written, V vocabulary, T tokens of prompt and a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,16 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ModelError
-from pipeline.models.head import Head
 from pipeline.teacher.cache_config import GenerationConfig
 from pipeline.teacher.generation.decoding import Decoding
 from pipeline.teacher.generation.token_sampling import draw
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.targets.selection import ChunkTargets
 from pipeline.teacher.text.chat import end_of_turn
 from pipeline.teacher.text.packing import TokenRow
+
+if TYPE_CHECKING:
+    from pipeline.teacher.engines.transformers_engine import TransformersEngine
 
 STREAM = 2  # of the random numbers that choose tokens; the sampled tail has 0, masks have 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
@@ -89,39 +92,43 @@ def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     return sorted(int(token) for token in found)
 
 
-class AnswerWriter:
-    """Owns the buffers of at most `batch_size` answers at a time.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerSettings:
+    """Everything that decides an answer except its prompt.
 
-    Args:
+    Attributes:
         rule: of the targets.
+        sampling: of the tokens.
         stop_tokens: an answer ends with any of these.
-        max_length: tokens of prompt and answer, at most.
+        max_length: maximum number of tokens of prompt and answer.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        tokenizer: PreTrainedTokenizerBase,
-        rule: TargetRule,
-        generation: GenerationConfig,
-        *,
-        stop_tokens: Collection[int],
-        max_length: int,
-        batch_size: int,
-    ) -> None:
-        self.head, self.tokenizer, self.rule, self.generation = head, tokenizer, rule, generation
-        self.stop_tokens, self.max_length = frozenset(stop_tokens), max_length
-        device = head.device
-        self.logits = torch.empty((batch_size, head.vocab_size), dtype=head.weight.dtype, device=device)
-        self.scratch = torch.empty((batch_size, head.vocab_size), dtype=torch.float32, device=device)
-        # A string of n bytes takes n tokens at most; some more for tokens that are nothing but a part of a character.
-        self.tail_tokens = 4 + max((len(stop.encode()) for stop in generation.stop), default=0)
+    tokenizer: PreTrainedTokenizerBase
+    rule: TargetRule
+    sampling: GenerationConfig
+    stop_tokens: frozenset[int]
+    max_length: int
+
+
+class AnswerWriter:
+    """Generates one batch of answers with a teacher in transformers.
+
+    Args:
+        engine: gives logits and targets of the next token.
+    """
+
+    def __init__(self, engine: TransformersEngine, settings: AnswerSettings) -> None:
+        self.engine, self.tokenizer, self.rule = engine, settings.tokenizer, settings.rule
+        self.generation = settings.sampling
+        self.stop_tokens, self.max_length = settings.stop_tokens, settings.max_length
+        # A string of n bytes has at most n tokens; some more for tokens that are only a part of a character.
+        self.tail_tokens = 4 + max((len(stop.encode()) for stop in settings.sampling.stop), default=0)
 
     @torch.inference_mode()
     def write(self, requests: Sequence[Request]) -> list[Answer]:
         """One batch, in the order given. Raises: ModelError if the teacher's logits are not all finite."""
         prompts = {request.document: request.prompt for request in requests}
-        decoding = Decoding(self.head, list(prompts.values()))
+        decoding = Decoding(self.engine.head, list(prompts.values()))
         if len(prompts) < len(requests):  # several answers: one pass over the prompt for all of them
             order = {document: i for i, document in enumerate(prompts)}
             decoding.select([order[request.document] for request in requests])
@@ -142,20 +149,18 @@ class AnswerWriter:
 
     def _next(self, decoding: Decoding, active: Sequence[_Draft], step: int) -> torch.Tensor:
         """Adds a token, its log-probability and the targets it was drawn from to each draft; the tokens [b]."""
-        generation, rule = self.generation, self.rule
+        generation = self.generation
         places = place_of(
             np.array([draft.request.document for draft in active]), np.array([draft.request.index for draft in active])
         )
-        logits = self.head.logits(decoding.hidden, out=self.logits)
         positions = np.array([len(draft.request.prompt) - 1 + step for draft in active])
-        targets = sparse_targets(logits, rule, draws(rule, places, positions), self.scratch).cpu()
+        logits, targets = self.engine.next_targets(decoding.hidden, places, positions, self.rule)
         if not targets.entropy.isfinite().all():
             bad = active[int((~targets.entropy.isfinite()).nonzero()[0, 0])].request
             raise ModelError(
                 f"prompt {bad.document}, answer {bad.index}, after {step} tokens: the teacher's logits hold NaN or "
-                "infinity. Try --dtype float32 (or bfloat16 instead of float16); the answers before are kept."
+                "infinity. Try `dtype` float32 (or bfloat16 instead of float16); the answers before are kept."
             )
-        logits = logits.float()
         chances = uniforms(generation.seed, places, np.full(len(places), step), 1, stream=STREAM)[:, 0]
         tokens = draw(
             logits,

@@ -88,7 +88,7 @@ def check_decoding(head: Head, *, padding: bool) -> None:
             except (TypeError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
                 raise ModelError(
                     f"{name} cannot go on with a text from its key-value cache ({' '.join(str(error).split())[:200]}): "
-                    "this architecture cannot be used with --generate. Use another teacher."
+                    "this architecture cannot be used with `generate`. Use another teacher."
                 ) from error
             largest = max(states.abs().max().item() for states in expected)
             deviation = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
@@ -98,7 +98,7 @@ def check_decoding(head: Head, *, padding: bool) -> None:
                 raise ModelError(
                     f"{name}: states from the key-value cache{'' if alone else ' of a padded batch'} differ from those "
                     f"of one pass by {deviation:.2g} (allowed {allowed:.2g}). "
-                    + ("Use another teacher." if alone else "Use --batch-size 1, or another teacher.")
+                    + ("Use another teacher." if alone else "Use `batch_size` 1, or another teacher.")
                 )
 
 

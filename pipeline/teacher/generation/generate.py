@@ -1,4 +1,4 @@
-"""`cache-teacher --generate`: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
+"""Generation: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
 
     1  write     a group of prompts ─▶ batches of similar length ─▶ answers with their targets ─▶ OUTPUT.answers
     2  judge     a predicate sees every answer as soon as its group is there
@@ -24,26 +24,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head
-from pipeline.models.loading import load_config, load_tokenizer, teacher_fingerprints
+from pipeline.models.loading import load_config, model_name
 from pipeline.models.objective import Objective, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
-from pipeline.teacher.generation.answers import AnswerWriter, GenerationConfig, find_stop_tokens
+from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.decoding import check_decoding
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_teacher
+from pipeline.teacher.opening import open_teacher, open_tokenizer
+from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
+from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import SHARD_TOKENS, as_begun, rows_together
-from pipeline.teacher.writing.workers import device_names, this_worker
+from pipeline.teacher.writing.workers import this_worker
 
 DECIMALS = 6  # of log-probabilities in answers.jsonl
 
@@ -85,11 +86,12 @@ def generate_cache(
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
         CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
     """
+    config = replace(config, generation=generation)  # checks that they fit together
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
         raise ConfigError(
-            "--generate: one process writes the answers, found several (torchrun, --num-workers, --shard-range or "
-            "--tp). Start one."
+            "`generate`: one process writes the answers, found several (torchrun, `num_workers`, `shard_range` or "
+            "`tensor_parallel`). Start one."
         )
     # What can be found out now is found out before minutes go into loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
@@ -104,7 +106,7 @@ def generate_cache(
     started = time.perf_counter()
 
     on_stage("reading the prompts")
-    tokenizer = load_tokenizer(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = open_tokenizer(config)
     _check_writes(config)
     prompts = open_prompts(config.data, tokenizer)
 
@@ -113,7 +115,8 @@ def generate_cache(
     config.targets.check_vocabulary(head.vocab_size)
     check_decoding(head, padding=config.batch_size > 1)
     stop_tokens = find_stop_tokens(head.model, tokenizer, is_chat=prompts.columns.is_chat)
-    settings = _settings(config, generation, prompts, head, tokenizer, stop_tokens, device)
+    engine = TransformersEngine(head, device=device, batch_size=config.batch_size)
+    settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     if manifest is not None:
         _check_same_things(config, manifest, settings)
         return _summary_of(config.output, manifest)
@@ -124,17 +127,15 @@ def generate_cache(
         answering = Answering(
             prompts,
             store,
-            lambda batch_size: AnswerWriter(
-                head,
-                tokenizer,
-                config.targets,
-                generation,
-                stop_tokens=stop_tokens,
+            engine,
+            AnswerSettings(
+                tokenizer=tokenizer,
+                rule=config.targets,
+                sampling=generation,
+                stop_tokens=frozenset(stop_tokens),
                 max_length=config.data.window_length,
-                batch_size=batch_size,
             ),
             answers_per_prompt=generation.answers_per_prompt,
-            batch_size=config.batch_size,
             predicate=predicate,
             keep=generation.keep,
             on_progress=on_progress,
@@ -156,6 +157,7 @@ def generate_cache(
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
             _write_cache(config.output, writer, answering)
+        save_config(config)
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
@@ -167,22 +169,13 @@ def generate_cache(
 
 
 def _check_writes(config: CacheTeacherConfig) -> None:
-    """Raises: ConfigError if the teacher fills in what is masked, instead of going on with a text, or for what is kept
-    of given texts only."""
+    """Raises: ConfigError for a masked language model, which cannot generate."""
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
-            f"--generate: {config.teacher} is a masked language model, which cannot go on with a text. Use a causal "
-            "one."
+            f"`generate`: {model_name(config.teacher)} is a masked language model, which cannot continue "
+            "a text. Use a causal one."
         )
-    if config.masking is not None:
-        raise ConfigError("--generate: nothing is masked for a teacher that writes. Leave --mask-… out.")
-    if config.targets.kind == "hidden":
-        raise ConfigError(
-            "--generate: --targets hidden keeps states of texts, not of what is being written. Use --targets threshold."
-        )
-    if config.hidden is not None:
-        raise ConfigError("--generate: states are kept of texts, not of what is being written. Leave --hidden-… out.")
 
 
 def _finished(
@@ -214,7 +207,10 @@ def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
     """Whether teacher or prompts are spelled in another way than they were, so that it takes a look at them to know
     whether they are the same."""
     recorded = manifest.metadata
-    return (config.teacher, config.data.data) != (recorded.teacher.get("name"), recorded.corpus.get("source"))
+    return (model_name(config.teacher), data_name(config.data.data)) != (
+        recorded.teacher.get("name"),
+        recorded.corpus.get("source"),
+    )
 
 
 def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settings: dict[str, Any]) -> None:
@@ -240,29 +236,24 @@ def _settings(
     config: CacheTeacherConfig,
     generation: GenerationConfig,
     prompts: Prompts,
-    head: Head,
+    engine: TransformersEngine,
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
-    device: torch.device,
 ) -> dict[str, Any]:
     """All that decides answers and targets, and nothing that decides which are kept."""
     return {
         "teacher": {
-            "architecture": type(head.model).__name__,
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            **teacher_fingerprints(head.model),
+            "architecture": type(engine.head.model).__name__,
+            "dtype": str(engine.head.weight.dtype).removeprefix("torch."),
+            **engine.fingerprints,
         },
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "vocab_size": head.vocab_size,
+        "vocab_size": engine.vocab_size,
         "prompts": {**prompts.description, "number": len(prompts)},
         "max_length": config.data.window_length,
         "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
         "targets": config.targets.to_json(),
-        "capture": {
-            "device": device_names(head.model, device),
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "batch_size": config.batch_size,
-        },
+        "capture": engine.describe(),
         "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.teacher.generation.answers import Answer, Keep
+from pipeline.teacher.cache_config import Keep
+from pipeline.teacher.generation.answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ class Predicate:
             verdict = self.function(dict(example), told)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError(f"--keep-if {self.name}: raised {reason} on {where}. Correct the function.") from error
+            raise ConfigError(f"`gen_keep_if` {self.name}: raised {reason} on {where}. Fix the function.") from error
         if not isinstance(verdict, (bool, np.bool_)):
             raise ConfigError(
-                f"--keep-if {self.name}: returned {_short(verdict)} on {where}, expected True or False. Correct the "
+                f"`gen_keep_if` {self.name}: returned {_short(verdict)} on {where}, expected True or False. Fix the "
                 "function."
             )
         return bool(verdict)
@@ -74,25 +75,23 @@ def load_predicate(name: str) -> Predicate:
     """Raises: ConfigError if there is no such function."""
     place, colon, function_name = name.rpartition(":")
     if not colon or not place or not function_name.isidentifier():
-        raise ConfigError(
-            f"--keep-if {name}: expected module:function or path/to/file.py:function. Give the function after a colon."
-        )
+        raise ConfigError(f"`gen_keep_if` {name}: expected module:function or path/to/file.py:function, with a colon.")
     try:
         module = _from_file(place) if place.endswith(".py") else _from_path(place)
     except ConfigError:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"--keep-if {name}: {place} cannot be imported: {reason}. Correct it.") from error
+        raise ConfigError(f"`gen_keep_if` {name}: {place} cannot be imported: {reason}. Correct it.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         found = "nothing of that name" if function is None else f"a {type(function).__name__}"
-        raise ConfigError(f"--keep-if {name}: found {found} in {place}, expected a function. Check the name.")
+        raise ConfigError(f"`gen_keep_if` {name}: found {found} in {place}, expected a function. Check the name.")
     try:
         inspect.signature(function).bind({}, None)
     except TypeError as error:
         raise ConfigError(
-            f"--keep-if {name}: it takes {inspect.signature(function)}, expected (example, answer). Change it."
+            f"`gen_keep_if` {name}: it takes {inspect.signature(function)}, expected (example, answer). Change it."
         ) from error
     except ValueError:  # a builtin, which does not say
         pass
@@ -111,10 +110,10 @@ def choose(answers: Sequence[Answer], keep: Keep) -> list[Answer]:
 def _from_file(place: str) -> Any:
     path = Path(place).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--keep-if {place}: no such file. Check the path.")
+        raise ConfigError(f"`gen_keep_if` {place}: no such file. Check the path.")
     spec = importlib.util.spec_from_file_location(f"distill_keep_if_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--keep-if {place}: not a Python file. Check the path.")
+        raise ConfigError(f"`gen_keep_if` {place}: not a Python file. Check the path.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

@@ -67,5 +67,5 @@ def _check_finite(entropy: np.ndarray, positions: np.ndarray, row: int) -> None:
         raise ModelError(
             f"row {row}, position {positions[bad][0]}: the teacher's logits hold NaN or infinity "
             f"({bad.sum()} positions of this row): a cache of them would spoil every student. "
-            "Try --dtype float32 (or bfloat16 instead of float16); complete shards are kept."
+            "Try `dtype` float32 (or bfloat16 instead of float16); complete shards are kept."
         )

@@ -1,8 +1,8 @@
 """Which hidden states of the teacher are kept, at which positions, in which numbers.
 
-    --hidden-states   last, all, or layers such as 6,12,18; 0 is the embeddings' output, i that of layer i
-    --hidden-every N  one in N of the positions that have targets, another one in each row
-    --hidden-dtype    float16, float32, or int8 with a scale per position: an error of at most max|h| / 254 in each
+    `hidden_states`   last, all, or layers such as 6,12,18; 0 is the embeddings' output, i that of layer i
+    `hidden_every` N  one in N of the positions that have targets, another one in each row
+    `hidden_dtype`    float16, float32, or int8 with a scale per position: an error of at most max|h| / 254 in each
 
 What a student is taught by them is in `pipeline.losses.feature_losses`; those of the last layer may be the targets
 themselves (`targets.hidden_targets`). They are large: D numbers for a position and layer,
@@ -111,8 +111,8 @@ def find_problem(hidden: cf.HiddenStates) -> str | None:
         return None
     position, what = invalid
     remedy = (
-        "the largest float16 is 65,504. Use --hidden-dtype int8, which has a scale, or float32."
+        "the largest float16 is 65,504. Use `hidden_dtype` int8, which has a scale, or float32."
         if any(states.dtype == np.float16 for states in hidden.states.values())
-        else "the teacher computes NaN or infinity. Try --dtype float32."
+        else "the teacher computes NaN or infinity. Try `dtype` float32."
     )
     return f"position {position}: {what}: {remedy}"

@@ -1,4 +1,4 @@
-"""`--targets hidden`: at every position the state that the vocabulary head multiplies, and once the head itself.
+"""Hidden targets: at every position the state that the vocabulary head multiplies, and once the head itself.
 
 From these a student rebuilds the teacher's whole distribution, at any temperature, without a tail: V numbers of D.
 The states are ordinary columns of hidden states (`teacher.hidden`), with or without those of other layers beside them.
@@ -13,8 +13,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
 from pipeline.models.head_form import HeadForm, head_form
-from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.targets.hidden_states import HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +28,6 @@ class WrittenHead:
     def layer(self) -> int:
         """The number of the states that it multiplies."""
         return self.spec.layer
-
-
-def check_full(config: CacheTeacherConfig) -> None:
-    """Raises: ConfigError for options that hidden targets cannot be combined with."""
-    if config.targets.kind != "hidden":
-        if config.hidden is not None and config.hidden.layers is None:
-            raise ConfigError("--hidden-dtype and --hidden-every belong to --hidden-states: name the layers.")
-        return
-    if config.encoding != "columns":
-        raise ConfigError(f"--encoding {config.encoding}: hidden targets have no entries to pack. Leave it out.")
-    if config.hidden is not None and config.hidden.every != 1:
-        raise ConfigError(
-            f"--hidden-every {config.hidden.every}: with --targets hidden every position needs its state. Leave it out."
-        )
 
 
 def write_down(config: CacheTeacherConfig, head: Head) -> WrittenHead | None:
@@ -67,7 +52,7 @@ def states_spec(rule: HiddenRule | None, head: Head, written: WrittenHead | None
     others = () if rule.layers is None else rule.spec(head).layers
     if set(others) - {written.layer} and width != written.form.width:
         raise ConfigError(
-            f"--hidden-states {rule.layers}: this teacher's states have width {width}, what its head multiplies has "
+            f"`hidden_states` {rule.layers}: this teacher's states have width {width}, what its head multiplies has "
             f"{written.form.width}, and one cache holds states of one width. Leave it out, or make two caches."
         )
     layers = tuple(sorted({*others, written.layer}))

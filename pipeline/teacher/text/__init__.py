@@ -1,1 +1,1 @@
-"""Text of any source to rows of token ids, with the tokens that the loss is on."""
+"""Text from any source to rows of token ids with a loss mask."""

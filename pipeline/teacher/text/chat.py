@@ -1,15 +1,14 @@
-"""A conversation as text, and the character spans in it that the student is to learn.
+"""A conversation as text, and the character spans of it that are in the loss.
 
-A template with `{% generation %}` blocks says itself what the assistant writes. With the others,
-most of them, the assistant's text is found between two prefixes of the rendered conversation:
+A template with `{% generation %}` blocks marks what the assistant writes. Most templates have none; there, the
+assistant's text is what one rendered prefix of the conversation has more than another:
 
     render(messages[:k], add_generation_prompt=True)  …<|im_start|>assistant\\n
     render(messages[:k + 1])                          …<|im_start|>assistant\\nFour.<|im_end|>\\n
                                                                               ^^^^^^^^^^^^^^^
 
-without trailing white space: the mark that ends the turn is for the student to learn, the newline
-after it belongs to the frame. A template that rewrites what came earlier, for example by dropping
-former reasoning, has no such prefixes; it is refused rather than guessed at.
+without trailing white space: the token that ends the turn is in the loss, the newline after it is not. A template that
+rewrites earlier messages, for example by dropping their reasoning, has no such prefixes and is refused.
 """
 
 from __future__ import annotations
@@ -31,18 +30,26 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that conversations are rendered with; ModelError if there is none."""
+    """The template that conversations are rendered with.
+
+    Raises:
+        ModelError: the tokenizer has none.
+    """
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise ModelError(
             f"{tokenizer.name_or_path or 'teacher'}: the tokenizer has no chat template, expected "
-            "one to render messages with. Use an instruction-tuned teacher, or plain text."
+            "one to render messages. Use an instruction-tuned teacher, or plain text."
         ) from error
 
 
 def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages without their null fields; DataError naming `where` and the message's index."""
+    """The messages without their null fields.
+
+    Raises:
+        DataError: not a list of messages; names `where` and the message.
+    """
     if not isinstance(messages, list):
         raise DataError(f"{where}: {wrong_type(messages, 'a list of messages')}. Correct the row.")
     cleaned = []
@@ -51,17 +58,17 @@ def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             expected = "an object with role and content"
             raise DataError(f"{here}: {wrong_type(message, expected)}. Correct the row.")
-        # Columns of Arrow give every message every key; absent ones are null.
+        # In an Arrow column every message has every key; absent ones are null.
         message = {key: value for key, value in message.items() if value is not None}
         if not isinstance(message.get("role"), str):
             raise DataError(
-                f"{here}: found keys {', '.join(map(str, message))}, expected a string `role` and "
-                "`content`. Correct the row, or rename the keys."
+                f"{here}: found keys {', '.join(map(str, message))}, expected a string 'role' and "
+                "'content'. Correct the row, or rename the keys."
             )
         content = message.get("content")
         if content is None and "tool_calls" in message:
             content = ""
-        if not isinstance(content, (str, list)):  # a list: content in parts
+        if not isinstance(content, (str, list)):  # a list holds content in parts
             problem = wrong_type(content, "a string as content")
             raise DataError(f"{here} ({message['role']}): {problem}. Correct the row.")
         cleaned.append(message)
@@ -69,21 +76,25 @@ def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
-    """The conversation as text, special tokens included; DataError if the template refuses it."""
+    """The conversation as text, with special tokens.
+
+    Raises:
+        DataError: the template cannot render it.
+    """
     return _render(tokenizer, messages, where)[0]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
-    """The conversation and what opens the assistant's turn, which is to be written."""
+    """The conversation as text, followed by the opening of the assistant's turn."""
     return _render(tokenizer, messages, where, add_generation_prompt=True)[0]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template puts after an assistant's message, such as <|im_end|>; empty if that cannot be told."""
+    """The text that the template puts after an assistant's message, such as <|im_end|>; empty if it is not found."""
     question, answer = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}
     try:
         text, spans = assistant_spans(tokenizer, [question, answer], "chat template")
-    except DataError:  # a template that will not have these two
+    except DataError:  # a template that does not accept these two
         return ""
     return text[slice(*spans[-1])].rpartition("Answer")[2] if spans else ""
 
@@ -91,7 +102,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 def assistant_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, *, first: int = 0
 ) -> tuple[str, list[Span]]:
-    """The conversation as text, and where in it the assistant's messages from `first` on stand."""
+    """The conversation as text, and the spans of the assistant's messages, starting with message `first`.
+
+    Raises:
+        DataError: the template cannot render it, or rewrites earlier messages.
+    """
     if _GENERATION_BLOCK.search(chat_template(tokenizer)):
         text, spans = _render(tokenizer, messages, where, with_spans=True)
         begin = _prefix_length(tokenizer, messages[:first], text, where) if first else 0
@@ -107,7 +122,7 @@ def assistant_spans(
 
 
 def wrong_type(value: Any, expected: str) -> str:
-    """The middle of an error message."""
+    """Part of an error message: what was found and expected."""
     return f"found {'null' if value is None else type(value).__name__}, expected {expected}"
 
 
@@ -119,13 +134,13 @@ def _prefix_length(
     *,
     open_turn: bool = False,
 ) -> int:
-    """How much of `text` renders `messages` and, if asked, what opens the assistant's turn."""
+    """The length of the prefix of `text` that renders `messages`, with the opening of the assistant's turn if asked."""
     prefix, _ = _render(tokenizer, messages, where, add_generation_prompt=open_turn)
     if not text.startswith(prefix):
         raise DataError(
-            f"{where}: the chat template renders the first {len(messages)} messages otherwise when "
-            "more follow, expected a prefix, by which the assistant's text is found. Train on all "
-            "tokens (--loss-on all), or give the tokenizer a template with {% generation %} blocks."
+            f"{where}: the chat template renders the first {len(messages)} messages differently when more follow, "
+            "expected a prefix, which is needed to find the assistant's text. Use `loss_on=all` to train on all "
+            "tokens, or a tokenizer whose template has {% generation %} blocks."
         )
     return len(prefix)
 
@@ -138,8 +153,8 @@ def _render(
     add_generation_prompt: bool = False,
     with_spans: bool = False,
 ) -> tuple[str, list[Span]]:
-    # Not apply_chat_template: it turns the spans into a mask of tokens at once, in which everything
-    # after a span that begins with trimmed white space is lost; and it refuses zero messages.
+    # Not apply_chat_template: it converts spans to a token mask, which loses everything after a span
+    # that begins with trimmed white space, and it refuses an empty conversation.
     try:
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
@@ -150,7 +165,7 @@ def _render(
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise DataError(
-            f"{where}: the chat template cannot render {len(messages)} of its messages: {error}. "
-            "Correct the row, or use a teacher whose template takes such conversations."
+            f"{where}: the chat template cannot render the first {len(messages)} messages: {error}. "
+            "Correct the row, or use a teacher whose template accepts such conversations."
         ) from error
     return texts[0], spans[0] if with_spans else []

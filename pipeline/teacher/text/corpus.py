@@ -1,11 +1,10 @@
 """Text to tokenised documents, the first step of stage one.
 
-    rows of any source ─▶ text and spans to learn ─▶ token ids, and which of them are to be learned
+    rows of any source ─▶ text, and spans of it that are in the loss ─▶ token ids, and which of them are loss tokens
 
-The result lies as Arrow files in the cache of `datasets` (HF_DATASETS_CACHE), some 4 bytes per
-token, and is memory-mapped; a second run on the same text, tokenizer and options finds it there, and of
-several processes that want it one does the work.
-Cost: the tokenizer's speed, and memory for one batch of documents.
+The result is a memory-mapped Arrow file in the cache of `datasets` (HF_DATASETS_CACHE), about 4 bytes per token. A
+second run on the same text with the same tokenizer and options finds it there; of several processes that need it, one
+does the work. Cost: the tokenizer's time, and memory for one batch of documents.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import chat, encoding, examples
+from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.examples import Columns, find_columns, read_example
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
 
@@ -35,16 +35,16 @@ _FEATURES = datasets.Features(
     input_ids=datasets.Sequence(datasets.Value("int32")),
     is_target=datasets.Sequence(datasets.Value("bool")),
 )
-# A document may be a book: so many of them are in memory at once.
+# Documents in memory at once; one may be a whole book.
 _DOCUMENTS_PER_BATCH = 64
 _DOCUMENTS_PER_RECORD_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The tokenised text, in the order of its source."""
+    """The tokenised text, in the order of the source."""
 
-    tokens: datasets.Dataset  # input_ids list<int32>, is_target list<bool>; both empty if no text
+    tokens: datasets.Dataset  # input_ids list<int32>, is_target list<bool> (in the loss); both empty for empty text
     columns: Columns
     loss_on: str  # all, assistant or completion
     source: Source
@@ -53,20 +53,27 @@ class Documents:
 def tokenise_documents(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = True
 ) -> Documents:
-    """Load, render, tokenise. Raises DataError, ModelError, ConfigError, with the next step.
+    """Load the text, render conversations, tokenise.
 
     Args:
-        special_tokens: begin and end texts as the tokenizer does, and with EOS if `config.append_eos` is not False.
+        special_tokens: add the tokenizer's special tokens around each text, and EOS unless `config.append_eos` is
+            False.
+
+    Raises:
+        DataError: the text cannot be read.
+        ModelError: the tokenizer lacks what the text needs.
+        ConfigError: the options do not go with the text or the tokenizer.
     """
     source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
-    columns = find_columns(rows, config.text_column, config.data)
+    name = data_name(config.data)
+    columns = find_columns(rows, config.text_column, name)
     loss_on = columns.loss_choices[0] if config.loss_on == "auto" else config.loss_on
     if loss_on not in columns.loss_choices:
         raise ConfigError(
-            f"{config.data}: loss on {loss_on} does not go with {columns.format} data "
+            f"{name}: `loss_on` {loss_on} does not go with {columns.format} data "
             f"(column {', '.join(columns.names)}), expected {' or '.join(columns.loss_choices)}."
         )
     append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
@@ -75,11 +82,11 @@ def tokenise_documents(
         rows,
         partial(
             _tokenise_batch,
-            data=config.data,
+            data=name,
             columns=columns,
             loss_on=loss_on,
             append_eos=append_eos,
-            affixes=special_tokens and not columns.is_chat,  # a chat template writes its special tokens itself
+            affixes=special_tokens and not columns.is_chat,  # a chat template adds special tokens itself
             tokenizer=tokenizer,
         ),
         _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
@@ -94,12 +101,12 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_
         chat.chat_template(tokenizer)
     if loss_on != "all" and not tokenizer.is_fast:
         raise ModelError(
-            f"{name}: found a slow tokenizer, expected a fast one: only its character offsets tell "
-            "the tokens to learn from the others. Convert it, or train on all (--loss-on all)."
+            f"{name}: found a slow tokenizer, expected a fast one, whose character offsets are needed to find the loss "
+            "tokens. Convert it, or use `loss_on=all`."
         )
     if append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{name}: the tokenizer has no EOS token to end documents with. Set one, or do not append it."
+            f"{name}: the tokenizer has no EOS token to end documents with. Set one, or use `append_eos=False`."
         )
 
 
@@ -114,7 +121,7 @@ def _tokenise_batch(
     affixes: bool,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, list[np.ndarray]]:
-    """Rows of the source, to the columns of `_FEATURES`."""
+    """Rows of the source to the columns of `_FEATURES`."""
     texts = [
         read_example(
             {name: batch[name][place] for name in columns.names},
@@ -135,7 +142,7 @@ def _tokenise_batch(
 def _map_cached(
     rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None
 ) -> datasets.Dataset:
-    # An explicit file: the default lies beside the source, which may be the user's own folder.
+    # An explicit file: the default is next to the source, which may be the user's own folder.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "distill"
     cache.mkdir(parents=True, exist_ok=True)
     claims = Claims(open_directory(cache))
@@ -173,8 +180,8 @@ def _fingerprint(
     special_tokens: bool,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """Of everything that decides the tokens, this code included: corrected, it must not find what
-    it did before. `datasets` would hash the pickled tokenizer, which changes as it is used."""
+    """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
+    earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
     modules = (__file__, examples.__file__, chat.__file__, encoding.__file__)
     decides = {
         "rows": rows._fingerprint,

@@ -1,9 +1,84 @@
-"""Stub."""
+"""What a path given as `data` refers to: checked with the standard library alone, before `datasets` is imported.
+
+What looks like a local path is only looked for locally: a misspelt file name must not become a request to a server.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from pipeline.errors import DataError
+
+# Each also with .gz behind it.
+EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+
+PathLike = str | os.PathLike[str]
 
 
-def check_data_path(name: Any) -> None:
-    """To come."""
+def check_data_path(data: object) -> None:
+    """Check that `data` exists if it clearly names local files. Hub names and objects pass.
+
+    Raises:
+        DataError: no such file or directory, or no file matches the pattern.
+    """
+    if isinstance(data, str | os.PathLike):
+        find_local(os.fspath(data))
+    elif is_path_list(data):
+        for path in data:
+            find_local(os.fspath(path))
+
+
+def is_path_list(data: object) -> TypeGuard[Sequence[PathLike]]:
+    """Whether `data` is several paths rather than rows."""
+    return (
+        isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(each, str | os.PathLike) for each in data)
+    )
+
+
+def find_local(data: str) -> list[Path] | None:
+    """The file or directory, or the files that match a pattern, in order; None for the name of a dataset on the hub.
+
+    Raises:
+        DataError: it looks like a local path and there is nothing.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        return [path]
+    if glob.has_magic(data):
+        matches = (Path(match) for match in glob.glob(str(path), recursive=True))
+        if files := sorted(match for match in matches if match.is_file()):
+            return files
+        raise DataError(f"{data}: no file matches this pattern. Check it with ls.")
+    if _looks_local(data):
+        raise DataError(f"{data}: no such file or directory. Check the path given as `data`.")
+    return None
+
+
+def data_name(data: Any) -> str:
+    """The name of `data` to record and to show: its path or paths, or what kind of object it is."""
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    if is_path_list(data):
+        return ", ".join(map(os.fspath, data[:3])) + (f" and {len(data) - 3} more" if len(data) > 3 else "")
+    return f"given {type(data).__name__}"
+
+
+def extension(path: Path) -> str:
+    """The extension in lower case, that before .gz if there is one."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _looks_local(data: str) -> bool:
+    """Hub names are `name` or `owner/name`, without the extension of a file."""
+    return (
+        data.startswith(("/", ".", "~"))
+        or data.endswith("/")
+        or "\\" in data
+        or data.count("/") > 1
+        or extension(Path(data)) in EXTENSIONS
+        or data.lower().endswith(".gz")
+    )

@@ -1,9 +1,8 @@
-"""Text to token ids, and per token whether it is to be learned.
+"""Text to token ids, and for each token whether it is in the loss.
 
-A text is tokenised as one: parts that are tokenised separately give other tokens at their seams
-than the model will see. Which tokens are to be learned follows from their character offsets. Only
-a text of more than a quarter million characters is tokenised in blocks, cut after a line: a
-tokenizer needs some 130 bytes per character, 4 GB for a text file of 30 MB.
+A text is tokenised as a whole: parts that are tokenised separately have other tokens at their seams. The character
+offsets of a token decide whether it is in the loss. Only a text of more than a quarter million characters is tokenised
+in blocks that end with a line: a tokenizer needs about 130 bytes per character, 4 GB for a text file of 30 MB.
 
 Shape: T tokens of one text.
 """
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.teacher.text.chat import Span
 from pipeline.teacher.text.examples import Example
 
-# Four blocks make a group, which the tokenizer's threads share.
+# Four blocks are one group, which is shared by the tokenizer's threads.
 _BLOCK_CHARACTERS = 1 << 18
 _GROUP_CHARACTERS = 1 << 20
 
@@ -32,10 +31,11 @@ def encode(
     prefix: Sequence[int] = (),
     suffix: Sequence[int] = (),
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Ids int32 [T] and targets bool [T] of each example; of empty text, nothing.
+    """Ids int32 [T] and targets bool [T] of each example; empty arrays for an empty text.
 
-    `prefix` is context, `suffix` is to be learned: how a text ends is part of it. A suffix that the
-    text ends with already is not repeated.
+    Args:
+        prefix: ids before each text; in the loss only if the whole text is.
+        suffix: ids after each text, always in the loss; not repeated if the text ends with them already.
     """
     ids = [[np.asarray(prefix, dtype=np.int32)] for _ in examples]
     targets = [[np.full(len(prefix), example.spans is None)] for example in examples]
@@ -45,11 +45,11 @@ def encode(
             [text for _, _, text in blocks],
             add_special_tokens=False,
             padding=False,
-            truncation=False,  # a tokenizer.json may carry a truncation of its own
+            truncation=False,  # a tokenizer.json may have a truncation of its own
             return_attention_mask=False,
             return_token_type_ids=False,
             return_offsets_mapping=with_offsets,
-            verbose=False,  # no warning beyond the model's context: windows come later
+            verbose=False,  # no warning about long texts: they are cut into windows later
         )
         for place, (index, first, _) in enumerate(blocks):
             block_ids = np.asarray(encoded["input_ids"][place], dtype=np.int32)
@@ -71,12 +71,11 @@ def encode(
 
 
 def token_targets(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Which tokens, of character offsets [T, 2], start within one of the spans: bool [T].
+    """Which tokens start within one of the spans, bool [T], by their character offsets [T, 2].
 
-    A token across the start of a span is not what the student will have to say there; a token
-    across its end ("!\\n") is the only way to end. A tokenizer that trims white space from its
-    offsets leaves empty ones at the token's end: the last condition keeps them out of a span that
-    only follows.
+    A token across the start of a span is left out: the student starts its answer with another one. A token across the
+    end ("!\\n") is included: there is no other way to end. A tokenizer that trims white space gives such tokens empty
+    offsets at their end; the last condition keeps them out of a span that starts there.
     """
     starts, stops = offsets[:, 0], offsets[:, 1]
     inside = np.zeros(len(offsets), dtype=bool)
@@ -86,7 +85,7 @@ def token_targets(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a plain text."""
+    """The special tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     begin = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -106,7 +105,7 @@ def _blocks(examples: Iterable[Example]) -> Iterator[_Block]:
 
 
 def _groups(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
-    """As many blocks at a time as bound the tokenizer's memory."""
+    """Lists of blocks, small enough to bound the tokenizer's memory."""
     group: list[_Block] = []
     characters = 0
     for block in blocks:

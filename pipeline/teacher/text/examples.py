@@ -1,14 +1,14 @@
-"""One row of a dataset as text, and the character spans in it that the student is to learn.
+"""One row of a dataset as text, and the character spans of it that are in the loss.
 
-Formats are told apart by their columns:
+The columns decide the format:
 
     messages                    a list of {role, content}: rendered with the teacher's chat template
     prompt-completion           two strings, joined
     prompt-completion-messages  the same two columns holding lists of messages
     text                        a string
 
-Of prompts that the teacher is to answer (`find_prompt`, `read_prompt`) the same columns are taken, without what follows
-the question: of `messages` a last answer is dropped, and a `completion` is never shown.
+Prompts for the teacher to answer (`find_prompt`, `read_prompt`) come from the same columns without the answer: the last
+message is dropped if it is the assistant's, and `completion` is not used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.teacher.text import chat
 
 @dataclass(frozen=True)
 class Columns:
-    """What the rows hold, and in which one or two columns."""
+    """The format of the rows, and the one or two columns that hold it."""
 
     format: Literal["text", "messages", "prompt-completion", "prompt-completion-messages", "prompt", "prompt-messages"]
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Columns:
 
     @property
     def loss_choices(self) -> tuple[str, ...]:
-        """What the loss can be on; the first is the natural choice."""
+        """Values of `loss_on` that this format allows; the first is the default."""
         return {
             "text": ("all",),
             "messages": ("assistant", "all"),
@@ -49,16 +49,20 @@ class Columns:
 @dataclass(frozen=True)
 class Example:
     text: str
-    spans: list[chat.Span] | None = None  # characters [start, stop) to learn; None: all
+    spans: list[chat.Span] | None = None  # characters [start, stop) in the loss; None: all
 
 
 def find_columns(rows: datasets.Dataset, text_column: str | None, data: str) -> Columns:
-    """An explicit column wins; then `messages`; then `prompt` with `completion`; then `text`; then
-    the only column of strings."""
+    """The columns with the text: `text_column`, else `messages`, else `prompt` and `completion`, else `text`, else the
+    only column of strings.
+
+    Raises:
+        DataError: no such column, or none of these.
+    """
     names = rows.column_names
     if text_column is not None and text_column not in names:
         raise DataError(
-            f"{data}: no column {text_column!r}, found {', '.join(names)}. Choose one of them as the text column."
+            f"{data}: no column {text_column!r}, found {', '.join(names)}. Choose one of them as `text_column`."
         )
     if text_column is not None:
         return Columns("messages" if _is_list(rows, text_column) else "text", (text_column,))
@@ -75,8 +79,8 @@ def find_columns(rows: datasets.Dataset, text_column: str | None, data: str) -> 
     if len(strings) == 1:
         return Columns("text", (strings[0],))
     raise DataError(
-        f"{data}: found columns {', '.join(names)}, expected `text`, `messages`, `prompt` with "
-        "`completion`, or one column of strings. Name the one with the text (--text-column)."
+        f"{data}: found columns {', '.join(names)}, expected 'text', 'messages', 'prompt' with 'completion', or one "
+        "column of strings. Name the column with the text as `text_column`."
     )
 
 
@@ -88,7 +92,11 @@ def read_example(
     loss_on: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Example:
-    """Render and locate; DataError naming `where`, the column and, in a chat, the message."""
+    """The text of a row and its spans in the loss.
+
+    Raises:
+        DataError: the row does not have the format; names `where`, the column and, in a chat, the message.
+    """
     if columns.format == "text":
         return Example(_string(row, columns.names[0], where, null_is_empty=True))
     if columns.format == "prompt-completion":
@@ -107,7 +115,7 @@ def read_example(
 
 
 def find_prompt(rows: datasets.Dataset, text_column: str | None, data: str) -> Columns:
-    """Where the prompts are: `messages`, else `prompt` (text or messages), else as in `find_columns`."""
+    """The column with the prompts: `messages`, else `prompt` (text or messages), else as in `find_columns`."""
     names = rows.column_names
     if text_column is None and "messages" not in names and "prompt" in names:
         return Columns("prompt-messages" if _is_list(rows, "prompt") else "prompt", ("prompt",))
@@ -115,7 +123,11 @@ def find_prompt(rows: datasets.Dataset, text_column: str | None, data: str) -> C
 
 
 def read_prompt(row: Mapping[str, Any], where: str, *, columns: Columns, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the teacher is to go on from; DataError naming `where`, the column and, in a chat, the message."""
+    """The text that the teacher is to continue.
+
+    Raises:
+        DataError: as `read_example`.
+    """
     (name,) = columns.names
     if not columns.is_chat:
         return _string(row, name, where, null_is_empty=True)
@@ -132,12 +144,12 @@ def _string(row: Mapping[str, Any], name: str, where: str, *, null_is_empty: boo
     if not isinstance(value, str):
         raise DataError(
             f"{where}, column {name!r}: {chat.wrong_type(value, 'a string')}. "
-            "Correct the row, or name another column as the text."
+            "Correct the row, or choose another `text_column`."
         )
     return value
 
 
 def _is_list(rows: datasets.Dataset, name: str) -> bool:
-    """By value: `datasets` has several types for lists of objects, by how uniform they are."""
+    """Decided by the first value: `datasets` has several types for lists of objects."""
     values = (row[name] for row in rows.select_columns(name))
     return isinstance(next((value for value in values if value is not None), None), list)

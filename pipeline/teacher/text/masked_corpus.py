@@ -1,13 +1,13 @@
-"""Documents to rows for a masked model: one window of one document per row, as such a model was trained to see it.
+"""Documents to rows for a masked model: one window of one document per row, the form it was trained on.
 
-    document ─▶ windows, side by side ─▶ [CLS] window [SEP] ─▶ masked copies
+    document ─▶ windows without overlap ─▶ [CLS] window [SEP] ─▶ masked copies
 
-Each window gets the special tokens that the tokenizer puts around a text. Windows do not overlap: a token is asked for
-where it stands, so every one of them has its place in just one window. There is no packing: transformers keeps packed
-documents apart for causal models only, and a masked one would read its neighbours.
+Each window gets the special tokens that the tokenizer puts around a text. Windows do not overlap, because a token is
+predicted at its own position, so each is needed in one window only. Documents are not packed: transformers keeps packed
+documents apart for causal models only, and a masked model would attend to its neighbours.
 
-With several copies, row r is window r modulo the number of windows: first all windows with one pattern, then all of
-them with another, so that an epoch over the cache sees each text several times and far apart.
+With several copies, row r is window r modulo the number of windows: first all windows with one mask, then all with
+another, so that an epoch over the cache sees the copies of a text far apart.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.objective import Objective
+from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import encoding, masking, packing
-from pipeline.teacher.text.corpus import DataConfig, Documents, tokenise_documents
-from pipeline.teacher.text.masking import Masker, MaskRule
-from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, readable
-from pipeline.teacher.text.token_stream import StreamFacts, remembered
+from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.masking import Masker
+from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, format_counts
+from pipeline.teacher.text.token_stream import StreamFacts, load_or_compute
 
 
 def cut_windows(lengths: np.ndarray, most: int) -> Pieces:
-    """Documents of `lengths` tokens as windows of at most `most`, side by side; of empty ones none."""
+    """Documents of `lengths` tokens as windows of at most `most` tokens without overlap; none for an empty document."""
     lengths = np.asarray(lengths, dtype=np.int64)
     windows = -(-lengths // most)
     document = np.repeat(np.arange(len(lengths)), windows)
@@ -40,13 +42,14 @@ def cut_windows(lengths: np.ndarray, most: int) -> Pieces:
 
 
 class MaskedCorpus:
-    """The rows of a corpus as a sequence, each put together and masked on demand; as `packing.TokenCorpus`.
+    """The rows of a corpus as a sequence, each assembled and masked on access, like `packing.TokenCorpus`.
 
     Attributes:
-        num_tokens, num_counted_tokens: over all rows; counted: tokens that are to be found.
-        objective: of the models that these rows are for.
-        report: what was cut and dropped, counts by name.
-        description: where the text comes from and how it was treated, masks included.
+        num_tokens: tokens of all rows.
+        num_counted_tokens: loss tokens of all rows, which are the masked ones.
+        objective: the objective of the models that these rows are for.
+        report: counts by name of what was cut and dropped.
+        description: the source of the text and all options that shaped it, for the cache's metadata.
     """
 
     objective: Objective = "masked"
@@ -59,8 +62,8 @@ class MaskedCorpus:
         most = config.window_length - sum(map(len, around))
         if most < 1:
             raise ConfigError(
-                f"window_length: found {config.window_length}, expected more than the {sum(map(len, around))} special "
-                "tokens around each window."
+                f"`seq_len` {config.window_length}: expected more than the {sum(map(len, around))} special tokens "
+                "around each window."
             )
         windows = cut_windows(self._tokens.lengths, most)
         asked = np.array([self._allowed(ids, targets).any() for ids, targets in self._tokens.read(windows)], bool)
@@ -75,12 +78,12 @@ class MaskedCorpus:
         }
         if not len(self):
             raise DataError(
-                f"{config.data}: nothing to learn in it ({readable(self.report)}), expected text with tokens that may "
-                f"be masked, loss on {documents.loss_on}. Check the column, and what the loss is on."
+                f"{data_name(config.data)}: no loss tokens in it ({format_counts(self.report)}), expected text with "
+                f"tokens that may be masked, with `loss_on` {documents.loss_on}. Check `text_column` and `loss_on`."
             )
-        decides = {"window_length": config.window_length, "around": around, "masker": masker.fingerprint()}
-        stream = remembered(
-            documents.tokens, decides, (__file__, masking.__file__, packing.__file__), self._fingerprint
+        options = {"window_length": config.window_length, "around": around, "masker": masker.fingerprint()}
+        stream = load_or_compute(
+            documents.tokens, options, (__file__, masking.__file__, packing.__file__), self._fingerprint
         )
         self.token_stream_sha256 = stream.sha256
         self.num_tokens, self.num_counted_tokens = stream.tokens, stream.counted_tokens
@@ -124,16 +127,21 @@ class MaskedCorpus:
 
 
 def build_masked_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rule: MaskRule) -> MaskedCorpus:
-    """Text to masked rows. Raises DataError, ModelError, ConfigError, each with the next step."""
+    """Text to masked rows.
+
+    Raises:
+        ConfigError: an option that does not go with a masked model.
+        DataError, ModelError: as `tokenise_documents`, or no loss tokens, or a tokenizer without a mask token.
+    """
     if config.packing:
         raise ConfigError(
-            "--packing: a masked language model sees both sides of a token, and so every document in its row. Leave it "
-            "out: such a row holds one window of one document."
+            "`packing=True`: a masked language model attends to both sides of a token, and so to every document in its "
+            "row. Leave it out: each row holds one window of one document."
         )
     if config.append_eos:
         raise ConfigError(
-            "--append-eos: a masked language model gets the special tokens that its tokenizer puts around a text, and "
-            "no other. Leave it out."
+            "`append_eos=True`: a masked language model only gets the special tokens that its tokenizer puts around a "
+            "text. Leave it out."
         )
     config = replace(config, packing=False, append_eos=False)
     masker = Masker(rule, tokenizer)

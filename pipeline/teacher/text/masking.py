@@ -1,15 +1,15 @@
-"""What a masked model is asked: which tokens of a row are to be found, and what stands in their place.
+"""Masks for masked language models: which tokens of a row are predicted, and what replaces them in the input.
 
-    chosen      a token that may be masked, with --mask-probability
-    of these    --mask-replace-prob become the mask token, --random-replace-prob another token, the rest stay
+    chosen      each token that is not special, with probability `mask_probability`
+    replaced    a share `mask_replace_prob` of these by the mask token, `random_replace_prob` by another token
 
-With .15, .8 and .1 this is BERT's way (Devlin et al., 2019, https://arxiv.org/abs/1810.04805). Special tokens are never
-chosen, nor drawn as another token. A row in which chance chose nothing gets the token with the smallest number, as BERT
-asked for one at least: a row without a question would cost a forward pass and teach nothing.
+With 0.15, 0.8 and 0.1 this is BERT's rule (Devlin et al., 2019, https://arxiv.org/abs/1810.04805). Special tokens are
+neither chosen nor drawn. If no token of a row was chosen, the one with the smallest random number is: BERT predicts at
+least one too, and a row without loss tokens would cost a forward pass for nothing.
 
-What happens to a token depends on the seed, the number of its row, and its place there (`philox`), and on nothing else:
-any batch size, any number of processes and any interruption give the same masks. The numbers are of another stream than
-those that sample the tail of a distribution; from the same ones, the tail at masked positions would be biased.
+The mask depends only on the seed, the row and the position (`philox`), so it is the same for any batch size, number of
+processes and interruption. Its random numbers come from another stream than those that sample the tail: with the same
+numbers, the tail at masked positions would be biased.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from pipeline.errors import ModelError
 from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.targets.philox import uniforms
 
-STREAM = 1  # of the random numbers; the sampled tail has 0
+STREAM = 1  # of random numbers; tail sampling uses 0
 
 
 class Masker:
-    """A rule, and what it needs of a vocabulary.
+    """Applies a rule with the tokens of a vocabulary.
 
-    Raises: ModelError if the tokenizer has no mask token.
+    Raises:
+        ModelError: the tokenizer has no mask token.
     """
 
     def __init__(self, rule: MaskRule, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.mask_token_id is None:
             raise ModelError(
-                f"{tokenizer.name_or_path or 'teacher'}: its tokenizer has no mask token, which a masked language "
-                "model is asked with. Set one (mask_token in tokenizer_config.json)."
+                f"{tokenizer.name_or_path or 'teacher'}: its tokenizer has no mask token, expected one for a masked "
+                "language model. Set one (mask_token in tokenizer_config.json)."
             )
         self.rule = rule
         self.mask_id = int(tokenizer.mask_token_id)
@@ -52,16 +53,16 @@ class Masker:
         self._others = np.flatnonzero(self._may_be_masked).astype(np.int32)
 
     def may_be_masked(self, input_ids: np.ndarray) -> np.ndarray:
-        """bool [T]: which tokens are not special."""
+        """bool [T]: the tokens that are not special."""
         return self._may_be_masked[input_ids]
 
     def mask(self, row: int, input_ids: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The row as the model sees it, int32 [T], and bool [T]: which of its tokens are to be found.
+        """The masked input, int32 [T], and the loss mask, bool [T].
 
         Args:
-            row: its number in the corpus.
+            row: number of the row in the corpus.
             input_ids: int32 [T], the text.
-            allowed: bool [T], tokens that may be chosen; at least one.
+            allowed: bool [T], tokens that may be chosen; at least one is True.
         """
         rule, length = self.rule, len(input_ids)
         draws = uniforms(rule.seed, np.full(length, row), np.arange(length), 3, stream=STREAM)  # [T, 3]
@@ -76,11 +77,11 @@ class Masker:
         return masked, chosen
 
     def fingerprint(self) -> str:
-        """Of all that decides the pattern, the vocabulary included."""
+        """sha256 of everything that decides the masks, including the vocabulary."""
         digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
         digest.update(self._may_be_masked.tobytes())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """For the cache's metadata: all that decides the pattern, beside the text."""
+        """Everything except the text and vocabulary that decides the masks, for the cache's metadata."""
         return {**asdict(self.rule), "mask_token_id": self.mask_id}

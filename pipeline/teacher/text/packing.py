@@ -1,19 +1,16 @@
-"""Documents to rows, the second step of stage one: what the teacher sees at once, and what counts.
-
-A document longer than the window is cut into windows that overlap by one token, the last of one
-being the first of the next: so every next-token prediction of the text is made exactly once. Short
-documents and the ends of long ones share rows, as segments that do not attend to one another.
-Nothing is dropped without being counted.
+"""Documents to rows, the second step of stage one.
 
     lengths ─▶ pieces (document, start, stop) ─▶ rows
 
-Rows are filled by best fit over a bounded number of open rows: a million documents take a second,
-and neighbours stay close, so that reading is nearly sequential. (Ding et al. 2024,
-https://arxiv.org/abs/2404.10830, sort the whole corpus by length instead: a little fuller, but all
-over the disk.)
+A document longer than a row is cut into windows that overlap by one token, so that every next-token prediction of the
+text is made exactly once. Short documents and the ends of long ones share rows, as segments that do not attend to each
+other. Everything that is dropped is counted in the report.
 
-Shapes: P pieces, R rows, T tokens and S segments of one row. Index t speaks of the prediction made
-from t.
+Best fit over a bounded number of open rows packs a million documents in a second and keeps neighbours together, so that
+reading is nearly sequential. (Ding et al. 2024, https://arxiv.org/abs/2404.10830, sort the corpus by length instead:
+slightly fuller rows, random reads.)
+
+Shapes: P pieces, R rows, T tokens and S segments of one row. Index t is the prediction made from position t.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import hashlib
 import struct
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,19 +29,21 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
-from pipeline.teacher.text.corpus import DataConfig, Documents, tokenise_documents
-from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, remembered
+from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
 
-# Rows open for further pieces. On log-normal, uniform and chat-like lengths, window 1024: 8 open
-# rows fill .918 to .9997 of the places, 64 do .9755 to .9997, 1024 at most .0003 more.
+# Rows that are open for further pieces. On log-normal, uniform and chat-like lengths and rows of 1024 tokens,
+# 8 open rows give a fill ratio of 0.918 to 0.9997, 64 give 0.9755 to 0.9997, and 1024 at most 0.0003 more.
 _OPEN_ROWS = 64
-_TOKENS_PER_BLOCK = 2**20  # that are fetched together for the fingerprint
-_LONG_PIECE = 256  # tokens from which copying piece by piece is the quicker way
+_TOKENS_PER_BLOCK = 2**20  # read together for the fingerprint
+_LONG_PIECE = 256  # tokens; from this mean length on, copying piece by piece is faster
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Stretches of documents, each to become one segment: tokens [start, stop) of a document."""
+    """Pieces of documents, each of which becomes one segment: tokens [start, stop) of a document."""
 
     document: np.ndarray  # int64 [P]
     start: np.ndarray  # int64 [P]
@@ -81,13 +80,13 @@ def plan_rows(
     packing: bool,
     keep: Callable[[Pieces], np.ndarray] | None = None,
 ) -> RowPlan:
-    """Which piece of which document goes into which row.
+    """Assign pieces of documents to rows.
 
     Args:
         lengths: tokens of each document, int [documents].
-        window_length: most tokens in a row, at least 2.
-        packing: several pieces per row; else one.
-        keep: bool [P] for pieces that are worth a place (default: all); the others are counted.
+        window_length: maximum number of tokens in a row, at least 2.
+        packing: several pieces per row instead of one.
+        keep: which pieces to keep, bool [P]; default: all. The others are counted in the report.
     """
     pieces = cut_documents(lengths, window_length)
     kept = pieces[keep(pieces)] if keep is not None else pieces
@@ -108,7 +107,7 @@ def plan_rows(
 
 
 def cut_documents(lengths: np.ndarray, window_length: int) -> Pieces:
-    """Windows that overlap by one token; of documents with fewer than two tokens, none."""
+    """Windows that overlap by one token; none for documents of fewer than two tokens."""
     step = window_length - 1  # predictions per window
     transitions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
     windows = -(-transitions // step)
@@ -120,7 +119,7 @@ def cut_documents(lengths: np.ndarray, window_length: int) -> Pieces:
 
 
 def pack_pieces(lengths: np.ndarray, window_length: int) -> np.ndarray:
-    """Row of each piece: the open one in which it leaves least room, or a new one. int64 [P]."""
+    """The row of each piece, int64 [P]: the fullest open row with room for it, or a new one."""
     rows = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), ascending
     next_row = 0
@@ -140,22 +139,23 @@ def pack_pieces(lengths: np.ndarray, window_length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row of the corpus: S segments of T tokens together."""
+    """One row of the corpus: S segments with T tokens in total."""
 
     input_ids: np.ndarray  # int32 [T]
-    loss_mask: np.ndarray  # bool [T]; at t: the prediction made from t, of token t + 1, counts
+    loss_mask: np.ndarray  # bool [T]; at t: whether the prediction made from t, of token t + 1, is in the loss
     segment_lengths: np.ndarray  # int32 [S], sum T
-    labels: np.ndarray | None = None  # int32 [T]; of masked rows the true token at t, -100 where none is asked for
+    labels: np.ndarray | None = None  # int32 [T]; masked rows only: the true token at t, -100 outside the loss mask
 
 
 class TokenCorpus:
-    """The rows of a corpus as a sequence, each put together from memory-mapped documents on demand.
+    """The rows of a corpus as a sequence, each assembled from memory-mapped documents on access.
 
     Attributes:
-        num_tokens, num_counted_tokens: over all rows; counted: predictions that are in the loss.
-        objective: of the models that these rows are for.
-        report: what was cut, dropped and packed, counts by name.
-        description: where the text comes from and how it was treated, for the cache's metadata.
+        num_tokens: tokens of all rows.
+        num_counted_tokens: loss tokens of all rows.
+        objective: the objective of the models that these rows are for.
+        report: counts by name of what was cut, dropped and packed.
+        description: the source of the text and all options that shaped it, for the cache's metadata.
     """
 
     objective: Objective = "causal"
@@ -171,9 +171,8 @@ class TokenCorpus:
         )
         if plan.num_rows == 0:
             raise DataError(
-                f"{config.data}: nothing to learn in it ({readable(plan.report)}), expected texts "
-                f"of two tokens or more, loss on {documents.loss_on}. Check the column, and what "
-                "the loss is on."
+                f"{data_name(config.data)}: no loss tokens in it ({format_counts(plan.report)}), expected texts of two "
+                f"tokens or more, with `loss_on` {documents.loss_on}. Check `text_column` and `loss_on`."
             )
         self._plan = plan
         self.num_tokens = plan.report["tokens"]
@@ -202,9 +201,9 @@ class TokenCorpus:
 
     @cached_property
     def token_stream_sha256(self) -> str:
-        """Of all rows: T and S as little-endian int64, ids int32, mask uint8, segments int32, labels int32 if any."""
-        decides = {"window_length": self._config.window_length, "packing": self._config.packing is not False}
-        return remembered(self._documents.tokens, decides, (__file__,), self._fingerprint).sha256
+        """sha256 of all rows: T and S as little-endian int64, then ids int32, loss mask uint8, segments int32."""
+        options = {"window_length": self._config.window_length, "packing": self._config.packing is not False}
+        return load_or_compute(self._documents.tokens, options, (__file__,), self._fingerprint).sha256
 
     def _fingerprint(self) -> StreamFacts:
         digest, pieces, offsets = hashlib.sha256(), self._plan.pieces, self._plan.offsets
@@ -222,7 +221,7 @@ class TokenCorpus:
 
 
 def add_row_to(digest: Any, row: TokenRow) -> None:
-    """What a fingerprint of the tokens sees of a row."""
+    """Add a row to the digest: T and S as little-endian int64, ids int32, mask uint8, segments and any labels int32."""
     digest.update(struct.pack("<qq", len(row.input_ids), len(row.segment_lengths)))
     for array, dtype in (
         (row.input_ids, "<i4"),
@@ -235,20 +234,22 @@ def add_row_to(digest: Any, row: TokenRow) -> None:
 
 
 def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
-    """Where the text comes from and how it was treated, for the cache's metadata."""
-    decides = {key: value for key, value in asdict(config).items() if key not in ("data", "num_proc")}
+    """The source of the text and all options that shaped it, for the cache's metadata."""
+    # Not asdict: it would copy `data`, which may be a generator.
+    names = (field.name for field in fields(config))
+    options = {name: getattr(config, name) for name in names if name not in ("data", "num_proc")}
     return {
-        "source": config.data,
+        "source": data_name(config.data),
         "files": documents.source.describe_files(),
         "format": documents.columns.format,
         "columns": list(documents.columns.names),
-        **decides,
+        **options,
         "loss_on": documents.loss_on,
     }
 
 
 class DocumentTokens:
-    """The tokens of all documents as numpy views into the memory-mapped record batches."""
+    """The tokens of all documents, as numpy views of the memory-mapped record batches."""
 
     def __init__(self, tokens: datasets.Dataset) -> None:
         batches = tokens.data.to_batches()
@@ -260,15 +261,15 @@ class DocumentTokens:
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
     def read_predictions(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [T] and loss mask bool [T] of each piece: of what a causal model predicts from t."""
+        """Token ids int32 [T] and the loss mask bool [T] of a causal model, for each piece."""
         for ids, targets in self.read(pieces):
             mask = np.zeros(len(ids), dtype=bool)
-            # From t the token at t + 1 is predicted; from the last of a segment, nothing.
+            # Position t predicts token t + 1; the last position of a segment predicts nothing.
             mask[:-1] = targets[1:]
             yield ids, mask
 
     def read(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [T] of each piece, and bool [T]: which of them are to be learned."""
+        """Token ids int32 [T], and bool [T] whether they are in the loss, for each piece."""
         batches = np.searchsorted(self._first, pieces.document, side="right") - 1
         places = pieces.document - self._first[batches]
         for batch, place, start, stop in zip(batches, places, pieces.start, pieces.stop, strict=True):
@@ -278,37 +279,39 @@ class DocumentTokens:
             yield ids, _bools(self._targets[batch], base + start, length)
 
     def gather_predictions(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
-        """As `read_predictions` of many pieces, one behind the other: int32 and bool [tokens of all]."""
+        """`read_predictions` of many pieces, concatenated: int32 and bool [tokens of all pieces]."""
         lengths = pieces.lengths
         ends = np.cumsum(lengths)
         ids, targets = np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), bool)
-        batch_of = np.searchsorted(self._first, pieces.document, side="right") - 1
-        for batch in np.unique(batch_of):
-            here = np.flatnonzero(batch_of == batch)
+        batches = np.searchsorted(self._first, pieces.document, side="right") - 1
+        for batch in np.unique(batches):
+            here = np.flatnonzero(batches == batch)
             base = self._offsets[batch][pieces.document[here] - self._first[batch]]
             start, stop, to = base + pieces.start[here], base + pieces.stop[here], ends[here] - lengths[here]
             first, length = int(start.min()), lengths[here]
             start, stop = start - first, stop - first
-            of_ids = self._ids[batch].values.slice(first, stop.max()).to_numpy()  # a view; bits have to be unpacked
-            of_targets = _bools(self._targets[batch], first, stop.max())
+            block_ids = (
+                self._ids[batch].values.slice(first, stop.max()).to_numpy()
+            )  # a view; the bits below are unpacked
+            block_targets = _bools(self._targets[batch], first, stop.max())
             if length.mean() >= _LONG_PIECE:
                 for a, b, c in zip(start.tolist(), stop.tolist(), to.tolist(), strict=True):
-                    ids[c : c + b - a], targets[c : c + b - a] = of_ids[a:b], of_targets[a:b]
+                    ids[c : c + b - a], targets[c : c + b - a] = block_ids[a:b], block_targets[a:b]
                 continue
             inside = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
             source, place = np.repeat(start, length) + inside, np.repeat(to, length) + inside
-            ids[place], targets[place] = of_ids[source], of_targets[source]
+            ids[place], targets[place] = block_ids[source], block_targets[source]
         masks = np.zeros(len(ids), bool)
         masks[:-1] = targets[1:]
         masks[ends - 1] = False
         return ids, masks
 
     def count_targets(self, pieces: Pieces) -> np.ndarray:
-        """Predictions that count in each piece, int64 [P]."""
+        """Number of predictions in the loss for each piece, int64 [P]."""
         counts = np.empty(len(pieces), dtype=np.int64)
-        batch_of = np.searchsorted(self._first, pieces.document, side="right") - 1
-        order = np.argsort(batch_of, kind="stable")
-        bounds = np.searchsorted(batch_of[order], np.arange(len(self._ids) + 1))
+        batches = np.searchsorted(self._first, pieces.document, side="right") - 1
+        order = np.argsort(batches, kind="stable")
+        bounds = np.searchsorted(batches[order], np.arange(len(self._ids) + 1))
         for batch, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             offsets = self._offsets[batch]
             targets = _bools(self._targets[batch], offsets[0], offsets[-1] - offsets[0])
@@ -320,7 +323,11 @@ class DocumentTokens:
 
 
 def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenCorpus:
-    """Text to rows for a causal model. Raises DataError, ModelError, ConfigError, each with the next step."""
+    """Text to rows for a causal model.
+
+    Raises:
+        DataError, ModelError, ConfigError: as `tokenise_documents`, or no loss tokens.
+    """
     config = replace(config, packing=config.packing is not False, append_eos=config.append_eos is not False)
     return TokenCorpus(tokenise_documents(config, tokenizer), config)
 
@@ -329,6 +336,6 @@ def _bools(column: Any, start: int, length: int) -> np.ndarray:
     return column.values.slice(start, length).to_numpy(zero_copy_only=False)
 
 
-def readable(report: Mapping[str, int | float]) -> str:
-    """Counts for an error message."""
+def format_counts(report: Mapping[str, int | float]) -> str:
+    """The counts as text, for an error message."""
     return ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in report.items())

@@ -1,11 +1,11 @@
-"""What a teacher is asked: rows of any source ─▶ token ids, a few at a time.
+"""Prompts for a teacher to answer: rows of any source to token ids, a few at a time.
 
-    messages    the conversation without a last answer, and what opens the assistant's turn
-    prompt      text or messages; whatever stands beside it, a `completion` too, is not shown
-    text        a text to go on with
+    messages    the conversation without a last answer, followed by the opening of the assistant's turn
+    prompt      text or messages; other columns such as `completion` are not used
+    text        a text to continue
 
-All are read once at the start, so that a row that cannot be used is found out before the first answer; only their
-lengths are kept.
+All prompts are read once at the start, so that a row that cannot be used is reported before the first answer is
+written. Only their lengths are kept.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
+from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import chat, encoding
-from pipeline.teacher.text.corpus import DataConfig
+from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.examples import Columns, Example, find_prompt, read_prompt
 from pipeline.teacher.text.sources import Source, load_source
 
@@ -30,7 +31,7 @@ _PROMPTS_PER_BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The prompts, in the order of their source."""
+    """The prompts, in the order of the source."""
 
     config: DataConfig
     rows: datasets.Dataset
@@ -43,13 +44,17 @@ class Prompts:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [prompts], tokens of each. Raises: DataError for a row that cannot be used."""
+        """Number of tokens of each prompt, int64 [prompts].
+
+        Raises:
+            DataError: a row cannot be used.
+        """
         parts = (range(start, start + _PROMPTS_PER_BATCH) for start in range(0, len(self), _PROMPTS_PER_BATCH))
         return np.array([len(prompt) for part in parts for prompt in self.tokens(part)])
 
     @cached_property
     def answerable(self) -> np.ndarray:
-        """bool [prompts]: those that are not empty and leave room for an answer."""
+        """bool [prompts]: the prompt is not empty and leaves room for an answer."""
         return (self.lengths > 0) & (self.lengths < self.config.window_length)
 
     def example(self, document: int) -> dict[str, Any]:
@@ -57,14 +62,18 @@ class Prompts:
         return dict(self.rows[document])
 
     def tokens(self, documents: range) -> list[np.ndarray]:
-        """int32 [P] of each; of an empty prompt, nothing. Raises: DataError naming the row."""
-        (name,) = self.columns.names
+        """Token ids int32 [P] of each prompt; an empty array for an empty prompt.
+
+        Raises:
+            DataError: a row cannot be used; names it.
+        """
+        (name,), data = self.columns.names, data_name(self.config.data)
         batch = self.rows[documents.start : documents.stop]
         texts = [
-            read_prompt({name: value}, f"{self.config.data}, row {row}", columns=self.columns, tokenizer=self.tokenizer)
+            read_prompt({name: value}, f"{data}, row {row}", columns=self.columns, tokenizer=self.tokenizer)
             for row, value in enumerate(batch[name], start=documents.start)
         ]
-        # A chat template writes its special tokens itself; no prompt ends with one, since it goes on.
+        # A chat template adds special tokens itself. No prompt gets a suffix, because the answer continues it.
         prefix = [] if self.columns.is_chat else encoding.special_affixes(self.tokenizer)[0]
         return encoding.encode([Example(text) for text in texts], self.tokenizer, prefix=prefix)[0]
 
@@ -74,10 +83,10 @@ class Prompts:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """Where they come from and how they were treated, for the cache's metadata."""
+        """The source of the prompts and all options that shaped them, for the cache's metadata."""
         config = self.config
         return {
-            "source": config.data,
+            "source": data_name(config.data),
             "files": self.source.describe_files(),
             "format": self.columns.format,
             "columns": list(self.columns.names),
@@ -92,19 +101,25 @@ class Prompts:
 
 
 def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """Raises: DataError, ModelError, with the next step."""
+    """Load the prompts of `config.data`.
+
+    Raises:
+        DataError: they cannot be read, or none can be answered.
+        ModelError: the tokenizer has no chat template, and the prompts are conversations.
+    """
     source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
-    columns = find_prompt(rows, config.text_column, config.data)
+    columns = find_prompt(rows, config.text_column, data_name(config.data))
     if columns.is_chat:
         chat.chat_template(tokenizer)
     prompts = Prompts(config, rows, columns, source, tokenizer)
     if not prompts.answerable.any():
         empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.window_length)
         raise DataError(
-            f"{config.data}: no prompt to answer: {empty:,} are empty, {long:,} have {config.window_length:,} tokens "
-            "or more and leave no room. Check the column, or use a larger --seq-len."
+            f"{data_name(config.data)}: no prompt to answer: {empty:,} are empty, {long:,} have "
+            f"{config.window_length:,} tokens or more and leave no room. Check `text_column`, or use a larger "
+            "`seq_len`."
         )
     return prompts

@@ -1,13 +1,12 @@
-"""Where the text comes from: what `--data` names, opened as one memory-mapped `datasets.Dataset`.
+"""The text that `data` names or holds, opened as one memory-mapped `datasets.Dataset`.
 
-    a file, glob or directory of .txt .jsonl .json .parquet .csv .tsv .arrow, each also as .gz
+    a file, glob or directory of .txt .jsonl .json .parquet .csv .tsv .arrow, each also as .gz, or a list of them
     a folder written by `Dataset.save_to_disk`
     the name of a dataset on the hub
+    a `Dataset`, or an iterable of rows as dicts (see `given_rows`)
 
-What looks like a local path is only looked for locally: a misspelt file name must not become a
-request to a server. `datasets` converts the files to Arrow in its cache (HF_DATASETS_CACHE), so the
-memory needed does not depend on their size; its progress bars and log lines are kept quiet, because
-the pipeline never prints.
+`datasets` converts files to Arrow in its cache (HF_DATASETS_CACHE), so the memory needed does not depend on their size.
+Its progress bars and log lines are switched off, because the pipeline never prints.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,14 @@ import datasets
 import pyarrow as pa
 
 from pipeline.errors import DataError
+from pipeline.teacher.text.data_paths import EXTENSIONS, PathLike, data_name, extension, find_local, is_path_list
+from pipeline.teacher.text.given_rows import rows_dataset
 
-# Extension -> (builder in `datasets`, its options).
+Data = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
+
 # For pandas "NA", "None" or "null" in a CSV cell is a missing value; in a corpus it is text.
 _CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+# Extension -> (builder in `datasets`, its options).
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".jsonl": ("json", {}),
@@ -41,10 +44,10 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", {**_CSV_OPTIONS, "sep": "\t"}),
     ".arrow": ("arrow", {}),
 }
-_KNOWN = " ".join(_BUILDERS)
+_KNOWN = " ".join(EXTENSIONS)
 _NO_ROWS = "no rows in it, expected text. Check how it was written."
 
-# Hashing reads everything once more: seconds up to here, minutes beyond.
+# Hashing reads all files once more: seconds up to this size, minutes beyond.
 _HASHED_BYTES = 1 << 30
 
 
@@ -53,11 +56,17 @@ class Source:
     """The rows of one split, and what they were read from."""
 
     rows: datasets.Dataset
-    files: tuple[Path, ...]  # empty for a dataset from the hub
-    ignored_files: int  # in a directory: files of other kinds
+    files: tuple[Path, ...]  # empty for a dataset from the hub and for objects
+    ignored_files: int  # files of other kinds in a directory
+    given: bool = False  # the rows came as an object
 
     def describe_files(self) -> list[dict[str, Any]]:
-        """Name and size of each file, with its sha256, or its time of change if they are large."""
+        """Name, size and sha256 of each file, or its modification time if together they are large.
+
+        For rows that came as an object, their fingerprint.
+        """
+        if self.given:
+            return [{"name": "rows", "fingerprint": self.rows._fingerprint}]
         if not self.files:
             # Keys are addresses on the hub, which contain the revision.
             downloads = self.rows.info.download_checksums or {}
@@ -75,18 +84,22 @@ class Source:
         ]
 
 
-def load_source(data: str, *, data_config: str | None, split: str, sample_by: str) -> Source:
-    """Open `data`, which has at least one row; DataError for anything that a user can put right."""
+def load_source(data: Data, *, data_config: str | None, split: str, sample_by: str) -> Source:
+    """Open `data`, which has at least one row.
+
+    Raises:
+        DataError: there is nothing to read, or it cannot be read; names the file, and the line where possible.
+    """
     with quiet_datasets():
         source = _open(data, data_config, split, sample_by)
     if len(source.rows) == 0:
-        raise DataError(f"{data}: {_NO_ROWS}")
+        raise DataError(f"{data_name(data)}: {_NO_ROWS}")
     return source
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Within the block `datasets` draws no bars and logs nothing; then all is as before."""
+    """Inside the block `datasets` draws no progress bars and logs nothing."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     had_bars = not datasets.are_progress_bars_disabled()
@@ -103,40 +116,73 @@ def quiet_datasets() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _open(data: str, data_config: str | None, split: str, sample_by: str) -> Source:
-    path = Path(data).expanduser()
+def _open(data: Data, data_config: str | None, split: str, sample_by: str) -> Source:
+    if isinstance(data, str | os.PathLike):
+        return _open_path(os.fspath(data), data_config, split, sample_by)
+    if is_path_list(data) and len(data) == 1:
+        return _open_path(os.fspath(data[0]), data_config, split, sample_by)
+    if is_path_list(data):
+        return _open_paths([os.fspath(path) for path in data], split, sample_by)
+    name = data_name(data)
+    if isinstance(data, datasets.Dataset | datasets.DatasetDict):
+        rows = _choose_split(data, name, split)
+        # A format such as torch would give tensors instead of strings and lists.
+        return Source(rows if rows.format["type"] is None else rows.with_format(None), (), 0, given=True)
+    if split != "train":
+        raise DataError(f"{name}: no split {split!r} in given rows. Leave `split` at its default.")
+    return Source(rows_dataset(data, name), (), 0, given=True)
+
+
+def _open_path(data: str, data_config: str | None, split: str, sample_by: str) -> Source:
+    found = find_local(data)
+    if found is None:
+        return _hub_source(data, data_config, split)
+    if len(found) > 1 or not found[0].is_dir():
+        return _file_source(found, data, split, sample_by)
+    path = found[0]
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_source(path, data, split)
-    if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p, path)]
-        files = [p for p in found if _extension(p) in _BUILDERS]
-        if not files:
-            raise DataError(
-                f"{data}: no text among the {len(found)} files of this directory, "
-                f"expected some of {_KNOWN} (also .gz). Name the files or convert them."
-            )
-        return _file_source(files, data, split, sample_by, ignored=len(found) - len(files))
-    if path.is_file():
-        return _file_source([path], data, split, sample_by)
-    if glob.has_magic(data):
-        matches = (Path(match) for match in glob.glob(str(path), recursive=True))
-        files = sorted(match for match in matches if match.is_file())
-        if not files:
-            raise DataError(f"{data}: no file matches this pattern. Check it with ls.")
-        return _file_source(files, data, split, sample_by)
-    if _looks_local(data):
-        raise DataError(f"{data}: no such file or directory. Check the path given as data.")
-    return _hub_source(data, data_config, split)
+    files, ignored = _text_files(path)
+    if not files:
+        raise DataError(
+            f"{data}: no text among the {ignored} files of this directory, "
+            f"expected some of {_KNOWN} (also .gz). Name the files or convert them."
+        )
+    return _file_source(files, data, split, sample_by, ignored=ignored)
+
+
+def _open_paths(data: Sequence[str], split: str, sample_by: str) -> Source:
+    """Several files, patterns or directories, in their order."""
+    files: list[Path] = []
+    ignored = 0
+    for name in data:
+        found = find_local(name)
+        if found is None:
+            raise DataError(f"{name}: no such file or directory, expected a list of local paths. Check the path.")
+        for path in found:
+            inside, others = _text_files(path) if path.is_dir() else ([path], 0)
+            files += [each.absolute() for each in inside]
+            ignored += others
+    if not files:
+        raise DataError(f"{data_name(data)}: no text in these directories, expected some of {_KNOWN} (also .gz).")
+    return _file_source(files, data_name(data), split, sample_by, ignored)
+
+
+def _text_files(directory: Path) -> tuple[list[Path], int]:
+    """The files of a directory that can be read, in order, and the number of others; hidden ones do not count."""
+    found = [path for path in sorted(directory.rglob("*")) if path.is_file() and not _hidden(path, directory)]
+    files = [path for path in found if extension(path) in _BUILDERS]
+    return files, len(found) - len(files)
 
 
 def _file_source(files: Sequence[Path], data: str, split: str, sample_by: str, ignored: int = 0) -> Source:
-    unknown = [path for path in files if _extension(path) not in _BUILDERS]
+    unknown = [path for path in files if extension(path) not in _BUILDERS]
     if unknown:
         raise DataError(
-            f"{unknown[0]}: found extension {_extension(unknown[0]) or 'none'}, expected one of "
-            f"{_KNOWN} (also .gz): it says how to read the file. Rename or convert it."
+            f"{unknown[0]}: found extension {extension(unknown[0]) or 'none'}, expected one of "
+            f"{_KNOWN} (also .gz), which decides how the file is read. Rename or convert it."
         )
-    kinds = {_BUILDERS[_extension(path)][0] for path in files}
+    kinds = {_BUILDERS[extension(path)][0] for path in files}
     if len(kinds) > 1:
         raise DataError(
             f"{data}: found {', '.join(sorted(kinds))} files together, expected one kind. "
@@ -144,13 +190,13 @@ def _file_source(files: Sequence[Path], data: str, split: str, sample_by: str, i
         )
     if not any(path.stat().st_size for path in files):
         raise DataError(f"{data}: the file is empty, expected text. Check how it was written.")
-    builder, options = _BUILDERS[_extension(files[0])]
+    builder, options = _BUILDERS[extension(files[0])]
     if builder == "text":
         options = {"sample_by": sample_by}
     if not split.startswith("train"):
         raise DataError(
-            f"{data}: no split {split!r}, expected 'train' or a slice of it such as 'train[:10%]': "
-            "local files have no other. Name the files of the split instead."
+            f"{data}: no split {split!r}, expected 'train' or a slice of it such as 'train[:10%]': local files have no "
+            "other split. Give the files of the split as `data` instead."
         )
     try:
         rows = datasets.load_dataset(
@@ -172,13 +218,18 @@ def _saved_source(path: Path, data: str, split: str) -> Source:
         raise DataError(
             f"{data}: cannot be read as a folder written by save_to_disk: {_one_line(error)}. Save the dataset again."
         ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise DataError(f"{data}: no split {split!r}, found {', '.join(saved)}. Choose one of them.")
-        path, saved = path / split, saved[split]
-    elif split not in ("train", str(saved.split)):
-        raise DataError(f"{data}: no split {split!r}, found a single dataset. Leave the split at its default.")
-    return Source(saved, tuple(sorted(path.glob("data-*.arrow"))), ignored_files=0)
+    folder = path / split if isinstance(saved, datasets.DatasetDict) else path
+    return Source(_choose_split(saved, data, split), tuple(sorted(folder.glob("data-*.arrow"))), ignored_files=0)
+
+
+def _choose_split(given: datasets.Dataset | datasets.DatasetDict, name: str, split: str) -> datasets.Dataset:
+    if isinstance(given, datasets.DatasetDict):
+        if split not in given:
+            raise DataError(f"{name}: no split {split!r}, found {', '.join(given)}. Choose one of them as `split`.")
+        return given[split]
+    if split not in ("train", str(given.split)):
+        raise DataError(f"{name}: no split {split!r}, found a single dataset. Leave `split` at its default.")
+    return given
 
 
 def _hub_source(name: str, config: str | None, split: str) -> Source:
@@ -186,20 +237,18 @@ def _hub_source(name: str, config: str | None, split: str) -> Source:
         rows = datasets.load_dataset(name, config, split=split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name}: neither a local file or directory nor a dataset that the hub could give: "
-            f"{_one_line(error)}. Check the spelling and the network; a private one needs a login."
+            f"{name}: neither a local file or directory nor a dataset that the hub can provide: "
+            f"{_one_line(error)}. Check the spelling and the network; a private dataset needs a login."
         ) from error
-    except ValueError as error:  # an unknown configuration or split; the message lists those there are
-        raise DataError(
-            f"{name}: {_one_line(error)}. Choose the data configuration and the split accordingly."
-        ) from error
+    except ValueError as error:  # an unknown configuration or split; the message lists the known ones
+        raise DataError(f"{name}: {_one_line(error)}. Choose `data_config` and `split` accordingly.") from error
     return Source(rows, (), ignored_files=0)
 
 
 def _unreadable(data: str, files: Sequence[Path], builder: str, error: BaseException) -> str:
     if builder == "json" and (line := _first_bad_line(files)):
         return f"{line}. Correct or remove the line."
-    if "corresponds to no data" in str(error):  # how `datasets` says that a file has no rows
+    if "corresponds to no data" in str(error):  # what `datasets` reports for a file without rows
         return f"{data}: {_NO_ROWS}"
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
         error = error.__cause__
@@ -207,7 +256,7 @@ def _unreadable(data: str, files: Sequence[Path], builder: str, error: BaseExcep
 
 
 def _first_bad_line(files: Sequence[Path]) -> str | None:
-    """`datasets` names neither the file nor, in a later block of it, the line: look again."""
+    """Where the JSON is invalid: `datasets` names neither the file nor, in its later blocks, the line."""
     for path in files:
         if path.name.removesuffix(".gz").endswith(".jsonl"):
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
@@ -223,24 +272,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{error}".split()).rstrip(".!") or type(error).__name__
 
 
-def _extension(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _looks_local(data: str) -> bool:
-    """Hub names are `name` or `owner/name`, without a file's extension."""
-    return (
-        data.startswith(("/", ".", "~"))
-        or data.endswith("/")
-        or "\\" in data
-        or data.count("/") > 1
-        or _extension(Path(data)) in _BUILDERS
-        or data.lower().endswith(".gz")
-    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""The fingerprint of all tokens of a corpus: what tells every writer of a cache that it has the same rows.
+"""The fingerprint of all rows of a corpus, by which the writers of a cache know that they have the same rows.
 
-It is asked for at the start of each worker, so it is made a block of rows at a time, at nearly the speed of SHA-256,
-and remembered beside the tokenised text that it is of (`datasets`' cache): the next start on the same machine reads
-it. What is remembered holds for files of this name, size and time, cut into rows in this way by this code.
+Every worker needs it at its start. So it is computed a block of rows at a time, at nearly the speed of SHA-256, and
+stored next to the tokenised text in the cache of `datasets`, where the next start on the same machine finds it. The
+stored value is valid for files of this name, size and modification time, cut into rows by this code with these options.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.teacher.targets import philox
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """Of all rows together."""
+    """Facts about all rows of a corpus together."""
 
     sha256: str
     tokens: int
@@ -34,46 +34,45 @@ class StreamFacts:
 def add_rows_to(
     digest: Any, ids: np.ndarray, mask: np.ndarray, segments: np.ndarray, tokens: np.ndarray, counts: np.ndarray
 ) -> None:
-    """As `packing.add_row_to` of each of R rows, that lie one behind the other.
+    """`packing.add_row_to` for each of R rows, which are concatenated.
 
     Args:
-        ids, mask: of all their tokens, int32 and bool.
-        segments: lengths of all their segments, int32.
-        tokens, counts: int64 [R], tokens and segments of each row.
+        ids, mask: token ids int32 and loss mask bool of all rows.
+        segments: segment lengths of all rows, int32.
+        tokens, counts: number of tokens and of segments of each row, int64 [R].
     """
     heads = memoryview(np.stack([tokens, counts], axis=1).astype("<i8")).cast("B")
-    of_ids, of_segments = (memoryview(each.astype("<i4", copy=False)).cast("B") for each in (ids, segments))
-    of_mask = memoryview(mask.astype("u1")).cast("B")
+    id_bytes, segment_bytes = (memoryview(each.astype("<i4", copy=False)).cast("B") for each in (ids, segments))
+    mask_bytes = memoryview(mask.astype("u1")).cast("B")
     t = s = 0
     for row, (length, count) in enumerate(zip(tokens.tolist(), counts.tolist(), strict=True)):
         digest.update(heads[16 * row : 16 * row + 16])
-        digest.update(of_ids[4 * t : 4 * (t + length)])
-        digest.update(of_mask[t : t + length])
-        digest.update(of_segments[4 * s : 4 * (s + count)])
+        digest.update(id_bytes[4 * t : 4 * (t + length)])
+        digest.update(mask_bytes[t : t + length])
+        digest.update(segment_bytes[4 * s : 4 * (s + count)])
         t, s = t + length, s + count
 
 
-def remembered(
-    tokens: datasets.Dataset, decides: Mapping[str, Any], code: tuple[str, ...], compute: Callable[[], StreamFacts]
+def load_or_compute(
+    tokens: datasets.Dataset, options: Mapping[str, Any], code: tuple[str, ...], compute: Callable[[], StreamFacts]
 ) -> StreamFacts:
-    """What `compute` says of the rows that are cut from `tokens`, or has said before: of several processes that want
-    to know one computes.
+    """The result of `compute`, or what was stored of it for the same rows; of several processes one computes it.
 
     Args:
-        tokens: the tokenised text; if it lies in no file, everything is computed each time.
-        decides: settings that decide the rows, beside the text.
-        code: files of Python that do.
+        tokens: the tokenised text; if it is not in a file, nothing is stored.
+        options: options that decide how the text is cut into rows.
+        code: Python files that decide it.
     """
     files = [Path(file["filename"]) for file in tokens.cache_files]
     if not files:
         return compute()
     facts = {
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "decides": dict(decides),
+        "options": dict(options),
         "code": [_sha256(Path(file).read_bytes()) for file in (__file__, philox.__file__, *code)],
     }
-    facts = json.loads(json.dumps(facts))  # as it will be read
-    key = _sha256(json.dumps([facts["files"][0][0], facts["decides"]], sort_keys=True).encode())[:16]
+    facts = json.loads(json.dumps(facts))  # in the form in which it will be read back
+    key = _sha256(json.dumps([facts["files"][0][0], facts["options"]], sort_keys=True).encode())[:16]
     name, directory = f"{files[0].stem}.stream-{key}", open_directory(files[0].parent)
     claims = Claims(directory)
     try:
@@ -87,7 +86,7 @@ def remembered(
 
 
 def _read(path: Path, facts: Mapping[str, Any]) -> StreamFacts | None:
-    """None if there is nothing, or it is of another file, other code, or unreadable."""
+    """None if nothing is stored, it cannot be read, or it belongs to another text, options or code."""
     try:
         recorded = json.loads(path.read_bytes())
         stream = StreamFacts(**recorded.pop("stream"))

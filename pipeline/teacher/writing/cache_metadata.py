@@ -8,15 +8,14 @@ import torch
 
 import cache_format as cf
 from pipeline.models.head import Head
-from pipeline.models.loading import teacher_fingerprints
+from pipeline.models.loading import model_name, teacher_fingerprints
 from pipeline.models.objective import ALIGNMENT
+from pipeline.models.placement import device_names
 from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.engines.transformers_engine import CHUNK_POSITIONS
 from pipeline.teacher.opening import Corpus
 from pipeline.teacher.targets.hidden_targets import WrittenHead, states_spec, with_head
 from pipeline.teacher.writing.shard_sizes import grouping
-from pipeline.teacher.writing.workers import device_names
-
-CHUNK_POSITIONS = 256
 
 
 def stored_positions(config: CacheTeacherConfig, corpus: Corpus) -> int:
@@ -38,7 +37,7 @@ def cache_metadata(
     libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
     return cf.CacheMetadata(
         teacher={
-            "name": config.teacher,
+            "name": model_name(config.teacher),
             "revision": config.revision or getattr(head.model.config, "_commit_hash", None),
             "architecture": type(head.model).__name__,
             "dtype": str(head.weight.dtype).removeprefix("torch."),

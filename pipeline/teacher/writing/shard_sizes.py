@@ -40,7 +40,7 @@ def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_p
 
 def as_begun(config: CacheTeacherConfig, metadata: cf.CacheMetadata) -> cf.CacheMetadata:
     """The metadata with the grouping of the cache that lies at the output already, if there is one: another release may
-    have chosen another. What was asked for by `--rows-per-shard` stays as it is.
+    have chosen another. An explicit `rows_per_shard` stays as it is.
 
     Raises: CacheError if there is something else.
     """

@@ -2,8 +2,8 @@
 
     alone                  the whole cache; any other writer is refused
     torchrun               one worker for each process, `cuda:LOCAL_RANK`; RANK and WORLD_SIZE tell which
-    --num-workers N        one worker for each call of the command, on any machine that sees the output
-    --shard-range A:B      only these shards, for machines that see nothing of one another; `finish_cache` afterwards
+    `num_workers` N        one worker for each call of the command, on any machine that sees the output
+    `shard_range` A:B      only these shards, for machines that see nothing of one another; `finish_cache` afterwards
 
 Workers talk through claims in the output directory and nothing else (`cache_format.write.shared_writer`), so the bytes
 of a shard do not depend on how many there are, or on which of them were lost.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,6 @@ import torch
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.loading import resolve_device
-from pipeline.models.placement import computing_devices
 from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.writing.tensor_parallel import Follower, Leader
 
@@ -55,7 +54,7 @@ class Worker:
         if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"process {self.local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices, expected"
-                " one for each process. Use a smaller --nproc-per-node, or --device cpu."
+                " one for each process. Start fewer processes, or use `device=cpu`."
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
@@ -100,11 +99,11 @@ def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_m
     torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ["LOCAL_RANK"]) if torchrun else None
     if device_map is not None and tensor_parallel:
-        raise ConfigError("--device-map and --tp are two ways to spread one teacher: give one of them.")
+        raise ConfigError("`device_map` and `tensor_parallel` are two ways to spread one teacher: give one of them.")
     if device_map is not None and world > 1:
         raise ConfigError(
-            f"--device-map: found {world} processes of torchrun, each of which would spread its teacher over all "
-            "devices. Start one for each group of devices, with CUDA_VISIBLE_DEVICES, --num-workers and --worker-index."
+            f"`device_map`: found {world} processes of torchrun, each of which would spread its teacher over all "
+            "devices. Start one for each group of devices, with CUDA_VISIBLE_DEVICES, `num_workers` and `worker_index`."
         )
     rank = int(os.environ.get("RANK", "0")) if tensor_parallel else None
     try:
@@ -121,7 +120,7 @@ def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_m
         else:
             return Worker(None, local_rank, config, rank)
     except ValueError as error:
-        raise ConfigError(f"--num-workers, --worker-index, --shard-range: {error}. Correct them.") from error
+        raise ConfigError(f"`num_workers`, `worker_index`, `shard_range`: {error}. Correct them.") from error
     return Worker(share, local_rank, config, rank)
 
 
@@ -133,8 +132,8 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     """
     if config.overwrite and not worker.alone:
         raise ConfigError(
-            "--overwrite: each of several processes would delete what the others write. Delete the cache first, then "
-            "start them without --overwrite."
+            "`overwrite`: each of several processes would delete what the others write. Delete the cache first, then "
+            "start them without `overwrite`."
         )
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
     cf.check_writable(
@@ -147,8 +146,8 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
         return
     # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
     # compares what they are.
-    known = {name: value for name, value in asdict(config.data).items() if value is not None}
-    data = {name: value for name, value in known.items() if name not in ("data", "num_proc", "loss_on")}
+    names = [field.name for field in fields(config.data) if field.name not in ("data", "num_proc", "loss_on")]
+    data = {name: value for name in names if (value := getattr(config.data, name)) is not None}
     given = {
         "targets": config.targets.to_json(),
         "corpus": data,
@@ -158,12 +157,6 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     found = [d for part in given for d in cf.differences(_like(recorded[part], given[part]), given[part], part)]
     if found:
         raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
-
-
-def device_names(model: torch.nn.Module, device: torch.device) -> str:
-    """Kinds of devices that a model computes on: of one kind, rounding is the same."""
-    places = computing_devices(model, device)
-    return " + ".join(sorted({torch.cuda.get_device_name(p) if p.type == "cuda" else p.type for p in places}))
 
 
 def _like(recorded: Any, given: Any) -> Any:

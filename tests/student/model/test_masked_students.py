@@ -1,4 +1,4 @@
-"""Students of masked teachers: trained, cut to fewer layers, built from a configuration, refused."""
+"""Students of masked teachers: training, fewer layers, random initialisation, adapters, refusals."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import cache_format as cf
 from dense import document_logprobs
 from masked_runs import load
 from pipeline.errors import ConfigError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.student.data.dataset import LocalShuffle
 from pipeline.student.model.initialization import keep_layers
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import english
 from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked
@@ -41,7 +41,7 @@ def trained(masked_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "trained"
 
 
-def test_a_student_learns_and_is_evaluated_by_its_own_logits(trained: Path, masked_dir: Path) -> None:
+def test_student_learns_and_evaluation_equals_its_own_logits(trained: Path, masked_dir: Path) -> None:
     evaluations = [entry for entry in log_history(trained) if "eval_kl" in entry]
     assert evaluations[-1]["eval_kl"] < evaluations[0]["eval_kl"]
     cache, model = cf.open_cache(masked_dir / "bert-cache"), load(trained)
@@ -59,7 +59,7 @@ def test_a_student_learns_and_is_evaluated_by_its_own_logits(trained: Path, mask
     assert evaluations[-1]["eval_ce"] == pytest.approx(found.ce, rel=1e-5)
 
 
-def test_several_caches_of_masked_teachers_are_mixed(masked_dir: Path, tmp_path: Path) -> None:
+def test_caches_of_masked_teachers_can_be_mixed(masked_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(english(20, seed=6))
     data = DataConfig(data=str(tmp_path / "text.txt"), window_length=32, sample_by="line")
     rule = TargetRule(top_k=16)
@@ -69,7 +69,7 @@ def test_several_caches_of_masked_teachers_are_mixed(masked_dir: Path, tmp_path:
         )
     )
     student = tiny_masked(tmp_path / "student", "bert", layers=1, hidden=16, seed=9)
-    options = {"student": str(student), "num_train_epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    options = {"student": str(student), "epochs": 3, "learning_rate": 1e-2, "logging_steps": 1}
     cache = (f"{masked_dir / 'bert-cache'}:1", f"{tmp_path / 'b'}:1")
     config = TrainStudentConfig(cache=cache, output=str(tmp_path / "trained"), device="cpu", **options)
     a, b = train_student(config).mixture
@@ -78,13 +78,13 @@ def test_several_caches_of_masked_teachers_are_mixed(masked_dir: Path, tmp_path:
     assert losses[-1] < losses[0]
 
 
-def test_training_by_hand_gives_the_same_student(masked_dir: Path, tmp_path: Path) -> None:
-    """Hard labels only, SGD: masked-language-model training as everybody writes it."""
+def test_labels_only_equals_masked_language_model_training(masked_dir: Path, tmp_path: Path) -> None:
+    """With SGD, against a plain loop over cross-entropy."""
     path = tiny_masked(tmp_path / "student", "roberta", layers=1, hidden=16, seed=9, hidden_dropout_prob=0.0)
     config = json.loads((path / "config.json").read_text()) | {"attention_probs_dropout_prob": 0.0}
     (path / "config.json").write_text(json.dumps(config))
     cache = cf.open_cache(masked_dir / "roberta-cache")
-    options = {"kd_weight": 0.0, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 8, "seed": 7}
+    options = {"kd_weight": 0.0, "learning_rate": 0.1, "max_steps": 2, "batch_size": 8, "seed": 7}
     train(tmp_path / "trained", masked_dir / "roberta-cache", student=path, arguments=SGD, **options)
     model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32)
     order = list(LocalShuffle(cache.record_batches(), seed=7))
@@ -106,7 +106,7 @@ def test_training_by_hand_gives_the_same_student(masked_dir: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fewer_layers_are_the_kept_ones(kind: str, tmp_path: Path) -> None:
+def test_fewer_layers_compute_the_kept_layers(kind: str, tmp_path: Path) -> None:
     model = load(tiny_masked(tmp_path / kind, kind, layers=4)).float()
     smaller = keep_layers(model, 2)
     assert type(smaller) is type(model) and smaller.config.num_hidden_layers == 2
@@ -122,7 +122,7 @@ def _like(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def test_students_from_layers_and_from_a_configuration(masked_dir: Path, tmp_path: Path) -> None:
+def test_students_with_fewer_layers_or_random_weights_train(masked_dir: Path, tmp_path: Path) -> None:
     options = {"max_steps": 2, "learning_rate": 1e-3}
     train(
         tmp_path / "one",
@@ -133,22 +133,22 @@ def test_students_from_layers_and_from_a_configuration(masked_dir: Path, tmp_pat
     )
     assert AutoConfig.from_pretrained(tmp_path / "one").n_layers == 1
     masked_config("modernbert", hidden=16).to_json_file(tmp_path / "config.json")
-    of_config = {"student_config": str(tmp_path / "config.json"), **options}
-    train(tmp_path / "two", masked_dir / "modernbert-cache", **of_config)
+    options["student_config"] = str(tmp_path / "config.json")
+    train(tmp_path / "two", masked_dir / "modernbert-cache", **options)
     assert type(load(tmp_path / "two")).__name__ == "ModernBertForMaskedLM"
 
 
-def test_students_that_predict_something_else_are_refused(
+def test_students_with_another_objective_are_refused(
     masked_dir: Path, teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"  # without a tokenizer, which would be refused first
     load(masked_dir / "bert").save_pretrained(bare)
     causal = build_cache(tmp_path / "causal", teacher_dir, text_file)
-    with pytest.raises(cf.MismatchError, match=r"bare: is a masked language model, expected a causal language model"):
+    with pytest.raises(cf.MismatchError, match=r"bare: found a masked .*, expected a causal "):
         train(tmp_path / "x", causal, student=bare)
     config = json.loads((student_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(cf.MismatchError, match=r"is a causal language model, expected a masked .* about masked tokens"):
+    with pytest.raises(cf.MismatchError, match=r"config.json: found a causal .*, expected a masked "):
         train(tmp_path / "x", masked_dir / "bert-cache", student_config=str(tmp_path / "config.json"))
     short = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=33, pad_token_id=1)
     short.to_json_file(tmp_path / "short.json")
@@ -160,7 +160,7 @@ def test_students_that_predict_something_else_are_refused(
 # -- with what other students can have --------------------------------------------------------------------------------
 
 
-def test_adapters_of_a_masked_student_are_saved_alone_or_merged(masked_dir: Path, tmp_path: Path) -> None:
+def test_adapter_and_merged_student_evaluate_equally(masked_dir: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"student": masked_dir / "bert", "lora_rank": 2, "max_steps": 3, "learning_rate": 1e-2}
     train(tmp_path / "adapter", masked_dir / "bert-cache", **options)
     train(tmp_path / "merged", masked_dir / "bert-cache", merge_adapter=True, **options)
@@ -173,8 +173,8 @@ def test_adapters_of_a_masked_student_are_saved_alone_or_merged(masked_dir: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_with_an_adapter_is_merged_whole(masked_dir: Path, tmp_path: Path, kind: str) -> None:
-    """It is untied from the embeddings: of BERT and RoBERTa its bias is tied as well as its weight."""
+def test_head_with_an_adapter_is_merged_completely(masked_dir: Path, tmp_path: Path, kind: str) -> None:
+    """It is untied from the embeddings. In BERT and RoBERTa its bias is tied too."""
     cache = masked_dir / f"{kind}-cache"
     options = {"lora_rank": 2, "lora_head": True, "merge_adapter": True, "learning_rate": 1e-2}
     options |= {"eval_cache": str(cache), "eval_steps": 2, "max_steps": 2}
@@ -191,12 +191,12 @@ def test_a_head_with_an_adapter_is_merged_whole(masked_dir: Path, tmp_path: Path
         ({"student_width": 16}, "is a bert, expected llama, mistral, qwen2, qwen3"),
         (
             {"tail": "realized"},
-            "--tail realized: .*bert-cache has targets about masked tokens, which are those of a text",
+            "tail.realized.*bert-cache .*masked",
         ),
-        ({"cross_tokenizer": "project"}, "targets about masked tokens.*Use a student with the teacher's tokenizer"),
+        ({"cross_tokenizer": "project"}, "masked.*tokenizer"),
     ],
 )
-def test_what_masked_students_cannot_have(
+def test_options_for_causal_students_only_are_refused(
     masked_dir: Path, tmp_path: Path, options: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):

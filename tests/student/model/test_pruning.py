@@ -1,4 +1,4 @@
-"""Narrower students: what is cut away is what says least, and what stays computes what it computed before."""
+"""Pruned students: the least active parts are removed, and the remaining ones compute what they did before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from transformers import (
 
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.initialization import load_student
 from pipeline.student.model.pruning import CALIBRATION_ROWS, SUPPORTED, Sizes, calibration_batches, prune, resized
@@ -38,7 +39,7 @@ def cache(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 
 def random_model(kind: str, tie: bool = False, **more: Any) -> PreTrainedModel:
-    if kind != "qwen2":  # has no head_dim of its own: it follows from the others, and may not do so when they shrink
+    if kind != "qwen2":  # has no head_dim: it is derived from other sizes, and may not change when they shrink
         more["head_dim"] = DIM
     config = CLASSES[kind](
         vocab_size=400,
@@ -56,7 +57,7 @@ def random_model(kind: str, tie: bool = False, **more: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # new models have zeros and ones there
+            if name.endswith("bias") or "norm" in name:  # they are initialised to zeros and ones
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
@@ -72,11 +73,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=torch.arange(30)[None], use_cache=False).logits
 
 
-# -- what stays -------------------------------------------------------------------------------------------------------
+# -- kept parts -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
-def test_keeping_everything_is_the_same_model(kind: str):
+def test_keeping_all_parts_gives_the_same_model(kind: str):
     model = random_model(kind)
     same = prune(model, Sizes(width=WIDTH, intermediate=NEURONS, heads=HEADS), batches())
     assert torch.equal(logits(same), logits(model))
@@ -84,13 +85,13 @@ def test_keeping_everything_is_the_same_model(kind: str):
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("kind", SUPPORTED)
-def test_dead_parts_are_what_goes_and_nothing_else_changes(kind: str, tie: bool):
+def test_inactive_parts_are_removed_and_logits_stay(kind: str, tie: bool):
     biases = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
-    model = random_model(kind, tie, rms_norm_eps=1e-12, **biases)  # eps is no part of what the correction corrects
+    model = random_model(kind, tie, rms_norm_eps=1e-12, **biases)  # the norms' correction ignores eps
     generator = torch.Generator().manual_seed(3)
     channels = torch.randperm(WIDTH, generator=generator)[:4]
     with torch.no_grad():
-        # A channel is dead if nothing ever writes to it: embeddings, output projections, and their biases.
+        # A channel is inactive if nothing writes to it: embeddings, output projections and their biases.
         model.model.embed_tokens.weight[:, channels] = 0
         for layer in model.model.layers:
             for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -115,8 +116,8 @@ def test_dead_parts_are_what_goes_and_nothing_else_changes(kind: str, tie: bool)
 
 
 @torch.no_grad()
-def test_importance_is_what_the_layers_compute_by_hand():
-    """One layer, every step written out from the weights, without hooks."""
+def test_activity_equals_one_layer_computed_by_hand():
+    """Every step from the weights, without hooks."""
     model = random_model("llama")
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     first = {name.removeprefix("model.layers.0."): t for name, t in state.items() if "layers.0." in name}
@@ -158,12 +159,12 @@ def test_importance_is_what_the_layers_compute_by_hand():
 
 
 @torch.no_grad()
-def test_channels_are_those_that_the_norms_let_through_most():
+def test_kept_channels_have_the_largest_norm_outputs():
     model = random_model("qwen2")
     seen = torch.zeros(WIDTH, dtype=torch.float64)
     for batch in batches():
         states = model.model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-        # Of the inputs of the first norms, and of the last one's output; those between are left to the real thing.
+        # The output of the final norm, then of both norms of each layer.
         seen += states[-1].double().abs().sum(dim=(0, 1))
         for layer, entering in zip(model.model.layers, states[:-1], strict=True):
             attended = layer.input_layernorm(entering)
@@ -180,7 +181,7 @@ def test_channels_are_those_that_the_norms_let_through_most():
     assert torch.equal(smaller.lm_head.weight, model.lm_head.weight[:, kept])
 
 
-def test_cut_by_activation_is_nearer_than_cut_by_place():
+def test_pruning_by_activity_is_better_than_by_index():
     model = random_model("llama")
     target = logits(model).log_softmax(dim=-1)
 
@@ -198,7 +199,7 @@ def test_cut_by_activation_is_nearer_than_cut_by_place():
     assert far(by_activation) < 0.7 * far(by_place)
 
 
-def test_measuring_leaves_the_model_as_it_was():
+def test_measuring_does_not_change_the_model():
     model = random_model("llama").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prune(model, Sizes(heads=2), batches())
@@ -206,7 +207,7 @@ def test_measuring_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_measured_rows_are_spread_over_the_cache(cache: Path):
+def test_calibration_rows_are_spread_over_the_cache(cache: Path):
     opened = cf.open_cache(cache)
     found = list(calibration_batches(CacheDataset(opened)))
     assert len(opened) > CALIBRATION_ROWS == len(found)
@@ -244,7 +245,7 @@ def test_pruned_student_trains_resumes_and_loads(tmp_path: Path, cache: Path, te
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
 
 
-def test_random_weights_in_the_shape_of_a_model(tmp_path: Path, teacher_dir: Path, cache: Path):
+def test_random_weights_with_the_architecture_of_a_model(tmp_path: Path, teacher_dir: Path, cache: Path):
     options = {"random": True, "layers": 1, "sizes": Sizes(width=16), "vocab_size": 400}
     first, again, other = (load_student(str(teacher_dir), seed=seed, **options) for seed in (4, 4, 5))
     assert first.config.num_hidden_layers == 1 and first.config.hidden_size == 16
@@ -258,57 +259,57 @@ def test_random_weights_in_the_shape_of_a_model(tmp_path: Path, teacher_dir: Pat
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_frozen_embeddings_stay(tmp_path: Path, cache: Path, tokenizer: Any, tie: bool):
+def test_frozen_embeddings_do_not_change(tmp_path: Path, cache: Path, tokenizer: Any, tie: bool):
     path = tiny_llama(tmp_path / "student", tokenizer, layers=1, hidden=16, tie=tie, seed=5)
     stages: list[str] = []
     options = {"max_steps": 3, "learning_rate": 1e-2, "freeze_embeddings": True, "on_stage": stages.append}
     train(tmp_path / "s", cache, student=path, **options)
     before, after = weights(path), weights(tmp_path / "s")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == before.keys() - {"model.embed_tokens.weight"}  # tied, there is no other tensor of the head
+    assert moved == before.keys() - {"model.embed_tokens.weight"}  # a tied head has no tensor of its own
     assert ("lm_head.weight" in moved) is not tie
     assert any(" of 0.0 M parameters" in stage for stage in stages)
 
 
-# -- what cannot be had -----------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "sizes, expected",
     [
-        (Sizes(width=25), "--student-width 25: the model has 24. Give a number from 1 to 24"),
-        (Sizes(intermediate=41), "--student-intermediate 41: the model has 40"),
-        (Sizes(heads=7), "--student-heads 7: the model has 6"),
-        (Sizes(heads=3), "2 query heads share a key–value head, and go together. Give a multiple of 2, such as 2"),
-        (Sizes(width=23), "LlamaConfig refuses them: .*multiple of the number of attention"),
+        (Sizes(width=25), "`student_width` 25: the model has 24"),
+        (Sizes(intermediate=41), "`student_intermediate` 41: the model has 40"),
+        (Sizes(heads=7), "`student_heads` 7: the model has 6"),
+        (Sizes(heads=3), "`student_heads` 3: .*expected a multiple of 2, such as 2"),
+        (Sizes(width=23), "`student_width` 23, .*LlamaConfig refuses them: .*multiple of the number of attention"),
     ],
 )
-def test_sizes_that_a_model_cannot_have(sizes: Sizes, expected: str):
+def test_impossible_sizes_are_refused(sizes: Sizes, expected: str):
     with pytest.raises(ConfigError, match=expected):
         resized(random_model("llama").config, sizes)
 
 
 @pytest.mark.parametrize("config", [GPT2Config(n_layer=2), Gemma2Config()], ids=["gpt2", "gemma2"])
-def test_other_architectures_are_refused_with_the_list_of_those_that_work(config: Any):
+def test_unsupported_architectures_are_refused(config: Any):
     with pytest.raises(ConfigError, match=f"is a {config.model_type}, expected llama, mistral, qwen2, qwen3"):
         resized(config, Sizes(width=8))
 
 
-def test_parameter_that_is_not_known_is_no_guess():
+def test_unknown_parameter_is_refused():
     model = random_model("llama")
     model.model.layers[1].mlp.extra = torch.nn.Linear(4, 4)
-    with pytest.raises(ModelError, match="model.layers.1.mlp.extra.weight: a parameter of which it is not known"):
+    with pytest.raises(ModelError, match="model.layers.1.mlp.extra.weight: .*`student_layers`"):
         prune(model, Sizes(width=12), batches())
 
 
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"student_random": True}, "--student-random: a --student-config has random weights already"),
-        ({"student_width": 8}, "nothing to cut out of random weights. Write the sizes into"),
+        ({"student_random": True}, "`student_random`: found `student_config`"),
+        ({"student_width": 8}, "`student_width`, .*: found `student_config`.*Set the sizes in"),
     ],
 )
-def test_configuration_has_its_sizes_and_random_weights(
+def test_size_options_with_a_configuration_are_refused(
     tmp_path: Path, cache: Path, student_dir: Path, options: dict[str, Any], expected: str
 ):
     with pytest.raises(ConfigError, match=expected):

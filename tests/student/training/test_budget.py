@@ -1,4 +1,4 @@
-"""--max-tokens: how many steps a number of tokens is, whatever divides a step, and that the run has so many."""
+"""The length of a run: steps for a number of tokens, and agreement with the steps that Trainer takes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 import cache_format as cf
 import pipeline.student.training.train as train_module
 from pipeline.errors import ConfigError
-from pipeline.student.train_config import TrainStudentConfig, training_arguments
+from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, steps_for_tokens
 from pipeline.student.training.train import train_student
+from pipeline.student.training.training_arguments import training_arguments
 from runs import build_cache, log_history, train
 from tiny import conversations, english, write_jsonl
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4000))
-def test_the_first_step_after_which_so_many_tokens_were_seen(rows: int, step: int, per_row: int, tokens: int):
+def test_steps_for_tokens_is_the_first_step_that_reaches_them(rows: int, step: int, per_row: int, tokens: int):
     found = steps_for_tokens(tokens, rows, float(rows * per_row), step)
-    # Row by row: epochs of `rows`, cut into steps that do not reach into the next one.
+    # Row by row; a step does not cross the end of an epoch.
     seen = steps = 0
     while seen < tokens:
         left = rows
@@ -36,18 +37,18 @@ def test_the_first_step_after_which_so_many_tokens_were_seen(rows: int, step: in
     assert Budget(rows, step, steps).rows_after(steps) * per_row == seen
 
 
-def test_a_whole_cache_is_one_epoch_and_nothing_more():
+def test_the_tokens_of_n_epochs_take_n_epochs():
     assert steps_for_tokens(3 * 1013 * 7, 1013, 1013.0 * 7, 8) == 3 * 127
     assert steps_for_tokens(10**12, 10**9, 1024e9, 256) == -(-(10**12) // (1024 * 256))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (3, 2)])
 @pytest.mark.parametrize("epochs", [0.4, 1.0, 2.5])
-def test_the_plan_has_as_many_steps_as_trainer_takes(sizes: tuple[int, int], epochs: float, tmp_path: Path):
+def test_budget_has_the_steps_that_trainer_takes(sizes: tuple[int, int], epochs: float, tmp_path: Path):
     rows, accumulation = sizes
-    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-    config = TrainStudentConfig(cache="c", output=str(tmp_path), device="cpu", num_train_epochs=epochs, **settings)
-    budget = Budget.of(37, training_arguments(config))
+    settings = {"batch_size": rows, "gradient_accumulation_steps": accumulation}
+    config = TrainStudentConfig(cache="c", output=str(tmp_path), device="cpu", epochs=epochs, **settings)
+    budget = Budget.for_run(37, training_arguments(config))
     batches = -(-37 // rows)
     per_epoch = -(-batches // accumulation)
     assert budget.steps_per_epoch == per_epoch and budget.steps == int(np.ceil(epochs * per_epoch))
@@ -65,7 +66,7 @@ def folder(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_run_sees_about_so_many_tokens_and_its_schedules_know_it(
+def test_run_with_max_tokens_sees_them_and_schedules_end_at_its_end(
     folder: Path, tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
 ):
     seen: list[int] = []
@@ -83,11 +84,11 @@ def test_a_run_sees_about_so_many_tokens_and_its_schedules_know_it(
         student=str(student_dir),
         device="cpu",
         max_tokens=2500,
-        per_device_train_batch_size=2,
+        batch_size=2,
         gradient_accumulation_steps=2,
         logging_steps=1,
-        lr_scheduler_type="linear",
-        warmup_steps=0,
+        lr_scheduler="linear",
+        warmup=0,
         kd_schedule="linear:1:0.5",
     )
     summary = train_student(config)
@@ -107,14 +108,14 @@ def test_a_run_sees_about_so_many_tokens_and_its_schedules_know_it(
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"max_steps": 5}, "--max-tokens 100: found --max-steps 5 too"),
-        ({"num_train_epochs": 1.0}, "found --epochs 1.0 too"),
-        ({"arguments": {"max_steps": 5}}, "found max_steps of .*json 5 too"),
-        ({"arguments": {"num_train_epochs": 3}}, "found num_train_epochs of .*json 3 too"),
-        ({"max_tokens": 0}, "--max-tokens 0: expected a number of tokens, 1 or more"),
+        ({"max_steps": 5}, "`max_tokens` 100: found `max_steps` 5 too"),
+        ({"epochs": 1.0}, "found `epochs` 1.0 too"),
+        ({"arguments": {"max_steps": 5}}, "found max_steps in .*json 5 too"),
+        ({"arguments": {"epochs": 3}}, "found num_train_epochs in .*json 3 too"),
+        ({"max_tokens": 0}, "`max_tokens` 0: expected a number of tokens"),
     ],
 )
-def test_one_length_is_enough(folder: Path, tmp_path: Path, student_dir: Path, options: dict[str, Any], words: str):
+def test_two_lengths_are_refused(folder: Path, tmp_path: Path, student_dir: Path, options: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         train(tmp_path / "s", folder / "text", student=student_dir, **{"max_tokens": 100, **options})
     assert not (tmp_path / "s").exists()

@@ -1,4 +1,4 @@
-"""Two processes on a CPU train to the same weights as one, and say the same numbers."""
+"""Training on two CPU processes gives the weights and metrics of one process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from transformers import TrainerState
 
 import cache_format as cf
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.teacher.targets.rules import TargetRule
 from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, english, write_jsonl
 
-# What each process runs: a run of stage two that leaves every rank's weights and logs beside the output.
+# Trains and writes the weights and logs of each rank next to the output.
 WORKER = """
 import json, os, sys
 import torch
@@ -48,50 +49,50 @@ pytestmark = pytest.mark.slow
 def runs(
     request: pytest.FixtureRequest, teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """`one`: one process with batches of 4; `two`: two processes with batches of 2. Two epochs each."""
+    """one: one process with batches of 4; two: two processes with batches of 2. Two epochs each."""
     folder = tmp_path_factory.mktemp("distributed")
     data = write_jsonl(folder / "chat.jsonl", conversations(18))
     rule = TargetRule(kind=request.param, **({"top_k": 16} if request.param == "top-k" else {}))
     cache = build_cache(folder / "cache", teacher_dir, data, targets=rule)
     (folder / "text.txt").write_text(english(16, seed=5))
     held_out = build_cache(folder / "held-out", teacher_dir, folder / "text.txt", targets=rule)
-    # Neither the steps nor the evaluations come out even.
+    # The rows divide evenly into neither steps nor processes.
     assert len(cf.open_cache(cache)) % 8 not in (0, 4) and len(cf.open_cache(held_out)) % 2 == 1
 
     arguments = {**SGD, "learning_rate": 0.5}
     options: dict[str, Any] = {
         "eval_cache": str(held_out),
         "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
+        "epochs": 2,
         "logging_steps": 1,
         "eval_steps": 3,
         "kd_weight": 0.7,
-        "early_stopping": ["ce:noise:50"],  # held-out sums row by row, gathered; it does not stop
+        "early_stopping": ["ce:noise:50"],  # gathers held-out sums per row; never stops
         "arguments": arguments,
     }
-    train(folder / "one", cache, student=student_dir, per_device_train_batch_size=4, **options)
+    train(folder / "one", cache, student=student_dir, batch_size=4, **options)
 
     (folder / "worker.py").write_text(WORKER)
-    given = {"output": folder / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 2}
-    # Both processes read it: neither may write it.
+    given = {"output": folder / "two", "cache": cache, "student": student_dir, "batch_size": 2}
+    # Written here, because both processes read it.
     given["training_args"] = folder / "arguments.json"
     given["training_args"].write_text(json.dumps(options.pop("arguments")))
     on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
     return folder
 
 
-def test_two_processes_end_with_the_weights_of_one(runs: Path, student_dir: Path):
+def test_two_processes_give_the_weights_of_one(runs: Path, student_dir: Path):
     one, two = weights(runs / "one"), weights(runs / "two")
     assert distance(one, weights(student_dir)) > 0.05
     assert distance(one, two) < 2e-6
 
 
-def test_both_processes_hold_the_same_weights(runs: Path):
+def test_both_processes_have_equal_weights(runs: Path):
     first, second = (torch.load(runs / f"two-rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert distance(first, second) == 0.0
 
 
-def test_two_processes_log_the_numbers_of_one(runs: Path):
+def test_two_processes_log_the_metrics_of_one(runs: Path):
     one, two = log_history(runs / "one"), log_history(runs / "two")
     assert [sorted(entry) for entry in one] == [sorted(entry) for entry in two]
     numbers = {"kl", "ce", "agreement", "loss", "eval_kl", "eval_ce", "eval_agreement", "eval_loss", "train_loss"}
@@ -107,14 +108,14 @@ def test_two_processes_log_the_numbers_of_one(runs: Path):
             assert first[name] == second[name]
 
 
-def test_evaluation_by_two_processes_counts_every_row_once(runs: Path):
+def test_evaluation_on_two_processes_sees_each_row_once(runs: Path):
     best = min((e for e in log_history(runs / "two") if "eval_loss" in e), key=lambda e: e["eval_loss"])
     alone = evaluate(EvaluateConfig(cache=str(runs / "held-out"), student=str(runs / "two"), device="cpu"))
     for name in ("kl", "ce", "agreement"):
         assert best[f"eval_{name}"] == pytest.approx(getattr(alone, name), rel=1e-6)
 
 
-def test_two_processes_know_the_sums_of_every_row_in_its_place(runs: Path):
+def test_two_processes_gather_sums_per_row_in_order(runs: Path):
     (one,), (two,) = (
         TrainerState.load_from_json(str(runs / name / "trainer_state.json")).stateful_callbacks["EarlyStopping"][
             "attributes"

@@ -1,4 +1,4 @@
-"""What one process began two go on with, and back, in the middle of epochs: the same rows in the same steps."""
+"""Runs resumed with another number of processes, inside epochs, train on the same rows in the same steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.slow
 
-# A run of stage two that leaves, for every process, the rows that it trained on, forward by forward.
+# Trains and writes, for each process, the rows of each forward pass.
 WORKER = """
 import json, os, sys
 import torch
@@ -49,7 +49,7 @@ LAST, KEPT_BY_ONE, KEPT_BY_TWO = 13, 4, 9
 
 
 def cut(source: Path, target: Path, step: int) -> Path:
-    """A run as it was when it was killed after the checkpoint of a step."""
+    """A copy of a run as it was after the checkpoint of a step."""
     target.mkdir()
     shutil.copy(source / "distill_config.json", target)
     shutil.copytree(source / f"checkpoint-{step}", target / f"checkpoint-{step}")
@@ -58,7 +58,7 @@ def cut(source: Path, target: Path, step: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole: one process, undisturbed; two: from its step 4 on by two processes."""
+    """whole: an uninterrupted run of one process; two: continued from its step 4 by two processes."""
     folder = tmp_path_factory.mktemp("elsewhere")
     write_jsonl(folder / "chats.jsonl", conversations(14))
     (folder / "text.txt").write_text(english(14, seed=5))
@@ -67,14 +67,14 @@ def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPa
     (folder / "arguments.json").write_text(json.dumps({**SGD, "learning_rate": 0.3, "save_total_limit": 20}))
     jobs = []
     for case in CASES:
-        whole = config(folder, student_dir, case, "whole", per_device_train_batch_size=4)
+        whole = config(folder, student_dir, case, "whole", batch_size=4)
         train_student(TrainStudentConfig(**whole))
         two = cut(folder / f"{case} whole", folder / f"{case} two", KEPT_BY_ONE)
-        job = config(folder, student_dir, case, "two", per_device_train_batch_size=2, resume=True)
+        job = config(folder, student_dir, case, "two", batch_size=2, resume=True)
         jobs.append({**job, "output": str(two)})
-        # A step of twice as many rows is another run.
-        for words in jobs[-1], {**jobs[-1], "per_device_train_batch_size": 8}:
-            with pytest.raises(cf.MismatchError, match=r"a step took 8 rows, takes (4|16)"):
+        # A step with another number of rows is refused.
+        for words in jobs[-1], {**jobs[-1], "batch_size": 8}:
+            with pytest.raises(cf.MismatchError, match=r"a step had 8 rows, has (4|16): `batch_size`"):
                 train_student(TrainStudentConfig(**words))
     (folder / "worker.py").write_text(WORKER)
     on_two_processes(folder, str(folder / "worker.py"), json.dumps(jobs))
@@ -97,14 +97,14 @@ def config(folder: Path, student: Path, case: str, name: str, **options: Any) ->
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_go_on_with_what_one_began(folder: Path, student_dir: Path, case: str):
+def test_two_processes_continue_a_run_of_one(folder: Path, student_dir: Path, case: str):
     whole, two = weights(folder / f"{case} whole"), weights(folder / f"{case} two")
     kept = weights(folder / f"{case} whole/checkpoint-{KEPT_BY_ONE}")
     assert distance(whole, kept) > 0.01 and distance(whole, two) < 2e-6
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_has_the_rows_that_it_would_have_had(folder: Path, case: str):
+def test_each_step_has_the_rows_of_an_uninterrupted_run(folder: Path, case: str):
     mix = open_mix([f"{folder}/{each}" for each in CASES[case]])
     parts = [CacheDataset(cache) for cache in mix.caches]
     dataset = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
@@ -125,19 +125,19 @@ def test_every_step_has_the_rows_that_it_would_have_had(folder: Path, case: str)
         while len(parts[0] + parts[1]) < len(wanted):
             for part, rows in zip(parts, next(batches), strict=True):
                 part += rows
-        fillers = {wanted[-1] + len(dataset)}  # which do not count
+        fillers = {wanted[-1] + len(dataset)}  # without loss tokens
         assert sorted(index for index in parts[0] + parts[1] if index not in fillers) == sorted(wanted)
         places = [[index % len(dataset) for index in part] for part in parts]
-        assert places[0] + places[1] == sorted(places[0] + places[1])  # each has those that lie together
+        assert places[0] + places[1] == sorted(places[0] + places[1])  # each process has adjacent rows
     for each in ranks:
-        assert any("was written by 1 process, 2 go on" in warning for warning in each["warnings"])
+        assert any("was written by 1 process, and 2 continue" in warning for warning in each["warnings"])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_goes_on_with_what_two_left(folder: Path, student_dir: Path, case: str):
+def test_one_process_continues_a_run_of_two(folder: Path, student_dir: Path, case: str):
     back = cut(folder / f"{case} two", folder / f"{case} back", KEPT_BY_TWO)
     warnings: list[str] = []
-    options = config(folder, student_dir, case, "back", per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    options = config(folder, student_dir, case, "back", batch_size=8, gradient_accumulation_steps=1)
     train_student(TrainStudentConfig(**{**options, "resume": True}), on_warning=warnings.append)
     assert distance(weights(folder / f"{case} whole"), weights(back)) < 2e-6
     assert any("was written by 2 processes, 1 go on" in warning for warning in warnings)

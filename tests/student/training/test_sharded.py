@@ -1,7 +1,7 @@
-"""Four processes, and a student whose weights are sharded over processes (FSDP2), train to the weights of one.
+"""Training on four processes, and with weights sharded over processes (FSDP2), gives the weights of one process.
 
 Processes are forks of one that has imported everything, over gloo on a CPU. accelerate shards on GPUs only, so the
-worker tells it that its processes have some; from there on everything is what a GPU would do.
+worker makes it believe that there are GPUs; everything after that is the same as on GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 import cache_format as cf
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import conversations, english, tiny_llama, write_jsonl
 
@@ -90,7 +91,7 @@ def launch(job):
     while children:
         pid, status = os.wait()
         children.remove(pid)
-        if status:  # the others would wait for it
+        if status:  # the others would wait forever
             for other in children:
                 os.kill(other, signal.SIGKILL)
             sys.exit(f"{job['output']} failed")
@@ -103,13 +104,13 @@ for job in json.loads(sys.argv[1]):
 PROCESSES = {"four": 4, "sharded": 2, "sharded-untied": 2, "sharded-lora": 2, "sharded-lora-head": 2}
 ADAPTERS = {
     "sharded-lora": {"lora_rank": 4, "merge_adapter": True},
-    "sharded-lora-head": {"lora_rank": 4, "lora_head": True},  # through the model's own head; saved as an adapter
+    "sharded-lora-head": {"lora_rank": 4, "lora_head": True},  # uses the model's own head; saved as an adapter
 }
 
 
 @pytest.fixture(scope="module")
 def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`one-…` and the same steps with several processes; batches of 4 rows in all."""
+    """Runs of one process (`one-…`) and the same steps on several processes, with 4 rows per batch in total."""
     folder = tmp_path_factory.mktemp("sharded")
     cache = build_cache(folder / "cache", teacher_dir, write_jsonl(folder / "chat.jsonl", conversations(18)))
     (folder / "text.txt").write_text(english(16, seed=5))
@@ -125,11 +126,11 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
         student = untied if "untied" in name else student_dir
         adapter = ADAPTERS.get(name, {})
         if not one(folder, name).exists():
-            train(one(folder, name), cache, student=student, per_device_train_batch_size=4,
+            train(one(folder, name), cache, student=student, batch_size=4,
                   arguments=plain, **adapter, **options)  # fmt: skip
         file = folder / f"{name}.json"
         file.write_text(json.dumps({**plain, **(fsdp if "sharded" in name else {})}))
-        given = {**options, **adapter, "training_args": str(file), "per_device_train_batch_size": 4 // processes}
+        given = {**options, **adapter, "training_args": str(file), "batch_size": 4 // processes}
         paths = {"output": str(folder / name), "cache": str(cache), "student": str(student)}
         jobs.append({"processes": processes, "options": given, "sharded": "sharded" in name, **paths})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}
@@ -140,12 +141,12 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
 
 
 def one(runs: Path, name: str) -> Path:
-    """The same with one process."""
+    """The run of one process with the same options."""
     return runs / f"one-{name.removeprefix('sharded').removeprefix('four').strip('-')}"
 
 
 def all_weights(directory: Path) -> dict:
-    """With the head under its own name, which a sharded student is saved with even if it is the embedding."""
+    """The weights, with a tied head under its own name too, as a sharded student is saved."""
     if (directory / "adapter_model.safetensors").exists():
         return load_file(directory / "adapter_model.safetensors")
     found = weights(directory)
@@ -154,9 +155,9 @@ def all_weights(directory: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_several_processes_end_with_the_weights_of_one(name: str, runs: Path, student_dir: Path):
+def test_several_processes_give_the_weights_of_one(name: str, runs: Path, student_dir: Path):
     expected = all_weights(one(runs, name))
-    if name == "sharded-lora-head":  # B is 0 at first
+    if name == "sharded-lora-head":  # B is initialised to 0
         assert max(float(tensor.abs().max()) for key, tensor in expected.items() if "lora_B" in key) > 0.02
     else:
         assert distance(expected, all_weights(runs / "untied" if "untied" in name else student_dir)) > 0.02
@@ -164,7 +165,7 @@ def test_several_processes_end_with_the_weights_of_one(name: str, runs: Path, st
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_several_processes_log_the_numbers_of_one(name: str, runs: Path):
+def test_several_processes_log_the_metrics_of_one(name: str, runs: Path):
     compared = 0
     for entry, other in zip(log_history(one(runs, name)), log_history(runs / name), strict=True):
         for number in {"kl", "ce", "agreement", "loss", "eval_kl", "eval_ce", "eval_loss"} & entry.keys():
@@ -174,14 +175,14 @@ def test_several_processes_log_the_numbers_of_one(name: str, runs: Path):
 
 
 @pytest.mark.parametrize("name", ["sharded", "sharded-untied", "sharded-lora"])
-def test_head_and_loss_see_the_whole_weight_of_a_sharded_student(name: str, runs: Path):
+def test_loss_gets_the_full_head_weight_of_a_sharded_student(name: str, runs: Path):
     for rank in range(PROCESSES[name]):
         seen = json.loads((runs / f"{name}-rank-{rank}.json").read_text())
         assert len(seen) >= 6
-        assert {(kind, *shape) for kind, shape in seen} == {("Parameter", 400, 16)}  # no DTensor, no part of it
+        assert {(kind, *shape) for kind, shape in seen} == {("Parameter", 400, 16)}  # not a DTensor, not a shard
 
 
-def test_sharded_student_is_saved_whole(runs: Path):
+def test_sharded_student_is_saved_complete(runs: Path):
     result = evaluate(EvaluateConfig(cache=str(runs / "held-out"), student=str(runs / "sharded"), device="cpu"))
     last = [entry for entry in log_history(one(runs, "sharded")) if "eval_kl" in entry]
     assert min(abs(result.kl - entry["eval_kl"]) for entry in last) < 1e-5

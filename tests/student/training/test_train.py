@@ -1,4 +1,4 @@
-"""The same weights however a step is cut up, stopped or resumed, and numbers that are true.
+"""Training runs: gradient accumulation, logged metrics, checkpoints, resume, divergence.
 
 Two processes are in test_distributed.py.
 """
@@ -26,7 +26,8 @@ from transformers import (
 import cache_format as cf
 import pipeline.student.training.train as train_module
 from pipeline.errors import ConfigError, DivergedError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
 from pipeline.losses import sparse_kl
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
@@ -38,7 +39,7 @@ from tiny import conversations, english, write_jsonl
 
 @pytest.fixture(scope="module")
 def cache(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packed rows of conversations, of which only the answers count: 3 to 40 tokens in a row."""
+    """Packed rows of conversations with loss tokens in the answers: 3 to 40 loss tokens per row."""
     folder = tmp_path_factory.mktemp("train")
     data = write_jsonl(folder / "chat.jsonl", conversations(24))
     return build_cache(folder / "cache", teacher_dir, data)
@@ -53,17 +54,17 @@ def held_out(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def gpt2_config(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """Learned positions and dropout, so that the random state matters."""
+    """A student with dropout, so that the random state matters."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64)
     path = tmp_path_factory.mktemp("gpt2") / "config.json"
     config.to_json_file(path)
     return path
 
 
-# -- one optimizer step, however it is cut up -------------------------------------------------------------------------
+# -- one optimizer step -----------------------------------------------------------------------------------------------
 
 
-def test_gradient_accumulation_changes_nothing(tmp_path: Path, cache: Path, student_dir: Path):
+def test_gradient_accumulation_does_not_change_weights(tmp_path: Path, cache: Path, student_dir: Path):
     counted = [int(row.loss_mask.sum()) for row in cf.open_cache(cache).iter_rows()]
     assert max(counted) > 3 * min(counted) and len(counted) % 8  # a mean of means would differ
     trained = {}
@@ -74,9 +75,9 @@ def test_gradient_accumulation_changes_nothing(tmp_path: Path, cache: Path, stud
             cache,
             student=student_dir,
             arguments={**SGD, "learning_rate": 0.5},
-            per_device_train_batch_size=rows,
+            batch_size=rows,
             gradient_accumulation_steps=steps,
-            num_train_epochs=2,
+            epochs=2,
         )
         trained[rows] = weights(output)
     assert distance(trained[8], weights(student_dir)) > 0.05
@@ -84,7 +85,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path: Path, cache: Path, stud
     assert distance(trained[8], trained[1]) < 2e-6
 
 
-def test_labels_only_is_plain_cross_entropy(tmp_path: Path, cache: Path, student_dir: Path):
+def test_labels_only_equals_plain_cross_entropy(tmp_path: Path, cache: Path, student_dir: Path):
     output = tmp_path / "student"
     train(
         output,
@@ -92,10 +93,10 @@ def test_labels_only_is_plain_cross_entropy(tmp_path: Path, cache: Path, student
         student=student_dir,
         kd_weight=0.0,
         arguments={**SGD, "learning_rate": 0.2},
-        per_device_train_batch_size=8,
+        batch_size=8,
         seed=7,
     )
-    # The same by hand: the model's own forward on every document alone, labels shifted as usual, a mean over the step.
+    # Reference: the model's own forward on one document at a time, shifted labels, a mean over the step.
     opened = cf.open_cache(cache)
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     order = list(LocalShuffle(opened.record_batches(), seed=7))
@@ -141,14 +142,14 @@ def gemma(tokenizer: PreTrainedTokenizerFast) -> Gemma2Config:
     )
 
 
-def test_soft_capped_head_has_the_gradient_of_dense_autograd(cache: Path, gemma: Gemma2Config):
+def test_gradients_of_a_soft_capped_head_equal_dense_autograd(cache: Path, gemma: Gemma2Config):
     model = Gemma2ForCausalLM(gemma)
     head = open_head(model, gemma.vocab_size)
     assert not head.linear
     recipe = LossRecipe(kd_weight=0.7, temperature=2.0)
     batch = collate(cf.open_cache(cache)[:6])
 
-    # No cross-document mask is needed in this reference beyond what position ids already do: same inputs, own forward.
+    # Position ids keep documents apart in the model's own forward too.
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     expected = sparse_kl(logits, targets_of(batch), kd_weight=0.7, temperature=2.0)
     expected.backward()
@@ -169,7 +170,7 @@ def test_soft_capped_student_trains(tmp_path: Path, cache: Path, held_out: Path,
     gemma.to_json_file(tmp_path / "config.json")
     output = tmp_path / "student"
     options = {"student_config": str(tmp_path / "config.json"), "learning_rate": 1e-2, "kd_weight": 1.0}
-    summary = train(output, cache, eval_cache=str(held_out), num_train_epochs=2, eval_steps=4, **options)
+    summary = train(output, cache, eval_cache=str(held_out), epochs=2, eval_steps=4, **options)
     evaluations = [entry["eval_kl"] for entry in log_history(output) if "eval_kl" in entry]
     assert summary.eval["kl"] == min(evaluations) < 0.95 * evaluations[0]
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
@@ -178,10 +179,10 @@ def test_soft_capped_student_trains(tmp_path: Path, cache: Path, held_out: Path,
     assert summary.eval["agreement"] == pytest.approx(expected["agreement"], abs=1e-9)
 
 
-# -- the numbers ------------------------------------------------------------------------------------------------------
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_logged_numbers_are_those_of_full_logits(tmp_path: Path, cache: Path, held_out: Path, student_dir: Path):
+def test_logged_metrics_equal_those_of_full_logits(tmp_path: Path, cache: Path, held_out: Path, student_dir: Path):
     opened = cf.open_cache(cache)
     logs: list[dict[str, float]] = []
     summary = train(
@@ -189,7 +190,7 @@ def test_logged_numbers_are_those_of_full_logits(tmp_path: Path, cache: Path, he
         cache,
         student=student_dir,
         eval_cache=str(held_out),
-        per_device_train_batch_size=len(opened),  # one step is an epoch, and is computed before its weights change
+        batch_size=len(opened),  # the first step sees all rows, with the initial weights
         max_steps=2,
         logging_steps=1,
         eval_steps=1,
@@ -220,8 +221,8 @@ def test_logged_numbers_are_those_of_full_logits(tmp_path: Path, cache: Path, he
         assert summary.eval[name] == pytest.approx(getattr(alone, name), rel=1e-6)
 
 
-def test_best_checkpoint_is_kept_loaded_and_saved(tmp_path: Path, cache: Path, held_out: Path, student_dir: Path):
-    # Far too large a step: it gets worse after some evaluation.
+def test_best_checkpoint_is_saved_as_the_student(tmp_path: Path, cache: Path, held_out: Path, student_dir: Path):
+    # The step is far too large, so that the loss rises again.
     output = tmp_path / "student"
     arguments = {**SGD, "learning_rate": 40.0, "max_grad_norm": 1.0}
     options = {"max_steps": 8, "eval_steps": 1, "kd_weight": 1.0}
@@ -235,7 +236,7 @@ def test_best_checkpoint_is_kept_loaded_and_saved(tmp_path: Path, cache: Path, h
     assert distance(weights(output), weights(output / "checkpoint-8")) > 0.0
 
 
-def test_what_is_saved_is_an_ordinary_model(
+def test_saved_student_is_a_plain_transformers_model(
     tmp_path: Path, cache: Path, student_dir: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ):
     seen = []
@@ -270,7 +271,7 @@ def test_what_is_saved_is_an_ordinary_model(
     assert len(record["cache"]["shards_sha256"]) == len(cf.open_cache(cache).manifest.shards)
 
 
-def test_half_precision_and_checkpointed_activations(
+def test_bf16_and_gradient_checkpointing(
     tmp_path: Path, cache: Path, held_out: Path, student_dir: Path, recwarn: pytest.WarningsRecorder
 ):
     options = {"student": student_dir, "eval_cache": str(held_out), "max_steps": 4, "learning_rate": 1e-2}
@@ -285,7 +286,7 @@ def test_half_precision_and_checkpointed_activations(
 
 
 class Stop:
-    """Presses Ctrl-C after given steps, one after the other."""
+    """Raises KeyboardInterrupt after each of the given steps."""
 
     def __init__(self, *steps: int) -> None:
         self.steps = list(steps)
@@ -298,25 +299,23 @@ class Stop:
 
 @pytest.mark.parametrize(
     "workers", [(0, 0, 0, 0), pytest.param((2, 0, 1, 2), marks=pytest.mark.slow)]
-)  # that read the cache, each time
-def test_stopped_and_resumed_equals_uninterrupted_exactly(
-    tmp_path: Path, cache: Path, held_out: Path, gpt2_config: Path, workers: tuple[int, ...]
-):
+)  # `dataloader_num_workers` of each run
+def test_resume_is_exact(tmp_path: Path, cache: Path, held_out: Path, gpt2_config: Path, workers: tuple[int, ...]):
     options: dict[str, Any] = {
         "student_config": str(gpt2_config),
         "eval_cache": str(held_out),
-        "per_device_train_batch_size": 4,
+        "batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
+        "epochs": 2,
         "save_steps": 4,
         "eval_steps": 4,
         "logging_steps": 2,
         "learning_rate": 1e-2,
     }
     whole = train(tmp_path / "whole", cache, dataloader_num_workers=workers[0], **options)
-    assert whole.steps == 16  # 8 in an epoch
+    assert whole.steps == 16  # 8 per epoch
 
-    # Goes on from step 4 in the middle of an epoch, from 8 where the second begins, from 12 in the middle of that.
+    # Continues from steps 4 and 12, inside epochs, and from step 8, between them.
     stop = Stop(6, 9, 14)
     for resume, reading in zip((False, True, True), workers, strict=False):
         with pytest.raises(KeyboardInterrupt):
@@ -336,9 +335,7 @@ def test_stopped_and_resumed_equals_uninterrupted_exactly(
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts")
 
 
-def test_run_killed_while_it_saved_a_checkpoint_goes_on_from_the_one_before(
-    tmp_path: Path, cache: Path, student_dir: Path
-):
+def test_resume_skips_an_incomplete_checkpoint(tmp_path: Path, cache: Path, student_dir: Path):
     options = {"student": student_dir, "max_steps": 7, "save_steps": 3, "learning_rate": 1e-2}
     train(tmp_path / "whole", cache, **options)
     with pytest.raises(KeyboardInterrupt):
@@ -351,9 +348,7 @@ def test_run_killed_while_it_saved_a_checkpoint_goes_on_from_the_one_before(
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
 
 
-def test_run_killed_before_the_student_was_saved_is_finished_without_another_step(
-    tmp_path: Path, cache: Path, student_dir: Path
-):
+def test_resume_after_the_last_step_only_saves_the_student(tmp_path: Path, cache: Path, student_dir: Path):
     output = tmp_path / "student"
     options = {"student": student_dir, "max_steps": 3, "arguments": {**SGD, "learning_rate": 0.5}}
     train(output, cache, **options)
@@ -367,7 +362,7 @@ def test_run_killed_before_the_student_was_saved_is_finished_without_another_ste
         train(output, cache, resume=True, **options)
 
 
-def test_resumed_in_another_place(tmp_path: Path, cache: Path, student_dir: Path):
+def test_output_and_cache_may_move_before_resume(tmp_path: Path, cache: Path, student_dir: Path):
     options = {"student": student_dir, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     train(tmp_path / "whole", cache, **options)
     with pytest.raises(KeyboardInterrupt):
@@ -378,11 +373,11 @@ def test_resumed_in_another_place(tmp_path: Path, cache: Path, student_dir: Path
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "after")) == 0.0
 
 
-# -- numbers that are none --------------------------------------------------------------------------------------------
+# -- divergence -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("logged_every", "what"), [(1, "loss of the student is"), (100, "weights of the student are")])
-def test_a_run_that_diverges_stops_before_it_saves_that(
+@pytest.mark.parametrize(("logged_every", "what"), [(1, "loss"), (100, "weights")])
+def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path,
     cache: Path,
     student_dir: Path,
@@ -390,18 +385,18 @@ def test_a_run_that_diverges_stops_before_it_saves_that(
     what: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """One weight of the third step is no number: whether it is seen in the log or only when a checkpoint is due."""
+    """The loss is NaN at the third step; it is noticed in the log, or in the weights before a checkpoint."""
     compute = DistillTrainer.compute_loss
 
-    def spoilt(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+    def broken(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
         loss = compute(trainer, *args, **kwargs)
         return loss if trainer.state.global_step < 2 else loss * torch.nan
 
     output = tmp_path / "student"
     options = {"student": student_dir, "max_steps": 6, "save_steps": 1, "learning_rate": 1e-3}
     with monkeypatch.context() as patch:
-        patch.setattr(DistillTrainer, "compute_loss", spoilt)
-        with pytest.raises(DivergedError, match=rf"at step 3 of 6 the {what} not finite.*checkpoint-2 is from before"):
+        patch.setattr(DistillTrainer, "compute_loss", broken)
+        with pytest.raises(DivergedError, match=rf"step 3 of 6.* {what} .*checkpoint-2"):
             train(output, cache, logging_steps=logged_every, **options)
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     assert not (output / "model.safetensors").exists()
@@ -410,22 +405,22 @@ def test_a_run_that_diverges_stops_before_it_saves_that(
     assert distance(weights(tmp_path / "whole"), weights(output)) == 0.0
 
 
-def test_a_learning_rate_that_is_too_high_is_an_error(tmp_path: Path, cache: Path, student_dir: Path):
+def test_too_high_learning_rate_is_an_error(tmp_path: Path, cache: Path, student_dir: Path):
     options = {"student": student_dir, "max_steps": 6, "arguments": {**SGD, "learning_rate": 1e30}}
-    with pytest.raises(DivergedError, match=r"not finite.* no checkpoint yet\. Take a lower --learning-rate"):
+    with pytest.raises(DivergedError, match=r"no checkpoint.*learning.rate"):
         train(tmp_path / "student", cache, **options)
 
 
-# -- which rows a step sees -------------------------------------------------------------------------------------------
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_epoch_sees_every_row_once_in_another_order(
+def test_each_epoch_sees_each_row_once_in_a_new_order(
     tmp_path: Path, cache: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[int] = []
     getitem = CacheDataset.__getitem__
     monkeypatch.setattr(CacheDataset, "__getitem__", lambda self, index: seen.append(index) or getitem(self, index))
-    train(tmp_path / "student", cache, student=student_dir, num_train_epochs=2)
+    train(tmp_path / "student", cache, student=student_dir, epochs=2)
     opened = cf.open_cache(cache)
     rows = len(opened)
     assert sorted(seen[:rows]) == sorted(seen[rows:]) == list(range(rows))
@@ -435,7 +430,7 @@ def test_every_epoch_sees_every_row_once_in_another_order(
     assert seen[rows:] == list(sampler) != seen[:rows]
 
 
-def test_documents_of_a_row_do_not_see_one_another(cache: Path, student_dir: Path):
+def test_documents_of_a_packed_row_are_kept_apart(cache: Path, student_dir: Path):
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).eval()
     head = open_head(model, 400)
     rows = [row for row in cf.open_cache(cache).iter_rows() if len(row.segment_lengths) > 1][:4]

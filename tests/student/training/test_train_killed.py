@@ -1,4 +1,4 @@
-"""Stage two killed with SIGKILL at any moment and resumed: the weights of a run that nobody disturbed."""
+"""A run killed with SIGKILL at random moments and resumed gives the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny import conversations, write_jsonl
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = 4
 
-# Forks a run, kills it a moment after it has come some steps further, and forks the next one, until one ends by itself.
-# What is to be done next is asked of the output, as a user would: nothing to resume yet means to start again.
+# Forks a run, kills it after a few steps and a random delay, and forks the next one, until one ends by itself.
+# Like a user, resumes if the output has a checkpoint, else starts again.
 LAUNCHER = """
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
@@ -62,7 +62,7 @@ while True:
     pid = life()
     enough = first + rng.randint(1, 3)
     status = wait(pid, lambda: len(said) < kills and step() >= enough)
-    if status is None:  # in whatever comes next: the rest of this checkpoint, a step, another checkpoint
+    if status is None:  # let it run into saving, a step or another checkpoint
         until = time.monotonic() + rng.uniform(0.0, 0.1)
         status = wait(pid, lambda: time.monotonic() >= until)
     if status is not None:
@@ -70,7 +70,7 @@ while True:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     said.append(step())
-    if is_finished(Path(output)):  # killed when all was done
+    if is_finished(Path(output)):  # killed after the student was saved
         status = 0
         break
 print(json.dumps([status, said]))
@@ -79,12 +79,10 @@ print(json.dumps([status, said]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments_and_resumed_ends_with_the_same_weights(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path
-):
+def test_resume_after_random_kills_is_exact(tmp_path: Path, teacher_dir: Path, student_dir: Path):
     cache = build_cache(tmp_path / "cache", teacher_dir, write_jsonl(tmp_path / "chat.jsonl", conversations(24)))
-    options = {"num_train_epochs": 2, "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-2}
-    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = {"epochs": 2, "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-2}
+    options |= {"batch_size": 2, "gradient_accumulation_steps": 2}
     whole = train(tmp_path / "whole", cache, student=student_dir, **options)
     given = [str(tmp_path / "parts"), str(cache), str(student_dir), KILLS, options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}

@@ -162,7 +162,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, **changes: object) -> Head:
 def test_a_model_that_sees_padding_is_refused_unless_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     head = broken(monkeypatch, attention_mask=None)
     check_decoding(head, padding=False)
-    with pytest.raises(ModelError, match="of a padded batch differ .* Use --batch-size 1"):
+    with pytest.raises(ModelError, match="of a padded batch differ .* Use `batch_size` 1"):
         check_decoding(head, padding=True)
 
 
@@ -179,5 +179,5 @@ def test_a_model_without_a_key_value_cache_is_refused(monkeypatch: pytest.Monkey
         return (torch.zeros((*input_ids.shape, 32)),)
 
     monkeypatch.setattr(head.model.model, "forward", forward)
-    with pytest.raises(ModelError, match="cannot be used with --generate. Use another teacher"):
+    with pytest.raises(ModelError, match="cannot be used with `generate`. Use another teacher"):
         check_decoding(head, padding=True)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.student.training.recipe import LossRecipe
 from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 from benchmarks.reasoning import is_right
 from generating import answers_of, generate, write_predicates
 from pipeline.errors import ConfigError
-from pipeline.student.training.recipe import LossRecipe
+from pipeline.inspection import cache_statistics
 from pipeline.teacher.generation.predicates import Answered
-from pipeline.terminal.cache_statistics import cache_stats
 from runs import build_cache, dense_evaluation, train
 from sampled import threshold
 from tiny import completions, write_jsonl
@@ -70,7 +70,7 @@ def test_sizes_include_the_answers(written: dict[str, Path]) -> None:
     path = written["judged"]
     parts = [*path.glob("shards/*.arrow"), path / "answers.jsonl"]
     total = sum(part.stat().st_size for part in parts)
-    stats = cache_stats(cf.open_cache(path))
+    stats = cache_statistics(cf.open_cache(path))
     assert stats["bytes"] == total == cf.verify_cache(path).bytes
     lines = stats["beside_bytes_per_token"]
     assert lines["answers.jsonl"] == parts[-1].stat().st_size / stats["tokens"]
@@ -88,7 +88,7 @@ def test_a_cache_of_given_text_has_no_answers(teacher_dir: Path, text_file: Path
 def test_students_learn_from_answers(
     kd_weight: float, written: dict[str, Path], student_dir: Path, tmp_path: Path
 ) -> None:
-    options = {"learning_rate": 1e-2, "num_train_epochs": 8.0, "per_device_train_batch_size": 4}
+    options = {"learning_rate": 1e-2, "epochs": 8.0, "batch_size": 4}
     train(tmp_path / "student", written["more"], student=student_dir, kd_weight=kd_weight, **options)
     rows = list(cf.open_cache(written["more"]).iter_rows())
     before, after = (
@@ -110,7 +110,7 @@ def test_the_realized_tail_warns_where_the_text_may_not_be_a_sample(
 def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
     name: str, written: dict[str, Path], student_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--tail realized: the text of .* was drawn at --gen-temperature"):
+    with pytest.raises(ConfigError, match="`tail` realized: the text of .* was drawn at `gen_temperature`"):
         train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
     recipe = LossRecipe.for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
     assert recipe.for_held_out(cf.open_cache(written[name])).tail == "bucket"

@@ -265,7 +265,7 @@ def test_a_predicate_that_fails_names_the_example_and_costs_no_answer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match=f"--keep-if {predicates}:{name}: {message}"):
+    with pytest.raises(ConfigError, match=f"`gen_keep_if` {predicates}:{name}: {message}"):
         generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, keep_if=f"{predicates}:{name}")
     assert not (tmp_path / "cache").exists()
     sizes = count_batches(monkeypatch)
@@ -304,7 +304,7 @@ def test_a_predicate_that_cannot_be_used_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.chdir(predicates.parent)
     Path("broken.py").write_text("def odd(:\n")
-    with pytest.raises(ConfigError, match=f"^--keep-if .*{message}"):
+    with pytest.raises(ConfigError, match=f"^`gen_keep_if` .*{message}"):
         generate(tmp_path / "no teacher", data, tmp_path / "cache", keep_if=keep_if)
 
 
@@ -315,13 +315,15 @@ def test_the_command_says_how_many_answers_were_kept(
     teacher_dir: Path, data: Path, predicates: Path, whole: Path, tmp_path: Path
 ) -> None:
     words = ["cache-teacher", "--teacher", teacher_dir, "--data", data, "--output", tmp_path / "cache", "--generate"]
-    words += ["--gen-temperature", 1.3, "--answers-per-prompt", 3, "--max-new-tokens", 8, "--batch-size", 4]
-    words += ["--seq-len", 256, "--top-k", K, "--rows-per-shard", 16, "--device", "cpu", "--keep-if"]
+    words += ["--gen-temperature", 1.3, "--gen-answers-per-prompt", 3, "--gen-max-new-tokens", 8, "--batch-size", 4]
+    words += ["--seq-len", 256, "--top-k", K, "--rows-per-shard", 16, "--device", "cpu", "--gen-keep-if"]
     result = run(*words, f"{predicates}:odd")
     assert "12 for 8 prompts, 12 passed (50.0%)" in result.stdout
     assert "24/24 answers" in result.stderr and "12 passed" in result.stderr
     assert contents(tmp_path / "cache") == contents(whole)
-    found = json.loads(run(*words, f"{predicates}:odd", "--overwrite", "--json", "--stop", "X", "--stop", "Y").stdout)
+    found = json.loads(
+        run(*words, f"{predicates}:odd", "--overwrite", "--json", "--gen-stop", "X", "--gen-stop", "Y").stdout
+    )
     assert found["answers"] == 24 and found["rows"] == found["passed"] == 12 and math.isfinite(found["mean_logprob"])
     assert sum(found["stop_reasons"].values()) == 24
     assert cf.open_cache(tmp_path / "cache").metadata.corpus["generation"]["stop"] == ["X", "Y"]
@@ -345,8 +347,8 @@ def test_an_interrupt_says_where_the_answers_are(
     "words, status, message",
     [
         (["--gen-temperature", 0.5], 2, "--gen-temperature: only with --generate"),
-        (["--stop", "x"], 2, "--stop: only with --generate"),
-        (["--keep-if", "a:b"], 2, "--keep-if: only with --generate"),
+        (["--gen-stop", "x"], 2, "--stop: only with --generate"),
+        (["--gen-keep-if", "a:b"], 2, "--gen-keep-if: only with --generate"),
         (["--generate", "--no-packing"], 2, "--packing: with --generate each answer is a row"),
         (["--generate", "--all-positions"], 2, "--all-positions: with --generate"),
         (["--generate", "--num-workers", 2], 2, "--num-workers: with --generate one process writes"),
@@ -356,8 +358,12 @@ def test_an_interrupt_says_where_the_answers_are(
         (["--generate", "--gen-temperature", -1], 1, "--gen-temperature -1.0: expected 0"),
         (["--generate", "--gen-top-p", 0], 1, "--gen-top-p 0.0: expected a probability mass"),
         (["--generate", "--gen-top-k", -1], 1, "--gen-top-k -1: expected 0 to"),
-        (["--generate", "--stop", ""], 1, "--stop: found an empty string"),
-        (["--generate", "--gen-temperature", 0, "--answers-per-prompt", 2], 1, "all answers to a prompt are the same"),
+        (["--generate", "--gen-stop", ""], 1, "--stop: found an empty string"),
+        (
+            ["--generate", "--gen-temperature", 0, "--gen-answers-per-prompt", 2],
+            1,
+            "all answers to a prompt are the same",
+        ),
         (["--generate", "--top-k", 401], 1, "--top-k 401: the vocabulary has 400 tokens"),
         (["--generate", "--seq-len", 4096], 1, "--seq-len 4096: this teacher was trained on at most 2048"),
     ],
@@ -418,7 +424,7 @@ def test_several_processes_are_refused(
 ) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="--generate: one process writes the answers"):
+    with pytest.raises(ConfigError, match="`generate`: one process writes the answers"):
         generate(teacher_dir, data, tmp_path / "cache")
 
 

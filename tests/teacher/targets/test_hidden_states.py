@@ -16,14 +16,13 @@ import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets import hidden_states as hidden
-from pipeline.teacher.targets.hidden_states import HiddenRule, chosen, predicted_bytes, quantised
+from pipeline.teacher.targets.hidden_states import chosen, predicted_bytes, quantised
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from tiny import tiny_llama
 
 LAYERS, WIDTH = 2, 32  # of the teachers
@@ -210,7 +209,7 @@ def test_states_too_large_for_a_half_float_are_not_stored(
         return last, {layer: each * 1e5 for layer, each in found.items()}
 
     monkeypatch.setattr(Head, "states", large)
-    with pytest.raises(ModelError, match=r"row \d+, position \d+: the hidden state of layer 1 .* --hidden-dtype int8"):
+    with pytest.raises(ModelError, match=r"row \d+, position \d+: the hidden state of layer 1 .* `hidden_dtype` int8"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", hidden=HiddenRule(layers="1")))
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "int8", hidden=HiddenRule(layers="1", dtype="int8")))
 
@@ -218,11 +217,11 @@ def test_states_too_large_for_a_half_float_are_not_stored(
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"layers": "first"}, "--hidden-states first: expected last, all, or layers"),
-        ({"layers": "3,-1"}, "--hidden-states 3,-1"),
-        ({"layers": ""}, "--hidden-states"),
-        ({"dtype": "float64"}, "--hidden-dtype float64"),
-        ({"every": 0}, "--hidden-every 0"),
+        ({"layers": "first"}, "`hidden_states` first: expected last, all, or layers"),
+        ({"layers": "3,-1"}, "`hidden_states` 3,-1"),
+        ({"layers": ""}, "`hidden_states`"),
+        ({"dtype": "float64"}, "`hidden_dtype` float64"),
+        ({"every": 0}, "`hidden_every` 0"),
     ],
 )
 def test_rules_that_mean_nothing(values: dict[str, Any], words: str) -> None:
@@ -231,7 +230,7 @@ def test_rules_that_mean_nothing(values: dict[str, Any], words: str) -> None:
 
 
 def test_layers_that_a_teacher_does_not_have(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--hidden-states 1,3: this teacher has layers 0 .* to 2"):
+    with pytest.raises(ConfigError, match=r"`hidden_states` 1,3: this teacher has layers 0 .* to 2"):
         cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", hidden=HiddenRule(layers="1,3")))
     assert not (tmp_path / "cache").exists()
 

@@ -25,12 +25,14 @@ from pipeline.models.head import open_head
 from pipeline.models.head_form import HeadForm, head_form
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.teacher import capture
+from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
-from pipeline.teacher.targets.hidden_states import HiddenRule, predicted_bytes, quantised
+from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.verification import TeacherCheckConfig, _rounded_from, verify_against_teacher
+from pipeline.teacher.verification import _rounded_from, verify_against_teacher
+from pipeline.teacher.verify_config import TeacherCheckConfig
 from tiny import tiny_llama, tiny_tokenizer
 
 VOCAB = 400
@@ -177,7 +179,7 @@ def test_a_head_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyPa
     assert head_form(head).softcap == 20.0
     monkeypatch.setattr(head_form_module, "CAPPED", ())
     with pytest.raises(
-        ModelError, match=r"--targets hidden: Gemma2ForCausalLM's .* more to them than scale and soft-cap"
+        ModelError, match=r"`targets` hidden: Gemma2ForCausalLM's .* more to them than scale and soft-cap"
     ):
         head_form(head)
 
@@ -328,17 +330,17 @@ def test_a_head_that_was_left_on_disk_is_the_same_head(
 def test_what_hidden_targets_cannot_be_combined_with(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     config = full_settings(teacher_dir, text_file, tmp_path / "cache")
     for changes, words in (
-        ({"encoding": "packed"}, "--encoding packed: hidden targets have no entries to pack"),
-        ({"hidden": HiddenRule(every=2)}, "--hidden-every 2: with --targets hidden every position"),
+        ({"encoding": "packed"}, "`encoding` packed: hidden targets have no entries to pack"),
+        ({"hidden": HiddenRule(every=2)}, "`hidden_every` 2: with `targets` hidden every position"),
     ):
         for run in (cache_teacher, plan_cache):
             with pytest.raises(ConfigError, match=words):
                 run(replace(config, **changes))
     with pytest.raises(ConfigError, match="hidden targets hold every temperature"):
         TargetRule(kind="hidden", temperature=2.0)
-    with pytest.raises(ConfigError, match="--top-k 5: hidden targets have none"):
+    with pytest.raises(ConfigError, match="`top_k` 5: hidden targets have none"):
         TargetRule(kind="hidden", top_k=5)
-    with pytest.raises(ConfigError, match="belong to --hidden-states"):
+    with pytest.raises(ConfigError, match="belong to `hidden_states`"):
         cache_teacher(replace(config, targets=TargetRule()))
     words = ["cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "cache"]
     result = CliRunner().invoke(main, [*map(str, words), "--targets", "hidden", "--generate"])

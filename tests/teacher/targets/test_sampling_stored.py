@@ -17,12 +17,12 @@ import torch
 
 import cache_format as cf
 from pages import text
+from pipeline.inspection import cache_statistics
 from pipeline.losses import TargetBatch, sparse_kl
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import draws, sparse_targets
 from pipeline.teacher.text.packing import TokenRow
-from pipeline.terminal.cache_statistics import cache_stats
 from sampled import ROUNDING, bernstein, moments, threshold
 
 N, V, R, SEEDS = 120, 100, 48, 4
@@ -90,7 +90,7 @@ def test_means_through_a_cache_are_off_by_the_rounding_of_exact_entries_alone(
         # KL and the entropy that it holds: the cross-entropy, in which only weights are rounded.
         kl = sparse_kl(z.repeat(R, 1), batch, tail="sampled", reduction="none")
         losses.append((kl + batch.entropy).numpy())
-        stats = cache_stats(cache)
+        stats = cache_statistics(cache)
         assert stats["weight_sum_mean"] == pytest.approx(sums[-1].mean(), abs=1e-6)
         assert stats["weight_sum_standard_error"] == pytest.approx(sums[-1].std(ddof=1) / math.sqrt(R * N), rel=1e-3)
 

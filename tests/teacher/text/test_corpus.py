@@ -1,4 +1,4 @@
-"""Text of every kind to tokens, what of it is to be learned, and bad input in one clear line."""
+"""Text in every format to tokens and loss mask, and one clear line for bad input."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, DataError, DistillError, ModelError
+from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
-from pipeline.teacher.text.corpus import DataConfig, Documents, tokenise_documents
+from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from tiny import BOS, CHAT_TEMPLATE, EOS, tiny_tokenizer, write_jsonl
 
 TEXTS = ["The first text.", "A second one,\nof two lines.", "Dritter Text: Äpfel."]
@@ -35,7 +36,7 @@ def texts(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> list[str]
 
 
 def learned(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
-    """Per document, each run of tokens to be learned as text."""
+    """The text of each run of loss tokens, per document."""
     result = []
     for row in documents.tokens:
         ids, targets = np.array(row["input_ids"], dtype=int), np.array(row["is_target"], dtype=bool)
@@ -174,7 +175,7 @@ def test_patterns_are_read_in_order(tmp_path: Path, tokenizer: PreTrainedTokeniz
 
 
 def test_changed_file_is_read_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Also behind .gz, which `datasets` could have unpacked into a cache by name."""
+    """Also with .gz, which `datasets` could have unpacked into a cache by name."""
     for name, data in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
         for text in ("before", "after."):
             (tmp_path / name).write_bytes(data(text.encode()))
@@ -189,7 +190,7 @@ def test_second_run_does_not_tokenise_again(
     first = texts(tokenise_documents(config, tokenizer), tokenizer)
     monkeypatch.setattr(encoding, "encode", None)
     assert texts(tokenise_documents(config, tokenizer), tokenizer) == first
-    # Anything that could change the tokens makes it do so.
+    # Whatever could change the tokens makes it tokenise again.
     for other, tok in (
         (DataConfig(data=config.data, append_eos=False), tokenizer),
         (config, tiny_tokenizer(seed=1)),
@@ -240,7 +241,7 @@ def test_columns_are_found_by_name(
     assert columns.format == format and columns.names == ((names,) if names == format else names)
 
 
-def test_words_for_nothing_in_a_csv_are_words(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_na_and_null_in_a_csv_are_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """pandas would read NA, None and null as missing; only an empty cell is."""
     (tmp_path / "a.csv").write_text("id,text\n1,NA\n2,None\n3,\n4,null\n")
     documents = tokenise_documents(DataConfig(data=str(tmp_path / "a.csv")), tokenizer)
@@ -250,7 +251,7 @@ def test_words_for_nothing_in_a_csv_are_words(tmp_path: Path, tokenizer: PreTrai
 # ---- special tokens
 
 
-def test_text_has_the_tokenizers_special_tokens_and_one_eos(tmp_path: Path) -> None:
+def test_text_gets_the_tokenizers_special_tokens_and_one_eos(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(add_bos=True)
     data = jsonl(tmp_path, {"text": "plain"}, {"text": "ended" + EOS}, {"text": ""}, {"text": None})
     documents = tokenise_documents(DataConfig(data=data), tokenizer)
@@ -259,7 +260,7 @@ def test_text_has_the_tokenizers_special_tokens_and_one_eos(tmp_path: Path) -> N
     assert texts(documents, tokenizer) == [BOS + "plain", BOS + "ended" + EOS, "", ""]
 
 
-def test_eos_of_the_tokenizers_own_is_not_doubled(tmp_path: Path) -> None:
+def test_eos_that_the_tokenizer_adds_is_not_repeated(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 1), (EOS, 2)]
@@ -272,14 +273,14 @@ def test_eos_of_the_tokenizers_own_is_not_doubled(tmp_path: Path) -> None:
         assert learned(documents, tokenizer) == [[" tell" + EOS]]
 
 
-def test_conversations_have_only_the_templates_special_tokens(tmp_path: Path) -> None:
+def test_conversations_get_only_the_templates_special_tokens(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(add_bos=True)
     data = jsonl(tmp_path, {"messages": [{"role": "user", "content": "Hi"}]})
     documents = tokenise_documents(DataConfig(data=data), tokenizer)
     assert texts(documents, tokenizer) == ["<|im_start|>user\nHi<|im_end|>\n"]
 
 
-# ---- what is to be learned
+# ---- which tokens are in the loss
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -295,7 +296,7 @@ GENERATION_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As templates of reasoning models do: what the assistant said earlier is rendered otherwise.
+# As in templates of reasoning models: earlier messages of the assistant are rendered differently.
 REWRITING_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
@@ -306,7 +307,7 @@ REWRITING_TEMPLATE = (
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE])
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_assistants_words_and_end_of_turn_are_learned(tmp_path: Path, template: str, trim_offsets: bool) -> None:
+def test_assistant_messages_and_end_of_turn_are_in_the_loss(tmp_path: Path, template: str, trim_offsets: bool) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -319,7 +320,7 @@ def test_assistants_words_and_end_of_turn_are_learned(tmp_path: Path, template: 
         "<|im_start|>assistant\n  Six!\n<|im_end|>\n"
     )
     assert texts(documents, tokenizer)[0] == whole
-    # Not learned: the newlines of the frame, and a conversation in which the assistant is silent.
+    # Not in the loss: the newlines between turns, and a conversation without an assistant message.
     assert learned(documents, tokenizer) == [
         ["Four.<|im_end|>", "  Six!\n<|im_end|>"],
         [],
@@ -329,7 +330,7 @@ def test_assistants_words_and_end_of_turn_are_learned(tmp_path: Path, template: 
     assert learned(documents, tokenizer)[0] == [whole]
 
 
-def test_turn_that_ends_without_a_token_ends_with_its_words(tmp_path: Path) -> None:
+def test_turn_without_an_end_token_ends_with_its_text(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
@@ -339,16 +340,16 @@ def test_turn_that_ends_without_a_token_ends_with_its_words(tmp_path: Path) -> N
     assert learned(documents, tokenizer) == [[" Four.", "   Six!"]]
 
 
-def test_rewriting_template_is_refused_unless_all_is_learned(tmp_path: Path) -> None:
+def test_rewriting_template_is_refused_unless_the_loss_is_on_all(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = REWRITING_TEMPLATE
     data = jsonl(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT})
-    with pytest.raises(DataError, match=r"row 1: .* first 3 messages .*--loss-on all"):
+    with pytest.raises(DataError, match=r"row 1: .* first 3 messages .*`loss_on=all`"):
         tokenise_documents(DataConfig(data=data), tokenizer)
     assert len(tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer).tokens) == 2
 
 
-def test_completion_is_learned_with_its_eos(tmp_path: Path) -> None:
+def test_completion_and_its_eos_are_in_the_loss(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(add_bos=True)
     data = jsonl(
         tmp_path,
@@ -363,7 +364,7 @@ def test_completion_is_learned_with_its_eos(tmp_path: Path) -> None:
     assert learned(documents, tokenizer)[0] == [BOS + "Äpfel und Birnen\n" + EOS]
 
 
-def test_text_is_tokenised_as_one_and_a_token_across_the_seam_is_prompt(
+def test_text_is_tokenised_as_a_whole_and_a_token_across_the_seam_is_prompt(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     whole = tokenizer(" station")["input_ids"]
@@ -380,8 +381,8 @@ def test_trimmed_space_of_the_prompt_stays_in_the_prompt() -> None:
     assert encoding.token_targets(offsets, [(4, 5)]).tolist() == [False, False, True]
 
 
-def test_token_across_the_end_of_a_span_is_learned() -> None:
-    """ "!\\n" as one token, of which the newline belongs to the frame: without it there is no "!"."""
+def test_token_across_the_end_of_a_span_is_in_the_loss() -> None:
+    """ "!\\n" as one token, whose newline is outside the span: without it there is no "!"."""
     offsets = np.array([[0, 2], [2, 4], [4, 5]])
     assert encoding.token_targets(offsets, [(0, 3)]).tolist() == [True, True, False]
 
@@ -441,7 +442,7 @@ BAD_FILES = [
     ("latin1.txt", b"\xe4pfel", {}, "cannot be read as text: 'utf-8' codec"),
     ("text.docx", "a", {}, "found extension .docx, expected one of .txt .jsonl"),
     ("noextension", "a", {}, "found extension none"),
-    ("a.csv", "id,body,title\n1,b,t\n", {}, "found columns id, body, title, expected `text`"),
+    ("a.csv", "id,body,title\n1,b,t\n", {}, "found columns id, body, title, expected 'text'"),
     ("a.csv", "id,body\n1,b\n", {"text_column": "boody"}, "no column 'boody', found id, body"),
     ("a.csv", "id,body\n1,b\n", {"text_column": "id"}, "row 0, column 'id': found int"),
     ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, "row 1, column 'text': found int, expected a"),
@@ -467,7 +468,7 @@ BAD_FILES = [
         "a.jsonl",
         '{"messages": [{"from": "user", "value": "a"}]}\n',
         {},
-        "row 0, column 'messages', message 0: found keys from, value, expected a string `role`",
+        "row 0, column 'messages', message 0: found keys from, value, expected a string 'role'",
     ),
     ("a.jsonl", MESSAGES + '{"messages": "a"}\n', {}, "row 1, column 'messages': found str"),
     ("a.jsonl", '{"messages": ["a"]}\n', {}, "row 0, column 'messages', message 0: found str"),
@@ -498,7 +499,7 @@ def test_bad_file_is_one_clear_line(
 
 
 def test_null_keys_of_messages_are_absent_keys(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A call of a tool needs no content; that Arrow gives every message the key is no call."""
+    """A tool call needs no content; the null key that Arrow gives every message is not a tool call."""
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     messages = [call, {"role": "user"}]
     pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
@@ -529,7 +530,7 @@ def test_missing_data(
     with pytest.raises(DataError) as error:
         tokenise_documents(DataConfig(data=data), tokenizer)
     assert str(error.value).startswith(data) and expected in str(error.value)
-    # What can only be a local path is never tried on the hub.
+    # A name that can only be a local path is never looked up on the hub.
     assert asked == ([data] if "hub" in expected else [])
 
 
@@ -559,14 +560,14 @@ def test_error_of_another_process_arrives(tmp_path: Path, tokenizer: PreTrainedT
 
 def test_loss_must_go_with_the_format(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     data = jsonl(tmp_path, {"text": "a"})
-    with pytest.raises(ConfigError, match="loss on assistant does not go with text data"):
+    with pytest.raises(ConfigError, match="`loss_on` assistant does not go with text data"):
         tokenise_documents(DataConfig(data=data, loss_on="assistant"), tokenizer)
     data = jsonl(tmp_path, {"messages": CHAT})
-    with pytest.raises(ConfigError, match="loss on completion .* expected assistant or all"):
+    with pytest.raises(ConfigError, match="`loss_on` completion .* expected assistant or all"):
         tokenise_documents(DataConfig(data=data, loss_on="completion"), tokenizer)
 
 
-def test_tokenizer_must_be_able_to(tmp_path: Path) -> None:
+def test_tokenizer_that_lacks_what_the_text_needs(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.eos_token = None
     chat = DataConfig(data=jsonl(tmp_path, {"messages": CHAT}))
@@ -583,7 +584,7 @@ def test_tokenizer_must_be_able_to(tmp_path: Path) -> None:
         tokenise_documents(DataConfig(data=str(write_jsonl(tmp_path / "pairs.jsonl", [pair]))), slow)
 
 
-def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:
+def test_template_that_rejects_a_conversation(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     config = DataConfig(data=jsonl(tmp_path, {"messages": CHAT}))

@@ -1,4 +1,4 @@
-"""Which tokens are masked, what stands in their place, and that it depends on seed, row and position alone."""
+"""Which tokens are masked, what replaces them, and that both depend on seed, row and position only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.targets.philox import uniforms
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus, cut_windows
-from pipeline.teacher.text.masking import Masker, MaskRule
+from pipeline.teacher.text.masking import Masker
 from tiny import completions, english, write_jsonl
 from tiny_masked import bpe_tokenizer, wordpiece_tokenizer
 
@@ -37,7 +37,7 @@ def corpus_of(file: Path, tokenizer: PreTrainedTokenizerFast, rule: MaskRule | N
 
 
 def text_of(row) -> np.ndarray:
-    """The row before anything was masked."""
+    """The row before it was masked."""
     return np.where(row.labels >= 0, row.labels, row.input_ids)
 
 
@@ -55,7 +55,7 @@ def masks_of(tokenizer: PreTrainedTokenizerFast, rule: MaskRule, rows: int = 400
 @pytest.mark.parametrize(
     "rule", [MaskRule(), MaskRule(probability=0.4, mask_replace_prob=0.5, random_replace_prob=0.2, seed=3)], ids=str
 )
-def test_shares_are_those_asked_for(pieces: PreTrainedTokenizerFast, rule: MaskRule) -> None:
+def test_shares_are_as_configured(pieces: PreTrainedTokenizerFast, rule: MaskRule) -> None:
     """40,000 tokens; each bound is Hoeffding's for a false alarm below 1e-6 (log(2e6) = 14.5)."""
     text, masked, chosen = masks_of(pieces, rule)
     expected = {"chosen": rule.probability, "hidden": rule.mask_replace_prob, "changed": rule.random_replace_prob}
@@ -71,7 +71,7 @@ def test_shares_are_those_asked_for(pieces: PreTrainedTokenizerFast, rule: MaskR
     assert np.array_equal(masked[~chosen], text[~chosen])
 
 
-def test_another_token_may_be_any_but_a_special_one(pieces: PreTrainedTokenizerFast) -> None:
+def test_a_random_replacement_is_any_token_but_a_special_one(pieces: PreTrainedTokenizerFast) -> None:
     text, masked, chosen = masks_of(pieces, MaskRule(probability=1.0, mask_replace_prob=0.0, random_replace_prob=1.0))
     assert chosen.all()
     drawn = np.bincount(masked.ravel(), minlength=400)
@@ -93,7 +93,7 @@ def test_a_pattern_is_a_function_of_seed_row_and_position(pieces: PreTrainedToke
     assert np.array_equal(masker.mask(17, text, some)[1], chosen & some)
 
 
-def test_a_row_in_which_chance_chose_nothing_has_one_question(pieces: PreTrainedTokenizerFast) -> None:
+def test_a_row_has_at_least_one_masked_token(pieces: PreTrainedTokenizerFast) -> None:
     masker = Masker(MaskRule(probability=0.01), pieces)
     allowed = np.array([False, True, True, False, True])
     chosen = np.array([masker.mask(row, np.arange(5, 10, dtype=np.int32), allowed)[1] for row in range(300)])
@@ -101,8 +101,8 @@ def test_a_row_in_which_chance_chose_nothing_has_one_question(pieces: PreTrained
     assert not chosen[:, ~allowed].any() and (chosen[:, allowed].mean(axis=0) > 0.2).all()
 
 
-def test_masks_and_samples_of_the_tail_have_nothing_to_do_with_one_another(pieces: PreTrainedTokenizerFast) -> None:
-    """From the same numbers, the tail at masked positions would only ever be sampled with u < .15."""
+def test_masks_and_tail_samples_are_independent(pieces: PreTrainedTokenizerFast) -> None:
+    """With the same random numbers, the tail at masked positions would only be sampled with u < 0.15."""
     _, _, chosen = masks_of(pieces, MaskRule(seed=5))
     row, position = np.nonzero(chosen)
     of_the_tail = uniforms(5, row, position, 1)[:, 0]
@@ -112,7 +112,7 @@ def test_masks_and_samples_of_the_tail_have_nothing_to_do_with_one_another(piece
 # ---- rows
 
 
-def test_windows_lie_side_by_side() -> None:
+def test_windows_do_not_overlap() -> None:
     found = cut_windows(np.array([0, 1, 7, 10, 11]), 5)
     assert list(zip(found.document.tolist(), found.start.tolist(), found.stop.tolist(), strict=True)) == [
         *((1, 0, 1), (2, 0, 5), (2, 5, 7)),
@@ -121,7 +121,7 @@ def test_windows_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("build", [wordpiece_tokenizer, bpe_tokenizer])
-def test_every_token_is_once_in_a_window_between_special_tokens(lines: Path, build) -> None:
+def test_every_token_is_in_one_window_between_special_tokens(lines: Path, build) -> None:
     tokenizer = build()
     corpus = corpus_of(lines, tokenizer)
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
@@ -148,7 +148,7 @@ def test_special_tokens_in_the_text_are_not_masked(tmp_path: Path, pieces: PreTr
     assert special.sum() == 5 and np.array_equal(row.loss_mask, ~special)
 
 
-def test_only_what_is_to_be_learned_is_masked(tmp_path: Path, pieces: PreTrainedTokenizerFast) -> None:
+def test_only_loss_tokens_are_masked(tmp_path: Path, pieces: PreTrainedTokenizerFast) -> None:
     records = completions(20)
     corpus = corpus_of(write_jsonl(tmp_path / "c.jsonl", records), pieces, MaskRule(probability=1.0), window_length=64)
     for row, record in zip(corpus, records, strict=True):
@@ -169,7 +169,7 @@ def test_copies_have_the_same_text_and_other_masks(lines: Path, pieces: PreTrain
     assert thrice.token_stream_sha256 != once.token_stream_sha256
 
 
-def test_the_metadata_say_how_it_was_masked(lines: Path, pieces: PreTrainedTokenizerFast) -> None:
+def test_the_metadata_describe_the_masks(lines: Path, pieces: PreTrainedTokenizerFast) -> None:
     corpus = corpus_of(lines, pieces, MaskRule(seed=4, copies=2))
     assert corpus.description["masking"] == {
         "probability": 0.15,
@@ -188,27 +188,27 @@ def test_the_metadata_say_how_it_was_masked(lines: Path, pieces: PreTrainedToken
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ({"probability": 0.0}, "--mask-probability 0.0: expected a number above 0"),
+        ({"probability": 0.0}, "0.0: expected a number above 0"),
         ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "together at most 1"),
         ({"random_replace_prob": -0.1}, "0 or more"),
-        ({"seed": -1}, "--mask-seed -1"),
-        ({"copies": 0}, "--mask-copies 0"),
+        ({"seed": -1}, "-1: expected 0 to"),
+        ({"copies": 0}, "0: expected 1 or more"),
     ],
 )
-def test_rules_that_mean_nothing(values: dict, expected: str) -> None:
+def test_invalid_rules(values: dict, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         MaskRule(**values)
 
 
-def test_corpora_that_mean_nothing(lines: Path, tmp_path: Path, pieces: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match="--packing: a masked language model sees both sides"):
+def test_invalid_corpora(lines: Path, tmp_path: Path, pieces: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="`packing=True`: a masked language model attends to both sides"):
         corpus_of(lines, pieces, packing=True)
-    with pytest.raises(ConfigError, match="--append-eos"):
+    with pytest.raises(ConfigError, match="`append_eos=True`"):
         corpus_of(lines, pieces, append_eos=True)
     with pytest.raises(ConfigError, match="expected more than the 2 special tokens"):
         corpus_of(lines, pieces, window_length=2)
     (tmp_path / "unknown.txt").write_text("東\n")
-    with pytest.raises(DataError, match="nothing to learn in it"):
+    with pytest.raises(DataError, match="no loss tokens in it"):
         corpus_of(tmp_path / "unknown.txt", pieces)
     without = wordpiece_tokenizer()
     without.mask_token = None

@@ -1,4 +1,4 @@
-"""Documents to rows: every prediction exactly once, and the mask at the index it is made from."""
+"""Documents to rows: every prediction exactly once, and the loss mask at the position it is made from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
+from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing
-from pipeline.teacher.text.corpus import Columns, DataConfig, Documents
+from pipeline.teacher.text.corpus import Columns, Documents
 from pipeline.teacher.text.packing import RowPlan, TokenCorpus, build_corpus, plan_rows
 from pipeline.teacher.text.sources import Source
 from tiny import EOS, english, write_jsonl
@@ -119,7 +120,7 @@ def test_many_documents_fill_their_rows() -> None:
 # ---- rows and masks
 
 
-def test_mask_stands_at_the_index_the_prediction_is_made_from() -> None:
+def test_loss_mask_is_at_the_position_the_prediction_is_made_from() -> None:
     """Tokens 13 and 14 are to be predicted: from 12 (index 2) and from 13 (index 3)."""
     (row,) = corpus_of(([10, 11, 12, 13, 14, 15], [0, 0, 0, 1, 1, 0]))
     assert row.input_ids.tolist() == [10, 11, 12, 13, 14, 15]
@@ -152,7 +153,7 @@ def test_windows_overlap_by_one_token_and_each_target_counts_once() -> None:
     assert corpus.num_counted_tokens == 4
 
 
-def test_windows_without_targets_are_left_out_and_counted() -> None:
+def test_windows_without_targets_are_dropped_and_counted() -> None:
     """The first window holds a target, token 1, but not the prediction of it."""
     corpus = corpus_of(([1, 2, 3, 4, 5], [1, 0, 0, 1, 1]), ([6, 7], [1, 0]), ([], []), ([8], [1]), window_length=3)
     assert [row.input_ids.tolist() for row in corpus] == [[3, 4, 5]]
@@ -171,8 +172,8 @@ def test_windows_without_targets_are_left_out_and_counted() -> None:
     }
 
 
-def test_nothing_to_learn_is_an_error() -> None:
-    with pytest.raises(DataError, match="nothing to learn in it .*1 documents, .* loss on all"):
+def test_text_without_loss_tokens_is_an_error() -> None:
+    with pytest.raises(DataError, match="no loss tokens in it .*1 documents, .* `loss_on` all"):
         corpus_of(([1, 2, 3], [1, 0, 0]))
 
 
@@ -184,7 +185,7 @@ def lines(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "lines.jsonl", [{"text": line} for line in english(150).splitlines()])
 
 
-def test_corpus_says_what_the_text_says(
+def test_corpus_holds_the_tokens_of_the_text(
     lines: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of many record batches, against tokenising each line here."""
@@ -230,7 +231,7 @@ def test_token_stream_hash_by_hand() -> None:
     assert corpus.token_stream_sha256 == hashlib.sha256(stream).hexdigest()
 
 
-def test_token_stream_hash_sees_ids_masks_and_segments() -> None:
+def test_token_stream_hash_covers_ids_masks_and_segments() -> None:
     hashes = {
         corpus_of(*documents, window_length=4).token_stream_sha256
         for documents in (

@@ -1,4 +1,4 @@
-"""The fingerprint of all tokens: as it is defined, row by row, and remembered for as long as it is right."""
+"""The fingerprint of all rows: equal to its definition, and stored for as long as it is valid."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import masked_corpus, packing
-from pipeline.teacher.text.corpus import DataConfig
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
-from pipeline.teacher.text.masking import MaskRule
 from pipeline.teacher.text.packing import TokenCorpus, add_row_to, build_corpus
 from tiny import completions, english, write_jsonl
 from tiny_masked import wordpiece_tokenizer
@@ -41,7 +40,7 @@ def test_blocks_give_what_rows_give(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, long_piece: int,
     tokens_per_block: int,
 ):  # fmt: skip
-    """Of documents in many record batches, longer and shorter than a window, packed and not, with prompts."""
+    """Documents in many record batches, longer and shorter than a row, packed and not, with prompts."""
     monkeypatch.setattr(corpus_module, "_DOCUMENTS_PER_RECORD_BATCH", 5)
     monkeypatch.setattr(packing, "_LONG_PIECE", long_piece)
     monkeypatch.setattr(packing, "_TOKENS_PER_BLOCK", tokens_per_block)
@@ -57,7 +56,7 @@ def test_blocks_give_what_rows_give(
 
 
 def count(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[None]:
-    """Grows whenever the rows are looked at from now on."""
+    """A list that grows with every computation of a fingerprint from now on."""
     computed: list[None] = []
     compute = kind._fingerprint
 
@@ -77,7 +76,7 @@ def test_it_is_computed_once_for_the_same_rows(
     computed = count(monkeypatch, TokenCorpus)
 
     def asked(times: int, **options: Any) -> str:
-        """Builds the corpus anew; its fingerprint, for which the rows have been looked at so many times by now."""
+        """The fingerprint of a corpus that is built again; by now, fingerprints were computed `times` times."""
         corpus = build_corpus(
             DataConfig(**{"data": str(text), "sample_by": "line", "window_length": 24, **options}), tokenizer
         )
@@ -94,7 +93,7 @@ def test_it_is_computed_once_for_the_same_rows(
     text.write_text(english(30))
     assert asked(5) == first  # another file by its time
     assert asked(5) == first
-    # What it was remembered of is not what lies there: another time, another size, or a record that nobody wrote.
+    # The stored value is of another text: another time or size, or a damaged record.
     (record,) = [path for path in cache.glob("*.json") if by_definition_in(path) == first][-1:]
     for tokens in cache.glob("*.arrow"):
         os.utime(tokens, (1, 1))
@@ -114,7 +113,7 @@ def by_definition_in(record: Path) -> str:
     return json.loads(record.read_bytes())["stream"]["sha256"]
 
 
-def test_of_masked_rows_the_counts_are_remembered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_counts_of_masked_rows_are_stored_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = tmp_path / "text.txt"
     text.write_text(english(30))
     tokenizer = wordpiece_tokenizer()
@@ -129,4 +128,4 @@ def test_of_masked_rows_the_counts_are_remembered_too(tmp_path: Path, monkeypatc
         assert corpus.num_counted_tokens == sum(int(row.loss_mask.sum()) for row in rows)
         found.append((corpus.token_stream_sha256, corpus.report))
     assert found[0] == found[1] and len({digest for digest, _ in found}) == 3
-    assert masked_corpus.remembered is packing.remembered
+    assert masked_corpus.load_or_compute is packing.load_or_compute

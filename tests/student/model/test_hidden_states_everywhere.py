@@ -1,4 +1,4 @@
-"""Features from a cache made with --all-positions: the student is drawn to it wherever it has states."""
+"""Hidden-state distillation from a cache with states at all positions, not only at loss tokens."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.student.training.recipe import LossRecipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import cache_format as cf
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate, uncounted
-from pipeline.student.model.feature_matching import FeatureRecipe, Features
+from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output
-from pipeline.student.training.recipe import LossRecipe
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, distance, log_history, train, weights
 from tiny import tiny_llama
 
@@ -35,7 +33,7 @@ def wide(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def everywhere(teacher_dir: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """all: chats of which only answers count, with states at all positions; counted: the same without the others."""
+    """Caches of chats, with loss tokens in answers only. all: states at all positions; counted: at loss tokens."""
     folder = tmp_path_factory.mktemp("everywhere")
     for name in ("all", "counted"):
         text = DataConfig(data=str(chat_file), window_length=96)
@@ -44,8 +42,8 @@ def everywhere(teacher_dir: Path, chat_file: Path, tmp_path_factory: pytest.Temp
     return folder
 
 
-def test_states_at_all_positions_are_used_at_all_of_them(everywhere: Path, wide: Path, tmp_path: Path) -> None:
-    """On a whole cache F is the mean over all positions, of the model's own states in fp64, document by document."""
+def test_loss_is_the_mean_over_all_positions_with_states(everywhere: Path, wide: Path, tmp_path: Path) -> None:
+    """Against the model's own hidden states in fp64, document by document."""
     options = {"hidden_loss": "mse", "layer_map": "last", "max_steps": 2, "eval_steps": 2}
     found = {}
     for name in ("all", "counted"):
@@ -64,16 +62,16 @@ def test_states_at_all_positions_are_used_at_all_of_them(everywhere: Path, wide:
     assert distance(weights(tmp_path / "all"), weights(tmp_path / "counted")) > 1e-5
 
 
-def test_a_masked_student_that_is_its_teacher_has_no_loss_at_any_position(masked_dir: Path, tmp_path: Path) -> None:
-    """Padded rows; the teacher's states are also of the tokens that it saw."""
+def test_masked_student_equal_to_its_teacher_has_zero_loss(masked_dir: Path, tmp_path: Path) -> None:
+    """Padded rows; states also at the tokens that are not masked."""
     text = DataConfig(data=str(masked_dir / "text.txt"), window_length=32, sample_by="line")
     given = {"data": text, "hidden": HiddenRule(layers="1,2"), "all_positions": True, "device": "cpu"}
     teacher = masked_dir / "bert"
     cache_teacher(CacheTeacherConfig(teacher=str(teacher), output=str(tmp_path / "cache"), **given))
     cache = cf.open_cache(tmp_path / "cache")
     head = open_head(AutoModelForMaskedLM.from_pretrained(teacher, dtype=torch.float32).eval(), 400, masked=True)
-    asked = FeatureRecipe.for_cache(cache, loss="normalized-mse", weight=1.0, layer_map="1:1,2:2")
-    features = Features.of(asked, head, 0)
+    asked = HiddenStateLoss.for_cache(cache, loss="normalized-mse", weight=1.0, layer_map="1:1,2:2")
+    features = HiddenStateMatching.for_student(asked, head, 0)
     rows = sorted((cache[i] for i in range(6)), key=lambda row: len(row.input_ids))
     assert len(rows[0].input_ids) < len(rows[-1].input_ids)
     with torch.no_grad():
@@ -84,14 +82,12 @@ def test_a_masked_student_that_is_its_teacher_has_no_loss_at_any_position(masked
         assert distillation_output(head, batch, LossRecipe(), features=features).features > 10
 
 
-def test_a_step_at_all_positions_is_the_same_in_several_batches(
-    everywhere: Path, student_dir: Path, tmp_path: Path
-) -> None:
+def test_gradient_accumulation_does_not_change_a_step(everywhere: Path, student_dir: Path, tmp_path: Path) -> None:
     options = {"hidden_loss": "mse", "hidden_weight": 2.0, "max_steps": 3, "learning_rate": 0.02, "seed": 5}
     options |= {"logging_steps": 1, "arguments": SGD, "student": student_dir}
     one, four = tmp_path / "one", tmp_path / "four"
-    train(one, everywhere / "all", per_device_train_batch_size=8, **options)
-    train(four, everywhere / "all", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    train(one, everywhere / "all", batch_size=8, **options)
+    train(four, everywhere / "all", batch_size=2, gradient_accumulation_steps=4, **options)
     assert distance(weights(one), weights(four)) < 2e-6
     projections = [load_file(each / "projections.safetensors") for each in (one, four)]
     assert distance(*projections) < 2e-6
@@ -99,17 +95,17 @@ def test_a_step_at_all_positions_is_the_same_in_several_batches(
     assert logged[0] == pytest.approx(logged[1], rel=1e-5) and logged[0]
 
 
-def test_rows_that_fill_up_a_batch_have_no_states_to_be_drawn_to(everywhere: Path) -> None:
+def test_filler_rows_do_not_enter_the_loss(everywhere: Path) -> None:
     dataset = CacheDataset(cf.open_cache(everywhere / "all"))
     batch = dataset.collate([dataset[0], dataset[len(dataset) + 1]])  # the second is row 1 as a filler
-    features = Features("mse", 1.0, ((1, 2),), (32, 32), everywhere=True, shares=(0.25, 0.5))
+    features = HiddenStateMatching("mse", 1.0, ((1, 2),), (32, 32), everywhere=True, shares=(0.25, 0.5))
     states = {1: torch.randn(*batch["labels"].shape, 32)}
     found = features(states, batch)
     assert found[0] > 0 and found[1] == 0 and (features(states, uncounted(batch)) == 0).all()
     assert features.eval()(states, batch)[0] == pytest.approx(2 * found[0].item(), rel=1e-6)
 
 
-def test_caches_with_states_at_other_positions_do_not_go_together(
+def test_caches_with_states_at_different_positions_are_not_mixed(
     everywhere: Path, student_dir: Path, tmp_path: Path
 ) -> None:
     both = (str(everywhere / "all"), str(everywhere / "counted"))
@@ -121,4 +117,4 @@ def test_caches_with_states_at_other_positions_do_not_go_together(
     warned: list[str] = []
     options = {"hidden_loss": "mse", "max_steps": 1, "eval_cache": both[1], "on_warning": warned.append}
     assert "features" not in train(tmp_path / "s", everywhere / "all", student=student_dir, **options).eval
-    assert any("has not the hidden states" in each for each in warned)
+    assert any("`hidden_loss`" in each for each in warned)

@@ -1,4 +1,4 @@
-"""Feature distillation: its losses by hand, its projections recovered, its scale, and whole runs with it."""
+"""Hidden-state distillation: losses against formulas, recovered projections, the scale of the loss, and runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.student.training.recipe import LossRecipe
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,14 +19,11 @@ from pipeline.errors import ConfigError
 from pipeline.losses.feature_losses import FEATURE_LOSSES, feature_losses
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate
-from pipeline.student.model.feature_matching import FeatureRecipe, Features
+from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
-from pipeline.student.training.recipe import LossRecipe
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import tiny_llama
 
@@ -33,7 +31,7 @@ from tiny import tiny_llama
 
 
 @pytest.mark.parametrize("kind", FEATURE_LOSSES)
-def test_losses_are_those_of_the_textbook(kind: str) -> None:
+def test_losses_equal_their_formulas(kind: str) -> None:
     student, teacher = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for found, s, t in zip(feature_losses(kind, student, teacher), student.numpy(), teacher.numpy(), strict=True):
         expected = {
@@ -48,7 +46,7 @@ def test_losses_are_those_of_the_textbook(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FEATURE_LOSSES)
-def test_equal_states_have_no_loss_and_no_gradient_blows_up(kind: str) -> None:
+def test_equal_states_have_zero_loss_and_finite_gradients(kind: str) -> None:
     states = torch.randn(4, 6)
     student = states.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(feature_losses(kind, student, states).sum(), student)
@@ -62,9 +60,9 @@ def test_equal_states_have_no_loss_and_no_gradient_blows_up(kind: str) -> None:
 # ---- layers
 
 
-def recipe(spec: dict[str, Any], layer_map: str = "uniform", loss: str = "mse", weight: float = 1.0) -> FeatureRecipe:
+def recipe(spec: dict[str, Any], layer_map: str = "uniform", loss: str = "mse", weight: float = 1.0) -> HiddenStateLoss:
     whole = cf.HiddenSpec(**{"teacher_layers": 12, "width": 8, "dtype": "float16", **spec})
-    return FeatureRecipe(loss=loss, weight=weight, layer_map=layer_map, spec=whole)  # type: ignore[arg-type]
+    return HiddenStateLoss(loss=loss, weight=weight, layer_map=layer_map, spec=whole)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -80,32 +78,30 @@ def recipe(spec: dict[str, Any], layer_map: str = "uniform", loss: str = "mse", 
         ((6, 12), "0:6, 1:12", 2, [(0, 6), (1, 12)]),
     ],
 )
-def test_which_layer_is_drawn_to_which(
-    layers: Any, layer_map: str, student_layers: int, expected: list[tuple[int, int]]
-) -> None:
+def test_pairs_of_layers(layers: Any, layer_map: str, student_layers: int, expected: list[tuple[int, int]]) -> None:
     assert list(recipe({"layers": tuple(layers)}, layer_map).pairs(student_layers)) == expected
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"layer_map": "middle"}, "--layer-map middle: found 'middle', expected uniform, last, or pairs"),
+        ({"layer_map": "middle"}, "`layer_map` middle: found 'middle', expected uniform, last, or pairs"),
         ({"layer_map": "1:2:3"}, "found '1:2:3'"),
-        ({"layer_map": ""}, "--layer-map : found '', expected uniform, last, or pairs"),
+        ({"layer_map": ""}, "`layer_map` : found '', expected uniform, last, or pairs"),
         ({"layer_map": "1:6, 1:6"}, "found 1:6 twice"),
-        ({"layer_map": "1:5"}, "the cache has states of layers 6 of 12, not of 5"),
-        ({"layer_map": "last"}, "not of 12"),
-        ({"loss": "l1"}, "--hidden-loss l1"),
-        ({"weight": 0.0}, "--hidden-weight 0.0"),
-        ({"weight": math.inf}, "--hidden-weight inf"),
+        ({"layer_map": "1:5"}, "found teacher layer 5, the cache has states of layers 6 "),
+        ({"layer_map": "last"}, "found teacher layer 12, "),
+        ({"loss": "l1"}, "`hidden_loss` l1: "),
+        ({"weight": 0.0}, "`hidden_weight` 0.0: "),
+        ({"weight": math.inf}, "`hidden_weight` inf: "),
     ],
 )
-def test_features_that_mean_nothing(options: dict[str, Any], words: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         recipe({"layers": (6,)}, **options)
 
 
-def test_layers_that_the_student_does_not_have() -> None:
+def test_missing_student_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the student has layers 0 .* to 2, not 3"):
         recipe({"layers": (6,)}, "3:6").pairs(2)
 
@@ -114,17 +110,17 @@ def test_layers_that_the_student_does_not_have() -> None:
 
 
 def batch_of(states: Tensor, mask: np.ndarray, counted: np.ndarray, layer: int = 4) -> dict[str, Tensor]:
-    """One layer's states [B, T, D] of a teacher, as collated: stored where `mask`, counted where `counted` [B, T]."""
+    """A collated batch with one layer of teacher states [B, T, D], stored at `mask`, with loss tokens at `counted`."""
     labels = torch.where(torch.from_numpy(counted), 1, -100)
     index = torch.from_numpy(np.flatnonzero(mask))
     return {"labels": labels, "hidden_index": index, f"hidden_{layer}": states.flatten(0, 1)[index]}
 
 
 def test_known_projections_are_recovered() -> None:
-    """A teacher whose states are a matrix times the student's, other ones in two layers."""
+    """The teacher's states are a matrix times the student's, with another matrix in each of two layers."""
     torch.manual_seed(0)
     known = {pair: torch.randn(6, 4) for pair in ((1, 4), (2, 9))}
-    features = Features("mse", 1.0, tuple(known), (4, 6), seed=3)
+    features = HiddenStateMatching("mse", 1.0, tuple(known), (4, 6), seed=3)
     assert {tuple(each.shape) for each in features.parameters()} == {(6, 4)}
     optimizer = torch.optim.Adam(features.parameters(), lr=0.05)
     everywhere = np.ones((8, 16), bool)
@@ -141,12 +137,12 @@ def test_known_projections_are_recovered() -> None:
         torch.testing.assert_close(features.maps[f"{student}-{teacher}"].detach(), expected, atol=1e-3, rtol=0)
 
 
-def test_only_counted_positions_that_have_states_take_part() -> None:
+def test_only_loss_tokens_with_states_enter_the_loss() -> None:
     rng = np.random.default_rng(0)
     mask, counted = rng.random((2, 3, 9)) < 0.6
     states, teacher = torch.randn(2, 3, 9, 5)
     states.requires_grad_()
-    features = Features("mse", 1.0, ((1, 4),), (5, 5))
+    features = HiddenStateMatching("mse", 1.0, ((1, 4),), (5, 5))
     found = features({1: states}, batch_of(teacher, mask, counted))
     (gradient,) = torch.autograd.grad(found.sum(), states)
     assert np.array_equal((gradient != 0).any(dim=-1).numpy(), mask & counted)
@@ -154,19 +150,19 @@ def test_only_counted_positions_that_have_states_take_part() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_batch_without_any_such_position_still_has_a_gradient_for_the_projections() -> None:
-    features = Features("cosine", 1.0, ((1, 4),), (5, 7))
+def test_batch_without_loss_tokens_still_gives_projections_a_gradient() -> None:
+    features = HiddenStateMatching("cosine", 1.0, ((1, 4),), (5, 7))
     nothing = np.zeros((2, 3), bool)
     features({1: torch.randn(2, 3, 5)}, batch_of(torch.randn(2, 3, 7), ~nothing, nothing)).sum().backward()
     assert all(each.grad is not None and (each.grad == 0).all() for each in features.parameters())
 
 
-def test_states_at_one_position_in_so_many_stand_for_all() -> None:
-    """The sums over the N ways to choose them have the sum over all positions as their mean."""
+def test_states_at_every_nth_position_estimate_all_positions() -> None:
+    """The mean over the N possible offsets equals the sum over all positions."""
     states, teacher = torch.randn(2, 1, 12, 5)
     everywhere = np.ones((1, 12), bool)
-    whole = Features("mse", 1.0, ((1, 4),), (5, 5))({1: states}, batch_of(teacher, everywhere, everywhere))
-    sparse = Features("mse", 1.0, ((1, 4),), (5, 5), every=3)
+    whole = HiddenStateMatching("mse", 1.0, ((1, 4),), (5, 5))({1: states}, batch_of(teacher, everywhere, everywhere))
+    sparse = HiddenStateMatching("mse", 1.0, ((1, 4),), (5, 5), every=3)
     parts = [
         sparse({1: states}, batch_of(teacher, (np.arange(12) % 3 == i)[None], everywhere)).item() for i in range(3)
     ]
@@ -185,7 +181,7 @@ def build(output: Path, teacher: Path, data: Path, rule: HiddenRule) -> Path:
 
 @pytest.fixture(scope="module")
 def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
+    folder = tmp_path_factory.mktemp("hidden-states")
     build(folder / "all", teacher_dir, text_file, HiddenRule(layers="0,1,2"))
     build(folder / "int8", teacher_dir, text_file, HiddenRule(layers="all", dtype="int8", every=2))
     return folder
@@ -193,15 +189,15 @@ def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("kind", FEATURE_LOSSES)
 @pytest.mark.parametrize("name, bound", [("all", 2.0**-22), ("int8", 1e-3)])
-def test_a_student_that_is_its_teacher_has_no_feature_loss(
+def test_student_equal_to_its_teacher_has_zero_loss(
     name: str, bound: float, kind: str, caches: Path, teacher_dir: Path
 ) -> None:
-    """But for the rounding of what is stored: 2^-11 of each number, or 1/254 of the largest."""
+    """Up to the rounding of the stored states: 2^-11 of each value, or 1/254 of the largest for int8."""
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
     cache = cf.open_cache(caches / name)
     head = open_head(model, 400)
-    asked = FeatureRecipe.for_cache(cache, loss=kind, weight=1.0, layer_map="uniform")
-    features = Features.of(asked, head, 0)
+    asked = HiddenStateLoss.for_cache(cache, loss=kind, weight=1.0, layer_map="uniform")
+    features = HiddenStateMatching.for_student(asked, head, 0)
     assert not list(features.parameters()) and features.pairs[-1] == (2, 2)
     with torch.no_grad():
         output = distillation_output(head, collate(cache[:6]), LossRecipe(), features=features)
@@ -211,13 +207,13 @@ def test_a_student_that_is_its_teacher_has_no_feature_loss(
         assert distillation_output(head, shifted, LossRecipe(), features=features).features / output.count > 0.05
 
 
-def test_the_loss_is_the_sum_of_its_parts_and_its_gradient_theirs(caches: Path, student_dir: Path) -> None:
+def test_loss_and_gradients_equal_dense_autograd(caches: Path, student_dir: Path) -> None:
     """Against the model's own hidden states, document by document, in fp64."""
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64).eval()
     cache = cf.open_cache(caches / "all")
     head = open_head(model, 400)
     rows, pairs = [cache[i] for i in (0, 3, 7)], ((0, 1), (1, 2))
-    features = Features("normalized-mse", 0.3, pairs, (16, 32), seed=1).double()
+    features = HiddenStateMatching("normalized-mse", 0.3, pairs, (16, 32), seed=1).double()
     total, count = torch.zeros((), dtype=torch.float64), sum(int(row.loss_mask.sum()) for row in rows)
     for row in rows:
         ends = np.cumsum(row.segment_lengths)
@@ -250,7 +246,7 @@ def test_the_loss_is_the_sum_of_its_parts_and_its_gradient_theirs(caches: Path, 
 
 
 def run(output: Path, caches: Path, student: Path, **options: Any) -> Path:
-    """Eight rows an optimizer step by plain SGD, whose steps show the scale of a gradient."""
+    """Eight rows per optimizer step with plain SGD, whose updates show the scale of the gradient."""
     given = {
         "hidden_loss": "mse",
         "hidden_weight": 2.0,
@@ -264,22 +260,22 @@ def run(output: Path, caches: Path, student: Path, **options: Any) -> Path:
     return output
 
 
-def everything(output: Path) -> dict[str, Tensor]:
+def weights_and_projections(output: Path) -> dict[str, Tensor]:
     projections = load_file(output / "projections.safetensors")
     return {**weights(output), **{f"projection {name}": each for name, each in projections.items()}}
 
 
 def test_gradient_accumulation_does_not_change_the_scale(caches: Path, student_dir: Path, tmp_path: Path) -> None:
-    one = run(tmp_path / "one", caches, student_dir, per_device_train_batch_size=8)
-    four = run(tmp_path / "four", caches, student_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    other = run(tmp_path / "other", caches, student_dir, per_device_train_batch_size=8, hidden_weight=4.0)
-    assert distance(everything(one), everything(four)) < 2e-6
-    assert distance(everything(one), everything(other)) > 1e-3
+    one = run(tmp_path / "one", caches, student_dir, batch_size=8)
+    four = run(tmp_path / "four", caches, student_dir, batch_size=2, gradient_accumulation_steps=4)
+    other = run(tmp_path / "other", caches, student_dir, batch_size=8, hidden_weight=4.0)
+    assert distance(weights_and_projections(one), weights_and_projections(four)) < 2e-6
+    assert distance(weights_and_projections(one), weights_and_projections(other)) > 1e-3
     logged = [[entry["features"] for entry in log_history(each) if "features" in entry] for each in (one, four)]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5) and logged[0]
 
 
-def test_projections_are_beside_the_student_and_not_in_it(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+def test_projections_are_saved_in_their_own_file(caches: Path, student_dir: Path, tmp_path: Path) -> None:
     options = {"save_steps": 2, "max_steps": 4, "eval_cache": str(caches / "all"), "eval_steps": 2}
     output = run(tmp_path / "student", caches, student_dir, layer_map="0:1,1:2", **options)
     projections = load_file(output / "projections.safetensors")
@@ -299,8 +295,8 @@ def test_projections_are_beside_the_student_and_not_in_it(caches: Path, student_
         assert entry["eval_loss"] == pytest.approx(parts, rel=1e-5)
 
 
-def test_a_run_that_was_stopped_goes_on_with_its_projections(caches: Path, student_dir: Path, tmp_path: Path) -> None:
-    """With Adam: its state of the projections has to come back too."""
+def test_resumed_run_restores_projections(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    """Adam's state of the projections must be restored too."""
     options: dict[str, Any] = {"hidden_loss": "cosine", "max_steps": 6, "save_steps": 3, "learning_rate": 1e-2}
     train(tmp_path / "whole", caches / "int8", student=student_dir, **options)
     with pytest.raises(KeyboardInterrupt):
@@ -310,18 +306,19 @@ def test_a_run_that_was_stopped_goes_on_with_its_projections(caches: Path, stude
             tmp_path / "parts", caches / "int8", student=student_dir, resume=True, **{**options, "hidden_loss": "mse"}
         )
     train(tmp_path / "parts", caches / "int8", student=student_dir, resume=True, **options)
-    assert distance(everything(tmp_path / "whole"), everything(tmp_path / "parts")) == 0.0
+    assert distance(weights_and_projections(tmp_path / "whole"), weights_and_projections(tmp_path / "parts")) == 0.0
 
 
-def test_the_best_checkpoint_is_saved_with_its_own_projections(caches: Path, student_dir: Path, tmp_path: Path) -> None:
-    """The one with the larger loss for once, which is the first."""
+def test_best_checkpoint_is_saved_with_its_projections(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+    """Here the best is the one with the larger loss: the first."""
     options = {"eval_cache": str(caches / "all"), "eval_steps": 2, "max_steps": 4}
     output = run(tmp_path / "student", caches, student_dir, arguments={"greater_is_better": True}, **options)
     best, last = output / "checkpoint-2", output / "checkpoint-4"
-    assert distance(everything(output), everything(best)) == 0.0 < distance(everything(output), everything(last))
+    saved = weights_and_projections(output)
+    assert distance(saved, weights_and_projections(best)) == 0.0 < distance(saved, weights_and_projections(last))
 
 
-def test_a_student_of_the_teachers_width_needs_no_projections(caches: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_student_of_the_teachers_width_has_no_projections(caches: Path, tokenizer: Any, tmp_path: Path) -> None:
     student = tiny_llama(tmp_path / "wide", tokenizer, layers=1, hidden=32, seed=4)
     options = {"eval_cache": str(caches / "all"), "eval_steps": 10, "max_steps": 20, "layer_map": "last"}
     train(tmp_path / "student", caches / "all", student=student, hidden_loss="cosine", learning_rate=1e-2, **options)
@@ -330,31 +327,35 @@ def test_a_student_of_the_teachers_width_needs_no_projections(caches: Path, toke
     assert held_out[1] < held_out[0]
 
 
-def test_what_a_cache_cannot_serve_is_refused_before_anything_is_touched(
+def test_unusable_caches_are_refused_before_anything_is_written(
     caches: Path, student_dir: Path, teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     bare = build_cache(tmp_path / "bare", teacher_dir, text_file)
     for cache, options, words in (
-        (bare, {"hidden_loss": "mse"}, "holds no hidden states. Cache the text with --hidden-states"),
-        (caches / "all", {"hidden_weight": 1.0}, "belong to --hidden-loss"),
-        (caches / "int8", {"hidden_loss": "mse", "layer_map": "1:0"}, "has states of layers 1, 2 of 2, not of 0"),
-        (caches / "all", {"hidden_loss": "mse", "layer_map": ""}, "--layer-map : found ''"),
+        (bare, {"hidden_loss": "mse"}, "`hidden_loss` mse: .*bare has no hidden states.*`hidden_states=last`"),
+        (caches / "all", {"hidden_weight": 1.0}, "`hidden_weight` 1.0: found no `hidden_loss`"),
+        (
+            caches / "int8",
+            {"hidden_loss": "mse", "layer_map": "1:0"},
+            r"found teacher layer 0, the cache has states of layers 1, 2 \(of 2\)",
+        ),
+        (caches / "all", {"hidden_loss": "mse", "layer_map": ""}, "`layer_map` : found ''"),
         (caches / "all", {"hidden_loss": "mse", "layer_map": "2:1"}, "the student has layers 0"),
     ):
         with pytest.raises(ConfigError, match=words):
             train(tmp_path / "student", cache, student=student_dir, **options)
         assert not (tmp_path / "student").exists()
     sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    with pytest.raises(ConfigError, match="projections between them cannot be sharded"):
+    with pytest.raises(ConfigError, match="`hidden_loss` mse: .*cannot be sharded"):
         train(tmp_path / "student", caches / "all", student=student_dir, hidden_loss="mse", arguments=sharded)
     assert not (tmp_path / "student").exists()
     warned: list[str] = []
     options = {"hidden_loss": "mse", "max_steps": 1, "eval_cache": str(bare), "on_warning": warned.append}
     summary = train(tmp_path / "student", caches / "all", student=student_dir, **options)
-    assert any("has not the hidden states" in each for each in warned) and "features" not in summary.eval
+    assert any("`hidden_loss`" in each for each in warned) and "features" not in summary.eval
 
 
-def test_states_are_read_only_where_they_are_used(caches: Path, student_dir: Path, tmp_path: Path) -> None:
+def test_only_used_states_are_read(caches: Path, student_dir: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
     read = CacheDataset.__getitem__
 

@@ -1,4 +1,4 @@
-"""Two processes with projections train to the same weights as one: the projections are inside what is wrapped."""
+"""Hidden-state distillation on two processes gives the weights and projections of one process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 from safetensors.torch import load_file
 from test_distributed import WORKER
 
-from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.targets.hidden_states import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.corpus import DataConfig
 from runs import SGD, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, write_jsonl
 
@@ -23,8 +21,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`one`: batches of 4; `two`: two processes with batches of 2."""
-    folder = tmp_path_factory.mktemp("distributed-features")
+    """one: one process with batches of 4; two: two processes with batches of 2."""
+    folder = tmp_path_factory.mktemp("distributed-hidden-states")
     data = DataConfig(data=str(write_jsonl(folder / "chat.jsonl", conversations(18))), window_length=48)
     cache = folder / "cache"
     config = {"targets": TargetRule(top_k=16), "hidden": HiddenRule(layers="1,2", every=2), "device": "cpu"}
@@ -38,21 +36,21 @@ def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
         "layer_map": "0:1,1:2",
         "arguments": {**SGD, "learning_rate": 0.1},
     }
-    train(folder / "one", cache, student=student_dir, per_device_train_batch_size=4, **options)
+    train(folder / "one", cache, student=student_dir, batch_size=4, **options)
     (folder / "worker.py").write_text(WORKER)
-    given = {"output": folder / "two", "cache": cache, "student": student_dir, "per_device_train_batch_size": 2}
+    given = {"output": folder / "two", "cache": cache, "student": student_dir, "batch_size": 2}
     on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
     return folder
 
 
-def test_two_processes_end_with_the_weights_and_projections_of_one(runs: Path, student_dir: Path) -> None:
+def test_two_processes_give_the_weights_and_projections_of_one(runs: Path, student_dir: Path) -> None:
     one, two = weights(runs / "one"), weights(runs / "two")
     assert distance(one, weights(student_dir)) > 0.01 and distance(one, two) < 2e-6
     one, two = (load_file(runs / name / "projections.safetensors") for name in ("one", "two"))
     assert one.keys() == {"0-1", "1-2"} and distance(one, two) < 2e-6
 
 
-def test_they_log_the_features_of_one(runs: Path) -> None:
+def test_two_processes_log_the_hidden_state_loss_of_one(runs: Path) -> None:
     logs = [log_history(runs / name) for name in ("one", "two")]
     for name in ("features", "eval_features", "eval_loss"):
         one, two = ([entry[name] for entry in log if name in entry] for log in logs)

@@ -1,0 +1,57 @@
+"""Held-out metrics from sums over loss tokens.
+
+    kl          KL(teacher‖student), nats per token, whatever the student was trained on. On hidden targets the full
+                divergence; on sampled ones an unbiased estimate of it; on exact entries with the rest of the vocabulary
+                as one class: a lower bound, tight if they hold most of the mass
+    ce          cross-entropy with the true token, nats; perplexity = exp(ce)
+    agreement   share of positions where the student's most likely token is the teacher's
+
+The evaluation during training and `distill evaluate` both use it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.losses import HeadOutput, KlEstimateKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Means over `tokens` loss tokens; nats."""
+
+    kl: float
+    ce: float
+    perplexity: float
+    agreement: float
+    tokens: int
+    kl_estimate_kind: KlEstimateKind  # relation of `kl` to the KL of the full distributions
+    compared: float | None = None  # with another tokenizer: share of tokens with teacher targets; others add no KL
+
+    @classmethod
+    def from_sums(cls, kl: float, ce: float, agreement: float, count: float, kind: KlEstimateKind) -> Evaluation:
+        count = count or math.nan
+        return cls(
+            kl=kl / count,
+            ce=ce / count,
+            perplexity=math.exp(min(ce / count, 700.0)),
+            agreement=agreement / count,
+            tokens=0 if math.isnan(count) else int(count),
+            kl_estimate_kind=kind,
+        )
+
+
+@torch.no_grad()
+def sum_over(forward: Callable[[Any], tuple[Tensor, ...]], batches: Iterable[Any]) -> list[float]:
+    """Totals in float64 of the outputs of `forward`, which begin with those of `HeadOutput`."""
+    totals: list[float] = []
+    for batch in batches:
+        values = torch.stack([value.float() for value in forward(batch)]).tolist()
+        totals = [total + value for total, value in zip(totals or [0.0] * len(values), values, strict=True)]
+    return totals or [0.0] * len(HeadOutput._fields)

@@ -1,0 +1,285 @@
+"""Teachers in transformers, in this process: any architecture, exact repetition.
+
+    batch ─▶ body: hidden states [B, T, D] ─▶ a chunk of positions at a time: head, logits [n, V] ─▶ targets
+          ─▶ asynchronous copy to pinned memory
+
+The [B, T, V] logits never exist. Nothing here waits for the device, except with `timed`: `RunningBatch.rows`, which
+capture calls in another thread, does. Cost on top of the bare forward pass, per position: softmax, top-K and entropy
+read V floats about five times (`benchmarks/capture.py`).
+
+Shapes: B rows of T tokens, n positions that get targets, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+import cache_format as cf
+from pipeline.errors import ConfigError
+from pipeline.models.head import Head
+from pipeline.models.head_export import HeadExport
+from pipeline.models.loading import teacher_fingerprints
+from pipeline.models.padding import model_inputs
+from pipeline.models.placement import device_names
+from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.generation.answers import Answer, AnswerSettings, AnswerWriter, Request
+from pipeline.teacher.targets import hidden_states
+from pipeline.teacher.targets.cache_rows import cache_rows
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+
+CHUNK_POSITIONS = 256
+"""Positions per chunk of the head."""
+
+OnLogits = Callable[[slice, Tensor], None]
+"""Called with the positions of a chunk among the n of the batch, and their logits."""
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Seconds that a pass took.
+
+    Attributes:
+        forward: body and head.
+        selection: of the targets, for each rule.
+    """
+
+    forward: float = 0.0
+    selection: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class TransformersBatch:
+    """See `RunningBatch`.
+
+    Attributes:
+        targets: on the host, for each rule; complete once `copied` has happened.
+        states: layer -> [m, D] hidden states to store, on the host.
+        scales: layer -> [m], for int8.
+        inputs: [n, D] what the head was applied to, on the device.
+        source: keeps the device tensors alive until they are copied.
+    """
+
+    requests: Sequence[RowRequest]
+    targets: list[ChunkTargets]
+    states: dict[int, Tensor]
+    scales: dict[int, Tensor]
+    copied: torch.cuda.Event | None
+    inputs: Tensor
+    source: object
+    timing: Timing
+
+    def rows(self, rule: int = 0) -> list[cf.CacheRow]:
+        self.wait()
+        requests = self.requests
+        indices, stored = [each.index for each in requests], [each.stored for each in requests]
+        rows = cache_rows(indices, [each.row for each in requests], stored, self.targets[rule])
+        masks = [each.with_states for each in requests if each.with_states is not None]
+        if not masks:
+            return rows
+        states = hidden_states.of_rows(self.states, self.scales, masks, indices)
+        return [replace(row, hidden=each) for row, each in zip(rows, states, strict=True)]
+
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        self.source = None
+
+
+class TransformersEngine:
+    """Owns the buffers of one teacher; see `TeacherEngine`.
+
+    Args:
+        head: of the teacher.
+        device: the one that was asked for.
+        batch_size: rows or answers per forward pass.
+        export: the head as it is stored, for hidden targets.
+        hidden: the hidden states to store, as far as the engine computes them.
+        divisible: whether the batch size may be halved when out of memory.
+        timed: measure every pass, which makes the host wait for the device.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        device: torch.device,
+        batch_size: int,
+        export: HeadExport | None = None,
+        hidden: cf.HiddenSpec | None = None,
+        divisible: bool = True,
+        timed: bool = False,
+    ) -> None:
+        self.head, self.device, self.batch_size = head, device, batch_size
+        self.export, self.hidden = export, hidden
+        self.divisible, self.timed = divisible, timed
+        self.vocab_size = head.vocab_size
+        self._logits = torch.empty((CHUNK_POSITIONS, self.vocab_size), dtype=head.weight.dtype, device=head.device)
+        self._scratch = torch.empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32, device=head.device)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return teacher_fingerprints(self.head.model)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "device": device_names(self.head.model, self.device),
+            # Elsewhere than on a CPU no sum is split over threads.
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "batch_size": self.batch_size,
+        }
+
+    def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
+        """Longest first, so that little is padded and out of memory shows at once."""
+        order = sorted(requests, key=lambda request: (-request.tokens, request.index))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    @torch.inference_mode()
+    def run(
+        self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], on_logits: OnLogits | None = None
+    ) -> TransformersBatch:
+        device, timing = self.head.device, Timing(selection=[0.0] * len(rules))
+        inputs = model_inputs([request.row for request in batch], masked=self.head.masked)
+        mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
+        for i, request in enumerate(batch):
+            mask[i, : len(request.stored)] = torch.from_numpy(request.stored)
+        row, position = (each.numpy() for each in mask.nonzero(as_tuple=True))
+        places = np.array([request.place for request in batch])[row]
+
+        began = self._clock()
+        hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
+        hidden = hidden[mask.to(device)]  # [n, D]
+        timing.forward += self._clock() - began
+        targets, multiplied = self._head(hidden, places, position, rules, on_logits, timing)
+        if multiplied is not None and self.hidden is not None:
+            last = self.hidden.layers[-1]
+            states[last], scale = hidden_states.quantised(multiplied, self.hidden.dtype)
+            scales |= {} if scale is None else {last: scale}
+
+        host = [ChunkTargets(*(_to_host(tensor) for tensor in each)) for each in targets]
+        host_states = {layer: _to_host(each) for layer, each in states.items()}
+        host_scales = {layer: _to_host(each) for layer, each in scales.items()}
+        copied = None
+        if device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return TransformersBatch(
+            requests=batch,
+            targets=host,
+            states=host_states,
+            scales=host_scales,
+            copied=copied,
+            inputs=hidden,
+            source=(targets, states, scales),
+            timing=timing,
+        )
+
+    def _body(
+        self, inputs: list[Tensor], batch: Sequence[RowRequest]
+    ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """What the head is applied to [B, T, D], and the hidden states to store with their scales."""
+        masks = [request.with_states for request in batch if request.with_states is not None]
+        if self.hidden is None or not masks:
+            return self.head.hidden_states(*inputs), {}, {}
+        hidden, by_layer = self.layer_states(inputs)
+        states, scales = hidden_states.of_batch(by_layer, masks, self.hidden.dtype) if by_layer else ({}, {})
+        return hidden, states, scales
+
+    def layer_states(self, inputs: list[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """What the head is applied to, and the states of the layers to store, in their order, [B, T, D] each."""
+        assert self.hidden is not None
+        last = self.hidden.teacher_layers
+        inner = [layer for layer in self.hidden.of_layers if layer < last]
+        if inner:
+            hidden, states = self.head.states(inner, *inputs)
+        else:  # without keeping the states of all layers
+            hidden, states = self.head.hidden_states(*inputs), {}
+        return hidden, states | ({last: hidden} if last in self.hidden.layers else {})
+
+    def _head(
+        self,
+        hidden: Tensor,
+        places: np.ndarray,
+        positions: np.ndarray,
+        rules: Sequence[TargetRule],
+        on_logits: OnLogits | None,
+        timing: Timing,
+    ) -> tuple[list[ChunkTargets], Tensor | None]:
+        """Targets of n positions by each rule; and what the output matrix multiplies, if that is not `hidden`."""
+        drawn = [draws(rule, places, positions) for rule in rules]
+        chunks: list[list[ChunkTargets]] = [[] for _ in rules]
+        multiplied = []
+        for start in range(0, max(1, len(hidden)), CHUNK_POSITIONS):
+            here = slice(start, start + CHUNK_POSITIONS)
+            began = self._clock()
+            if self.export is not None and self.export.transforms:
+                logits, inner = self.export.logits(hidden[here])
+                multiplied.append(inner)
+            else:
+                logits = self.head.logits(hidden[here], out=self._logits)
+            timing.forward += self._clock() - began
+            if on_logits is not None:
+                on_logits(here, logits)
+            for i, rule in enumerate(rules):
+                began = self._clock()
+                uniforms = drawn[i]
+                chunks[i].append(
+                    sparse_targets(logits, rule, None if uniforms is None else uniforms[here], self._scratch)
+                )
+                timing.selection[i] += self._clock() - began
+        return [ChunkTargets.cat(each) for each in chunks], torch.cat(multiplied) if multiplied else None
+
+    def next_targets(
+        self, hidden: Tensor, places: np.ndarray, positions: np.ndarray, rule: TargetRule
+    ) -> tuple[Tensor, ChunkTargets]:
+        """Logits [b, V] float32 and targets on the host of the next token of b growing texts."""
+        kept: list[Tensor] = []
+        several = len(hidden) > CHUNK_POSITIONS  # then the next chunk overwrites the buffer
+
+        def keep(_: slice, logits: Tensor) -> None:
+            kept.append(logits.float().clone() if several else logits.float())
+
+        (targets,), _ = self._head(hidden, places, positions, [rule], keep, Timing(selection=[0.0]))
+        return torch.cat(kept) if several else kept[0], targets.cpu()
+
+    def generate(self, requests: Sequence[Request], settings: AnswerSettings) -> list[Answer]:
+        """Raises: ModelError if the teacher's logits are not all finite."""
+        return AnswerWriter(self, settings).write(requests)
+
+    def halve_batch(self, error: BaseException) -> bool:
+        """Raises: ConfigError if out of memory where the batch size cannot be halved by one process alone."""
+        if not isinstance(error, Exception) or not should_reduce_batch_size(error):
+            return False
+        if not self.divisible:
+            raise ConfigError(
+                f"`batch_size` {self.batch_size}: out of memory. With `tensor_parallel` it is not halved, since all "
+                "processes would have to. Use a smaller one; complete shards are kept."
+            ) from error
+        if self.batch_size == 1:
+            return False
+        clear_device_cache(garbage_collection=True)
+        self.batch_size //= 2
+        return True
+
+    def _clock(self) -> float:
+        if not self.timed:
+            return 0.0
+        if self.head.device.type == "cuda":
+            torch.cuda.synchronize(self.head.device)
+        return time.perf_counter()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,31 @@
+"""distill_config.json of a cache: the options that made it, in a form that `config` takes back to make it again."""
+
+from __future__ import annotations
+
+import json
+
+from cache_format.storage.directory import open_directory, write_bytes
+from pipeline.models.loading import model_name
+from pipeline.options import CONFIG_FILE, flat, options_of
+from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+
+
+def save_config(config: CacheTeacherConfig) -> None:
+    """Writes the file into a finished cache, unless it is there.
+
+    It leaves out the output and which process wrote what, so that every run with the same settings writes the same
+    bytes; and text given as an object, which no file can hold.
+    """
+    directory = open_directory(config.output)
+    if CONFIG_FILE in directory.names():
+        return
+    declared = options_of(CacheTeacherConfig)
+    options = {
+        name: value
+        for name, value in flat(config).items()
+        if name not in ("output", "overwrite") and declared[name].metadata.group != PROCESSES
+    }
+    options["teacher"] = model_name(config.teacher)
+    if not isinstance(config.data.data, str | tuple):
+        options.pop("data", None)
+    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,127 @@
+"""Students given as loaded models: trained in place, with the weights and the record of a run from a path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import cache_format as cf
+from pipeline.errors import ConfigError
+from pipeline.student.model.initialization import load_student
+from pipeline.student.validation.compatibility import check_student
+from runs import Stop, build_cache, distance, train, weights
+from tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def cache(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_cache(tmp_path_factory.mktemp("given") / "cache", teacher_dir, text_file)
+
+
+@pytest.fixture()
+def model(student_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
+
+
+def state(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_given_student_is_trained_in_place_like_its_path(
+    tmp_path: Path, cache: Path, student_dir: Path, model: PreTrainedModel, training: bool
+):
+    options = {"max_steps": 3, "learning_rate": 1e-2}
+    train(tmp_path / "path", cache, student=student_dir, **options)
+    before = state(model)
+    train(tmp_path / "given", cache, student=model.train(training), **options)
+    saved = weights(tmp_path / "given")
+    assert distance(saved, weights(tmp_path / "path")) == 0.0
+    after = state(model)
+    assert distance(saved, {name: after[name] for name in saved}) == 0.0 < distance(before, after)
+    assert model.training is training and "forward" not in vars(model)
+    config = json.loads((tmp_path / "given/distill_config.json").read_text())["config"]
+    assert config["student"] == str(student_dir)
+    assert AutoTokenizer.from_pretrained(tmp_path / "given").get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_given_student_is_usable_after_an_interrupted_run_and_can_resume(
+    tmp_path: Path, cache: Path, student_dir: Path, model: PreTrainedModel
+):
+    options = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+    train(tmp_path / "whole", cache, student=student_dir, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", cache, student=model, on_step=Stop(3), **options)
+    assert model(input_ids=torch.arange(8)[None]).logits.shape == (1, 8, 400)
+    train(tmp_path / "parts", cache, student=model, resume=True, **options)
+    assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
+
+
+@pytest.mark.parametrize(
+    "options", [{"student_layers": 1}, {"student_width": 16}, {"student_random": True}, {"student_intermediate": 8}]
+)
+def test_student_made_from_a_given_model_leaves_it_alone(
+    tmp_path: Path, cache: Path, teacher_dir: Path, options: dict[str, int | bool]
+):
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
+    before = state(model)
+    train(tmp_path / "path", cache, student=teacher_dir, max_steps=1, **options)
+    train(tmp_path / "given", cache, student=model, max_steps=1, **options)
+    assert distance(state(model), before) == 0.0
+    assert distance(weights(tmp_path / "given"), weights(tmp_path / "path")) == 0.0
+
+
+def test_given_student_is_converted_to_float32(model: PreTrainedModel):
+    loaded = load_student(model.bfloat16(), vocab_size=400, seed=0)
+    assert loaded is model and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_adapters_on_a_given_student(tmp_path: Path, cache: Path, student_dir: Path, model: PreTrainedModel):
+    options = {"lora_rank": 2, "max_steps": 2, "learning_rate": 1e-2}
+    train(tmp_path / "adapter", cache, student=model, **options)
+    adapter = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(student_dir.resolve())
+    nameless = LlamaForCausalLM(LlamaConfig(**_shape(model)))
+    with pytest.raises(ConfigError, match="`lora_rank`: .*`merge_adapter=True`"):
+        train(tmp_path / "nameless", cache, student=nameless, **options)
+    train(tmp_path / "nameless", cache, student=nameless, merge_adapter=True, **options)
+    assert not any("lora" in name for name in weights(tmp_path / "nameless"))
+
+
+def _shape(model: PreTrainedModel) -> dict[str, int]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(model.config, name) for name in names}
+
+
+def test_given_student_without_tokenizer_gives_a_warning(cache: Path, model: PreTrainedModel):
+    opened = cf.open_cache(cache)
+    tokenizer, (warning,) = check_student([opened], model)
+    assert "`tokenizer`" in warning and tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    own = tiny_tokenizer()
+    assert check_student([opened], model, tokenizer=own) == (own, [])
+    with pytest.raises(ConfigError, match="`cross_tokenizer`: .*`tokenizer`"):
+        check_student([opened], model, cross_tokenizer="project")
+
+
+def test_tokenizer_option_is_compared_with_the_cache(
+    tmp_path: Path, cache: Path, student_dir: Path, model: PreTrainedModel
+):
+    opened, foreign = cf.open_cache(cache), tiny_tokenizer(seed=1)
+    path = tiny_llama(tmp_path / "foreign", foreign, hidden=16)
+    for student in (model, str(student_dir)):
+        for tokenizer in (foreign, str(path)):
+            with pytest.raises(cf.MismatchError, match=f"{student_dir}: .*ids differ.*`cross_tokenizer=project`"):
+                check_student([opened], student, tokenizer=tokenizer)
+    assert check_student([opened], model, tokenizer=foreign, cross_tokenizer="project") == (foreign, [])
+
+
+def test_url_as_output_is_refused(tmp_path: Path, cache: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="`output` memory://students/a: found a URL, expected a local directory"):
+        train("memory://students/a", cache, student=student_dir)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,147 @@
+"""`import distill`: what a script can do, from an empty directory, with objects, and without a word on the terminal."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cache_format as cf
+import distill
+from pipeline.options import options_of
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from runs import distance, weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL: dict[str, Any] = {"seq_len": 48, "batch_size": 4, "device": "cpu"}
+
+
+def shards(cache: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((cache / "shards").iterdir())}
+
+
+def test_importing_is_free_and_every_name_is_there() -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'click', 'rich'}"
+    code = f"import sys, distill; print(sorted({heavy} & set(sys.modules)), distill.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "[]"
+    assert all(getattr(distill, name) is not None for name in distill.__all__)
+    assert set(distill.__all__) <= set(dir(distill))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = distill.nothing
+
+
+def test_signatures_name_every_option() -> None:
+    for function, config in ((distill.cache_teacher, CacheTeacherConfig), (distill.train_student, TrainStudentConfig)):
+        parameters = inspect.signature(function).parameters
+        for each in options_of(config).values():
+            assert each.name in parameters, each.name
+            assert (
+                each.required
+                or each.name in ("student", "tokenizer")
+                or (parameters[each.name].default == each.default)
+            )
+            assert each.name in (function.__doc__ or "")
+
+
+@pytest.fixture(scope="module")
+def made(teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    seen: list[distill.Progress] = []
+    options = {**SMALL, "sample_by": "line", "top_k": 8}
+    summary = distill.cache_teacher(teacher_dir, text_file, folder / "cache", on_progress=seen.append, **options)
+    assert summary.rows == len(distill.open_cache(str(folder / "cache"))) and summary.finished
+    assert seen[-1].done == seen[-1].total == summary.rows and seen[-1].values["tokens_per_s"] > 0
+    assert [progress.stage for progress in seen if not progress.total][0] == "reading and tokenising the text"
+    return folder
+
+
+def test_nothing_is_printed(
+    made: Path, teacher_dir: Path, student_dir: Path, text_file: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    distill.cache_teacher(teacher_dir, text_file, tmp_path / "cache", max_documents=4, sample_by="line", **SMALL)
+    distill.train_student(made / "cache", student_dir, tmp_path / "student", max_steps=2, device="cpu")
+    distill.evaluate(made / "cache", tmp_path / "student", max_rows=2, device="cpu")
+    distill.verify(made / "cache", deep=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loaded_teacher_writes_the_same_shards(
+    made: Path, teacher_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    teacher.train()
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    distill.cache_teacher(
+        teacher, text_file, tmp_path / "cache", tokenizer=tokenizer, sample_by="line", top_k=8, **SMALL
+    )
+    assert shards(tmp_path / "cache") == shards(made / "cache")
+    assert teacher.training, "its mode is as before"
+    recorded = cf.open_cache(tmp_path / "cache").metadata.teacher
+    assert recorded["weights_fingerprint"] == cf.open_cache(made / "cache").metadata.teacher["weights_fingerprint"]
+    with pytest.raises(distill.ModelError, match="`tokenizer`"):
+        distill.cache_teacher(teacher, text_file, tmp_path / "other", **SMALL)
+
+
+def test_data_in_memory_writes_the_same_shards(made: Path, teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    rows = [{"text": line} for line in text_file.read_text().splitlines()]
+    for name, data in (("list", rows), ("dataset", datasets.Dataset.from_list(rows)), ("generator", iter(rows))):
+        distill.cache_teacher(teacher_dir, data, tmp_path / name, top_k=8, **SMALL)
+        assert shards(tmp_path / name) == shards(made / "cache"), name
+    with pytest.raises(distill.DataError):
+        distill.cache_teacher(teacher_dir, [], tmp_path / "empty", **SMALL)
+
+
+def test_a_loaded_student_is_trained_in_place(made: Path, student_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 4, "device": "cpu"}
+    distill.train_student(made / "cache", student_dir, tmp_path / "path", **options)
+    student = AutoModelForCausalLM.from_pretrained(student_dir)
+    distill.train_student(made / "cache", student, tmp_path / "object", **options)
+    assert distance(weights(tmp_path / "path"), weights(tmp_path / "object")) == 0.0
+    found = distill.evaluate(made / "cache", student, device="cpu")
+    assert found == distill.evaluate(made / "cache", tmp_path / "path", device="cpu")
+
+
+def test_a_saved_configuration_repeats_the_run(made: Path, student_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 4, "device": "cpu"}
+    distill.train_student(made / "cache", student_dir, tmp_path / "first", **options)
+    distill.train_student(config=tmp_path / "first", output=tmp_path / "again")
+    assert distance(weights(tmp_path / "first"), weights(tmp_path / "again")) == 0.0
+    distill.cache_teacher(config=made / "cache", output=tmp_path / "cache")
+    assert shards(tmp_path / "cache") == shards(made / "cache")
+    recorded = json.loads((tmp_path / "again" / "distill_config.json").read_text())["config"]
+    assert recorded["learning_rate"] == 1e-2 and recorded["max_steps"] == 3
+
+
+def test_plan_and_verify(made: Path, teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    plan = distill.plan(teacher_dir, text_file, tmp_path / "c", rows=4, top_k=8, sample_by="line", **SMALL)
+    assert plan.chosen.targets["kind"] == "top-k" and not (tmp_path / "c").exists()
+    found = distill.verify(made / "cache", against_teacher=teacher_dir, rows=2, device="cpu")
+    assert found.ok and found.teacher is not None and found.cache.rows == len(cf.open_cache(made / "cache"))
+    with pytest.raises(distill.ConfigError, match="`rows`: only with `against_teacher`"):
+        distill.verify(made / "cache", rows=2)
+
+
+def test_errors_and_warnings(made: Path, teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    distill.cache_teacher(teacher_dir, text_file, made / "threshold", max_documents=20, sample_by="line", **SMALL)
+    with pytest.raises(distill.ConfigError) as caught:
+        distill.cache_teacher(teacher_dir, text_file, tmp_path / "c", top_k=-1)
+    assert caught.value.field == "top_k" and "--" not in str(caught.value)
+    with pytest.raises(distill.ConfigError, match="`topk`: no such option. Did you mean `top_k`"):
+        distill.cache_teacher(teacher_dir, text_file, tmp_path / "c", topk=1)
+    with pytest.raises(distill.ConfigError, match="`data`: missing"):
+        distill.cache_teacher(teacher_dir, output=tmp_path / "c")
+    with pytest.raises(distill.CacheError):
+        distill.open_cache(str(tmp_path / "nothing"))
+    with pytest.warns(distill.DistillWarning, match="exact"):
+        distill.train_student(
+            made / "threshold", teacher_dir, tmp_path / "s", divergence="js", max_steps=1, device="cpu"
+        )
