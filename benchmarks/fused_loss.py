@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
-from pipeline.losses import TargetBatch, fused_head_loss
+from pipeline.losses import SparseTargetBatch, fused_head_loss
 from pipeline.losses.fused import CHUNK_POSITIONS
 
 HIDDEN, ENTRIES, KD_WEIGHT = 576, 64, 0.9  # D and K of SmolLM2-135M and of the demo
@@ -102,7 +102,7 @@ def _chunked(vocab: int, positions: int, chunks: Sequence[int]) -> dict[str, Ste
     return {"plain": _step("plain", hidden, weight, targets), **steps}
 
 
-def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, TargetBatch]:
+def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, SparseTargetBatch]:
     """Random numbers of about the size that a language model has; the cost does not depend on them."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(positions, HIDDEN, generator=generator)
@@ -111,7 +111,7 @@ def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, TargetBatch]:
     logprobs = torch.log_softmax(2 * torch.randn(positions, ENTRIES, generator=generator), dim=1) + math.log(kept)
     step = vocab // ENTRIES
     ids = torch.randint(step, (positions, ENTRIES), generator=generator) + torch.arange(ENTRIES) * step
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=ids,
         logprobs=logprobs,
         residual_logprob=torch.full((positions,), 1 - kept).log(),
@@ -120,7 +120,7 @@ def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, TargetBatch]:
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def _step(name: str, hidden: Tensor, weight: Tensor, targets: TargetBatch, chunk: int = CHUNK_POSITIONS) -> Step:
+def _step(name: str, hidden: Tensor, weight: Tensor, targets: SparseTargetBatch, chunk: int = CHUNK_POSITIONS) -> Step:
     """Forward and backward of one optimizer step's first micro-batch; the gradients are left on the tensors."""
 
     def plain() -> Tensor:

@@ -27,7 +27,7 @@ import cache_format as cf
 from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import token_rows
-from pipeline.losses import FullTargets, TargetBatch, fused_head
+from pipeline.losses import DistillLoss, FullTargets, SparseTargetBatch, fused_head
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_form import head_form
 from pipeline.models.teacher_head import TeacherHead
@@ -103,9 +103,16 @@ def _angles(states: Tensor, head: Head) -> list[list[str | float]]:
     near = torch.eye(width) + NEAR * torch.randn(width, width, generator=generator) / width**0.5
     labels = torch.randint(head.vocab_size, (len(states),), generator=generator)
 
-    def gradient(targets: TargetBatch | FullTargets, options: dict[str, object]) -> Tensor:
+    def gradient(targets: SparseTargetBatch | FullTargets, options: dict[str, object]) -> Tensor:
         matrix = near.clone().requires_grad_()
-        loss = fused_head(states @ matrix, weight, None, targets, scale=1.0 / len(states), **options).loss  # type: ignore[arg-type]
+        loss = fused_head(
+            states @ matrix,
+            weight,
+            None,
+            targets,
+            DistillLoss(**options),
+            scale=1.0 / len(states),  # type: ignore[arg-type]
+        ).loss
         return torch.autograd.grad(loss, matrix)[0].flatten().double()
 
     full = _full_targets(states, head, labels)
@@ -137,14 +144,14 @@ def _full_targets(states: Tensor, head: Head, labels: Tensor) -> FullTargets:
     )
 
 
-def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule) -> TargetBatch:
+def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule) -> SparseTargetBatch:
     chunks = []
     for start in range(0, len(states), CHUNK):
         here = np.arange(start, min(start + CHUNK, len(states)))
         drawn = draws(rule, np.zeros_like(here), here)
         chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, drawn))
     ids, logprobs, exact, _, residual, entropy = ChunkTargets.cat(chunks)
-    return TargetBatch(
+    return SparseTargetBatch(
         ids=ids.long().clamp(min=0),
         logprobs=torch.where(ids >= 0, logprobs, -torch.inf),
         exact_counts=exact.long(),
@@ -219,9 +226,10 @@ def _losses(states: Tensor, head: Head) -> dict[str, object]:
     labels = torch.randint(head.vocab_size, (len(states),), generator=generator)
     top, full = _sparse_targets(states, head, labels, TargetRule(top_k=64)), _full_targets(states, head, labels)
 
-    def loss_of(targets: TargetBatch | FullTargets, **options: object) -> object:
+    def loss_of(targets: SparseTargetBatch | FullTargets, **options: object) -> object:
         def both_ways() -> None:
-            fused_head(student, trained, None, targets, kd_weight=0.9, **options).loss.backward()  # type: ignore[arg-type]
+            loss = DistillLoss(kd_weight=0.9, **options)  # type: ignore[arg-type]
+            fused_head(student, trained, None, targets, loss).loss.backward()
 
         return both_ways
 

@@ -1,16 +1,19 @@
-"""The cache directory: what a teacher said, in a form that any number of students can read.
+"""The cache directory: token rows with a teacher's targets. One cache serves any number of students.
 
     import cache_format as cf
 
-    cache = cf.open_cache("CACHE")      # reads manifest.json; shards are mapped when first used
+    cache = cf.open_cache("CACHE")      # reads manifest.json; maps a shard when it is first used
     row = cache[0]                      # cf.CacheRow: input_ids, loss_mask, targets, label_ids, ...
-    ids, logprobs = row.targets.at(17)  # what the teacher expects after token 17
+    ids, logprobs = row.targets.at(17)  # the prediction made from position 17
 
-`SPEC.md` beside this file is the format itself. The package needs numpy, pyarrow and fsspec, never
-torch or transformers: a cache must be readable from anywhere.
+`SPEC.md` in this directory defines the format. The package needs numpy, pyarrow, zstandard and fsspec, never torch or
+transformers. Importing it loads only the errors; every other name loads its module when it is first used (PEP 562).
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from cache_format.cache_errors import (
     CacheError,
@@ -20,42 +23,44 @@ from cache_format.cache_errors import (
     FormatError,
     MismatchError,
 )
-from cache_format.codecs.codebook import (
-    Codebook,
-    entropy_codebook,
-    residual_codebook,
-    sqrt_probability_codebook,
-    weight_codebook,
-)
-from cache_format.manifest.answers_file import ANSWERS, write_answers
-from cache_format.manifest.differences import FINGERPRINTS, but_for_names, differences, listed
-from cache_format.manifest.fields import CODEBOOK_COLUMNS
-from cache_format.manifest.manifest import Manifest, sha256
-from cache_format.manifest.metadata import (
-    EXACT_LEVELS,
-    FORMAT_VERSION,
-    CacheMetadata,
-    default_codebooks,
-)
-from cache_format.manifest.stored_head import HEAD, HeadSpec, StoredHead, head_contents, head_file_bytes
-from cache_format.read.reader import Cache, open_cache
-from cache_format.read.verify import VerifySummary, verify_cache
-from cache_format.rows.hidden import HiddenSpec, HiddenStates, find_invalid_state
-from cache_format.rows.rebuilt import rebuilt_targets
-from cache_format.rows.row_batch import RowBatch
-from cache_format.rows.types import IGNORE_INDEX, CacheRow, SparseTargets
-from cache_format.storage.read_cache import ReadCache
-from cache_format.write.convert import Conversion, convert_cache
-from cache_format.write.occupancy import (
-    check_writable,
-    finished_already,
-    finished_manifest,
-    recorded_metadata,
-    remove_cache,
-)
-from cache_format.write.shared_writer import Share, SharedCacheWriter, parse_shard_range
-from cache_format.write.unfinished import CacheSize, finish_cache
-from cache_format.write.writer import CacheWriter
+
+if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
+    from cache_format.codecs.codebook import (
+        Codebook,
+        entropy_codebook,
+        residual_codebook,
+        sqrt_probability_codebook,
+        weight_codebook,
+    )
+    from cache_format.manifest.answers_file import ANSWERS, write_answers
+    from cache_format.manifest.differences import FINGERPRINTS, but_for_names, differences, ignoring_names, listed
+    from cache_format.manifest.fields import CODEBOOK_COLUMNS
+    from cache_format.manifest.manifest import Manifest, sha256
+    from cache_format.manifest.metadata import (
+        EXACT_LEVELS,
+        FORMAT_VERSION,
+        CacheMetadata,
+        default_codebooks,
+    )
+    from cache_format.manifest.stored_head import HEAD, HeadSpec, StoredHead, head_contents, head_file_bytes
+    from cache_format.read.reader import Cache, open_cache
+    from cache_format.read.verify import VerifySummary, verify_cache
+    from cache_format.rows.hidden import HiddenSpec, HiddenStates, find_invalid_state
+    from cache_format.rows.rebuilt import rebuilt_targets
+    from cache_format.rows.row_batch import RowBatch
+    from cache_format.rows.types import IGNORE_INDEX, CacheRow, SparseTargets
+    from cache_format.storage.read_cache import ReadCache
+    from cache_format.write.convert import Conversion, convert_cache
+    from cache_format.write.occupancy import (
+        check_writable,
+        finished_already,
+        finished_manifest,
+        recorded_metadata,
+        remove_cache,
+    )
+    from cache_format.write.shared_writer import Share, SharedCacheWriter, parse_shard_range
+    from cache_format.write.unfinished import CacheSize, finish_cache
+    from cache_format.write.writer import CacheWriter
 
 __all__ = [
     "ANSWERS",
@@ -101,6 +106,7 @@ __all__ = [
     "finished_manifest",
     "head_contents",
     "head_file_bytes",
+    "ignoring_names",
     "listed",
     "open_cache",
     "parse_shard_range",
@@ -114,3 +120,54 @@ __all__ = [
     "weight_codebook",
     "write_answers",
 ]
+
+_LAZY = {
+    name: module
+    for module, names in {
+        "codecs.codebook": (
+            "Codebook",
+            "entropy_codebook",
+            "residual_codebook",
+            "sqrt_probability_codebook",
+            "weight_codebook",
+        ),
+        "manifest.answers_file": ("ANSWERS", "write_answers"),
+        "manifest.differences": ("FINGERPRINTS", "but_for_names", "differences", "ignoring_names", "listed"),
+        "manifest.fields": ("CODEBOOK_COLUMNS",),
+        "manifest.manifest": ("Manifest", "sha256"),
+        "manifest.metadata": ("EXACT_LEVELS", "FORMAT_VERSION", "CacheMetadata", "default_codebooks"),
+        "manifest.stored_head": ("HEAD", "HeadSpec", "StoredHead", "head_contents", "head_file_bytes"),
+        "read.reader": ("Cache", "open_cache"),
+        "read.verify": ("VerifySummary", "verify_cache"),
+        "rows.hidden": ("HiddenSpec", "HiddenStates", "find_invalid_state"),
+        "rows.rebuilt": ("rebuilt_targets",),
+        "rows.row_batch": ("RowBatch",),
+        "rows.types": ("IGNORE_INDEX", "CacheRow", "SparseTargets"),
+        "storage.read_cache": ("ReadCache",),
+        "write.convert": ("Conversion", "convert_cache"),
+        "write.occupancy": (
+            "check_writable",
+            "finished_already",
+            "finished_manifest",
+            "recorded_metadata",
+            "remove_cache",
+        ),
+        "write.shared_writer": ("Share", "SharedCacheWriter", "parse_shard_range"),
+        "write.unfinished": ("CacheSize", "finish_cache"),
+        "write.writer": ("CacheWriter",),
+    }.items()
+    for name in names
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

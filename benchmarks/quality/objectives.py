@@ -21,11 +21,12 @@ from benchmarks.quality.corpora import Corpus
 from benchmarks.quality.dense import dense_loss
 from benchmarks.quality.states import States
 from benchmarks.quality.tracks import Arm
-from pipeline.losses import IGNORE_INDEX, TargetBatch, fused_head
+from pipeline.losses import IGNORE_INDEX, DistillLoss, SparseTargetBatch, fused_head
 from pipeline.models.head import Head
 from pipeline.models.padding import pad_rows
-from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
-from pipeline.student.training.forward import LossRecipe, distillation_output
+from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
+from pipeline.student.training.forward import distillation_output
+from pipeline.student.validation.loss_checks import loss_for_cache
 from pipeline.teacher.text.packing import TokenRow
 
 SHUFFLE_WINDOW = 8  # record batches
@@ -45,7 +46,7 @@ def labels_objective(corpus: Corpus) -> Objective:
     def loss(head: Head, indices: Sequence[int]) -> Tensor:
         hidden, labels = student_states(head, [corpus.rows[i] for i in indices])
         nothing = torch.zeros(len(labels))
-        targets = TargetBatch(
+        targets = SparseTargetBatch(
             ids=torch.zeros(len(labels), 1, dtype=torch.int64),
             logprobs=torch.full((len(labels), 1), -torch.inf),
             residual_logprob=nothing,
@@ -56,7 +57,7 @@ def labels_objective(corpus: Corpus) -> Objective:
             head.weight,
             head.bias,
             targets,
-            kd_weight=0.0,
+            DistillLoss(kd_weight=0.0),
             scale=1.0 / len(labels),
             vocab_size=head.vocab_size,
         )
@@ -79,7 +80,7 @@ def cache_objective(path: Path, arm: Arm) -> Objective:
     dataset, recipe = open_dataset(path, arm)
 
     def loss(head: Head, indices: Sequence[int]) -> Tensor:
-        batch = collate(dataset.__getitems__(indices))
+        batch = dataset.collate(dataset.__getitems__(indices))
         counted = int((batch["labels"] != IGNORE_INDEX).sum())
         return distillation_output(head, batch, recipe, 1.0 / counted).loss
 
@@ -93,8 +94,8 @@ def shift_invariant_objective(path: Path, arm: Arm) -> Objective:
     def loss(head: Head, indices: Sequence[int]) -> Tensor:
         rows = dataset.__getitems__(indices)
         hidden, labels = student_states(head, rows)
-        targets = targets_of(collate(rows))
-        targets = targets[targets.counted]
+        targets = collate(rows)["targets"]
+        targets = targets[targets.loss_mask]
 
         def weights(at: slice) -> Tensor:
             here = targets[at]
@@ -106,9 +107,9 @@ def shift_invariant_objective(path: Path, arm: Arm) -> Objective:
     return loss
 
 
-def open_dataset(path: Path, arm: Arm) -> tuple[CacheDataset, LossRecipe]:
+def open_dataset(path: Path, arm: Arm) -> tuple[CacheDataset, DistillLoss]:
     cache = cf.open_cache(path, cached_record_batches=SHUFFLE_WINDOW + 1)
-    return CacheDataset(cache), LossRecipe.for_cache(cache, kd_weight=1.0, tail=arm.tail)
+    return CacheDataset(cache), loss_for_cache(cache, kd_weight=1.0, tail=arm.tail)
 
 
 def student_states(head: Head, rows: Sequence[TokenRow | cf.CacheRow]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
-"""What differs between a recorded cache and what a run would write, which of it changes no more than rounding, and
-which is another name for the same thing."""
+"""Differences between a recorded cache and what a run would write: which change only rounding, and which are only
+other names for the same thing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# By key of the manifest. The same teacher over the same text, in another order of additions: logits agree to some 1e-5
-# in float32, which now and then decides which of two nearly equal tokens is listed.
+# Key of the manifest -> reason. The same teacher over the same text adds in another order: float32 logits then agree to
+# about 1e-5, which sometimes decides which of two nearly equal tokens becomes an entry.
 ROUNDING = {
     "capture.device": "another kind of device rounds differently",
     "capture.threads": "sums split over another number of threads round differently",
@@ -17,14 +17,14 @@ ROUNDING = {
     "capture.chunk_positions": "another chunk size rounds differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }
-# Where something was found -> what it is: equal, the first is a spelling, as machines with different mounts have them.
 FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")  # of a teacher
-OF_TEACHER, OF_TEXT = tuple(f"teacher.{name}" for name in FINGERPRINTS), ("corpus.token_stream_sha256",)
+TEACHER_FACTS, TEXT_FACTS = tuple(f"teacher.{name}" for name in FINGERPRINTS), ("corpus.token_stream_sha256",)
+# Key of a name -> keys that identify the thing. Names differ between machines with different mounts.
 NAMES = {
-    "teacher.name": OF_TEACHER,
-    "teacher.revision": OF_TEACHER,
-    "corpus.source": OF_TEXT,
-    "corpus.files": OF_TEXT,
+    "teacher.name": TEACHER_FACTS,
+    "teacher.revision": TEACHER_FACTS,
+    "corpus.source": TEXT_FACTS,
+    "corpus.files": TEXT_FACTS,
     "prompts.source": ("prompts.files",),  # with their checksums, or sizes and times
 }
 LIBRARIES = "another version may round or compress differently"
@@ -38,16 +38,16 @@ class Difference:
 
     @property
     def rounding(self) -> str | None:
-        """Why nothing but rounding (or compressed bytes) is different; None if more is."""
+        """Reason if only rounding (or the compressed bytes) can differ; None otherwise."""
         return ROUNDING.get(self.key, LIBRARIES if self.key.startswith("libraries.") else None)
 
     def __str__(self) -> str:
-        said = f"{self.key} recorded {_short(self.recorded)}, given {_short(self.given)}"
-        return said if self.rounding is None else f"{said} (only rounding: {self.rounding})"
+        text = f"{self.key} recorded {_short(self.recorded)}, given {_short(self.given)}"
+        return text if self.rounding is None else f"{text} (only rounding: {self.rounding})"
 
 
 def differences(recorded: Any, given: Any, key: str = "") -> list[Difference]:
-    """Between two JSON values, leaf by leaf, in order of the keys."""
+    """Differences between two JSON values, leaf by leaf, in order of the keys."""
     if isinstance(recorded, Mapping) and isinstance(given, Mapping):
         return [
             difference
@@ -57,28 +57,35 @@ def differences(recorded: Any, given: Any, key: str = "") -> list[Difference]:
     return [] if recorded == given else [Difference(key, recorded, given)]
 
 
-def but_for_names(found: Iterable[Difference], recorded: Mapping[str, Any]) -> list[Difference]:
-    """Without those that only say where the same thing was found (`NAMES`), by what is recorded of it."""
+def ignoring_names(found: Iterable[Difference], recorded: Mapping[str, Any]) -> list[Difference]:
+    """The differences without names of the same thing (`NAMES`), such as the path of equal text.
+
+    Args:
+        recorded: the JSON that was recorded, which decides whether both sides have the facts that identify the thing.
+    """
     found = list(found)
-    others = {difference.key for difference in found}
+    changed = {difference.key for difference in found}
 
     def is_recorded(fact: str) -> bool:
         group, _, name = fact.partition(".")
         return bool((recorded.get(group) or {}).get(name))
 
-    def is_a_name(difference: Difference) -> bool:
+    def is_name(difference: Difference) -> bool:
         facts = NAMES.get(difference.key, ())
-        return bool(facts) and all(is_recorded(fact) and fact not in others for fact in facts)
+        return bool(facts) and all(is_recorded(fact) and fact not in changed for fact in facts)
 
     def is_new(difference: Difference) -> bool:
-        """A fingerprint that was not recorded yet when the cache was begun."""
-        return difference.key in OF_TEACHER and difference.recorded is None
+        """A fingerprint that was not recorded when the cache was begun."""
+        return difference.key in TEACHER_FACTS and difference.recorded is None
 
-    return [difference for difference in found if not is_a_name(difference) and not is_new(difference)]
+    return [difference for difference in found if not is_name(difference) and not is_new(difference)]
+
+
+but_for_names = ignoring_names  # until its callers use the new name
 
 
 def listed(found: Iterable[Difference]) -> str:
-    """All of them, those that matter most first."""
+    """The differences as text, rounding last."""
     return "; ".join(map(str, sorted(found, key=lambda difference: difference.rounding is not None)))
 
 

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from cache_format.cache_errors import CacheError, CorruptShardError, FormatError
-from cache_format.codecs.packed.lexicon import LEXICON
 from cache_format.manifest.answers_file import ANSWERS, recorded_answers
 from cache_format.manifest.fields import FILE, FILES, SHARDS, SIDECAR, check_fields
 from cache_format.manifest.metadata import (
@@ -35,6 +34,7 @@ from cache_format.manifest.stored_head import HEAD
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
+LEXICON = "lexicon.arrow"
 TOKENIZER_DIR = "tokenizer"
 SELF_CHECKSUM = "manifest_sha256"
 ZEROS = "0" * 64
@@ -236,11 +236,6 @@ def answers_file(metadata: CacheMetadata) -> FileInfo | None:
     """What is recorded of answers.jsonl, if there is one. Raises: KeyError."""
     recorded = recorded_answers(metadata)
     return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
-
-
-def unannounced_bytes(metadata: CacheMetadata, batch: RecordBatchInfo) -> int:
-    """Bytes that packed targets are decoded to, which no buffer announces: of entries, and of numbers in samples."""
-    return 8 * batch.entries + 2 * batch.tokens * metadata.num_samples if metadata.encoding == "packed" else 0
 
 
 def manifest_bytes(

@@ -16,10 +16,10 @@ from typing import Any, overload
 import pyarrow as pa
 
 from cache_format.cache_errors import CorruptShardError, FormatError
-from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
-from cache_format.codecs.packed.streams import PackedStreams
+from cache_format.codecs.encodings import Codec, PackedStreams, codec_for
 from cache_format.manifest.answers_file import answers_bytes, read_answers, recorded_answers
 from cache_format.manifest.manifest import (
+    LEXICON,
     MANIFEST,
     PARTIAL_MANIFEST,
     TOKENIZER_DIR,
@@ -153,7 +153,7 @@ class Cache(Sequence[CacheRow]):
         if isinstance(self._directory, LocalDirectory):
             return
         places = sorted({self._place(row)[:2] for row in rows})[: self._cached_record_batches]
-        _ = self._lexicon
+        _ = self._codec
         with ThreadPoolExecutor(FETCHES, thread_name_prefix="cache-fetch") as pool:
             list(pool.map(self._shard, sorted({shard for shard, _ in places})))
             list(pool.map(lambda place: self._record_batch(*place), places))
@@ -261,10 +261,11 @@ class Cache(Sequence[CacheRow]):
         raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
 
     @cached_property
-    def _lexicon(self) -> Lexicon | None:
-        """What packed targets are decoded with, checked. Raises: FormatError."""
+    def _codec(self) -> Codec:
+        """With the lexicon, checked, if the encoding needs one. Raises: FormatError."""
+        codec = codec_for(self.metadata)
         if self.manifest.lexicon is None:
-            return None
+            return codec
         expected = self.manifest.lexicon.sha256
         where = self._directory.path(LEXICON)
         try:
@@ -273,7 +274,7 @@ class Cache(Sequence[CacheRow]):
             raise _damaged(where, "no such file") from error
         if (found := sha256(data)) != expected:
             raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
-        return Lexicon.from_bytes(data, self.metadata.vocab_size, where)
+        return codec.with_lexicon(data, where)
 
     def _check_sizes(self) -> None:
         """That the shards are there, as large as the manifest says: what is made as long as a list of their contents
@@ -296,8 +297,8 @@ class Cache(Sequence[CacheRow]):
         return self._record_batch(shard, batch).row(index)
 
     def _open_shard(self, shard: int) -> ShardReader:
-        options = self._lexicon, self._hidden_layers, self._read_cache
-        return ShardReader(self._directory, self.manifest, shard, *options)
+        options = self._hidden_layers, self._read_cache
+        return ShardReader(self._directory, self.manifest, shard, self._codec, *options)
 
     def _read_record_batch(self, shard: int, index: int, streams: PackedStreams | None = None) -> RowBatch:
         return self._shard(shard).record_batch(index, streams)

@@ -7,7 +7,7 @@ import struct
 import pyarrow as pa
 
 from cache_format.cache_errors import CorruptShardError
-from cache_format.codecs.columns import arrow_schema, decode
+from cache_format.codecs.encodings import Codec, PackedStreams
 from cache_format.codecs.ipc import (
     MAGIC_BYTES,
     buffers_per_column,
@@ -16,8 +16,6 @@ from cache_format.codecs.ipc import (
     read_record_batch,
     read_schema,
 )
-from cache_format.codecs.packed.lexicon import Lexicon
-from cache_format.codecs.packed.streams import PackedStreams
 from cache_format.manifest.manifest import (
     ByteRange,
     Manifest,
@@ -25,15 +23,12 @@ from cache_format.manifest.manifest import (
     Sidecar,
     sha256,
     sidecar_name,
-    unannounced_bytes,
 )
 from cache_format.rows.hidden import PREFIX
 from cache_format.rows.invariants import find_violation
 from cache_format.rows.row_batch import RowBatch
 from cache_format.storage.directory import Directory, ShardFile
 from cache_format.storage.read_cache import ReadCache
-
-PACKED_OVERHEAD = 2**20  # bytes of packed targets that are not for entries: frequencies and final states
 
 
 class ShardReader:
@@ -47,11 +42,11 @@ class ShardReader:
         directory: Directory,
         manifest: Manifest,
         index: int,
-        lexicon: Lexicon | None = None,
+        codec: Codec,
         hidden_layers: tuple[int, ...] | None = None,
         read_cache: ReadCache | None = None,
     ) -> None:
-        self._lexicon = lexicon
+        self._codec = codec
         self._read_cache = read_cache
         self._metadata = manifest.metadata
         self._name = manifest.shards[index].name
@@ -60,7 +55,7 @@ class ShardReader:
         self._file = self._open(directory)
         self._header = self._checked(self.sidecar.header, "header")
         self._checked(self.sidecar.footer, "footer")
-        self._schema = arrow_schema(manifest.metadata)
+        self._schema = codec.schema
         hidden = manifest.metadata.hidden
         wanted = [] if hidden is None else hidden.columns(hidden_layers)
         self._columns = [
@@ -75,7 +70,7 @@ class ShardReader:
         try:
             self._buffer_bytes(data, info)
             found = read_record_batch(self._header, data, self._columns)
-            batch = decode(found, self._metadata, self._lexicon, info.entries, streams)
+            batch = self._codec.decode(found, info.entries, streams)
         except (ValueError, pa.ArrowException, OSError, struct.error) as error:
             raise self._false(part, _line(error)) from error
         rows = range(info.first_row, info.first_row + info.rows)
@@ -116,14 +111,15 @@ class ShardReader:
         sizes, first = {}, 0
         for name, count in buffers_per_column(self._schema).items():
             own = slice(first, first + count)
-            allowed = most + PACKED_OVERHEAD if name == "packed" else most
+            allowed = most + self._codec.column_overhead(name)
             if name.startswith(PREFIX):
                 allowed += info.tokens * state
             if max(message.uncompressed[own], default=allowed + 1) > allowed:
                 raise ValueError(f"column {name} expands to more bytes than its entries need")
             sizes[name] = sum(message.compressed[own])
             first += count
-        check_expansion(sum(message.uncompressed) + unannounced_bytes(self._metadata, info), data.size)
+        unannounced = self._codec.unannounced_bytes(info.tokens, info.entries)
+        check_expansion(sum(message.uncompressed) + unannounced, data.size)
         return sizes
 
     def _read_sidecar(self, directory: Directory, manifest: Manifest, index: int) -> Sidecar:

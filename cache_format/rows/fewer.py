@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_format.rows.row_batch import RowBatch, offsets
-from cache_format.rows.types import entry_groups, group_counts
+from cache_format.rows.types import entry_groups, group_counts, joint_index
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -75,14 +75,16 @@ def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[in
     candidates, sample = candidates[order], sample[order]
     chance = np.where(exact[candidates], probability[candidates] / new, old / new)
     first = (_uniforms(batch, key)[:, None] + np.arange(samples) / samples) % 1.0  # [N, M]
-    drawn = _systematic(chance, position[candidates] * samples + sample, 1.0 - first.ravel())
+    place = joint_index(position[candidates], sample, samples)
+    drawn = _systematic(chance, place, 1.0 - first.ravel())
 
     kept = np.concatenate([np.flatnonzero(stays), candidates[drawn]])
     group = np.concatenate([np.zeros(np.count_nonzero(stays), np.int64), 1 + sample[drawn]])
     order = np.lexsort((batch.ids[kept], group, position[kept]))
     kept, group = kept[order], group[order]
     size = batch.num_tokens * (1 + samples)
-    counts = np.bincount(position[kept] * (1 + samples) + group, minlength=size).reshape(-1, 1 + samples)
+    of_group = joint_index(position[kept], group, 1 + samples)
+    counts = np.bincount(of_group, minlength=size).reshape(-1, 1 + samples)
     fallen = _sums(position[falls], probability[falls], batch.num_tokens)
     return _with_entries(
         batch,

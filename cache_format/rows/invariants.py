@@ -16,7 +16,7 @@ from cache_format.manifest.fields import MOST_TOKENS
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.hidden import find_invalid_state
 from cache_format.rows.row_batch import RowBatch
-from cache_format.rows.types import entry_groups, group_counts
+from cache_format.rows.types import entry_groups, group_counts, joint_index
 
 
 def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
@@ -55,7 +55,7 @@ def find_repeated_token(batch: RowBatch, rows: range, metadata: CacheMetadata) -
     """
     counts = group_counts(batch)
     exact = entry_groups(counts) == 0
-    keys = batch.positions * metadata.vocab_size + batch.ids
+    keys = joint_index(batch.positions, batch.ids, metadata.vocab_size)
     if (bad := np.isin(keys[~exact], keys[exact], assume_unique=metadata.num_samples == 1)).any():
         index = int(np.flatnonzero(~exact)[bad.argmax()])
         return f"{_of_entry(batch, rows, index)}: target id {batch.ids[index]} is both exact and sampled"

@@ -1,7 +1,7 @@
 """Whole distributions again, of the states and the head that a cache holds: what can be asked of them without torch.
 
     logits     head · state of each position
-    top-K      the ordinary targets that `convert --top-k` writes, and `inspect` shows
+    top-K      the ordinary targets that conversion writes and `distill inspect` shows
     entropy    beside the stored one: a head that is not of these states, or a state of another position, has another
 
 A product with [V, D] for every position: some thousand positions a second and core at 49,152 × 576.

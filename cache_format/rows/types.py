@@ -147,6 +147,12 @@ def entry_groups(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.ravel())
 
 
+def joint_index(first: NDArray[np.int64], second: NDArray[Any], size: int) -> NDArray[np.int64]:
+    """One integer for each pair: first · size + second, with 0 ≤ second < size. It sorts like (first, second), several
+    times faster than `np.lexsort`."""
+    return np.asarray(first * size + second, np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class CacheRow:
     """One token sequence with the teacher's targets for it."""

@@ -240,12 +240,11 @@ def this_process() -> Owner:
 
 def refused(directory: Directory, holder: Holder, stale_after_s: float) -> CacheError:
     """For a writer that finds another one at work."""
-    what = "this cache" if holder.name == WHOLE else f"{holder.name} of it"
+    what = "this cache" if holder.name == WHOLE else holder.name
     return CacheError(
-        f"{directory.path()}: {holder} writes {what}, so this run stays away: nothing was changed. Wait for it or stop "
-        f"it; if it is gone, its claim ends {_duration(stale_after_s)} after its last sign of life (--stale-after of "
-        "cache-teacher and merge). Several processes write one cache together if all are started with --num-workers or "
-        "by torchrun."
+        f"{directory.path()}: {holder} writes {what}: nothing was changed. Wait for it or stop it; if it is gone, its "
+        f"claim ends {_duration(stale_after_s)} after its last sign of life (`stale_after`). To write one cache with "
+        "several processes, start all of them with `num_workers` or torchrun."
     )
 
 

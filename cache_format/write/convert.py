@@ -1,9 +1,9 @@
-"""One cache ─▶ another with the same text: other encoding, codebook or compression, other shards, fewer entries.
+"""Convert a cache: same text, another encoding, codebook, compression or shard size, or fewer entries.
 
-A record batch at a time, so memory does not grow with the cache; interrupted, the same call goes on after the last
-complete shard. What was exact stays what it was unless entries are dropped: their mass then joins the residual. Values
-are quantised again only if the codebook changes. A sampled tail can be thinned, and stays unbiased. Hidden targets
-become top-K ones: the states are what they are made of, and are left out.
+Works on one record batch at a time, so memory does not grow with the cache. If interrupted, the same call continues
+after the last complete shard. Exact entries keep their values; the mass of dropped entries joins the tail mass. Values
+are rounded again only if their codebook changes. Thinning a sampled tail keeps it unbiased. Hidden targets become top-K
+targets, without the states that they were computed from.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from cache_format.rows.row_batch import RowBatch, concatenate
 from cache_format.storage.directory import inside, open_directory, write_bytes
 from cache_format.write.writer import CacheWriter
 
-MAX_ENTRIES = 65535  # that a count can say
+MAX_ENTRIES = 65535  # largest value of a uint16 count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What is to be different. None: as it is."""
+    """Changes to make; None keeps what the source has."""
 
     encoding: str | None = None  # columns or packed
     compression_level: int | None = None  # zstd, 1 to 22
     levels: int | None = None  # values of the codebook of log-probabilities, at most 256
-    top_k: int | None = None  # entries per position, the most likely ones; of exact or hidden targets
-    samples: int | None = None  # the first so many; of targets with several samples
-    tail_threshold: float | None = None  # τ, a larger one; of threshold targets
+    top_k: int | None = None  # entries to keep per position, most likely first; exact or hidden targets only
+    samples: int | None = None  # number of samples to keep; targets with several samples only
+    tail_threshold: float | None = None  # larger τ; threshold targets only
     rows_per_shard: int | None = None
     rows_per_record_batch: int | None = None
-    drop_hidden: bool | None = None  # without the hidden states
+    drop_hidden: bool | None = None  # leave out the hidden states
 
 
 def convert_cache(
     source: str | os.PathLike[str], output: str | os.PathLike[str], conversion: Conversion
 ) -> Iterator[int]:
-    """Writes the new cache while it is iterated over; yields the number of rows done, after every record batch.
+    """Write the new cache while the result is iterated; yields the number of rows done after each record batch.
 
     Raises:
-        MismatchError: a change that these targets do not admit, or an unfinished cache of other settings in `output`.
-        CacheError: `output` is `source`, in it or around it, or holds something else; or `source` cannot be read.
+        MismatchError: these targets do not allow the change, or `output` holds an unfinished cache of other settings.
+        CacheError: `output` is, contains or lies inside `source`, or holds something else; or `source` is unreadable.
     """
     cache = open_cache(source)
     _check_apart(source, output)
@@ -70,20 +70,20 @@ def convert_cache(
         for batch in cache.iter_record_batches():
             if int(batch.rows[-1]) >= writer.next_row:
                 if rebuilding is not None:
-                    batch = _rebuilt(batch, rebuilding, metadata)
-                batch = _fewer(batch, conversion, cache)
+                    batch = _with_entries(batch, rebuilding, metadata)
+                batch = _reduce(batch, conversion, cache)
                 writer.write([batch.row(i) for i in range(len(batch))])
             yield int(batch.rows[-1]) + 1
 
 
 def _check_apart(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """A cache in another one's directory makes both of them something that no command will touch."""
+    """Refuse a cache inside another one: no command would accept either of them afterwards."""
     within, around = inside(output, source), inside(source, output)
     if within or around:
-        how = "is the cache" if within and around else "lies inside of the cache" if within else "is around the cache"
+        how = "is" if within and around else "lies inside" if within else "contains"
         raise CacheError(
-            f"{os.fspath(output)}: found that it {how} which is to be converted ({os.fspath(source)}), expected "
-            "another place: a conversion reads one cache and writes another. Nothing was changed. Choose another one."
+            f"{os.fspath(output)}: it {how} the cache to convert ({os.fspath(source)}); a conversion writes a new "
+            "cache. Nothing was changed. Choose another `output`."
         )
 
 
@@ -95,7 +95,7 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
         targets |= {"k": conversion.top_k, "max_entries": conversion.top_k}
         if old.head is not None:
             targets = {name: value for name, value in targets.items() if name not in ("head", "hidden")}
-            targets |= {"kind": "top-k", **_other_states(old)}
+            targets |= {"kind": "top-k", **_remaining_states(old)}
     if conversion.samples is not None:
         targets |= {"samples": conversion.samples}
     if conversion.tail_threshold is not None:
@@ -123,31 +123,31 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
 
 def _check(cache: Cache, conversion: Conversion) -> None:
     targets, metadata = cache.metadata.targets, cache.metadata
-    thin = " (--tail-threshold thins them)" if targets.get("tail_threshold") is not None else ""
+    thin = " (a larger `tail_threshold` thins them)" if targets.get("tail_threshold") is not None else ""
     problem = None
     if conversion.drop_hidden and metadata.hidden is None:
-        problem = "--drop-hidden: there are no hidden states"
+        problem = "`drop_hidden=True`: there are no hidden states"
     elif metadata.head is not None and conversion.top_k is None:
         problem = _problem_of_hidden(conversion)
     elif metadata.head is not None and (conversion.top_k or 0) > metadata.vocab_size:
-        problem = f"--top-k {conversion.top_k}: the vocabulary has {metadata.vocab_size:,} tokens"
+        problem = f"`top_k` {conversion.top_k}: the vocabulary has {metadata.vocab_size:,} tokens"
     elif conversion.top_k is not None and metadata.sampled:
-        problem = f"--top-k: {targets['kind']} targets are unbiased only with all their entries{thin}"
+        problem = f"`top_k`: {targets['kind']} targets are unbiased only with all their entries{thin}"
     elif conversion.top_k is not None and metadata.head is None and conversion.top_k > metadata.max_entries:
-        problem = f"--top-k {conversion.top_k}: found up to {metadata.max_entries} entries per position"
+        problem = f"`top_k` {conversion.top_k}: found up to {metadata.max_entries} entries per position"
     elif conversion.samples is not None and not metadata.sampled:
-        problem = f"--samples {conversion.samples}: {targets['kind']} targets have none"
+        problem = f"`samples` {conversion.samples}: {targets['kind']} targets have none"
     elif conversion.samples is not None and not 1 <= conversion.samples <= metadata.num_samples:
-        problem = f"--samples {conversion.samples}: found {metadata.num_samples} per position"
+        problem = f"`samples` {conversion.samples}: found {metadata.num_samples} per position"
     elif conversion.tail_threshold is not None and (why := _problem_of_thinning(metadata, conversion.tail_threshold)):
-        problem = f"--tail-threshold {conversion.tail_threshold}: {why}"
+        problem = f"`tail_threshold` {conversion.tail_threshold}: {why}"
     elif conversion.levels is not None and metadata.sampled and targets.get("tail_threshold") is None:
-        problem = f"--levels: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
+        problem = f"`levels`: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
     elif conversion.levels is not None:
         try:
             _codebook(conversion.levels, targets)
         except ValueError as error:
-            problem = f"--levels {conversion.levels}: {error}"
+            problem = f"`levels` {conversion.levels}: {error}"
     if problem is not None:
         raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
 
@@ -157,20 +157,23 @@ def _problem_of_thinning(metadata: CacheMetadata, threshold: float) -> str | Non
     if old is None or not metadata.sampled:
         return f"{metadata.targets['kind']} targets have none"
     if not old < threshold <= 1:
-        return f"found {old:g}, expected a larger one, up to 1: what was not drawn then is not there"
+        return f"found {old:g}, expected a larger one, up to 1: tokens that were not drawn are not in the cache"
     if not metadata.targets["k"]:
         return "targets with K = 0 could lose all entries of a position"
     return None
 
 
 def _problem_of_hidden(conversion: Conversion) -> str | None:
-    """What hidden targets do not admit as long as they are."""
+    """The first change that hidden targets do not allow, or None."""
     for asked, problem in (
-        (conversion.drop_hidden, "--drop-hidden: the hidden states are the targets; --top-k leaves them out"),
-        (conversion.encoding == "packed", "--encoding packed: hidden targets have no entries to pack"),
-        (conversion.levels is not None, "--levels: hidden targets have no log-probabilities to round"),
-        (conversion.samples is not None, f"--samples {conversion.samples}: hidden targets have none"),
-        (conversion.tail_threshold is not None, "--tail-threshold: hidden targets have no tail"),
+        (
+            conversion.drop_hidden,
+            "`drop_hidden=True`: the hidden states are the targets; `top_k` replaces them with entries",
+        ),
+        (conversion.encoding == "packed", "`encoding=packed`: hidden targets have no entries to pack"),
+        (conversion.levels is not None, "`levels`: hidden targets have no log-probabilities to round"),
+        (conversion.samples is not None, f"`samples` {conversion.samples}: hidden targets have none"),
+        (conversion.tail_threshold is not None, "`tail_threshold`: hidden targets have no tail"),
     ):
         if asked:
             return problem
@@ -178,7 +181,7 @@ def _problem_of_hidden(conversion: Conversion) -> str | None:
 
 
 def _codebook(levels: int, targets: Mapping[str, Any]) -> Codebook:
-    """Of so many values, as capture makes it. Raises: ValueError for too few or too many."""
+    """The codebook that capture would make with this many values. Raises: ValueError for too few or too many."""
     threshold, samples = targets.get("tail_threshold"), targets.get("samples")
     if threshold is None or samples is None:
         return sqrt_probability_codebook(levels)
@@ -186,7 +189,7 @@ def _codebook(levels: int, targets: Mapping[str, Any]) -> Codebook:
 
 
 def _reweighted(old: CacheMetadata, targets: Mapping[str, Any]) -> Codebook:
-    """The old codebook, with the weight of the new targets' samples; of draws, all weights times M/S."""
+    """The old codebook with the sample weight of the new targets; for `random` targets all weights times M / S."""
     codebook = old.codebooks["target_logprobs"]
     if targets.get("tail_threshold") is not None:
         return codebook.including(np.log(targets["tail_threshold"] / targets["samples"]))
@@ -195,15 +198,15 @@ def _reweighted(old: CacheMetadata, targets: Mapping[str, Any]) -> Codebook:
     return Codebook(codebook.name, codebook.domain, values)
 
 
-def _other_states(old: CacheMetadata) -> dict[str, Any]:
-    """Of a cache of hidden targets the states that no target is made of."""
+def _remaining_states(old: CacheMetadata) -> dict[str, Any]:
+    """`hidden` of the new targets: the layers that the head was not applied to."""
     assert old.hidden is not None and old.head is not None
     layers = tuple(layer for layer in old.hidden.layers if layer != old.head.layer)
     return {"hidden": replace(old.hidden, layers=layers).to_json()} if layers else {}
 
 
-def _rebuilt(batch: RowBatch, head: StoredHead, metadata: CacheMetadata) -> RowBatch:
-    """With entries instead of the states that they follow from."""
+def _with_entries(batch: RowBatch, head: StoredHead, metadata: CacheMetadata) -> RowBatch:
+    """Hidden targets as top-K entries."""
     rows, others = [], () if metadata.hidden is None else metadata.hidden.layers
     for i in range(len(batch)):
         row = batch.row(i)
@@ -213,7 +216,7 @@ def _rebuilt(batch: RowBatch, head: StoredHead, metadata: CacheMetadata) -> RowB
     return concatenate(rows)
 
 
-def _fewer(batch: RowBatch, conversion: Conversion, cache: Cache) -> RowBatch:
+def _reduce(batch: RowBatch, conversion: Conversion, cache: Cache) -> RowBatch:
     if conversion.top_k is not None:
         batch = most_likely(batch, conversion.top_k)
     if conversion.samples is not None and batch.sample_counts is not None:
@@ -224,9 +227,9 @@ def _fewer(batch: RowBatch, conversion: Conversion, cache: Cache) -> RowBatch:
             rows = range(int(batch.rows[0]), int(batch.rows[-1]) + 1)
             raise CacheError(
                 f"{cache.path}: {of_position(batch, rows, int(bad.argmax()))}: no exact entry, expected at least "
-                "one: the most likely token of threshold targets is. Was it written by another program? Make it again."
+                "one, the most likely token. Was it written by another program? Make the cache again."
             )
-        # Points of their own: a second thinning with those of the first would find again what these have found.
+        # A new key for each thinning: with the same points, the second would select what the first has selected.
         key = targets["seed"], 1 + len(earlier)
         batch = thinned(batch, targets["tail_threshold"], conversion.tail_threshold, head=targets["k"], key=key)
     return batch

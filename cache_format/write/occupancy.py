@@ -1,7 +1,7 @@
-"""What already lies where a cache is to be written: nothing, an unfinished cache, a finished one, or something else.
+"""State of an output directory: empty, an unfinished cache, a finished cache, or something else.
 
-Asked before a run loads anything, and again by the writer. Deleting is possible only for what is certainly a cache, and
-that nobody is writing.
+Commands check it before they load anything, and the writer checks it again. Only a cache that nobody is writing can be
+deleted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 
 from cache_format.cache_errors import CacheError
-from cache_format.codecs.packed.lexicon import LEXICON
 from cache_format.manifest.answers_file import ANSWERS
-from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
+from cache_format.manifest.manifest import LEXICON, MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import HEAD
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused
@@ -23,9 +22,9 @@ OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", "d
 
 
 def recorded_manifest(directory: Directory) -> str | None:
-    """Name of the manifest that lies there: finished, partial, or None for an empty directory.
+    """Name of the manifest in the directory, finished or partial; None for an empty directory.
 
-    Raises: CacheError if the directory holds anything that is not a cache's, or can only be read.
+    Raises: CacheError if the directory holds files that are not part of a cache, or cannot be written.
     """
     where = directory.path()
     check_can_be_written(where)
@@ -37,7 +36,7 @@ def recorded_manifest(directory: Directory) -> str | None:
         )
     recorded = next((name for name in (MANIFEST, PARTIAL_MANIFEST) if name in found), None)
     found -= {folder for folder in FOLDERS if not directory.names(folder)}
-    found -= {CLAIMS}  # the first thing that a writer leaves, before it has recorded anything
+    found -= {CLAIMS}  # a writer creates it before it records anything
     if found and not recorded:
         raise CacheError(
             f"{where}: found {sorted(found)[0]!r} but no manifest: nothing was changed. Choose another directory."
@@ -55,8 +54,8 @@ def check_writable(
     """Raises CacheError unless a cache can be begun, continued or repaired at `path`.
 
     Args:
-        replace: a cache that is there will be removed before; it is left alone until then.
-        shared: for one of several writers, whom neither other such writers disturb nor that they have finished.
+        replace: an existing cache will be removed later by the caller.
+        shared: for one of several writers; other shared writers and a finished cache are then accepted.
         stale_after_s: seconds of silence after which a writer on another machine counts as gone.
     """
     directory = open_directory(path)
@@ -70,7 +69,7 @@ def check_writable(
 
 
 def finished_manifest(path: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest of a finished cache at `path`; None if there is none, or one that lacks shards."""
+    """The manifest of the finished cache at `path`; None if there is none, or shards are missing."""
     directory = open_directory(path)
     if recorded_manifest(directory) != MANIFEST:
         return None
@@ -80,14 +79,14 @@ def finished_manifest(path: str | os.PathLike[str]) -> Manifest | None:
 
 
 def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
-    """Of the cache at `path`, finished or not; None if there is none.
+    """The metadata of the cache at `path`, finished or not; None if there is none.
 
-    Raises: CacheError if there is something else; FormatError.
+    Raises: CacheError if the directory holds something else; FormatError.
     """
     directory = open_directory(path)
     if recorded_manifest(directory) is None:
         return None
-    for name in (PARTIAL_MANIFEST, MANIFEST):  # in this order: the first gives way to the second
+    for name in (PARTIAL_MANIFEST, MANIFEST):  # in this order: finishing a cache replaces the first with the second
         try:
             data = directory.read_bytes(name)
         except FileNotFoundError:
@@ -99,17 +98,17 @@ def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
 def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:
     return CacheError(
         f"{open_directory(path).path()}: found a finished cache ({manifest.num_rows:,} rows){because}, nothing was "
-        "changed. Choose another directory, or replace it with --overwrite."
+        "changed. Choose another directory, or replace it with `overwrite=True`."
     )
 
 
 def remove_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> None:
-    """Delete the cache at `path`, finished or not; nothing happens if there is none.
+    """Delete the cache at `path`, finished or not. Does nothing if there is none.
 
     Args:
         stale_after_s: as in `check_writable`.
 
-    Raises: CacheError if there is something else, or if somebody is writing it.
+    Raises: CacheError if the directory holds something else, or somebody is writing it.
     """
     directory = open_directory(path)
     if recorded_manifest(directory) is None:
@@ -119,7 +118,7 @@ def remove_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_A
         claim_alone(directory, claims)
         if (recorded := recorded_manifest(directory)) is None:
             return
-        # Killed in the middle, this leaves an unfinished cache, which can be removed again.
+        # If killed midway, this leaves an unfinished cache, which can be removed again.
         if recorded == MANIFEST:
             directory.create_new(PARTIAL_MANIFEST, directory.read_bytes(MANIFEST))
             directory.remove(MANIFEST)
@@ -135,7 +134,7 @@ def remove_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_A
 
 
 def claim_alone(directory: Directory, claims: Claims) -> None:
-    """Claims the whole cache. Raises: CacheError if anybody else has a claim on it, or on part of it."""
+    """Claim the whole cache. Raises: CacheError if anybody else has a claim on it or on one of its shards."""
     if (holder := claims.take(WHOLE)) is not None:
         raise refused(directory, holder, claims.stale_after_s)
     if others := claims.others():

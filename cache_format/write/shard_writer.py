@@ -11,9 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from cache_format.cache_errors import CacheError
-from cache_format.codecs.columns import encode
+from cache_format.codecs.encodings import Codec
 from cache_format.codecs.ipc import check_expansion, cut_points, message_buffers
-from cache_format.codecs.packed.lexicon import Lexicon
 from cache_format.manifest.manifest import (
     ByteRange,
     RecordBatchInfo,
@@ -21,9 +20,7 @@ from cache_format.manifest.manifest import (
     sha256,
     shard_name,
     sidecar_name,
-    unannounced_bytes,
 )
-from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.row_batch import RowBatch
 from cache_format.storage.directory import Directory, write_bytes
 
@@ -34,20 +31,17 @@ class ShardWriter:
     def __init__(
         self,
         directory: Directory,
-        metadata: CacheMetadata,
-        schema: pa.Schema,
+        codec: Codec,
         index: int,
-        lexicon: Lexicon | None,
     ) -> None:
         self.index = index
-        self._lexicon = lexicon
-        self._directory, self._metadata, self._schema = directory, metadata, schema
+        self._directory, self._codec = directory, codec
         self._creation: AbstractContextManager[str] = directory.create(shard_name(index))
         self._path = self._creation.__enter__()
-        level = metadata.compression["level"]
+        level = codec.metadata.compression["level"]
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=level))
         self._sink = pa.OSFile(self._path, "wb")
-        self._arrow = pa.ipc.new_file(self._sink, schema, options=options)
+        self._arrow = pa.ipc.new_file(self._sink, codec.schema, options=options)
         self._counts: list[dict[str, Any]] = []  # of each record batch
 
     @property
@@ -60,7 +54,7 @@ class ShardWriter:
 
     def write(self, batch: RowBatch) -> None:
         """Append a record batch. Raises: ValueError, and then nothing was written."""
-        self._arrow.write_batch(encode(batch, self._schema, self._metadata, self._lexicon))
+        self._arrow.write_batch(self._codec.encode(batch))
         self._counts.append(
             {
                 "first_row": int(batch.rows[0]),
@@ -107,7 +101,7 @@ class ShardWriter:
         }
         for batch in batches:  # what no reader takes must not be written
             (message,) = message_buffers(data.slice(batch.start, batch.stop - batch.start))
-            expanded = sum(message.uncompressed) + unannounced_bytes(self._metadata, batch)
+            expanded = sum(message.uncompressed) + self._codec.unannounced_bytes(batch.tokens, batch.entries)
             check_expansion(expanded, batch.stop - batch.start)
         return Sidecar(
             file_bytes=data.size,

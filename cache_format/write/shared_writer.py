@@ -162,7 +162,7 @@ class SharedCacheWriter(CacheWriter):
     def _claim_next(self) -> list[Holder]:
         """Claims a shard, if one is free. Returns: who has those that are not."""
         busy = []
-        only_the_first = self._metadata.encoding == "packed" and self._cache.lexicon is None
+        only_the_first = self._cache.codec.needs_lexicon
         for shard in self._share.in_order(self._metadata.num_shards):
             if shard in self._cache.complete or (only_the_first and shard > 0):
                 continue
@@ -191,8 +191,7 @@ class SharedCacheWriter(CacheWriter):
                 raise refused(self._directory, holder, self._claims.stale_after_s)
 
     def _check_lexicon_will_come(self, busy: list[Holder], waited_s: float) -> None:
-        waits = self._metadata.encoding == "packed" and self._cache.lexicon is None
-        if waits and not busy and waited_s > self._claims.stale_after_s:
+        if self._cache.codec.needs_lexicon and not busy and waited_s > self._claims.stale_after_s:
             raise CacheError(
                 f"{self._directory.path()}: packed shards need the lexicon that shard 0 teaches; it is not there, and "
                 "nobody writes it, or may with these shards asked for. Write shard 0 first."

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from cache_format.cache_errors import CacheError, CorruptShardError, MismatchError
-from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
+from cache_format.codecs.encodings import codec_for
 from cache_format.manifest.card import card
-from cache_format.manifest.differences import Difference, but_for_names, differences, listed
+from cache_format.manifest.differences import Difference, differences, ignoring_names, listed
 from cache_format.manifest.manifest import (
+    LEXICON,
     MANIFEST,
     PARTIAL_MANIFEST,
     TOKENIZER_DIR,
@@ -73,7 +72,7 @@ class UnfinishedCache:
         self.complete: dict[int, ShardInfo] = {}
         self.rounding: list[Difference] = []
         self.wrote_manifest = False
-        self.lexicon: Lexicon | None = None
+        self.codec = codec_for(metadata)
         self.lexicon_file: FileInfo | None = None
         self._tokenizer_files = dict(tokenizer_files)
         self._allow_rounding = allow_rounding
@@ -167,7 +166,7 @@ class UnfinishedCache:
 
     def find_complete(self) -> None:
         """Looks for shards that were not there before."""
-        if self.metadata.encoding == "packed" and self.lexicon is None and not self._load_lexicon():
+        if self.codec.needs_lexicon and not self._load_lexicon():
             return  # without it the shards cannot be read
         names = set(self.directory.names("shards"))
         for index in range(self.metadata.num_shards):
@@ -199,13 +198,8 @@ class UnfinishedCache:
         return facts
 
     def learn_lexicon(self, batches: Sequence[RowBatch]) -> None:
-        """From the record batches of shard 0, whoever writes it: the same for any number of writers."""
-        contexts = [np.repeat(batch.input_ids.astype(np.int64), batch.counts) for batch in batches]
-        ids = [batch.ids.astype(np.int64) for batch in batches]
-        weight = self.metadata.num_rows / sum(len(batch) for batch in batches)
-        vocab_size = self.metadata.vocab_size
-        lexicon = Lexicon.learn(np.concatenate(contexts), np.concatenate(ids), vocab_size, weight)
-        self.directory.create_new(LEXICON, lexicon.to_bytes())
+        """Writes the lexicon that the record batches of shard 0 give: the same for any number of writers."""
+        self.directory.create_new(LEXICON, self.codec.learn_lexicon(batches))
         self._load_lexicon()
 
     def finish(self, claims: Claims) -> None:
@@ -248,7 +242,7 @@ class UnfinishedCache:
         found = differences({key: value for key, value in recorded.items() if key in given}, given)
         if not found:
             return
-        essential = but_for_names(found, recorded)
+        essential = ignoring_names(found, recorded)
         only_rounding = all(difference.rounding is not None for difference in essential)
         if only_rounding and (self._allow_rounding or not essential):
             self.rounding = essential
@@ -257,9 +251,9 @@ class UnfinishedCache:
             self.metadata = replace(self.metadata, **kept)
             return
         found = essential if only_rounding else found
-        advice = "Choose another directory" + (", or replace it with --overwrite." if finished else ".")
+        advice = "Choose another directory" + (", or replace it with `overwrite=True`." if finished else ".")
         if only_rounding:
-            advice = "Give the same, or allow it with --allow-rounding, or choose another directory."
+            advice = "Use the same, allow it with `allow_rounding=True`, or choose another directory."
         raise MismatchError(
             f"{where}: recorded and given metadata differ: {listed(found)}: a cache must be made with the same "
             f"settings throughout. {advice}"
@@ -269,7 +263,7 @@ class UnfinishedCache:
         if LEXICON not in self.directory.names():
             return False
         data = self.directory.read_bytes(LEXICON)
-        self.lexicon = Lexicon.from_bytes(data, self.metadata.vocab_size, self.directory.path(LEXICON))
+        self.codec = self.codec.with_lexicon(data, self.directory.path(LEXICON))
         self.lexicon_file = FileInfo(sha256=sha256(data), bytes=len(data))
         return True
 

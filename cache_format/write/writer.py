@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 
 from cache_format.cache_errors import CacheError, ClaimLostError
-from cache_format.codecs.columns import arrow_schema
 from cache_format.manifest.manifest import check_plain_name, sha256
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.invariants import find_invalid_value, find_repeated_token, find_violation
@@ -62,7 +61,6 @@ class CacheWriter:
         self._directory = open_directory(path)
         files = tokenizer_files or {}
         digests = {check_plain_name(name): sha256(files[name]) for name in files}
-        self._schema = arrow_schema(metadata)
         self._pending: list[CacheRow] = []  # rows of the next record batch
         self._shard: ShardWriter | None = None
         self._waiting: list[RowBatch] = []  # record batches of the unfinished shard, not yet written
@@ -218,12 +216,12 @@ class CacheWriter:
                 raise ValueError(problem)
         self._waiting.append(batch)
         self._pending.clear()
-        if metadata.encoding == "packed" and self._cache.lexicon is None:
+        if self._cache.codec.needs_lexicon:
             if not last_of_shard:
-                return  # shard 0 teaches, which is why it waits in memory until then
+                return  # the lexicon is learned from all of shard 0, which waits in memory until then
             self._cache.learn_lexicon(self._waiting)
         if self._shard is None:
-            self._shard = ShardWriter(self._directory, metadata, self._schema, shard, self._cache.lexicon)
+            self._shard = ShardWriter(self._directory, self._cache.codec, shard)
         for each in self._waiting:
             self._shard.write(each)
         self._waiting.clear()

@@ -125,7 +125,8 @@ class DivergenceSum:
                 why = "a sampled tail is unbiased only for losses that are linear in the teacher's probabilities"
             options = " or ".join(f"`tail={each}`" for each in self.tails)
             raise ValueError(
-                f"`tail` {tail}: {term.name} cannot use it, because {why}. Use {options}, or `divergence=forward-kl`."
+                f"`tail` {tail} with `divergence={self}`: {term.name} cannot use it, because {why}. Use {options}, or "
+                "`divergence=forward-kl`."
             )
 
     @staticmethod
@@ -248,9 +249,10 @@ def _parse_term(text: str, whole: str) -> Term:
     if kind is None:
         if "." not in name or not all(part.isidentifier() for part in name.split(".")):
             near = difflib.get_close_matches(name, DIVERGENCES, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"`divergence` {whole}: unknown divergence {name}, expected {', '.join(DIVERGENCES)}, or a function of "
-                "your own as my_module.my_function." + (f" Did you mean {near[0]}?" if near else "")
+                f"`divergence` {whole}: unknown divergence {name}{hint}, expected {', '.join(DIVERGENCES)}, or a "
+                "function of your own as my_module.my_function."
             )
         if found["parameters"] is not None:
             raise ValueError(f"`divergence` {whole}: a function of your own takes no parameters. Use {name}.")

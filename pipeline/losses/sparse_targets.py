@@ -41,7 +41,13 @@ class SparseTargetBatch(TargetEntries):
     """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
 
     def prepare(self, loss: DistillLoss) -> Self:
-        """Without the sampled entries, unless the loss or the reported KL reads them."""
+        """Without the sampled entries, unless the loss or the reported KL reads them.
+
+        Raises: ValueError for a loss on other targets, or at a temperature that these cannot be tempered to.
+        """
+        if loss.full or loss.uld:
+            kind = "sorted" if loss.uld else "full"
+            raise ValueError(f"found sparse targets for a loss on {kind} ones: collate with the dataset of the cache.")
         of_loss = entries_of(self, loss.tail, loss.temperature)  # refuses what cannot be tempered
         return self if loss.kl_tail == "sampled" else of_loss
 

@@ -70,11 +70,13 @@ class DistillLoss:
             object.__setattr__(self, "kl_tail", self.tail)
         if not all(0.0 <= weight <= 1.0 for weight in self.kd_weights):
             given = _option("kd_weight", self.kd_weight, "kd_schedule", self.kd_schedule)
-            raise ValueError(f"{given}: expected a number from 0 (labels only) to 1 (teacher only).")
+            numbers = "a number" if self.kd_schedule is None else "numbers"
+            raise ValueError(f"{given}: expected {numbers} from 0 (labels only) to 1 (teacher only).")
         temperatures = (self.temperature,) if self.temperature_schedule is None else self.temperature_schedule.values
         if not all(0.0 < temperature < math.inf for temperature in temperatures):
             given = _option("temperature", self.temperature, "temperature_schedule", self.temperature_schedule)
-            raise ValueError(f"{given}: expected a positive number.")
+            numbers = "a positive number" if self.temperature_schedule is None else "positive numbers"
+            raise ValueError(f"{given}: expected {numbers}.")
         check_weighting(self.position_weighting)
         self.divergence.check_tail(self.tail)
         if self.kl_tail != self.tail and (self.kl_tail not in ("sampled", "bucket") or self.tail == "sampled"):

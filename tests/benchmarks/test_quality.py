@@ -22,7 +22,8 @@ from benchmarks.quality.gradients import compare
 from benchmarks.quality.metrics import Sums
 from benchmarks.quality.tracks import FULL, LABELS, TRACK_2, arm, planned, quick, threshold, top_k
 from benchmarks.quality.train import rate
-from pipeline.losses import TargetBatch, fused_head
+from head_sums import fused_sums
+from pipeline.losses import SparseTargetBatch
 from pipeline.models.loading import load_model
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
@@ -213,13 +214,13 @@ def test_the_dense_loss_is_the_fused_one_with_the_whole_vocabulary_as_entries():
     p, hidden, weight, labels = some_distributions(150, 40)
     hidden.requires_grad_(), weight.requires_grad_()
     dense = dense_loss(hidden, weight, lambda at: p[at], scale=0.1)
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.arange(40).expand(150, -1),
         logprobs=p.log(),
         residual_logprob=torch.full((150,), -torch.inf),
         labels=labels,
     )
-    fused = fused_head(hidden, weight, None, targets, tail="bucket", scale=0.1).loss
+    fused = fused_sums(hidden, weight, None, targets, tail="bucket", scale=0.1).loss
     torch.testing.assert_close(dense, fused)
     for found, expected in zip(gradients(dense, hidden, weight), gradients(fused, hidden, weight), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import cache_format as cf
-from cache_format.codecs.columns import arrow_schema, decode, encode
+from cache_format.codecs.encodings import codec_for
 from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.codecs.packed.packed_codec import PackedCodec
 from cache_format.rows.row_batch import concatenate
 from cache_samples import VOCAB, sample_metadata, sample_row
 
@@ -119,8 +120,8 @@ def empty_lexicon(vocab_size: int) -> Lexicon:
 def through(batch: cf.RowBatch, metadata: cf.CacheMetadata, lexicon: Lexicon | None = None) -> cf.RowBatch:
     """Encoded and decoded: as columns, or packed if there is a lexicon."""
     metadata = replace(metadata, encoding="columns" if lexicon is None else "packed")
-    encoded = encode(batch, arrow_schema(metadata), metadata, lexicon)
-    return decode(encoded, metadata, lexicon, batch.num_entries)
+    codec = codec_for(metadata) if lexicon is None else PackedCodec(metadata, lexicon)
+    return codec.decode(codec.encode(batch), batch.num_entries)
 
 
 def assert_same_batch(found: cf.RowBatch, expected: cf.RowBatch) -> None:

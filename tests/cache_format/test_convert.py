@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cache_format as cf
-from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.manifest.manifest import LEXICON
 from cache_format.read.shard_reader import ShardReader
 from cache_format.write.shard_writer import ShardWriter
 from cache_samples import contents
@@ -150,23 +150,23 @@ def test_levels_and_samples_together(tmp_path, three_samples):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSALS = {
-    "entries of a sample": ("threshold, one sample", {"top_k": 5}, "--top-k: threshold targets are unbiased only with"),
-    "entries of draws": ("random, three samples", {"top_k": 5}, "--top-k: random targets are unbiased only with"),
-    "more entries": ("top-k", {"top_k": 10}, "--top-k 10: found up to 9 entries per position"),
-    "samples of none": ("top-k", {"samples": 1}, "--samples 1: top-k targets have none"),
-    "more samples": ("threshold, three samples", {"samples": 4}, "--samples 4: found 3 per position"),
-    "no samples": ("threshold, three samples", {"samples": 0}, "--samples 0: found 3 per position"),
-    "two of one": ("random, one sample", {"samples": 2}, "--samples 2: found 1 per position"),
-    "levels of draws": ("random, one sample", {"levels": 64}, "--levels: the codebook of random targets holds"),
-    "too few levels": ("top-k", {"levels": 35}, "--levels 35: too few to reach down to probability 1e-12"),
-    "too many levels": ("top-k", {"levels": 257}, "--levels 257: codebook sqrt-probability: "),
-    "too few beside the weight": ("threshold, one sample", {"levels": 37}, "--levels 37: too few to reach down to"),
-    "too many beside the weight": ("threshold, one sample", {"levels": 257}, "--levels 257: too many, expected up to"),
-    "threshold of none": ("top-k", {"tail_threshold": 0.5}, "--tail-threshold 0.5: top-k targets have none"),
-    "threshold of draws": ("random, one sample", {"tail_threshold": 0.5}, "--tail-threshold 0.5: random targets have"),
+    "entries of a sample": ("threshold, one sample", {"top_k": 5}, "`top_k`: threshold targets are unbiased only with"),
+    "entries of draws": ("random, three samples", {"top_k": 5}, "`top_k`: random targets are unbiased only with"),
+    "more entries": ("top-k", {"top_k": 10}, "`top_k` 10: found up to 9 entries per position"),
+    "samples of none": ("top-k", {"samples": 1}, "`samples` 1: top-k targets have none"),
+    "more samples": ("threshold, three samples", {"samples": 4}, "`samples` 4: found 3 per position"),
+    "no samples": ("threshold, three samples", {"samples": 0}, "`samples` 0: found 3 per position"),
+    "two of one": ("random, one sample", {"samples": 2}, "`samples` 2: found 1 per position"),
+    "levels of draws": ("random, one sample", {"levels": 64}, "`levels`: the codebook of random targets holds"),
+    "too few levels": ("top-k", {"levels": 35}, "`levels` 35: too few to reach down to probability 1e-12"),
+    "too many levels": ("top-k", {"levels": 257}, "`levels` 257: codebook sqrt-probability: "),
+    "too few beside the weight": ("threshold, one sample", {"levels": 37}, "`levels` 37: too few to reach down to"),
+    "too many beside the weight": ("threshold, one sample", {"levels": 257}, "`levels` 257: too many, expected up to"),
+    "threshold of none": ("top-k", {"tail_threshold": 0.5}, "`tail_threshold` 0.5: top-k targets have none"),
+    "threshold of draws": ("random, one sample", {"tail_threshold": 0.5}, "`tail_threshold` 0.5: random targets have"),
     "the same threshold": ("threshold, one sample", {"tail_threshold": 0.4}, "found 0.4, expected a larger one, up to"),
-    "no probability": ("threshold, one sample", {"tail_threshold": 1.5}, "--tail-threshold 1.5: found 0.4, expected a"),
-    "one of several": ("top-k", {"encoding": "packed", "rows_per_shard": 1, "samples": 2}, "--samples 2: top-k"),
+    "no probability": ("threshold, one sample", {"tail_threshold": 1.5}, "`tail_threshold` 1.5: found 0.4, expected a"),
+    "one of several": ("top-k", {"encoding": "packed", "rows_per_shard": 1, "samples": 2}, "`samples` 2: top-k"),
 }
 
 
@@ -198,7 +198,7 @@ def test_places_that_are_taken(tmp_path, caches):
     for output, error, expected in (
         (tmp_path / "foreign", cf.CacheError, "found 'thesis.tex', expected an empty directory"),
         (tmp_path / "finished", cf.CacheError, "found a finished cache with all its shards"),
-        (source, cf.CacheError, "found that it is the cache which is to be converted"),
+        (source, cf.CacheError, "it is the cache to convert"),
     ):
         with pytest.raises(error, match=expected):
             list(cf.convert_cache(source, output, cf.Conversion(encoding="packed")))
@@ -331,17 +331,17 @@ def test_kept_rows_would_be_noticed(tmp_path):
 @pytest.mark.parametrize(
     "source, output, how",
     [
-        ("cache", "cache", "is the cache"),
-        ("cache", "cache/", "is the cache"),
-        ("cache", "other/../cache", "is the cache"),
-        ("link", "cache", "is the cache"),
-        ("cache", "link", "is the cache"),
-        ("cache", "cache/sub", "lies inside of the cache"),
-        ("link", "cache/shards/a/b", "lies inside of the cache"),
-        ("cache", "link/sub", "lies inside of the cache"),
-        ("cache", ".", "is around the cache"),
-        ("file://{}/cache", "{}/cache/sub", "lies inside of the cache"),
-        ("{}/cache", "file://{}/cache", "is the cache"),
+        ("cache", "cache", "is"),
+        ("cache", "cache/", "is"),
+        ("cache", "other/../cache", "is"),
+        ("link", "cache", "is"),
+        ("cache", "link", "is"),
+        ("cache", "cache/sub", "lies inside"),
+        ("link", "cache/shards/a/b", "lies inside"),
+        ("cache", "link/sub", "lies inside"),
+        ("cache", ".", "contains"),
+        ("file://{}/cache", "{}/cache/sub", "lies inside"),
+        ("{}/cache", "file://{}/cache", "is"),
     ],
 )
 def test_an_output_that_is_its_source_or_in_it_or_around_it_is_refused(
@@ -352,7 +352,7 @@ def test_an_output_that_is_its_source_or_in_it_or_around_it_is_refused(
     (tmp_path / "link").symlink_to(tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path / "cache")
-    with pytest.raises(cf.CacheError, match=f"found that it {how} which is to be converted .* Choose another"):
+    with pytest.raises(cf.CacheError, match=f": it {how} the cache to convert .* Choose another `output`"):
         list(cf.convert_cache(source.format(tmp_path), output.format(tmp_path), cf.Conversion(encoding="packed")))
     assert contents(tmp_path / "cache") == before
 
@@ -361,7 +361,7 @@ def test_the_same_on_an_object_store(caches: dict[str, Path]) -> None:
     source = "memory://apart/cache"
     list(cf.convert_cache(caches["top-k"], source, cf.Conversion()))
     for output in (source, source + "/", source + "/sub", "memory://apart", "memory:///apart/cache/sub"):
-        with pytest.raises(cf.CacheError, match="found that it .* which is to be converted"):
+        with pytest.raises(cf.CacheError, match=": it .* the cache to convert"):
             list(cf.convert_cache(source, output, cf.Conversion(encoding="packed")))
     cf.verify_cache(source, deep=True)
 

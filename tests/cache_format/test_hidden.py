@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 import cache_format as cf
-from cache_format.codecs.columns import arrow_schema
+from cache_format.codecs.encodings import codec_for
 from cache_format.codecs.ipc import buffers_per_column, message_buffers
 from cache_format.rows.hidden import find_invalid_state
 from cache_samples import SHARD, complaint, forge_shard, sample_metadata, sample_row
@@ -133,7 +133,7 @@ def test_conversion_keeps_or_drops_them(tmp_path: Path) -> None:
     assert dropped.metadata.hidden is None and dropped[0].hidden is None
     assert not any(name.startswith("hidden") for name in dropped.column_bytes())
     assert np.array_equal(dropped[1].targets.ids, rows[1].targets.ids)
-    with pytest.raises(cf.MismatchError, match="--drop-hidden: there are no hidden states"):
+    with pytest.raises(cf.MismatchError, match="`drop_hidden=True`: there are no hidden states"):
         list(cf.convert_cache(tmp_path / "dropped", tmp_path / "x", cf.Conversion(drop_hidden=True)))
 
 
@@ -269,4 +269,4 @@ def test_buffers_are_counted_as_arrow_writes_them(tmp_path: Path) -> None:
     batches = json.loads((tmp_path / "cache/shards/shard-00000.json").read_text())["record_batches"]
     part = data.slice(batches[0]["start"], batches[0]["stop"] - batches[0]["start"])
     (message,) = message_buffers(part)
-    assert sum(buffers_per_column(arrow_schema(hidden_metadata("int8"))).values()) == len(message.compressed)
+    assert sum(buffers_per_column(codec_for(hidden_metadata("int8")).schema).values()) == len(message.compressed)

@@ -17,9 +17,9 @@ import pytest
 import zstandard
 
 import cache_format as cf
-from cache_format.codecs.columns import arrow_schema, decode, encode
-from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.codecs.packed.packed_codec import PackedCodec
 from cache_format.codecs.packed.rans import Encoder
+from cache_format.manifest.manifest import LEXICON
 from cache_format.rows.invariants import find_violation
 from cache_format.rows.row_batch import concatenate
 from cache_samples import SHARD, SIDECAR, complaint, contents, edit_json, forge_shard, seal_manifest
@@ -51,7 +51,7 @@ def block(request):
     rows = [row_of(metadata, row) for row in range(2)]
     lexicon = lexicon_of(rows * 2, metadata.vocab_size, 100.0)
     batch = concatenate(rows)
-    return metadata, lexicon, encode(batch, arrow_schema(metadata), metadata, lexicon), through(batch, metadata)
+    return metadata, lexicon, PackedCodec(metadata, lexicon).encode(batch), through(batch, metadata)
 
 
 def packed_of(encoded: pa.RecordBatch) -> bytes:
@@ -63,7 +63,7 @@ def decode_with(block: tuple[Any, ...], data: bytes, most_entries: int | None = 
     names = encoded.schema.names
     columns = [*encoded.columns[: names.index("packed")], pa.array([data, b""], pa.binary())]
     changed = pa.record_batch(columns, schema=encoded.schema)
-    return decode(changed, metadata, lexicon, good.num_entries if most_entries is None else most_entries)
+    return PackedCodec(metadata, lexicon).decode(changed, good.num_entries if most_entries is None else most_entries)
 
 
 def outcome(block: tuple[Any, ...], data: bytes) -> str:
@@ -151,7 +151,7 @@ def unpacked(metadata: cf.CacheMetadata, data: bytes, most_entries: int) -> cf.R
     """The block for two rows of seven tokens, of which those count that do in `row_of`; no lexicon to speak of."""
     batch = concatenate([row_of(metadata, row) for row in range(2)])
     lexicon = empty_lexicon(metadata.vocab_size)
-    packed = encode(batch, arrow_schema(metadata), metadata, lexicon)
+    packed = PackedCodec(metadata, lexicon).encode(batch)
     return decode_with((metadata, lexicon, packed, batch), data, most_entries)
 
 
@@ -282,7 +282,7 @@ def test_entries_beyond_what_the_header_announces(samples):
     batch, lexicon = concatenate(rows), empty_lexicon(metadata.vocab_size)
     counts = {"exact counts": 4000} if samples is None else {"sample counts": 4000}
     data = forged(metadata, 1000, {**counts, "residual": AS_EXPECTED})
-    packed = encode(batch, arrow_schema(metadata), metadata, lexicon)
+    packed = PackedCodec(metadata, lexicon).encode(batch)
     names = packed.schema.names
     changed = pa.record_batch(
         [*packed.columns[: names.index("packed")], pa.array([data], pa.binary())], schema=packed.schema
@@ -290,7 +290,7 @@ def test_entries_beyond_what_the_header_announces(samples):
 
     def read():
         with pytest.raises(ValueError, match="hold more entries than they announce"):
-            decode(changed, metadata, lexicon, 1000)
+            PackedCodec(metadata, lexicon).decode(changed, 1000)
 
     assert len(data) < 1000
     assert peak_bytes(read) < 32 * MEGABYTE < 8 * 4000 * tokens

@@ -16,6 +16,7 @@ import pytest
 import cache_format as cf
 from benchmarks import fuzzed
 from cache_format.codecs import ipc
+from cache_format.codecs.packed.lexicon import Lexicon
 from cache_format.storage.directory import open_directory, write_bytes
 from cache_format.storage.read_cache import ReadCache
 from cache_format.write import shard_writer
@@ -72,7 +73,7 @@ def written(path: Path, files: fuzzed.Files) -> Path:
 
 
 def test_local_copies_make_room_among_their_own_files_only(tmp_path: Path):
-    """`--cache-dir` may name a directory with other things in it, in folders that are named as those of the copies."""
+    """`cache_dir` may name a directory with other things in it, in folders that are named as those of the copies."""
     foreign = {
         f"{folder}/{name}" for folder in ("en", "00", "distill-copies/00") for name in ("corpus.txt", "notes.tmp")
     }
@@ -181,7 +182,7 @@ def test_a_lexicon_cannot_expand_without_limit_either(monkeypatch: pytest.Monkey
         file.write_batch(row)
     monkeypatch.setattr(ipc, "EXPANDS_ANYWAY", 2**16)
     with pytest.raises(cf.FormatError, match=r"here: not a lexicon \(.* expand to .* 64 times as many"):
-        cf.codecs.packed.lexicon.Lexicon.from_bytes(sink.getvalue(), 1000, "here")
+        Lexicon.from_bytes(sink.getvalue(), 1000, "here")
 
 
 def test_a_row_is_no_longer_than_the_windows_are_said_to_be(tmp_path: Path):

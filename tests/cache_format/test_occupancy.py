@@ -34,7 +34,7 @@ def test_an_unfinished_cache_can_be_continued_and_a_finished_one_not(tmp_path: P
         write_cache(tmp_path / "unfinished", stop_after=5)
     cf.check_writable(tmp_path / "unfinished")
     write_cache(tmp_path / "finished")
-    with pytest.raises(cf.CacheError, match=r"finished: found a finished cache .* --overwrite"):
+    with pytest.raises(cf.CacheError, match=r"finished: found a finished cache .* `overwrite=True`"):
         cf.check_writable(tmp_path / "finished")
     next((tmp_path / "finished" / "shards").glob("*.arrow")).unlink()
     cf.check_writable(tmp_path / "finished")  # it can be repaired

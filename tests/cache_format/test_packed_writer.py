@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import cache_format as cf
-from cache_format.codecs.packed.lexicon import LEXICON, Lexicon
+from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.manifest.manifest import LEXICON
 from cache_format.write import shard_writer
 from cache_format.write.shard_writer import ShardWriter
 from cache_samples import SHARD, SIDECAR, contents

@@ -113,13 +113,50 @@ def test_tokenizer_files_come_back_checked(path):
     assert cf.open_cache(path).tokenizer_files() == {"tokenizer.json": b"{}"}
 
 
-def test_importing_stays_light():
-    code = "import sys, cache_format; print(*sys.modules)"
+def fresh(code: str) -> str:
+    """What `code` prints in an interpreter of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    modules = set(run.stdout.split())
+    return run.stdout
+
+
+def test_importing_loads_only_the_errors():
+    modules = set(fresh("import sys, cache_format; cache_format.CacheError; print(*sys.modules)").split())
+    assert not modules & {"numpy", "pyarrow", "zstandard", "fsspec"}
+    assert {name for name in modules if name.startswith("cache_format.")} == {"cache_format.cache_errors"}
+
+
+def test_using_every_name_loads_nothing_but_the_storage_libraries():
+    code = "import sys, cache_format as cf; [getattr(cf, name) for name in cf.__all__]; print(*sys.modules)"
+    modules = set(fresh(code).split())
     assert "pyarrow" in modules
     assert not modules & {"torch", "transformers", "datasets", "pandas", "accelerate", "pipeline"}
+
+
+def test_every_public_name_is_listed_and_exists():
+    assert set(cf.__all__) <= set(dir(cf))
+    assert all(getattr(cf, name) is not None for name in cf.__all__)
+    assert cf.open_cache is cf.open_cache
+    with pytest.raises(AttributeError, match="no attribute 'open_cash'"):
+        cf.open_cash  # noqa: B018
+
+
+def test_public_names_of_a_cache(path):
+    cache = cf.open_cache(path)
+    row = cache[0]
+    targets = row.targets
+    assert (len(cache), cache.num_rows) == (cache.manifest.num_rows, cache.manifest.num_rows)
+    assert cache.num_tokens == sum(len(each.input_ids) for each in cache)
+    tokens, entries = len(row.input_ids), int(targets.counts.sum())
+    assert len(row.loss_mask) == tokens and len(targets.ids) == entries
+    for values in (targets.counts, targets.exact_counts, targets.residual_logprob, targets.entropy):
+        assert values.shape == (tokens,)
+    assert targets.logprobs.shape == (entries,) and targets.logprobs.dtype == "float32"
+
+
+def test_the_errors_are_one_tree():
+    for error in (cf.CorruptShardError, cf.FormatError, cf.MismatchError, cf.ClaimLostError):
+        assert issubclass(error, cf.CacheError) and issubclass(error, cf.DistillError)
 
 
 def test_a_forked_worker_reads_an_open_cache(path):

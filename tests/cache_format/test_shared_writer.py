@@ -17,7 +17,7 @@ import fsspec
 import pytest
 
 import cache_format as cf
-from cache_format.codecs.packed.lexicon import LEXICON
+from cache_format.manifest.manifest import LEXICON
 from cache_format.storage.claims import CLAIMS, Claims
 from cache_format.storage.directory import open_directory
 from cache_samples import contents

@@ -292,7 +292,7 @@ def test_differences_that_only_change_rounding_are_named_as_such(tmp_path):
         'capture.device recorded "A100", given "H100" (only rounding: another kind of device',
         "capture.threads recorded 2, given 1 (only rounding: sums split over another number of threads",
         'libraries.torch recorded "2.13.0", given "2.14.0" (only rounding: another version',
-        "allow it with --allow-rounding",
+        "allow it with `allow_rounding=True`",
     ):
         assert words in message
     assert "batch_size" not in message
@@ -306,7 +306,7 @@ def test_other_differences_come_first_and_are_never_allowed(tmp_path):
         with pytest.raises(cf.MismatchError) as caught:
             cf.CacheWriter(tmp_path / "cache", other, resume=True, allow_rounding=allow)
         message = str(caught.value)
-        assert "--allow-rounding" not in message
+        assert "allow_rounding" not in message
         places = [message.index(key) for key in ("rows_per_record_batch", "teacher.dtype", "capture.device")]
         assert places == sorted(places)
     assert contents(tmp_path / "cache") == before

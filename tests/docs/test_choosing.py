@@ -13,7 +13,7 @@ import cache_format as cf
 from pages import ROOT, blocks, commands_of, tables, text
 from pipeline.errors import ConfigError
 from pipeline.losses import DIVERGENCES, TAIL_POLICIES
-from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.validation.loss_checks import loss_for_cache
 from pipeline.teacher.targets.rules import TARGET_KINDS, TargetRule
 from runs import build_cache
 
@@ -28,7 +28,7 @@ def test_every_case_has_its_commands() -> None:
 def accepted(cache: cf.Cache, **loss: object) -> str | None:
     """The tail policy that a loss is trained with on a cache; None if it is refused."""
     try:
-        return LossRecipe.for_cache(cache, kd_weight=0.9, **loss).tail  # type: ignore[arg-type]
+        return loss_for_cache(cache, kd_weight=0.9, **loss).tail  # type: ignore[arg-type]
     except ConfigError:
         return None
 

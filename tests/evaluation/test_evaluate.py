@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cache_format as cf
-from pipeline.evaluation.held_out import EvaluateConfig, Evaluation, evaluate
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import Evaluation, evaluate
 from runs import build_cache, dense_evaluation, dense_logits
 from tiny import tiny_llama
 
@@ -127,7 +128,7 @@ def test_a_remote_cache_is_read_once_over_the_network(folder: Path, student_dir:
     options = ["--cache", url, "--student", student_dir, "--device", "cpu", "--cache-dir", tmp_path / "copies"]
     assert fetched("evaluate", *options) > 0
     assert fetched("evaluate", *options) == 0
-    options += ["--max-steps", 2, "--num-workers", 0]  # what another process reads is not seen here
+    options += ["--max-steps", 2, "--dataloader-num-workers", 0]  # what another process reads is not seen here
     assert fetched("train-student", *options, "--output", tmp_path / "student") == 0
     shutil.rmtree(tmp_path / "copies")
     assert fetched("train-student", *options, "--output", tmp_path / "other") > 0

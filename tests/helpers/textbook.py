@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dense import tempered_mass
-from pipeline.losses import IGNORE_INDEX, FullTargets, Mixture, TargetBatch, fused_head, general_head, sparse_kl
+from head_sums import fused_sums, general_sums
+from pipeline.losses import (
+    IGNORE_INDEX,
+    DivergenceSum,
+    FullTargets,
+    SparseTargetBatch,
+    sparse_kl,
+)
 
 SPECS = (
     "reverse-kl",
@@ -39,7 +46,7 @@ SPECS = (
     "forward-kl:0.7,reverse-kl:0.3",
     "js(0.5):2,tvd:0.5,pairwise:0.1",
 )
-CASES = [(spec, tail) for spec in SPECS for tail in Mixture.parse(spec).tails]
+CASES = [(spec, tail) for spec in SPECS for tail in DivergenceSum.parse(spec).tails]
 
 FLOOR = 2.0**-23  # float32's epsilon, where the logarithm of a probability 0 is needed
 
@@ -122,7 +129,7 @@ def terms(spec: str) -> list[tuple[str, list[float], float]]:
 
 
 def textbook(
-    spec: str, logits: Tensor, targets: TargetBatch, *, tail: str = "bucket", temperature: float = 1.0
+    spec: str, logits: Tensor, targets: SparseTargetBatch, *, tail: str = "bucket", temperature: float = 1.0
 ) -> np.ndarray:
     """[N] Σ weight·T²·D, of total variation T·D, on exact entries captured at T = 1; 0 where nothing counts."""
     losses = np.zeros(len(targets))
@@ -177,8 +184,8 @@ def with_gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 def check_heads(
     leaves_in: Callable[[torch.dtype], list[Tensor]],
-    entries: TargetBatch,
-    targets: TargetBatch | FullTargets,
+    entries: SparseTargetBatch,
+    targets: SparseTargetBatch | FullTargets,
     vocab_size: int,
     bounds: dict[torch.dtype, float],
     **options: Any,
@@ -196,11 +203,11 @@ def check_heads(
         z, y = (leaves[0] @ leaves[1][:vocab_size].T + leaves[2][:vocab_size] for _ in range(2))
         plain = with_gradients(sparse_kl(z, entries, **options), leaves)
         capped = with_gradients(sparse_kl(3 * torch.tanh(y / 3), entries, **options), leaves)
-        chunked = {**options, "scale": 1 / int(targets.counted.sum()), "vocab_size": vocab_size, "chunk_size": 7}
+        chunked = {**options, "scale": 1 / int(targets.loss_mask.sum()), "vocab_size": vocab_size, "chunk_size": 7}
         for dtype, bound in bounds.items():
             leaves = hidden, weight, bias = leaves_in(dtype)
-            linear = fused_head(hidden, weight, bias, targets, **chunked)
-            own = general_head(
+            linear = fused_sums(hidden, weight, bias, targets, **chunked)
+            own = general_sums(
                 hidden, lambda h, w=weight, b=bias: 3 * torch.tanh(F.linear(h, w, b) / 3), targets, **chunked
             )
             for found, expected in ((linear, plain), (own, capped)):

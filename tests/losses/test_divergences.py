@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dense import extremes, random_targets
+from head_sums import fused_sums, general_sums
 from pipeline.losses import (
     DIVERGENCES,
     TAIL_POLICIES,
     UNBIASED,
-    Mixture,
-    TargetBatch,
+    DivergenceSum,
+    SparseTargetBatch,
     divergences,
-    fused_head,
     fused_head_loss,
-    general_head,
     sparse_kl,
 )
 from textbook import CASES, OF_DISTRIBUTIONS, OF_ENTRIES, SPECS, alpha_beta, randn, textbook, with_gradients
@@ -52,11 +51,11 @@ every_case = pytest.mark.parametrize("spec, tail", CASES)
 every_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
 
 
-def full_targets(n: int = N, vocab: int = V, **options: Any) -> TargetBatch:
+def full_targets(n: int = N, vocab: int = V, **options: Any) -> SparseTargetBatch:
     return random_targets(n, vocab, vocab, ragged=False, **options)
 
 
-def teacher_logprobs(targets: TargetBatch, vocab: int) -> Tensor:
+def teacher_logprobs(targets: SparseTargetBatch, vocab: int) -> Tensor:
     """[N, V] where the targets hold every token."""
     return torch.full((len(targets), vocab), -torch.inf, dtype=torch.float64).scatter(1, targets.ids, targets.logprobs)
 
@@ -110,9 +109,9 @@ def test_equals_the_dense_computation(spec: str, tail: str, temperature: float, 
 
 def test_the_tables_hold_every_divergence() -> None:
     assert DIVERGENCES.keys() == ALLOWED.keys() == OF_DISTRIBUTIONS.keys() | OF_ENTRIES.keys()
-    assert {term.name for spec in SPECS for term in Mixture.parse(spec).terms} == DIVERGENCES.keys()
+    assert {term.name for spec in SPECS for term in DivergenceSum.parse(spec).terms} == DIVERGENCES.keys()
     for name, tails in ALLOWED.items():
-        assert set(Mixture.parse(name).tails) == tails, name
+        assert set(DivergenceSum.parse(name).tails) == tails, name
 
 
 @pytest.mark.parametrize("alpha, beta", [(1.0, 1e-9), (1e-9, 1.0), (0.6, 1e-9), (1e-9, 0.6), (1e-6, 1e-6)])
@@ -165,7 +164,7 @@ def test_zero_where_student_and_teacher_are_equal(spec: str, tail: str, temperat
     # Total variation has a corner there: its gradient is a sign of rounding, times p.
     assert loss.abs().max() < 1e-11 and ("tvd" in spec or gradient.abs().max() < 1e-11)
     away = sparse_kl(student + 0.1 * randn(N, V), targets, **options)
-    assert (away[targets.counted] > 1e-9).all()
+    assert (away[targets.loss_mask] > 1e-9).all()
 
 
 RANGES = {"tvd": 1.0, "js(0.1)": 0.3250830, "js(0.9)": 0.3250830}
@@ -191,7 +190,7 @@ def test_never_negative_within_its_range_and_always_finite(
             assert (loss <= largest * (1 + 1e-5)).all(), (spec, tail)
 
 
-def hostile_targets(dtype: torch.dtype) -> TargetBatch:
+def hostile_targets(dtype: torch.dtype) -> SparseTargetBatch:
     """One-hot teacher; entries of probability zero; no entry at all; nothing outside the entries; all outside; one
     position that does not count, of NaN."""
     inf, nan = torch.inf, torch.nan
@@ -205,7 +204,7 @@ def hostile_targets(dtype: torch.dtype) -> TargetBatch:
     ]
     ids, p, m, labels, counts = map(list, zip(*rows, strict=True))
     entropy = torch.tensor([0.0, 0.6, 1.9, 1.7, 1.8, inf], dtype=dtype)
-    return TargetBatch(
+    return SparseTargetBatch(
         ids=torch.tensor(ids),
         logprobs=torch.tensor(p, dtype=dtype).log(),
         exact_counts=torch.tensor(counts),
@@ -226,7 +225,7 @@ def test_one_hot_teachers_and_absent_entries(spec: str, tail: str, temperature: 
         for dtype in (torch.float64, torch.float32):
             z = logits.to(dtype).requires_grad_()
             counted = targets[:5]
-            fused = fused_head(z[:5], torch.eye(7, dtype=dtype), None, counted, chunk_size=2, **options).loss
+            fused = fused_sums(z[:5], torch.eye(7, dtype=dtype), None, counted, chunk_size=2, **options).loss
             plain = sparse_kl(z, targets, reduction="none", **options)
             assert plain[:5].isfinite().all() and torch.autograd.grad(fused, z)[0].isfinite().all()
             torch.testing.assert_close(
@@ -283,13 +282,13 @@ def test_logit_mse_does_not_depend_on_the_temperature() -> None:
 
     torch.testing.assert_close(at("logit-mse", 1.0), at("logit-mse", 7.0), rtol=1e-12, atol=0)
     weighted = (at("pairwise", 1.0) - at("pairwise", 7.0)).abs()  # by probabilities, which do
-    assert (weighted > 1e-3)[targets.counted].any()
+    assert (weighted > 1e-3)[targets.loss_mask].any()
 
 
 def test_targets_captured_at_two_and_used_at_two() -> None:
     """T²·D of softmax(teacher/2) and softmax(student/2): the entries are at T already, and are not tempered again."""
     logits, teacher = randn(N, V, scale=2.0), randn(N, V, seed=3, scale=2.0)
-    full = TargetBatch(
+    full = SparseTargetBatch(
         ids=torch.arange(V).expand(N, V),
         logprobs=(teacher / 2).log_softmax(1),
         residual_logprob=torch.full((N,), -torch.inf, dtype=torch.float64),
@@ -310,18 +309,18 @@ def test_a_sample_serves_only_what_is_linear_in_the_teacher(spec: str, tail: str
     for loss in (
         lambda: sparse_kl(logits, targets, tail=tail, divergence=spec),
         lambda: fused_head_loss(logits, eye, None, targets, tail=tail, divergence=spec),
-        lambda: fused_head(logits, eye, None, targets, tail=tail, divergence=spec),
-        lambda: general_head(logits, lambda h: h, targets, tail=tail, divergence=spec),
+        lambda: fused_sums(logits, eye, None, targets, tail=tail, divergence=spec),
+        lambda: general_sums(logits, lambda h: h, targets, tail=tail, divergence=spec),
     ):
         with pytest.raises(
-            ValueError, match=rf"tail {tail} with divergence .*because .*; use tail bucket or renormalise"
+            ValueError, match=rf"`tail` {tail} with `divergence=.*because .*Use `tail=bucket` or `tail=renormalise`"
         ):
             loss()
 
 
 @pytest.mark.parametrize("spec", ["reverse-kl", "alpha-beta(0.5,0.5)", "forward-kl:0.7,reverse-kl:0.3"])
 def test_a_teacher_without_mass_on_most_tokens_has_no_logarithm_there(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"tail label with divergence .*probability 0.*use tail bucket or renormalise"):
+    with pytest.raises(ValueError, match=r"`tail` label with `divergence=.*which are then 0 .*Use `tail=bucket`"):
         sparse_kl(randn(N, V), random_targets(N, V, K), tail="label", divergence=spec)
-    with pytest.raises(ValueError, match="tail buckets: expected one of sampled, realized, bucket"):
+    with pytest.raises(ValueError, match="`tail` buckets: expected one of sampled, realized, bucket"):
         sparse_kl(randn(N, V), random_targets(N, V, K), tail="buckets", divergence=spec)

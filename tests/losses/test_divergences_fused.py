@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dense import random_targets
-from pipeline.losses import Mixture, divergences, fused_head, fused_head_loss
+from head_sums import fused_sums
+from pipeline.losses import DivergenceSum, divergences, fused_head_loss
 from pipeline.losses import divergence_sum as mixture_module
 from pipeline.losses.reference import student_values
 from textbook import CASES, check_heads, randn, with_gradients
@@ -33,7 +34,7 @@ class Problem:
         )
         self.weight[V:] *= 5  # loud, so that whoever lets them in is heard
         self.targets = random_targets(N, V, K, quantised=True, **targets)
-        self.count = int(self.targets.counted.sum())
+        self.count = int(self.targets.loss_mask.sum())
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
         return [x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
@@ -51,8 +52,8 @@ def test_the_logged_numbers_are_those_of_the_forward_kl(spec: str, tail: str) ->
     problem = Problem()
     leaves = problem.leaves(torch.float64)
     options = {"tail": tail, "temperature": 2.0, "kd_weight": 0.3, "vocab_size": V}
-    expected = fused_head(*leaves, problem.targets, **options)
-    found = fused_head(*leaves, problem.targets, divergence=spec, **options)
+    expected = fused_sums(*leaves, problem.targets, **options)
+    found = fused_sums(*leaves, problem.targets, divergence=spec, **options)
     for name in ("kl", "ce", "agreement", "count"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert abs(found.loss - expected.loss) > 1e-3
@@ -66,11 +67,11 @@ def test_the_default_computes_one_divergence_and_no_other_classes(monkeypatch: p
     monkeypatch.setattr(mixture_module, "distributions", lambda *a: called.append("distributions"))
     problem = Problem()
     for options in ({}, {"divergence": "forward-kl"}, {"divergence": "forward-kl:1"}):
-        fused_head(*problem.leaves(torch.float64), problem.targets, vocab_size=V, **options)
+        fused_sums(*problem.leaves(torch.float64), problem.targets, vocab_size=V, **options)
     assert called == ["forward_kl"] * 3
     targets = random_targets(N, V, K).exact
     student = student_values(randn(N, V), targets)
-    kl, soft = mixture_module.soft_losses(targets, student, "bucket", 2.0, V, Mixture.parse("forward-kl"))
+    kl, soft = mixture_module.soft_losses(targets, student, "bucket", 2.0, V, DivergenceSum.parse("forward-kl"))
     assert soft is kl
 
 
@@ -87,13 +88,13 @@ def test_gradient_by_finite_differences(spec: str, tail: str) -> None:
 @every_case
 def test_masked_positions_contribute_nothing_at_all(spec: str, tail: str) -> None:
     problem = Problem()
-    masked = ~problem.targets.counted
+    masked = ~problem.targets.loss_mask
     assert masked.any() and not masked.all()
     options = {"tail": tail, "temperature": 2.0, "kd_weight": 0.5, "divergence": spec, "vocab_size": V}
 
     def found() -> list[Tensor]:
         leaves = problem.leaves(torch.float32)
-        return with_gradients(fused_head(*leaves, problem.targets, chunk_size=4, **options).loss, leaves)
+        return with_gradients(fused_sums(*leaves, problem.targets, chunk_size=4, **options).loss, leaves)
 
     before = found()
     problem.hidden[masked] = torch.nan

@@ -11,7 +11,8 @@ from test_fused import LargestTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.losses import FullTargets, Mixture, TargetBatch, fused_head, general_head, sparse_kl
+from head_sums import fused_sums, general_sums
+from pipeline.losses import DivergenceSum, FullTargets, SparseTargetBatch, sparse_kl
 from pipeline.losses import full_targets as full
 from textbook import OF_DISTRIBUTIONS, OF_ENTRIES, SPECS, check_heads, randn, relative_errors, terms, with_gradients
 
@@ -52,14 +53,14 @@ class Problem:
             head=lambda each: each @ matrix.to(each.dtype).T + offset,
         )
         # The same as a list of all tokens, which nothing is outside of.
-        self.entries = TargetBatch(
+        self.entries = SparseTargetBatch(
             ids=torch.arange(V).expand(positions, V),
             logprobs=log_p,
             residual_logprob=torch.full((positions,), -torch.inf, dtype=torch.float64),
             labels=labels,
             entropy=self.targets.entropy,
         )
-        self.count = int(self.targets.counted.sum())
+        self.count = int(self.targets.loss_mask.sum())
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
         return [x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
@@ -86,12 +87,12 @@ def test_values_are_those_of_the_textbook_at_every_temperature(spec: str, temper
     z = (problem.hidden @ problem.weight[:V].T + problem.bias[:V]).numpy()
     expected = sum(
         textbook(spec, problem.teacher_logits[i].numpy(), z[i], temperature)
-        for i in torch.nonzero(problem.targets.counted).flatten().tolist()
+        for i in torch.nonzero(problem.targets.loss_mask).flatten().tolist()
     )
     leaves = problem.leaves(torch.float64)
-    found = fused_head(*leaves, problem.targets, divergence=spec, temperature=temperature, vocab_size=V)
+    found = fused_sums(*leaves, problem.targets, divergence=spec, temperature=temperature, vocab_size=V)
     assert found.loss.item() == pytest.approx(expected, rel=1e-10)
-    kl = fused_head(*leaves, problem.targets, temperature=temperature, vocab_size=V)
+    kl = fused_sums(*leaves, problem.targets, temperature=temperature, vocab_size=V)
     assert found.kl.item() == pytest.approx(kl.loss.item() / temperature**2, rel=1e-10)  # logged, whatever is trained
     assert found.count.item() == problem.count
 
@@ -110,14 +111,14 @@ def test_gradient_by_finite_differences(spec: str) -> None:
     leaves = [each[..., :3] if each.ndim == 2 else each for each in problem.leaves(torch.float64)]
     leaves = [each.detach().clone().requires_grad_() for each in leaves]
     options = {"divergence": spec, "temperature": 2.0, "kd_weight": 0.6, "chunk_size": 3, "vocab_size": V}
-    assert torch.autograd.gradcheck(lambda *x: fused_head(*x, problem.targets, **options).loss, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *x: fused_sums(*x, problem.targets, **options).loss, leaves, fast_mode=True)
 
 
 @every_divergence
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(spec: str) -> None:
     problem = Problem(like_student=True)
     leaves = problem.leaves(torch.float64)
-    output = fused_head(*leaves, problem.targets, divergence=spec, temperature=2.0, vocab_size=V)
+    output = fused_sums(*leaves, problem.targets, divergence=spec, temperature=2.0, vocab_size=V)
     assert abs(output.loss.item()) < 1e-12 and output.agreement == output.count
     if "tvd" not in spec:  # whose gradient is a sign
         assert max(each.abs().max().item() for each in torch.autograd.grad(output.loss, leaves)) < 1e-8
@@ -133,7 +134,7 @@ def test_no_divergence_is_negative_and_all_are_finite_for_certain_teachers(spec:
     for targets in (sure, certain):
         for dtype in (torch.float32, torch.float64):
             leaves = problem.leaves(dtype)
-            found = fused_head(*leaves, targets, divergence=spec, vocab_size=V, scale=1.0)
+            found = fused_sums(*leaves, targets, divergence=spec, vocab_size=V, scale=1.0)
             assert found.loss >= 0 and all(each.isfinite().all() for each in with_gradients(found.loss, leaves))
 
 
@@ -145,7 +146,7 @@ def test_positions_are_weighted_as_with_entries(weighting: str) -> None:
     z = leaves[0] @ leaves[1][:V].T + leaves[2][:V]
     expected = with_gradients(sparse_kl(z, problem.entries, **options), leaves)
     leaves = problem.leaves(torch.float64)
-    found = fused_head(*leaves, problem.targets, vocab_size=V, scale=1 / problem.count, **options)
+    found = fused_sums(*leaves, problem.targets, vocab_size=V, scale=1 / problem.count, **options)
     assert max(relative_errors(with_gradients(found.loss, leaves), expected)) < 1e-10
 
 
@@ -155,10 +156,10 @@ def test_masked_positions_contribute_nothing_at_all() -> None:
 
     def found() -> list[Tensor]:
         leaves = problem.leaves(torch.float32)
-        return with_gradients(fused_head(*leaves, problem.targets, chunk_size=4, **options).loss, leaves)
+        return with_gradients(fused_sums(*leaves, problem.targets, chunk_size=4, **options).loss, leaves)
 
     before = found()
-    masked = ~problem.targets.counted
+    masked = ~problem.targets.loss_mask
     problem.hidden[masked] = torch.nan
     problem.targets.states[problem.targets.place[masked]] = torch.nan
     problem.targets.place[masked] = 10**9  # nowhere
@@ -174,9 +175,9 @@ def test_nothing_counted_is_no_loss_and_a_gradient_of_zero() -> None:
         hidden, weight, bias = leaves = problem.leaves(torch.float32)
         head = (lambda h, w=weight, b=bias: F.linear(h, w, b)) if general else None
         if head is not None:
-            output = general_head(hidden, head, problem.targets, vocab_size=V)
+            output = general_sums(hidden, head, problem.targets, vocab_size=V)
         else:
-            output = fused_head(hidden, weight, bias, problem.targets, vocab_size=V)
+            output = fused_sums(hidden, weight, bias, problem.targets, vocab_size=V)
         assert output.loss == 0 and output.count == 0
         assert all((each == 0).all() for each in torch.autograd.grad(output.loss, leaves))
 
@@ -187,7 +188,7 @@ def test_the_result_does_not_depend_on_the_chunks(chunk_size: int) -> None:
     results = []
     for size in (7, chunk_size):
         leaves = problem.leaves(torch.float64)
-        output = fused_head(*leaves, problem.targets, kd_weight=0.7, vocab_size=V, chunk_size=size)
+        output = fused_sums(*leaves, problem.targets, kd_weight=0.7, vocab_size=V, chunk_size=size)
         results.append([*(each.detach() for each in output), *torch.autograd.grad(output.loss, leaves)])
     assert max(relative_errors(results[1], results[0])) < 1e-12
 
@@ -198,7 +199,7 @@ def test_integers_with_a_scale_are_the_numbers_that_they_stand_for() -> None:
     integers = (problem.targets.states / scales[:, None]).round()
     as_floats = FullTargets(**{**vars(problem.targets), "states": integers * scales[:, None]})
     as_stored = FullTargets(**{**vars(problem.targets), "states": integers.to(torch.int8), "scales": scales})
-    first, second = (fused_head(*problem.leaves(torch.float64), each, vocab_size=V) for each in (as_floats, as_stored))
+    first, second = (fused_sums(*problem.leaves(torch.float64), each, vocab_size=V) for each in (as_floats, as_stored))
     assert first.loss.item() == pytest.approx(second.loss.item(), rel=1e-12)
 
 
@@ -213,11 +214,11 @@ def test_nothing_of_size_positions_times_vocabulary_exists(spec: str, general: b
     options: dict[str, Any] = {"divergence": spec, "temperature": 2.0, "kd_weight": 0.5, "chunk_size": chunk_size}
     with LargestTensor() as mode:
         if general:
-            general_head(
+            general_sums(
                 hidden, lambda h: F.linear(h, weight[:V], bias[:V]), problem.targets, **options
             ).loss.backward()
         else:
-            fused_head(hidden, weight, bias, problem.targets, vocab_size=V, **options).loss.backward()
+            fused_sums(hidden, weight, bias, problem.targets, vocab_size=V, **options).loss.backward()
     assert mode.elements <= allowed
 
 
@@ -229,14 +230,14 @@ def test_a_function_of_ones_own_gets_whole_distributions(tmp_path: Any, monkeypa
     )
     monkeypatch.syspath_prepend(tmp_path)
     problem = Problem()
-    found = fused_head(
+    found = fused_sums(
         *problem.leaves(torch.float64), problem.targets, divergence="my_full_divergence.hellinger", vocab_size=V
     )
-    expected = fused_head(
+    expected = fused_sums(
         *problem.leaves(torch.float64), problem.targets, divergence="alpha-beta(0.5,0.5)", vocab_size=V
     )
     assert found.loss.item() == pytest.approx(expected.loss.item() / 4, rel=1e-6)
-    assert str(Mixture.parse("my_full_divergence.hellinger")) == "my_full_divergence.hellinger"
+    assert str(DivergenceSum.parse("my_full_divergence.hellinger")) == "my_full_divergence.hellinger"
 
 
 # ---- bugs that must show

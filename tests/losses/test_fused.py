@@ -15,20 +15,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dense import captured_for, random_targets
+from head_sums import fused_sums, general_sums
 from pipeline.losses import (
     IGNORE_INDEX,
     TAIL_POLICIES,
     HeadOutput,
-    TargetBatch,
-    fused,
-    fused_head,
+    SparseTargetBatch,
     fused_head_loss,
-    general_head,
     sparse_kl,
 )
 from pipeline.models.head import open_head
 from pipeline.student.training.forward import (
-    LossRecipe,
+    DistillLoss,
     distillation_output,
     install_distillation_forward,
     remove_distillation_forward,
@@ -63,7 +61,7 @@ class Problem:
 
         return leaf(self.hidden), leaf(self.weight), leaf(self.bias)
 
-    def targets_for(self, *, tail: str = "bucket", temperature: float = 1.0, **_: Any) -> TargetBatch:
+    def targets_for(self, *, tail: str = "bucket", temperature: float = 1.0, **_: Any) -> SparseTargetBatch:
         return captured_for(self.targets, tail, temperature)
 
     def rounded(self, dtype: torch.dtype) -> Problem:
@@ -88,8 +86,8 @@ def reference(problem: Problem, dtype: torch.dtype = torch.float64, **options: A
 def by_fused(problem: Problem, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
     hidden, weight, bias = problem.leaves(dtype)
     targets = problem.targets_for(**options)
-    count = max(1, int(targets.counted.sum()))
-    loss = fused_head(hidden, weight, bias, targets, scale=1 / count, vocab_size=V, **options).loss
+    count = max(1, int(targets.loss_mask.sum()))
+    loss = fused_sums(hidden, weight, bias, targets, scale=1 / count, vocab_size=V, **options).loss
     return gradients(loss, hidden, weight, bias)
 
 
@@ -136,11 +134,11 @@ def test_sums_are_those_of_the_reference(tail: str) -> None:
     for temperature, kd_weight in ((1.0, 1.0), (2.0, 0.4)):
         options = {"tail": tail, "temperature": temperature}
         targets = problem.targets_for(**options)
-        found = fused_head(*problem.leaves(torch.float64), targets, kd_weight=kd_weight, **options)
+        found = fused_sums(*problem.leaves(torch.float64), targets, kd_weight=kd_weight, **options)
         logits = problem.hidden @ problem.weight.T + problem.bias
         kl = sparse_kl(logits, targets, reduction="sum", **options) / temperature**2
         ce = F.cross_entropy(logits, targets.labels, reduction="sum")
-        counted = targets.counted
+        counted = targets.loss_mask
         likeliest = targets.ids.gather(1, targets.exact.logprobs.argmax(1, keepdim=True)).squeeze(1)
         assert (targets.logprobs.argmax(1) != targets.exact.logprobs.argmax(1)).any()  # a weight may be the largest
         agreement = (logits.argmax(1) == likeliest)[counted].sum()
@@ -174,7 +172,7 @@ def test_gradient_by_finite_differences(tail: str, temperature: float) -> None:
 def test_absent_entries_and_all_tokens(tail: str) -> None:
     """No entry at all; residual -inf; label inside, outside; K = V: what `test_losses` holds the reference to."""
     inf = torch.inf
-    sparse = TargetBatch(
+    sparse = SparseTargetBatch(
         ids=torch.tensor([[2, 0, 0], [1, 3, 4], [0, 0, 0], [0, 1, 2]]),
         logprobs=torch.tensor([[0.0, -inf, -inf], [-0.36, -inf, -1.2], [-inf] * 3, [-1.6, -1.2, -0.92]]).double(),
         exact_counts=torch.tensor([3, 3, 3, 2]),
@@ -199,7 +197,7 @@ def test_absent_entries_and_all_tokens(tail: str) -> None:
 @every_tail
 def test_masked_positions_contribute_nothing_at_all(tail: str) -> None:
     problem = Problem()
-    masked = ~problem.targets.counted
+    masked = ~problem.targets.loss_mask
     options = {"tail": tail, "temperature": 2.0, "kd_weight": 0.5, "chunk_size": 4}
     before = by_fused(problem, torch.float32, **options)
     problem.hidden[masked] = torch.nan
@@ -216,12 +214,12 @@ def test_masked_positions_contribute_nothing_at_all(tail: str) -> None:
 @every_tail
 def test_all_masked_is_zero_and_has_a_backward(tail: str) -> None:
     problem = Problem(masked=1.0)
-    assert not problem.targets.counted.any()
+    assert not problem.targets.loss_mask.any()
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, bias = problem.leaves(dtype)
         heads: list[HeadOutput] = [
-            fused_head(hidden, weight, bias, problem.targets, tail=tail, kd_weight=0.5),
-            general_head(hidden, lambda h: F.linear(h, weight, bias), problem.targets, tail=tail, kd_weight=0.5),  # noqa: B023
+            fused_sums(hidden, weight, bias, problem.targets, tail=tail, kd_weight=0.5),
+            general_sums(hidden, lambda h: F.linear(h, weight, bias), problem.targets, tail=tail, kd_weight=0.5),  # noqa: B023
         ]
         for output in heads:
             assert [value.item() for value in output] == [0.0] * 5
@@ -245,13 +243,13 @@ def test_scale_multiplies_loss_and_gradients_and_nothing_else() -> None:
     problem = Problem()
     hidden, weight, bias = problem.leaves(torch.float64)
     options = {"kd_weight": 0.5, "temperature": 2.0}
-    plain = fused_head(hidden, weight, bias, problem.targets, **options)
+    plain = fused_sums(hidden, weight, bias, problem.targets, **options)
     expected = gradients(plain.loss, hidden, weight, bias)
     linear = lambda h: F.linear(h, weight, bias)  # noqa: E731
     for scale in (0.125, torch.tensor(0.125), torch.tensor(0.125, dtype=torch.float64)):
         for output in (
-            fused_head(hidden, weight, bias, problem.targets, scale=scale, **options),
-            general_head(hidden, linear, problem.targets, scale=scale, **options),
+            fused_sums(hidden, weight, bias, problem.targets, scale=scale, **options),
+            general_sums(hidden, linear, problem.targets, scale=scale, **options),
         ):
             for a, b in zip(gradients(output.loss, hidden, weight, bias), expected, strict=True):
                 torch.testing.assert_close(a, b / 8, rtol=1e-12, atol=1e-15)
@@ -315,19 +313,19 @@ def test_only_the_gradients_asked_for_are_computed(frozen: set[str]) -> None:
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
 def test_evaluation_computes_no_gradient(no_grad: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
-    inner = fused._loss_and_dlogits
+    inner = SparseTargetBatch.loss_and_dlogits
 
     def watched(*arguments: Any) -> tuple[Tensor, Tensor | None]:
         result = inner(*arguments)
         computed.append(result[1] is not None)
         return result
 
-    monkeypatch.setattr(fused, "_loss_and_dlogits", watched)
+    monkeypatch.setattr(SparseTargetBatch, "loss_and_dlogits", watched)
     problem = Problem()
     hidden, weight, bias = problem.leaves(torch.float64)
     for head in (
-        lambda: fused_head(hidden, weight, bias, problem.targets, kd_weight=0.5),
-        lambda: general_head(hidden, lambda h: F.linear(h, weight, bias), problem.targets, kd_weight=0.5),
+        lambda: fused_sums(hidden, weight, bias, problem.targets, kd_weight=0.5),
+        lambda: general_sums(hidden, lambda h: F.linear(h, weight, bias), problem.targets, kd_weight=0.5),
     ):
         with_gradient = head()
         assert computed and all(computed)
@@ -384,8 +382,8 @@ def test_general_head_equals_the_reference(tail: str, temperature: float) -> Non
         targets = problem.targets_for(**options)
         expected = gradients(sparse_kl(head(hidden)[:, :V], targets, **options), hidden, weight, bias)
         hidden, weight, bias = problem.leaves(dtype)
-        scale = 1 / int(targets.counted.sum())
-        output = general_head(hidden, head, targets, scale=scale, vocab_size=V, chunk_size=7, **options)
+        scale = 1 / int(targets.loss_mask.sum())
+        output = general_sums(hidden, head, targets, scale=scale, vocab_size=V, chunk_size=7, **options)
         assert max(relative_errors(gradients(output.loss, hidden, weight, bias), expected)) < bound
 
 
@@ -395,8 +393,8 @@ def test_general_head_equals_the_fused_one(tail: str) -> None:
     hidden, weight, bias = problem.leaves(torch.float64)
     options = {"tail": tail, "temperature": 2.0, "kd_weight": 0.4, "chunk_size": 7}
     targets = problem.targets_for(**options)
-    fused_output = fused_head(hidden, weight, bias, targets, **options)
-    general = general_head(hidden, lambda h: F.linear(h, weight, bias), targets, **options)
+    fused_output = fused_sums(hidden, weight, bias, targets, **options)
+    general = general_sums(hidden, lambda h: F.linear(h, weight, bias), targets, **options)
     for a, b in zip(general, fused_output, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     for a, b in zip(*(gradients(x.loss, hidden, weight, bias) for x in (general, fused_output)), strict=True):
@@ -425,16 +423,12 @@ def test_a_student_whose_head_is_its_own_trains_through_its_forward() -> None:
         "input_ids": torch.randint(V, (1, N)),
         "position_ids": torch.arange(N)[None],
         "labels": targets.labels[None],
-        "target_ids": targets.ids[None],
-        "target_logprobs": targets.logprobs[None],
-        "target_exact_counts": targets.exact_counts[None],
-        "target_residual_logprob": targets.residual_logprob[None],
-        "target_entropy": targets.entropy[None],
+        "targets": targets,
     }
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
     expected = sparse_kl(logits, targets, kd_weight=0.9, reduction="sum")
     expected_gradient = torch.autograd.grad(expected, list(model.parameters()))
-    install_distillation_forward(model, head, LossRecipe(kd_weight=0.9))
+    install_distillation_forward(model, head, DistillLoss(kd_weight=0.9))
     loss = model(**batch).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradient = torch.autograd.grad(loss, list(model.parameters()))
@@ -442,7 +436,7 @@ def test_a_student_whose_head_is_its_own_trains_through_its_forward() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     remove_distillation_forward(model)
     assert torch.equal(model(input_ids=batch["input_ids"], use_cache=False).logits[0], logits)
-    assert torch.equal(distillation_output(head, batch, LossRecipe()).loss, loss)
+    assert torch.equal(distillation_output(head, batch, DistillLoss(kd_weight=0.9)).loss, loss)
 
 
 # ---- agreement
@@ -462,7 +456,7 @@ def test_agreement_counts_ties_on_either_side(general: bool) -> None:
         ([9.0, 0, 0, 0], [3, 0], [0.5, 0.0], False),  # id 0 is only padding of the list
     ]
     states, ids, probs, agrees = zip(*cases, strict=True)
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.tensor(ids),
         logprobs=torch.tensor(probs).log(),
         residual_logprob=torch.full((len(cases),), -2.0),
@@ -472,10 +466,10 @@ def test_agreement_counts_ties_on_either_side(general: bool) -> None:
     for t, expected in enumerate(agrees):
         here = slice(t, t + 1)
         one, hidden = targets[here], torch.tensor(states)[here]
-        output = general_head(hidden, lambda h: h @ eye, one) if general else fused_head(hidden, eye, None, one)
+        output = general_sums(hidden, lambda h: h @ eye, one) if general else fused_sums(hidden, eye, None, one)
         assert output.agreement.item() == float(expected), cases[t]
     targets.labels[0] = IGNORE_INDEX
-    total = fused_head(torch.tensor(states), eye, None, targets, temperature=2.0, chunk_size=3)
+    total = fused_sums(torch.tensor(states), eye, None, targets, temperature=2.0, chunk_size=3)
     assert (total.agreement.item(), total.count.item()) == (sum(agrees) - 1, len(cases) - 1)
 
 
@@ -511,8 +505,8 @@ def test_nothing_of_size_positions_times_vocabulary_exists(dtype: torch.dtype, g
     def chunked() -> Tensor:
         options = {"kd_weight": 0.5, "temperature": 2.0, "chunk_size": chunk_size}
         if general:
-            return general_head(hidden, lambda h: F.linear(h, weight), problem.targets, **options).loss
-        return fused_head(hidden, weight, None, problem.targets, **options).loss
+            return general_sums(hidden, lambda h: F.linear(h, weight), problem.targets, **options).loss
+        return fused_sums(hidden, weight, None, problem.targets, **options).loss
 
     largest = []
     for loss_of in (chunked, plain):

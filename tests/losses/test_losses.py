@@ -16,18 +16,17 @@ from torch.nn import functional as F
 
 import cache_format as cf
 from dense import captured_for, dense_kl, dense_losses, extremes, random_targets
+from head_sums import fused_sums
 from pipeline.losses import (
     IGNORE_INDEX,
     TAIL_POLICIES,
     UNBIASED,
-    TargetBatch,
+    SparseTargetBatch,
     divergences,
-    fused,
-    fused_head,
     sparse_kl,
 )
 from pipeline.losses.tails import StudentValues, tempered_tail
-from pipeline.student.data.dataset import collate, targets_of
+from pipeline.student.data.dataset import collate
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 KD_WEIGHTS = (0.0, 0.3, 1.0)
@@ -45,11 +44,11 @@ def random_logits(n: int = N, vocab: int = V, *, seed: int = 1, scale: float = 2
     return scale * torch.randn(n, vocab, generator=generator, dtype=torch.float64)
 
 
-def full_targets(n: int = N, vocab: int = V, **options: object) -> TargetBatch:
+def full_targets(n: int = N, vocab: int = V, **options: object) -> SparseTargetBatch:
     return random_targets(n, vocab, vocab, ragged=False, **options)  # type: ignore[arg-type]
 
 
-def teacher_logprobs(targets: TargetBatch, vocab: int) -> Tensor:
+def teacher_logprobs(targets: SparseTargetBatch, vocab: int) -> Tensor:
     """[N, V] where the targets hold every token."""
     return torch.full((len(targets), vocab), -torch.inf, dtype=torch.float64).scatter(1, targets.ids, targets.logprobs)
 
@@ -86,7 +85,7 @@ def test_equals_the_dense_computation(tail: str, temperature: float, kd_weight: 
     for reduction, value in (
         ("none", expected),
         ("sum", expected.sum()),
-        ("mean", expected.sum() / targets.counted.sum()),
+        ("mean", expected.sum() / targets.loss_mask.sum()),
     ):
         found = sparse_kl(logits, targets, reduction=reduction, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-13)
@@ -99,7 +98,7 @@ def test_the_tail_of_the_bucket_at_a_temperature_by_hand() -> None:
     # sqrt(.5) = 0.7071068, sqrt(.3) = 0.5477226, together with M 1.9565827.
     # Student uniform: q = 1/6, 1/6, 4/6. KL = Σ P·log(P/q) = 0.3613989·log(2.1683932) + 0.2799384·log(1.6796302)
     # + 0.3586628·log(0.5379941) = 0.2797178 + 0.1451687 − 0.2223378 = 0.2025487, times T² = 4: 0.8101949.
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.tensor([[1, 4]]),
         logprobs=torch.tensor([[0.5, 0.3]], dtype=torch.float64).log(),
         residual_logprob=torch.tensor([0.2], dtype=torch.float64).log(),
@@ -142,7 +141,7 @@ def test_renormalise_at_a_temperature_is_exact() -> None:
     everything = full_targets(masked=0.0)
     full = teacher_logprobs(everything, V)
     top = full.topk(K).indices.sort(dim=1).values
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=top,
         logprobs=full.gather(1, top),
         residual_logprob=torch.log1p(-full.gather(1, top).exp().sum(1)),
@@ -227,10 +226,10 @@ def test_never_negative_if_not_an_estimate_and_always_finite(
 # ---- entries that are not there
 
 
-def hostile_targets(dtype: torch.dtype = torch.float64) -> TargetBatch:
+def hostile_targets(dtype: torch.dtype = torch.float64) -> SparseTargetBatch:
     """One-hot teacher; zero-probability entries beside real ones; no entry; residual -inf and m = 1; one sampled."""
     inf = torch.inf
-    return TargetBatch(
+    return SparseTargetBatch(
         ids=torch.tensor([[2, 0, 0], [1, 3, 4], [0, 0, 0], [0, 1, 2], [5, 0, 0]]),
         logprobs=torch.tensor(
             [
@@ -282,7 +281,7 @@ def test_padding_of_the_entry_list_changes_nothing(tail: str) -> None:
 @every_tail
 def test_a_student_sure_of_itself_keeps_its_gradient(tail: str) -> None:
     """q_rest = 1e-26 is far below what 1 − Σq can resolve in fp32; the pull on the tail must still be there."""
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.tensor([[0]]),
         logprobs=torch.tensor([[0.5]]).log(),
         residual_logprob=torch.tensor([0.5]).log(),
@@ -305,10 +304,10 @@ def test_a_student_sure_of_itself_keeps_its_gradient(tail: str) -> None:
 @every_tail
 def test_masked_positions_contribute_nothing_at_all(tail: str) -> None:
     targets = captured_for(random_targets(N, V, K, dtype=torch.float32), tail, 2.0)
-    masked = ~targets.counted
-    assert masked.any() and targets.counted.any()
+    masked = ~targets.loss_mask
+    assert masked.any() and targets.loss_mask.any()
 
-    def loss_and_gradient(z: Tensor, batch: TargetBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(z: Tensor, batch: SparseTargetBatch) -> tuple[Tensor, Tensor]:
         z = z.clone().requires_grad_()
         loss = sparse_kl(z, batch, temperature=2.0, kd_weight=0.6, tail=tail)
         return loss.detach(), torch.autograd.grad(loss, z)[0]
@@ -349,7 +348,7 @@ def test_batched_shapes_and_masks() -> None:
     mask = torch.tensor([True, False] * 6)
     found = sparse_kl(batched, targets, loss_mask=mask.view(3, 4))
     assert found == sparse_kl(logits, targets, labels=targets.labels.masked_fill(~mask, IGNORE_INDEX).view(3, 4))
-    with pytest.raises(ValueError, match="11 positions, targets 12"):
+    with pytest.raises(ValueError, match="11 positions in the logits and 12 in the targets"):
         sparse_kl(logits[:11], targets)
 
 
@@ -365,7 +364,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
 
 def test_ids_survive_a_change_of_dtype() -> None:
     """bfloat16 has eight bits: by way of it, token 517 would become 516."""
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.tensor([[517, 2**24 + 1]]),
         logprobs=torch.tensor([[-0.5, -1.0]]),
         residual_logprob=torch.tensor([-4.0]),
@@ -404,15 +403,15 @@ def sample_row(length: int = 8, *, seed: int = 0, vocab: int = V) -> cf.CacheRow
 
 def test_takes_the_targets_of_a_cache_row_as_they_are() -> None:
     row, logits = sample_row(), random_logits(8)
-    batch = TargetBatch.from_rows([row])
-    counted = batch.counted
+    batch = SparseTargetBatch.from_rows([row])
+    counted = batch.loss_mask
     expected = dense_losses(logits, batch, kd_weight=0.3, tail="label")
     found = sparse_kl(logits, row.targets, labels=torch.from_numpy(row.label_ids), kd_weight=0.3, tail="label")
     assert found.item() == pytest.approx(expected.sum() / counted.sum().item(), rel=1e-6)
     masked = sparse_kl(logits, row.targets, loss_mask=torch.from_numpy(row.loss_mask))
     assert masked.item() == pytest.approx(dense_losses(logits, batch).sum() / counted.sum().item(), rel=1e-6)
     for options in ({"kd_weight": 0.5}, {"tail": "label"}, {"tail": "realized"}):
-        with pytest.raises(ValueError, match="labels are needed"):
+        with pytest.raises(ValueError, match="needs labels"):
             sparse_kl(logits, row.targets, **options)  # type: ignore[arg-type]
 
 
@@ -422,17 +421,17 @@ def test_takes_the_targets_of_a_cache_row_as_they_are() -> None:
 def check_alignment(rows: list[cf.CacheRow]) -> None:
     """What a batch says at t is about the token at t + 1: label, target list and mask."""
     batch = collate(rows)
-    targets = targets_of(batch)
+    targets = batch["targets"]
     length = batch["input_ids"].shape[1]
     for i, row in enumerate(rows):
         for t in range(length):
             n = i * length + t
             counts = t < len(row.input_ids) and bool(row.loss_mask[t])
-            assert bool(targets.counted[n]) == counts, "a position counts that should not, or the other way round"
+            assert bool(targets.loss_mask[n]) == counts, "a position counts that should not, or the other way round"
             if counts:
                 assert targets.labels[n] == row.input_ids[t + 1], "label"
                 assert targets.ids[n, targets.logprobs[n].argmax()] == row.input_ids[t + 1], "target list"
-    assert targets.counted.sum() == sum(int(row.loss_mask.sum()) for row in rows)
+    assert targets.loss_mask.sum() == sum(int(row.loss_mask.sum()) for row in rows)
 
 
 ROWS = [sample_row(8, seed=0), sample_row(5, seed=1), sample_row(12, seed=2)]
@@ -443,14 +442,14 @@ def test_targets_labels_and_mask_share_their_index() -> None:
 
 
 def test_a_target_list_off_by_one_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = TargetBatch.from_rows
+    right = SparseTargetBatch.from_rows
 
-    def late(rows: list[cf.CacheRow], length: int) -> TargetBatch:
-        batch = right(rows, length)
+    def late(rows: list[cf.CacheRow], length: int, temperature: float) -> SparseTargetBatch:
+        batch = right(rows, length, temperature)
         names = ("ids", "logprobs", "exact_counts", "residual_logprob", "entropy")
         return replace(batch, **{name: getattr(batch, name).roll(1, 0) for name in names})
 
-    monkeypatch.setattr(TargetBatch, "from_rows", late)
+    monkeypatch.setattr(SparseTargetBatch, "from_rows", late)
     with pytest.raises(AssertionError, match="target list"):
         check_alignment(ROWS)
 
@@ -482,10 +481,10 @@ def check_gradient_is_that_of_the_reported_loss(loss_of: Callable[[Tensor], Tens
     assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-6), "gradient and loss disagree"
 
 
-def fused_on_logits(z: Tensor, targets: TargetBatch, temperature: float, kd_weight: float = 1.0) -> Tensor:
+def fused_on_logits(z: Tensor, targets: SparseTargetBatch, temperature: float, kd_weight: float = 1.0) -> Tensor:
     """The fused head with an identity matrix for a weight: its hidden states are the logits."""
     weight = torch.eye(z.shape[1], dtype=z.dtype)
-    return fused_head(z, weight, None, targets, temperature=temperature, kd_weight=kd_weight, chunk_size=5).loss
+    return fused_sums(z, weight, None, targets, temperature=temperature, kd_weight=kd_weight, chunk_size=5).loss
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
@@ -509,8 +508,8 @@ def test_the_square_of_the_temperature_in_the_loss_alone_is_detected(monkeypatch
         terms, d_logits = computed(*arguments)  # type: ignore[arg-type]
         return terms, None if d_logits is None else d_logits / 4
 
-    computed = fused._loss_and_dlogits
-    monkeypatch.setattr(fused, "_loss_and_dlogits", without_square)
+    computed = SparseTargetBatch.loss_and_dlogits
+    monkeypatch.setattr(SparseTargetBatch, "loss_and_dlogits", without_square)
     with pytest.raises(AssertionError, match="disagree"):
         check_gradient_is_that_of_the_reported_loss(lambda z: fused_on_logits(z, targets, 2.0))
 
@@ -532,7 +531,7 @@ def check_padded_rows_take_no_part(loss_of: Callable[[Tensor, Tensor], Tensor]) 
 def test_padded_vocabulary() -> None:
     targets = random_targets(N, V, K)
     check_padded_rows_take_no_part(
-        lambda hidden, weight: fused_head(hidden, weight, None, targets, kd_weight=0.5, vocab_size=V).loss
+        lambda hidden, weight: fused_sums(hidden, weight, None, targets, kd_weight=0.5, vocab_size=V).loss
     )
 
 
@@ -540,11 +539,11 @@ def test_a_padded_vocabulary_left_in_is_detected() -> None:
     targets = random_targets(N, V, K)
     with pytest.raises(AssertionError, match="padding is in the softmax"):
         check_padded_rows_take_no_part(
-            lambda hidden, weight: fused_head(hidden, weight, None, targets, kd_weight=0.5).loss
+            lambda hidden, weight: fused_sums(hidden, weight, None, targets, kd_weight=0.5).loss
         )
 
 
-def check_is_a_divergence(loss_of: Callable[[Tensor, TargetBatch], Tensor]) -> None:
+def check_is_a_divergence(loss_of: Callable[[Tensor, SparseTargetBatch], Tensor]) -> None:
     """Never negative, also for a student that puts all its mass on the entries."""
     targets = random_targets(N, V, K, masked=0.0)
     for on_entries in (0.0, 3.0, 30.0):
@@ -559,7 +558,7 @@ def test_the_truncated_divergence_is_not_negative(tail: str) -> None:
 
 
 def test_a_sum_over_the_entries_alone_is_detected() -> None:
-    def truncated(z: Tensor, targets: TargetBatch) -> Tensor:
+    def truncated(z: Tensor, targets: SparseTargetBatch) -> Tensor:
         log_q = z.log_softmax(1).gather(1, targets.ids)
         log_p = targets.logprobs
         return torch.where(targets.valid, log_p.exp() * (log_p - log_q), 0.0).sum(1)
@@ -575,7 +574,7 @@ def check_absent_entries_are_finite(by: str, tails: tuple[str, ...] = TAIL_POLIC
         if by == "reference":
             loss = sparse_kl(logits, targets, tail=tail, kd_weight=0.5)
         else:
-            loss = fused_head(logits, torch.eye(7).double(), None, targets, tail=tail, kd_weight=0.5).loss
+            loss = fused_sums(logits, torch.eye(7).double(), None, targets, tail=tail, kd_weight=0.5).loss
         assert loss.isfinite(), "the loss is not finite"
         assert torch.autograd.grad(loss, logits)[0].isfinite().all(), "the gradient is not finite"
 
@@ -590,7 +589,9 @@ def test_a_divergence_without_care_for_minus_infinity_is_detected(by: str, monke
     def naive(log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_p.exp() * (log_p - log_q)).sum(1)
 
-    def absent_is_a_product(targets: TargetBatch, student: StudentValues, entries: Tensor, label: Tensor) -> Tensor:
+    def absent_is_a_product(
+        targets: SparseTargetBatch, student: StudentValues, entries: Tensor, label: Tensor
+    ) -> Tensor:
         log_q = (student.entries - student.lse[:, None]).masked_fill(~targets.valid, -torch.inf)
         return (entries * -log_q).sum(1)
 

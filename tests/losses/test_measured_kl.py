@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 import cache_format as cf
 from cli import main
 from dense import dense_losses, random_targets
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
-from pipeline.losses import HeadOutput, TargetBatch, fused, fused_head, general_head
-from pipeline.student.training.recipe import LossRecipe
-from pipeline.student.training.train import TrainStudentConfig, TrainSummary, train_student
+from head_sums import fused_sums, general_sums
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
+from pipeline.losses import HeadOutput, SparseTargetBatch, sparse_targets
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.train import TrainSummary, train_student
+from pipeline.student.validation.loss_checks import loss_for_cache, loss_for_held_out
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, dense_evaluation, log_history
 from sampled import random, threshold
@@ -40,14 +43,14 @@ RULES = {
 # ---- of logits
 
 
-def output_of(by: str, z: Tensor, targets: TargetBatch, **options: Any) -> HeadOutput:
+def output_of(by: str, z: Tensor, targets: SparseTargetBatch, **options: Any) -> HeadOutput:
     eye = torch.eye(z.shape[1], dtype=z.dtype)
     if by == "fused":
-        return fused_head(z, eye, None, targets, chunk_size=7, **options)
-    return general_head(z, lambda h: h @ eye, targets, chunk_size=7, **options)
+        return fused_sums(z, eye, None, targets, chunk_size=7, **options)
+    return general_sums(z, lambda h: h @ eye, targets, chunk_size=7, **options)
 
 
-def logits_and_targets() -> tuple[Tensor, TargetBatch]:
+def logits_and_targets() -> tuple[Tensor, SparseTargetBatch]:
     generator = torch.Generator().manual_seed(3)
     return 2 * torch.randn(N, V, generator=generator, dtype=torch.float64), random_targets(N, V, K, seed=2)
 
@@ -110,18 +113,18 @@ def test_agreement_is_the_same_whatever_is_trained() -> None:
 def test_the_vocabulary_is_walked_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As often with a measure of its own as without."""
     walks = []
-    inner = fused._exp_rest
-    monkeypatch.setattr(fused, "_exp_rest", lambda *parts: walks.append(1) or inner(*parts))
+    inner = sparse_targets.exp_rest
+    monkeypatch.setattr(sparse_targets, "exp_rest", lambda *parts: walks.append(1) or inner(*parts))
     z, targets = logits_and_targets()
     for measured in (None, "sampled"):
         output_of("fused", z, targets, tail="bucket", kl_tail=measured)
-    assert len(walks) == 2 * -(-int(targets.counted.sum()) // 7)
+    assert len(walks) == 2 * -(-int(targets.loss_mask.sum()) // 7)
 
 
 @pytest.mark.parametrize("tail, kl_tail", [("bucket", "label"), ("sampled", "bucket"), ("label", "realized")])
 def test_other_measures_are_refused(tail: str, kl_tail: str) -> None:
     z, targets = logits_and_targets()
-    with pytest.raises(ValueError, match=f"kl_tail {kl_tail} with tail {tail}: expected"):
+    with pytest.raises(ValueError, match=f"kl_tail={kl_tail} with `tail={tail}`: expected"):
         output_of("fused", z, targets, tail=tail, kl_tail=kl_tail)
 
 
@@ -142,7 +145,7 @@ def settings(output: Path, cache: Any, held_out: Path | None, student: Path, **o
     """One step that changes nothing, on 1000 rows at once: all of what is logged is of the same student."""
     file = output.with_name(f"{output.name}.json")
     file.write_text('{"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1e-30}')
-    many = {"per_device_train_batch_size": 1000, "max_steps": 1, "logging_steps": 1, "eval_steps": 1}
+    many = {"batch_size": 1000, "max_steps": 1, "logging_steps": 1, "eval_steps": 1}
     cache = tuple(map(str, cache)) if isinstance(cache, tuple) else str(cache)
     return TrainStudentConfig(
         cache=cache,
@@ -191,7 +194,7 @@ def test_logged_and_held_out_kl_is_what_evaluate_says(
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     expected = dense_evaluation(model, list(cache.iter_rows()), 400, tail=tail, temperature=temperature)
     assert said.kl == pytest.approx(expected["kl"], rel=1e-5)
-    assert summary.kl_is == said.kl_is == ("lower bound" if name == "top-k" else "estimate")
+    assert summary.kl_estimate_kind == said.kl_estimate_kind == ("lower bound" if name == "top-k" else "estimate")
     assert ("soft" in summary.eval) == bool(options.keys() & {"tail", "divergence"} and options.get("kd_weight") != 0)
 
 
@@ -233,9 +236,9 @@ def test_rows_in_another_tokenizers_tokens_have_no_sample(folder: Path, tmp_path
         output = tmp_path / method
         options |= {"cross_tokenizer": method}
         logged, summary = run(output, folder / "threshold", folder / "threshold", student, **options)
-        said = evaluated(folder / "threshold", student, cross_tokenizer=True)
+        said = evaluated(folder / "threshold", student, cross_tokenizer="project")
         assert logged == pytest.approx(said.kl, rel=1e-5) and summary.eval["kl"] == pytest.approx(said.kl, rel=1e-5)
-        assert summary.kl_is == said.kl_is == "lower bound"
+        assert summary.kl_estimate_kind == said.kl_estimate_kind == "lower bound"
 
 
 def test_a_lower_bound_is_called_one_once(folder: Path, student_dir: Path, tmp_path: Path) -> None:
@@ -252,8 +255,8 @@ def test_a_lower_bound_is_called_one_once(folder: Path, student_dir: Path, tmp_p
 
 def test_the_policy_that_is_measured_by_is_the_caches_own(folder: Path) -> None:
     for name, kl_tail, tail in (("threshold", "sampled", "bucket"), ("top-k", "bucket", "label")):
-        recipe = LossRecipe.for_cache(cf.open_cache(folder / name), kd_weight=0.5, tail=tail)
+        recipe = loss_for_cache(cf.open_cache(folder / name), kd_weight=0.5, tail=tail)
         assert recipe.kl_tail == kl_tail and not recipe.trains_kl
-        assert LossRecipe.for_cache(cf.open_cache(folder / name), kd_weight=0.5).trains_kl
-        assert recipe.for_held_out(cf.open_cache(folder / "random")).kl_tail == "sampled"
-        assert recipe.for_held_out(cf.open_cache(folder / "top-k")).kl_tail == "bucket"
+        assert loss_for_cache(cf.open_cache(folder / name), kd_weight=0.5).trains_kl
+        assert loss_for_held_out(recipe, cf.open_cache(folder / "random")).kl_tail == "sampled"
+        assert loss_for_held_out(recipe, cf.open_cache(folder / "top-k")).kl_tail == "bucket"

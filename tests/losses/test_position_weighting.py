@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import cache_format as cf
 from dense import captured_for, random_targets
-from pipeline.losses import POSITION_WEIGHTINGS, fused_head, fused_head_loss, general_head, sparse_kl
+from head_sums import fused_sums, general_sums
+from pipeline.losses import POSITION_WEIGHTINGS, fused_head_loss, sparse_kl
 from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from textbook import randn
 from tiny import conversations, write_jsonl
@@ -63,21 +64,21 @@ def test_every_position_is_multiplied_by_its_entropy_and_so_is_its_gradient(
         h, m, b = (x.to(dtype).requires_grad_() for x in (hidden, weight, bias))
         for loss in (
             sparse_kl(h @ m[:V].T + b[:V], targets, reduction="sum", **options),
-            fused_head(h, m, b, targets, vocab_size=V, chunk_size=7, **options).loss,
-            general_head(h, lambda x, m=m, b=b: F.linear(x, m, b), targets, vocab_size=V, chunk_size=7, **options).loss,
+            fused_sums(h, m, b, targets, vocab_size=V, chunk_size=7, **options).loss,
+            general_sums(h, lambda x, m=m, b=b: F.linear(x, m, b), targets, vocab_size=V, chunk_size=7, **options).loss,
         ):
             for x, y in zip([loss.detach(), *torch.autograd.grad(loss, [h, m, b])], expected, strict=True):
                 assert (x.double() - y).abs().max() < bound * y.abs().max()
     mean = fused_head_loss(hidden, weight[:V], bias[:V], targets, **options)
-    torch.testing.assert_close(mean, expected[0] / targets.counted.sum(), rtol=1e-11, atol=0)  # not over the weights
+    torch.testing.assert_close(mean, expected[0] / targets.loss_mask.sum(), rtol=1e-11, atol=0)  # not over the weights
 
 
 @every_weighting
 def test_the_other_numbers_are_not_weighted(weighting: str) -> None:
     targets, logits, eye = random_targets(N, V, K), randn(N, V, scale=2.0), torch.eye(V).double()
     options = {"temperature": 2.0, "kd_weight": 0.4}
-    plain = fused_head(logits, eye, None, targets, **options)
-    weighted = fused_head(logits, eye, None, targets, position_weighting=weighting, **options)
+    plain = fused_sums(logits, eye, None, targets, **options)
+    weighted = fused_sums(logits, eye, None, targets, position_weighting=weighting, **options)
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], weighted[1:], strict=True))
     assert weighted.loss < 0.9 * plain.loss
 
@@ -94,7 +95,7 @@ def test_from_one_for_a_uniform_student_to_nothing_for_a_certain_one() -> None:
     by_teacher = sparse_kl(z, targets, position_weighting="teacher-entropy", **options)
     torch.testing.assert_close(by_teacher, plain * torch.tensor([0.0, 1, 1]).double(), rtol=1e-12, atol=1e-12)
     for weighting in BY_ENTROPY:
-        loss = fused_head(z, torch.eye(V).double(), None, targets, position_weighting=weighting, kd_weight=0.5).loss
+        loss = fused_sums(z, torch.eye(V).double(), None, targets, position_weighting=weighting, kd_weight=0.5).loss
         assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
@@ -103,7 +104,7 @@ def test_positions_that_do_not_count_may_have_no_entropy(weighting: str) -> None
     targets, logits = random_targets(N, V, K), randn(N, V).requires_grad_()
     before = sparse_kl(logits, targets, position_weighting=weighting)
     expected = torch.autograd.grad(before, logits)[0]
-    targets.entropy[~targets.counted] = torch.nan
+    targets.entropy[~targets.loss_mask] = torch.nan
     after = sparse_kl(logits, targets, position_weighting=weighting)
     assert torch.equal(before, after) and torch.equal(torch.autograd.grad(after, logits)[0], expected)
 
@@ -111,11 +112,11 @@ def test_positions_that_do_not_count_may_have_no_entropy(weighting: str) -> None
 def test_an_unknown_weighting_is_refused() -> None:
     targets, logits = random_targets(N, V, K), randn(N, V)
     with pytest.raises(
-        ValueError, match="position_weighting entropy: expected one of uniform, teacher-entropy, student"
+        ValueError, match="`position_weighting` entropy: expected one of uniform, teacher-entropy, student"
     ):
         sparse_kl(logits, targets, position_weighting="entropy")
-    with pytest.raises(ValueError, match="position_weighting entropy"):
-        fused_head(logits, torch.eye(V).double(), None, targets, position_weighting="entropy")
+    with pytest.raises(ValueError, match="`position_weighting` entropy"):
+        fused_sums(logits, torch.eye(V).double(), None, targets, position_weighting="entropy")
 
 
 # ---- in a run
@@ -137,7 +138,7 @@ def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPa
     build_cache(folder / "cache", teacher_dir, data, packing=False)
     (folder / "arguments.json").write_text(json.dumps({**SGD, "learning_rate": 2.0}))
     for weighting in POSITION_WEIGHTINGS:
-        run(folder, weighting, student_dir, position_weighting=weighting, per_device_train_batch_size=8)
+        run(folder, weighting, student_dir, position_weighting=weighting, batch_size=8)
     return folder
 
 
@@ -163,7 +164,7 @@ def test_a_weighting_trains_another_student(folder: Path, student_dir: Path) -> 
 def test_accumulated_steps_are_those_of_one_batch(folder: Path, student_dir: Path, weighting: str) -> None:
     for size, steps in ((2, 4), (1, 8)):
         name = f"{weighting}-{size}"
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        options = {"batch_size": size, "gradient_accumulation_steps": steps}
         run(folder, name, student_dir, position_weighting=weighting, **options)
         assert distance(weights(folder / name), weights(folder / weighting)) < 2e-6
         for a, b in zip(log_history(folder / name), log_history(folder / weighting), strict=True):

@@ -18,15 +18,14 @@ from torch.nn import functional as F
 
 import cache_format as cf
 from dense import random_targets
+from head_sums import fused_sums, general_sums
 from pipeline.losses import (
     IGNORE_INDEX,
     TAIL_POLICIES,
     UNBIASED,
     HeadOutput,
-    TargetBatch,
-    fused_head,
+    SparseTargetBatch,
     fused_head_loss,
-    general_head,
     sparse_kl,
 )
 from pipeline.teacher.targets.selection import sparse_targets
@@ -41,7 +40,7 @@ def random_logits(n: int = N, vocab: int = V, *, seed: int = 1) -> Tensor:
     return 2 * torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def loss_and_gradient(kind: str, z: Tensor, targets: TargetBatch, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(kind: str, z: Tensor, targets: SparseTargetBatch, **options: Any) -> tuple[Tensor, Tensor]:
     """Sum over counted positions and its gradient with respect to the logits, by any of the three ways to it."""
     z = z.clone().requires_grad_()
     if kind == "reference":
@@ -51,12 +50,12 @@ def loss_and_gradient(kind: str, z: Tensor, targets: TargetBatch, **options: Any
     return loss.detach(), torch.autograd.grad(loss, z)[0]
 
 
-def head_output(kind: str, z: Tensor, targets: TargetBatch, **options: Any) -> HeadOutput:
+def head_output(kind: str, z: Tensor, targets: SparseTargetBatch, **options: Any) -> HeadOutput:
     """With an identity matrix for a weight: hidden states are the logits."""
     eye = torch.eye(z.shape[1], dtype=z.dtype)
     if kind == "fused":
-        return fused_head(z, eye, None, targets, chunk_size=7, **options)
-    return general_head(z, lambda h: h @ eye, targets, chunk_size=7, **options)
+        return fused_sums(z, eye, None, targets, chunk_size=7, **options)
+    return general_sums(z, lambda h: h @ eye, targets, chunk_size=7, **options)
 
 
 # ---- unbiased
@@ -82,7 +81,7 @@ def test_realized_is_unbiased_over_the_labels_that_the_teacher_would_write(kind:
     chosen = p.topk(K).indices.sort().values
     rest = p.clone()
     rest[chosen] = 0.0
-    everything = TargetBatch(
+    everything = SparseTargetBatch(
         ids=chosen.expand(V, K),
         logprobs=p[chosen].log().expand(V, K),
         residual_logprob=rest.sum().log().expand(V),
@@ -107,9 +106,9 @@ def test_several_samples_together_are_the_mean_of_each_alone(kind: str) -> None:
     z = random_logits(N, 200)
     for rule in (threshold(0.06, samples=3), random(9, samples=4)):
         targets = sparse(sparse_targets(teacher(200).expand(N, 200), rule, numbers(rule, N)))
-        together = loss_and_gradient(kind, z, TargetBatch.from_sparse(targets), tail="sampled")
+        together = loss_and_gradient(kind, z, SparseTargetBatch.from_sparse(targets), tail="sampled")
         alone = [
-            loss_and_gradient(kind, z, TargetBatch.from_sparse(targets.sample(i)), tail="sampled")
+            loss_and_gradient(kind, z, SparseTargetBatch.from_sparse(targets.sample(i)), tail="sampled")
             for i in range(rule.samples)
         ]
         for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
@@ -122,10 +121,10 @@ def test_rows_of_a_cache_are_taken_with_all_samples_together() -> None:
     targets = sparse(sparse_targets(teacher(200).expand(6, 200), rule, numbers(rule, 6)))
     mask = np.arange(6) < 5
     row = cf.CacheRow(0, np.arange(6), mask, np.array([6]), targets)
-    found = TargetBatch.from_rows([row], length=8, temperature=2.0)
-    expected = TargetBatch.from_sparse(targets, loss_mask=torch.from_numpy(mask), temperature=2.0)
+    found = SparseTargetBatch.from_rows([row], length=8, temperature=2.0)
+    expected = SparseTargetBatch.from_sparse(targets, loss_mask=torch.from_numpy(mask), temperature=2.0)
     assert len(found) == 8 and found.temperature == expected.temperature == 2.0
-    assert found.counted.tolist() == [True] * 5 + [False] * 3
+    assert found.loss_mask.tolist() == [True] * 5 + [False] * 3
     for name in ("ids", "logprobs", "exact_counts", "residual_logprob", "entropy"):
         assert torch.equal(getattr(found, name)[:6], getattr(expected, name)), name
     # Some token is in two of the samples: then it is one entry, with twice the weight.
@@ -166,7 +165,7 @@ def test_what_is_not_linear_in_the_teacher_ignores_sampled_entries(kind: str, ta
 @pytest.mark.parametrize("tail", TAIL_POLICIES)
 def test_agreement_is_with_the_likeliest_exact_entry(kind: str, tail: str) -> None:
     """A sampled weight is no probability: at τ = .3 it is larger than that of the likeliest token."""
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.tensor([[0, 1, 2]] * 3),
         logprobs=torch.tensor([[0.25, 0.2, 0.3]] * 3).log(),
         exact_counts=torch.tensor([2, 2, 2]),
@@ -181,7 +180,7 @@ def test_agreement_is_with_the_likeliest_exact_entry(kind: str, tail: str) -> No
 
 @pytest.mark.parametrize("kind", ["fused", "general"])
 def test_agreement_without_exact_entries_is_with_the_token_drawn_most_often(kind: str) -> None:
-    targets = TargetBatch(
+    targets = SparseTargetBatch(
         ids=torch.tensor([[1, 3, 4]] * 3),
         logprobs=torch.tensor([[2.0, 3.0, 0.0]] * 3).div(5).log(),
         exact_counts=torch.zeros(3, dtype=torch.int64),
@@ -197,15 +196,15 @@ def test_agreement_without_exact_entries_is_with_the_token_drawn_most_often(kind
 # ---- temperature
 
 
-def functions(targets: TargetBatch) -> list[Callable[..., Any]]:
+def functions(targets: SparseTargetBatch) -> list[Callable[..., Any]]:
     """Every public way to a loss."""
     z = random_logits()
     eye = torch.eye(V, dtype=torch.float64)
     return [
         lambda **options: sparse_kl(z, targets, **options),
         lambda **options: fused_head_loss(z, eye, None, targets, **options),
-        lambda **options: fused_head(z, eye, None, targets, **options),
-        lambda **options: general_head(z, lambda h: h, targets, **options),
+        lambda **options: fused_sums(z, eye, None, targets, **options),
+        lambda **options: general_sums(z, lambda h: h, targets, **options),
     ]
 
 
@@ -219,7 +218,7 @@ def test_a_temperature_that_the_targets_cannot_serve_is_refused(tail: str, captu
             if serves:
                 loss(tail=tail, temperature=temperature)
                 continue
-            with pytest.raises(ValueError, match=f"temperature {temperature} with targets captured at {captured}"):
+            with pytest.raises(ValueError, match=f"`temperature` {temperature}: .* captured at temperature {captured}"):
                 loss(tail=tail, temperature=temperature)
 
 
@@ -227,9 +226,9 @@ def test_the_reason_is_the_sample_or_the_truncation() -> None:
     for captured, tail, reason in (
         (1.0, "sampled", "a sample cannot be tempered"),
         (1.0, "realized", "a sample cannot be tempered"),
-        (2.0, "bucket", "their softmax cannot be tempered"),
+        (2.0, "bucket", "truncated targets cannot be tempered"),
     ):
-        with pytest.raises(ValueError, match=rf"{reason} again; use temperature={captured}, or capture at the one you"):
+        with pytest.raises(ValueError, match=rf"{reason} afterwards. Use `temperature={captured}`"):
             sparse_kl(
                 random_logits(), replace(random_targets(N, V, K), temperature=captured), tail=tail, temperature=3.0
             )
@@ -247,7 +246,7 @@ def test_targets_captured_at_two_and_used_at_two_are_the_tempered_divergence(kin
     labels = torch.arange(N)
     targets = sparse(sparse_targets(logits, whole, numbers(whole, N)))
     assert (targets.exact_counts == vocab).all()
-    batch = TargetBatch.from_sparse(targets, labels=labels, temperature=temperature)
+    batch = SparseTargetBatch.from_sparse(targets, labels=labels, temperature=temperature)
     options = {"tail": tail, "temperature": temperature}
     found, gradient = loss_and_gradient(kind, z, batch, **options)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -256,7 +255,11 @@ def test_targets_captured_at_two_and_used_at_two_are_the_tempered_divergence(kin
         options |= {"labels": labels, "reduction": "sum"}
         straight = sparse_kl(z, targets, capture_temperature=temperature, **options)
         torch.testing.assert_close(straight, found, rtol=0, atol=0)
-        with pytest.raises(ValueError, match="captured at 1.0") if tail in UNBIASED else pytest.raises(AssertionError):
+        with (
+            pytest.raises(ValueError, match="captured at temperature 1.0")
+            if tail in UNBIASED
+            else pytest.raises(AssertionError)
+        ):
             torch.testing.assert_close(sparse_kl(z, targets, **options), expected, rtol=1e-3, atol=0)
 
 
@@ -265,7 +268,7 @@ def test_targets_captured_at_two_and_used_at_two_are_the_tempered_divergence(kin
 
 def test_slices_and_masks_keep_everything() -> None:
     targets = replace(random_targets(N, V, K), temperature=3.0)
-    for index in (slice(4, 9), torch.tensor([5, 0, 11]), targets.counted):
+    for index in (slice(4, 9), torch.tensor([5, 0, 11]), targets.loss_mask):
         part = targets[index]
         assert part.temperature == 3.0 and len(part) == len(targets.labels[index])
         for name in ("ids", "logprobs", "exact_counts", "residual_logprob", "entropy", "labels"):
@@ -280,7 +283,7 @@ def test_slices_and_masks_keep_everything() -> None:
 def test_a_batch_of_exact_entries_needs_no_entropy_but_for_an_estimate() -> None:
     """Then the value is not a number, and says so; the gradient, in which it has no part, is."""
     targets, z = random_targets(N, V, K, sampled=0), random_logits()
-    bare = TargetBatch(
+    bare = SparseTargetBatch(
         ids=targets.ids,
         logprobs=targets.logprobs,
         residual_logprob=targets.residual_logprob,

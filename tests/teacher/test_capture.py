@@ -19,7 +19,7 @@ import cache_format as cf
 from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, check_packing, open_head
-from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate
 from pipeline.teacher import capture, opening
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
@@ -379,8 +379,8 @@ def check_batches(batches: list[Batch], model: PreTrainedModel, cache: cf.Cache)
         with torch.no_grad():
             hidden = head.hidden_states(batch["input_ids"], batch["position_ids"])
             exact = head.logits(hidden.flatten(0, 1)).double().log_softmax(1)
-        targets = targets_of(batch)
-        here = targets.counted
+        targets = batch["targets"]
+        here = targets.loss_mask
         error = (exact.gather(1, targets.ids) / 2).exp() - (targets.logprobs / 2).exp()
         assert error[here].abs().max() <= bound, "targets of other tokens"
         following = batch["input_ids"].flatten().roll(-1)
@@ -399,16 +399,12 @@ def test_targets_paired_by_step_number_are_detected(packed: Path, teacher_dir: P
     """The loader shuffles the tokens, and the targets are read in order beside it."""
     cache, model = cf.open_cache(packed), load(teacher_dir)
     in_order = DataLoader(CacheDataset(cache), batch_size=5, collate_fn=collate)
-    paired = []
-    for tokens, targets in zip(shuffled_batches(cache, 0), in_order, strict=True):
-        length = min(batch["input_ids"].shape[1] for batch in (tokens, targets))
-        from_tokens = ("input_ids", "position_ids", "labels", "shift_labels")
-        paired.append(
-            {
-                name: value[:, :length] if value.dim() > 1 else value
-                for name, value in {**targets, **{name: tokens[name] for name in from_tokens}}.items()
-            }
-        )
+    paired = [
+        {**tokens, "targets": ordered["targets"].with_labels(tokens["labels"].flatten())}
+        for tokens, ordered in zip(shuffled_batches(cache, 0), in_order, strict=True)
+        if tokens["labels"].shape == ordered["labels"].shape
+    ]
+    assert paired
     with pytest.raises(AssertionError, match="targets of other tokens"):
         check_batches(paired, model, cache)
 

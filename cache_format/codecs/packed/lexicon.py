@@ -1,12 +1,10 @@
-"""Which tokens a teacher is likely to expect after each token: learned from the first shard, stored once.
+"""Ranks of target tokens, from statistics of the first shard, stored once for the whole cache.
 
-A target id of 16 or 17 bits says little that is new: after most tokens the teacher considers the same few dozens, and
-everywhere the frequent words. So the packed encoding names a target by its **rank**: first the candidates of the input
-token, most frequent first, then all tokens of the vocabulary by their frequency among all targets. A rank stands for
-exactly one token, and every token has one.
-
-The table pays for itself: a candidate is kept if it occurred often enough in the sample that naming it by its place in
-the list saves more over the whole cache than its own bytes.
+A target id takes 16 or 17 bits, but after most tokens a teacher considers the same few dozen tokens, and frequent words
+everywhere. So the packed encoding names a target by its **rank**: first the candidates of the input token, most
+frequent first, then all tokens of the vocabulary by their frequency among all targets. Every rank below the length of
+both lists names one token, and every token has a rank. A candidate is kept only if naming it by its place in the list
+is expected to save more bits over the whole cache than its entry in the lexicon costs.
 
 Shapes: V vocabulary, P candidates of all tokens, E entries.
 """
@@ -24,12 +22,12 @@ from numpy.typing import NDArray
 
 from cache_format.cache_errors import FormatError
 from cache_format.codecs.ipc import MAGIC_BYTES, check_expansion, message_buffers
+from cache_format.rows.types import joint_index
 
-LEXICON = "lexicon.arrow"
 # What pyarrow and our own parser of messages raise for bytes of something else.
 UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 MOST_CANDIDATES = 256  # of one token
-COST, SAVING = 14, 4  # bits of a candidate in the table, and by which it shortens an entry: rough, and not critical
+COST, SAVING = 14, 4  # bits that a candidate takes in the lexicon and saves per entry; estimates, not critical
 
 Ints = NDArray[np.int64]
 
@@ -48,20 +46,22 @@ class Lexicon:
 
     @classmethod
     def learn(cls, contexts: Ints, ids: Ints, vocab_size: int, weight: float) -> Lexicon:
-        """From entries: target `ids` [E], each with the input token from which it is predicted.
+        """Learn from entries: target `ids` [E] and the input token `contexts` [E] from which each is predicted.
 
         Args:
-            weight: how many times as many entries the whole cache has.
+            weight: entries of the whole cache divided by E.
         """
         order = np.argsort(-np.bincount(ids, minlength=vocab_size), kind="stable")
-        pairs, counts = np.unique(contexts * vocab_size + ids, return_counts=True)
+        pairs, counts = np.unique(joint_index(contexts, ids, vocab_size), return_counts=True)
         often = counts >= max(2, COST / SAVING / weight)
         pairs, counts = pairs[often], counts[often]
-        pairs = pairs[np.lexsort((-counts, pairs // vocab_size))]
-        first = np.searchsorted(pairs // vocab_size, np.arange(vocab_size))
-        pairs = pairs[np.arange(len(pairs)) - first[pairs // vocab_size] < MOST_CANDIDATES]
-        starts = np.searchsorted(pairs // vocab_size, np.arange(vocab_size + 1))
-        return cls(order, starts, pairs % vocab_size)
+        context, candidate = np.divmod(pairs, vocab_size)
+        order_of_pairs = np.lexsort((-counts, context))
+        context, candidate = context[order_of_pairs], candidate[order_of_pairs]
+        first = np.searchsorted(context, np.arange(vocab_size))
+        kept = np.arange(len(context)) - first[context] < MOST_CANDIDATES
+        context, candidate = context[kept], candidate[kept]
+        return cls(order, np.searchsorted(context, np.arange(vocab_size + 1)), candidate)
 
     def ranks(self, contexts: Ints, ids: Ints) -> Ints:
         """[E] the rank of each id after its input token."""
@@ -69,13 +69,13 @@ class Lexicon:
         lists = np.diff(self.starts)[contexts]
         ranks = lists + self._place_in_order[ids]
         if len(pairs):
-            wanted = contexts * self.vocab_size + ids
+            wanted = joint_index(contexts, ids, self.vocab_size)
             found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
             ranks = np.where(pairs[found] == wanted, places[found], ranks)
         return ranks
 
     def ids(self, contexts: Ints, ranks: Ints) -> Ints:
-        """Inverse of `ranks`. Raises: ValueError for a rank that stands for nothing."""
+        """Inverse of `ranks`. Raises: ValueError for a rank that no token has."""
         in_order = ranks - np.diff(self.starts)[contexts]
         if (in_order >= self.vocab_size).any() or (ranks < 0).any():
             raise ValueError("packed targets hold a rank that no token has")
@@ -94,7 +94,7 @@ class Lexicon:
     def _by_pair(self) -> tuple[Ints, Ints]:
         """Pairs of input token and candidate as one ascending number, and the place of each in its list."""
         lists = np.diff(self.starts)
-        pairs = np.repeat(np.arange(self.vocab_size), lists) * self.vocab_size + self.candidates
+        pairs = joint_index(np.repeat(np.arange(self.vocab_size), lists), self.candidates, self.vocab_size)
         places = np.arange(len(pairs)) - np.repeat(self.starts[:-1], lists)
         by_pair = np.argsort(pairs)
         return pairs[by_pair], places[by_pair]
@@ -102,7 +102,7 @@ class Lexicon:
     def to_bytes(self) -> bytes:
         """An Arrow IPC file of one row: tokens in order, candidates per token, candidates of all tokens."""
         narrow = pa.uint16() if self.vocab_size <= 2**16 else pa.uint32()
-        # Tokens that no target names stand at the end, ascending: nothing has to be said of them.
+        # Tokens that are no target come last, in ascending order, and need not be stored.
         ends = np.flatnonzero(np.diff(self.order) < 0)
         named = self.order[: ends[-1] + 2] if len(ends) else self.order[:0]
         lists = {"order": named, "candidate_counts": np.diff(self.starts), "candidates": self.candidates}
@@ -120,7 +120,7 @@ class Lexicon:
         try:
             if pa.ipc.open_file(pa.py_buffer(data)).num_record_batches != 1:
                 raise ValueError("expected one record batch")
-            # Read as a stream, so that what was measured is what is read, wherever the footer may point.
+            # Read as a stream: a footer could point at buffers whose size was not checked.
             stream = pa.py_buffer(data).slice(MAGIC_BYTES)
             check_expansion(sum(sum(m.uncompressed) for m in message_buffers(stream, with_end=True)), len(data))
             batch = pa.ipc.open_stream(stream).read_next_batch()
@@ -138,7 +138,7 @@ class Lexicon:
         lexicon = cls(np.concatenate([named, others]), np.concatenate([[0], np.cumsum(counts)]), candidates)
         if not known or lexicon.vocab_size != vocab_size:
             raise FormatError(
-                f"{where}: found a lexicon of other tokens, expected the {vocab_size:,} of the manifest. "
+                f"{where}: found a lexicon of another vocabulary, expected {vocab_size:,} tokens as in the manifest. "
                 "Restore it from a copy."
             )
         if lexicon.starts[-1] != len(candidates) or counts.min() < 0:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.rows.types import joint_index
+
 BITS = 12
 TOTAL = 1 << BITS
 KEPT_BITS = 4  # of a frequency
@@ -43,7 +45,7 @@ class Model:
     @classmethod
     def of(cls, symbols: Ints, contexts: Ints, num_contexts: int, num_symbols: int) -> Model:
         """The frequencies that occur: every symbol that does gets at least one place."""
-        counts = np.bincount(contexts * num_symbols + symbols, minlength=num_contexts * num_symbols)
+        counts = np.bincount(joint_index(contexts, symbols, num_symbols), minlength=num_contexts * num_symbols)
         counts = counts.reshape(num_contexts, num_symbols)
         counts[~counts.any(axis=1), counts.sum(axis=0).argmax()] = 1  # contexts that do not occur
         return cls(np.stack([_normalised(row) for row in counts]))

@@ -263,7 +263,7 @@ def check_cross_tokenizer(
         captured = float(targets["temperature"])
         if divergence != "forward-kl":
             raise ConfigError(
-                f"{option}: it is a divergence itself; found `divergence` {divergence} as well. Leave one out."
+                f"{option}: found `divergence` {divergence} as well, expected only one of them. Leave one out."
             )
         if (
             captured != 1.0

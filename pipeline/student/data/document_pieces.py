@@ -1,7 +1,7 @@
-"""What a student with other tokens reads of a row: documents, and the pieces of those that are too long for it.
+"""The documents of a row in the student's tokens, with those that are too long for it split into pieces.
 
-A piece is a document of its own for the student. It begins as the document does, with BOS if that has one, and ends
-where a token of the teacher's ends. Its first token is predicted by nothing.
+The student reads each piece as a document. It starts with BOS if the document does, and ends where a token of the
+teacher ends. Nothing predicts its first token.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from cache_format import CacheRow
 from pipeline.student.data.retokenise import Retokeniser, Token
 
-# Why text that the teacher's rows have to learn is not learned, in the words of `describe`.
+# Reasons why text is not learned that the loss mask includes, as `CrossTokenizerDataset.describe` prints them.
 LOST = {
     "special": "special tokens without a counterpart",
-    "bytes": "bytes that are no UTF-8",
-    "piece": "first tokens of what a long document is cut into",
-    "part": "in tokens of which only a part is to be learned",
+    "bytes": "bytes that are not UTF-8",
+    "piece": "first tokens of the pieces of long documents",
+    "part": "parts of tokens that are not to be learned as a whole",
 }
 
 
@@ -28,8 +28,8 @@ class Piece:
     """Tokens of a document that the student reads together.
 
     Attributes:
-        counted: whether the prediction made from each counts.
-        teachers: [n] where it does, the teacher's position in the row that ends where it does; else -1.
+        counted: whether the prediction made from each token is in the loss.
+        teachers: [n] the teacher's position in the row that ends at the same place, at loss tokens; else -1.
     """
 
     tokens: list[Token]
@@ -39,7 +39,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """Of a row: the teacher's tokens, atoms after each, which atoms are to be learned, and what the student reads."""
+    """A document of a row.
+
+    Attributes:
+        ids: the teacher's tokens.
+        ends: atoms (see `retokenise.py`) up to the end of each token.
+        learned: [atoms] bool, whether the loss mask includes the token of an atom.
+        pieces: what the student reads.
+    """
 
     ids: Sequence[int]
     ends: list[int]
@@ -47,7 +54,7 @@ class Document:
     pieces: list[Piece]
 
     def lost(self, special: set[int]) -> dict[str, int]:
-        """Why -> so many atoms that are to be learned and are not."""
+        """Reason -> number of atoms that are to be learned and are not."""
         said, counted, first = np.zeros((3, len(self.learned)), bool)
         for i, piece in enumerate(self.pieces):
             for token, learn in zip(piece.tokens, [False, *piece.counted], strict=False):
@@ -56,11 +63,11 @@ class Document:
             if i:
                 for token in [t for t in piece.tokens if t.end > t.start][:1]:  # behind BOS
                     first[token.start : token.end] = True
-        of_special = np.repeat([int(i) in special for i in self.ids], np.diff([0, *self.ends]))
+        in_special = np.repeat([int(i) in special for i in self.ids], np.diff([0, *self.ends]))
         left = self.learned & ~counted
         found = {
-            "special": left & ~said & of_special,
-            "bytes": left & ~said & ~of_special,
+            "special": left & ~said & in_special,
+            "bytes": left & ~said & ~in_special,
             "piece": left & said & first,
             "part": left & said & ~first,
         }
@@ -83,7 +90,7 @@ def documents_of(row: CacheRow, retokeniser: Retokeniser, max_length: int | None
         for first, last in [] if not found.tokens else _bounds(teachers >= 0, max_length, len(begin)):
             again = begin if first else []
             tokens = [*again, *found.tokens[first:last]]
-            # Whether the token that follows is to be learned; after the last one, and before the first, none is.
+            # Whether the next token is to be learned; none follows the last one, and the first one is not predicted.
             here = [b.end > b.start and bool(learned[b.start : b.end].all()) for b in tokens[1:]] + [False]
             if again:
                 here[0] = False
@@ -94,10 +101,10 @@ def documents_of(row: CacheRow, retokeniser: Retokeniser, max_length: int | None
 
 
 def _bounds(aligned: np.ndarray, longest: int | None, begin: int) -> Iterator[tuple[int, int]]:
-    """Pieces [first, last) of at most `longest` of a document's tokens, `begin` less from the second on.
+    """Pieces [first, last) of at most `longest` tokens of a document, `begin` fewer from the second piece on.
 
-    Each ends where both sides do, unless it would be less than half as long as it may be. None is a single token, of
-    which nothing could be learned, if that can be had.
+    Each ends where tokens of both sides end, unless it would then be less than half as long as allowed. Pieces of a
+    single token, of which nothing can be learned, are avoided if possible.
     """
     first = 0
     while longest is not None and len(aligned) - first > (room := max(1, longest - (begin if first else 0))):
@@ -110,7 +117,7 @@ def _bounds(aligned: np.ndarray, longest: int | None, begin: int) -> Iterator[tu
 
 
 def _learned_atoms(ends: Sequence[int], loss_mask: np.ndarray) -> np.ndarray:
-    """[atoms] whether an atom belongs to a token that the teacher's row has a prediction to learn for."""
+    """[atoms] whether the prediction of an atom's token is in the teacher's loss mask."""
     sizes = np.diff([0, *ends])
     learned = np.concatenate([[False], loss_mask[:-1]])  # the prediction of token t + 1 is made from t
     return np.repeat(learned, sizes)

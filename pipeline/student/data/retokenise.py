@@ -1,15 +1,15 @@
 """A document in another tokenizer's tokens, and where tokens of both end together.
 
-Text is compared byte by byte, since a token of a byte-level vocabulary may hold half a character. A document is a
-sequence of **atoms**: each byte of ordinary tokens is one, each special token is one. Every token, of teacher or
-student, ends after some number of atoms; a student position is *aligned* with a teacher position if both end after the
-same number. Both have then read the same text, and both predict what comes next.
+Text is compared byte by byte, because a token of a byte-level vocabulary may hold half a character. A document is a
+sequence of **atoms**: each byte of an ordinary token, and each special token. Every token, of teacher or student, ends
+after some number of atoms; a student position is *aligned* with a teacher position if both end after the same number.
+Both have then read the same text, and both predict what comes next.
 
     teacher   The| cap|tain| counted|<eos>          atoms   3 7 11 19 20
     student   The| captain| coun|ted|</s>                   3 11 16 19 20       aligned: 3, 11, 19, 20
 
-Bytes that are no UTF-8 (a window that was cut inside a character) reach no other tokenizer: they are left out, as atoms
-without a student token. Works for fast tokenizers that lose nothing: byte-level ones, and SentencePiece-like ones.
+Bytes that are not UTF-8 (a row that was cut inside a character) cannot be given to another tokenizer: they become atoms
+without a student token. Works for fast tokenizers without loss: byte-level and SentencePiece-like ones.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
 class TokenText:
-    """What the tokens of a tokenizer say, as bytes.
+    """The text of a tokenizer's tokens, as bytes.
 
     Attributes:
-        bytes: by id, of every token; a special one's are those of its name.
+        bytes: id -> bytes of a token; for a special token those of its name.
         special: ids of special tokens.
-        prefixes: whether it puts a space before a text that has none.
+        prefixes: whether the tokenizer puts a space before a text that starts without one.
 
-    Raises: ConfigError for a tokenizer whose tokens do not say what text they stand for.
+    Raises: ConfigError for a tokenizer whose tokens have no known bytes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
@@ -42,16 +42,16 @@ class TokenText:
         parts = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
         kinds = {kind for part in ("decoder", "pre_tokenizer") for kind in _types(parts.get(part))}
         if "ByteLevel" in kinds:
-            of = _byte_level
+            to_bytes = _byte_level
         elif kinds & {"ByteFallback", "Metaspace"}:
-            of = _sentencepiece
+            to_bytes = _sentencepiece
         else:
             raise ConfigError(
                 f"`cross_tokenizer`: the {whose}'s tokenizer ({type(tokenizer).__name__}) is neither byte-level nor "
-                "SentencePiece-like, so its tokens do not say which bytes of the text they are. Choose another."
+                "SentencePiece-like, so the bytes of its tokens are unknown. Choose another model."
             )
         added = tokenizer.added_tokens_decoder
-        self.bytes = {id_: of(token) for token, id_ in tokenizer.get_vocab().items()}
+        self.bytes = {id_: to_bytes(token) for token, id_ in tokenizer.get_vocab().items()}
         self.bytes |= {id_: token.content.encode() for id_, token in added.items()}
         self.special = {id_ for id_, token in added.items() if token.special}
         self.prefixes = b"".join(self.bytes[i] for i in self.ids("a")) == b" a"
@@ -60,11 +60,11 @@ class TokenText:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def tokens(self, text: str) -> list[Token]:
-        """`text` cut into tokens, atoms counted from 0."""
+        """`text` as tokens, with atoms counted from 0."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, raw = encoded["input_ids"], text.encode()
         parts = [self.bytes[i] for i in ids]
-        prefixed = b"".join(parts) == b" " + raw  # the space that it has put there is no part of the text
+        prefixed = b"".join(parts) == b" " + raw  # the added space is not part of the text
         if prefixed:
             parts[0] = parts[0][1:]
         if b"".join(parts) == raw:
@@ -75,7 +75,7 @@ class TokenText:
                 Token(i, a, b, prefixed=prefixed and k == 0 and b > a)
                 for k, (i, a, b) in enumerate(zip(ids, ends, ends[1:], strict=False))
             ]
-        # It has changed the text (a normaliser, an unknown character): what it says of characters has to do.
+        # The tokenizer changed the text (a normaliser, an unknown character): use its character offsets.
         spans = [(len(text[:a].encode()), len(text[:b].encode())) for a, b in encoded["offset_mapping"]]
         following = [*(start for start, _ in spans[1:]), len(raw)]
         return [Token(i, a, b, b <= after) for i, (a, b), after in zip(ids, spans, following, strict=True)]
@@ -83,28 +83,28 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Token:
-    """A student's token: atoms `start` to `end`."""
+    """A token of the student: atoms `start` to `end`."""
 
     id: int
     start: int
     end: int
-    whole: bool = True  # it ends at the last of them, not inside
-    prefixed: bool = False  # it says a space more than its atoms, see TokenText.prefixes
+    whole: bool = True  # ends exactly after the last atom
+    prefixed: bool = False  # has an added space that is no atom, see TokenText.prefixes
 
 
 @dataclass(frozen=True)
 class Retokenised:
-    """One document."""
+    """One document in both tokenizers' tokens."""
 
     tokens: list[Token]
     ends: list[int]  # [T] atoms after each of the teacher's tokens
-    prefixed: set[int]  # those of the teacher's that say a space more than their atoms
+    prefixed: set[int]  # teacher tokens with an added space that is no atom
 
     def aligned(self) -> Iterator[tuple[int, int]]:
-        """(student position, teacher position) that end together; of several that end at an atom the last.
+        """(student position, teacher position) that end after the same atom; the last ones, if there are several.
 
-        Not where the next token of one side begins with a space that the tokenizer has put there and the other's does
-        not: `▁The` and `The` would be two tokens for one word.
+        Excluded are positions where an added space starts the next token of one side only: `▁The` and `The` would be
+        different tokens for the same word.
         """
         theirs = {end: t for t, end in enumerate(self.ends)}
         ours = {token.end: s for s, token in enumerate(self.tokens) if token.whole}
@@ -118,12 +118,12 @@ class Retokenised:
 
 @dataclass(frozen=True)
 class Retokeniser:
-    """From a teacher's tokens to a student's."""
+    """Converts documents from a teacher's tokens to a student's."""
 
     teacher: TokenText
     student: TokenText
     counterparts: dict[int, int | None] = field(init=False)  # of special tokens; None: left out
-    inserts_bos: bool = field(init=False)  # the student's texts begin with a token of which the teacher's have no like
+    inserts_bos: bool = field(init=False)  # student texts start with BOS, teacher texts do not
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counterparts", special_counterparts(self.teacher, self.student))
@@ -137,13 +137,13 @@ class Retokeniser:
         if self.inserts_bos and not (len(ids) and self.counterparts.get(int(ids[0])) == bos):
             tokens.append(Token(bos, 0, 0))
         ends: list[int] = []
-        run, at = b"", 0  # ordinary bytes that wait to be cut, atoms so far
+        run, at = b"", 0  # ordinary bytes not yet tokenised, atoms so far
         first, prefixed = True, set()
         for t, id_ in enumerate(map(int, ids)):
             if id_ not in self.teacher.special:
                 text = self.teacher.bytes[id_]
                 if first and self.teacher.prefixes and text.startswith(b" "):
-                    text = text[1:]  # a space that was no part of the text
+                    text = text[1:]  # the added space
                     prefixed |= {t} if text else set()
                 first = False
                 run += text
@@ -157,7 +157,7 @@ class Retokeniser:
         return Retokenised(tokens + self._cut(run, at - len(run)), ends, prefixed)
 
     def _cut(self, run: bytes, start: int) -> list[Token]:
-        """Ordinary bytes in the student's tokens."""
+        """Ordinary bytes as the student's tokens."""
         tokens: list[Token] = []
         for offset, text in _valid(run):
             by = start + offset
@@ -173,9 +173,9 @@ class Retokeniser:
 
 
 def special_counterparts(teacher: TokenText, student: TokenText) -> dict[int, int | None]:
-    """A special token of the teacher → the student's of the same name, or else of the same role.
+    """Special token of the teacher → the student's token of the same name, or else of the same role.
 
-    None where the student has no token for a role; tokens without a role and a namesake are not in it.
+    None if the student has no token for a role. Tokens without a role and without a namesake are not included.
     """
     names = {student.bytes[i]: i for i in student.special}
     roles = {getattr(teacher.tokenizer, role): getattr(student.tokenizer, role) for role in reversed(ROLES)}
@@ -185,7 +185,7 @@ def special_counterparts(teacher: TokenText, student: TokenText) -> dict[int, in
 
 
 def same_tokens(teacher: TokenText, student: TokenText) -> dict[int, int]:
-    """Teacher's id → the student's id that stands for the same bytes, or for the same special token."""
+    """Teacher's id → the student's id with the same bytes, or of the same special token."""
     by_name = student.tokenizer.get_vocab()
     names = {id_: name for name, id_ in teacher.tokenizer.get_vocab().items()}
     by_bytes: dict[bytes, int] = {}
@@ -198,7 +198,7 @@ def same_tokens(teacher: TokenText, student: TokenText) -> dict[int, int]:
         if id_ in teacher.special:
             counterpart = counterparts.get(id_)
         else:
-            # The same name first: <0x41> and A are two tokens of one byte.
+            # The same name first: <0x41> and A are two tokens with the same byte.
             namesake = by_name.get(names.get(id_, ""))
             same = namesake is not None and namesake not in student.special and student.bytes[namesake] == text
             counterpart = namesake if same else by_bytes.get(text)
@@ -208,7 +208,7 @@ def same_tokens(teacher: TokenText, student: TokenText) -> dict[int, int]:
 
 
 def _valid(run: bytes) -> Iterator[tuple[int, str]]:
-    """The stretches of UTF-8 in bytes, with where they begin."""
+    """The valid UTF-8 parts of bytes, with their offsets."""
     start = 0
     while start < len(run):
         try:
@@ -221,7 +221,7 @@ def _valid(run: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _types(part: Any) -> Iterator[str]:
-    """Of a component of a fast tokenizer and of those that it is made of."""
+    """Types of a component of a fast tokenizer and of all components inside it."""
     if isinstance(part, dict):
         if "type" in part:
             yield part["type"]
@@ -233,7 +233,7 @@ def _types(part: Any) -> Iterator[str]:
 
 
 def _printable() -> dict[str, int]:
-    """GPT-2's names of bytes: printable ones stand for themselves, the others for characters from 256 on, in order."""
+    """GPT-2's characters for bytes: printable bytes are themselves, the others are characters from 256 on, in order."""
     named = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in named]
     return {chr(byte): byte for byte in named} | {chr(256 + i): byte for i, byte in enumerate(others)}

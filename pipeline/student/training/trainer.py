@@ -115,11 +115,10 @@ class DistillTrainer(Trainer):
         self._loss_sum += output.loss.detach() / processes
         return (output.loss, output) if return_outputs else output.loss
 
-    def _prepare_input(self, data: Any) -> Any:
-        # accelerate has moved the batch where it places data; Trainer itself moves tensors only.
-        if isinstance(data, Tensor) or not hasattr(data, "with_labels"):
-            return super()._prepare_input(data)
-        return data.to(self.args.device)
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # accelerate's loader moves the targets; Trainer moves tensors only, where accelerate leaves placement to it.
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "targets": inputs["targets"].to(self.args.device)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds KL, CE and agreement since the last log, over all processes, to the training logs.

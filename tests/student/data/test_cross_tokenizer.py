@@ -16,12 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import cache_format as cf
+from head_sums import fused_sums, general_sums
 from pipeline.errors import ConfigError, DistillError
-from pipeline.evaluation.held_out import EvaluateConfig, evaluate
-from pipeline.losses import TargetBatch
-from pipeline.losses.uld import SortedTargets, uld, uld_head
-from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, sorted_targets_of
-from pipeline.student.data.dataset import CacheDataset, collate, targets_of
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
+from pipeline.losses import SparseTargetBatch
+from pipeline.losses.uld import SortedTargets, uld
+from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset
+from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.data.document_pieces import documents_of
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, distance, log_history, train, weights
@@ -54,25 +56,28 @@ def test_with_identical_tokenizers_nothing_changes(folder: Path, name: str):
     expected, found = plain.collate([plain[i] for i in rows]), converted.collate([converted[i] for i in rows])
     counted = expected["labels"] != -100
     assert counted.any()
+    ours, theirs = found.pop("targets"), expected.pop("targets")
     for key, tensor in expected.items():
-        where = counted if key.startswith("target_") else ...
-        assert torch.equal(found[key][where], tensor[where]), key
+        assert torch.equal(found[key], tensor), key
+    where = counted.flatten()
+    for field in ("ids", "logprobs", "exact_counts", "residual_logprob", "entropy", "labels"):
+        assert torch.equal(getattr(ours, field)[where], getattr(theirs, field)[where]), field
     found = converted.coverage
     assert (found.aligned, found.mass, found.lost) == (1.0, 1.0, {})
     assert found.student_tokens == found.teacher_tokens == cf.open_cache(folder / name).num_counted_tokens
 
 
 def test_training_with_identical_tokenizers_is_plain_training_bit_by_bit(folder: Path, student_dir: Path):
-    options = {"student": student_dir, "max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    options = {"student": student_dir, "max_steps": 4, "learning_rate": 1e-2, "batch_size": 4}
     options |= {"eval_cache": str(folder / "chats"), "eval_steps": 2}
     plain = train(folder / "plain", folder / "cache", **options)
     seen: list[str] = []
     crossed = train(folder / "crossed", folder / "cache", cross_tokenizer="project", on_warning=seen.append, **options)
     assert distance(weights(folder / "plain"), weights(folder / "crossed")) == 0.0
     assert plain.eval == crossed.eval
-    assert any("--cross-tokenizer is not needed" in warning for warning in seen)
+    assert any("`cross_tokenizer` is not needed" in warning for warning in seen)
     config = EvaluateConfig(cache=str(folder / "chats"), student=str(folder / "plain"), device="cpu")
-    crossed, same = evaluate(replace(config, cross_tokenizer=True)), evaluate(config)
+    crossed, same = evaluate(replace(config, cross_tokenizer="project")), evaluate(config)
     assert crossed == replace(same, compared=1.0) and same.compared is None
 
 
@@ -143,7 +148,7 @@ def test_projected_loss_is_that_of_dense_arithmetic(folder: Path, teacher_dir: P
         kl.append(sum(terms) + rest / total * np.log(rest / total / outside))
     assert 0.2 < without / len(kl) < 0.9
     result = evaluate(
-        EvaluateConfig(cache=str(cache), student=str(folder / "student"), device="cpu", cross_tokenizer=True)
+        EvaluateConfig(cache=str(cache), student=str(folder / "student"), device="cpu", cross_tokenizer="project")
     )
     assert result.tokens == len(kl)
     with_entries = sum(any(i is not None for i, _ in each["entries"] or ()) for each in reference(folder, cache.name))
@@ -167,13 +172,14 @@ def test_uld_with_all_entries_is_the_published_distance(folder: Path, teacher_di
     model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float64)
     batch = dataset.collate([dataset[i] for i in range(len(dataset))])
     hidden = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
-    output = uld_head(hidden, model.lm_head, targets_of(batch), sorted_targets_of(batch), kd_weight=1.0, chunk_size=7)
+    output = general_sums(hidden, model.lm_head, batch["targets"], uld=True, chunk_size=7)
     assert int(output.count) == len(expected)
     assert float(output.loss.detach()) == pytest.approx(np.sum(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("linear", [True, False])
 @pytest.mark.parametrize("entries, vocab", [(5, 11), (11, 11), (11, 6)])
-def test_gradient_of_uld_is_that_of_sorting_everything(entries: int, vocab: int):
+def test_gradient_of_uld_is_that_of_sorting_everything(entries: int, vocab: int, linear: bool):
     torch.manual_seed(1)
     n, d = 9, 4
     p = torch.randn(n, 11, dtype=torch.float64).softmax(dim=1).sort(descending=True).values
@@ -183,14 +189,20 @@ def test_gradient_of_uld_is_that_of_sorting_everything(entries: int, vocab: int)
     labels = torch.randint(vocab, (n,))
     labels[4] = -100
     rest = (1.0 - p[:, :entries].sum(dim=1)).clamp(min=0)
-    ordered = SortedTargets(p[:, :entries].log(), rest.log(), aligned)
-    nothing = TargetBatch(
+    nothing = SparseTargetBatch(
         ids=torch.zeros(n, 1, dtype=torch.long),
         logprobs=torch.full((n, 1), -torch.inf, dtype=torch.float64),
         residual_logprob=torch.zeros(n, dtype=torch.float64),
         labels=labels,
     )
-    output = uld_head(hidden, lambda h: h @ weight.T, nothing, ordered, kd_weight=0.6, scale=0.5, chunk_size=4)
+    ordered = SortedTargets(
+        logprobs=p[:, :entries].log(), residual_logprob=rest.log(), aligned=aligned, entries=nothing
+    )
+    options = {"kd_weight": 0.6, "uld": True, "scale": 0.5, "chunk_size": 4}
+    if linear:
+        output = fused_sums(hidden, weight, None, ordered, **options)
+    else:
+        output = general_sums(hidden, lambda h: h @ weight.T, ordered, **options)
     output.loss.backward()
     found = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -217,7 +229,16 @@ def test_uld_of_equal_distributions_over_permuted_vocabularies_is_zero():
     p = z[:, torch.randperm(20)].softmax(dim=1).sort(descending=True).values
     for k in (3, 20):
         rest = (1.0 - p[:, :k].sum(dim=1)).clamp(min=1e-300)
-        ordered = SortedTargets(p[:, :k].log(), rest.log(), torch.ones(6, dtype=torch.bool))
+        labels = torch.zeros(6, dtype=torch.long)
+        nothing = SparseTargetBatch(
+            ids=labels[:, None],
+            logprobs=torch.full((6, 1), -torch.inf, dtype=torch.float64),
+            residual_logprob=torch.zeros(6, dtype=torch.float64),
+            labels=labels,
+        )
+        ordered = SortedTargets(
+            logprobs=p[:, :k].log(), residual_logprob=rest.log(), aligned=labels == 0, entries=nothing
+        )
         assert uld(z, ordered).abs().max() < 1e-12
 
 
@@ -238,7 +259,7 @@ def test_student_with_another_tokenizer_learns(folder: Path, student: str, metho
         max_steps=12,
         kd_weight=0.5,
         learning_rate=1e-2,
-        per_device_train_batch_size=4,
+        batch_size=4,
         on_stage=stages.append,
     )
     curve = [entry for entry in log_history(output) if "eval_ce" in entry]
@@ -247,7 +268,7 @@ def test_student_with_another_tokenizer_learns(folder: Path, student: str, metho
     for entry in curve:
         assert entry["eval_loss"] == pytest.approx(0.5 * entry["eval_ce"] + 0.5 * entry[trained], rel=1e-4)
     assert any("of its positions end with one of the teacher's" in stage for stage in stages)
-    config = EvaluateConfig(cache=str(folder / "chats"), student=str(output), device="cpu", cross_tokenizer=True)
+    config = EvaluateConfig(cache=str(folder / "chats"), student=str(output), device="cpu", cross_tokenizer="project")
     assert evaluate(config).kl == pytest.approx(summary.eval["kl"], rel=1e-5)
     assert AutoTokenizer.from_pretrained(output).get_vocab() != TEACHER.get_vocab()
 
@@ -337,10 +358,10 @@ def test_a_student_shorter_than_the_rows_is_told_its_own_targets(folder: Path):
     stages: list[str] = []
     options = {"cross_tokenizer": "project", "max_steps": 1, "on_stage": stages.append}
     train(folder / "of-short", folder / "cache", student=short, **options)
-    said = f"{ours:,} of the student's tokens count ({theirs:,} of the teacher's)"
-    assert said in stages[0] and "first tokens of what a long document is cut into (its longest is 16" in stages[0]
-    assert f"rows, {ours:,} targets" in stages[-1]
-    config = EvaluateConfig(cache=str(folder / "cache"), student=str(short), device="cpu", cross_tokenizer=True)
+    said = f"{ours:,} loss tokens of the student ({theirs:,} of the teacher)"
+    assert said in stages[0] and "first tokens of the pieces of long documents (at most 16" in stages[0]
+    assert f"rows, {ours:,} loss tokens" in stages[-1]
+    config = EvaluateConfig(cache=str(folder / "cache"), student=str(short), device="cpu", cross_tokenizer="project")
     seen: list[str] = []
     assert evaluate(config, on_stage=seen.append).tokens == ours and said in seen[0]
 
@@ -349,19 +370,23 @@ def test_a_student_shorter_than_the_rows_is_told_its_own_targets(folder: Path):
 
 
 def test_other_tokenizer_is_refused_with_the_way_out(folder: Path):
-    with pytest.raises(DistillError, match="tokenizer is not the teacher's.*--cross-tokenizer project, or uld"):
+    with pytest.raises(DistillError, match="tokenizer is not the teacher's.*`cross_tokenizer=project`"):
         train(folder / "refused", folder / "cache", student=folder / "student")
 
 
 @pytest.mark.parametrize(
     "method, options, expected",
     [
-        ("project", {"tail": "label"}, "--tail label gives meaning to entries that have no counterpart. Use bucket or"),
-        ("uld", {"tail": "renormalise"}, "Use bucket"),
-        ("uld", {"divergence": "tvd"}, "it is the divergence; found --divergence tvd too"),
+        ("project", {"tail": "label"}, "`tail` label needs the entries that have no counterpart. Use `tail=bucket` or"),
+        ("uld", {"tail": "renormalise"}, "Use `tail=bucket`"),
+        ("uld", {"divergence": "tvd"}, "found `divergence` tvd as well"),
         ("uld", {"temperature": 2.0}, "it compares probabilities at temperature 1"),
         ("uld", {"temperature_schedule": "linear:2:1"}, "it compares probabilities at temperature 1"),
-        ("project", {"position_weighting": "teacher-entropy"}, "most positions have no teacher"),
+        (
+            "project",
+            {"position_weighting": "teacher-entropy"},
+            "teacher-entropy is unknown at positions",
+        ),
         ("merge", {}, "expected project or uld"),
     ],
 )
@@ -375,7 +400,7 @@ def test_losses_that_retokenised_targets_cannot_serve(
 def test_students_and_caches_that_it_cannot_work_with(folder: Path, teacher_dir: Path):
     random = folder / "random"
     build_cache(random, teacher_dir, folder / "text.txt", targets=TargetRule(kind="random"))
-    with pytest.raises(ConfigError, match="random targets, without any exact entry"):
+    with pytest.raises(ConfigError, match="random targets, without exact entries"):
         train(folder / "refused", random, student=folder / "student", cross_tokenizer="project")
     with pytest.raises(ConfigError, match="has no tokenizer of its own"):
         configured = str(folder / "student/config.json")

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import cache_format as cf
 from cache_format.read.shard_reader import ShardReader
-from pipeline.losses import IGNORE_INDEX, TargetBatch
-from pipeline.student.data.dataset import WINDOW, CacheDataset, LocalShuffle, collate, targets_of, uncounted
+from pipeline.losses import IGNORE_INDEX, SparseTargetBatch
+from pipeline.student.data.dataset import WINDOW, Batch, CacheDataset, LocalShuffle, collate, without_loss_tokens
 from runs import build_cache
 from tiny import english
 
@@ -141,7 +142,7 @@ def test_worker_processes_read_the_same_batches(cache: Path):
     )
     assert len(alone) == len(with_workers)
     for a, b in zip(alone, with_workers, strict=True):
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        assert a.keys() == b.keys() and all(map(torch.equal, tensors(a), tensors(b)))
 
 
 def test_filler_rows_are_rows_that_do_not_count(cache: Path):
@@ -161,7 +162,8 @@ def test_collated_rows_are_the_rows(cache: Path):
     batch = collate(rows)
     longest = max(len(row.input_ids) for row in rows)
     assert batch["input_ids"].shape == batch["labels"].shape == (4, longest)
-    assert batch["target_ids"].shape == batch["target_logprobs"].shape == (4, longest, 16)
+    targets = batch["targets"]
+    assert isinstance(targets, SparseTargetBatch) and targets.ids.shape == targets.logprobs.shape == (4 * longest, 16)
     assert batch["num_tokens"] == sum(len(row.input_ids) for row in rows)
     assert batch["shift_labels"] is batch["labels"]
     for i, row in enumerate(rows):
@@ -174,23 +176,41 @@ def test_collated_rows_are_the_rows(cache: Path):
         for t in range(length):
             # The target list of t, the label of t and the mask of t stand at the same place: no shift anywhere.
             ids, logprobs = row.targets.at(t)
-            assert batch["target_ids"][i, t, : len(ids)].tolist() == ids.tolist()
-            assert batch["target_logprobs"][i, t, : len(ids)].tolist() == logprobs.tolist()
-            assert (batch["target_logprobs"][i, t, len(ids) :] == -torch.inf).all()
+            n = i * longest + t
+            assert targets.ids[n, : len(ids)].tolist() == ids.tolist()
+            assert targets.logprobs[n, : len(ids)].tolist() == logprobs.tolist()
+            assert (targets.logprobs[n, len(ids) :] == -torch.inf).all()
             for name in ("residual_logprob", "entropy", "exact_counts"):
-                assert batch[f"target_{name}"][i, t] == getattr(row.targets, name)[t]
+                assert getattr(targets, name)[n] == getattr(row.targets, name)[t]
             if row.loss_mask[t]:
                 assert batch["labels"][i, t] == row.input_ids[t + 1]
     assert (batch["labels"][3] == IGNORE_INDEX).all()
-    flat = targets_of(batch)
-    assert isinstance(flat, TargetBatch) and flat.ids.shape == (4 * longest, 16)
-    assert flat.counted.sum() == sum(int(row.loss_mask.sum()) for row in rows)
+    assert targets.labels.tolist() == batch["labels"].flatten().tolist()
+    assert targets.loss_mask.sum() == sum(int(row.loss_mask.sum()) for row in rows)
 
 
-def test_uncounted_batch_keeps_everything_but_the_labels(cache: Path):
+def test_a_batch_without_loss_tokens_keeps_everything_but_the_labels(cache: Path):
     batch = collate(opened(cache)[:3])
-    silent = uncounted(batch)
+    silent = without_loss_tokens(batch)
     assert (silent["labels"] == IGNORE_INDEX).all() and (silent["shift_labels"] == IGNORE_INDEX).all()
     assert (batch["labels"] != IGNORE_INDEX).any()
-    for name in batch.keys() - {"labels", "shift_labels"}:
+    for name in batch.keys() - {"labels", "shift_labels", "targets"}:
         assert silent[name] is batch[name]
+    assert not silent["targets"].loss_mask.any() and silent["targets"].ids is batch["targets"].ids
+
+
+def test_a_batch_reaches_the_device_as_a_whole(cache: Path):
+    """As accelerate and pinned loaders move it: targets are an object among tensors."""
+    opened_cache = opened(cache)
+    loader = DataLoader(CacheDataset(opened_cache), batch_size=2, collate_fn=CacheDataset(opened_cache).collate)
+    batch = next(iter(loader))
+    moved = send_to_device(batch, torch.device("meta"), non_blocking=True)
+    assert moved.keys() == batch.keys() and all(value.device.type == "meta" for value in tensors(moved))
+    assert moved["targets"].temperature == batch["targets"].temperature
+    copied = send_to_device(batch, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(copied), tensors(batch), strict=True))
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    values = [*batch.values(), *vars(batch["targets"]).values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]

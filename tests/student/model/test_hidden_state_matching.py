@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline.student.training.recipe import LossRecipe
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.losses import DistillLoss
 from pipeline.losses.feature_losses import FEATURE_LOSSES, feature_losses
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate
@@ -200,11 +200,11 @@ def test_student_equal_to_its_teacher_has_zero_loss(
     features = HiddenStateMatching.for_student(asked, head, 0)
     assert not list(features.parameters()) and features.pairs[-1] == (2, 2)
     with torch.no_grad():
-        output = distillation_output(head, collate(cache[:6]), LossRecipe(), features=features)
+        output = distillation_output(head, collate(cache[:6]), DistillLoss(), matching=features)
         assert 0 <= output.features / output.count < bound * (3 if kind == "mse" else 1)
         shifted = {**collate(cache[:6])}
         shifted["hidden_1"] = shifted["hidden_1"].roll(1, 0)
-        assert distillation_output(head, shifted, LossRecipe(), features=features).features / output.count > 0.05
+        assert distillation_output(head, shifted, DistillLoss(), matching=features).features / output.count > 0.05
 
 
 def test_loss_and_gradients_equal_dense_autograd(caches: Path, student_dir: Path) -> None:
@@ -233,9 +233,9 @@ def test_loss_and_gradients_equal_dense_autograd(caches: Path, student_dir: Path
     for parameter in parameters.values():
         parameter.grad = None
 
-    without = distillation_output(head, collate(rows), LossRecipe(), scale=1 / count)
+    without = distillation_output(head, collate(rows), DistillLoss(), scale=1 / count)
     features.attach(model)
-    install_distillation_forward(model, head, LossRecipe(), features)
+    install_distillation_forward(model, head, DistillLoss(), features)
     output = model(scale=1 / count, **collate(rows))
     assert output.features.item() == pytest.approx(total.item(), rel=1e-6)
     assert output.loss.item() == pytest.approx(without.loss.item() + 0.3 * total.item() / count, rel=1e-9)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline.student.training.recipe import LossRecipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import cache_format as cf
+from pipeline.losses import DistillLoss
 from pipeline.models.head import open_head
-from pipeline.student.data.dataset import CacheDataset, collate, uncounted
+from pipeline.student.data.dataset import CacheDataset, collate, without_loss_tokens
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output
@@ -77,9 +77,9 @@ def test_masked_student_equal_to_its_teacher_has_zero_loss(masked_dir: Path, tmp
     with torch.no_grad():
         batch = collate(rows)
         assert len(batch["hidden_index"]) == sum(len(row.input_ids) for row in rows) > 3 * (batch["labels"] > 0).sum()
-        assert distillation_output(head, batch, LossRecipe(), features=features).features < 1e-4
+        assert distillation_output(head, batch, DistillLoss(), matching=features).features < 1e-4
         batch["hidden_2"] = batch["hidden_2"].roll(1, 0)
-        assert distillation_output(head, batch, LossRecipe(), features=features).features > 10
+        assert distillation_output(head, batch, DistillLoss(), matching=features).features > 10
 
 
 def test_gradient_accumulation_does_not_change_a_step(everywhere: Path, student_dir: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_filler_rows_do_not_enter_the_loss(everywhere: Path) -> None:
     features = HiddenStateMatching("mse", 1.0, ((1, 2),), (32, 32), everywhere=True, shares=(0.25, 0.5))
     states = {1: torch.randn(*batch["labels"].shape, 32)}
     found = features(states, batch)
-    assert found[0] > 0 and found[1] == 0 and (features(states, uncounted(batch)) == 0).all()
+    assert found[0] > 0 and found[1] == 0 and (features(states, without_loss_tokens(batch)) == 0).all()
     assert features.eval()(states, batch)[0] == pytest.approx(2 * found[0].item(), rel=1e-6)
 
 

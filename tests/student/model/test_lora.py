@@ -18,11 +18,11 @@ import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
-from pipeline.losses import sparse_kl
+from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.adapters import Lora, attach, merged
 from pipeline.models.head import open_head
-from pipeline.student.data.dataset import collate, targets_of
-from pipeline.student.training.forward import LossRecipe, distillation_output, install_distillation_forward
+from pipeline.student.data.dataset import collate
+from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from runs import Stop, build_cache, distance, train, weights
 from tiny import tiny_llama
 
@@ -66,7 +66,7 @@ def test_gradients_equal_dense_autograd_through_w_plus_ba(cache: Path, untied_di
     assert len(parameters) == (3 if dora else 2) * (3 if head else 2)
     assert any("lm_head" in name for name in parameters) == head
 
-    batch, recipe = collate(cf.open_cache(cache)[:4]), LossRecipe(kd_weight=0.7, temperature=2.0)
+    batch, recipe = collate(cf.open_cache(cache)[:4]), DistillLoss(kd_weight=0.7, temperature=2.0)
     install_distillation_forward(adapted, opened, recipe)
     count = int((batch["labels"] != -100).sum())
     output = adapted(scale=1 / count, **batch)
@@ -89,7 +89,7 @@ def test_gradients_equal_dense_autograd_through_w_plus_ba(cache: Path, untied_di
     logits = torch.func.functional_call(
         plain, effective, kwargs={"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     ).logits
-    expected = sparse_kl(logits, targets_of(batch), kd_weight=0.7, temperature=2.0)
+    expected = sparse_kl(logits, batch["targets"], kd_weight=0.7, temperature=2.0)
     expected.backward()
     assert float(output.loss) == pytest.approx(float(expected.detach()), rel=1e-6)
     for name, leaf in leaves.items():
@@ -258,8 +258,8 @@ def test_sums_with_an_adapted_head_equal_those_of_full_logits(cache: Path, stude
                 parameter.normal_(std=0.3)
         batch = collate(cf.open_cache(cache)[:3])
         logits = adapted(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        expected = sparse_kl(logits, targets_of(batch), reduction="sum")
-        found = distillation_output(open_head(model, 400), batch, LossRecipe(kd_weight=1.0))
+        expected = sparse_kl(logits, batch["targets"], reduction="sum")
+        found = distillation_output(open_head(model, 400), batch, DistillLoss(kd_weight=1.0))
     assert float(found.kl) == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerControl
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
+from pipeline.losses import DistillLoss
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import collate
 from pipeline.student.training.early_stopping import (
@@ -26,7 +27,7 @@ from pipeline.student.training.early_stopping import (
     parse_conditions,
     too_few_evaluations,
 )
-from pipeline.student.training.forward import LossRecipe, distillation_output
+from pipeline.student.training.forward import distillation_output
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import english
 
@@ -180,7 +181,7 @@ def test_default_waits_while_cross_entropy_improves():
 
 def test_sums_by_row_equal_those_of_single_rows(cache: Path, student_dir: Path):
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).eval()
-    head, recipe, rows = open_head(model, 400), LossRecipe(kd_weight=0.7), cf.open_cache(cache)[:5]
+    head, recipe, rows = open_head(model, 400), DistillLoss(kd_weight=0.7), cf.open_cache(cache)[:5]
     with torch.no_grad():
         by_row = distillation_output(head, collate(rows), recipe, by_row=True)
         together = distillation_output(head, collate(rows), recipe)

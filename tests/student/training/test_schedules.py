@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline.student.training.recipe import LossRecipe
 
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
+from pipeline.losses import DistillLoss
 from pipeline.student.training.schedules import Schedule
+from pipeline.student.validation.loss_checks import loss_for_cache, loss_for_held_out
 from pipeline.teacher.targets.rules import TargetRule
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from sampled import threshold
@@ -96,8 +97,8 @@ def folder(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(path: Path, **options: Any) -> LossRecipe:
-    return LossRecipe.for_cache(cf.open_cache(path), **{"kd_weight": 0.9, **options})
+def recipe_of(path: Path, **options: Any) -> DistillLoss:
+    return loss_for_cache(cf.open_cache(path), **{"kd_weight": 0.9, **options})
 
 
 def test_loss_of_a_step_has_its_values_and_the_held_out_loss_the_last(folder: Path) -> None:
@@ -109,7 +110,7 @@ def test_loss_of_a_step_has_its_values_and_the_held_out_loss_the_last(folder: Pa
         assert (found.kd_weight, found.temperature) == pytest.approx((kd_weight, temperature))
         assert replace(found, kd_weight=0.4, temperature=1.0) == plain
         assert found.at(3, 5) is found
-    held_out = recipe.for_held_out(cf.open_cache(folder / "top-k"))
+    held_out = loss_for_held_out(recipe, cf.open_cache(folder / "top-k"))
     assert held_out == replace(plain, position_weighting="uniform")
     assert plain.at(3, 5) is plain
 

@@ -28,10 +28,10 @@ import pipeline.student.training.train as train_module
 from pipeline.errors import ConfigError, DivergedError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
-from pipeline.losses import sparse_kl
+from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.head import open_head
-from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
-from pipeline.student.training.forward import LossRecipe, distillation_output, install_distillation_forward
+from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
+from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from pipeline.student.training.trainer import DistillTrainer
 from runs import SGD, build_cache, dense_evaluation, dense_logits, distance, log_history, train, weights
 from tiny import conversations, english, write_jsonl
@@ -146,12 +146,12 @@ def test_gradients_of_a_soft_capped_head_equal_dense_autograd(cache: Path, gemma
     model = Gemma2ForCausalLM(gemma)
     head = open_head(model, gemma.vocab_size)
     assert not head.linear
-    recipe = LossRecipe(kd_weight=0.7, temperature=2.0)
+    recipe = DistillLoss(kd_weight=0.7, temperature=2.0)
     batch = collate(cf.open_cache(cache)[:6])
 
     # Position ids keep documents apart in the model's own forward too.
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    expected = sparse_kl(logits, targets_of(batch), kd_weight=0.7, temperature=2.0)
+    expected = sparse_kl(logits, batch["targets"], kd_weight=0.7, temperature=2.0)
     expected.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -437,7 +437,7 @@ def test_documents_of_a_packed_row_are_kept_apart(cache: Path, student_dir: Path
     batch = collate(rows)
     with torch.no_grad():
         hidden = head.hidden_states(batch["input_ids"], batch["position_ids"])
-        sums = distillation_output(head, batch, LossRecipe(kd_weight=1.0))
+        sums = distillation_output(head, batch, DistillLoss(kd_weight=1.0))
     for row, states in zip(rows, hidden, strict=True):
         found = head.logits(states[: len(row.input_ids)]).detach().double().numpy()
         assert np.abs(found - dense_logits(model, row, 400)).max() < 1e-4

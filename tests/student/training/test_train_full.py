@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline.student.training.recipe import LossRecipe
 from transformers import AutoModelForCausalLM
 
 import cache_format as cf
@@ -21,14 +20,15 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
 from pipeline.losses import sparse_kl
-from pipeline.losses.sparse_targets import TargetBatch
+from pipeline.losses.sparse_targets import SparseTargetBatch
 from pipeline.models import teacher_head
 from pipeline.models.head import open_head
 from pipeline.models.teacher_head import TeacherHead
-from pipeline.student.data.dataset import CacheDataset, collate
+from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from pipeline.student.training.train import train_student
+from pipeline.student.validation.loss_checks import loss_for_cache
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import english, tiny_llama
 
@@ -50,10 +50,10 @@ def opened(path: Path) -> cf.Cache:
     return cf.open_cache(path, hidden_layers=[]).with_states()
 
 
-def dense_targets(rows: list[cf.CacheRow], teacher: Any) -> TargetBatch:
+def dense_targets(rows: list[cf.CacheRow], teacher: Any) -> SparseTargetBatch:
     """The teacher's full distribution at each position in fp64, computed one document at a time."""
     logprobs = torch.from_numpy(np.concatenate([document_logprobs(teacher, row, VOCAB) for row in rows]))
-    return TargetBatch(
+    return SparseTargetBatch(
         ids=torch.arange(VOCAB).expand(len(logprobs), VOCAB),
         logprobs=logprobs,
         residual_logprob=torch.full((len(logprobs),), -torch.inf, dtype=torch.float64),
@@ -83,17 +83,17 @@ def test_loss_and_gradient_equal_those_of_both_models_logits(
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    head, recipe = open_head(model, VOCAB), LossRecipe.for_cache(cache, **options)
-    install_distillation_forward(model, head, recipe)
-    batch, count = collate(rows), sum(int(row.loss_mask.sum()) for row in rows)
+    head, loss = open_head(model, VOCAB), loss_for_cache(cache, **options)
+    install_distillation_forward(model, head, loss)
+    batch, count = CacheDataset(cache).collate(rows), sum(int(row.loss_mask.sum()) for row in rows)
     output = model(scale=1 / count, **batch)
     output.loss.backward()
     assert output.count == count and output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         largest = gradients[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4 * largest, msg=name)
-    by_row = distillation_output(head, batch, recipe, by_row=True)
-    whole = distillation_output(head, batch, recipe)
+    by_row = distillation_output(head, batch, loss, by_row=True)
+    whole = distillation_output(head, batch, loss)
     for name in ("loss", "kl", "ce", "agreement", "count"):
         assert getattr(by_row, name).sum().item() == pytest.approx(getattr(whole, name).item(), rel=1e-6)
 
@@ -177,8 +177,8 @@ def test_held_out_targets_may_have_another_kind(
     summary = train(output, folder / train_on, student=student_dir, kd_weight=1.0, **options)
     entry = next(each for each in log_history(output) if "eval_kl" in each)
     assert entry["eval_loss"] == pytest.approx(4 * entry["eval_kl"], rel=1e-5)  # T²·KL
-    recipe = LossRecipe.for_cache(cf.open_cache(folder / held_out), kd_weight=1.0, temperature=2.0)
-    assert (recipe.teacher is not None) == (held_out == "heldout")
+    loss = loss_for_cache(cf.open_cache(folder / held_out), kd_weight=1.0, temperature=2.0)
+    assert loss.full == (held_out == "heldout")
     assert summary.eval["kl"] > 0
 
 
@@ -231,12 +231,12 @@ def test_teacher_head_is_not_saved_with_the_student(folder: Path, student_dir: P
 def test_autocast_does_not_change_the_teachers_logits(folder: Path, student_dir: Path) -> None:
     cache = opened(folder / "heldout")
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).eval()
-    head, recipe, seen = open_head(model, VOCAB), LossRecipe.for_cache(cache, kd_weight=1.0), []
-    assert recipe.teacher is not None
+    head, loss, seen = open_head(model, VOCAB), loss_for_cache(cache, kd_weight=1.0), []
+    assert loss.full
     call = TeacherHead.__call__
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(TeacherHead, "__call__", lambda self, states: seen.append(call(self, states)) or seen[-1])
-        distillation_output(head, collate(cache[:3]), recipe)
+        distillation_output(head, CacheDataset(cache).collate(cache[:3]), loss)
     rows = cache[:3]
     exact = torch.cat(
         [torch.from_numpy(cache.head().logits(row.hidden.values(2)[row.loss_mask[row.hidden.mask]])) for row in rows]
@@ -282,7 +282,8 @@ def test_dataset_has_a_state_for_each_loss_token(folder: Path) -> None:
     dataset = CacheDataset(cache)
     batch = dataset.collate([dataset[i] for i in range(5)])
     counted = torch.nonzero(batch["labels"].flatten() != -100).flatten()
-    assert set(counted.tolist()) <= set(batch["hidden_index"].tolist()) and batch["hidden_2"].dtype == torch.float16
+    assert set(counted.tolist()) <= set(batch["hidden_index"].tolist())
+    assert batch["targets"].states.dtype == torch.float16 and "hidden_2" not in batch  # moved to the device once
 
 
 # ---- several caches

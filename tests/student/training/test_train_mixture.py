@@ -15,7 +15,7 @@ from cli import main
 from made_up import THRESHOLD, TOP_K, made_up
 from pipeline.errors import ConfigError
 from pipeline.student.cache_paths import parse_weight
-from pipeline.student.data.cache_mix import mix_of, open_mix, recipe_for
+from pipeline.student.data.cache_mix import loss_for_mix, mix_of, open_mix
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.train_config import TrainStudentConfig
@@ -108,7 +108,7 @@ HIDDEN = {"layers": [1, 2], "teacher_layers": 2, "width": 8, "dtype": "float16",
 
 
 def recipe(one: cf.Cache, other: cf.Cache, **options: Any) -> tuple[str, list[str]]:
-    found, warnings = recipe_for(
+    found, warnings = loss_for_mix(
         mix_of([one, other], [None, None]),
         **{"kd_weight": 0.9, "tail": None, "divergence": "forward-kl", **options},
     )
@@ -168,14 +168,14 @@ def test_hidden_states_must_agree_if_they_are_used(tmp_path: Path):
 
     one = cache("a", HIDDEN)
     features = HiddenStateLoss.for_cache(one, loss="mse", weight=None, layer_map="last")
-    assert recipe(one, cache("ab", {**HIDDEN, "layers": [2]}), features=features)[1] == []
+    assert recipe(one, cache("ab", {**HIDDEN, "layers": [2]}), hidden=features)[1] == []
     changed = {"width": 4, "dtype": "int8", "every": 2, "layers": [1]}
     with pytest.raises(cf.MismatchError) as caught:
-        recipe(one, cache("abc", {**HIDDEN, **changed}), features=features)
+        recipe(one, cache("abc", {**HIDDEN, **changed}), hidden=features)
     for words in ("width 8 against 4", "dtype float16 against int8", "every 1 against 2", r"layers [2] against []"):
         assert f"hidden {words}" in str(caught.value)
     with pytest.raises(cf.MismatchError, match=r"hidden layers \[2\] against none"):
-        recipe(one, cache("abcd", None), features=features)
+        recipe(one, cache("abcd", None), hidden=features)
     assert recipe(one, cache("abcde", None))[1] == []
 
 

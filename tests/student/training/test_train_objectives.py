@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import cache_format as cf
 from cli import main
 from pipeline.losses import sparse_kl
-from pipeline.student.data.dataset import collate, targets_of
+from pipeline.student.data.dataset import collate
 from pipeline.teacher.targets.rules import TargetRule
 from runs import SGD, build_cache, dense_evaluation, dense_logits, distance, log_history, weights
 from textbook import textbook
@@ -64,7 +64,7 @@ def test_steps_equal_those_of_the_plain_loss_on_full_logits(folder: Path, studen
     batch = collate(list(cf.open_cache(folder / "cache").iter_rows()))
     for _ in range(2):
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        loss = sparse_kl(logits[:, :, :400], targets_of(batch), kd_weight=KD_WEIGHT, **OBJECTIVES[name])
+        loss = sparse_kl(logits[:, :, :400], batch["targets"], kd_weight=KD_WEIGHT, **OBJECTIVES[name])
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -87,8 +87,8 @@ def test_logged_metrics_equal_the_textbook_divergence_and_forward_kl(
     kl: list[float] = []
     for row in rows:
         logits = torch.from_numpy(dense_logits(model, row, 400))
-        targets = targets_of(collate([row]))
-        counted = targets.counted.numpy()
+        targets = collate([row])["targets"]
+        counted = targets.loss_mask.numpy()
         soft.extend(textbook(objective["divergence"], logits, targets, **options)[counted])
         measured = textbook("forward-kl", logits, targets, **{**options, "tail": "bucket"})
         kl.extend(measured[counted] / objective["temperature"] ** 2)

@@ -18,11 +18,12 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
-from pipeline.losses import TAIL_POLICIES, sparse_kl
+from pipeline.losses import TAIL_POLICIES, DistillLoss, sparse_kl
 from pipeline.models.head import open_head
-from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.forward import LossRecipe, distillation_output
+from pipeline.student.training.forward import distillation_output
+from pipeline.student.validation.loss_checks import loss_for_cache, loss_for_held_out
 from pipeline.student.validation.run_checks import check_run
 from pipeline.teacher.targets.rules import TargetRule
 from runs import SGD, Stop, build_cache, dense_evaluation, distance, log_history, train, weights
@@ -79,9 +80,8 @@ def several(folder: Path) -> cf.Cache:
     ],
 )
 def test_default_tail_and_temperature_follow_the_targets(folder: Path, name: str, tail: str, temperature: float):
-    found = LossRecipe.for_cache(opened(folder / name), kd_weight=0.4)
-    options = {"tail": tail, "capture_temperature": temperature, "sampled": tail == "sampled"}
-    assert found == LossRecipe(kd_weight=0.4, temperature=temperature, **options)
+    found = loss_for_cache(opened(folder / name), kd_weight=0.4)
+    assert found == DistillLoss(kd_weight=0.4, temperature=temperature, tail=tail)
 
 
 SUPPORTED = {
@@ -105,21 +105,21 @@ SUPPORTED = {
 def test_supported_losses_can_be_computed_and_others_are_refused(folder: Path, name: str, temperature: float):
     """The losses have the same limits, except for random targets, and for `realized` on a tempered cache."""
     cache = opened(folder / name)
-    targets = targets_of(collate(cache[:2]), cache.metadata.targets["temperature"])
+    targets = collate(cache[:2], temperature=cache.metadata.targets["temperature"])["targets"]
     z = torch.randn(len(targets), 400, generator=torch.Generator().manual_seed(0))
     for tail in TAIL_POLICIES:
         options: dict[str, Any] = {"tail": tail, "temperature": temperature}
         if tail in SUPPORTED[name, temperature]:
-            recipe = LossRecipe.for_cache(cache, kd_weight=1.0, **options)
+            recipe = loss_for_cache(cache, kd_weight=1.0, **options)
             assert (recipe.tail, recipe.temperature) == (tail, temperature)
             assert sparse_kl(z, targets, **options).isfinite()
         else:
             with pytest.raises(ConfigError, match=r"\.$"):
-                LossRecipe.for_cache(cache, kd_weight=1.0, **options)
-            exact_alone = tail == "sampled" and not cache.metadata.sampled
+                loss_for_cache(cache, kd_weight=1.0, **options)
+            exact_only = tail == "sampled" and not cache.metadata.sampled
             # The text was generated at temperature 1, which the loss cannot know.
             other_text = tail == "realized" and temperature == cache.metadata.targets["temperature"]
-            if name != "random" and not exact_alone and not other_text:
+            if name != "random" and not exact_only and not other_text:
                 with pytest.raises(ValueError, match="cannot be tempered"):
                     sparse_kl(z, targets, **options)
 
@@ -143,7 +143,7 @@ def test_supported_losses_can_be_computed_and_others_are_refused(folder: Path, n
 )
 def test_refusals_name_the_cache_and_a_next_step(folder: Path, name: str, options: dict[str, Any], reason: str):
     with pytest.raises(ConfigError, match=reason):
-        LossRecipe.for_cache(opened(folder / name), kd_weight=0.9, **options)
+        loss_for_cache(opened(folder / name), kd_weight=0.9, **options)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,10 @@ def test_held_out_loss_keeps_the_tail_policy_if_it_can(
     folder: Path, trained: str, tail: str | None, held_out: str, expected: str
 ):
     """Otherwise it uses the default policy of the held-out targets."""
-    recipe = LossRecipe.for_cache(opened(folder / trained), kd_weight=0.3, tail=tail)
-    found = recipe.for_held_out(opened(folder / held_out))
-    assert found == replace(recipe, tail=expected, sampled=opened(folder / held_out).metadata.sampled)
+    recipe = loss_for_cache(opened(folder / trained), kd_weight=0.3, tail=tail)
+    found = loss_for_held_out(recipe, opened(folder / held_out))
+    kl_tail = "sampled" if opened(folder / held_out).metadata.sampled else "bucket"
+    assert found == replace(recipe, tail=expected, kl_tail=kl_tail)
 
 
 def test_held_out_targets_with_another_temperature_are_refused_first(tmp_path: Path, folder: Path, student_dir: Path):
@@ -239,8 +240,10 @@ def test_batches_have_the_sample_of_the_epoch(folder: Path, workers: int):
             last = chosen[-1]
             while len(chosen) < 4:
                 chosen.append(replace(last, loss_mask=np.zeros_like(last.loss_mask)))
-            for name, value in collate(chosen).items():
-                assert torch.equal(batch[name], value), name
+            expected = collate(chosen)
+            for one, other in ((batch, expected), (vars(batch["targets"]), vars(expected["targets"]))):
+                for name, value in one.items():
+                    assert not isinstance(value, torch.Tensor) or torch.equal(value, other[name]), name
 
 
 def record_indices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -281,7 +284,7 @@ def test_resampled_run_equals_steps_on_each_sample_in_turn(tmp_path: Path, folde
         for sample in samples:
             batch = collate([replace(row, targets=row.targets.sample(sample)) for row in cache.iter_rows()])
             hidden = head.hidden_states(batch["input_ids"], batch["position_ids"])
-            loss = sparse_kl(model.lm_head(hidden), targets_of(batch), kd_weight=0.8, tail="sampled")
+            loss = sparse_kl(model.lm_head(hidden), batch["targets"], kd_weight=0.8, tail="sampled")
             model.zero_grad()
             loss.backward()
             with torch.no_grad():
@@ -357,6 +360,8 @@ def test_run_that_skips_samples_gives_a_warning(tmp_path: Path, folder: Path, st
     half = (f"{folder / 'several'}:1", f"{folder / 'twice'}:3")
     (mixed,) = warned("mixed", cache=half, epochs=3.0)
     assert "several" in mixed and "1.5 times" in mixed and "3 samples" in mixed
+    (mixed,) = warned("mixed", cache=half, epochs=3.0)
+    assert "several" in mixed and "1.5 passes" in mixed and "3 samples" in mixed
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
@@ -422,9 +427,9 @@ def test_loss_uses_the_temperature_of_the_cache(folder: Path, student_dir: Path)
     head = open_head(model, 400)
     for name in ("tempered", "tempered top-k"):
         cache = opened(folder / name)
-        recipe = LossRecipe.for_cache(cache, kd_weight=1.0)
+        recipe = loss_for_cache(cache, kd_weight=1.0)
         with torch.no_grad():
-            sums = distillation_output(head, collate(cache[:5]), recipe)
+            sums = distillation_output(head, CacheDataset(cache).collate(cache[:5]), recipe)
         expected = dense_evaluation(model, cache[:5], 400, tail=recipe.tail, temperature=2.0)
         assert float(sums.kl / sums.count) == pytest.approx(expected["kl"], rel=1e-5)
         assert float(sums.loss / sums.count) == pytest.approx(4 * expected["kl"], rel=1e-5)

@@ -13,9 +13,9 @@ import torch
 import cache_format as cf
 from dense import random_targets
 from pipeline.errors import ConfigError
-from pipeline.losses import sparse_kl
+from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.validation.loss_checks import loss_for_cache, loss_for_held_out
 from pipeline.student.validation.run_checks import check_run
 from pipeline.student.validation.suitability import exact_entries
 from pipeline.teacher.targets.rules import TargetRule
@@ -71,24 +71,24 @@ def test_every_position_has_as_many_exact_entries_as_the_rule_makes_certain(fold
 def test_without_a_certain_exact_entry_only_the_sample_serves(folder: Path, name: str, options: dict[str, Any]) -> None:
     cache = cf.open_cache(folder / name)
     with pytest.raises(
-        ConfigError, match=f"{name} has .* without .*exact entry.*, and .*Use .*forward-kl|--tail sampled"
+        ConfigError, match=f"{name} has .* without exact entries.*, and .*Use .*(forward-kl|`tail=sampled`)"
     ):
-        LossRecipe.for_cache(cache, kd_weight=0.5, **options)
-    trained = LossRecipe.for_cache(cf.open_cache(folder / "top-k"), kd_weight=0.5, **options)
+        loss_for_cache(cache, kd_weight=0.5, **options)
+    trained = loss_for_cache(cf.open_cache(folder / "top-k"), kd_weight=0.5, **options)
     if "divergence" in options:
         with pytest.raises(ConfigError, match=f"{name} has"):
-            trained.for_held_out(cache)
+            loss_for_held_out(trained, cache)
     else:
-        assert trained.for_held_out(cache).tail == "sampled"
-    assert LossRecipe.for_cache(cache, kd_weight=0.5).tail == "sampled"
+        assert loss_for_held_out(trained, cache).tail == "sampled"
+    assert loss_for_cache(cache, kd_weight=0.5).tail == "sampled"
 
 
 def test_the_realized_tail_needs_no_exact_entry_of_a_threshold(folder: Path) -> None:
-    assert LossRecipe.for_cache(cf.open_cache(folder / "headless"), kd_weight=0.5, tail="realized").tail == "realized"
+    assert loss_for_cache(cf.open_cache(folder / "headless"), kd_weight=0.5, tail="realized").tail == "realized"
 
 
 def test_a_threshold_that_the_likeliest_token_always_reaches_serves_all(folder: Path) -> None:
-    assert LossRecipe.for_cache(cf.open_cache(folder / "fine"), kd_weight=0.5, divergence="pairwise").tail == "bucket"
+    assert loss_for_cache(cf.open_cache(folder / "fine"), kd_weight=0.5, divergence="pairwise").tail == "bucket"
 
 
 @pytest.mark.parametrize("divergence", ["pairwise", "logit-mse"])
@@ -104,10 +104,10 @@ def test_what_compares_entries_says_nothing_of_one(divergence: str) -> None:
 @pytest.mark.parametrize("divergence", ["pairwise", "forward-kl:0.5,logit-mse:0.5"])
 def test_what_compares_entries_is_refused_where_there_are_never_two(folder: Path, name: str, divergence: str) -> None:
     cache = cf.open_cache(folder / name)
-    with pytest.raises(ConfigError, match=f"{name} has at most one exact entry at each position, and .* would be 0"):
-        LossRecipe.for_cache(cache, kd_weight=0.5, divergence=divergence)
-    LossRecipe.for_cache(cache, kd_weight=0.5, divergence="js")
-    LossRecipe.for_cache(cf.open_cache(folder / "coarse, two"), kd_weight=0.5, divergence=divergence)
+    with pytest.raises(ConfigError, match=f"{name} has at most one exact entry per position, and .* would be 0"):
+        loss_for_cache(cache, kd_weight=0.5, divergence=divergence)
+    loss_for_cache(cache, kd_weight=0.5, divergence="js")
+    loss_for_cache(cf.open_cache(folder / "coarse, two"), kd_weight=0.5, divergence=divergence)
 
 
 # ---- what is warned of
@@ -127,8 +127,10 @@ def test_a_loss_that_leaves_the_sample_out_says_so_and_what_it_has_left(folder: 
         ({"divergence": "tvd", "kd_schedule": "linear:0:0.5"}, "bucket"),
     ):
         (warning,) = warned(folder, "threshold", student_dir, **options)
-        assert warning.startswith(f"--divergence {LossRecipe(divergence=options['divergence']).mixture}: ")
-        assert f"threshold has {mean:.1f} exact entries a position" in warning and warning.endswith(f"by --tail {tail}")
+        assert warning.startswith(f"`divergence` {DistillLoss(divergence=options['divergence']).divergence}: ")
+        assert f"threshold has {mean:.1f} exact entries per position" in warning and warning.endswith(
+            f"has `tail={tail}`"
+        )
 
 
 def test_what_compares_entries_says_where_it_is_nothing(folder: Path, student_dir: Path) -> None:
@@ -136,8 +138,8 @@ def test_what_compares_entries_says_where_it_is_nothing(folder: Path, student_di
         share = (exact_counts(cf.open_cache(folder / name)) < 2).mean()
         assert 0.05 < share < 0.95
         (warning,) = warned(folder, name, student_dir, divergence="pairwise,js")
-        assert f"pairwise teach nothing where there is one or none, at {share:.0%} of positions" in warning
-        assert ("sample of the tail is not used" in warning) == sampled
+        assert f"pairwise teach nothing at positions with one or none, {share:.0%} of all" in warning
+        assert ("sampled entries are not used" in warning) == sampled
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,8 @@ def test_rows_in_another_tokenizers_tokens_are_spoken_of_and_need_exact_entries(
     student = tiny_llama(tmp_path / "foreign", tiny_tokenizer(330, seed=7), layers=1, hidden=16, seed=3)
     for method in ("project", "uld"):
         (warning,) = warned(folder, "threshold", student, cross_tokenizer=method)
-        assert warning.startswith(f"--cross-tokenizer {method}: ") and warning.endswith("by --tail bucket")
-        with pytest.raises(ConfigError, match="headless has threshold targets with K = 0, without an exact entry"):
+        assert warning.startswith(f"`cross_tokenizer` {method}: ") and warning.endswith("has `tail=bucket`")
+        with pytest.raises(ConfigError, match="headless has threshold targets with `top_k` 0, without exact entries"):
             warned(folder, "headless", student, cross_tokenizer=method)
 
 

@@ -1,4 +1,4 @@
-"""`--divergence`: what a specification means, what it says when it cannot be used, and functions of one's own."""
+"""The option `divergence`: parsing, errors for unusable specifications, and functions of the user."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from torch import Tensor
 import cache_format as cf
 from cli import main
 from dense import random_targets
+from head_sums import fused_sums
 from pipeline.errors import ConfigError
-from pipeline.losses import DIVERGENCES, TAIL_POLICIES, Mixture, fused_head, sparse_kl
+from pipeline.losses import DIVERGENCES, TAIL_POLICIES, DistillLoss, DivergenceSum, sparse_kl
 from pipeline.losses.divergence_sum import Term
-from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.validation.loss_checks import loss_for_cache, loss_for_held_out
+from pipeline.student.validation.suitability import parse_divergence
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, log_history
 from sampled import random, threshold
@@ -55,9 +57,9 @@ N, V, K = 17, 41, 5
     ],
 )
 def test_a_specification_names_terms_and_prints_as_itself(text: str, terms: list[Any], printed: str) -> None:
-    mixture = Mixture.parse(text)
-    assert mixture == Mixture(tuple(Term(*term) for term in terms))
-    assert str(mixture) == printed and Mixture.parse(printed) == mixture == Mixture.parse(mixture)
+    mixture = DivergenceSum.parse(text)
+    assert mixture == DivergenceSum(tuple(Term(*term) for term in terms))
+    assert str(mixture) == printed and DivergenceSum.parse(printed) == mixture == DivergenceSum.parse(mixture)
 
 
 numbers = st.floats(1e-6, 1e6).filter(lambda x: x > 0)
@@ -66,52 +68,53 @@ names = st.sampled_from(sorted(DIVERGENCES))
 
 @given(st.lists(st.tuples(names, st.floats(0.001, 0.999), st.floats(0.001, 0.999), numbers), min_size=1, max_size=4))
 def test_every_mixture_prints_as_what_parses_to_it(terms: list[tuple[str, float, float, float]]) -> None:
-    mixture = Mixture(
+    mixture = DivergenceSum(
         tuple(Term(name, (a, b)[: len(DIVERGENCES[name].parameters)], weight) for name, a, b, weight in terms)
     )
-    assert Mixture.parse(str(mixture)) == mixture
+    assert DivergenceSum.parse(str(mixture)) == mixture
 
 
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("", r"divergence : found '', expected NAME"),
-        ("forward-kl,", r"divergence forward-kl,: found '', expected NAME, NAME\(NUMBER\), NAME:WEIGHT"),
-        ("kl", r"kl is not known, expected forward-kl, .*pairwise, or a function .* my_module.my_function"),
-        ("reverse_kl", r"reverse_kl is not known, .*; did you mean reverse-kl\?"),
-        ("a..b", r"a..b is not known"),
+        ("", r"`divergence` : found '', expected NAME"),
+        ("forward-kl,", r"`divergence` forward-kl,: found '', expected NAME, NAME\(NUMBER\), NAME:WEIGHT"),
+        ("kl", r"unknown divergence kl, expected forward-kl, .*pairwise, or a function .* my_module.my_function"),
+        ("reverse_kl", r"unknown divergence reverse_kl \(did you mean reverse-kl\?\), expected"),
+        ("a..b", r"unknown divergence a..b"),
         ("js(", r"found 'js\(', expected NAME"),
         ("js(0.1)(0.2)", r"found .*, expected NAME"),
         ("js(0.1,0.2)", r"found js\(0.1,0.2\), expected js\(beta\)"),
         ("tvd(1)", r"found tvd\(1\), expected tvd"),
         ("alpha-beta(1)", r"expected alpha-beta\(alpha,beta\)"),
-        ("js(0)", r"beta=0 of js, expected a number between 0 and 1; for the ends use forward-kl or reverse-kl"),
-        ("js(1)", r"beta=1 of js, expected"),
-        ("js(nan)", r"beta=nan of js, expected"),
-        ("skew-forward-kl(x)", r"skew=x of skew-forward-kl, expected"),
-        ("alpha-beta(-1,2)", r"alpha=-1 of alpha-beta, expected a number, 0 or more"),
-        ("alpha-beta(1,inf)", r"beta=inf of alpha-beta, expected a number, 0 or more"),
-        ("tvd:0", r"weight 0 of tvd, expected a number above 0"),
-        ("tvd:-1", r"weight -1 of tvd"),
-        ("tvd:inf", r"weight inf of tvd"),
-        ("tvd:much", r"weight much of tvd"),
-        ("my_div:hellinger", r"weight hellinger of my_div, .*a function of your own is written my_div.hellinger"),
-        ("tvd:nan", r"weight nan of tvd, expected a number above 0\.?$"),
-        ("no_such_module.f", r"divergence no_such_module.f: no module no_such_module in the current directory"),
-        ("json.no_such_name", r"found nothing of that name in json, expected a function of log p and log q"),
+        ("js(0)", r"beta=0 for js, expected a number between 0 and 1\. At the ends use forward-kl or reverse-kl"),
+        ("js(1)", r"beta=1 for js, expected"),
+        ("js(nan)", r"beta=nan for js, expected"),
+        ("skew-forward-kl(x)", r"skew=x for skew-forward-kl, expected"),
+        ("alpha-beta(-1,2)", r"alpha=-1 for alpha-beta, expected a number, 0 or more"),
+        ("alpha-beta(1,inf)", r"beta=inf for alpha-beta, expected a number, 0 or more"),
+        ("tvd:0", r"weight 0 for tvd, expected a number above 0"),
+        ("tvd:-1", r"weight -1 for tvd"),
+        ("tvd:inf", r"weight inf for tvd"),
+        ("tvd:much", r"weight much for tvd"),
+        ("my_div:hellinger", r"weight hellinger for my_div, .*A function of your own is written my_div.hellinger"),
+        ("tvd:nan", r"weight nan for tvd, expected a number above 0\.?$"),
+        ("no_such_module.f", r"`divergence` no_such_module.f: no module no_such_module in the current directory"),
+        ("json.no_such_name", r"found nothing with that name in json, expected a function of log p and log q"),
         ("math.pi", r"found a float in math, expected a function"),
-        ("math.exp(1)", r"a function of your own takes no parameters, use math.exp"),
+        ("math.exp(1)", r"a function of your own takes no parameters. Use math.exp"),
     ],
 )
 def test_a_specification_that_cannot_be_used_is_one_line_that_says_why(text: str, expected: str) -> None:
     for refused, error in (
-        (lambda: Mixture.parse(text), ValueError),
-        (lambda: LossRecipe(divergence=text), ConfigError),
+        (lambda: DivergenceSum.parse(text), ValueError),
+        (lambda: DistillLoss(divergence=text), ValueError),
+        (lambda: parse_divergence(text), ConfigError),
     ):
         with pytest.raises(error, match=expected) as found:
             refused()
         assert "\n" not in str(found.value)
-    assert str(found.value).startswith("--divergence") and str(found.value).endswith(".")
+    assert str(found.value).startswith("`divergence` ") and str(found.value).endswith(".")
     with pytest.raises(ValueError, match=expected):
         sparse_kl(randn(N, V), random_targets(N, V, K), divergence=text)
 
@@ -122,10 +125,10 @@ def test_a_mixture_is_the_weighted_sum_of_its_terms() -> None:
     options = {"temperature": 2.0, "kd_weight": 0.6, "scale": 0.1, "chunk_size": 5}
 
     def loss_and_gradients(spec: str) -> list[Tensor]:
-        loss = fused_head(hidden, weight, None, targets, divergence=spec, **options).loss
+        loss = fused_sums(hidden, weight, None, targets, divergence=spec, **options).loss
         return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
 
-    hard = fused_head(hidden, weight, None, targets, **{**options, "kd_weight": 0.0}).loss
+    hard = fused_sums(hidden, weight, None, targets, **{**options, "kd_weight": 0.0}).loss
     hard = [0.4 * x for x in (hard.detach(), *torch.autograd.grad(hard, [hidden, weight]))]
     weights = {"forward-kl": 0.7, "js(0.1)": 0.3, "tvd": 2.0, "logit-mse": 0.05}
     parts = [loss_and_gradients(name) for name in weights]
@@ -172,10 +175,10 @@ def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
 def test_the_default_policy_is_one_that_the_divergence_can_use(
     caches: dict[str, cf.Cache], name: str, divergence: str, tail: str
 ) -> None:
-    recipe = LossRecipe.for_cache(caches[name], kd_weight=0.5, divergence=divergence)
-    assert recipe.tail == tail and recipe.divergence == str(Mixture.parse(divergence))
-    held_out = recipe.for_held_out(caches["top-k"]) if name != "tempered" else recipe
-    assert held_out.divergence == recipe.divergence
+    loss = loss_for_cache(caches[name], kd_weight=0.5, divergence=divergence)
+    assert loss.tail == tail and loss.divergence == DivergenceSum.parse(divergence)
+    held_out = loss_for_held_out(loss, caches["top-k"]) if name != "tempered" else loss
+    assert held_out.divergence == loss.divergence
 
 
 @pytest.mark.parametrize(
@@ -184,12 +187,12 @@ def test_the_default_policy_is_one_that_the_divergence_can_use(
         (
             "random",
             {"divergence": "js"},
-            r"--divergence js\(0.5\): .*random has random targets.*Use --divergence forward",
+            r"`divergence` js\(0.5\): .*random has random targets.*Use `divergence=forward",
         ),
         (
             "threshold",
             {"divergence": "js", "tail": "sampled"},
-            r"--tail sampled with divergence js\(0.5\): .*linear in",
+            r"`tail` sampled with `divergence=js\(0.5\)`: .*linear in",
         ),
         (
             "top-k",
@@ -199,20 +202,20 @@ def test_the_default_policy_is_one_that_the_divergence_can_use(
         (
             "top-k",
             {"divergence": "tvd,reverse-kl", "tail": "label"},
-            "reverse-kl cannot use it, because .*probability 0",
+            "reverse-kl cannot use it, because .*which are then 0",
         ),
-        ("tempered", {"divergence": "js", "temperature": 1.0}, "--temperature 1.0: .*cannot be tempered afterwards"),
+        ("tempered", {"divergence": "js", "temperature": 1.0}, "`temperature` 1.0: .*cannot be tempered afterwards"),
     ],
 )
 def test_a_loss_that_targets_cannot_serve_is_refused(
     caches: dict[str, cf.Cache], name: str, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason) as found:
-        LossRecipe.for_cache(caches[name], kd_weight=0.9, **options)
+        loss_for_cache(caches[name], kd_weight=0.9, **options)
     assert str(found.value).endswith(".")
     if name == "random":
         with pytest.raises(ConfigError, match=reason):
-            LossRecipe.for_cache(caches["top-k"], kd_weight=0.9, **options).for_held_out(caches[name])
+            loss_for_held_out(loss_for_cache(caches["top-k"], kd_weight=0.9, **options), caches[name])
 
 
 # ---- a function of one's own
@@ -244,11 +247,11 @@ def test_a_function_gets_finite_numbers_of_both_sides(own: Path) -> None:
     )
     targets = random_targets(N, V, K)
     targets.residual_logprob[:4] = -torch.inf
-    n = int(targets.counted.sum())
-    targets = targets[targets.counted]
+    n = int(targets.loss_mask.sum())
+    targets = targets[targets.loss_mask]
     for tail in ("bucket", "renormalise", "label"):
         for name, ours in (("forward", "forward-kl"), ("reverse", "reverse-kl"), ("variation", "tvd")):
-            if tail not in Mixture.parse(ours).tails:
+            if tail not in DivergenceSum.parse(ours).tails:
                 continue
             logits = randn(n, V, seed=3).requires_grad_()
             found, expected = (
@@ -274,16 +277,16 @@ def test_a_function_that_returns_something_else_is_told_what_is_expected(own: Pa
         "def later(log_p, log_q):\n    return (log_p.exp() - log_q.exp()).abs().sum(dim=1)[:2]\n"
     )
     for name, found in (("mean", r"shape \[\]"), ("across", r"shape \[3\]"), ("number", "float")):
-        reason = rf"divergence wrong_shapes.{name}: returned {found} .*expected \[2\]: one number per position"
+        reason = rf"`divergence` wrong_shapes.{name}: returned {found} .*expected \[2\]: one number per position"
         with pytest.raises(ValueError, match=f"^{reason}"):
             sparse_kl(randn(N, V), random_targets(N, V, K), divergence=f"wrong_shapes.{name}")
-        with pytest.raises(ConfigError, match=f"^--{reason}"):
-            LossRecipe(divergence=f"wrong_shapes.{name}")
+        with pytest.raises(ConfigError, match=f"^{reason}"):
+            parse_divergence(f"wrong_shapes.{name}")
     with pytest.raises(ValueError, match=rf"wrong_shapes.later: returned shape \[2\] .*expected \[{N}\]"):
         sparse_kl(randn(N, V), random_targets(N, V, K), divergence="wrong_shapes.later")
     (own / "needs_more.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):  # theirs to mend: keeps its traceback
-        Mixture.parse("needs_more.f")
+        DivergenceSum.parse("needs_more.f")
 
 
 def test_the_documented_example_runs(own: Path, teacher_dir: Path, student_dir: Path, text_file: Path) -> None:
