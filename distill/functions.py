@@ -93,10 +93,11 @@ class _Reporter:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers inside the block: nothing is printed but what the caller prints."""
+def _quiet(model: Any = None) -> Iterator[None]:
+    """No progress bars of transformers inside the block; a loaded model has its mode back afterwards."""
     from transformers.utils import logging as transformers_logging
 
+    training = getattr(model, "training", None)
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -104,6 +105,8 @@ def _quiet() -> Iterator[None]:
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
+        if training is not None:
+            model.train(training)
 
 
 def _takes_options(config: type) -> Callable[[F], F]:
@@ -184,7 +187,7 @@ def cache_teacher(
     if run.generation is not None:
         from pipeline.teacher.generation.generate import generate_cache
 
-        with _quiet():
+        with _quiet(teacher):
             return generate_cache(
                 run,
                 run.generation,
@@ -193,7 +196,7 @@ def cache_teacher(
             )
     from pipeline.teacher.capture import cache_teacher as capture
 
-    with _quiet():
+    with _quiet(teacher):
         return capture(
             run,
             on_stage=report.stage,
@@ -227,7 +230,7 @@ def plan(
 
     run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
     report = _Reporter(on_progress)
-    with _quiet():
+    with _quiet(teacher):
         return plan_cache(
             run, sample_rows=rows, cost_per_hour=cost_per_hour, on_stage=report.stage, on_progress=report.step
         )
@@ -291,7 +294,7 @@ def evaluate(
 
     run = _config(EvaluateConfig, config, {"cache": cache, "student": student, **options})
     report = _Reporter(on_progress)
-    with _quiet():
+    with _quiet(student):
         return run_evaluation(run, on_stage=report.stage, on_progress=report.step)
 
 
@@ -343,5 +346,5 @@ def verify(
     from pipeline.teacher.verification import verify_against_teacher
 
     run = _config(TeacherCheckConfig, None, {"cache": cache, "against_teacher": against_teacher, **options})
-    with _quiet():
+    with _quiet(against_teacher):
         return Verification(summary, verify_against_teacher(run, on_stage=report.stage, on_progress=report.step))

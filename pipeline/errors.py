@@ -8,8 +8,7 @@
     └── DivergedError   the loss or the weights became NaN or Inf
 
 A message is one line: where, what was found, what was expected, why it matters, the next step. It names options by
-their Python name in backticks, `top_k`, `tail=bucket` or `packing=False`; the command line shows --top-k, --tail bucket
-and --no-packing.
+their Python name in backticks, `top_k`, `tail=bucket` or `packing=False`; the command line shows its flags instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `verify` prints."""
+"""What `verify` prints when a cache is intact, and the line for one that does not match its teacher."""
 
 from __future__ import annotations
 
