@@ -1,8 +1,8 @@
 """One byte per log-probability: rounding to a table of at most 256 float32 values.
 
 Each shard holds the table as an Arrow dictionary, so that any Arrow reader shows log-probabilities; the manifest
-repeats it. Rounding takes the nearest value **in the square root of the probability**, where the Fisher metric of a categorical
-distribution is Euclidean: uniform steps there put the levels where a KL divergence is sensitive. The levels are
+repeats it. Rounding takes the nearest value **in the square root of the probability**, where the Fisher metric of a
+categorical distribution is Euclidean: uniform steps there put the levels where a KL divergence is sensitive. Levels:
 
     sqrt(p) = i / n   for i = 2 .. n,   and below 2/n geometric with ratio 2/3, down to `smallest`
 
