@@ -2,7 +2,7 @@
 
 Connections drop, stores answer 500 and 503, bodies arrive cut short. fsspec's file systems retry some of these, each
 different ones; here all are retried, with growing pauses. Retries are made safe: the length of a body and the size of
-an upload are checked, and a file that must be new may exist because the first answer got lost. Permanent failures (no such
+an upload are checked, and a file that must be new may exist because an answer got lost. Permanent failures (no such
 file, no permission, no credentials) are not retried. The last failure is an OSError with URL and number of attempts.
 """
 
