@@ -276,7 +276,7 @@ def check_can_be_written(url: str) -> None:
     """Raises: CacheError for a store on which several small files cannot be created, renewed and removed."""
     if url.startswith("hf://"):
         raise CacheError(
-            f"{url}: a repository of the hub can be read as a cache, but not written: a commit for each file, and "
+            f"{url}: a repository of the hub can be read as a cache, not written: each file would be a commit, and "
             "two processes could create the same one unnoticed. Write to a directory, then run: distill push DIRECTORY "
             "OWNER/NAME"
         )
