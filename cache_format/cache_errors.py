@@ -1,14 +1,14 @@
-"""Everything a caller may want to catch, as one tree.
+"""The error tree of the project.
 
-    DistillError                 something the user can act on; the command line prints one line
+    DistillError                 the user can act on it; the command line prints one line
     └── CacheError               a cache directory; raised itself when a writer refuses one
         ├── FormatError          the directory as a whole: no cache, unfinished, newer, damaged
-        ├── CorruptShardError    one shard is missing, damaged or says something false
-        ├── MismatchError        two things that must agree do not: every difference is listed
+        ├── CorruptShardError    one shard is missing, damaged or breaks a rule of the format
+        ├── MismatchError        two things that must agree differ; the message lists every difference
         └── ClaimLostError       another writer has taken over
 
-Messages are one line: where, what was found, what was expected, because of what, next step. A wrong
-argument is a bug of the caller and stays a ValueError or a TypeError.
+A message is one line: where, found, expected, why it matters, next step. Wrong arguments are bugs of the caller and
+raise ValueError or TypeError.
 """
 
 from __future__ import annotations

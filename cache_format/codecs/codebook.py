@@ -1,21 +1,13 @@
-"""One byte per log-probability: quantisation through a table of at most 256 float32 values.
+"""One byte per log-probability: rounding to a table of at most 256 float32 values.
 
-The table is written into each shard as an Arrow dictionary, so that every Arrow reader shows real
-log-probabilities; the manifest repeats it. Encoding takes the nearest value **in the square root of
-the probability**: uniform steps there spend the levels where a KL divergence is sensitive (the
-Fisher metric of a categorical distribution is Euclidean in sqrt(p)). The levels are
+Each shard holds the table as an Arrow dictionary, so that any Arrow reader shows log-probabilities; the manifest
+repeats it. Rounding takes the nearest value **in the square root of the probability**, where the Fisher metric of a
+categorical distribution is Euclidean: uniform steps there put the levels where a KL divergence is sensitive. Levels:
 
-    sqrt(p) = i / n   for i = 2 .. n,     and below 2/n geometric: each level 2/3 of the one above,
+    sqrt(p) = i / n   for i = 2 .. n,   and below 2/n geometric with ratio 2/3, down to `smallest`
 
-down to `smallest`. Uniform steps alone would end at p = 1/n^2, about 2e-5, and an entry of 1e-9
-would come back ten thousand times too likely; with the short tail no p above `smallest` moves by
-more than a factor 1.57 (2 ln 1.25 = 0.45 nats), and the two pieces meet with equal steps.
-
-Where entries are weights of an unbiased estimate, errors of p itself must cancel, and those of √p do
-not near certainty: all above (1 - 1/2n)^2 would become 1. There the levels are uniform in arcsin(√p),
-in which near p = 1 the step shrinks as √(1 - p) does: √p = sin(π/2 · i / n), geometric below as above.
-
-A codebook states `max_error`, the largest distance in its domain between a value and its code.
+With the geometric levels no p above `smallest` changes by more than a factor of 1.57 (2 ln 1.25 = 0.45 nats). Weights
+of an unbiased estimate need small errors of p near 1 as well, so `weight_codebook` has levels uniform in arcsin(√p).
 """
 
 from __future__ import annotations
@@ -49,7 +41,7 @@ FROM_DOMAIN: dict[Domain, Callable[[Float64], Float64]] = {
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """An ascending table of float32 values and the domain in which a value's nearest is chosen."""
+    """An ascending table of float32 values, and the domain in which the nearest value is chosen."""
 
     name: str
     domain: Domain
@@ -76,8 +68,7 @@ class Codebook:
 
     @cached_property
     def _thresholds(self) -> NDArray[np.float32]:
-        # Both domains are monotone, so the midpoints can be mapped back once and values compared
-        # as they are: no exp per value.
+        # Both domains are monotone, so midpoints are mapped back once: no exp per value.
         midpoints = (self._levels[1:] + self._levels[:-1]) / 2
         return FROM_DOMAIN[self.domain](midpoints).astype(np.float32)
 
@@ -85,21 +76,21 @@ class Codebook:
     def max_error(self) -> float:
         """Largest |x - decode(encode(x))| in the domain, rounded up to three digits."""
         half_gap = float(np.diff(self._levels).max(initial=0.0)) / 2
-        error = max(half_gap, float(self._levels[0]))  # whatever is below takes the lowest level
-        if not error:  # 0 is its only value
+        error = max(half_gap, float(self._levels[0]))  # lower values take the lowest level
+        if not error:  # 0 is the only value
             return 0.0
         digit = 10.0 ** (math.floor(math.log10(error)) - 2)
         return float(f"{math.ceil(error / digit + 1e-3) * digit:.3g}")
 
     def invalid(self, values: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Where a value is NaN, or outside the range by more than float32 rounding explains."""
+        """[n] True where a value is NaN, or out of range by more than float32 rounding explains."""
         inside: NDArray[np.bool_] = values <= self.values[-1] + ROUNDING  # False for NaN
         if self.domain == "sqrt_value":
             inside &= values >= self.values[0] - ROUNDING
         return ~inside
 
     def encode(self, values: ArrayLike) -> NDArray[np.uint8]:
-        """Codes of the nearest values; below the lowest level the lowest.
+        """Codes of the nearest values; values below the lowest level take the lowest.
 
         Raises: ValueError for NaN and for values above the highest level.
         """
@@ -112,14 +103,14 @@ class Codebook:
         return self.values[codes]
 
     def rounded_from(self, values: ArrayLike) -> tuple[Float64, Float64]:
-        """Between which numbers each of these values, of this table, lay before rounding: (low, high)."""
+        """(low, high): bounds before rounding of values of this table."""
         codes = np.searchsorted(self._thresholds, np.asarray(values, np.float32))
         lowest = -np.inf if self.domain == "sqrt_probability" else 0.0
         edges = np.concatenate([[lowest], self._thresholds, [self.values[-1] + ROUNDING]]).astype(np.float64)
         return edges[codes], edges[codes + 1]
 
     def including(self, value: float) -> Codebook:
-        """With this value too; of a full table it takes the place of its nearest, unless that is the last one."""
+        """The codebook with `value` added. In a full table it replaces the nearest value, but never the last one."""
         new, kept = np.float32(value), self.values
         if new in kept:
             return self
@@ -149,18 +140,18 @@ def sqrt_probability_codebook(levels: int = MAX_LEVELS, *, smallest: float | Non
     """Log-probabilities uniform in sqrt(p), p = 1 included.
 
     Args:
-        levels: how many values, at most 256.
-        smallest: reach down to this probability with geometric levels; None for uniform ones only.
+        levels: number of values, at most 256.
+        smallest: lowest probability, reached with geometric levels; None for uniform levels only.
     """
     return Codebook("sqrt-probability", "sqrt_probability", _logprobs(levels, smallest))
 
 
 def weight_codebook(levels: int, weight: float) -> Codebook:
-    """For the entries of an unbiased estimate: `weight` exactly, the others uniform in arcsin(sqrt(p)), p = 1 included.
+    """Codebook of an unbiased estimate: `weight` exactly, the others uniform in arcsin(sqrt(p)), p = 1 included.
 
     Args:
-        levels: how many values, at most 256.
-        weight: of sampled entries, in (0, 1].
+        levels: number of values, at most 256.
+        weight: weight of a sampled entry, in (0, 1].
     """
     if levels > MAX_LEVELS:
         raise ValueError(f"too many, expected up to {MAX_LEVELS}")
@@ -169,7 +160,7 @@ def weight_codebook(levels: int, weight: float) -> Codebook:
 
 
 def residual_codebook(levels: int = MAX_LEVELS, *, smallest: float | None = 1e-12) -> Codebook:
-    """Like the above for the mass that is left out, with m = 0 (-inf) as the first value."""
+    """Log of the tail mass m, uniform in sqrt(m), with m = 0 (-inf) as the first value."""
     values = np.concatenate([[-np.inf], _logprobs(levels - 1, smallest)])
     return Codebook("sqrt-residual", "sqrt_probability", values.astype(np.float32))
 
@@ -183,7 +174,7 @@ def entropy_codebook(vocab_size: int, levels: int = MAX_LEVELS) -> Codebook:
 def _logprobs(
     levels: int, smallest: float | None, spacing: Callable[[Float64], Float64] = lambda share: share
 ) -> NDArray[np.float32]:
-    """`spacing` maps i/n to sqrt(p), 0 to 0 and 1 to 1."""
+    """[levels] log p; `spacing` maps i/n to sqrt(p), 0 to 0 and 1 to 1."""
     if smallest is None:
         roots = spacing(np.arange(1, levels + 1) / levels)
     else:

@@ -6,12 +6,11 @@ dictionary and behind each record batch partitions the file into
     header (magic, schema, dictionaries) | record batch 0 | record batch 1 | ... | footer
 
 and header (without its magic) followed by one record batch is a valid IPC *stream*. So a reader
-needs two checked ranges for any record batch, locally or from an object store, and never has to
-trust an offset that it did not check.
+needs two checked ranges for any record batch, and never trusts an offset that it did not check.
 
 The sizes of the compressed buffers, and the uncompressed sizes that they announce, are read here
 from the message's flatbuffer (https://arrow.apache.org/docs/format/Columnar.html): pyarrow does not
-tell them, and a size has to be judged before something allocates it.
+expose them, and a size has to be checked before it is allocated.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from typing import Any
 import pyarrow as pa
 
 MAGIC_BYTES = 8
-EXPANDS = 64  # times its bytes, at most, what is compressed may expand to ...
-EXPANDS_ANYWAY = 2**26  # ... if that is more than so many bytes
+EXPANDS = 64  # largest ratio of uncompressed to compressed bytes ...
+EXPANDS_ANYWAY = 2**26  # ... above this number of uncompressed bytes
 VERSION_5 = 4  # MetadataVersion, in Schema.fbs
 COMPRESSION = 3  # field of RecordBatch
 SCHEMA, DICTIONARY_BATCH, RECORD_BATCH = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
@@ -40,7 +39,7 @@ class MessageBuffers:
 
 
 def cut_points(path: str) -> list[int]:
-    """Where the header and each record batch of a file of our own end."""
+    """Ends of the header and of each record batch of a file written here."""
     header_end, batch_ends = MAGIC_BYTES, []
     with pa.memory_map(path) as file:
         file.seek(MAGIC_BYTES)
@@ -53,7 +52,7 @@ def cut_points(path: str) -> list[int]:
 
 
 def buffers_per_column(schema: pa.Schema) -> dict[str, int]:
-    """Buffers of each column in a message: validity and values; of a list validity, offsets and items'."""
+    """Number of buffers of each column in a message: validity and values; of a list also offsets."""
 
     def buffers(kind: pa.DataType) -> int:
         if pa.types.is_list(kind):
@@ -66,7 +65,7 @@ def buffers_per_column(schema: pa.Schema) -> dict[str, int]:
 
 
 def check_expansion(expanded: int, stored: int) -> None:
-    """Zeros compress a thousandfold, so what a few bytes expand to is bounded. Raises: ValueError."""
+    """Limit the expansion of compressed bytes: zeros compress a thousandfold. Raises: ValueError."""
     if expanded > max(EXPANDS_ANYWAY, EXPANDS * stored):
         raise ValueError(f"{stored:,} bytes expand to {expanded:,}, expected at most {EXPANDS} times as many")
 
@@ -75,7 +74,7 @@ def message_buffers(data: pa.Buffer | memoryview, *, with_end: bool = False) -> 
     """Buffer sizes of the messages in a range, schema messages left out.
 
     Args:
-        with_end: the messages end with a mark, behind which is something else, as in a file.
+        with_end: stop at the end-of-stream marker, as in a file.
 
     Raises: ValueError, struct.error for anything that is not a sequence of messages.
     """
@@ -94,7 +93,7 @@ def message_buffers(data: pa.Buffer | memoryview, *, with_end: bool = False) -> 
         kind, header = message.scalar(1, "<B"), message.table(2)
         if kind != SCHEMA:
             batch = header.table(1) if kind == DICTIONARY_BATCH else header
-            # Before version 5 compression could be announced elsewhere too: then all buffers are taken for compressed.
+            # Before version 5 compression could be declared elsewhere: then treat all buffers as compressed.
             plain = message.scalar(0, "<h") == VERSION_5 and not batch.has(COMPRESSION)
             yield _buffers(batch, view[body : body + body_length], plain)
         position = body + body_length

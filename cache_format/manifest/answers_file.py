@@ -1,10 +1,10 @@
-"""answers.jsonl: of a cache whose text the teacher wrote, one line for each row, beside the shards.
+"""answers.jsonl: one line per row of a cache whose text the teacher wrote.
 
     {"row": 0, "document": 7, "answer": 2, "prompt_tokens": 31, "stop_reason": "eos", "mean_logprob": -0.41,
      "text": "…", "token_logprobs": [-0.02, …]}
 
-`document` is the row of the source, `answer` the number among the answers to it; logarithms are natural. Size and
-checksum are in the manifest's `corpus.generation.answers_file`, so the chain of checksums covers it.
+`document` is the row of the source, `answer` the number among the answers to it; logarithms are natural. The manifest
+records size and checksum in `corpus.generation.answers_file`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""What the fields of manifest and sidecars may be: a table for each object, and one check for all of them.
+"""Types and ranges of the fields of manifest and sidecars: a table for each object, and one check for all tables.
 
-Checksums say nothing about who wrote a cache, so before anything is done with a value it is held against these tables,
-the same when a cache is written and when it is read. A digest is the name of a file in `read_cache`, a count the size
-of an array, text becomes part of a message: a value of another type would be an exception at best.
+Checksums do not say who wrote a cache, so every value is checked before use, on writing and on reading: a digest is
+later a file name in `read_cache`, a count the size of an array, text part of a message.
 
-A table has the names of an object's fields; a name that ends in `?` may be missing, or null. Fields that are not in a
-table may be anything, because nothing is done with them.
+A table maps the names of an object's fields to kinds; a name that ends in `?` may be missing or null. Fields that are
+not in a table may hold anything, because nothing uses them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""The two JSON files of a cache, typed: `manifest.json` for the whole, one sidecar for each shard.
+"""The two kinds of JSON files of a cache, typed: `manifest.json`, and a sidecar for each shard.
 
-They form a chain of checksums with one root. The manifest carries its own checksum and the sha256
-of every sidecar and tokenizer file; a sidecar carries the sha256 of consecutive byte ranges that
-cover its shard without a gap. So a reader checks exactly what it touches, before anything parses
-it.
+They form a chain of checksums with one root. The manifest holds its own checksum and the SHA-256 of every sidecar and
+tokenizer file; a sidecar holds the SHA-256 of consecutive byte ranges that cover its shard without a gap. So a reader
+checks exactly what it uses, before anything parses it.
 
-The manifest's own checksum is taken over the file's bytes with its 64 digits replaced by zeros: no
-canonical JSON, no question of how another language prints a float.
+The manifest's own checksum covers the file's bytes with its 64 digits replaced by zeros: no canonical JSON is needed.
 """
 
 from __future__ import annotations
@@ -91,8 +89,8 @@ class Sidecar:
         return json_text(asdict(self)).encode()
 
     def is_for(self, metadata: CacheMetadata, shard: int) -> bool:
-        """Whether its record batches hold the rows of this shard. As many as it has are looked at, not as many as the
-        metadata ask for."""
+        """Whether its record batches hold the rows of this shard. The cost depends on the sidecar's size, not on the
+        numbers in the metadata."""
         return (
             self.first_row == metadata.shard_rows(shard).start
             and len(self.record_batches) == metadata.num_record_batches(shard)
@@ -143,7 +141,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
-    """A file beside the shards."""
+    """A file next to the shards."""
 
     sha256: str
     bytes: int
@@ -182,12 +180,12 @@ class Manifest:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the shards, of what they are decoded with, and of the answers."""
+        """Bytes of shards, lexicon, head and answers."""
         return self.shard_bytes + sum(self.bytes_beside.values())
 
     @property
     def bytes_beside(self) -> dict[str, int]:
-        """Of each file beside the shards that is as large as the cache makes it, by name."""
+        """Bytes of lexicon, head and answers, by file name."""
         lexicon = 0 if self.lexicon is None else self.lexicon.bytes
         answers = 0 if self.answers is None else self.answers.bytes
         sizes = {LEXICON: lexicon, HEAD: self.head_bytes, ANSWERS: answers}
@@ -195,7 +193,7 @@ class Manifest:
 
     @property
     def head_bytes(self) -> int:
-        """Of the head that makes distributions of hidden targets."""
+        """Bytes of head.safetensors."""
         return 0 if self.metadata.head is None else self.metadata.head.bytes
 
     @classmethod
@@ -233,7 +231,7 @@ class Manifest:
 
 
 def answers_file(metadata: CacheMetadata) -> FileInfo | None:
-    """What is recorded of answers.jsonl, if there is one. Raises: KeyError."""
+    """Size and checksum of answers.jsonl, or None. Raises: KeyError."""
     recorded = recorded_answers(metadata)
     return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
 
@@ -261,7 +259,7 @@ def manifest_bytes(
 
 
 def partial_contents(data: bytes, where: str) -> dict[str, Any]:
-    """What a `manifest.partial.json` records, to be compared with what is given on resuming."""
+    """Contents of a `manifest.partial.json`, to compare on resuming."""
 
     def build(raw: dict[str, Any]) -> dict[str, Any]:
         _tokenizer_files(raw)
@@ -272,12 +270,12 @@ def partial_contents(data: bytes, where: str) -> dict[str, Any]:
 
 
 def metadata_of(data: bytes, where: str) -> CacheMetadata:
-    """What either manifest says of the cache as a whole. Raises: FormatError."""
+    """Metadata from either manifest. Raises: FormatError."""
     return _manifest(data, CacheMetadata.from_json, where)
 
 
 def _manifest(data: bytes, build: Callable[[dict[str, Any]], T], where: str) -> T:
-    """Of either manifest, its version and its own checksum looked at first."""
+    """Parse either manifest, after checking its version and its own checksum."""
     _check_version(data, where)
     _check_self(data, where)
     return _parse(data, build, where, FormatError)
@@ -297,7 +295,7 @@ def json_text(data: Mapping[str, Any]) -> str:
 
 
 def check_plain_name(name: str) -> str:
-    """A relative path with forward slashes that stays where it is put. Raises: ValueError."""
+    """Check that a name is a relative path with forward slashes that stays inside. Raises: ValueError."""
     parts = name.split("/")
     if re.search(r'[\\:*?"<>|\x00-\x1f]', name) or any(p in ("", ".", "..") for p in parts):
         raise ValueError(f"file name {name!r} is not a plain relative path")
@@ -322,7 +320,7 @@ def _known(cls: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
 def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error: type[CacheError]) -> T:
     try:
         raw = json.loads(data, parse_constant=_no_number, parse_float=_finite)
-        json.dumps(raw, ensure_ascii=False).encode()  # half a pair of surrogates is no text, and cannot be printed
+        json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded or printed
         if not isinstance(raw, dict):
             raise TypeError("not a JSON object")
         return build(raw)

@@ -1,8 +1,7 @@
-"""What is known about a cache before its first row is written, and never changes afterwards.
+"""Metadata of a cache: known before its first row is written, constant afterwards.
 
-Stage one supplies it; the manifest is this plus the list of shards. Everything that decides a byte
-of a shard is in here (the row geometry, codebooks, compression, count and id widths), which is why
-an interrupted run may only be continued with equal metadata.
+Stage one supplies it; the manifest is the metadata plus the list of shards. It determines every byte of a shard (rows
+per shard, codebooks, compression, integer widths), so an interrupted run continues only with equal metadata.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
-"""head.safetensors: the teacher's vocabulary head, which makes its whole distribution of one hidden state.
+"""head.safetensors: the teacher's vocabulary head, which turns a hidden state into the teacher's full distribution.
 
     logits = c·tanh(s·(W·h + b) / c)         s: logit_scale, 1 in most models; c: softcap; without one s·(W·h + b)
     log p  = logits − logsumexp(logits)
 
-A cache of hidden targets holds no entries: h at each position is a column (`hidden_30`), W and b are here once. The
-file is in the safetensors format (8 bytes little-endian length of a JSON header, the header, the numbers), read and
-written without the package of that name: numbers as the teacher has them, in the narrowest dtype that holds them all.
+A cache of hidden targets has no entries: h is a column (`hidden_30`), W and b are stored here once, in the narrowest
+dtype that holds all their numbers. The file is in the safetensors format, read and written without that package.
 
-Costs: V·D numbers on disk and in memory, where they stay as they are; products are float32, of a block of the
-vocabulary at a time.
-
-Shapes: n positions, V vocabulary, D width of what W is multiplied with.
+Cost: V·D numbers on disk and in memory; products are float32, one block of the vocabulary at a time.
+Shapes: n positions, V vocabulary, D width of the input of W.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Reading a cache: rows by number, in any order, each part checked when it is first used.
+"""Read rows of a cache by number, in any order. Every byte range is checked when it is first used.
 
-Opening reads `manifest.json` and nothing else. A row costs a lookup when its record batch was used
-lately, and otherwise the reading, checking and decoding of that batch, which is why shuffling
-should stay local to record batches (`Cache.record_batches` names them).
+Opening reads only `manifest.json`. A row of a recently used record batch costs a lookup; any other row costs reading,
+checking and decoding its record batch. Shuffle within record batches for speed (`Cache.record_batches` lists them).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from cache_format.rows.types import CacheRow
 from cache_format.storage.directory import Directory, LocalDirectory, open_directory
 from cache_format.storage.read_cache import ReadCache
 
-FETCHES = 8  # of a remote cache at once
+FETCHES = 8  # parallel requests to a remote cache
 OPEN_SHARDS = 64  # each holds a memory map, and so a file descriptor
 
 
@@ -50,9 +49,9 @@ def open_cache(
 
     Args:
         path: the directory, or an fsspec URL of it.
-        cached_record_batches: how many decoded record batches to keep in memory.
-        hidden_layers: whose hidden states to decode, of those that the cache holds; default: all of them.
-        read_cache: where to keep what was read of a remote cache; a local one has no use for it.
+        cached_record_batches: number of decoded record batches to keep in memory.
+        hidden_layers: layers whose hidden states to decode; default: all layers in the cache.
+        read_cache: local copies of a remote cache; ignored for a local one.
 
     Raises: FormatError if there is no finished cache of this format version.
     """
@@ -92,12 +91,12 @@ class Cache(Sequence[CacheRow]):
         return Cache, (self._directory, self.manifest, *kept)
 
     def with_hidden(self, layers: Sequence[int]) -> Cache:
-        """The same cache, with the hidden states of these layers decoded, instead of those that it was opened with."""
+        """The same cache, decoding the hidden states of these layers only."""
         kept = self._cached_record_batches, tuple(layers), self._read_cache
         return Cache(self._directory, self.manifest, *kept)
 
     def with_states(self, layers: Sequence[int] = ()) -> Cache:
-        """The same cache, with the states decoded that its targets are made of, if so, and those of other layers."""
+        """The same cache, decoding `layers` and, for hidden targets, the layer of the head."""
         head = self.metadata.head
         wanted = sorted({*layers, *([] if head is None else [head.layer])})
         return self.with_hidden(wanted) if wanted else self
@@ -123,7 +122,7 @@ class Cache(Sequence[CacheRow]):
 
     @property
     def num_counted_tokens(self) -> int:
-        """Positions whose loss_mask is True."""
+        """Number of loss tokens."""
         return self.manifest.num_counted_tokens
 
     def __len__(self) -> int:
@@ -139,16 +138,16 @@ class Cache(Sequence[CacheRow]):
         return self._row(rows) if isinstance(rows, int) else self.rows(rows)
 
     def rows(self, indices: Sequence[int]) -> list[CacheRow]:
-        """The rows of `indices`, in that order; each record batch involved is decoded once."""
+        """The rows `indices`, in that order; each record batch is decoded once."""
         wanted = [range(self.num_rows)[int(index)] for index in indices]
         found = {row: self._row(row) for row in sorted(set(wanted))}
         return [found[row] for row in wanted]
 
     def fetch(self, rows: Sequence[int]) -> None:
-        """Has the record batches of these rows read and decoded, if the cache is remote; several at once, since most of
-        it is waiting. For what is asked for together, and is at most what `cached_record_batches` keeps.
+        """Prefetch the record batches of these rows in parallel, at most `cached_record_batches` of them. Does nothing
+        for a local cache.
 
-        Raises: CorruptShardError, as reading them would.
+        Raises: CorruptShardError.
         """
         if isinstance(self._directory, LocalDirectory):
             return
@@ -159,7 +158,7 @@ class Cache(Sequence[CacheRow]):
             list(pool.map(lambda place: self._record_batch(*place), places))
 
     def iter_rows(self) -> Iterator[CacheRow]:
-        """All rows in order, past the memory of recent batches."""
+        """All rows in order, without the cache of decoded record batches."""
         for batch in self.iter_record_batches():
             yield from (batch.row(i) for i in range(len(batch)))
 
@@ -167,14 +166,14 @@ class Cache(Sequence[CacheRow]):
         """All rows in order, a record batch at a time, as flat arrays.
 
         Args:
-            streams: to which is added what each stream of packed targets takes; with columns nothing.
+            streams: collects the size of each stream of packed targets.
         """
         for shard in range(len(self.manifest.shards)):
             for index, _ in enumerate(self.metadata.record_batch_rows(shard)):
                 yield self._read_record_batch(shard, index, streams)
 
     def check_bytes(self) -> Iterator[int]:
-        """Every byte of the shards against its checksum, without decoding; yields the number of rows done.
+        """Compare every byte of the shards with its checksum, without decoding; yields the number of rows done.
 
         Raises: CorruptShardError, FormatError.
         """
@@ -185,9 +184,9 @@ class Cache(Sequence[CacheRow]):
                 yield rows.stop
 
     def record_batches(self) -> list[tuple[int, int]]:
-        """(start_row, stop_row) of each record batch: shuffle these, then the rows within some.
+        """(start_row, stop_row) of each record batch. To shuffle, permute these, then the rows inside a few of them.
 
-        Raises: CorruptShardError if a shard is not of the size that could hold so many.
+        Raises: CorruptShardError if a shard does not have the size that the manifest states.
         """
         self._check_sizes()
         return [
@@ -218,19 +217,19 @@ class Cache(Sequence[CacheRow]):
         return files
 
     def answers(self) -> Iterator[dict[str, Any]]:
-        """For generated text, what is known of each row (`cache_format.manifest.answers_file`); else nothing.
+        """For generated text, facts about each row (`cache_format.manifest.answers_file`); otherwise nothing.
 
         Raises: FormatError.
         """
         return read_answers(self._directory, self.metadata)
 
     def answers_bytes(self) -> bytes | None:
-        """The file that `answers` reads, checked, as it is. Raises: FormatError."""
+        """Contents of answers.jsonl, checked. Raises: FormatError."""
         recorded = recorded_answers(self.metadata)
         return None if recorded is None else answers_bytes(self._directory, recorded)
 
     def head(self) -> StoredHead | None:
-        """Of hidden targets the teacher's head, checked; else None. Raises: FormatError."""
+        """The teacher's head of a cache of hidden targets, checked; otherwise None. Raises: FormatError."""
         metadata, data = self.metadata, self.head_bytes()
         if metadata.head is None or data is None or metadata.hidden is None:
             return None
@@ -238,7 +237,7 @@ class Cache(Sequence[CacheRow]):
         return StoredHead.of(data, metadata.head, metadata.vocab_size, metadata.hidden.width, where)
 
     def head_bytes(self) -> pa.Buffer | None:
-        """The file that `head` reads, checked, as it is; on a local disk a memory map. Raises: FormatError."""
+        """Contents of head.safetensors, checked; a memory map on a local disk. Raises: FormatError."""
         if self.metadata.head is None:
             return None
         expected, where, found = self.metadata.head.sha256, self._directory.path(HEAD), ""
@@ -262,7 +261,7 @@ class Cache(Sequence[CacheRow]):
 
     @cached_property
     def _codec(self) -> Codec:
-        """With the lexicon, checked, if the encoding needs one. Raises: FormatError."""
+        """The codec, with the checked lexicon if the encoding needs one. Raises: FormatError."""
         codec = codec_for(self.metadata)
         if self.manifest.lexicon is None:
             return codec
@@ -277,8 +276,8 @@ class Cache(Sequence[CacheRow]):
         return codec.with_lexicon(data, where)
 
     def _check_sizes(self) -> None:
-        """That the shards are there, as large as the manifest says: what is made as long as a list of their contents
-        is then no longer than a few times their files."""
+        """Compare file sizes with the manifest, so that a list of all record batches is never much longer than the
+        files that it describes."""
         sizes = self._directory.sizes("shards")
         for shard in self.manifest.shards:
             if (found := sizes.get(shard.name.rpartition("/")[2])) != shard.bytes:
@@ -288,7 +287,7 @@ class Cache(Sequence[CacheRow]):
                 raise CorruptShardError(f"{self._directory.path(shard.name)}: {problem}. {repair(shard.name)}")
 
     def _place(self, row: int) -> tuple[int, int, int]:
-        """Shard, record batch in it, row in that."""
+        """(shard, record batch in the shard, row in the record batch)."""
         shard, inside = divmod(row, self.metadata.rows_per_shard)
         return shard, *divmod(inside, self.metadata.rows_per_record_batch)
 
@@ -313,8 +312,8 @@ def _no_manifest(directory: Directory) -> FormatError:
             complete += 1
         return FormatError(
             f"{where}: found an unfinished cache with {complete} complete shards, expected "
-            "manifest.json: the run that wrote it has not ended. Run cache-teacher again: it goes "
-            "on from there."
+            "manifest.json: the run that wrote it has not ended. Run distill cache-teacher again to "
+            "continue it."
         )
     if not names and not directory.exists():
         return FormatError(f"{where}: no such directory. Give the one that cache-teacher wrote.")

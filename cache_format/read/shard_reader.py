@@ -32,7 +32,7 @@ from cache_format.storage.read_cache import ReadCache
 
 
 class ShardReader:
-    """The record batches of one shard. Holds no position, so threads and forks may share it.
+    """The record batches of one shard. Has no file position, so threads and forks may share it.
 
     Raises: CorruptShardError, from every method.
     """
@@ -64,7 +64,7 @@ class ShardReader:
         self._check_header()
 
     def record_batch(self, index: int, streams: PackedStreams | None = None) -> RowBatch:
-        """Read, check and decode one record batch; what its packed streams take is added to `streams`."""
+        """Read, check and decode one record batch; `streams` collects the sizes of packed streams."""
         info, part = self.sidecar.record_batches[index], f"record batch {index}"
         data = self._checked(info, part)
         try:
@@ -100,13 +100,13 @@ class ShardReader:
         return total
 
     def _elements(self, info: RecordBatchInfo) -> int:
-        """The most that a list column, offsets included, can have."""
+        """Largest number of items of a list column, offsets included."""
         return max(info.rows, info.tokens * self._metadata.num_samples, info.entries) + 1
 
     def _buffer_bytes(self, data: pa.Buffer, info: RecordBatchInfo) -> dict[str, int]:
-        """Compressed bytes by column, after judging what the buffers announce to expand to."""
+        """Compressed bytes by column, after checking the uncompressed sizes that the buffers announce."""
         (message,) = message_buffers(data)
-        most = 8 * self._elements(info) + 64  # no element is wider, and Arrow pads to 64
+        most = 8 * self._elements(info) + 64  # no item is wider, and Arrow pads to 64 bytes
         state = 0 if self._metadata.hidden is None else self._metadata.hidden.state_bytes
         sizes, first = {}, 0
         for name, count in buffers_per_column(self._schema).items():

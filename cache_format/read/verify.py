@@ -1,4 +1,4 @@
-"""A pass over a cache: every byte against its checksum, or every value against the rules as well."""
+"""Check a whole cache: every byte against its checksum, or every value against the rules of the format as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cache_format.cache_errors import CorruptShardError
 from cache_format.read.reader import Cache, open_cache
 from cache_format.rows.invariants import find_repeated_token
 from cache_format.rows.plausibility import find_implausible
-from cache_format.rows.rebuilt import find_other_entropy
+from cache_format.rows.rebuilt import find_entropy_mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,29 +19,29 @@ class VerifySummary:
     tokens: int
     counted_tokens: int
     entries: int
-    bytes: int  # of all shards, of what they are decoded with, and of the answers
+    bytes: int  # shards, lexicon, head and answers
     shards: int
 
 
 def verify_cache(
     path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None, *, deep: bool = False
 ) -> VerifySummary:
-    """Read everything that the manifest names, and check it.
+    """Read and check everything that the manifest names.
 
     Args:
-        progress: called with (rows checked, rows in all) after each record batch.
-        deep: decode as well, and ask of every position what the reader asks, that no token is both exact and sampled,
-            and that its probabilities and its entropy can be those of one distribution; of hidden targets, at some
-            positions, that state and head have the entropy that is stored. Without, bytes are what is
-            compared: they are those that the writer checked, a hundred times as fast.
+        progress: called with (rows checked, total rows) after each record batch.
+        deep: also decode every position and check that it obeys the rules of the format, that no token is both exact
+            and sampled, and that probabilities and entropy can belong to one distribution. For hidden targets, compare
+            the stored entropy with that of state and head at a few positions. The default compares checksums only,
+            about a hundred times faster: the writer has checked the values.
 
-    Raises: CacheError for the first thing that is wrong.
+    Raises: CacheError for the first problem.
     """
     cache = open_cache(path)
     cache.tokenizer_files()
     cache.answers_bytes()
     cache.head()
-    for done in _values(cache) if deep else cache.check_bytes():
+    for done in _check_values(cache) if deep else cache.check_bytes():
         if progress is not None:
             progress(done, cache.num_rows)
     manifest = cache.manifest
@@ -55,13 +55,13 @@ def verify_cache(
     )
 
 
-def _values(cache: Cache) -> Iterator[int]:
+def _check_values(cache: Cache) -> Iterator[int]:
     rows, head = 0, cache.head()
     for batch in cache.iter_record_batches():
         here = range(rows, rows + len(batch))
         problems = [find(batch, here, cache.metadata) for find in (find_repeated_token, find_implausible)]
         if head is not None:
-            problems.append(find_other_entropy(batch, here, cache.metadata, head))
+            problems.append(find_entropy_mismatch(batch, here, cache.metadata, head))
         for problem in problems:
             if problem is not None:
                 raise CorruptShardError(f"{cache.path}: {problem}: it was written like this. Make the cache again.")

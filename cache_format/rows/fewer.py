@@ -1,4 +1,4 @@
-"""Fewer entries per position, from what is stored alone: of exact targets, of several samples, of a sampled tail.
+"""Fewer entries per position, computed from the stored targets: exact entries, samples, or a sampled tail.
 
 Shapes: N positions, E entries, M samples of each position, C candidates for a new sample.
 """
@@ -20,7 +20,7 @@ Flags = NDArray[np.bool_]
 
 
 def most_likely(batch: RowBatch, k: int) -> RowBatch:
-    """At most k entries per position; the mass of the others joins the residual."""
+    """The k most likely entries of each position; the mass of the others joins the tail mass."""
     position = batch.positions
     keep = _ranks(batch, batch.logprobs, position) < k
     dropped = _sums(position[~keep], np.exp(batch.logprobs[~keep].astype(np.float64)), batch.num_tokens)
@@ -36,7 +36,7 @@ def most_likely(batch: RowBatch, k: int) -> RowBatch:
 
 
 def first_samples(batch: RowBatch, samples: int) -> RowBatch:
-    """Of several samples the first so many, as one estimate."""
+    """The first `samples` samples of each position, reweighted to one unbiased estimate."""
     groups = group_counts(batch)  # [N, 1 + M]
     group = entry_groups(groups)  # [E]
     factor = (groups.shape[1] - 1) / samples
@@ -52,12 +52,12 @@ def first_samples(batch: RowBatch, samples: int) -> RowBatch:
 
 
 def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[int, int]) -> RowBatch:
-    """Targets of a threshold τ = `old`, made those of the larger τ = `new`: an unbiased estimate of what they were.
+    """Threshold targets with τ = `old` as targets with the larger τ = `new`: an unbiased estimate of the old ones.
 
-    Exact entries below `new` are drawn with probability p/new, but for the `head` most likely ones, and sampled
-    entries are kept with probability old/new; each then counts new/M. What enters a sample is drawn systematically,
-    as it was in capture: in the order of the ids, points one apart on the cumulative sum of the probabilities. The
-    first point depends on `key`, row and position alone; those of the samples of a position are 1/M apart.
+    Exact entries with p < `new`, except for the `head` most likely ones, are drawn with probability p/new; sampled
+    entries are kept with probability old/new. Each drawn entry has weight new/M. Sampling is systematic, as in capture:
+    points at distance one on the cumulative probabilities in order of the ids. The first point depends only on `key`,
+    row and position; the first points of the M samples are 1/M apart.
     """
     groups = group_counts(batch)  # [N, 1 + M]
     group, samples = entry_groups(groups), groups.shape[1] - 1
@@ -68,7 +68,7 @@ def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[in
     stays = exact & ((probability >= new) | (rank < head))
     falls = np.flatnonzero(exact & ~stays)
 
-    # What was exact is a candidate of every sample, what was sampled one of its own sample.
+    # An exact entry is a candidate for every sample, a sampled entry only for its own.
     candidates = np.concatenate([np.flatnonzero(~exact), np.repeat(falls, samples)])
     sample = np.concatenate([group[~exact] - 1, np.tile(np.arange(samples), len(falls))])
     order = np.lexsort((batch.ids[candidates], sample, position[candidates]))
@@ -98,10 +98,10 @@ def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[in
 
 
 def _systematic(chance: Floats, place: Ints, first: Floats) -> Flags:
-    """[C] which candidates have a point: at `first[place]` and one apart, on the cumulative chances of each place.
+    """[C] whether a candidate contains a point: `first[place]`, `first[place]` + 1, ... on the cumulative chances.
 
     Args:
-        chance: [C] below 1. place: [C] ascending. first: in (0, 1], of each place.
+        chance: [C] below 1. place: [C] position and sample, ascending. first: first point of each place, in (0, 1].
     """
     if not len(chance):
         return np.zeros(0, np.bool_)
@@ -115,7 +115,7 @@ def _systematic(chance: Floats, place: Ints, first: Floats) -> Flags:
 
 
 def _uniforms(batch: RowBatch, key: tuple[int, int]) -> Floats:
-    """[N] in [0, 1), of each position: a function of key, row and position."""
+    """[N] numbers in [0, 1), functions of key, row and position."""
     found, keys = [np.zeros(0)], np.array(key, np.uint64)
     for row, tokens in zip(batch.rows.tolist(), np.diff(batch.token_offsets).tolist(), strict=True):
         bits = np.random.Philox(key=keys, counter=np.array([0, 0, 0, row], np.uint64))
@@ -124,12 +124,12 @@ def _uniforms(batch: RowBatch, key: tuple[int, int]) -> Floats:
 
 
 def _sums(position: Ints, values: Floats, positions: int) -> Floats:
-    """[N] of the values at each position."""
+    """[N] sum of the values of each position."""
     return np.bincount(position, values, positions).astype(np.float64)
 
 
 def _ranks(batch: RowBatch, logprobs: NDArray[np.floating[Any]], position: Ints) -> Ints:
-    """[E] place of each entry among those of its position, the most likely one first, then by id."""
+    """[E] rank of each entry within its position, most likely first, then by id."""
     order = np.lexsort((batch.ids, -logprobs, position))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - batch.entry_starts[position]
@@ -137,13 +137,13 @@ def _ranks(batch: RowBatch, logprobs: NDArray[np.floating[Any]], position: Ints)
 
 
 def _with_mass(residual_logprob: NDArray[np.floating[Any]], mass: Floats) -> NDArray[np.float32]:
-    """[N] log of the residual and so much more."""
+    """[N] log of the tail mass plus `mass`."""
     with np.errstate(divide="ignore"):
         sums = np.log(np.minimum(np.exp(residual_logprob.astype(np.float64)) + mass, 1.0))
     return np.where(mass > 0, sums, residual_logprob).astype(np.float32)
 
 
 def _with_entries(batch: RowBatch, kept: Ints, logprobs: NDArray[np.floating[Any]], **changes: Any) -> RowBatch:
-    """With these entries alone, in this order and with these log-probabilities; `changes` has what follows from it."""
+    """The batch with entries `kept`, in this order; `changes` holds the new counts."""
     entry_offsets = offsets(changes["counts"])[batch.token_offsets]
     return replace(batch, ids=batch.ids[kept], logprobs=logprobs, entry_offsets=entry_offsets, **changes)

@@ -1,15 +1,12 @@
-"""Hidden states of the teacher beside its targets, for feature distillation: optional columns of every shard.
+"""Hidden states of the teacher: optional columns of every shard.
 
-    hidden_mask        list<bool> [T]                      positions that have states, P of them in a row
+    hidden_mask        list<bool> [T]                      positions that have states, P per row
     hidden_6           list<fixed_size_list<float16, D>>   [P] states of layer 6
-    hidden_6_scale     list<float32> [P]                   with int8 only: state = integer · scale
+    hidden_6_scale     list<float32> [P]                   int8 only: state = integer · scale
 
-Layers are numbered as transformers does: 0 is the embeddings' output, i that of layer i, and the last one what the
-vocabulary head is applied to. One more is what the head's matrix is multiplied with, where the head does something to
-the last layer's states first (`head`). They are wide, so a reader decodes only the layers that it was asked for: a
-student that has no use for them pays for their checksums, and for nothing else.
-
-Shapes: N positions, P of them with states, D width.
+Layers are numbered as in transformers: 0 is the output of the embeddings, i that of layer i, the last one is the input
+of the head. One more is the input of the head's matrix, if the head transforms the states first. A reader decodes only
+the layers it is asked for. Shapes: N positions, P of them with states, D width.
 """
 
 from __future__ import annotations
@@ -36,13 +33,13 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenSpec:
-    """Which states a cache holds: `targets.hidden` of its manifest, which may have more keys."""
+    """The hidden states of a cache: `targets.hidden` of its manifest (unknown keys are ignored)."""
 
     layers: tuple[int, ...]
     teacher_layers: int  # L, the number of the last one
     width: int  # D
     dtype: str  # float16, float32 or int8
-    every: int = 1  # one in so many positions has states
+    every: int = 1  # one in this number of positions has states
 
     def __post_init__(self) -> None:
         layers = self.layers
@@ -55,21 +52,21 @@ class HiddenSpec:
 
     @property
     def of_layers(self) -> tuple[int, ...]:
-        """Those that are states of a layer."""
+        """Layers without the transformed input of the head."""
         return tuple(layer for layer in self.layers if layer <= self.teacher_layers)
 
     @property
     def state_bytes(self) -> int:
-        """Of one state, without its scale."""
+        """Bytes of one state, without its scale."""
         return self.width * np.dtype(DTYPES[self.dtype]).itemsize
 
     @property
     def bytes_per_position(self) -> int:
-        """Of a position that has states, before compression."""
+        """Bytes of a position that has states, before compression."""
         return len(self.layers) * (self.state_bytes + 4 * (self.dtype == "int8"))
 
     def columns(self, layers: Sequence[int] | None = None) -> list[str]:
-        """Names, in the order of the schema; with `layers` only what these take."""
+        """Column names in schema order; with `layers`, only the columns of these."""
         chosen = self.layers if layers is None else [layer for layer in self.layers if layer in set(layers)]
         names = [MASK] if chosen else []
         for layer in chosen:
@@ -104,7 +101,7 @@ class HiddenSpec:
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """States of some layers, of one row or of consecutive ones.
+    """States of some layers, of one or several consecutive rows.
 
     Attributes:
         mask: [N] bool, positions that have states.
@@ -122,7 +119,7 @@ class HiddenStates:
         return states * self.scales[layer][:, None] if layer in self.scales else states
 
     def only(self, layers: Sequence[int]) -> HiddenStates | None:
-        """Those of some of the layers; None of none."""
+        """The states of these layers; None if `layers` is empty."""
         return (
             HiddenStates(
                 self.mask,
@@ -134,7 +131,7 @@ class HiddenStates:
         )
 
     def cut(self, tokens: slice) -> HiddenStates:
-        """Those of consecutive positions, as views."""
+        """The states of consecutive positions, as views."""
         first = int(np.count_nonzero(self.mask[: tokens.start]))
         here = slice(first, first + int(np.count_nonzero(self.mask[tokens])))
         return HiddenStates(
@@ -144,7 +141,7 @@ class HiddenStates:
         )
 
     def problem(self, tokens: int, where: str) -> str | None:
-        """What does not fit together, in words, or None."""
+        """The first inconsistency as text, or None."""
         if self.mask.shape != (tokens,):
             return f"{where}: hidden states for {len(self.mask)} positions, expected {tokens}"
         count = int(np.count_nonzero(self.mask))
@@ -166,18 +163,18 @@ def joined(parts: Sequence[HiddenStates]) -> HiddenStates:
 
 
 def find_invalid_state(hidden: HiddenStates) -> tuple[int, str] | None:
-    """(position, what is wrong) of the first state that is not finite, or None."""
+    """(position, problem) of the first state that is not finite, or None."""
     positions = np.flatnonzero(hidden.mask)
     for layer, states in hidden.states.items():
         if states.dtype == np.float16:
-            # An exponent of all ones is infinity or NaN; numpy's own test converts every number first.
+            # All exponent bits set means infinity or NaN; np.isfinite would convert every number first.
             bad = ((states.view(np.uint16) & 0x7C00) == 0x7C00).any(axis=1)
         elif states.dtype == np.float32:
             bad = ~np.isfinite(states).all(axis=1)
         elif layer in hidden.scales:
             bad = ~(np.isfinite(hidden.scales[layer]) & (hidden.scales[layer] >= 0))
         else:
-            continue  # of a dtype that is never written
+            continue  # int8 without scales is never written
         if bad.any():
             return int(positions[bad.argmax()]), f"the hidden state of layer {layer} is not finite"
     return None
@@ -210,7 +207,7 @@ def to_arrow(
         raise ValueError(f"hidden states of layers {list(hidden.states)}, the metadata name {list(spec.layers)}")
     if name == MASK:
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(hidden.mask), type=kind)
-    starts = pa.array(_of_positions(hidden.mask, offsets).astype(np.int32))
+    starts = pa.array(_state_offsets(hidden.mask, offsets).astype(np.int32))
     layer = int(name.removeprefix(PREFIX).removesuffix("_scale"))
     if name == scale_column(layer):
         return pa.ListArray.from_arrays(starts, pa.array(hidden.scales[layer], pa.float32()), type=kind)
@@ -243,7 +240,7 @@ def from_arrow(columns: Mapping[str, pa.ListArray], spec: HiddenSpec, tokens: ND
     mask = mask.to_numpy(zero_copy_only=False)
     if not np.array_equal(starts, tokens):
         raise ValueError(f"the lists of {MASK} and input_ids differ in length")
-    expected = _of_positions(mask, tokens)
+    expected = _state_offsets(mask, tokens)
     states, scales = {}, {}
     for layer in spec.layers:
         for name in (states_column(layer), scale_column(layer)):
@@ -267,7 +264,7 @@ def _list(column: pa.ListArray) -> tuple[pa.Array, NDArray[np.int64]]:
     return column.values.slice(starts[0], starts[-1] - starts[0]), starts - starts[0]
 
 
-def _of_positions(mask: NDArray[np.bool_], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+def _state_offsets(mask: NDArray[np.bool_], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     """[R + 1] offsets of the positions that have states."""
     before: NDArray[np.int64] = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return before[tokens]

@@ -1,8 +1,7 @@
-"""What must be true of every batch of rows, checked over whole arrays.
+"""Rules that every batch of rows obeys, checked over whole arrays.
 
-The writer refuses a batch that breaks one of these, the reader refuses a shard that does, so
-nothing in between has to check again. The checks cost a few passes over the entries; the uint16 ids
-are compared as they are.
+The writer refuses a batch that breaks one, and the reader refuses such a shard, so no other code checks again. The cost
+is a few passes over the entries.
 """
 
 from __future__ import annotations
@@ -40,30 +39,30 @@ def find_violation(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str
         row = int(bad.argmax())
         return f"row {rows[row]}: {tokens_per_row[row]:,} tokens, expected at most {most:,}"
     if batch.hidden is not None and (found := find_invalid_state(batch.hidden)):
-        return f"{of_position(batch, rows, found[0])}: {found[1]}"
+        return f"{describe_position(batch, rows, found[0])}: {found[1]}"
     head = metadata.head
     if head is not None and batch.hidden is not None and head.layer in batch.hidden.states:
         if (bad := batch.loss_mask & ~batch.hidden.mask).any():
-            return _report(batch, rows, bad, "a counted position without the state that is its target")
+            return _report(batch, rows, bad, "a loss token without the state that is its target")
     return _positions(batch, rows, metadata) or _entries(batch, rows, metadata)
 
 
 def find_repeated_token(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
-    """A token that is both exact and sampled at one position, which a loss would count twice.
+    """A token that is both exact and sampled at one position: a loss would count it twice.
 
-    Not asked at every reading: it needs the entries sorted.
+    Not checked on every read, because it sorts the entries.
     """
     counts = group_counts(batch)
     exact = entry_groups(counts) == 0
     keys = joint_index(batch.positions, batch.ids, metadata.vocab_size)
     if (bad := np.isin(keys[~exact], keys[exact], assume_unique=metadata.num_samples == 1)).any():
         index = int(np.flatnonzero(~exact)[bad.argmax()])
-        return f"{_of_entry(batch, rows, index)}: target id {batch.ids[index]} is both exact and sampled"
+        return f"{_describe_entry(batch, rows, index)}: target id {batch.ids[index]} is both exact and sampled"
     return None
 
 
 def find_invalid_value(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
-    """The first value that no codebook can stand for (NaN, a log-probability above 0, ...)."""
+    """The first value that its codebook cannot represent (NaN, a log-probability above 0, ...), or None."""
     for name, values in (
         ("target_logprobs", batch.logprobs),
         ("residual_logprob", batch.residual_logprob),
@@ -71,7 +70,7 @@ def find_invalid_value(batch: RowBatch, rows: range, metadata: CacheMetadata) ->
     ):
         if (bad := metadata.codebooks[name].invalid(values)).any():
             index = int(bad.argmax())
-            where = _of_entry if name == "target_logprobs" else of_position
+            where = _describe_entry if name == "target_logprobs" else describe_position
             highest = metadata.codebooks[name].values[-1]
             return f"{where(batch, rows, index)}: {name} {values[index]}, expected up to {highest}"
     return None
@@ -80,7 +79,7 @@ def find_invalid_value(batch: RowBatch, rows: range, metadata: CacheMetadata) ->
 def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | None:
     vocab_size, counts = metadata.vocab_size, batch.counts
 
-    # A segment table that does not cover the row would put a document boundary in the wrong place.
+    # Segments that do not cover the row would put a document boundary in the wrong place.
     lengths = np.asarray(batch.segment_lengths, np.int64)
     if (lengths < 1).any():
         return f"segment length {lengths.min()}, expected at least 1"
@@ -94,7 +93,7 @@ def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | N
         return _report(batch, rows, bad, f"input id outside the vocabulary of {vocab_size}")
     if batch.labels is None:
         if (bad := batch.loss_mask[last := np.cumsum(lengths) - 1]).any():
-            where = of_position(batch, rows, int(last[bad.argmax()]))
+            where = describe_position(batch, rows, int(last[bad.argmax()]))
             return f"{where}: loss_mask set at the end of a segment, where nothing is predicted"
     elif (bad := batch.loss_mask & _outside(batch.labels, vocab_size)).any():
         return _report(batch, rows, bad, f"label outside the vocabulary of {vocab_size}")
@@ -112,7 +111,7 @@ def _positions(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | N
         if (bad := of_samples != counts.astype(np.int64) - batch.exact_counts).any():
             return _report(batch, rows, bad, "sample counts that do not add up to the sampled entries")
     if metadata.head is None and (bad := batch.loss_mask & (counts == 0)).any():
-        return _report(batch, rows, bad, "a counted position without targets")
+        return _report(batch, rows, bad, "a loss token without targets")
     return None
 
 
@@ -127,10 +126,10 @@ def _entries(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | Non
         return None
     if ids.max() >= metadata.vocab_size or ids.min() < 0:
         index = int(_outside(ids, metadata.vocab_size).argmax())
-        where = _of_entry(batch, rows, index)
+        where = _describe_entry(batch, rows, index)
         return f"{where}: target id {ids[index]}, expected below {metadata.vocab_size}"
 
-    # Ids ascend except where a position's entries, or its sampled ones, begin.
+    # Ids ascend except at the first entry of a position and of each of its samples.
     descends = np.empty(len(ids), np.bool_)
     descends[0] = False
     np.less_equal(ids[1:], ids[:-1], out=descends[1:])
@@ -144,7 +143,7 @@ def _entries(batch: RowBatch, rows: range, metadata: CacheMetadata) -> str | Non
     descends[first[first < len(ids)]] = False
     if descends.any():
         index = int(descends.argmax())
-        where = _of_entry(batch, rows, index)
+        where = _describe_entry(batch, rows, index)
         return f"{where}: target id {ids[index]} after {ids[index - 1]}, expected ascending ids"
     return None
 
@@ -158,15 +157,15 @@ def _outside(values: NDArray[Any], limit: int) -> NDArray[np.bool_]:
 
 
 def _report(batch: RowBatch, rows: range, bad: NDArray[np.bool_], what: str) -> str:
-    return f"{of_position(batch, rows, int(bad.argmax()))}: {what}"
+    return f"{describe_position(batch, rows, int(bad.argmax()))}: {what}"
 
 
-def of_position(batch: RowBatch, rows: range, index: int) -> str:
-    """Where the position at `index` of all those of the batch is, in words."""
+def describe_position(batch: RowBatch, rows: range, index: int) -> str:
+    """Row and position of flat position `index`, for messages."""
     row = int(np.searchsorted(batch.token_offsets, index, side="right")) - 1
     return f"row {rows[row]}, position {index - batch.token_offsets[row]}"
 
 
-def _of_entry(batch: RowBatch, rows: range, index: int) -> str:
+def _describe_entry(batch: RowBatch, rows: range, index: int) -> str:
     position = int(np.searchsorted(batch.entry_starts, index, side="right")) - 1
-    return of_position(batch, rows, position)
+    return describe_position(batch, rows, position)

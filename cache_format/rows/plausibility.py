@@ -1,17 +1,15 @@
-"""Whether the probabilities of a position, and its entropy, can be those of one distribution.
+"""Check that the probabilities and the entropy of each position can belong to one distribution.
 
-All of them were rounded to values of a codebook, so nothing adds up exactly. But each value says between which numbers
-it lay before (`Codebook.rounded_from`), and with these bounds the questions have certain answers:
+All values were rounded to a codebook, so sums are not exact. `Codebook.rounded_from` gives the interval that each value
+had before rounding, and with these bounds the checks never refuse a correct cache:
 
-    mass       Σp of the exact entries + residual = 1
-    sample     the weights of N draws sum to the residual, those of systematic sampling give or take one point
-    entropy    that of the exact entries, plus between -m·log m (one token has all the residual m) and
-               m·log(V - n) more (all V - n other tokens share it)
+    mass       Σp of the exact entries + tail mass = 1
+    sample     weights of N draws sum to the tail mass; of systematic sampling, within one point of it
+    entropy    that of the exact entries, plus between -m·log m (one token has all the tail mass m) and
+               m·log(V - n) more (the V - n other tokens share it)
 
-No true cache is refused, and a cache whose log-probabilities are of another base, scale, temperature or position hardly
-passes. A cache whose values `convert` has changed was rounded more than once, and is not asked.
-
-Shapes: N positions, E entries.
+A cache whose log-probabilities have another base, scale, temperature or position rarely passes. Values that conversion
+has changed were rounded twice and are not checked. Shapes: N positions, E entries.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_format.manifest.metadata import CacheMetadata
-from cache_format.rows.invariants import of_position
+from cache_format.rows.invariants import describe_position
 from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import entry_groups, group_counts
 
@@ -68,7 +66,7 @@ def find_implausible(batch: RowBatch, rows: range, metadata: CacheMetadata) -> s
 
 
 def _surprise(low: NDArray[np.float64], high: NDArray[np.float64]) -> Bounds:
-    """The least and the most that -p·log p can be for p between two bounds; it rises up to 1/e and falls to 0 at 1."""
+    """Smallest and largest -p·log p for p between two bounds; the maximum is at 1/e."""
     low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
 
     def value(p: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -81,4 +79,4 @@ def _surprise(low: NDArray[np.float64], high: NDArray[np.float64]) -> Bounds:
 
 def _where(batch: RowBatch, rows: range, bad: NDArray[np.bool_], text: str, *values: NDArray[np.floating]) -> str:
     index = int(bad.argmax())
-    return f"{of_position(batch, rows, index)}: " + text.format(*(float(value[index]) for value in values))
+    return f"{describe_position(batch, rows, index)}: " + text.format(*(float(value[index]) for value in values))

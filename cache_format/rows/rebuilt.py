@@ -1,10 +1,9 @@
-"""Whole distributions again, of the states and the head that a cache holds: what can be asked of them without torch.
+"""Targets from hidden states: the head of a cache applied to its states, with numpy alone.
 
-    logits     head · state of each position
-    top-K      the ordinary targets that conversion writes and `distill inspect` shows
-    entropy    beside the stored one: a head that is not of these states, or a state of another position, has another
+    top-K      the targets that conversion writes and `distill inspect` shows
+    entropy    compared with the stored one, to detect a wrong head or a state of another position
 
-A product with [V, D] for every position: some thousand positions a second and core at 49,152 × 576.
+Cost: a product with [V, D] per position, some thousand positions per second and core at 49,152 × 576.
 
 Shapes: N positions of a batch, n of a chunk, V vocabulary, D width, K entries.
 """
@@ -19,23 +18,23 @@ from numpy.typing import NDArray
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import VOCAB_BLOCK, StoredHead
 from cache_format.rows.hidden import HiddenStates
-from cache_format.rows.invariants import of_position
+from cache_format.rows.invariants import describe_position
 from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow, FloatArray, SparseTargets
 
 CHUNK_POSITIONS = 64
-CHECKED_POSITIONS = 8  # of a record batch
+CHECKED_POSITIONS = 8  # per record batch
 STANDARD_DEVIATIONS = 8.0
 SLACK = 2e-3  # nats: float32 sums over a large vocabulary
-LOGIT_EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # of the dtype that the teacher computed its logits in
+LOGIT_EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # by the dtype of the teacher's logits
 
 
-def sparse(targets: SparseTargets, hidden: HiddenStates, head: StoredHead, k: int) -> SparseTargets:
-    """The K most likely tokens of every position that has a state, as exact entries; the others get none.
+def top_k_targets(targets: SparseTargets, hidden: HiddenStates, head: StoredHead, k: int) -> SparseTargets:
+    """The K most likely tokens of every position that has a state, as exact entries; other positions get no entries.
 
     Args:
-        targets: of the same positions, whose entropy stays.
-        k: at most the vocabulary.
+        targets: of the same positions; their entropy is kept.
+        k: at most V.
     """
     ids, logprobs, residual = [], [], np.zeros(len(targets.entropy), np.float32)
     states, where = hidden.values(head.spec.layer), np.flatnonzero(hidden.mask)
@@ -61,10 +60,9 @@ def sparse(targets: SparseTargets, hidden: HiddenStates, head: StoredHead, k: in
 
 
 def rebuilt_targets(row: CacheRow, head: StoredHead, k: int, positions: slice) -> SparseTargets:
-    """Of a row of hidden targets the K most likely tokens at some of its positions, as exact entries; the others have
-    none.
+    """Top-K targets at some positions of a row of hidden targets; the other positions have no entries.
 
-    Raises: ValueError if the row was read without the states.
+    Raises: ValueError if the row was read without its states.
     """
     hidden = row.hidden
     if hidden is None or head.spec.layer not in hidden.states:
@@ -74,15 +72,16 @@ def rebuilt_targets(row: CacheRow, head: StoredHead, k: int, positions: slice) -
     kept = chosen[hidden.mask]
     layer = head.spec.layer
     scales = {layer: hidden.scales[layer][kept]} if layer in hidden.scales else {}
-    return sparse(row.targets, HiddenStates(chosen, {layer: hidden.states[layer][kept]}, scales), head, k)
+    return top_k_targets(row.targets, HiddenStates(chosen, {layer: hidden.states[layer][kept]}, scales), head, k)
 
 
-def find_other_entropy(batch: RowBatch, rows: range, metadata: CacheMetadata, head: StoredHead) -> str | None:
-    """A position at which head and state have another entropy than the one stored, as "where: found, expected", or
-    None. Asked of a few positions, evenly spaced.
+def find_entropy_mismatch(batch: RowBatch, rows: range, metadata: CacheMetadata, head: StoredHead) -> str | None:
+    """The first position where head and state do not give the stored entropy, as "where: found, expected", or None.
+    Checks a few evenly spaced positions.
 
-    Rounding a state moves each logit at random: by σ, the root of Σ W² times the variance of the rounding. That moves
-    the entropy −Σ p log p by σ·(the standard deviation of log p) or less; of that, eight times is allowed.
+    Rounding a state changes each logit by a random amount with standard deviation σ = √(Σ W² · variance of the
+    rounding). This changes the entropy −Σ p log p by at most about σ · (standard deviation of log p); eight times that
+    is allowed.
     """
     assert batch.hidden is not None
     stored = np.flatnonzero(batch.hidden.mask)
@@ -104,7 +103,7 @@ def find_other_entropy(batch: RowBatch, rows: range, metadata: CacheMetadata, he
     if (bad := (entropy < low - slack) | (entropy > high + slack)).any():
         i = int(bad.argmax())
         return (
-            f"{of_position(batch, rows, int(stored[chosen[i]]))}: its state and the head have an entropy of "
+            f"{describe_position(batch, rows, int(stored[chosen[i]]))}: its state and the head have an entropy of "
             f"{entropy[i]:.2f} nats, stored is {batch.entropy[stored[chosen[i]]]:.2f}"
         )
     return None
@@ -113,7 +112,7 @@ def find_other_entropy(batch: RowBatch, rows: range, metadata: CacheMetadata, he
 def _rounding_variance(
     hidden: HiddenStates, layer: int, chosen: NDArray[np.int64], states: FloatArray
 ) -> NDArray[np.float64]:
-    """[n, D] variance of what storing a state has changed in each of its numbers."""
+    """[n, D] variance of the rounding error of each stored number."""
     if layer in hidden.scales:
         steps = np.broadcast_to(hidden.scales[layer][chosen, None], states.shape).astype(np.float64)
     else:
@@ -122,7 +121,7 @@ def _rounding_variance(
 
 
 def _largest_variance(head: StoredHead, variances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[n] of any logit, before scale and soft-cap, neither of which makes it much larger than the scale."""
+    """[n] largest variance of a logit. A soft-cap only makes it smaller."""
     largest: NDArray[np.float64] = np.zeros(len(variances))
     for start in range(0, len(head.weight), VOCAB_BLOCK):
         squares = np.square(head.rows(slice(start, start + VOCAB_BLOCK)))

@@ -1,7 +1,7 @@
-"""Consecutive rows as flat arrays, column by column: between rows and any encoding of them.
+"""Consecutive rows as flat arrays, the form that encodings read and write.
 
-Every column is one array over all rows, with the offsets that cut it into rows. Rows are views of it, not copies.
-Nothing here loops over positions.
+Each field is one array over all rows, with offsets that cut it into rows. Rows are views, not copies. Nothing here
+loops over positions.
 
 Shapes: R rows, N positions of all rows, E entries of all positions, S segments of all rows, M samples.
 """
@@ -22,7 +22,7 @@ Offsets = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class RowBatch:
-    """Consecutive rows, column by column."""
+    """Consecutive rows as flat arrays."""
 
     rows: NDArray[np.uint64]  # [R]
     token_offsets: Offsets  # [R + 1] into every per-position array
@@ -37,9 +37,9 @@ class RowBatch:
     exact_counts: IntArray  # [N]
     residual_logprob: FloatArray  # [N]
     entropy: FloatArray  # [N]
-    labels: IntArray | None  # [N], alignment "same"
-    sample_counts: IntArray | None = None  # [N, M], where positions have several samples
-    hidden: HiddenStates | None = None  # of the layers that were asked for
+    labels: IntArray | None  # [N] only with alignment "same"
+    sample_counts: IntArray | None = None  # [N, M] only if M > 1
+    hidden: HiddenStates | None = None  # of the decoded layers
 
     @property
     def num_tokens(self) -> int:
@@ -55,12 +55,12 @@ class RowBatch:
 
     @property
     def entry_starts(self) -> Offsets:
-        """[N + 1] where the entries of each position begin."""
+        """[N + 1] index of the first entry of each position, and E."""
         return offsets(self.counts)
 
     @property
     def positions(self) -> Offsets:
-        """[E] of which position each entry is."""
+        """[E] position of each entry."""
         return np.repeat(np.arange(self.num_tokens), self.counts)
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ def concatenate(rows: Sequence[CacheRow]) -> RowBatch:
 
 
 def offsets(lengths: Sequence[int] | IntArray) -> Offsets:
-    """[n + 1] where each of n things begins that lie one after the other, and where the last one ends."""
+    """[n + 1] start of each of n consecutive pieces, and the end of the last."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -1,12 +1,11 @@
-"""What a cache holds, as numpy arrays: the targets of a sequence, and the sequence itself.
+"""Contents of a cache as numpy arrays: a token row, and the teacher's targets for it.
 
-Index t always speaks of the prediction made *from* position t. Nothing here shifts anything, and
-nothing downstream should: the one place that knows which token a prediction is about is
-`CacheRow.label_ids`.
+Index t always describes the prediction made *from* position t. Nothing here shifts anything, and nothing downstream
+should: `CacheRow.label_ids` alone knows which token a prediction is about.
 
-Shapes: T positions of a row, E entries of all its positions, S documents (segments) packed in it.
-Arrays keep the narrow integer types of the file and are read-only views of a decoded record batch:
-copy before changing one, widen before arithmetic that could wrap.
+Shapes: T positions of a row, E entries of all its positions, S documents (segments) packed in it, M samples. Arrays
+keep the narrow integer types of the file and are read-only views of a decoded record batch: copy before you change one,
+widen before arithmetic that could overflow.
 """
 
 from __future__ import annotations
@@ -29,30 +28,29 @@ IGNORE_INDEX = -100  # what the losses of transformers and torch skip
 
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
-    """A teacher's distribution at every position, as a list of entries and what they leave out.
+    """A teacher's distribution at every position of a row: a list of entries and the tail mass.
 
-    The entries of all positions stand one after the other. Those of one position: the exact ones
-    first, then the sampled tail, each group by ascending id. An exact entry's `logprobs` is the
-    token's log-probability; a sampled entry's is the log of its weight.
+    The entries of all positions are concatenated. Within a position the exact entries come first, then the sampled
+    ones, each group by ascending id. `logprobs` of an exact entry is the token's log-probability, of a sampled entry
+    the log of its weight.
 
-    With M > 1 samples of the tail they stand one after the other, each by ascending id, with weights
-    that make all of them together one estimate: a token may occur in several. `sample` gives one
-    alone, `merged` each token once.
+    M > 1 samples of the tail follow one another, each by ascending id. Their weights make all of them together one
+    estimate, and a token may occur in several. `sample` returns one of them, `merged` each token once.
     """
 
     counts: IntArray  # [T] entries at each position; 0 only where loss_mask is False
     ids: IntArray  # [E] token ids
     logprobs: FloatArray  # [E] natural log
-    exact_counts: IntArray  # [T] how many of the entries are exact
-    residual_logprob: FloatArray  # [T] log(1 - sum of the exact probabilities), -inf allowed
+    exact_counts: IntArray  # [T] number of exact entries
+    residual_logprob: FloatArray  # [T] log of the tail mass, 1 - sum of the exact probabilities; may be -inf
     entropy: FloatArray  # [T] nats, of the teacher's full distribution
-    sample_counts: IntArray | None = None  # [T, M] entries of each sample, where there are several
+    sample_counts: IntArray | None = None  # [T, M] entries of each sample; None unless M > 1
 
     @property
     def num_samples(self) -> int:
-        """M: estimates of the same tail; 1 also if nothing is sampled. Each is unbiased alone. Those of `random` are
-        independent; those of `threshold` share one random number and start 1/M apart, so that all together are one
-        systematic sample of τ/M, which varies less than M independent ones would.
+        """M, number of samples of the tail; 1 if nothing is sampled. Each sample alone is unbiased. Samples of `random`
+        targets are independent; those of `threshold` targets share one random number and start 1/M apart, so that
+        together they are one systematic sample with threshold τ/M and have less variance than independent samples.
         """
         return 1 if self.sample_counts is None else self.sample_counts.shape[1]
 
@@ -72,7 +70,7 @@ class SparseTargets:
         return self.ids[entries], self.logprobs[entries]
 
     def sample(self, index: int) -> SparseTargets:
-        """The exact entries and sample `index` (0 to M - 1) alone, an unbiased estimate by itself."""
+        """The exact entries and sample `index` (0 to M - 1): an unbiased estimate."""
         index = range(self.num_samples)[index]
         if self.sample_counts is None:
             return self
@@ -90,7 +88,7 @@ class SparseTargets:
         )
 
     def merged(self) -> SparseTargets:
-        """All samples as one: each token once, with the sum of its weights."""
+        """All samples as one: each token once per position, with the sum of its weights."""
         if self.sample_counts is None:
             return self
         sampled = entry_groups(group_counts(self)) > 0
@@ -113,7 +111,7 @@ class SparseTargets:
     def sorted_by_probability(self) -> SparseTargets:
         """The same targets with the exact entries of each position most likely first.
 
-        Equal probabilities stay by ascending id; the sampled entries stay where they are.
+        Equal probabilities stay in order of their ids; sampled entries keep their order.
         """
         position = np.repeat(np.arange(len(self.counts)), self.counts)  # [E]
         rank = np.arange(self.num_entries) - self.offsets[position]
@@ -124,7 +122,7 @@ class SparseTargets:
 
 
 class _Entries(Protocol):
-    """What `SparseTargets` and `RowBatch` have in common."""
+    """The counts that `SparseTargets` and `RowBatch` both have."""
 
     @property
     def counts(self) -> IntArray: ...
@@ -135,7 +133,7 @@ class _Entries(Protocol):
 
 
 def group_counts(entries: _Entries) -> NDArray[np.int64]:
-    """[N, 1 + M] at each position the exact entries, then those of each sample; M is 1 where nothing is sampled."""
+    """[N, 1 + M] exact entries of each position, then entries of each sample; M is 1 if nothing is sampled."""
     exact, samples = np.asarray(entries.exact_counts, np.int64), entries.sample_counts
     if samples is None:
         samples = np.asarray(entries.counts, np.int64) - exact
@@ -143,7 +141,7 @@ def group_counts(entries: _Entries) -> NDArray[np.int64]:
 
 
 def entry_groups(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[E] 0 for an exact entry, 1 + i for one of sample i, from `group_counts`."""
+    """[E] 0 for an exact entry, 1 + i for an entry of sample i; `counts` as from `group_counts`."""
     return np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.ravel())
 
 
@@ -159,15 +157,15 @@ class CacheRow:
 
     row: int  # index in the tokenised corpus
     input_ids: IntArray  # [T]
-    loss_mask: NDArray[np.bool_]  # [T] whether the prediction made from t counts
+    loss_mask: NDArray[np.bool_]  # [T] whether t is a loss token
     segment_lengths: IntArray  # [S] lengths of the packed documents; their sum is T
     targets: SparseTargets
-    labels: IntArray | None = None  # [T] stored only where the alignment is "same"
-    hidden: HiddenStates | None = None  # of the layers that the cache holds and was opened with
+    labels: IntArray | None = None  # [T] only with alignment "same"
+    hidden: HiddenStates | None = None  # of the layers that the cache was opened with
 
     @property
     def label_ids(self) -> NDArray[np.int64]:  # [T]
-        """The token that the prediction made from t is about; -100 where it does not count."""
+        """The token that the prediction made from t is about; -100 where t is not a loss token."""
         if self.labels is None:
             labels = np.empty(len(self.input_ids), np.int64)
             labels[:-1] = self.input_ids[1:]

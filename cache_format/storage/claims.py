@@ -1,21 +1,13 @@
-"""Who writes what: a claim is a small file in `claims/` that names its owner, for as long as the owner works on it.
+"""Claims: small files in `claims/` that say which writer works on what, for as long as it works on it.
 
-    claims/all.0.json          the whole cache, one writer: what `CacheWriter` takes
-    claims/shard-00007.0.json  one shard, of several writers: what `SharedCacheWriter` takes
+    claims/all.0.json          the whole cache, one writer (`CacheWriter`)
+    claims/shard-00007.0.json  one shard, several writers (`SharedCacheWriter`)
 
-Files instead of locks of the operating system, because those hold on one machine only (flock), or not on object stores
-at all. Creating a file that must not exist yet is what every storage can do for several at once.
-
-**Dead owners.** An owner on this very machine is asked for: no such process, no claim. Of an owner elsewhere nothing
-is known but the time of its last heartbeat, a touch of the file every tenth of `stale_after_s`; ages are differences
-of times that the storage itself has set, so that no two clocks are compared. An owner that was only suspended finds
-out before it publishes a shard (`Claims.lost`).
-
-**Taking over** a stale claim never deletes it: the next generation (`all.1.json`) is created beside it, which again
-only one can do, and the highest generation owns. Deleting and creating anew could delete what a quicker one created.
-
-Claims save work, and keep a second writer out. What the shards hold does not rest on them: a shard is a function of its
-rows, and gets its name when it is complete.
+Every storage can create a file that must not exist yet; locks of the operating system work on one machine only. A claim
+is stale if its process on this machine has ended, or, for another machine, if its heartbeat (a touch every tenth of
+`stale_after_s`) is older than `stale_after_s` by the clock of the storage. To take over a stale claim, a writer creates
+the next generation (`all.1.json`) and never deletes the old one first, which could delete a newer claim. The highest
+generation owns. Claims only save work: the bytes of a shard depend on its rows alone.
 """
 
 from __future__ import annotations
@@ -39,23 +31,23 @@ from cache_format.storage.directory import Directory, is_temporary
 CLAIMS = "claims"
 WHOLE = "all"
 STALE_AFTER_S = 300.0
-HEARTBEATS = 10  # so many in STALE_AFTER_S
+HEARTBEATS = 10  # per STALE_AFTER_S
 CLOCK_EVERY_S, MOST_PAUSE_S = 60.0, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A process, so that another one can tell whether it is still there."""
+    """A process, identified so that others can tell whether it is still running."""
 
     host: str
     machine: str  # boot and process namespace: where `pid` means something; empty if unknown
     pid: int
-    pid_started: int  # in ticks since boot: another process may get the same number; 0 if unknown
-    since: str  # UTC, for people
+    pid_started: int  # in ticks since boot, because process numbers are reused; 0 if unknown
+    since: str  # UTC, for messages
     token: str  # of one `Claims`
 
     def died(self) -> bool:
-        """True if that is certain: it was a process of this machine, and is none now."""
+        """True only if it certainly ended: it was a process of this machine."""
         if not self.machine or self.machine != _machine():
             return False
         started = _pid_started(self.pid)
@@ -64,12 +56,12 @@ class Owner:
 
 @dataclass(frozen=True)
 class Holder:
-    """Somebody else's claim, as it was found."""
+    """A claim of another writer."""
 
     name: str
     generation: int
-    owner: Owner | None  # None: unreadable, because it is being written this moment, or by something else
-    age_s: float | None  # since the last heartbeat; None if the storage tells no times
+    owner: Owner | None  # None: unreadable, perhaps because it is just being written
+    age_s: float | None  # since the last heartbeat; None if the storage has no times
     stale: bool
 
     def __str__(self) -> str:
@@ -80,7 +72,7 @@ class Holder:
 
 
 class Claims:
-    """What one writer has claimed in a directory. Renews it in the background; `close` gives everything back."""
+    """The claims of one writer in a directory, renewed in the background until `close`."""
 
     def __init__(self, directory: Directory, stale_after_s: float = STALE_AFTER_S) -> None:
         self._directory = directory
@@ -95,7 +87,7 @@ class Claims:
         self._clock = -CLOCK_EVERY_S, 0.0  # monotonic time of a look at the storage's clock, its lead over that
 
     def take(self, name: str) -> Holder | None:
-        """Claims `name`, if nobody alive has. Returns: whoever has; None if it is now ours, or was already."""
+        """Claim `name` unless a living writer has it. Returns: that writer, or None if the claim is ours."""
         if name in self._held:
             return None
         before = self._holder(name)
@@ -103,13 +95,13 @@ class Claims:
             return before
         file = _file(name, 0 if before is None else before.generation + 1)
         if not self._directory.create_new(file, json.dumps(asdict(self._owner)).encode()):
-            return self._holder(name) or Holder(name, 0, None, None, False)  # given back this moment: ask again
+            return self._holder(name) or Holder(name, 0, None, None, False)  # just released: the caller asks again
         with self._guard:
             self._held[name] = file
-        # What was judged stale may have been given back and taken anew meanwhile, or somebody been quicker.
+        # Meanwhile the stale claim may have been released and taken again, or another writer was faster.
         for holder in self._generations(name):
-            quicker = holder.owner is not None and holder.owner != self._owner
-            if quicker and not holder.stale and (before is None or holder.owner != before.owner):
+            faster = holder.owner is not None and holder.owner != self._owner
+            if faster and not holder.stale and (before is None or holder.owner != before.owner):
                 self.release(name)
                 return holder
         if before is not None:
@@ -118,13 +110,13 @@ class Claims:
         return None
 
     def release(self, name: str) -> None:
-        """Gives a claim back. The generations below first: none of them may come to be the highest."""
+        """Release a claim; lower generations first, so that none of them becomes the highest."""
         with self._guard:
             file = self._held.pop(name, None)
             self._lost.discard(name)
         if file is None:
             return
-        with contextlib.suppress(OSError):  # no space, no network: it will be stale
+        with contextlib.suppress(OSError):  # no space, no network: it becomes stale
             generation = _parse(file)[1]
             for below in range(generation):
                 self._directory.remove(_file(name, below))
@@ -132,33 +124,32 @@ class Claims:
             self._directory.remove_folder(CLAIMS)
 
     def lost(self, name: str) -> bool:
-        """Whether a claim that was taken is no longer ours: this process was silent for too long, and somebody else
-        took over."""
+        """Whether somebody else took over a claim of ours, because this process was silent for too long."""
         if name in self._lost or name not in self._held:
             return True
         found = [holder.generation for holder in self._generations(name)]
         return not found or max(found) != _parse(self._held[name])[1]
 
     def others(self) -> list[Holder]:
-        """Claims of others that are not stale, in order of their names."""
+        """Claims of other writers that are not stale, sorted by name."""
         highest: dict[str, str] = {}
         for file in sorted(self._files(), key=lambda file: _parse(file)[1]):
             highest[_parse(file)[0]] = file
         found = []
         for name in sorted(highest.keys() - self._held.keys()):
-            with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            with contextlib.suppress(FileNotFoundError):  # released meanwhile
                 found.append(self._look(highest[name]))
         return [holder for holder in found if not holder.stale]
 
     def sweep(self) -> None:
-        """Removes the claims of everybody else, for when there is nothing left to claim."""
+        """Remove the claims of all other writers, when nothing is left to claim."""
         for file in self._files():
             if file not in self._held.values():
                 self._directory.remove(file)
         self._directory.remove_folder(CLAIMS)
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Release all claims."""
         self._closed.set()
         for name in list(self._held):
             self.release(name)
@@ -168,7 +159,7 @@ class Claims:
         return [name for name in names if _is_claim(name)]
 
     def _holder(self, name: str) -> Holder | None:
-        """The owner of a claim: that of the highest generation."""
+        """The holder of the highest generation of a claim."""
         return max(self._generations(name), key=lambda holder: holder.generation, default=None)
 
     def _generations(self, name: str) -> list[Holder]:
@@ -176,7 +167,7 @@ class Claims:
         for file in self._files():
             if _parse(file)[0] != name:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            with contextlib.suppress(FileNotFoundError):  # released meanwhile
                 found.append(self._look(file))
         return found
 
@@ -189,16 +180,16 @@ class Claims:
         age = None if modified is None else max(0.0, self._now() - modified)
         stale = owner.died() if owner is not None else False
         if not stale and age is not None and age > self.stale_after_s:
-            # A process of this machine that lives has its claim, however busy it is.
+            # A living process of this machine keeps its claim, even without heartbeats.
             stale = owner is None or owner.machine != self._owner.machine or not owner.machine
         return Holder(name, generation, owner, age, stale)
 
     def _now(self) -> float:
-        """By the clock that `modified` goes by: asked now and then, through a file made for it."""
+        """Time by the storage's clock, measured now and then with a probe file."""
         asked, lead = self._clock
         if time.monotonic() - asked >= CLOCK_EVERY_S:
             probe = f"{CLAIMS}/.now.{secrets.token_hex(4)}.tmp"
-            with contextlib.suppress(FileNotFoundError):  # swept away meanwhile: as before
+            with contextlib.suppress(FileNotFoundError):  # swept meanwhile: keep the last measurement
                 self._directory.create_new(probe, b"")
                 asked = time.monotonic()
                 lead = (self._directory.modified(probe) or 0.0) - asked
@@ -224,7 +215,7 @@ class Claims:
                         if self._held.get(name) == file:
                             self._lost.add(name)
                 except OSError:
-                    pass  # perhaps the next one gets through
+                    pass  # the next heartbeat may succeed
 
 
 def this_process() -> Owner:
@@ -239,7 +230,7 @@ def this_process() -> Owner:
 
 
 def refused(directory: Directory, holder: Holder, stale_after_s: float) -> CacheError:
-    """For a writer that finds another one at work."""
+    """The error of a writer that finds another writer at work."""
     what = "this cache" if holder.name == WHOLE else holder.name
     return CacheError(
         f"{directory.path()}: {holder} writes {what}: nothing was changed. Wait for it or stop it; if it is gone, its "
@@ -249,7 +240,7 @@ def refused(directory: Directory, holder: Holder, stale_after_s: float) -> Cache
 
 
 def wait_for(claims: Claims, name: str) -> None:
-    """Takes a claim, waiting for whoever has it."""
+    """Take a claim, waiting until it is free."""
     for pause in pauses():
         if claims.take(name) is None:
             return
@@ -257,7 +248,7 @@ def wait_for(claims: Claims, name: str) -> None:
 
 
 def pauses() -> Iterator[float]:
-    """Seconds between one look and the next, for ever: what ends soon is noticed soon, what does not is left alone."""
+    """Seconds between two checks, growing without end: short waits are noticed soon, long ones cost little."""
     pause = 0.02
     while True:
         yield pause
@@ -289,7 +280,7 @@ def _read_owner(data: bytes) -> Owner | None:
 
 
 def _machine() -> str:
-    """Equal where a process number means the same process. Only where /proc says so: Linux."""
+    """Boot and process namespace; equal where a process number means the same process. Empty if not Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -298,7 +289,7 @@ def _machine() -> str:
 
 
 def _pid_started(pid: int) -> int | None:
-    """In ticks since boot; None if there is no such process, or only what its parent has not collected yet."""
+    """Start time in ticks since boot; None if there is no such process, or only a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

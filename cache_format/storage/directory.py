@@ -1,9 +1,8 @@
-"""Where a cache lives: a local directory, or anything that fsspec can reach.
+"""The directory of a cache: local, or anything that fsspec can reach, with the same few operations.
 
-Both kinds offer the same few operations. Locally a file appears under its name only when it is
-complete and on disk (temporary name, fsync, rename, fsync of the directory), and shards are read
-through a memory map. On object stores there is no rename; an upload is visible only when finished,
-so files go straight to their final names.
+Locally a file appears under its name only when it is complete and on disk (temporary name, fsync, rename, fsync of the
+directory), and shards are memory-mapped. Object stores have no rename, but an upload is visible only when it is
+finished, so files go straight to their final names.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import pyarrow as pa
 from cache_format.cache_errors import FormatError
 from cache_format.storage.remote import TEMPORARY_SUFFIX, RemoteDirectory, file_system_of
 
-# What file systems without hard links say to one (FAT, some network and user-space file systems).
+# Errors of file systems without hard links (FAT, some network and user-space file systems).
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
@@ -37,7 +36,7 @@ class ShardFile(Protocol):
 
     @property
     def readings(self) -> int:
-        """How often to read what has a wrong checksum before believing it."""
+        """Number of attempts to read a range whose checksum is wrong."""
 
     def read(self, start: int, stop: int) -> pa.Buffer: ...
 
@@ -60,35 +59,35 @@ class Directory(Protocol):
         """Raises: FileNotFoundError."""
 
     def create(self, name: str) -> AbstractContextManager[str]:
-        """Context manager: a path to write to; the file gets its name if the block ends well."""
+        """Context manager: a path to write to; the file gets its name if the block succeeds."""
 
     def create_new(self, name: str, data: bytes) -> bool:
-        """Write a small file unless there is one of that name: of several processes one gets True.
+        """Write a small file unless the name exists: of several processes exactly one gets True.
 
         Local: a hard link, which network file systems make atomically as well. Object stores: a conditional upload
-        where the store has it, else a look before.
+        where the store supports it, otherwise a check before.
         """
 
     def touch(self, name: str) -> None:
-        """Make `modified` now. Raises: FileNotFoundError."""
+        """Set `modified` to now. Raises: FileNotFoundError."""
 
     def modified(self, name: str) -> float | None:
-        """Seconds, by the clock of the storage; None if it tells no times. Raises: FileNotFoundError."""
+        """Time in seconds by the storage's clock; None if it has no times. Raises: FileNotFoundError."""
 
     def remove(self, name: str) -> None: ...
 
     def remove_folder(self, name: str) -> None:
-        """An empty folder; one that is not, or not there, is left."""
+        """Remove an empty folder; does nothing if it is missing or not empty."""
 
     def remove_tree(self, name: str) -> None:
-        """A folder and everything in it, if it is there."""
+        """Remove a folder and its contents, if it exists."""
 
     def path(self, name: str = "") -> str:
-        """For messages."""
+        """Full path, for messages."""
 
 
 def open_directory(location: str | os.PathLike[str]) -> Directory:
-    """Raises: CacheError for a file, or a URL that fsspec has nothing for."""
+    """Raises: CacheError for a file, or a URL that fsspec does not support."""
     text = os.fspath(location)
     if "://" not in text:
         return _local(Path(text))
@@ -99,13 +98,13 @@ def open_directory(location: str | os.PathLike[str]) -> Directory:
 
 
 def inside(inner: str | os.PathLike[str], outer: str | os.PathLike[str]) -> bool:
-    """Whether one location is the other or lies in it, by whatever names they go: links, `..`, another spelling."""
+    """Whether `inner` is `outer` or lies in it, after resolving links, `..` and spellings."""
     (store, one), (other_store, other) = _place(inner), _place(outer)
     if store != other_store:
         return False
     if store is not None:
         return one[: len(other)] == other
-    # Of two paths the existing part is what the file system says it is: names may differ in case, or by a mount.
+    # Ask the file system about the existing part: names may differ in case, or by a mount.
     here, there = Path(*one), Path(*other)
     parents = [path for path in (here, *here.parents) if path.exists()]
     return there in (here, *here.parents) or (there.exists() and any(os.path.samefile(path, there) for path in parents))
@@ -124,7 +123,7 @@ def _place(location: str | os.PathLike[str]) -> tuple[str | None, tuple[str, ...
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a killed run may have left this file behind."""
+    """Whether this is a file of a run that was killed, or is still writing."""
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
@@ -195,7 +194,7 @@ class LocalDirectory:
             try:
                 _make_folder(final.parent)
                 return _link_new(final, data)
-            except FileNotFoundError:  # another process has just removed the folder, empty as it was
+            except FileNotFoundError:  # another process just removed the empty folder
                 if attempt == 7:
                     raise
         raise AssertionError
@@ -243,7 +242,7 @@ def _link_new(final: Path, data: bytes) -> bool:
         try:
             os.link(temporary, final)
         except FileExistsError:
-            # On NFS the answer to a link that was made may get lost, and its repetition fails: the count tells.
+            # On NFS the answer to a successful link may get lost, and its retry fails: the link count decides.
             return temporary.stat().st_nlink == 2
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -271,7 +270,7 @@ def _open_new(final: Path, data: bytes) -> bool:
 
 
 def _flush_or_remove(final: Path, *paths: Path) -> None:
-    """Whoever is told that creating a file has failed will not remove it."""
+    """Flush a new file, or remove it: after an error the caller does not know that it exists."""
     try:
         for path in paths:
             _fsync(path)
@@ -281,7 +280,7 @@ def _flush_or_remove(final: Path, *paths: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents, each on disk: what lies in a folder that a power cut took away is gone."""
+    """Create a folder and its parents and flush each, so that a power cut cannot remove them."""
     if not folder.exists():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -1,12 +1,9 @@
-"""Parts of remote shards on a local disk, so that an epoch after the first reads nothing over the network.
+"""Local copies of parts of remote shards, so that epochs after the first read nothing over the network.
 
-A part is found by the checksum that the sidecar has for it: nothing can be stale, and what is damaged here is fetched
-again. Several processes may share a directory: files appear by renaming, and whoever finds the limit exceeded removes
-what was used least recently. The limit is kept to within a twentieth of it for each process that writes.
-
-Parts lie in `distill-copies` in that directory, which may be one of the user's with other things in it. Even there only
-files that have the name of a part are counted, and removed; of a part that was being written when its process was
-killed the scratch file has that name too, with an ending.
+A part is found by its checksum in the sidecar, so copies are never stale, and damaged ones are fetched again. Several
+processes may share a directory: files appear by renaming, and the process that exceeds the limit removes the least
+recently used parts. Each writing process keeps the limit to within a twentieth. Parts lie in `distill-copies` inside
+the user's directory, and only files named like a part, or like its scratch file, are counted and removed.
 """
 
 from __future__ import annotations
@@ -33,15 +30,15 @@ class ReadCache:
 
     directory: Path
     max_bytes: int
-    _written: int = field(default=-1, compare=False)  # since the directory was looked through; -1: never was
+    _written: int = field(default=-1, compare=False)  # since the directory was last listed; -1: never
 
     @classmethod
     def of(cls, directory: str | None, gigabytes: float = DEFAULT_GB) -> ReadCache | None:
-        """None without a directory."""
+        """A read cache in `directory`, or None without one."""
         return None if directory is None else cls(Path(directory).expanduser(), int(gigabytes * 1e9))
 
     def get(self, digest: str) -> pa.Buffer | None:
-        """The part with this SHA-256, if it is there; not checked."""
+        """The part with this SHA-256, unchecked, or None."""
         path = self._path(digest)
         try:
             os.utime(path)  # used now
@@ -51,7 +48,7 @@ class ReadCache:
             return None
 
     def put(self, digest: str, data: pa.Buffer) -> None:
-        """Keep a part. A full or unwritable disk is no error: it is fetched again next time."""
+        """Keep a part. A full or unwritable disk is ignored: the part is fetched again next time."""
         if data.size > self.max_bytes:
             return
         path = self._path(digest)
@@ -73,13 +70,13 @@ class ReadCache:
             return
 
     def drop(self, digest: str) -> None:
-        """Forget a part that is not what its name says."""
+        """Remove a part whose contents do not match its name."""
         with contextlib.suppress(OSError):
             self._path(digest).unlink()
 
     def _path(self, digest: str) -> Path:
-        if not is_digest(digest):  # text from a file: joined to a path it could lead anywhere
-            raise ValueError(f"{digest!r} is no SHA-256")
+        if not is_digest(digest):  # text from a file: as a path it could lead anywhere
+            raise ValueError(f"{digest!r} is not a SHA-256")
         return self.directory / FOLDER / digest[:2] / digest
 
     def _make_room(self, coming: int) -> None:
@@ -91,7 +88,7 @@ class ReadCache:
                         facts = file.stat(follow_symlinks=False)
                         found.append((facts.st_mtime_ns, facts.st_size, file.path))
         total = sum(size for _, size, _ in found)
-        # So far down that the writes until the next look fit in.
+        # Low enough for the writes until the next check.
         allowed = max(0, self.max_bytes - max(coming, self.max_bytes // SHARE_BETWEEN_LOOKS))
         for _, size, path in sorted(found):
             if total <= allowed:
@@ -103,7 +100,7 @@ class ReadCache:
 
 
 def _is_ours(file: os.DirEntry[str]) -> bool:
-    """Whether it is a part, or was to become one."""
+    """Whether this is a part or its scratch file."""
     digest, dot, rest = file.name.partition(".")
     scratch = dot and rest.endswith(SCRATCH)
     return is_digest(digest) and (not dot or bool(scratch)) and file.is_file(follow_symlinks=False)

@@ -1,12 +1,9 @@
-"""A cache on an object store, through fsspec: every operation is repeated for as long as its failure may pass.
+"""A cache on an object store, through fsspec: every operation is retried while its failure may be temporary.
 
-Connections drop, stores answer 500 and 503, bodies arrive cut short; over a cache of some thousand shards all of it
-happens. fsspec's own file systems repeat some of these, each other ones. Here all are repeated, with growing pauses,
-and what a repetition could spoil is looked at: a body is measured, an upload is compared with what lies there, and a
-file that must be new may be there because the first answer got lost. What never changes by waiting (no such file, no
-permission, no credentials) is not repeated.
-
-The last failure is an OSError with the URL and the number of attempts. Nothing else is raised on purpose.
+Connections drop, stores answer 500 and 503, bodies arrive cut short. fsspec's file systems retry some of these, each
+different ones; here all are retried, with growing pauses. Retries are made safe: the length of a body and the size of
+an upload are checked, and a file that must be new may exist because an answer got lost. Permanent failures (no such
+file, no permission, no credentials) are not retried. The last failure is an OSError with URL and number of attempts.
 """
 
 from __future__ import annotations
@@ -34,12 +31,12 @@ from cache_format.cache_errors import CacheError
 
 ATTEMPTS = 8
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0  # the pause doubles: half a minute in all
-PATIENCE_S = 300.0  # an attempt may itself take a minute: what is below repeats as well
+PATIENCE_S = 300.0  # one attempt may take a minute: lower layers retry as well
 TEMPORARY_SUFFIX = ".tmp"
 
 PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 TRANSIENT = (OSError, EOFError, TimeoutError, asyncio.TimeoutError, http.client.HTTPException)
-# Libraries below fsspec that raise exceptions of their own for what the network does.
+# Libraries below fsspec that raise their own exceptions for network failures.
 TRANSPORTS = (
     "botocore",
     "aiobotocore",
@@ -51,13 +48,13 @@ TRANSPORTS = (
     "urllib3",
     "huggingface_hub",
 )
-HOPELESS = ("credential", "validation", "notimplemented")  # in the names of their other exceptions
+HOPELESS = ("credential", "validation", "notimplemented")  # parts of the names of their permanent exceptions
 
 T = TypeVar("T")
 
 
 class CutShortError(OSError):
-    """Fewer bytes arrived, or lie there after an upload, than should."""
+    """Fewer bytes arrived, or were stored by an upload, than expected."""
 
 
 def is_transient(error: Exception) -> bool:
@@ -87,15 +84,15 @@ def repeated(operation: Callable[[], T], where: str) -> T:
             if attempt == ATTEMPTS or spent > PATIENCE_S:
                 text = f"gave up after {attempt} attempts in {spent:.0f} s ({_line(error)})"
                 raise OSError(errno.EIO, text, where) from error
-            # Many readers that failed together should not come back together.
+            # Readers that failed together should not retry together.
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, LONGEST_WAIT_S)
     raise AssertionError
 
 
 if hasattr(os, "register_at_fork"):
-    # fsspec 2024.12 leaves a forked process its parent's event loop, whose thread is not there: a new file system would
-    # wait for it for ever. Later versions do this themselves.
+    # In fsspec 2024.12 a forked process keeps its parent's event loop without its thread, so a new file system would
+    # wait forever. Later versions reset it themselves.
     os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
@@ -110,7 +107,7 @@ class RemoteFile:
     directory: RemoteDirectory
     name: str
     size: int
-    readings = 3  # a part whose checksum is wrong may have been spoilt on its way
+    readings = 3  # a wrong checksum may come from the transfer
 
     def read(self, start: int, stop: int) -> pa.Buffer:
         fs, full_name = self.directory.fs, self.directory.full(self.name)
@@ -129,7 +126,7 @@ class RemoteDirectory:
     """`storage.Directory` over fsspec. There is no rename: a file is visible when its upload is complete."""
 
     url: str
-    root: str  # in the file system's own words
+    root: str  # path in the fsspec file system
 
     @property
     def fs(self) -> Any:
@@ -174,7 +171,7 @@ class RemoteDirectory:
                 self.fs.put_file(scratch, self.full(name))
                 found, expected = self._size(name), os.path.getsize(scratch)
                 if found != expected:
-                    raise CutShortError(f"{found} bytes lie there after the upload, expected {expected}")
+                    raise CutShortError(f"{found} bytes were stored by the upload, expected {expected}")
 
             self._repeated(upload, name)
         finally:
@@ -186,7 +183,7 @@ class RemoteDirectory:
             try:
                 self.fs.pipe_file(self.full(name), data, mode="create")
             except FileExistsError:
-                # By somebody else, or by us: the answer got lost, and we or the client's library tried again.
+                # Created by another writer, or by us if the first answer got lost and the upload was retried.
                 try:
                     return self._fetch(name) == data
                 except FileNotFoundError:  # gone again
@@ -219,7 +216,7 @@ class RemoteDirectory:
         self._repeated(remove, name)
 
     def remove_folder(self, name: str) -> None:
-        """An object store has none; what has them (memory, ssh) may keep an empty one."""
+        """Does nothing: object stores have no folders, other stores may keep empty ones."""
 
     def remove_tree(self, name: str) -> None:
         def remove() -> None:
@@ -237,7 +234,7 @@ class RemoteDirectory:
         return f"{self.root}/{name}" if name else self.root
 
     def _fetch(self, name: str) -> bytes:
-        self.fs.invalidate_cache()  # of listings, in which what is new is missing
+        self.fs.invalidate_cache()  # cached listings lack new files
         data = bytes(self.fs.cat_file(self.full(name)))
         if len(data) != (size := self._size(name)):
             raise CutShortError(f"{len(data)} bytes arrived, expected {size}")
@@ -248,7 +245,7 @@ class RemoteDirectory:
         return int(self.fs.size(self.full(name)))
 
     def _make_folder(self, name: str) -> None:
-        # On an object store folders are part of the name, and asking for one may ask for a bucket.
+        # On an object store folders are part of the name, and creating one may create a bucket.
         if not hasattr(self.fs, "bucket_exists") and not hasattr(self.fs, "s3"):
             self.fs.makedirs(self.full(name).rpartition("/")[0], exist_ok=True)
 
@@ -257,8 +254,7 @@ class RemoteDirectory:
 
 
 def file_system_of(url: str) -> tuple[Any, str]:
-    """What fsspec has for a URL, and the path in its own words. Raises: CacheError if it does not know the protocol,
-    or lacks its package."""
+    """(file system, path in it). Raises: CacheError if fsspec does not know the protocol or lacks a package."""
     protocol = url.partition("://")[0]
     try:
         fs, root = fsspec.core.url_to_fs(url)
@@ -267,7 +263,7 @@ def file_system_of(url: str) -> tuple[Any, str]:
         package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
         install = f"pip install {package}" if package not in ("", "fsspec") else "Install what it names"
         raise CacheError(
-            f"{url}: {protocol}:// needs a package that is not here ({_line(error)}). {install}"
+            f"{url}: {protocol}:// needs a package that is not installed ({_line(error)}). {install}"
         ) from error
     except ValueError as error:
         raise CacheError(
@@ -280,8 +276,8 @@ def check_can_be_written(url: str) -> None:
     """Raises: CacheError for a store on which several small files cannot be created, renewed and removed."""
     if url.startswith("hf://"):
         raise CacheError(
-            f"{url}: a repository of the hub can be read as a cache, not written: every file would be a commit, and of "
-            "two processes that create one neither would be told. Write to a directory, then: distill push DIRECTORY "
+            f"{url}: a repository of the hub can be read as a cache, not written: each file would be a commit, and "
+            "two processes could create the same one unnoticed. Write to a directory, then run: distill push DIRECTORY "
             "OWNER/NAME"
         )
 

@@ -23,8 +23,8 @@ from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import StoredHead
 from cache_format.read.reader import Cache, open_cache
 from cache_format.rows.fewer import first_samples, most_likely, thinned
-from cache_format.rows.invariants import of_position
-from cache_format.rows.rebuilt import sparse
+from cache_format.rows.invariants import describe_position
+from cache_format.rows.rebuilt import top_k_targets
 from cache_format.rows.row_batch import RowBatch, concatenate
 from cache_format.storage.directory import inside, open_directory, write_bytes
 from cache_format.write.writer import CacheWriter
@@ -211,7 +211,7 @@ def _with_entries(batch: RowBatch, head: StoredHead, metadata: CacheMetadata) ->
     for i in range(len(batch)):
         row = batch.row(i)
         assert row.hidden is not None
-        targets = sparse(row.targets, row.hidden, head, metadata.max_entries)
+        targets = top_k_targets(row.targets, row.hidden, head, metadata.max_entries)
         rows.append(replace(row, targets=targets, hidden=row.hidden.only(others)))
     return concatenate(rows)
 
@@ -226,7 +226,7 @@ def _reduce(batch: RowBatch, conversion: Conversion, cache: Cache) -> RowBatch:
         if (bad := batch.loss_mask & (batch.exact_counts == 0)).any():
             rows = range(int(batch.rows[0]), int(batch.rows[-1]) + 1)
             raise CacheError(
-                f"{cache.path}: {of_position(batch, rows, int(bad.argmax()))}: no exact entry, expected at least "
+                f"{cache.path}: {describe_position(batch, rows, int(bad.argmax()))}: no exact entry, expected at least "
                 "one, the most likely token. Was it written by another program? Make the cache again."
             )
         # A new key for each thinning: with the same points, the second would select what the first has selected.

@@ -1,7 +1,7 @@
-"""Writing a cache: rows in order, cut into shards, and a manifest when the last row is there.
+"""Write a cache: rows in order, cut into shards, and a manifest after the last row.
 
-Nothing in a shard depends on when, in how many calls, or by whom its rows were written, so that a run which was killed
-anywhere continues from the directory alone (`cache_format.write.unfinished`) and ends with the same bytes.
+The bytes of a shard do not depend on when, by whom or in how many calls its rows were written. So a killed run
+continues from the directory alone (`cache_format.write.unfinished`) and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from cache_format.write.unfinished import CacheSize, UnfinishedCache, shard_info
 
 
 class CacheWriter:
-    """Writes a cache directory, alone; use it as a context manager.
+    """Writes a cache directory as its only writer. Use it as a context manager.
 
-    Leaving the block normally writes the manifest; leaving it by an exception keeps the complete
-    shards, and a writer with `resume=True` goes on from there. One thread may write while another one asks or abandons.
+    Leaving the block normally writes the manifest. Leaving it by an exception keeps the complete shards, and a writer
+    with `resume=True` continues from there. One thread may write while another reads properties or abandons the shard.
 
     Args:
         path: a local directory or an fsspec URL; must not exist, or be empty, unless resuming.
-        metadata: what is known beforehand; `metadata.corpus["rows"]` rows must be written.
+        metadata: exactly `metadata.corpus["rows"]` rows must be written.
         tokenizer_files: name -> contents, stored under `tokenizer/`.
-        head: contents of the file that `metadata.head` describes; not needed where it is already there.
+        head: contents of head.safetensors for hidden targets; not needed if the file exists.
         resume: continue an unfinished cache, or redo the missing shards of a finished one.
-        allow_finished: take a finished cache of the same metadata, and write nothing.
-        allow_rounding: continue although device, threads, batch size or library versions differ; the shards written
-            say so in their sidecars.
+        allow_finished: accept a finished cache of the same metadata, and write nothing.
+        allow_rounding: continue although device, threads, batch size or library versions differ; the sidecars of the
+            new shards record it.
         stale_after_s: seconds of silence after which a writer on another machine counts as gone.
 
     Raises: CacheError if the directory holds something else or a finished cache, or if somebody else is writing it;
@@ -71,7 +71,7 @@ class CacheWriter:
         self._cache = UnfinishedCache(self._directory, metadata, digests, allow_rounding=allow_rounding)
         self._claims = Claims(self._directory, stale_after_s)
 
-        recorded_manifest(self._directory)  # before anything is written: the directory may be something else
+        recorded_manifest(self._directory)  # raises for a directory that is not a cache
         try:
             self._begin(resume)
             if self._cache.is_finished and not allow_finished:
@@ -88,47 +88,46 @@ class CacheWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of shards written by this writer, on disk or on their way."""
+        """Bytes of shards written by this writer, the unfinished shard included."""
         return self._finished_bytes + (self._shard.bytes_written if self._shard else 0)
 
     @property
     def tokens_written(self) -> int:
-        """Tokens in `bytes_written`; rows still waiting for their record batch not included."""
+        """Tokens in `bytes_written`, without rows that wait for their record batch."""
         return self._finished_tokens + (self._shard.tokens_written if self._shard else 0)
 
     @property
     def complete(self) -> CacheSize:
-        """Shards that are complete, found or written."""
+        """Size of the complete shards, whoever wrote them."""
         return self._cache.size
 
     @property
     def is_finished(self) -> bool:
-        """Whether the manifest is there, once the block has been left."""
+        """Whether the manifest exists; valid after the block."""
         return self._cache.is_finished
 
     @property
     def wrote_manifest(self) -> bool:
-        """Whether it was this writer that ended the cache: of several, one; alone, also where it found it finished."""
+        """Whether this writer finished the cache; a single writer also returns True if it was finished before."""
         return self._cache.is_finished
 
     @property
     def taken_over(self) -> list[Holder]:
-        """Writers whose claims were taken over, since they are gone."""
+        """Dead writers whose claims were taken over."""
         return self._claims.taken_over
 
     def begin_shard(self) -> int | None:
-        """The shard to be written next, whose first row is `next_row`; None if none is left."""
+        """The next shard to write, whose first row is `next_row`; None if none is left."""
         return None if self.next_row >= self._metadata.num_rows else self.next_row // self._metadata.rows_per_shard
 
     def write(self, rows: Sequence[CacheRow]) -> None:
         """Append rows, in order, any number at a time.
 
-        Rows of a shard that is already complete are skipped, so a resuming caller may go on from
-        the first `next_row` without looking again. The arrays are kept until their record batch
-        is full: do not change them meanwhile.
+        Rows of complete shards are skipped, so a resuming caller may start at the first `next_row` and write all rows
+        after it. Do not change the arrays until their record batch is full.
 
-        Raises: ValueError for a row out of order, or one that breaks a rule of the format; ClaimLostError if somebody
-            else has taken over, and then the shard is dropped.
+        Raises: ValueError for a row out of order, or one that breaks a rule of the format; ClaimLostError if another
+            writer has taken over; the shard is then dropped.
         """
         num_rows = self._metadata.num_rows
         with self._guard:
@@ -146,7 +145,7 @@ class CacheWriter:
         self._annotations.update(facts)
 
     def abandon_shard(self) -> None:
-        """Drop the unfinished shard: `next_row` goes back to its first row."""
+        """Drop the unfinished shard and set `next_row` to its first row."""
         with self._guard:
             if self._shard or self._pending or self._waiting:
                 last_row = self.next_row - 1
@@ -168,7 +167,7 @@ class CacheWriter:
     ) -> None:
         try:
             next_row = self.next_row
-            with self._guard:  # what another thread is writing comes first
+            with self._guard:  # wait for a thread that is writing
                 self._closed = True
                 self.abandon_shard()
             if kind is None:
@@ -181,7 +180,7 @@ class CacheWriter:
         return self._cache.metadata
 
     def _begin(self, resume: bool) -> None:
-        """Make sure that the directory is ours, and find out what is already there."""
+        """Claim the directory and find its complete shards."""
         claim_alone(self._directory, self._claims)
         self._cache.begin(resume=resume)
         self._cache.remove_temporary()
@@ -234,7 +233,7 @@ class CacheWriter:
             raise self._lost(index)
         try:
             sidecar, digest = self._shard.finish(self._annotations | self._cache.shard_facts())
-        except FileNotFoundError as error:  # whoever takes over removes what is half written
+        except FileNotFoundError as error:  # a writer that takes over removes unfinished files
             if self._claims.lost(self._claim_of(index)):
                 raise self._lost(index) from error
             raise
@@ -247,8 +246,8 @@ class CacheWriter:
     def _lost(self, index: int) -> ClaimLostError:
         self.abandon_shard()
         return ClaimLostError(
-            f"{self._directory.path()}: shard {index} was taken over by somebody else, since this process gave no "
-            f"sign of life for {self._claims.stale_after_s:.0f} seconds. Nothing is lost: run the command again."
+            f"{self._directory.path()}: shard {index} was taken over by another writer, because this process gave "
+            f"no sign of life for {self._claims.stale_after_s:.0f} seconds. Nothing is lost: run the command again."
         )
 
     def _first_missing(self, shard: int) -> int:

@@ -323,7 +323,7 @@ def without_a_state(columns: dict[str, Any]) -> None:
 def test_a_counted_position_without_its_state_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "cache")
     forge_shard(tmp_path / "cache", without_a_state)
-    assert "a counted position without the state that is its target" in complaint(tmp_path / "cache")
+    assert "a loss token without the state that is its target" in complaint(tmp_path / "cache")
 
 
 # ---- wrong numbers that no checksum can find

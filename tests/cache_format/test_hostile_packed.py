@@ -176,7 +176,7 @@ LIES = {
     "a rank below 0": (top_k(), 14, {"exact counts": 1, "exact ranks": 4}, "a rank that no token has"),
     "a residual below the lowest": (top_k(), 14, {"exact counts": 1, "exact codes": -1}, "a residual that no code"),
     "a residual above the highest": (top_k(), 14, {"exact counts": 1, "residual": -1}, "a residual that no code"),
-    "no entries where they count": (top_k(), 0, {"residual": AS_EXPECTED}, "a counted position without targets"),
+    "no entries where they count": (top_k(), 0, {"residual": AS_EXPECTED}, "a loss token without targets"),
     "a token twice": (
         top_k(),
         28,

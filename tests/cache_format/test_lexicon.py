@@ -100,14 +100,14 @@ LIES = {
     "text": (b"order,candidates\n", "not a lexicon"),
     "no record batch": (arrow_file(pa.table({"order": pa.array([], pa.uint16())})), "not a lexicon"),
     "a row too many": (lexicon_file([1], [0, 0, 0], [], rows=2), "a lexicon of another vocabulary, expected 3"),
-    "null": (lexicon_file(None, None, None), "a lexicon of other tokens"),
+    "null": (lexicon_file(None, None, None), "a lexicon of another vocabulary"),
     "too few tokens": (lexicon_file([1], [0, 0], []), "a lexicon of another vocabulary, expected 3"),
-    "too many tokens": (lexicon_file([1], [0, 0, 0, 0], []), "a lexicon of other tokens"),
-    "a token twice": (lexicon_file([1, 0, 1], [0, 0, 0], []), "a lexicon of other tokens"),
-    "a token outside": (lexicon_file([1, 3], [0, 0, 0], []), "a lexicon of other tokens"),
-    "a negative token": (lexicon_file([1, -1], [0, 0, 0], [], pa.int64()), "a lexicon of other tokens"),
-    "a candidate outside": (lexicon_file([1], [0, 1, 0], [3]), "a lexicon of other tokens"),
-    "a negative candidate": (lexicon_file([1], [0, 1, 0], [-1], pa.int64()), "a lexicon of other tokens"),
+    "too many tokens": (lexicon_file([1], [0, 0, 0, 0], []), "a lexicon of another vocabulary"),
+    "a token twice": (lexicon_file([1, 0, 1], [0, 0, 0], []), "a lexicon of another vocabulary"),
+    "a token outside": (lexicon_file([1, 3], [0, 0, 0], []), "a lexicon of another vocabulary"),
+    "a negative token": (lexicon_file([1, -1], [0, 0, 0], [], pa.int64()), "a lexicon of another vocabulary"),
+    "a candidate outside": (lexicon_file([1], [0, 1, 0], [3]), "a lexicon of another vocabulary"),
+    "a negative candidate": (lexicon_file([1], [0, 1, 0], [-1], pa.int64()), "a lexicon of another vocabulary"),
     "too few candidates": (lexicon_file([1], [0, 2, 0], [2]), "found 1 candidates, its counts add up to 2"),
     "too many candidates": (lexicon_file([1], [0, 2, 0], [0, 1, 2]), "found 3 candidates, its counts add up to 2"),
     "a negative count": (lexicon_file([1], [-1, 2, 0], [2], pa.int64()), "found 1 candidates, its counts add up"),
@@ -144,7 +144,7 @@ def test_tokens_that_nobody_named_stand_behind_the_others():
 def test_a_vocabulary_that_a_manifest_only_claims_is_not_allocated(lexicon):
     tracemalloc.start()
     try:
-        with pytest.raises(cf.FormatError, match="expected the 20,000,000 of the manifest"):
+        with pytest.raises(cf.FormatError, match="expected 20,000,000 tokens"):
             Lexicon.from_bytes(lexicon.to_bytes(), 20_000_000, "here")
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:

@@ -99,7 +99,7 @@ def test_missing_credentials_say_what_to_set(name: str, fickle: Any):
 @pytest.mark.parametrize(
     "url, words",
     [
-        ("gs://bucket/cache", "gs:// needs a package that is not here .*gcsfs.* pip install gcsfs"),
+        ("gs://bucket/cache", "gs:// needs a package that is not installed .*gcsfs.* pip install gcsfs"),
         ("s4://bucket/cache", "found s4://, expected .* s3://bucket/cache .*Check the spelling"),
     ],
 )

@@ -221,7 +221,7 @@ BAD_ROWS = {
     ),
     "counted without targets": (
         lambda r: change_targets(counts=np.zeros(7, int), exact_counts=np.zeros(7, int), ids=[], logprobs=[])(r),
-        "a counted position without targets",
+        "a loss token without targets",
     ),
     "labels": (lambda r: replace(r, labels=r.input_ids), "some rows have labels and some"),
 }

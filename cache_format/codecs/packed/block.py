@@ -1,25 +1,18 @@
-"""The targets of a record batch as one block of bytes: the same numbers as in columns, entropy-coded.
+"""Targets of a record batch as one entropy-coded block of bytes: the same numbers as in columns.
 
-What is coded, in this order, with what is already known to both sides as context:
+Coded in this order, each with what is already decoded as context:
 
-    entropy         code            counts at t or not
-    exact entries   how many        counts or not, entropy
-                    their ranks     rank of the entry before, how many are left      (`lexicon`)
-                    their codes     rank, how many there are
-    residual        code            what 1 - Σp of the decoded entries predicts
-    each sample     how many        residual
-                    their ranks     as above
-                    their codes     rank; nothing where all weights are equal
+    entropy         code            loss token or not
+    exact entries   counts          loss token or not, entropy
+                    ranks           rank of the entry before, entries left      (`lexicon`)
+                    codes           rank, number of entries
+    residual        code            1 - Σp of the decoded entries
+    each sample     counts, ranks, codes as above; counts in the context of the residual
 
-Ranks of a position ascend, so only the distances are coded: which of k tokens came first says nothing, and costs
-nothing. A distance is a bucket (its exponent and the two bits after the leading one), entropy-coded, and the bits
-below, as they are. Entries are coded by their number within the position, all first ones, then all second ones: within
-such a turn everything is independent, which is what numpy and the lanes of `rans` need.
-
-The frequencies of all symbols in all contexts stand before the codes of every record batch, so a batch needs nothing
-but itself and the lexicon, and a change of topic changes the frequencies.
-
-Shapes: N positions of a record batch, E entries, M samples, W entries of a position at most.
+Entries of a position are a set, so their ranks are sorted and coded as distances: an entropy-coded bucket (exponent and
+the next two bits) and the low bits as they are. All first entries are coded, then all second ones, so that numpy can
+code each turn at once. Frequencies precede the codes: a block needs only itself and the lexicon.
+Shapes: N positions of a record batch, E entries, M samples.
 """
 
 from __future__ import annotations
@@ -85,7 +78,7 @@ class Alphabets:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The targets of a record batch as integers: what the walk reads when packing and returns when unpacking."""
+    """The targets of a record batch as integers: input of `_walk` when packing, its result when unpacking."""
 
     entropy: Ints  # [N]
     exact_counts: Ints  # [N]
@@ -98,8 +91,8 @@ class Codes:
 
 
 def pack(batch: RowBatch, metadata: CacheMetadata, lexicon: Lexicon) -> bytes:
-    """The targets of a checked batch. Raises: ValueError for a value that no code stands for."""
-    lanes = min(LANES, 1 << max(0, batch.num_entries.bit_length() - 7))  # each costs four bytes
+    """The targets of a checked batch. Raises: ValueError for a value that no code represents."""
+    lanes = min(LANES, 1 << max(0, batch.num_entries.bit_length() - 7))  # a lane costs four bytes
     coder = _Writer(Alphabets.of(metadata, lexicon), lanes)
     tokens = batch.input_ids.astype(np.int64)
     _walk(coder, batch.loss_mask, _codes(batch, tokens, metadata, lexicon), metadata)
@@ -115,14 +108,14 @@ def unpack(
     most_entries: int,
     streams: PackedStreams | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Inverse of `pack`: the fields of `RowBatch` that speak of targets.
+    """Inverse of `pack`: the fields of `RowBatch` that describe targets.
 
     Args:
         tokens: [N] input ids.
-        most_entries: that may be in there; more are refused before anything is allocated for them.
-        streams: to which is added what each stream takes.
+        most_entries: limit, checked before anything is allocated for the entries.
+        streams: collects the size of each stream.
 
-    Raises: ValueError for bytes that are not what `pack` writes.
+    Raises: ValueError for bytes that `pack` would not write.
     """
     coder = _Reader(data, Alphabets.of(metadata, lexicon), most_entries, measured=streams is not None)
     codes = _walk(coder, loss_mask, None, metadata)
@@ -180,7 +173,7 @@ def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexico
 
 
 def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metadata: CacheMetadata) -> Codes:
-    """Codes everything in `known`, or, where there is None, what the coder reads: one order for both ways."""
+    """Code `known`, or decode if it is None: one function, so that both use the same order and contexts."""
     books, counted = metadata.codebooks, loss_mask.astype(np.int64)
 
     def given(name: str, sample: int | None = None) -> Ints | None:
@@ -200,7 +193,7 @@ def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metad
     off = coder.symbols("residual", expected * PREDICTED // (top + 1), off)
     residual = off + expected - top
     if (residual < 0).any() or (residual > top).any():
-        raise ValueError("packed targets hold a residual that no code stands for")
+        raise ValueError("packed targets hold a residual that no code represents")
     samples: list[tuple[Ints, Ints, Ints]] = []
     for i in range(metadata.num_samples if metadata.sampled else 0):
         counts = coder.symbols("sample_counts", residual, given("sample_counts", i))
@@ -221,7 +214,7 @@ def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metad
 def _entries(
     coder: Coder, what: str, counts: Ints, known_ranks: Ints | None, known_codes: Ints | None
 ) -> tuple[Ints, Ints]:
-    """Ranks, ascending within a position, and codes of a group of entries."""
+    """(ranks, codes) of a group of entries; ranks ascend within a position."""
     total = coder.announce(counts)
     starts = np.cumsum(counts) - counts
     ranks = np.empty(total, np.int64)
@@ -248,7 +241,7 @@ def _exponent(values: Ints) -> Ints:
 
 
 def _expected_residual(books: Mapping[str, Codebook], position: Ints, codes: Ints, n: int) -> Ints:
-    """[N] the code of 1 - Σp, from the decoded entries. In integers, so that every machine finds the same."""
+    """[N] the code of 1 - Σp, from the decoded entries. In integers, so that every machine gets the same."""
     one = 2.0**30
     shares = np.rint(np.exp(books["target_logprobs"].values.astype(np.float64)) * one)
     left = np.maximum(one - np.bincount(position, shares[codes], n), 0.0)
@@ -259,7 +252,7 @@ def _expected_residual(books: Mapping[str, Codebook], position: Ints, codes: Int
 
 
 class Coder(Protocol):
-    """One way or the other. Symbols and values are given to a writer, and None to a reader; both return them."""
+    """Encoder or decoder. A writer is given symbols and values, a reader None; both return them."""
 
     def announce(self, counts: Ints) -> int: ...
     def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints: ...
@@ -267,7 +260,7 @@ class Coder(Protocol):
 
 
 class _Writer:
-    """Takes the symbols; their frequencies are known at the end."""
+    """Collects the symbols; their frequencies are known at the end."""
 
     def __init__(self, alphabets: Alphabets, lanes: int) -> None:
         self._alphabets, self._lanes = alphabets, lanes
@@ -313,7 +306,7 @@ class _Writer:
 
 
 class _Reader:
-    """Gives the symbols. Raises: ValueError, from every method, for bytes that no writer wrote."""
+    """Returns the symbols. Raises: ValueError, from every method, for bytes that no writer wrote."""
 
     def __init__(self, data: memoryview, alphabets: Alphabets, most_entries: int, *, measured: bool = False) -> None:
         if len(data) < HEADER.size:
@@ -365,14 +358,14 @@ class _Reader:
         self._decoder.finish()
 
     def add_to(self, streams: PackedStreams) -> None:
-        """Only where all has been read, and counted."""
+        """Add the sizes of a block that was read to its end with `measured`."""
         streams.add_block(self._counts, self._models, self._low_bits, self._table_bytes)
 
 
 def _decompress(data: memoryview, expected: int) -> NDArray[np.uint16]:
-    """Exactly so many bytes. Raises: ValueError."""
+    """Decompress to exactly `expected` bytes. Raises: ValueError."""
     try:
-        # Judged first: what a frame announces is allocated, whatever max_output_size says.
+        # Checked first: the announced size is allocated, whatever max_output_size says.
         if (announced := zstandard.frame_content_size(data)) not in (expected, -1):
             raise ValueError(f"the frequencies of packed targets announce {announced} bytes, expected {expected}")
         tables = zstandard.ZstdDecompressor().decompress(data, max_output_size=expected)

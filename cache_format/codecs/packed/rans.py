@@ -5,7 +5,7 @@ https://arxiv.org/abs/1402.3392. A symbol that takes f of 2^12 places costs 12 -
 
 Symbol i belongs to lane i mod L. All lanes share one stream of 16-bit words and do the same at the same time, which is
 what numpy is fast at: a step over 256 lanes costs some ten calls. The last symbols are coded first, so the decoder
-reads forward. Everything is integers: any language gives the same bytes.
+reads forward. All arithmetic is on integers, so any language gives the same bytes.
 
 Shapes: n symbols, L lanes, C contexts, S different symbols.
 """
@@ -19,7 +19,7 @@ from cache_format.rows.types import joint_index
 
 BITS = 12
 TOTAL = 1 << BITS
-KEPT_BITS = 4  # of a frequency
+KEPT_BITS = 4  # leading bits of a frequency
 LOW = 1 << 16  # a state is in [LOW, LOW << 16)
 
 U64 = NDArray[np.uint64]
@@ -38,13 +38,13 @@ class Model:
         symbols = np.tile(np.arange(frequencies.shape[1], dtype=np.uint16), len(frequencies))
         self.symbols = np.repeat(symbols, frequencies.ravel()).reshape(len(frequencies), TOTAL)  # by place
 
-        # The symbol that is certain whatever the context: it costs nothing, and need not be coded.
+        # A symbol that is certain in every context is not coded.
         certain = self.symbols[0, 0] if (self.symbols == self.symbols[0, 0]).all() else None
         self.certain = None if certain is None else int(certain)
 
     @classmethod
     def of(cls, symbols: Ints, contexts: Ints, num_contexts: int, num_symbols: int) -> Model:
-        """The frequencies that occur: every symbol that does gets at least one place."""
+        """Model from occurrences; every symbol that occurs gets a frequency of at least 1."""
         counts = np.bincount(joint_index(contexts, symbols, num_symbols), minlength=num_contexts * num_symbols)
         counts = counts.reshape(num_contexts, num_symbols)
         counts[~counts.any(axis=1), counts.sum(axis=0).argmax()] = 1  # contexts that do not occur
@@ -52,13 +52,13 @@ class Model:
 
 
 def _normalised(counts: Ints) -> Ints:
-    """Integers that add up to 2^12, in proportion to the counts, at least 1 where there is any."""
+    """Integers proportional to the counts that add up to 2^12, at least 1 where a count is positive."""
     present = counts > 0
     frequencies = np.where(present, np.maximum(1, counts * TOTAL // counts.sum()), 0)
-    # Four leading bits are enough: they cost a few thousandths in the codes, and save half of the table.
+    # Four leading bits suffice: the codes grow by a few thousandths, the table shrinks by half.
     coarse = np.maximum(np.frexp(frequencies)[1] - KEPT_BITS, 0)
     frequencies = frequencies >> coarse << coarse
-    # What is missing or too much goes to, or comes from, the most frequent ones.
+    # Rounding differences are taken from, or added to, the most frequent symbols.
     order = np.argsort(-frequencies, kind="stable")
     excess = int(frequencies.sum()) - TOTAL
     for symbol in order:
@@ -73,7 +73,7 @@ def _normalised(counts: Ints) -> Ints:
 
 
 class Encoder:
-    """Collects what is to be coded, in the order in which it will be decoded."""
+    """Collects symbols in the order in which they will be decoded."""
 
     def __init__(self, lanes: int) -> None:
         self.lanes = lanes
@@ -84,7 +84,7 @@ class Encoder:
             self._parts.append((model.frequencies[contexts, symbols], model.starts[contexts, symbols]))
 
     def bits(self, values: Ints, widths: Ints) -> None:
-        """Numbers of so many bits each (0 to 12), as they are."""
+        """Values of `widths` bits each (0 to 12), uncompressed."""
         frequencies = (np.uint64(1) << (np.uint64(BITS) - widths.astype(np.uint64))).astype(np.uint64)
         self._parts.append((frequencies, values.astype(np.uint64) * frequencies))
 
@@ -107,7 +107,7 @@ class Encoder:
 
 
 class Decoder:
-    """The symbols again, in the order in which they were given. Raises: ValueError if the bytes end too early."""
+    """Returns the symbols in the order in which they were given. Raises: ValueError if the bytes end too early."""
 
     def __init__(self, data: bytes | memoryview, lanes: int) -> None:
         if len(data) < 4 * lanes or len(data) % 2:
@@ -133,7 +133,7 @@ class Decoder:
         return found
 
     def bits(self, widths: Ints) -> Ints:
-        """Numbers of so many bits each."""
+        """Values of `widths` bits each."""
         found = np.empty(len(widths), np.int64)
         mask = np.uint64(TOTAL - 1)
         shifts = np.uint64(BITS) - widths.astype(np.uint64)
@@ -147,7 +147,7 @@ class Decoder:
         return found
 
     def finish(self) -> None:
-        """Raises: ValueError unless everything that was written has been read, and nothing else."""
+        """Raises: ValueError unless all words were read and every state is back at its start."""
         if self._next != len(self._words) or (self._state != LOW).any():
             raise ValueError("packed targets do not end where they should")
 

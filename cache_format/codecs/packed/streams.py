@@ -1,12 +1,9 @@
-"""What each stream of packed targets takes: measured while they are decoded, for `distill stats`.
+"""Size of each stream of packed targets, measured while they are decoded, for `distill stats`.
 
-All streams of a block share one sequence of words, so a stream has no bytes of its own; what it takes follows from the
-frequencies: a symbol of f in 2^12 takes 12 - log2 f bits, to within a thousandth (`rans`).
-
-Beside it stands the least that any coder could take with the same contexts: the entropy of the symbols that occur in
-each, Σ n_s·log2(n / n_s) over contexts and symbols s, record batch by record batch, as if the frequencies were known.
-In truth they are in the block as well, and are a stream here. The low bits of ranks are written as they are; no entropy
-is told of them, since there are too few of each value to know one.
+All streams of a block share one sequence of words, so sizes follow from the frequencies: a symbol of frequency f costs
+12 - log2 f bits, to within a thousandth (`rans`). For comparison, `entropy_bits` is a lower bound for any coder with
+the same contexts: Σ n_s·log2(n / n_s) over contexts and symbols s of each record batch, with free frequencies.
+The frequencies are a stream of their own here. Low bits of ranks are stored as they are and have no entropy estimate.
 
 Shapes: C contexts, S different symbols.
 """
@@ -21,11 +18,11 @@ import numpy as np
 from cache_format.codecs.packed.rans import BITS, Ints, Model
 
 FREQUENCIES = "frequencies"
-LOW_BITS = "_low_bits"  # behind the name of a model
+LOW_BITS = "_low_bits"  # suffix of the name of a model
 
 
 class PackedStreams:
-    """Sums over blocks: bits of each stream, and the entropy of those that are symbols in contexts."""
+    """Sums over blocks: bits of each stream, and the entropy of the streams that are coded symbols."""
 
     def __init__(self) -> None:
         self.bits: defaultdict[str, float] = defaultdict(float)
@@ -34,13 +31,13 @@ class PackedStreams:
     def add_block(
         self, counts: Mapping[str, Ints], models: Mapping[str, Model], low_bits: Mapping[str, int], table_bytes: int
     ) -> None:
-        """What one block holds.
+        """Add the streams of one block.
 
         Args:
-            counts: of each stream [C, S], how often each symbol occurred in each context; empty streams are left out.
-            models: the frequencies that it was coded with.
-            low_bits: number of bits below the symbols, by stream.
-            table_bytes: of the frequencies, compressed.
+            counts: stream -> [C, S] occurrences of each symbol in each context; empty streams are left out.
+            models: stream -> frequencies of the block.
+            low_bits: stream -> number of bits stored as they are.
+            table_bytes: compressed bytes of the frequencies.
         """
         for name, count in counts.items():
             if not (here := count > 0).any():
