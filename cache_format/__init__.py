@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
         weight_codebook,
     )
     from cache_format.manifest.answers_file import ANSWERS, write_answers
-    from cache_format.manifest.differences import FINGERPRINTS, but_for_names, differences, ignoring_names, listed
+    from cache_format.manifest.differences import FINGERPRINTS, differences, ignoring_names, listed
     from cache_format.manifest.fields import CODEBOOK_COLUMNS
     from cache_format.manifest.manifest import Manifest, sha256
     from cache_format.manifest.metadata import (
@@ -94,7 +94,6 @@ __all__ = [
     "SparseTargets",
     "StoredHead",
     "VerifySummary",
-    "but_for_names",
     "check_writable",
     "convert_cache",
     "default_codebooks",

@@ -81,9 +81,6 @@ def ignoring_names(found: Iterable[Difference], recorded: Mapping[str, Any]) -> 
     return [difference for difference in found if not is_name(difference) and not is_new(difference)]
 
 
-but_for_names = ignoring_names  # until its callers use the new name
-
-
 def listed(found: Iterable[Difference]) -> str:
     """The differences as text, rounding last."""
     return "; ".join(map(str, sorted(found, key=lambda difference: difference.rounding is not None)))

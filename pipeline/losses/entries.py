@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # in `typing` from Python 3.11 on
-
 IGNORE_INDEX = -100
 """Label of a position outside the loss mask, as in `torch.nn.functional.cross_entropy`."""
+
+
+Entries = TypeVar("Entries", bound="TargetEntries")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class TargetEntries:
         return self.labels != IGNORE_INDEX
 
     @property
-    def exact(self) -> Self:
+    def exact(self: Entries) -> Entries:
         """The exact entries alone: what every loss reads that is not linear in the teacher's probabilities."""
         place = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)
         sampled = place >= self.exact_counts[:, None]
@@ -76,16 +76,16 @@ class TargetEntries:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
-    def __getitem__(self, index: slice | Tensor) -> Self:
+    def __getitem__(self: Entries, index: slice | Tensor) -> Entries:
         return self._map(lambda tensor: tensor[index])
 
     def to(
-        self,
+        self: Entries,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
         non_blocking: bool = False,
-    ) -> Self:
+    ) -> Entries:
         """Moves all tensors to `device`, and converts the floats to `dtype`."""
 
         def move(tensor: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ class TargetEntries:
 
         return self._map(move)
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self: Entries) -> Entries:
         return self._map(Tensor.pin_memory)
 
-    def with_labels(self, labels: Tensor) -> Self:
+    def with_labels(self: Entries, labels: Tensor) -> Entries:
         return replace(self, labels=labels)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def _map(self: Entries, function: Callable[[Tensor], Tensor]) -> Entries:
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, entries_of
 from pipeline.losses.weighting import entropy_of_parts, position_weight
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # in `typing` from Python 3.11 on
-
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTargetBatch(TargetEntries):
@@ -40,7 +37,7 @@ class SparseTargetBatch(TargetEntries):
     CHUNK_POSITIONS: ClassVar[int] = 512
     """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
 
-    def prepare(self, loss: DistillLoss) -> Self:
+    def prepare(self, loss: DistillLoss) -> SparseTargetBatch:
         """Without the sampled entries, unless the loss or the reported KL reads them.
 
         Raises: ValueError for a loss on other targets, or at a temperature that these cannot be tempered to.
@@ -119,7 +116,9 @@ class SparseTargetBatch(TargetEntries):
         return sums, d_logits.scatter_add_(1, taken, torch.cat([d_entries, d_label[:, None]], dim=1))
 
     @classmethod
-    def from_rows(cls, rows: Sequence[CacheRow], length: int | None = None, temperature: float = 1.0) -> Self:
+    def from_rows(
+        cls, rows: Sequence[CacheRow], length: int | None = None, temperature: float = 1.0
+    ) -> SparseTargetBatch:
         """Pads rows to `length` positions each (default: the longest) and flattens them to N = len(rows) · length.
 
         If rows have several samples of the tail, all of them are used together.
@@ -162,7 +161,7 @@ class SparseTargetBatch(TargetEntries):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
-    ) -> Self:
+    ) -> SparseTargetBatch:
         """One row's targets as read from a cache, with labels if the loss needs them.
 
         Without `labels` every position (of `loss_mask`) is a loss token with label 0: right for a pure divergence,

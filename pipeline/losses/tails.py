@@ -20,18 +20,16 @@ entries captured at temperature 1 can be tempered (`tempered_tail`); samples, an
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.losses.entries import TargetEntries
+from pipeline.losses.entries import Entries, TargetEntries
 
 TailPolicy = Literal["sampled", "realized", "bucket", "renormalise", "label"]
 TAIL_POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)
 UNBIASED: tuple[TailPolicy, ...] = ("sampled", "realized")
-
-Entries = TypeVar("Entries", bound=TargetEntries)
 
 ABSENT = -1e30
 """Logit of a class that does not exist. Finite, so no gradient is ever inf − inf; its exp is exactly zero."""

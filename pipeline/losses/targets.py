@@ -11,15 +11,12 @@ Targets are flat: N positions, usually B rows of T. Index n is the prediction ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.losses.spec import DistillLoss
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 
 class Targets(Protocol):
@@ -40,7 +37,7 @@ class Targets(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: slice | Tensor) -> Self: ...
+    def __getitem__(self, index: slice | Tensor) -> Targets: ...
 
     def to(
         self,
@@ -48,17 +45,17 @@ class Targets(Protocol):
         dtype: torch.dtype | None = None,
         *,
         non_blocking: bool = False,
-    ) -> Self:
+    ) -> Targets:
         """Moves all tensors to `device`, and converts what the loss computes with to `dtype`."""
         ...
 
-    def pin_memory(self) -> Self: ...
+    def pin_memory(self) -> Targets: ...
 
-    def with_labels(self, labels: Tensor) -> Self:
+    def with_labels(self, labels: Tensor) -> Targets:
         """The same targets with other labels [N]."""
         ...
 
-    def prepare(self, loss: DistillLoss) -> Self:
+    def prepare(self, loss: DistillLoss) -> Targets:
         """The targets as `loss` reads them. Raises: ValueError if they cannot serve it."""
         ...
 

@@ -108,7 +108,7 @@ class AnswerStore:
         names = self._directory.names()
         if SETTINGS in names:
             recorded = json.loads(self._directory.read_bytes(SETTINGS))
-            found = cf.but_for_names(cf.differences(recorded, settings), recorded)
+            found = cf.ignoring_names(cf.differences(recorded, settings), recorded)
             different = [each for each in found if not (allow_rounding and each.rounding)]
             if different and not replace:
                 raise cf.MismatchError(

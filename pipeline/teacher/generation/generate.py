@@ -224,7 +224,7 @@ def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settin
         "tokenizer": recorded["tokenizer"],
         "prompts": {name: recorded["corpus"].get(name) for name in of_prompts},
     }
-    if found := cf.but_for_names(cf.differences(was, given), was):
+    if found := cf.ignoring_names(cf.differences(was, given), was):
         raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
 
 

@@ -242,6 +242,25 @@ def test_uld_of_equal_distributions_over_permuted_vocabularies_is_zero():
         assert uld(z, ordered).abs().max() < 1e-12
 
 
+def test_a_run_with_uld_reports_its_distance_and_the_kl(folder: Path):
+    options = {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "kd_weight": 0.5, "dataloader_num_workers": 1}
+    output = folder / "uld-run"
+    summary = train(
+        output,
+        folder / "cache",
+        student=folder / "student",
+        cross_tokenizer="uld",
+        eval_cache=str(folder / "chats"),
+        **options,
+    )
+    assert summary.kl_estimate_kind == "lower bound"
+    entries = [entry for entry in log_history(output) if "soft" in entry or "eval_soft" in entry]
+    assert len(entries) == 4
+    for entry in entries:
+        loss, ce, soft = (entry.get(name, entry.get(f"eval_{name}")) for name in ("loss", "ce", "soft"))
+        assert 0.0 < soft < 2.0 and loss == pytest.approx(0.5 * ce + 0.5 * soft, abs=2e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["project", "uld"])
 @pytest.mark.parametrize("student", ["student", "pieces"])
@@ -387,7 +406,7 @@ def test_other_tokenizer_is_refused_with_the_way_out(folder: Path):
             {"position_weighting": "teacher-entropy"},
             "teacher-entropy is unknown at positions",
         ),
-        ("merge", {}, "expected project or uld"),
+        ("merge", {}, "`cross_tokenizer` merge: expected one of project, uld"),
     ],
 )
 def test_losses_that_retokenised_targets_cannot_serve(

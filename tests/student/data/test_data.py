@@ -16,6 +16,7 @@ import cache_format as cf
 from cache_format.read.shard_reader import ShardReader
 from pipeline.losses import IGNORE_INDEX, SparseTargetBatch
 from pipeline.student.data.dataset import WINDOW, Batch, CacheDataset, LocalShuffle, collate, without_loss_tokens
+from pipeline.student.data.row_index import RowIndex
 from runs import build_cache
 from tiny import english
 
@@ -214,3 +215,15 @@ def test_a_batch_reaches_the_device_as_a_whole(cache: Path):
 def tensors(batch: Batch) -> list[torch.Tensor]:
     values = [*batch.values(), *vars(batch["targets"]).values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+# -- indices ----------------------------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 1000), data=st.data())
+def test_an_index_keeps_row_sample_and_filler(rows: int, data: st.DataObject):
+    index = RowIndex(
+        data.draw(st.integers(0, rows - 1)), data.draw(st.none() | st.integers(0, 9)), data.draw(st.booleans())
+    )
+    assert RowIndex.decode(index.encode(rows), rows) == index
+    assert RowIndex.decode(index.row, rows) == RowIndex(index.row) == RowIndex.decode(index.row - rows, rows)

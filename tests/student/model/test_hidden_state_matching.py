@@ -378,7 +378,7 @@ def test_masked_students_and_sampled_targets(masked_dir: Path, tmp_path: Path) -
         teacher=str(masked_dir / "bert"),
         data=text,
         output=str(tmp_path / "cache"),
-        hidden=HiddenRule(),
+        hidden=HiddenRule(layers="last"),
         targets=TargetRule(kind="threshold"),
         device="cpu",
     )
