@@ -110,11 +110,7 @@ def test_the_realized_tail_warns_where_the_text_may_not_be_a_sample(
 def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
     name: str, written: dict[str, Path], student_dir: Path, tmp_path: Path
 ) -> None:
-<<<<<<< HEAD
-    with pytest.raises(ConfigError, match="`tail` realized: the text of .* was drawn at `gen_temperature`"):
-=======
     with pytest.raises(ConfigError, match="`tail` realized: the text of .* was generated with `gen_temperature`"):
->>>>>>> h4
         train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
     recipe = loss_for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
     assert loss_for_held_out(recipe, cf.open_cache(written[name])).tail == "bucket"
