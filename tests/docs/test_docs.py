@@ -1,4 +1,4 @@
-"""Every command and every Python block of the pages in docs/ runs, in order, in a directory with the files they name."""
+"""Every command and Python block of the pages in docs/ runs, in order, in a directory with the files they name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 from pages import ROOT, anchors, blocks, commands, linked_anchors, linked_files, play, sections, text
@@ -145,12 +146,13 @@ def test_the_index_lists_every_page(index: str) -> None:
 
 def test_every_option_in_the_pages_exists() -> None:
     """Also in prose and tables, which are not run."""
-    known = {flag for command in main.commands.values() for option in command.params for flag in option.opts}
-    known |= {flag for command in main.commands.values() for option in command.params for flag in option.secondary_opts}
+    context = click.Context(main)
+    options = [option for name in main.list_commands(context) for option in main.get_command(context, name).params]
+    known = {flag for option in options for flag in [*option.opts, *option.secondary_opts]}
     known |= {"--help", "--help-all", "--version"}
     others = {"--nproc-per-node", "--no-python", "--max-restarts"}  # torchrun
     others |= {"--array", "--gres", "--cpus-per-task", "--requeue"}  # Slurm
     others |= {"--count"}  # benchmarks
     for page in ["README.md", *PAGES]:
-        found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text(page)))
+        found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text(page)))
         assert found - known - others == set(), page
