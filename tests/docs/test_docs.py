@@ -91,7 +91,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/hidden-states.md": causal_models,
     "docs/masked.md": masked_models,
     "docs/other-tokenizers.md": causal_models,
-    "docs/python.md": causal_models,
+    "docs/python.md": new_caches,
     RECIPES: everything,
     "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,
