@@ -1,9 +1,10 @@
-"""README and the pages of docs/ as programs: their commands, their Python, the files that they link to.
+"""README and the pages in docs/ as programs: their commands, their Python, their tables, and the files they link to.
 
-console   `$ distill …`, one command a line; a line `# NAME` says what the commands after it are
-python    run as it stands; a block that begins with `# some_file.py` is written to that file instead
+    console   `$ distill …`, one command per line; a line `# NAME` names the commands after it
+    python    runs as it is; a block that begins with `# some_file.py` is written to that file instead
+    toml      a block that begins with `# some_file.toml` is written to that file
 
-A page may be one section of it: `docs/recipes.md#Hidden states`.
+A page may be one section: `docs/recipes.md#Hidden states`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def text(page: str) -> str:
+    """The Markdown of a page, or of one of its sections."""
     file, _, heading = page.partition("#")
-    whole = (ROOT / file).read_text(encoding="utf-8")
-    return dict(_sections(whole))[heading] if heading else whole
+    markdown = (ROOT / file).read_text(encoding="utf-8")
+    return dict(_sections(markdown))[heading] if heading else markdown
 
 
 def sections(page: str) -> list[str]:
-    """Those of a page that have commands."""
+    """Names of the sections of a page that have commands."""
     return [name for heading, _ in _sections(text(page)) if commands(name := f"{page}#{heading}")]
+
+
+def anchors(page: str) -> set[str]:
+    """What a link can name after `#`: headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -38,7 +46,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def commands_of(page: str) -> dict[str, list[list[str]]]:
-    """The commands under each `# NAME` of a page's console blocks; those before the first are under no name."""
+    """The commands under each `# NAME` in a page's console blocks, without those before the first name of a block."""
     named: dict[str, list[list[str]]] = {}
     for block in blocks(page, "console"):
         current: list[list[str]] = []
@@ -51,7 +59,7 @@ def commands_of(page: str) -> dict[str, list[list[str]]]:
 
 
 def tables(page: str) -> list[list[list[str]]]:
-    """The cells of each table, its head first."""
+    """The cells of each table, with its header row first."""
     found = re.findall(r"^(\|.*\n)\|[-:| ]+\|\n((?:\|.*\n)*)", text(page), flags=re.MULTILINE)
     return [
         [[cell.strip() for cell in re.split(r"(?<= )\|(?= )", line[1:-1])] for line in (head + body).splitlines()]
@@ -60,15 +68,22 @@ def tables(page: str) -> list[list[list[str]]]:
 
 
 def linked_files(page: str) -> list[str]:
-    """Every file that a page links to, or names by its path; relative to the top of the tree."""
+    """Every file that a page links to or names by its path, relative to the repository."""
     folder = Path(page).parent
-    links = re.findall(r"\]\(([^)#:]+)\)", text(page))
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(page))
     named = re.findall(r"\b((?:pipeline|cache_format|benchmarks)/[\w/.-]*\w|cli\.py)", text(page))
     return [*((folder / link).as_posix() for link in links), *named]
 
 
+def linked_anchors(page: str) -> list[tuple[str, str]]:
+    """(page, anchor) of every link to a heading."""
+    folder = Path(page).parent
+    found = re.findall(r"\]\(([^)#:]*\.md)?#([^)]+)\)", text(page))
+    return [((folder / file).as_posix() if file else page, anchor) for file, anchor in found]
+
+
 def distill(words: list[str]) -> str:
-    """What a command prints. Raises whatever it does not succeed with."""
+    """Runs a command and returns its output. Raises the exception of a command that fails."""
     from cli import main
 
     result = CliRunner().invoke(main, words, catch_exceptions=False)
@@ -77,22 +92,24 @@ def distill(words: list[str]) -> str:
 
 
 def play(page: str) -> list[list[str]]:
-    """Runs the blocks of a page in their order, in the current directory; returns its commands."""
+    """Runs the blocks of a page in order, in the current directory; returns its distill commands."""
     ran = []
     for language, block in _blocks(page):
-        if language == "python" and (file := re.match(r"# ([\w/]+\.py)\n", block)):
+        file = re.match(r"# ([\w/]+\.(?:py|toml))\n", block)
+        if language in ("python", "toml") and file:
             Path(file[1]).write_text(block, encoding="utf-8")
         elif language == "python":
             exec(compile(block, page, "exec"), {})
         elif language == "console":
             for words in _commands(block):
-                distill(words[1:])
-                ran.append(words)
+                if words[0] == "distill":
+                    distill(words[1:])
+                    ran.append(words)
     return ran
 
 
-def _sections(whole: str) -> list[tuple[str, str]]:
-    return re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", whole, flags=re.MULTILINE)
+def _sections(markdown: str) -> list[tuple[str, str]]:
+    return re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", markdown, flags=re.MULTILINE)
 
 
 def _blocks(page: str) -> Iterator[tuple[str, str]]:
