@@ -175,6 +175,17 @@ def _plain_type(hint: Any) -> tuple[Any, bool, tuple[str, ...]]:
 # ---- from values to a configuration, and back
 
 
+@typing.runtime_checkable
+class TracksExplicit(typing.Protocol):
+    """A configuration that knows which options were given, even if at their default."""
+
+    explicit: frozenset[str]
+
+    def check_explicit(self) -> None:
+        """Raises: ConfigError for options that exclude one another."""
+        ...
+
+
 def build(config: type[T], values: Mapping[str, Any]) -> T:
     """The configuration that flat values make; options that are not named, or None, keep their defaults.
 
@@ -189,8 +200,9 @@ def build(config: type[T], values: Mapping[str, Any]) -> T:
             raise ConfigError(f"`{each.name}`: missing. Give it.")
     given = {name: value for name, value in values.items() if value is not None}
     built = _build(config, "", given)
-    if hasattr(built, "explicit"):
+    if isinstance(built, TracksExplicit):
         object.__setattr__(built, "explicit", frozenset(given))
+        built.check_explicit()
     return built
 
 

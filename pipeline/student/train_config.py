@@ -204,14 +204,19 @@ class TrainStudentConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.kd_schedule is not None and self.kd_weight != 0.9:
-            raise ConfigError("`kd_schedule`: replaces `kd_weight`. Give one of them.")
+        if self.kd_weight != 0.9:
+            self.check_explicit("kd_weight")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"`device` {self.device}: expected auto or cpu. Choose GPUs with CUDA_VISIBLE_DEVICES.")
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_dropout", "lora_targets", "dora", "lora_head", "merge_adapter"):
                 if getattr(self, name) not in (None, False, "auto"):
                     raise ConfigError(f"`{name}`: there is no adapter without `lora_rank`. Give a rank, such as 16.")
+
+    def check_explicit(self, *names: str) -> None:
+        """Raises: ConfigError for a weight of the soft loss next to its schedule."""
+        if self.kd_schedule is not None and "kd_weight" in (*self.explicit, *names):
+            raise ConfigError("`kd_schedule`: replaces `kd_weight`. Give one of them.")
 
     @property
     def sizes(self) -> Sizes:
