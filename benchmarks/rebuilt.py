@@ -29,7 +29,7 @@ from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import token_rows
 from pipeline.losses import DistillLoss, FullTargets, SparseTargetBatch, fused_head
 from pipeline.models.head import Head, open_head
-from pipeline.models.head_form import head_form
+from pipeline.models.head_export import export_head
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.targets.hidden_states import quantised
@@ -66,7 +66,7 @@ def run(settings: Settings) -> Result:
             positions = torch.arange(input_ids.shape[1])[None]
             states = torch.cat([head.hidden_states(row[None], positions)[0] for row in torch.from_numpy(input_ids)])
             table = [_error(dtype, states, head, input_ids, Path(scratch)) for dtype in DTYPES]
-            file = head_form(head).file(head.layers()[0])[0]
+            file = export_head(head).file(head.layers()[0])[0]
         angles = _angles(states.clone(), head)
         times = interleave(_losses(states.clone(), head), settings.rounds)
     finally:
@@ -188,7 +188,7 @@ def _error(dtype: str, states: Tensor, head: Head, input_ids: np.ndarray, scratc
 
 def _cache(dtype: str, states: Tensor, head: Head, input_ids: np.ndarray, path: Path) -> cf.Cache:
     last, width = head.layers()
-    file, contents = head_form(head).file(last)
+    file, contents = export_head(head).file(last)
     hidden = cf.HiddenSpec(layers=(last,), teacher_layers=last, width=width, dtype=dtype)
     targets = {**TargetRule(kind="hidden").to_json(), "hidden": hidden.to_json(), "head": file.to_json()}
     metadata = cf.CacheMetadata(

@@ -20,9 +20,10 @@ from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, check_packing, open_head
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate
-from pipeline.teacher import capture, opening
+from pipeline.teacher import opening
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.engines import transformers_engine
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import selection as targets_module
 from pipeline.teacher.targets.philox import uniforms
@@ -324,7 +325,7 @@ def test_targets_one_position_late_are_detected(packed: Path, teacher_dir: Path)
 def test_padding_left_in_the_softmax_is_detected(
     padded_teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_logits, real_targets = Head.logits, capture.sparse_targets
+    real_logits, real_targets = Head.logits, transformers_engine.sparse_targets
 
     def all_rows(head: Head, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return real_logits(head, hidden) if out is None else hidden @ head.weight.T
@@ -335,7 +336,7 @@ def test_padding_left_in_the_softmax_is_detected(
         return found._replace(logprobs=found.logprobs + lost[:, None])
 
     monkeypatch.setattr(Head, "logits", all_rows)
-    monkeypatch.setattr(capture, "sparse_targets", softmax_then_cut)
+    monkeypatch.setattr(transformers_engine, "sparse_targets", softmax_then_cut)
     cache_teacher(settings(padded_teacher_dir, text_file, tmp_path / "cache"))
     with pytest.raises(AssertionError, match="target_logprobs off by"):
         check_cache(tmp_path / "cache", padded_teacher_dir)
@@ -570,7 +571,7 @@ def test_an_occupied_output_is_refused_before_anything_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(opening, "load_model", never)
-    monkeypatch.setattr(capture, "load_tokenizer", never)
+    monkeypatch.setattr(opening, "load_tokenizer", never)
     output = tmp_path / "output"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,9 @@ from click.testing import CliRunner, Result
 import cache_format as cf
 from cli import main
 from pipeline.inspection import describe_targets
+from pipeline.options import options_of
 from pipeline.teacher import plan
+from pipeline.teacher.cache_config import GENERATION, PROCESSES, CacheTeacherConfig
 from pipeline.teacher.writing.workers import Worker
 from tiny import english
 
@@ -123,7 +126,7 @@ def test_of_several_processes_each_takes_its_own_device_and_the_first_speaks(
     result = run("plan", *words, "--output", tmp_path / "c", "--rows", 2)
     assert (result.stdout, result.stderr) == ("", "") and taken == [(1, "cpu")]
     monkeypatch.setenv("RANK", "0")
-    assert "What this cache will take" in run("plan", *words, "--output", tmp_path / "c", "--rows", 2).stdout
+    assert "Predicted cost of this cache" in run("plan", *words, "--output", tmp_path / "c", "--rows", 2).stdout
 
 
 def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):
@@ -162,7 +165,7 @@ def test_a_disk_that_is_too_small_is_said(words: list[Any], tmp_path: Path, monk
     assert "warning" not in run("plan", *given).stderr
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage() if path == tmp_path else 1 / 0)
     result = run("plan", *given)
-    assert "1.0 kB are free there, the cache will take about" in result.stderr
+    assert "1.0 kB are free there, but the cache will take about" in result.stderr
     assert json.loads(run("plan", *given, "--json").stdout)["fits"] is False
     assert json.loads(run("plan", *words, "--output", "memory://x", "--rows", 4, "--json").stdout)["fits"] is True
 
@@ -174,9 +177,9 @@ def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path
     seen: list[float] = []
     run_rows = plan._Sample.run
 
-    def watched(self: Any, rows: Any) -> None:
-        seen.extend(np.bincount(row.input_ids).max() / len(row.input_ids) for row in rows)
-        run_rows(self, rows)
+    def watched(self: Any, batch: Any) -> None:
+        seen.extend(np.bincount(request.row.input_ids).max() / request.tokens for request in batch)
+        run_rows(self, batch)
 
     monkeypatch.setattr(plan._Sample, "run", watched)
     words = ["--teacher", teacher_dir, "--data", text, "--seq-len", 64, "--device", "cpu", "--output", tmp_path / "c"]
@@ -186,10 +189,11 @@ def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path
 
 
 def test_every_option_of_the_real_thing_is_there_and_complains_alike(words: list[Any], tmp_path: Path):
-    real, planning = ({p.name for p in main.commands[name].params} for name in ("cache-teacher", "plan"))
-    writing = {"overwrite", "push_to_hub", "generate", *GENERATION_NAMES}
-    writing |= {"num_workers", "worker_index", "shard_range", "allow_rounding", "stale_after"}
-    assert real - planning == writing
+    commands = (main.get_command(click.Context(main), name) for name in ("cache-teacher", "plan"))
+    real, planning = ({p.name for p in command.params} for command in commands if command is not None)
+    declared = options_of(CacheTeacherConfig).values()
+    writing = {each.name for each in declared if each.metadata.group in (GENERATION, PROCESSES)}
+    assert real - planning == writing | {"overwrite", "push_to_hub"}
     assert planning - real == {"rows", "cost_per_hour"}
     given = [*words, "--output", tmp_path / "c"]
     for wrong in (["--targets", "random", "--top-p", 0.5], ["--top-k", 5000]):

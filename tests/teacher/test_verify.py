@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
-from pipeline.teacher import capture
+from pipeline.teacher.engines import transformers_engine
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import sparse_targets
 from pipeline.teacher.verification import verify_against_teacher
@@ -112,7 +112,7 @@ WRONG = [
 def test_a_wrong_distribution_is_found_by_its_numbers_alone(
     tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, bug: Any, rule: Any, says: str
 ):
-    monkeypatch.setattr(capture, "sparse_targets", lambda *given: bug(sparse_targets(*given)))
+    monkeypatch.setattr(transformers_engine, "sparse_targets", lambda *given: bug(sparse_targets(*given)))
     path = build_cache(tmp_path / "cache", teacher_dir, text_file, targets=rule)
     assert "every checksum holds." in verify(path)
     output = verify(path, "--deep", status=1)
@@ -123,11 +123,13 @@ def test_another_temperature_shows_only_to_the_teacher(
     tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     hot = TargetRule(top_k=16, temperature=1.3)
-    monkeypatch.setattr(capture, "sparse_targets", lambda logits, rule, *given: sparse_targets(logits, hot, *given))
+    monkeypatch.setattr(
+        transformers_engine, "sparse_targets", lambda logits, rule, *given: sparse_targets(logits, hot, *given)
+    )
     path = build_cache(tmp_path / "cache", teacher_dir, text_file, top_k=16)
     verify(path, "--deep")
     output = verify(path, "--against-teacher", teacher_dir, status=1)
-    assert "it is not what" in output and "nats at" in output
+    assert "does not match" in output and "nats at" in output
 
 
 # -- against a teacher ------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_other_weights_are_told_apart(top16: Path, tmp_path: Path):
     other = tmp_path / "other"
     tiny_llama(other, tiny_tokenizer(), seed=5)
     output = verify(top16, "--against-teacher", other, "--rows", 2, status=1)
-    assert "not the same by fingerprint" in output and "it is not what" in output
+    assert "another fingerprint" in output and "does not match" in output
     found = json.loads(verify(top16, "--against-teacher", other, "--json", status=1))
     assert found["ok"] is False and found["teacher"]["deviation"] > 0.1
 

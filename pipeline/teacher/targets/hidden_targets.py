@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
-from pipeline.models.head_form import HeadForm, head_form
+from pipeline.models.head_export import HeadExport, export_head
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 
 
@@ -20,7 +20,7 @@ from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 class WrittenHead:
     """The head of a teacher as a cache holds it."""
 
-    form: HeadForm
+    form: HeadExport
     spec: cf.HeadSpec
     contents: bytes
 
@@ -34,7 +34,7 @@ def write_down(config: CacheTeacherConfig, head: Head) -> WrittenHead | None:
     """None unless the targets are hidden states. Raises: ModelError if this head cannot be written down."""
     if config.targets.kind != "hidden":
         return None
-    form = head_form(head)
+    form = export_head(head)
     last, _ = head.layers()
     spec, contents = form.file(last + 1 if form.transforms else last)
     return WrittenHead(form=form, spec=spec, contents=contents)

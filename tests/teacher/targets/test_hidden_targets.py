@@ -20,13 +20,13 @@ from cli import main
 from dense import document_logprobs
 from full_runs import build_full, full_settings
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import head_form as head_form_module
+from pipeline.models import head_export as export_module
 from pipeline.models.head import open_head
-from pipeline.models.head_form import HeadForm, head_form
+from pipeline.models.head_export import HeadExport, export_head
 from pipeline.models.teacher_head import TeacherHead
-from pipeline.teacher import capture
 from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
@@ -154,13 +154,13 @@ def test_a_head_is_stored_in_the_narrowest_numbers_that_hold_it(tmp_path: Path) 
     with torch.no_grad():
         for each in model.get_output_embeddings().parameters():
             each.copy_(each.bfloat16().float())
-    spec, contents = head_form(open_head(model, V)).file(2)
+    spec, contents = export_head(open_head(model, V)).file(2)
     assert spec.dtype == "bfloat16" and len(contents) == cf.head_file_bytes(V, 32, "bfloat16", bias=True) == spec.bytes
     head = cf.StoredHead.of(memoryview(contents), spec, V, 32, "x")  # type: ignore[arg-type]
     assert np.array_equal(head.rows(slice(None)), model.get_output_embeddings().weight[:V].detach().numpy())
     with torch.no_grad():
         model.get_output_embeddings().bias[3] += 1e-6
-    assert head_form(open_head(model, V)).file(2)[0].dtype == "float32"
+    assert export_head(open_head(model, V)).file(2)[0].dtype == "float32"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -168,7 +168,7 @@ def test_a_head_is_stored_in_the_narrowest_numbers_that_hold_it(tmp_path: Path) 
     "name", ["llama-tied", "gemma2, soft-capping", "cohere, logit_scale", "granite, logits_scaling"]
 )
 def test_a_head_of_half_precision_is_written_down(name: str, dtype: torch.dtype) -> None:
-    form = head_form(open_head(build({**LINEAR, **OWN}[name], dtype), V))
+    form = export_head(open_head(build({**LINEAR, **OWN}[name], dtype), V))
     assert not form.transforms and form.file(2)[0].dtype == str(dtype).removeprefix("torch.")
 
 
@@ -176,12 +176,12 @@ def test_a_head_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyPa
     model = build(OWN["gemma2, soft-capping"])
     head = open_head(model, V)
     model.config.final_logit_softcapping = 20.0  # what it does, and what is known of it, are the same number
-    assert head_form(head).softcap == 20.0
-    monkeypatch.setattr(head_form_module, "CAPPED", ())
+    assert export_head(head).softcap == 20.0
+    monkeypatch.setattr(export_module, "CAPPED", ())
     with pytest.raises(
-        ModelError, match=r"`targets` hidden: Gemma2ForCausalLM's .* more to them than scale and soft-cap"
+        ModelError, match=r"`targets=hidden`: Gemma2ForCausalLM's .* more to them than scale and soft-cap"
     ):
-        head_form(head)
+        export_head(head)
 
 
 # ---- bugs that must show
@@ -192,7 +192,7 @@ def state_before_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden, found = self.head.states([1, 2], *inputs)
         return hidden, {2: found[1]}
 
-    monkeypatch.setattr(capture._Capture, "_states", states)
+    monkeypatch.setattr(TransformersEngine, "layer_states", states)
 
 
 def one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,23 +200,23 @@ def one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden = self.head.hidden_states(*inputs)
         return hidden, {2: hidden.roll(1, 1)}
 
-    monkeypatch.setattr(capture._Capture, "_states", states)
+    monkeypatch.setattr(TransformersEngine, "layer_states", states)
 
 
 def head_of_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = head_form_module._numbers
+    right = export_module._numbers
 
     def numbers(head: Any) -> Any:
         weight, *rest = right(head)
         return (weight.roll(1, 0), *rest)
 
-    monkeypatch.setattr(HeadForm, "file", with_numbers(HeadForm.file, numbers, monkeypatch))
+    monkeypatch.setattr(HeadExport, "file", with_numbers(HeadExport.file, numbers, monkeypatch))
 
 
 def with_numbers(file: Any, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def wrong(self: HeadForm, layer: int) -> Any:
+    def wrong(self: HeadExport, layer: int) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(head_form_module, "_numbers", numbers)
+            patch.setattr(export_module, "_numbers", numbers)
             return file(self, layer)
 
     return wrong
@@ -259,7 +259,7 @@ def test_other_weights_are_told_apart(teacher_dir: Path, text_file: Path, tmp_pa
     path = build_full(teacher_dir, text_file, tmp_path / "cache")
     other = tiny_llama(tmp_path / "other", tiny_tokenizer(), seed=5)
     result = CliRunner().invoke(main, ["verify", str(path), "--against-teacher", str(other), "--rows", "2"])
-    assert result.exit_code == 1 and "it is not what" in result.output and "log-probabilities" in result.output
+    assert result.exit_code == 1 and "does not match" in result.output and "log-probabilities" in result.output
 
 
 # ---- sizes, resuming, refusals
@@ -331,14 +331,14 @@ def test_what_hidden_targets_cannot_be_combined_with(teacher_dir: Path, text_fil
     config = full_settings(teacher_dir, text_file, tmp_path / "cache")
     for changes, words in (
         ({"encoding": "packed"}, "`encoding` packed: hidden targets have no entries to pack"),
-        ({"hidden": HiddenRule(every=2)}, "`hidden_every` 2: with `targets` hidden every position"),
+        ({"hidden": HiddenRule(every=2)}, "`hidden_every` 2: `targets=hidden` needs the state of every position"),
     ):
         for run in (cache_teacher, plan_cache):
             with pytest.raises(ConfigError, match=words):
                 run(replace(config, **changes))
-    with pytest.raises(ConfigError, match="hidden targets hold every temperature"):
+    with pytest.raises(ConfigError, match="hidden targets serve any temperature"):
         TargetRule(kind="hidden", temperature=2.0)
-    with pytest.raises(ConfigError, match="`top_k` 5: hidden targets have none"):
+    with pytest.raises(ConfigError, match="`top_k` 5: hidden targets do not have this option"):
         TargetRule(kind="hidden", top_k=5)
     with pytest.raises(ConfigError, match="belong to `hidden_states`"):
         cache_teacher(replace(config, targets=TargetRule()))
@@ -356,7 +356,7 @@ def test_every_command_says_what_there_is(teacher_dir: Path, text_file: Path, tm
 
     data = ["--teacher", teacher_dir, "--data", text_file, "--seq-len", 40, "--device", "cpu", "--targets", "hidden"]
     assert "▶ hidden" in run("plan", *data, "--output", tmp_path / "cache", "--rows", 4)
-    assert "all: whole distributions" in run(
+    assert "all: states and head give the full distribution" in run(
         "cache-teacher", *data, "--output", tmp_path / "cache", "--hidden-dtype", "float32"
     )
     view = run("stats", tmp_path / "cache")
