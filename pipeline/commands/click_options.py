@@ -122,13 +122,14 @@ def here_with_flags(text: str) -> str:
 
 
 def config_options(
-    config: type, *, without: Sequence[str] = (), multiple: Sequence[str] = ()
+    config: type, *, without: Sequence[str] = (), multiple: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that adds the options of a configuration, and `--config`.
 
     Args:
         without: options that this command does not have.
         multiple: options that this command takes several times, once for each run.
+        optional: options without which this command does something else.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,13 +142,17 @@ def config_options(
         )(function)
         for each in reversed(options_of(config).values()):
             if each.name not in without and not each.metadata.python_only:
-                function = _click_option(each, several=each.name in multiple)(function)
+                function = _click_option(
+                    each, several=each.name in multiple, required=each.required and each.name not in optional
+                )(function)
         return function
 
     return decorate
 
 
-def _click_option(declared: Option, *, several: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _click_option(
+    declared: Option, *, several: bool, required: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     metadata = declared.metadata
     text = metadata.help
     settings: dict[str, Any] = {"default": None}
@@ -167,7 +172,7 @@ def _click_option(declared: Option, *, several: bool) -> Callable[[Callable[...,
         default = f"{declared.default:g}" if isinstance(declared.default, float) else str(declared.default)
     if default is not None:
         text += f" [default: {default}]"
-    elif declared.required:
+    elif required:
         text += " [required]"
     return click.option(*names, declared.name, cls=_Option, help=text, **settings)
 

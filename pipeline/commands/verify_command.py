@@ -30,7 +30,7 @@ from pipeline.teacher.verify_config import TeacherCheckConfig
 @click.argument("cache")
 @click.option("--checksums", is_flag=True, help="Check every byte against its checksum. Always on.")
 @click.option("--deep", is_flag=True, help="Check every value too: counts, ids, order, sums of probabilities, entropy.")
-@config_options(TeacherCheckConfig, without=("cache",))
+@config_options(TeacherCheckConfig, without=("cache",), optional=("against_teacher",))
 @json_option()
 def command(
     cache: str, checksums: bool, deep: bool, config_file: str | None, json_file: str | None, **given: Any

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def sparse_kl(
     if labels is not None or loss_mask is not None:
         new = targets.labels if labels is None else torch.as_tensor(labels).reshape(-1)
         if loss_mask is not None:
-            new = new.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool).reshape(-1), IGNORE_INDEX)
+            new = new.masked_fill(~torch.tensor(np.asarray(loss_mask), dtype=torch.bool).reshape(-1), IGNORE_INDEX)
         targets = targets.with_labels(new)
     if len(targets) != len(logits):
         raise ValueError(f"sparse_kl: found {len(logits)} positions in the logits and {len(targets)} in the targets.")

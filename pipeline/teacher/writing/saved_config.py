@@ -9,12 +9,14 @@ from pipeline.models.loading import model_name
 from pipeline.options import CONFIG_FILE, flat, options_of
 from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
 
+NOT_SAVED = {"output", "overwrite", "trust_remote_code", "gen_keep_if"}
+
 
 def save_config(config: CacheTeacherConfig) -> None:
     """Writes the file into a finished cache, unless it is there.
 
     It leaves out the output and which process wrote what, so that every run with the same settings writes the same
-    bytes; and text given as an object, which no file can hold.
+    bytes; text given as an object, which no file can hold; and what would run code of the cache's author.
     """
     directory = open_directory(config.output)
     if CONFIG_FILE in directory.names():
@@ -23,7 +25,8 @@ def save_config(config: CacheTeacherConfig) -> None:
     options = {
         name: value
         for name, value in flat(config).items()
-        if name not in ("output", "overwrite") and declared[name].metadata.group != PROCESSES
+        if name not in ("output", "overwrite", "trust_remote_code", "gen_keep_if")
+        and declared[name].metadata.group != PROCESSES
     }
     options["teacher"] = model_name(config.teacher)
     if not isinstance(config.data.data, str | tuple):

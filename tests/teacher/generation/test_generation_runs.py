@@ -189,7 +189,7 @@ def test_answers_of_other_settings_are_neither_used_nor_lost(
         generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, keep_if=f"{predicates}:none")
     before = contents(tmp_path)
     for change in ({"temperature": 0.9}, {"seed": 1}, {"targets": TargetRule(top_k=K + 1)}, {"batch_size": 8}):
-        with pytest.raises(cf.MismatchError, match="cache.answers: holds answers .*begin anew with --overwrite"):
+        with pytest.raises(cf.MismatchError, match="cache.answers: holds answers .*begin anew with `overwrite`"):
             generate(teacher_dir, data, tmp_path / "cache", **{**ANSWERS, **change})
     assert contents(tmp_path) == before
     sizes = count_batches(monkeypatch)
@@ -204,7 +204,7 @@ def test_a_directory_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "cache.answers").mkdir()
     (tmp_path / "cache.answers/thesis.txt").write_text("years of work")
-    with pytest.raises(cf.CacheError, match="found 'thesis.txt'.*Choose another --output"):
+    with pytest.raises(cf.CacheError, match="found 'thesis.txt'.*Choose another `output`"):
         generate(teacher_dir, data, tmp_path / "cache", overwrite=overwrite)
     assert (tmp_path / "cache.answers/thesis.txt").read_text() == "years of work" and not (tmp_path / "cache").exists()
 
@@ -436,5 +436,5 @@ def test_a_masked_teacher_is_refused(tmp_path: Path, data: Path, tokenizer: PreT
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForMaskedLM(BertConfig(vocab_size=400, **shape)).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ConfigError, match="is a masked language model, which cannot go on with a text"):
+    with pytest.raises(ConfigError, match="is a masked language model, which cannot continue a text"):
         generate(tmp_path / "teacher", data, tmp_path / "cache")

@@ -344,7 +344,7 @@ def test_what_hidden_targets_cannot_be_combined_with(teacher_dir: Path, text_fil
         cache_teacher(replace(config, targets=TargetRule()))
     words = ["cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "cache"]
     result = CliRunner().invoke(main, [*map(str, words), "--targets", "hidden", "--generate"])
-    assert result.exit_code == 1 and "keeps states of texts, not of what is being written" in result.output
+    assert result.exit_code == 1 and "hidden states are stored for given text only" in result.output
     assert not (tmp_path / "cache").exists()
 
 
@@ -360,7 +360,7 @@ def test_every_command_says_what_there_is(teacher_dir: Path, text_file: Path, tm
         "cache-teacher", *data, "--output", tmp_path / "cache", "--hidden-dtype", "float32"
     )
     view = run("stats", tmp_path / "cache")
-    assert "hidden, D = 32, float32" in view and "none: states" in view and "the head 51.3 kB, once" in view
+    assert "hidden, D = 32, float32" in view and "none: states" in view and "51.3 kB of it for the head" in view
     stats = json.loads(run("stats", tmp_path / "cache", "--json"))
     assert (
         stats["exact_mass_mean"] is None and stats["head_bytes"] == (tmp_path / "cache/head.safetensors").stat().st_size
