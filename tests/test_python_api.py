@@ -87,7 +87,7 @@ def test_a_loaded_teacher_writes_the_same_shards(
     assert teacher.training, "its mode is as before"
     recorded = cf.open_cache(tmp_path / "cache").metadata.teacher
     assert recorded["weights_fingerprint"] == cf.open_cache(made / "cache").metadata.teacher["weights_fingerprint"]
-    with pytest.raises(distill.ModelError, match="`tokenizer`"):
+    with pytest.raises(distill.ConfigError, match="`tokenizer`"):
         distill.cache_teacher(teacher, text_file, tmp_path / "other", **SMALL)
 
 

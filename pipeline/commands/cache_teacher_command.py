@@ -44,9 +44,9 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
     With --generate the data are prompts: a prompt column, messages (a final answer is dropped), or text to continue.
     """
     config = build_config(CacheTeacherConfig, given, config_file)
-    check_inputs(config)
     if push_to_hub is not None:
         check_repository(config.output, push_to_hub)
+    check_inputs(config)
     if config.generation is not None:
         return _generate(config, push_to_hub, json_file)
     _capture(config, push_to_hub, json_file)
@@ -57,6 +57,10 @@ def check_inputs(config: CacheTeacherConfig) -> None:
     from pipeline.models.paths import check_model_path
     from pipeline.teacher.text.data_paths import check_data_path
 
+    if "://" in config.output:
+        from cache_format.storage.remote import check_can_be_written
+
+        check_can_be_written(config.output)
     check_model_path(config.teacher)
     check_data_path(config.data.data)
 

@@ -287,7 +287,9 @@ def test_damaged_cache(here: Path, command: str, damage: str):
 def test_damage_that_another_process_finds(here: Path):
     truncate(here / "cache" / SHARD)
     begun = ("new/distill_config.json",)
-    line = complain(here, f"{TRAIN} --max-steps 9 --dataloader-num-workers 1", SHARD, "run cache-teacher again", new=begun)
+    line = complain(
+        here, f"{TRAIN} --max-steps 9 --dataloader-num-workers 1", SHARD, "run cache-teacher again", new=begun
+    )
     assert line.startswith(f"Error: cache/{SHARD}: found")
 
 
@@ -345,7 +347,6 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
     [
         ("--student-layers 3", ("--student-layers 3", "1 layers", "from 1 to 1")),
         ("--student-config student/config.json", ("both --student and --student-config", "Leave one out")),
-        ("--learning-rate -1", ("--learning-rate -1", "expected a finite number, 0 or more")),
         ("--learning-rate nan", ("--learning-rate nan", "expected a finite number, 0 or more")),
         ("--weight-decay inf", ("--weight-decay inf", "expected a finite number, 0 or more")),
         ("--warmup nan", ("--warmup nan", "expected a finite number, 0 or more")),
@@ -355,7 +356,10 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
         ("--temperature 0", ("--temperature 0", "positive")),
         ("--device cuda:1", ("--device cuda:1", "CUDA_VISIBLE_DEVICES")),
         ("--lr-scheduler cosinus", ("cosinus", "Correct the options")),
-        ("--eval-cache cache --eval-steps 3 --save-steps 2", ("saving steps", "evaluation steps", "Correct the options")),
+        (
+            "--eval-cache cache --eval-steps 3 --save-steps 2",
+            ("saving steps", "evaluation steps", "Correct the options"),
+        ),
         ("--eval-cache student", ("student", "not a cache")),
         ("--training-args nowhere.json", ("nowhere.json", "no such file", "Check --training-args")),
         ("--training-args text.txt", ("text.txt", "not JSON", "Correct it")),
@@ -382,7 +386,12 @@ def test_options_that_do_not_go_together(here: Path, options: str, expected: tup
 
 
 def test_no_student_at_all(here: Path):
-    complain(here, TRAIN.replace(" --student student", ""), "neither --student nor --student-config", "Set --student to a model")
+    complain(
+        here,
+        TRAIN.replace(" --student student", ""),
+        "neither --student nor --student-config",
+        "Set --student to a model",
+    )
 
 
 # -- wrong usage ------------------------------------------------------------------------------------------------------
@@ -395,6 +404,7 @@ def test_no_student_at_all(here: Path):
         ("train-student", "--cache"),
         (f"{TRAIN} --batch-size 0", "--batch-size"),
         (f"{TRAIN} --epochs 0", "--epochs"),
+        (f"{TRAIN} --learning-rate -1", "--learning-rate"),
         (f"{TRAIN} --tail shave", "--tail"),
         (f"{CACHE_TEACHER} --top-k -1", "--top-k"),
         (f"{CACHE_TEACHER} --loss-on everything", "--loss-on"),

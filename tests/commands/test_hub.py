@@ -144,7 +144,7 @@ def test_the_process_that_finishes_the_cache_pushes_it(
     words += ["--seq-len", 48, "--rows-per-shard", 16, "--device", "cpu", "--push-to-hub", "someone/new"]
     by_hand = f"distill push {tmp_path / 'c'} someone/new"
     said = capture(*words, "--shard-range", "0:1").stderr.splitlines()
-    assert f"Not pushed: the cache is not finished yet. When it is: {by_hand}" in said and fake.calls == []
+    assert f"Not pushed: the cache is not finished yet. Once it is: {by_hand}" in said and fake.calls == []
     # Under torchrun the first process, which prints, may not be the last to finish.
     with monkeypatch.context() as patch:
         for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):

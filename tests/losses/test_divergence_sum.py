@@ -296,7 +296,7 @@ def test_the_documented_example_runs(own: Path, teacher_dir: Path, student_dir: 
     (own / "models/student").symlink_to(student_dir)
     build_cache(own / "caches/lists", teacher_dir, text_file)
     commands = [shlex.split(line[2:]) for line in DOCS.splitlines() if line.startswith("$ distill")]
-    assert len(commands) == 2
+    assert len(commands) == 4
     for words in commands:
         main(words[1:] + ["--max-steps", "2", "--logging-steps", "1", "--device", "cpu"], standalone_mode=False)
     logs = [entry for entry in log_history(own / "students/hellinger") if "soft" in entry]

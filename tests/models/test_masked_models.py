@@ -19,6 +19,7 @@ from masked_runs import load, settings
 from pipeline.errors import ConfigError, ModelError
 from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.head import Head, check_padding, open_head
+from pipeline.models.loading import load_tokenizer
 from pipeline.models.objective import check_objective, most_positions, objective_of
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.training.forward import install_distillation_forward
@@ -119,7 +120,7 @@ def test_a_shift_at_capture_is_detected(masked_dir: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_labels_are_the_original_tokens(kind: str, masked_dir: Path) -> None:
     cache = cf.open_cache(masked_dir / f"{kind}-cache")
-    tokenizer = capture.load_tokenizer(str(masked_dir / kind))
+    tokenizer = load_tokenizer(str(masked_dir / kind))
     found = []
     for row in cache.iter_rows():
         assert row.labels is not None and (row.labels[~row.loss_mask] == -100).all()

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerState
 
 import cache_format as cf
+from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.loading import model_name
@@ -55,10 +56,12 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
     if output.exists() and not output.is_dir():
         raise ConfigError(f"`output` {output}: found a file, expected a directory. Choose another directory.")
     occupied = output.is_dir() and any(output.iterdir())
-    ours = (output / CONFIG_FILE).is_file()
+    ours = _has_run(output)
     if config.resume:
         if occupied and not ours:
-            raise ConfigError(f"{output}: has no {CONFIG_FILE}, so there is no run to resume. Check `output`.")
+            raise ConfigError(
+                f"{output}: found no {CONFIG_FILE} of a run, so there is no run to resume. Check `output`."
+            )
         checkpoint = last_checkpoint(output)
         if checkpoint is None:
             instead = "with `overwrite=True` instead of" if occupied else "without"
@@ -85,10 +88,17 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
         )
     if occupied and not ours:
         raise ConfigError(
-            f"{output}: has no {CONFIG_FILE}, so it is not the output of a run, and `overwrite=True` does not delete "
+            f"{output}: found no {CONFIG_FILE} of a run, so it is not the output of a run, and `overwrite=True` does not delete "
             "it. Choose another directory."
         )
     return None
+
+
+def _has_run(output: Path) -> bool:
+    """Whether the directory is the output of a run. A cache has a file of the same name, and is never replaced."""
+    return (output / CONFIG_FILE).is_file() and not any(
+        (output / name).exists() for name in (MANIFEST, PARTIAL_MANIFEST)
+    )
 
 
 def last_checkpoint(output: str | Path) -> Path | None:

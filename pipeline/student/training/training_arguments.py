@@ -73,7 +73,9 @@ def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
     for name in ("learning_rate", "weight_decay", "warmup_steps"):
         if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
-            raise ConfigError(f"{_source(config)}: {name} {values[name]}: expected a number, 0 or more. Correct it.")
+            raise ConfigError(
+                f"{_source(config)}: {name} {values[name]}: expected a finite number, 0 or more. Correct it."
+            )
     try:
         arguments = TrainingArguments(
             **values,

@@ -25,8 +25,7 @@ def save_config(config: CacheTeacherConfig) -> None:
     options = {
         name: value
         for name, value in flat(config).items()
-        if name not in ("output", "overwrite", "trust_remote_code", "gen_keep_if")
-        and declared[name].metadata.group != PROCESSES
+        if name not in NOT_SAVED and declared[name].metadata.group != PROCESSES
     }
     options["teacher"] = model_name(config.teacher)
     if not isinstance(config.data.data, str | tuple):

@@ -594,12 +594,12 @@ def test_template_that_rejects_a_conversation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"loss_on": "some"}, {"sample_by": "page"}, {"window_length": 1}, {"max_documents": 0}],
+    [{"loss_on": "some"}, {"sample_by": "page"}, {"seq_len": 1}, {"max_documents": 0}],
 )
 def test_config_is_checked(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(ConfigError, match=f"{name}: found"):
-        DataConfig(data="a.txt", **options)
+    with pytest.raises(ConfigError, match=f"`{name}` .*: expected"):
+        DataConfig(data="a.txt", **options).check()
 
 
 def test_errors_have_one_root() -> None:
