@@ -91,7 +91,7 @@ def _rounds(
     documents = prose(500 if packing else 1200)  # some 125 or 300 tokens
     times: dict[str, list[float]] = {"bare": [], "capture": []}
     for i in range(settings.rounds):
-        data = DataConfig(data=str(scratch / f"{i}.jsonl"), packing=packing, window_length=sizes.row_tokens)
+        data = DataConfig(data=str(scratch / f"{i}.jsonl"), packing=packing, seq_len=sizes.row_tokens)
         _write_group(Path(data.data), documents, tokenizer, sizes, packing)
         config = CacheTeacherConfig(
             teacher=str(settings.teacher),

@@ -105,7 +105,7 @@ def _work(given: dict[str, Any], index: int, processes: int, threads: int, ready
     cache_teacher(
         CacheTeacherConfig(
             teacher=given["teacher"],
-            data=DataConfig(data=given["text"], window_length=given["row_tokens"]),
+            data=DataConfig(data=given["text"], seq_len=given["row_tokens"]),
             output=given["output"],
             targets=TargetRule(kind="threshold", top_k=1, tail_threshold=0.05, samples=1, seed=0),
             batch_size=BATCH_ROWS,

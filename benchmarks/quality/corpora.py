@@ -48,7 +48,7 @@ def build_corpora(
     for name, (trained_on, documents, tokens) in chosen.items():
         file = directory / "text" / f"{name}.jsonl"
         write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
-        corpus = build_corpus(DataConfig(data=str(file), window_length=track.window), tokenizer)
+        corpus = build_corpus(DataConfig(data=str(file), seq_len=track.window), tokenizer)
         rows = len(corpus)
         if name == TRAIN:  # whole record batches, in each share of an arm of several epochs too
             rows -= rows % (track.most_epochs * track.record_batch_rows)

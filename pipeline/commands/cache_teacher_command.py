@@ -58,9 +58,9 @@ def check_inputs(config: CacheTeacherConfig) -> None:
     from pipeline.teacher.text.data_paths import check_data_path
 
     if "://" in config.output:
-        from cache_format.storage.remote import check_can_be_written
+        from cache_format.storage.directory import open_directory
 
-        check_can_be_written(config.output)
+        open_directory(config.output)
     check_model_path(config.teacher)
     check_data_path(config.data.data)
 

@@ -61,9 +61,7 @@ class DataConfig:
     packing: bool | None = option(
         None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
     )
-    window_length: int = option(
-        1024, name="seq_len", help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True
-    )
+    seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
     num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
 
     def __post_init__(self) -> None:

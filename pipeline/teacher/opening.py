@@ -104,9 +104,9 @@ def open_teacher(
     elif text.description["packing"]:
         check_packing(model, head)
     limit = most_positions(model.config)
-    if limit is not None and config.data.window_length > limit:
+    if limit is not None and config.data.seq_len > limit:
         raise ConfigError(
-            f"`seq_len` {config.data.window_length}: this teacher was trained on at most {limit} positions. "
+            f"`seq_len` {config.data.seq_len}: this teacher was trained on at most {limit} positions. "
             f"Use `seq_len` {limit} or less."
         )
     return head

@@ -180,7 +180,7 @@ def test_the_caches_are_those_of_cache_teacher_samples_included(finished: Path, 
     directory, teacher = finished / "quick/track2", tmp_path / "teacher"
     shutil.copytree(directory / "teacher", teacher)
     shutil.copytree(directory / "tokenizer", teacher, dirs_exist_ok=True)
-    data = DataConfig(data=str(directory / "text/train.jsonl"), window_length=quick(TRACK_2).window)
+    data = DataConfig(data=str(directory / "text/train.jsonl"), seq_len=quick(TRACK_2).window)
     rule = threshold(8).rule
     cache_teacher(CacheTeacherConfig(teacher=str(teacher), data=data, output=str(tmp_path / "cache"), targets=rule))
     (path,) = (directory / "caches").glob("*/threshold-8")

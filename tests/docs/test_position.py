@@ -91,7 +91,7 @@ def test_what_is_stored_is_what_a_cache_stores(
     name: str, found: position.Position, teacher_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT + LABEL, encoding="utf-8")
-    data = DataConfig(data=str(tmp_path / "text.txt"), window_length=64)
+    data = DataConfig(data=str(tmp_path / "text.txt"), seq_len=64)
     output = str(tmp_path / "cache")
     cache_teacher(
         CacheTeacherConfig(

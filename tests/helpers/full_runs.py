@@ -14,7 +14,7 @@ def full_settings(
     teacher: Path, data: Path, output: Path, *, dtype: str = "float16", layers: str | None = None, **options: Any
 ) -> CacheTeacherConfig:
     """Rows of up to 40 tokens, documents are lines."""
-    text = DataConfig(data=str(data), window_length=40, sample_by="line")
+    text = DataConfig(data=str(data), seq_len=40, sample_by="line")
     options = {"hidden": HiddenRule(layers=layers, dtype=dtype), "rows_per_shard": 16, "batch_size": 4, **options}
     return CacheTeacherConfig(
         teacher=str(teacher), data=text, output=str(output), targets=TargetRule(kind="hidden"), device="cpu", **options

@@ -19,7 +19,7 @@ from pipeline.teacher.targets.rules import TargetRule
 
 K = 16
 OF_CACHE = {"targets", "batch_size", "rows_per_shard", "overwrite", "encoding"}
-OF_DATA = {"window_length", "text_column", "max_documents"}
+OF_DATA = {"seq_len", "text_column", "max_documents"}
 
 
 def generate(teacher: Path, data: Path, output: Path, **options: Any) -> GenerationSummary:
@@ -27,7 +27,7 @@ def generate(teacher: Path, data: Path, output: Path, **options: Any) -> Generat
     callbacks = {name: options.pop(name) for name in list(options) if name.startswith("on_")}
     of_cache = {"targets": TargetRule(top_k=K), "rows_per_shard": 16, "device": "cpu"}
     of_cache |= {name: options.pop(name) for name in OF_CACHE & set(options)}
-    of_data = {"window_length": 256} | {name: options.pop(name) for name in OF_DATA & set(options)}
+    of_data = {"seq_len": 256} | {name: options.pop(name) for name in OF_DATA & set(options)}
     config = CacheTeacherConfig(
         teacher=str(teacher), data=DataConfig(data=str(data), **of_data), output=str(output), **of_cache
     )

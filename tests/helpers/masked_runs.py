@@ -26,7 +26,7 @@ def build_masked(folder: Path) -> Path:
 
 def settings(folder: Path, kind: str, output: Path, **options: Any) -> CacheTeacherConfig:
     """How to cache a teacher of `folder`: top-16 targets, rows of up to 32 tokens, documents are lines."""
-    data = DataConfig(data=str(folder / "text.txt"), window_length=32, sample_by="line")
+    data = DataConfig(data=str(folder / "text.txt"), seq_len=32, sample_by="line")
     options = {"targets": TargetRule(top_k=16), "rows_per_shard": 16, **options}
     return CacheTeacherConfig(teacher=str(folder / kind), data=data, output=str(output), device="cpu", **options)
 

@@ -64,7 +64,7 @@ def build_cache(
     top_k: int = 16,
     targets: TargetRule | None = None,
     hidden: HiddenRule | None = None,
-    window_length: int = 48,
+    seq_len: int = 48,
     rows_per_shard: int = 32,
     packing: bool = True,
     encoding: str = "columns",
@@ -74,7 +74,7 @@ def build_cache(
     Args:
         targets: default: the `top_k` most likely tokens.
     """
-    text = DataConfig(data=str(data), window_length=window_length, sample_by="line", packing=packing)
+    text = DataConfig(data=str(data), seq_len=seq_len, sample_by="line", packing=packing)
     cache_teacher(
         CacheTeacherConfig(
             teacher=str(teacher),

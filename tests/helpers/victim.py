@@ -101,7 +101,7 @@ def settings(folder: Path, output: Path, encoding: str, worker: tuple[int, int] 
     index, count = worker or (None, None)
     return CacheTeacherConfig(
         teacher=str(folder / "teacher"),
-        data=DataConfig(data=str(folder / "text.txt"), sample_by="line", window_length=48),
+        data=DataConfig(data=str(folder / "text.txt"), sample_by="line", seq_len=48),
         output=str(output),
         targets=TargetRule(kind="threshold", top_k=1, tail_threshold=0.05, samples=1, seed=7),
         batch_size=4,

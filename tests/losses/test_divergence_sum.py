@@ -294,7 +294,8 @@ def test_the_documented_example_runs(own: Path, teacher_dir: Path, student_dir: 
     (own / code[0]).write_text(code[1])
     (own / "models").mkdir()
     (own / "models/student").symlink_to(student_dir)
-    build_cache(own / "caches/lists", teacher_dir, text_file)
+    for name in ("lists", "chats"):
+        build_cache(own / "caches" / name, teacher_dir, text_file)
     commands = [shlex.split(line[2:]) for line in DOCS.splitlines() if line.startswith("$ distill")]
     assert len(commands) == 4
     for words in commands:

@@ -23,7 +23,7 @@ from pipeline.models.loading import load_tokenizer
 from pipeline.models.objective import check_objective, most_positions, objective_of
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.training.forward import install_distillation_forward
-from pipeline.teacher import capture, opening
+from pipeline.teacher import opening
 from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
@@ -66,8 +66,8 @@ def test_positions_of_a_roberta_start_after_its_padding_token(masked_dir: Path, 
     assert limits == dict.fromkeys(KINDS, WINDOW)
     config = settings(masked_dir, "roberta", tmp_path / "cache")
     with pytest.raises(ConfigError, match=f"at most {WINDOW} positions"):
-        cache_teacher(replace(config, data=replace(config.data, window_length=WINDOW + 1)))
-    longest = replace(config.data, window_length=WINDOW, sample_by="document")
+        cache_teacher(replace(config, data=replace(config.data, seq_len=WINDOW + 1)))
+    longest = replace(config.data, seq_len=WINDOW, sample_by="document")
     cache_teacher(replace(config, data=longest))  # rows of all 64 tokens, which index position 65
     assert max(len(row.input_ids) for row in cf.open_cache(tmp_path / "cache").iter_rows()) == WINDOW
     check_cache(tmp_path / "cache", masked_dir / "roberta")

@@ -53,7 +53,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def settings(teacher: Path, text: Path, output: Path, **options) -> CacheTeacherConfig:
     return CacheTeacherConfig(
         teacher=str(teacher),
-        data=DataConfig(data=str(text), sample_by="line", window_length=48),
+        data=DataConfig(data=str(text), sample_by="line", seq_len=48),
         output=str(output),
         targets=TargetRule(top_k=8),
         batch_size=4,

@@ -51,7 +51,7 @@ def cache(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> cf.Cac
     folder = tmp_path_factory.mktemp("real-masked")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (folder / "text.txt").write_text(readme + english(60), encoding="utf-8")
-    data = DataConfig(data=str(folder / "text.txt"), window_length=128, sample_by="paragraph")
+    data = DataConfig(data=str(folder / "text.txt"), seq_len=128, sample_by="paragraph")
     given = {"data": data, "targets": TargetRule(top_k=64), "device": "cpu"}
     cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), output=str(folder / "cache"), **given))
     return cf.open_cache(folder / "cache")

@@ -77,9 +77,7 @@ def settings(teacher: Path, data: DataConfig, output: Path, **options: Any) -> C
 def test_cached_targets_equal_the_teachers_log_softmax(
     text: str, packing: bool, teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    data = DataConfig(
-        data=str(texts[text]), window_length=WINDOW, packing=packing, sample_by="paragraph", max_documents=40
-    )
+    data = DataConfig(data=str(texts[text]), seq_len=WINDOW, packing=packing, sample_by="paragraph", max_documents=40)
     cache_teacher(settings(teacher_dir, data, tmp_path / "cache", batch_size=4))
     cache = cf.open_cache(tmp_path / "cache")
     assert cache.metadata.vocab_size == VOCAB and cache.metadata.capture["head"] == "linear"
@@ -98,7 +96,7 @@ def test_shuffled_batches_carry_their_own_targets_and_cost_what_the_codebook_cos
     teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     """The teacher as its own student: quantisation costs .0012 nats of KL, a wrong pairing whole ones."""
-    data = DataConfig(data=str(texts["prose"]), window_length=WINDOW, sample_by="paragraph", max_documents=40)
+    data = DataConfig(data=str(texts["prose"]), seq_len=WINDOW, sample_by="paragraph", max_documents=40)
     cache_teacher(settings(teacher_dir, data, tmp_path / "cache"))
     cache = cf.open_cache(tmp_path / "cache")
     head = open_head(model, VOCAB)
@@ -123,7 +121,7 @@ def test_fused_equals_the_reference_on_the_real_head(
     tail: str, teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     """At its real size, V = 49,152, with the states of a student that is not the teacher."""
-    data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=4, loss_on="assistant")
+    data = DataConfig(data=str(texts["chat"]), seq_len=WINDOW, max_documents=4, loss_on="assistant")
     cache_teacher(settings(teacher_dir, data, tmp_path / "cache"))
     batch = collate(cf.open_cache(tmp_path / "cache").rows([0]))
     targets = captured_for(batch["targets"], tail, 2.0)
@@ -150,7 +148,7 @@ def test_fused_equals_the_reference_on_the_real_head(
 def test_answers_have_the_log_probabilities_of_a_second_plain_pass(
     teacher_dir: Path, model: PreTrainedModel, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=8)
+    data = DataConfig(data=str(texts["chat"]), seq_len=WINDOW, max_documents=8)
     config = settings(teacher_dir, data, tmp_path / "cache")
     generate_cache(config, GenerationConfig(temperature=0.7, top_p=0.9, answers_per_prompt=2, max_new_tokens=24))
     cache = cf.open_cache(tmp_path / "cache")

@@ -41,8 +41,8 @@ class Killed(Exception):
 
 
 def settings(teacher: Path, data: Path, output: Path, **options: Any) -> CacheTeacherConfig:
-    names = {"packing", "window_length", "loss_on"}
-    data_options: dict[str, Any] = {"sample_by": "line", "window_length": WINDOW}
+    names = {"packing", "seq_len", "loss_on"}
+    data_options: dict[str, Any] = {"sample_by": "line", "seq_len": WINDOW}
     options = {"targets": TargetRule(top_k=K), **options}
     data_options |= {name: options.pop(name) for name in names & set(options)}
     return CacheTeacherConfig(
@@ -557,7 +557,7 @@ def test_logits_that_are_not_numbers_stop_the_run_with_the_row(
         model.model.embed_tokens.weight[broken] = torch.nan
     check_packing(model, open_head(model, len(tokenizer)))
     model.save_pretrained(teacher)
-    config = settings(teacher, text, tmp_path / "cache", packing=False, window_length=128)
+    config = settings(teacher, text, tmp_path / "cache", packing=False, seq_len=128)
     with pytest.raises(ModelError, match=r"^row 20, position \d+: the teacher's logits hold NaN"):
         cache_teacher(config)
     assert not (tmp_path / "cache" / "manifest.json").exists()
@@ -606,5 +606,5 @@ def test_windows_longer_than_the_teacher_can_read_are_refused(
     teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="`seq_len` 2049: this teacher was trained on at most 2048"):
-        cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", window_length=2049))
+        cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", seq_len=2049))
     assert not (tmp_path / "cache").exists()

@@ -13,7 +13,7 @@ from pipeline.teacher.writing.shard_sizes import grouping
 
 
 def config(window: int, **options: int) -> CacheTeacherConfig:
-    data = DataConfig(data="d", window_length=window)
+    data = DataConfig(data="d", seq_len=window)
     return replace(CacheTeacherConfig(teacher="t", data=data, output="o"), **options)
 
 

@@ -50,7 +50,7 @@ def contents(path: Path, without: str = "") -> dict[str, bytes]:
 def settings(teacher: Path, text: Path, output: Path, *, encoding: str = "columns", **workers) -> CacheTeacherConfig:
     return CacheTeacherConfig(
         teacher=str(teacher),
-        data=DataConfig(data=str(text), sample_by="line", window_length=48),
+        data=DataConfig(data=str(text), sample_by="line", seq_len=48),
         output=str(output),
         targets=TargetRule(top_k=8),
         batch_size=4,
@@ -200,8 +200,8 @@ def test_a_cache_goes_on_with_the_rows_together_that_it_was_begun_with(
     """By a release that put other numbers of rows together: they are no setting that anybody could give again."""
     config = replace(settings(teacher_dir, text_file, tmp_path / "cache"), rows_per_shard=None)
     with monkeypatch.context() as patch:
-        patch.setattr(grouping, "RECORD_BATCH_TOKENS", 3 * config.data.window_length)
-        patch.setattr(grouping, "SHARD_TOKENS", 12 * config.data.window_length)
+        patch.setattr(grouping, "RECORD_BATCH_TOKENS", 3 * config.data.seq_len)
+        patch.setattr(grouping, "SHARD_TOKENS", 12 * config.data.seq_len)
         cache_teacher(replace(config, output=str(tmp_path / "whole")))
         cache_teacher(config) if finished else interrupted(config)
     summary = cache_teacher(config)

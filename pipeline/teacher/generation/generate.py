@@ -133,7 +133,7 @@ def generate_cache(
                 rule=config.targets,
                 sampling=generation,
                 stop_tokens=frozenset(stop_tokens),
-                max_length=config.data.window_length,
+                max_length=config.data.seq_len,
             ),
             answers_per_prompt=generation.answers_per_prompt,
             predicate=predicate,
@@ -193,7 +193,7 @@ def _finished(
     data = {name: getattr(config.data, name) for name in ("data_config", "split", "text_column", "max_documents")}
     compared = [
         ("targets", recorded["targets"], config.targets.to_json()),
-        ("corpus", corpus, {"window_length": config.data.window_length, **data}),
+        ("corpus", corpus, {"window_length": config.data.seq_len, **data}),
         ("generation", corpus.get("generation", {}), {**generation.to_json(), **_kept_by(generation, predicate)}),
         ("manifest", recorded, {"encoding": config.encoding}),
     ]
@@ -250,7 +250,7 @@ def _settings(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": engine.vocab_size,
         "prompts": {**prompts.description, "number": len(prompts)},
-        "max_length": config.data.window_length,
+        "max_length": config.data.seq_len,
         "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
         "targets": config.targets.to_json(),
         "capture": engine.describe(),
@@ -304,7 +304,7 @@ def _corpus(
     report: dict[str, int | float] = {
         "documents": len(prompts),
         "empty_prompts": int(np.count_nonzero(prompts.lengths == 0)),
-        "long_prompts": int(np.count_nonzero(prompts.lengths >= prompts.config.window_length)),
+        "long_prompts": int(np.count_nonzero(prompts.lengths >= prompts.config.seq_len)),
         **counts,
         "rows": len(selection.chosen),
         "tokens": selection.tokens,

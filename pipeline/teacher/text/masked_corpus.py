@@ -59,10 +59,10 @@ class MaskedCorpus:
     ) -> None:
         self._masker, self._around = masker, around
         self._tokens = DocumentTokens(documents.tokens)
-        most = config.window_length - sum(map(len, around))
+        most = config.seq_len - sum(map(len, around))
         if most < 1:
             raise ConfigError(
-                f"`seq_len` {config.window_length}: expected more than the {sum(map(len, around))} special tokens "
+                f"`seq_len` {config.seq_len}: expected more than the {sum(map(len, around))} special tokens "
                 "around each window."
             )
         windows = cut_windows(self._tokens.lengths, most)
@@ -81,7 +81,7 @@ class MaskedCorpus:
                 f"{data_name(config.data)}: no loss tokens in it ({format_counts(self.report)}), expected text with "
                 f"tokens that may be masked, with `loss_on` {documents.loss_on}. Check `text_column` and `loss_on`."
             )
-        options = {"window_length": config.window_length, "around": around, "masker": masker.fingerprint()}
+        options = {"window_length": config.seq_len, "around": around, "masker": masker.fingerprint()}
         stream = load_or_compute(
             documents.tokens, options, (__file__, masking.__file__, packing.__file__), self._fingerprint
         )
@@ -90,7 +90,7 @@ class MaskedCorpus:
         self.report |= {
             "tokens": self.num_tokens,
             "counted_tokens": self.num_counted_tokens,
-            "fill_ratio": self.num_tokens / (len(self) * config.window_length),
+            "fill_ratio": self.num_tokens / (len(self) * config.seq_len),
             "ignored_files": documents.source.ignored_files,
         }
         self.description: dict[str, Any] = {**describe(documents, config), "masking": masker.describe()}

@@ -76,7 +76,7 @@ class RowPlan:
 def plan_rows(
     lengths: np.ndarray,
     *,
-    window_length: int,
+    seq_len: int,
     packing: bool,
     keep: Callable[[Pieces], np.ndarray] | None = None,
 ) -> RowPlan:
@@ -84,20 +84,20 @@ def plan_rows(
 
     Args:
         lengths: tokens of each document, int [documents].
-        window_length: maximum number of tokens in a row, at least 2.
+        seq_len: maximum number of tokens in a row, at least 2.
         packing: several pieces per row instead of one.
         keep: which pieces to keep, bool [P]; default: all. The others are counted in the report.
     """
-    pieces = cut_documents(lengths, window_length)
+    pieces = cut_documents(lengths, seq_len)
     kept = pieces[keep(pieces)] if keep is not None else pieces
-    rows = pack_pieces(kept.lengths, window_length) if packing else np.arange(len(kept))
+    rows = pack_pieces(kept.lengths, seq_len) if packing else np.arange(len(kept))
     order = np.argsort(rows, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
     report = {
         "documents": len(lengths),
         "empty_documents": int(np.count_nonzero(lengths == 0)),
         "single_token_pieces": int(np.count_nonzero(lengths == 1)),
-        "documents_cut": int(np.count_nonzero(lengths > window_length)),
+        "documents_cut": int(np.count_nonzero(lengths > seq_len)),
         "windows": len(pieces),
         "windows_without_targets": len(pieces) - len(kept),
         "rows": len(offsets) - 1,
@@ -106,19 +106,19 @@ def plan_rows(
     return RowPlan(kept[order], offsets, report)
 
 
-def cut_documents(lengths: np.ndarray, window_length: int) -> Pieces:
+def cut_documents(lengths: np.ndarray, seq_len: int) -> Pieces:
     """Windows that overlap by one token; none for documents of fewer than two tokens."""
-    step = window_length - 1  # predictions per window
+    step = seq_len - 1  # predictions per window
     transitions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
     windows = -(-transitions // step)
     document = np.repeat(np.arange(len(lengths)), windows)
     first_window = np.cumsum(windows) - windows
     start = (np.arange(len(document)) - first_window[document]) * step
-    stop = np.minimum(start + window_length, transitions[document] + 1)
+    stop = np.minimum(start + seq_len, transitions[document] + 1)
     return Pieces(document, start, stop)
 
 
-def pack_pieces(lengths: np.ndarray, window_length: int) -> np.ndarray:
+def pack_pieces(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     """The row of each piece, int64 [P]: the fullest open row with room for it, or a new one."""
     rows = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), ascending
@@ -128,7 +128,7 @@ def pack_pieces(lengths: np.ndarray, window_length: int) -> np.ndarray:
         if fit < len(open_rows):
             free, row = open_rows.pop(fit)
         else:
-            free, row = window_length, next_row
+            free, row = seq_len, next_row
             next_row += 1
         rows[piece] = row
         insort(open_rows, (free - length, row))
@@ -165,7 +165,7 @@ class TokenCorpus:
         self._tokens = DocumentTokens(documents.tokens)
         plan = plan_rows(
             self._tokens.lengths,
-            window_length=config.window_length,
+            seq_len=config.seq_len,
             packing=config.packing is not False,
             keep=lambda pieces: self._tokens.count_targets(pieces) > 0,
         )
@@ -180,7 +180,7 @@ class TokenCorpus:
         self.report: dict[str, int | float] = {
             **plan.report,
             "counted_tokens": self.num_counted_tokens,
-            "fill_ratio": self.num_tokens / (plan.num_rows * config.window_length),
+            "fill_ratio": self.num_tokens / (plan.num_rows * config.seq_len),
             "ignored_files": documents.source.ignored_files,
         }
         self.description = describe(documents, config)
@@ -202,7 +202,7 @@ class TokenCorpus:
     @cached_property
     def token_stream_sha256(self) -> str:
         """sha256 of all rows: T and S as little-endian int64, then ids int32, loss mask uint8, segments int32."""
-        options = {"window_length": self._config.window_length, "packing": self._config.packing is not False}
+        options = {"window_length": self._config.seq_len, "packing": self._config.packing is not False}
         return load_or_compute(self._documents.tokens, options, (__file__,), self._fingerprint).sha256
 
     def _fingerprint(self) -> StreamFacts:

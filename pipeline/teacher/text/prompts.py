@@ -55,7 +55,7 @@ class Prompts:
     @cached_property
     def answerable(self) -> np.ndarray:
         """bool [prompts]: the prompt is not empty and leaves room for an answer."""
-        return (self.lengths > 0) & (self.lengths < self.config.window_length)
+        return (self.lengths > 0) & (self.lengths < self.config.seq_len)
 
     def example(self, document: int) -> dict[str, Any]:
         """A row of the source with all its columns."""
@@ -116,10 +116,10 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         chat.chat_template(tokenizer)
     prompts = Prompts(config, rows, columns, source, tokenizer)
     if not prompts.answerable.any():
-        empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.window_length)
+        empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.seq_len)
         raise DataError(
             f"{data_name(config.data)}: no prompt to answer: {empty:,} are empty, {long:,} have "
-            f"{config.window_length:,} tokens or more and leave no room. Check `text_column`, or use a larger "
+            f"{config.seq_len:,} tokens or more and leave no room. Check `text_column`, or use a larger "
             "`seq_len`."
         )
     return prompts

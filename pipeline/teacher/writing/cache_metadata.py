@@ -56,7 +56,7 @@ def cache_metadata(
             "rows": len(corpus),
             "tokens": corpus.num_tokens,
             "counted_tokens": corpus.num_counted_tokens,
-            "window_length": config.data.window_length,
+            "window_length": config.data.seq_len,
             "token_stream_sha256": corpus.token_stream_sha256,
             "report": corpus.report,
         },

@@ -19,7 +19,7 @@ SHARD_TOKENS = 2**18
 
 def rows_together(config: CacheTeacherConfig) -> int:
     """Rows of a record batch: some 32,768 tokens' worth, and at least a forward pass, which is never cut."""
-    return max(config.batch_size, RECORD_BATCH_TOKENS // config.data.window_length)
+    return max(config.batch_size, RECORD_BATCH_TOKENS // config.data.seq_len)
 
 
 def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_per_row: float) -> dict[str, int]:
@@ -29,7 +29,7 @@ def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_p
         spec: of hidden states, where they are stored: fewer rows then, so that a reader can hold them.
         positions_per_row: that have targets, in the mean.
     """
-    together, of_shard = rows_together(config), max(1, SHARD_TOKENS // config.data.window_length)
+    together, of_shard = rows_together(config), max(1, SHARD_TOKENS // config.data.seq_len)
     if spec is not None:
         few = hidden_states.rows_within(spec, positions_per_row, hidden_states.RECORD_BATCH_BYTES)
         together = max(config.batch_size, min(together, few))

@@ -38,8 +38,8 @@ def folder(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cross")
     (folder / "text.txt").write_text(english(60, seed=2))
     write_jsonl(folder / "chat.jsonl", conversations(16))
-    build_cache(folder / "cache", teacher_dir, folder / "text.txt", window_length=900)
-    build_cache(folder / "chats", teacher_dir, folder / "chat.jsonl", window_length=900)
+    build_cache(folder / "cache", teacher_dir, folder / "text.txt", seq_len=900)
+    build_cache(folder / "chats", teacher_dir, folder / "chat.jsonl", seq_len=900)
     tiny_llama(folder / "student", STUDENT, layers=1, hidden=16, seed=3)
     tiny_llama(folder / "pieces", PIECES, layers=1, hidden=16, seed=3)
     return folder
@@ -121,7 +121,7 @@ def ascii_cache(folder: Path, teacher_dir: Path, **options: Any) -> Path:
     if not (folder / name).exists():
         text = "\n".join(line for line in english(60, seed=2).splitlines() if line.isascii())
         (folder / "ascii.txt").write_text(text + "\n")
-        build_cache(folder / name, teacher_dir, folder / "ascii.txt", window_length=900, **options)
+        build_cache(folder / name, teacher_dir, folder / "ascii.txt", seq_len=900, **options)
     return folder / name
 
 

@@ -173,7 +173,7 @@ def test_states_at_every_nth_position_estimate_all_positions() -> None:
 
 
 def build(output: Path, teacher: Path, data: Path, rule: HiddenRule) -> Path:
-    text = DataConfig(data=str(data), window_length=48, sample_by="line")
+    text = DataConfig(data=str(data), seq_len=48, sample_by="line")
     config = CacheTeacherConfig(teacher=str(teacher), data=text, output=str(output), hidden=rule, device="cpu")
     cache_teacher(config)
     return output
@@ -373,7 +373,7 @@ def test_only_used_states_are_read(caches: Path, student_dir: Path, tmp_path: Pa
 
 
 def test_masked_students_and_sampled_targets(masked_dir: Path, tmp_path: Path) -> None:
-    text = DataConfig(data=str(masked_dir / "text.txt"), window_length=32, sample_by="line")
+    text = DataConfig(data=str(masked_dir / "text.txt"), seq_len=32, sample_by="line")
     config = CacheTeacherConfig(
         teacher=str(masked_dir / "bert"),
         data=text,

@@ -36,7 +36,7 @@ def everywhere(teacher_dir: Path, chat_file: Path, tmp_path_factory: pytest.Temp
     """Caches of chats, with loss tokens in answers only. all: states at all positions; counted: at loss tokens."""
     folder = tmp_path_factory.mktemp("everywhere")
     for name in ("all", "counted"):
-        text = DataConfig(data=str(chat_file), window_length=96)
+        text = DataConfig(data=str(chat_file), seq_len=96)
         given = {"data": text, "hidden": HiddenRule(layers="1,2"), "all_positions": name == "all", "device": "cpu"}
         cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), output=str(folder / name), **given))
     return folder
@@ -64,7 +64,7 @@ def test_loss_is_the_mean_over_all_positions_with_states(everywhere: Path, wide:
 
 def test_masked_student_equal_to_its_teacher_has_zero_loss(masked_dir: Path, tmp_path: Path) -> None:
     """Padded rows; states also at the tokens that are not masked."""
-    text = DataConfig(data=str(masked_dir / "text.txt"), window_length=32, sample_by="line")
+    text = DataConfig(data=str(masked_dir / "text.txt"), seq_len=32, sample_by="line")
     given = {"data": text, "hidden": HiddenRule(layers="1,2"), "all_positions": True, "device": "cpu"}
     teacher = masked_dir / "bert"
     cache_teacher(CacheTeacherConfig(teacher=str(teacher), output=str(tmp_path / "cache"), **given))

@@ -61,7 +61,7 @@ def test_student_learns_and_evaluation_equals_its_own_logits(trained: Path, mask
 
 def test_caches_of_masked_teachers_can_be_mixed(masked_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(english(20, seed=6))
-    data = DataConfig(data=str(tmp_path / "text.txt"), window_length=32, sample_by="line")
+    data = DataConfig(data=str(tmp_path / "text.txt"), seq_len=32, sample_by="line")
     rule = TargetRule(top_k=16)
     cache_teacher(
         CacheTeacherConfig(

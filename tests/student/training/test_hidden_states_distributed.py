@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one: one process with batches of 4; two: two processes with batches of 2."""
     folder = tmp_path_factory.mktemp("distributed-hidden-states")
-    data = DataConfig(data=str(write_jsonl(folder / "chat.jsonl", conversations(18))), window_length=48)
+    data = DataConfig(data=str(write_jsonl(folder / "chat.jsonl", conversations(18))), seq_len=48)
     cache = folder / "cache"
     config = {"targets": TargetRule(top_k=16), "hidden": HiddenRule(layers="1,2", every=2), "device": "cpu"}
     cache_teacher(CacheTeacherConfig(teacher=str(teacher_dir), data=data, output=str(cache), **config))

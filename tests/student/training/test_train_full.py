@@ -42,7 +42,7 @@ def folder(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     (folder / "heldout.txt").write_text(english(12, seed=5))
     build_full(teacher_dir, text_file, folder / "train")
     build_full(teacher_dir, folder / "heldout.txt", folder / "heldout", dtype="float32")
-    build_cache(folder / "sparse", teacher_dir, folder / "heldout.txt", window_length=40)
+    build_cache(folder / "sparse", teacher_dir, folder / "heldout.txt", seq_len=40)
     return folder
 
 

@@ -156,7 +156,7 @@ def test_greedy_answers_are_those_of_transformers(
         temperature=0.0,
         batch_size=batch_size,
         max_new_tokens=30,
-        window_length=512,
+        seq_len=512,
     )
     model, cache = load(teacher_dir), cf.open_cache(tmp_path / "cache")
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)]
@@ -268,7 +268,7 @@ def test_prompt_and_answer_fit_into_a_row_and_long_prompts_are_counted(
     teacher_dir: Path, prompts: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     lengths = [len(tokenizer(text)["input_ids"]) for text in QUESTIONS]
-    summary = generate(teacher_dir, prompts, tmp_path / "cache", window_length=max(lengths), answers_per_prompt=3)
+    summary = generate(teacher_dir, prompts, tmp_path / "cache", seq_len=max(lengths), answers_per_prompt=3)
     cache = cf.open_cache(tmp_path / "cache")
     assert summary.corpus_report["long_prompts"] == 1 and summary.answers == 9
     assert {line["document"] for line in answers_of(tmp_path / "cache")} == {0, 1, 3}
@@ -280,7 +280,7 @@ def test_prompt_and_answer_fit_into_a_row_and_long_prompts_are_counted(
                 tmp_path / "long.jsonl", [{"prompt": text + " a"} for text in QUESTIONS[:4]] + [{"prompt": ""}]
             ),
             tmp_path / "none",
-            window_length=2,
+            seq_len=2,
         )
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.answers").exists()
 

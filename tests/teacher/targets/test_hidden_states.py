@@ -29,7 +29,7 @@ LAYERS, WIDTH = 2, 32  # of the teachers
 
 
 def settings(teacher: Path, data: Path, output: Path, **options: Any) -> CacheTeacherConfig:
-    text = DataConfig(data=str(data), window_length=40, sample_by="line")
+    text = DataConfig(data=str(data), seq_len=40, sample_by="line")
     options = {"hidden": HiddenRule(layers="last"), "targets": TargetRule(top_k=8), "rows_per_shard": 16, **options}
     return CacheTeacherConfig(teacher=str(teacher), data=text, output=str(output), device="cpu", **options)
 

@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(data: Any, **options: Any) -> DataConfig:
-    return DataConfig(data=data, window_length=48, **options)
+    return DataConfig(data=data, seq_len=48, **options)
 
 
 def load(data: Any, *, split: str = "train") -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def lines(tmp_path: Path) -> Path:
 
 
 def corpus_of(file: Path, tokenizer: PreTrainedTokenizerFast, rule: MaskRule | None = None, **data) -> MaskedCorpus:
-    settings = {"window_length": 24, "sample_by": "line", **data}
+    settings = {"seq_len": 24, "sample_by": "line", **data}
     return build_masked_corpus(DataConfig(data=str(file), **settings), tokenizer, rule or MaskRule())
 
 
@@ -150,7 +150,7 @@ def test_special_tokens_in_the_text_are_not_masked(tmp_path: Path, pieces: PreTr
 
 def test_only_loss_tokens_are_masked(tmp_path: Path, pieces: PreTrainedTokenizerFast) -> None:
     records = completions(20)
-    corpus = corpus_of(write_jsonl(tmp_path / "c.jsonl", records), pieces, MaskRule(probability=1.0), window_length=64)
+    corpus = corpus_of(write_jsonl(tmp_path / "c.jsonl", records), pieces, MaskRule(probability=1.0), seq_len=64)
     for row, record in zip(corpus, records, strict=True):
         prompt = len(pieces(record["prompt"], add_special_tokens=False)["input_ids"])
         assert not row.loss_mask[: 1 + prompt].any() and row.loss_mask[1 + prompt : -1].all()
@@ -206,7 +206,7 @@ def test_invalid_corpora(lines: Path, tmp_path: Path, pieces: PreTrainedTokenize
     with pytest.raises(ConfigError, match="`append_eos=True`"):
         corpus_of(lines, pieces, append_eos=True)
     with pytest.raises(ConfigError, match="expected more than the 2 special tokens"):
-        corpus_of(lines, pieces, window_length=2)
+        corpus_of(lines, pieces, seq_len=2)
     (tmp_path / "unknown.txt").write_text("東\n")
     with pytest.raises(DataError, match="no loss tokens in it"):
         corpus_of(tmp_path / "unknown.txt", pieces)

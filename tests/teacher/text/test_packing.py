@@ -65,55 +65,55 @@ def rows_of(plan: RowPlan) -> list[list[tuple[int, int, int]]]:
 
 
 @given(LENGTHS, st.integers(2, 20), st.booleans())
-def test_every_transition_exactly_once(lengths: np.ndarray, window_length: int, packing: bool) -> None:
-    plan = plan_rows(lengths, window_length=window_length, packing=packing)
+def test_every_transition_exactly_once(lengths: np.ndarray, seq_len: int, packing: bool) -> None:
+    plan = plan_rows(lengths, seq_len=seq_len, packing=packing)
     rows = rows_of(plan)
     made = Counter((document, t) for row in rows for document, start, stop in row for t in range(start, stop - 1))
     assert made == Counter((d, t) for d, length in enumerate(lengths) for t in range(length - 1))
 
     for row in rows:
         lengths_in_row = [stop - start for _, start, stop in row]
-        assert 2 <= min(lengths_in_row) and sum(lengths_in_row) <= window_length
+        assert 2 <= min(lengths_in_row) and sum(lengths_in_row) <= seq_len
         assert packing or len(row) == 1
     assert plan.report["rows"] == plan.num_rows == len(rows)
     assert plan.report["windows"] == sum(map(len, rows))
     assert plan.report["tokens"] == sum(b - a for row in rows for _, a, b in row)
     assert plan.report["empty_documents"] == sum(n == 0 for n in lengths)
     assert plan.report["single_token_pieces"] == sum(n == 1 for n in lengths)
-    assert plan.report["documents_cut"] == sum(n > window_length for n in lengths)
+    assert plan.report["documents_cut"] == sum(n > seq_len for n in lengths)
 
 
 @given(LENGTHS, st.integers(2, 20))
-def test_plan_is_deterministic(lengths: np.ndarray, window_length: int) -> None:
-    first, second = (plan_rows(lengths.copy(), window_length=window_length, packing=True) for _ in range(2))
+def test_plan_is_deterministic(lengths: np.ndarray, seq_len: int) -> None:
+    first, second = (plan_rows(lengths.copy(), seq_len=seq_len, packing=True) for _ in range(2))
     assert rows_of(first) == rows_of(second)
 
 
 @given(LENGTHS, st.integers(2, 20))
-def test_packing_never_needs_more_rows(lengths: np.ndarray, window_length: int) -> None:
-    packed = plan_rows(lengths, window_length=window_length, packing=True)
-    apart = plan_rows(lengths, window_length=window_length, packing=False)
+def test_packing_never_needs_more_rows(lengths: np.ndarray, seq_len: int) -> None:
+    packed = plan_rows(lengths, seq_len=seq_len, packing=True)
+    apart = plan_rows(lengths, seq_len=seq_len, packing=False)
     assert packed.num_rows <= apart.num_rows
     # No two rows that were open at the same time could have been one.
     fills = [sum(b - a for _, a, b in row) for row in rows_of(packed)]
-    assert len(fills) > packing._OPEN_ROWS or all(a + b > window_length for i, a in enumerate(fills) for b in fills[:i])
+    assert len(fills) > packing._OPEN_ROWS or all(a + b > seq_len for i, a in enumerate(fills) for b in fills[:i])
 
 
 def test_windows_by_hand() -> None:
     # 11 tokens make 10 predictions; 4 tokens make 3 of them: 3 + 3 + 3 + 1.
-    plan = plan_rows(np.array([11]), window_length=4, packing=False)
+    plan = plan_rows(np.array([11]), seq_len=4, packing=False)
     assert rows_of(plan) == [[(0, 0, 4)], [(0, 3, 7)], [(0, 6, 10)], [(0, 9, 11)]]
 
 
 def test_pieces_that_are_not_kept_are_counted() -> None:
-    plan = plan_rows(np.array([5, 3, 2]), window_length=4, packing=True, keep=lambda p: p.document != 1)
+    plan = plan_rows(np.array([5, 3, 2]), seq_len=4, packing=True, keep=lambda p: p.document != 1)
     assert rows_of(plan) == [[(0, 0, 4)], [(0, 3, 5), (2, 0, 2)]]
     assert (plan.report["windows"], plan.report["windows_without_targets"]) == (4, 1)
 
 
 def test_many_documents_fill_their_rows() -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 1.2, 100_000).astype(np.int64)
-    plan = plan_rows(lengths, window_length=1024, packing=True)
+    plan = plan_rows(lengths, seq_len=1024, packing=True)
     assert plan.report["tokens"] / (plan.num_rows * 1024) > 0.99
 
 
@@ -128,7 +128,7 @@ def test_loss_mask_is_at_the_position_the_prediction_is_made_from() -> None:
 
 
 def test_nothing_is_predicted_across_segments() -> None:
-    corpus = corpus_of(([1, 2, 3], [1, 1, 1]), ([4, 5], [1, 1]), window_length=5)
+    corpus = corpus_of(([1, 2, 3], [1, 1, 1]), ([4, 5], [1, 1]), seq_len=5)
     (row,) = corpus
     assert row.input_ids.tolist() == [1, 2, 3, 4, 5]
     assert row.segment_lengths.tolist() == [3, 2]
@@ -143,7 +143,7 @@ def test_nothing_is_predicted_across_segments() -> None:
 
 
 def test_windows_overlap_by_one_token_and_each_target_counts_once() -> None:
-    corpus = corpus_of(([1, 2, 3, 4, 5, 6], [1, 1, 0, 1, 1, 1]), window_length=3, packing=False)
+    corpus = corpus_of(([1, 2, 3, 4, 5, 6], [1, 1, 0, 1, 1, 1]), seq_len=3, packing=False)
     assert [row.input_ids.tolist() for row in corpus] == [[1, 2, 3], [3, 4, 5], [5, 6]]
     assert [row.loss_mask.tolist() for row in corpus] == [
         [True, False, False],  # 2 counts, 3 does not
@@ -155,7 +155,7 @@ def test_windows_overlap_by_one_token_and_each_target_counts_once() -> None:
 
 def test_windows_without_targets_are_dropped_and_counted() -> None:
     """The first window holds a target, token 1, but not the prediction of it."""
-    corpus = corpus_of(([1, 2, 3, 4, 5], [1, 0, 0, 1, 1]), ([6, 7], [1, 0]), ([], []), ([8], [1]), window_length=3)
+    corpus = corpus_of(([1, 2, 3, 4, 5], [1, 0, 0, 1, 1]), ([6, 7], [1, 0]), ([], []), ([8], [1]), seq_len=3)
     assert [row.input_ids.tolist() for row in corpus] == [[3, 4, 5]]
     assert corpus.report == {
         "documents": 4,
@@ -190,7 +190,7 @@ def test_corpus_holds_the_tokens_of_the_text(
 ) -> None:
     """Rows of many record batches, against tokenising each line here."""
     monkeypatch.setattr(corpus_module, "_DOCUMENTS_PER_RECORD_BATCH", 7)
-    config = DataConfig(data=str(lines), window_length=64)
+    config = DataConfig(data=str(lines), seq_len=64)
     corpus = build_corpus(config, tokenizer)
     expected: Counter[tuple[int, ...]] = Counter()
     for line in english(150).splitlines():
@@ -210,7 +210,7 @@ def test_corpus_holds_the_tokens_of_the_text(
 
 
 def test_indexing(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    corpus = build_corpus(DataConfig(data=str(lines), window_length=64), tokenizer)
+    corpus = build_corpus(DataConfig(data=str(lines), seq_len=64), tokenizer)
     assert corpus[-1].input_ids.tolist() == corpus[len(corpus) - 1].input_ids.tolist()
     assert corpus[0].input_ids.tolist() == corpus[-len(corpus)].input_ids.tolist()
     for row in (len(corpus), -len(corpus) - 1):
@@ -219,13 +219,13 @@ def test_indexing(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_processes_change_nothing(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    one, two = (build_corpus(DataConfig(data=str(lines), window_length=64, num_proc=n), tokenizer) for n in (None, 2))
+    one, two = (build_corpus(DataConfig(data=str(lines), seq_len=64, num_proc=n), tokenizer) for n in (None, 2))
     assert one.token_stream_sha256 == two.token_stream_sha256
     assert one.description == two.description
 
 
 def test_token_stream_hash_by_hand() -> None:
-    corpus = corpus_of(([1, 2, 3], [1, 1, 0]), ([4, 5], [1, 1]), window_length=5)
+    corpus = corpus_of(([1, 2, 3], [1, 1, 0]), ([4, 5], [1, 1]), seq_len=5)
     stream = struct.pack("<qq", 5, 2) + struct.pack("<5i", 1, 2, 3, 4, 5)
     stream += bytes([1, 0, 0, 1, 0]) + struct.pack("<2i", 3, 2)
     assert corpus.token_stream_sha256 == hashlib.sha256(stream).hexdigest()
@@ -233,7 +233,7 @@ def test_token_stream_hash_by_hand() -> None:
 
 def test_token_stream_hash_covers_ids_masks_and_segments() -> None:
     hashes = {
-        corpus_of(*documents, window_length=4).token_stream_sha256
+        corpus_of(*documents, seq_len=4).token_stream_sha256
         for documents in (
             [([1, 2, 3, 4], [1, 1, 1, 1])],
             [([1, 2, 3, 5], [1, 1, 1, 1])],
@@ -245,7 +245,7 @@ def test_token_stream_hash_covers_ids_masks_and_segments() -> None:
 
 
 def test_description_of_a_file(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = DataConfig(data=str(lines), window_length=64, max_documents=20)
+    config = DataConfig(data=str(lines), seq_len=64, max_documents=20)
     assert build_corpus(config, tokenizer).description == {
         "source": str(lines),
         "files": [
@@ -270,6 +270,6 @@ def test_description_of_a_file(lines: Path, tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_first_documents_only(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    corpus = build_corpus(DataConfig(data=str(lines), max_documents=3, packing=False, window_length=512), tokenizer)
+    corpus = build_corpus(DataConfig(data=str(lines), max_documents=3, packing=False, seq_len=512), tokenizer)
     texts = [tokenizer.decode(row.input_ids) for row in corpus]
     assert texts == [line + EOS for line in english(150).splitlines()[:3]]

@@ -49,7 +49,7 @@ def test_blocks_give_what_rows_give(
     found = set()
     for data in (text, answers):
         for packed in (True, False):
-            corpus = build_corpus(DataConfig(data=str(data), window_length=24, packing=packed), tokenizer)
+            corpus = build_corpus(DataConfig(data=str(data), seq_len=24, packing=packed), tokenizer)
             assert corpus.token_stream_sha256 == by_definition(corpus)
             found.add(corpus.token_stream_sha256)
     assert len(found) == 4
@@ -78,7 +78,7 @@ def test_it_is_computed_once_for_the_same_rows(
     def asked(times: int, **options: Any) -> str:
         """The fingerprint of a corpus that is built again; by now, fingerprints were computed `times` times."""
         corpus = build_corpus(
-            DataConfig(**{"data": str(text), "sample_by": "line", "window_length": 24, **options}), tokenizer
+            DataConfig(**{"data": str(text), "sample_by": "line", "seq_len": 24, **options}), tokenizer
         )
         found = corpus.token_stream_sha256
         assert found == by_definition(corpus) and len(computed) == times
@@ -86,7 +86,7 @@ def test_it_is_computed_once_for_the_same_rows(
 
     first = asked(1)
     assert asked(1) == first == asked(1, num_proc=1)
-    assert asked(2, window_length=32) != first
+    assert asked(2, seq_len=32) != first
     assert asked(3, packing=False) != first
     text.write_text(english(31))
     assert asked(4) != first
@@ -118,7 +118,7 @@ def test_counts_of_masked_rows_are_stored_too(tmp_path: Path, monkeypatch: pytes
     text.write_text(english(30))
     tokenizer = wordpiece_tokenizer()
     computed = count(monkeypatch, MaskedCorpus)
-    config = DataConfig(data=str(text), window_length=24)
+    config = DataConfig(data=str(text), seq_len=24)
     found = []
     for times, rule in ((1, MaskRule()), (1, MaskRule()), (2, MaskRule(seed=1)), (3, MaskRule(copies=2))):
         corpus = build_masked_corpus(config, tokenizer, rule)
