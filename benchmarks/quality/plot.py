@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from benchmarks.quality.report import Line
+from benchmarks.quality.line import Line
 
 LOWEST = -20  # percent; what is below is named with its number, but not drawn
 STYLES = {  # marker and colour, the same in both panels

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.quality import plot
+from benchmarks.quality.line import Line
 from benchmarks.quality.runs import Run, chosen_rate, finished
 from benchmarks.quality.tracks import Arm, Track, planned
 from benchmarks.quality.train import FINAL_RATE, WARM_UP
@@ -24,46 +25,6 @@ from benchmarks.quality.train import FINAL_RATE, WARM_UP
 Plan = tuple[Track, Sequence[Arm], Sequence[int], Path]  # track, arms, seeds, directory
 KEPT = (0.95, 0.97)
 COMMAND = "python -m benchmarks.quality"
-
-
-@dataclass(frozen=True)
-class Line:
-    """An arm over its seeds. Values are by seed, in the order of `seeds`; shares only where both references ran."""
-
-    arm: Arm
-    runs: Mapping[int, Run]
-    references: tuple[Mapping[int, Run], Mapping[int, Run]]  # labels, full
-
-    def values(self, domain: str, metric: str) -> list[float]:
-        return [run["held_out"][domain][metric] for run in self.runs.values()]
-
-    def shares(self, domain: str, metric: str) -> list[float]:
-        """Of the gain from labels to full, 1 for all of it."""
-        found = []
-        for seed, x, labels, full in self._triples(domain, metric):
-            if labels == full:
-                raise ValueError(f"labels and full arms of seed {seed} are equal")
-            found.append((labels - x) / (labels - full))
-        return found
-
-    def differences(self, domain: str, metric: str) -> list[float]:
-        """Arm − full."""
-        return [x - full for _, x, _, full in self._triples(domain, metric)]
-
-    def gradient(self, point: str, loss: str, value: str) -> list[float]:
-        found = [run["gradients"].get(point, {}).get(loss) for run in self.runs.values()]
-        return [comparison[value] for comparison in found if comparison]
-
-    @property
-    def cache(self) -> Mapping[str, float] | None:
-        return next((run["cache"] for run in self.runs.values()), None)
-
-    def _triples(self, domain: str, metric: str) -> list[tuple[int, float, float, float]]:
-        labels, full = self.references
-        both = [seed for seed in self.runs if seed in labels and seed in full]
-        return [
-            (seed, *(runs[seed]["held_out"][domain][metric] for runs in (self.runs, labels, full))) for seed in both
-        ]
 
 
 @dataclass(frozen=True)
@@ -209,17 +170,13 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
 
 
 def write(report: Report, directory: Path, draw: Callable[..., bool] = plot.draw) -> None:
-    """quality.json with every run, quality.md, quality.svg."""
+    """quality.json and quality.md with the tables, quality.jsonl with a run per line, quality.svg."""
     measure.write(report.result, directory, COMMAND)
-    file = directory / "quality.json"
-    data = json.loads(file.read_text(encoding="utf-8"))
-    data["runs"] = [
-        {name: value for name, value in run.items() if name != "machine"}
-        for lines in report.lines.values()
-        for line in lines
-        for run in line.runs.values()
-    ]
-    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    runs = [run for lines in report.lines.values() for line in lines for run in line.runs.values()]
+    with (directory / "quality.jsonl").open("w", encoding="utf-8") as stream:
+        for run in runs:
+            facts = {name: value for name, value in run.items() if name != "machine"}
+            stream.write(json.dumps(facts, ensure_ascii=False) + "\n")
     if draw(report.lines, directory / "quality.svg"):
         with (directory / "quality.md").open("a", encoding="utf-8") as stream:
             stream.write("\n![share of the gain against bytes per token](quality.svg)\n")

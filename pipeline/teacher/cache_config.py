@@ -6,7 +6,7 @@ one is here, but for those of targets, which are in `targets.rules`. Standard li
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
@@ -66,6 +66,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the rows, besides the text itself, as in the manifest."""
+        # Not asdict: it would copy `data`, which may be a generator.
+        names = [field.name for field in fields(self) if field.name not in ("data", "num_proc")]
+        recorded_as = {"seq_len": "window_length"}
+        return {recorded_as.get(name, name): getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

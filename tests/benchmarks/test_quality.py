@@ -59,12 +59,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     return work
 
 
+def runs_in(results: Path) -> list[dict]:
+    return [json.loads(line) for line in (results / "quality.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def test_every_run_leaves_a_file_and_the_report_says_how_many_there_are(finished: Path):
     names = {file.name for file in (finished / "quick/track2/runs").iterdir()}
     assert {"full-seed0.json", "labels-seed0.json", "bucket-top-16-seed0.json"} < names
     assert "threshold-1-8-x4-resample-seed0.json" in names and len(names) == 10
     data = json.loads((finished / "results/quality.json").read_text())
-    assert data["summary"]["track2_runs"] == data["summary"]["track2_runs_wanted"] == len(data["runs"]) == 10
+    assert (
+        data["summary"]["track2_runs"]
+        == data["summary"]["track2_runs_wanted"]
+        == len(runs_in(finished / "results"))
+        == 10
+    )
     text = (finished / "results/quality.md").read_text()
     assert "| threshold 1/8 |" in text and "track2 runs 10 of 10" in text
 
@@ -102,8 +111,7 @@ def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teac
         *("--track", "1", "--seeds", "1", "--teacher", str(teacher_dir)),
         *("--arms", "residual-to-label", "--arms", "full-1-row"),
     )
-    data = json.loads((tmp_path / "results/quality.json").read_text())
-    by_arm = {run["arm"]: run for run in data["runs"]}
+    by_arm = {run["arm"]: run for run in runs_in(tmp_path / "results")}
     smaller, full, run = (by_arm[name] for name in ("full-1-row-a-step", "full", "residual-to-label-top-16"))
     assert full["steps"] == -(-smaller["steps"] // 4)
     assert smaller["learning_rate"] == full["learning_rate"] / 2

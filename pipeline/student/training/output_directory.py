@@ -88,8 +88,8 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
         )
     if occupied and not ours:
         raise ConfigError(
-            f"{output}: found no {CONFIG_FILE} of a run, so it is not the output of a run, and `overwrite=True` does not "
-            "delete it. Choose another directory."
+            f"{output}: found no {CONFIG_FILE} of a run, so it is not the output of a run, and `overwrite=True` does "
+            "not delete it. Choose another directory."
         )
     return None
 

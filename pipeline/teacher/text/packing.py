@@ -19,7 +19,7 @@ import hashlib
 import struct
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -235,15 +235,12 @@ def add_row_to(digest: Any, row: TokenRow) -> None:
 
 def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
     """The source of the text and all options that shaped it, for the cache's metadata."""
-    # Not asdict: it would copy `data`, which may be a generator.
-    names = (field.name for field in fields(config))
-    options = {name: getattr(config, name) for name in names if name not in ("data", "num_proc")}
     return {
         "source": data_name(config.data),
         "files": documents.source.describe_files(),
         "format": documents.columns.format,
         "columns": list(documents.columns.names),
-        **options,
+        **config.to_json(),
         "loss_on": documents.loss_on,
     }
 

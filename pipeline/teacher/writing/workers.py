@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,8 +146,7 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
         return
     # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
     # compares what they are.
-    names = [field.name for field in fields(config.data) if field.name not in ("data", "num_proc", "loss_on")]
-    data = {name: value for name in names if (value := getattr(config.data, name)) is not None}
+    data = {name: value for name, value in config.data.to_json().items() if name != "loss_on" and value is not None}
     given = {
         "targets": config.targets.to_json(),
         "corpus": data,
