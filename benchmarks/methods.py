@@ -88,7 +88,7 @@ def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
     """Everything that is missing, and the tables."""
     caches = make_caches(teacher, work, sizes)
     opened = {name: cf.open_cache(path, hidden_layers=[]) for name, path in caches.items()}
-    budget = min(opened[name].num_counted_tokens for name in ("train", "own"))
+    budget = min(opened[name].num_loss_tokens for name in ("train", "own"))
     runs: dict[str, list[dict[str, float]]] = {
         "the teacher": [once(work / "teacher.json", teacher, caches, work, sizes)]
     }
@@ -98,7 +98,7 @@ def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
             student, file = work / "students" / name, work / "runs" / f"{name}.json"
             if not file.exists():
                 cache = opened[method.cache]
-                tokens = round(budget * cache.num_tokens / cache.num_counted_tokens)  # prompts included
+                tokens = round(budget * cache.num_tokens / cache.num_loss_tokens)  # prompts included
                 demo.distill(
                     *("train-student", "--cache", cache.path, "--output", student, "--overwrite"),
                     *("--student", teacher, "--student-layers", sizes.layers),

@@ -121,7 +121,7 @@ def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
         "targets": dict(cache.metadata.targets),
         "rows": cache.num_rows,
         "tokens": tokens,
-        "counted_tokens": cache.num_counted_tokens,
+        "counted_tokens": cache.num_loss_tokens,
         "entries": cache.manifest.num_entries,
         "shards": len(cache.manifest.shards),
         "bytes": total,

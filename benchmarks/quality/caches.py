@@ -117,6 +117,6 @@ def sizes(path: Path) -> dict[str, float]:
     return {
         "bytes_per_token": sum(shard.bytes for shard in cache.manifest.shards) / cache.num_tokens,
         "text_bytes_per_token": text / cache.num_tokens,
-        "entries_per_token": sum(shard.entries for shard in cache.manifest.shards) / cache.num_counted_tokens,
-        "exact_entries_per_token": exact / cache.num_counted_tokens,
+        "entries_per_token": sum(shard.entries for shard in cache.manifest.shards) / cache.num_loss_tokens,
+        "exact_entries_per_token": exact / cache.num_loss_tokens,
     }

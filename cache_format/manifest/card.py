@@ -138,7 +138,7 @@ def card(manifest: Manifest) -> str:
         vocab_size=metadata.vocab_size,
         rows=manifest.num_rows,
         tokens=manifest.num_tokens,
-        counted_tokens=manifest.num_counted_tokens,
+        counted_tokens=manifest.num_loss_tokens,
         entries=manifest.num_entries,
         bytes=manifest.stored_bytes,
         shards=len(manifest.shards),

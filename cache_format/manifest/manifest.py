@@ -167,7 +167,7 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards)
 
     @property
-    def num_counted_tokens(self) -> int:
+    def num_loss_tokens(self) -> int:
         return sum(shard.counted_tokens for shard in self.shards)
 
     @property

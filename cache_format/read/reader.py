@@ -121,9 +121,9 @@ class Cache(Sequence[CacheRow]):
         return self.manifest.num_tokens
 
     @property
-    def num_counted_tokens(self) -> int:
+    def num_loss_tokens(self) -> int:
         """Number of loss tokens."""
-        return self.manifest.num_counted_tokens
+        return self.manifest.num_loss_tokens
 
     def __len__(self) -> int:
         return self.num_rows

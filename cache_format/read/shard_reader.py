@@ -76,7 +76,7 @@ class ShardReader:
         rows = range(info.first_row, info.first_row + info.rows)
         if problem := find_violation(batch, rows, self._metadata):
             raise self._false(part, problem)
-        for name in ("num_tokens", "num_counted_tokens", "num_entries"):
+        for name in ("num_tokens", "num_loss_tokens", "num_entries"):
             found, expected = getattr(batch, name), getattr(info, name.removeprefix("num_"))
             if found != expected:
                 raise self._false(part, f"{name} is {found}, the sidecar says {expected}")

@@ -48,7 +48,7 @@ def verify_cache(
     return VerifySummary(
         rows=manifest.num_rows,
         tokens=manifest.num_tokens,
-        counted_tokens=manifest.num_counted_tokens,
+        counted_tokens=manifest.num_loss_tokens,
         entries=manifest.num_entries,
         bytes=manifest.stored_bytes,
         shards=len(manifest.shards),

@@ -46,7 +46,7 @@ class RowBatch:
         return len(self.input_ids)
 
     @property
-    def num_counted_tokens(self) -> int:
+    def num_loss_tokens(self) -> int:
         return int(np.count_nonzero(self.loss_mask))
 
     @property

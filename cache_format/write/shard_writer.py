@@ -60,7 +60,7 @@ class ShardWriter:
                 "first_row": int(batch.rows[0]),
                 "rows": len(batch),
                 "tokens": batch.num_tokens,
-                "counted_tokens": batch.num_counted_tokens,
+                "counted_tokens": batch.num_loss_tokens,
                 "entries": batch.num_entries,
             }
         )

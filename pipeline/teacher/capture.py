@@ -206,7 +206,7 @@ class _Capture:
             tokens=size.tokens,
             counted_tokens=size.counted_tokens,
             bytes=size.bytes,
-            exact_mass=self._exact_mass() if self.mass_count == self.corpus.num_counted_tokens else None,
+            exact_mass=self._exact_mass() if self.mass_count == self.corpus.num_loss_tokens else None,
             seconds=seconds,
             tokens_per_s=(size.tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,

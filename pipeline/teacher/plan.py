@@ -161,7 +161,7 @@ def plan_cache(
     return Plan(
         rows=len(corpus),
         tokens=corpus.num_tokens,
-        counted_tokens=corpus.num_counted_tokens,
+        counted_tokens=corpus.num_loss_tokens,
         sample_rows=len(requests),
         sample_tokens=sample.tokens,
         forward_tokens_per_s=sample.forward_speeds,

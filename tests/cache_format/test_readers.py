@@ -98,7 +98,7 @@ def test_verify_reports_its_progress(path):
     assert seen == [(2, 10), (4, 10), (6, 10), (8, 10), (10, 10)]
     cache = cf.open_cache(path)
     assert (summary.rows, summary.shards, summary.tokens) == (10, 3, 70)
-    assert summary.counted_tokens == cache.num_counted_tokens
+    assert summary.counted_tokens == cache.num_loss_tokens
     assert summary.bytes == sum((path / shard.name).stat().st_size for shard in cache.manifest.shards)
 
 

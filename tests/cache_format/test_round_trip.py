@@ -68,7 +68,7 @@ def test_rows_come_back(first_seed, lengths, shard, batch, vocab, most, alignmen
         for found, written in zip(cache, rows, strict=True):
             assert_same_row(found, written, metadata)
         assert cache.num_tokens == sum(lengths)
-        assert cache.num_counted_tokens == sum(int(row.loss_mask.sum()) for row in rows)
+        assert cache.num_loss_tokens == sum(int(row.loss_mask.sum()) for row in rows)
         assert cf.verify_cache(path, deep=True).entries == sum(row.targets.num_entries for row in rows)
 
 

@@ -40,7 +40,7 @@ def test_numbers_are_those_of_full_logits(folder: Path, student_dir: Path):
     for name, expected in dense_evaluation(model, list(cache.iter_rows()), 400).items():
         assert getattr(found, name) == pytest.approx(expected, rel=1e-5), name
     assert found.perplexity == pytest.approx(np.exp(found.ce))
-    assert found.tokens == cache.num_counted_tokens
+    assert found.tokens == cache.num_loss_tokens
 
 
 def test_with_all_candidates_it_is_the_divergence_of_the_two_models(folder: Path, teacher_dir: Path, student_dir: Path):

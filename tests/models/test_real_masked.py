@@ -61,8 +61,8 @@ def test_cached_targets_equal_the_teachers_log_softmax(cache: cf.Cache, model: P
     assert cache.metadata.vocab_size == model.config.vocab_size and cache.metadata.alignment == "same"
     for row in cache.rows(range(0, len(cache), 6)):
         check_row(row, document_logprobs(model, row, cache.metadata.vocab_size), cache.metadata)
-    share = cache.num_counted_tokens / cache.num_tokens
-    assert 0.13 < share < 0.17 and cache.num_counted_tokens > 500
+    share = cache.num_loss_tokens / cache.num_tokens
+    assert 0.13 < share < 0.17 and cache.num_loss_tokens > 500
 
 
 def test_text_and_masks(cache: cf.Cache, teacher_dir: Path) -> None:

@@ -111,7 +111,7 @@ def test_shuffled_batches_carry_their_own_targets_and_cost_what_the_codebook_cos
             output = fused_sums(hidden, head.weight, head.bias, batch["targets"], vocab_size=VOCAB)
             sums += [value.item() for value in output]
     _, kl, _, agreement, count = sums
-    assert count == cache.num_counted_tokens
+    assert count == cache.num_loss_tokens
     assert 0 <= kl / count < 2e-3
     assert agreement / count > 0.995
 

@@ -63,7 +63,7 @@ def check_cache(path: Path, teacher: Path) -> int:
     for row in cache.iter_rows():
         check_row(row, document_logprobs(model, row, cache.metadata.vocab_size), cache.metadata)
     cf.verify_cache(path, deep=True)
-    return cache.num_counted_tokens
+    return cache.num_loss_tokens
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -177,7 +177,7 @@ def test_the_summary_and_the_progress_count_what_is_there(
     assert (summary.rows, summary.tokens, summary.counted_tokens) == (
         cache.num_rows,
         cache.num_tokens,
-        cache.num_counted_tokens,
+        cache.num_loss_tokens,
     )
     assert summary.bytes == sum(len(data) for name, data in shards(tmp_path / "cache").items() if ".arrow" in name)
     kept = [1 - np.exp(row.targets.residual_logprob[row.loss_mask].astype(np.float64)) for row in raw_rows]
@@ -244,7 +244,7 @@ def test_any_rule(rule: TargetRule, teacher_dir: Path, text_file: Path, tmp_path
         for row in cache.rows(range(0, len(cache), 5))
     ]
     assert np.mean(sure) > 0.9
-    assert cf.verify_cache(tmp_path / "cache").counted_tokens == cache.num_counted_tokens > 1500
+    assert cf.verify_cache(tmp_path / "cache").counted_tokens == cache.num_loss_tokens > 1500
     counts = np.concatenate([row.targets.counts[row.loss_mask] for row in cache.iter_rows()])
     assert counts.max() <= rule.most_entries and counts.min() >= 1
 
@@ -387,7 +387,7 @@ def check_batches(batches: list[Batch], model: PreTrainedModel, cache: cf.Cache)
         following = batch["input_ids"].flatten().roll(-1)
         assert torch.equal(targets.labels[here], following[here]), "labels of other tokens"
         seen += int(here.sum())
-    assert seen == cache.num_counted_tokens
+    assert seen == cache.num_loss_tokens
 
 
 def test_shuffled_batches_carry_their_own_targets(packed: Path, teacher_dir: Path) -> None:

@@ -70,7 +70,7 @@ class Mix:
     @property
     def counted_tokens(self) -> float:
         """Loss tokens per epoch, likewise."""
-        return sum(portion.passes(portion.rows) * portion.cache.num_counted_tokens for portion in self.portions)
+        return sum(portion.passes(portion.rows) * portion.cache.num_loss_tokens for portion in self.portions)
 
     def with_states(self, layers: Sequence[int]) -> Mix:
         """`cf.Cache.with_states` on every cache."""
@@ -91,7 +91,7 @@ class Mix:
                     "rows": round(own_rows),
                     "passes": passes,
                     "tokens": round(passes * portion.cache.num_tokens),
-                    "counted_tokens": round(passes * portion.cache.num_counted_tokens),
+                    "counted_tokens": round(passes * portion.cache.num_loss_tokens),
                 }
             )
         return found
@@ -134,10 +134,10 @@ def mix_of(caches: Sequence[cf.Cache], weights: Sequence[float | None]) -> Mix:
 
     Raises: ConfigError for a weight on a cache without loss tokens, or one that gives less than a row per epoch.
     """
-    everything = sum(cache.num_counted_tokens for cache in caches)
+    everything = sum(cache.num_loss_tokens for cache in caches)
     if len(caches) == 1 or any(weight is None for weight in weights):
         total_tokens = max(1, everything)
-        shares = [cache.num_counted_tokens / total_tokens if len(caches) > 1 else 1.0 for cache in caches]
+        shares = [cache.num_loss_tokens / total_tokens if len(caches) > 1 else 1.0 for cache in caches]
         rows = [len(cache) for cache in caches]
     else:
         given = [weight for weight in weights if weight is not None]
@@ -146,11 +146,11 @@ def mix_of(caches: Sequence[cf.Cache], weights: Sequence[float | None]) -> Mix:
         shares = [weight / largest / total for weight in given]
         rows = []
         for cache, share in zip(caches, shares, strict=True):
-            if not cache.num_counted_tokens:
+            if not cache.num_loss_tokens:
                 raise ConfigError(
                     f"`cache` {cache.path}: it has no loss tokens, so it cannot have a share. Leave it out."
                 )
-            rows.append(round(share * everything * len(cache) / cache.num_counted_tokens))
+            rows.append(round(share * everything * len(cache) / cache.num_loss_tokens))
             if not rows[-1]:
                 raise ConfigError(
                     f"`cache` {cache.path}: a share of {share:.2g} is less than one row in an epoch of {everything:,} "

@@ -49,7 +49,7 @@ class CacheDataset(Dataset[CacheRow]):
     @property
     def counted_tokens(self) -> float:
         """Number of loss tokens."""
-        return self.cache.num_counted_tokens
+        return self.cache.num_loss_tokens
 
     def __getitem__(self, index: int) -> CacheRow:
         wanted = RowIndex.decode(index, len(self.cache))

@@ -265,7 +265,7 @@ def _hidden_state_matching(run: CheckedRun, head: Head) -> HiddenStateMatching |
     measured = run.held_out or run.mix.first
     shares = (
         loss.share(run.mix.counted_tokens, run.mix.tokens),
-        loss.share(measured.num_counted_tokens, measured.num_tokens),
+        loss.share(measured.num_loss_tokens, measured.num_tokens),
     )
     matching = HiddenStateMatching.for_student(loss, head, run.arguments.seed, shares)
     if run.arguments.fsdp and len(matching.maps):

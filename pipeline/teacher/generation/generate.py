@@ -275,7 +275,7 @@ class _Corpus:
         return self.selection.tokens
 
     @property
-    def num_counted_tokens(self) -> int:
+    def num_loss_tokens(self) -> int:
         return self.selection.counted_tokens
 
     @property
@@ -358,7 +358,7 @@ def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
         stop_reasons=dict(written["stop_reasons"]),
         mean_logprob=float(np.mean(logprobs)),
         tokens=manifest.num_tokens,
-        counted_tokens=manifest.num_counted_tokens,
+        counted_tokens=manifest.num_loss_tokens,
         bytes=manifest.stored_bytes,
         exact_mass=None,
         seconds=0.0,

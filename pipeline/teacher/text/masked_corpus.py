@@ -46,7 +46,7 @@ class MaskedCorpus:
 
     Attributes:
         num_tokens: tokens of all rows.
-        num_counted_tokens: loss tokens of all rows, which are the masked ones.
+        num_loss_tokens: loss tokens of all rows, which are the masked ones.
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut and dropped.
         description: the source of the text and all options that shaped it, for the cache's metadata.
@@ -86,10 +86,10 @@ class MaskedCorpus:
             documents.tokens, options, (__file__, masking.__file__, packing.__file__), self._fingerprint
         )
         self.token_stream_sha256 = stream.sha256
-        self.num_tokens, self.num_counted_tokens = stream.tokens, stream.counted_tokens
+        self.num_tokens, self.num_loss_tokens = stream.tokens, stream.counted_tokens
         self.report |= {
             "tokens": self.num_tokens,
-            "counted_tokens": self.num_counted_tokens,
+            "counted_tokens": self.num_loss_tokens,
             "fill_ratio": self.num_tokens / (len(self) * config.seq_len),
             "ignored_files": documents.source.ignored_files,
         }

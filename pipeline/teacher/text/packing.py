@@ -152,7 +152,7 @@ class TokenCorpus:
 
     Attributes:
         num_tokens: tokens of all rows.
-        num_counted_tokens: loss tokens of all rows.
+        num_loss_tokens: loss tokens of all rows.
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut, dropped and packed.
         description: the source of the text and all options that shaped it, for the cache's metadata.
@@ -176,10 +176,10 @@ class TokenCorpus:
             )
         self._plan = plan
         self.num_tokens = plan.report["tokens"]
-        self.num_counted_tokens = int(self._tokens.count_targets(plan.pieces).sum())
+        self.num_loss_tokens = int(self._tokens.count_targets(plan.pieces).sum())
         self.report: dict[str, int | float] = {
             **plan.report,
-            "counted_tokens": self.num_counted_tokens,
+            "counted_tokens": self.num_loss_tokens,
             "fill_ratio": self.num_tokens / (plan.num_rows * config.seq_len),
             "ignored_files": documents.source.ignored_files,
         }
@@ -217,7 +217,7 @@ class TokenCorpus:
             tokens, counts = np.diff(ends[row : stop + 1]), np.diff(offsets[row : stop + 1])
             add_rows_to(digest, ids, masks, lengths[here].astype(np.int32), tokens, counts)
             row = stop
-        return StreamFacts(digest.hexdigest(), self.num_tokens, self.num_counted_tokens)
+        return StreamFacts(digest.hexdigest(), self.num_tokens, self.num_loss_tokens)
 
 
 def add_row_to(digest: Any, row: TokenRow) -> None:

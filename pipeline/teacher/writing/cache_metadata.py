@@ -20,7 +20,7 @@ from pipeline.teacher.writing.shard_sizes import grouping
 
 def stored_positions(config: CacheTeacherConfig, corpus: CachedText) -> int:
     """Positions that get targets."""
-    return corpus.num_tokens if config.all_positions else corpus.num_counted_tokens
+    return corpus.num_tokens if config.all_positions else corpus.num_loss_tokens
 
 
 def cache_metadata(
@@ -55,7 +55,7 @@ def cache_metadata(
             **corpus.description,
             "rows": len(corpus),
             "tokens": corpus.num_tokens,
-            "counted_tokens": corpus.num_counted_tokens,
+            "counted_tokens": corpus.num_loss_tokens,
             "window_length": config.data.seq_len,
             "token_stream_sha256": corpus.token_stream_sha256,
             "report": corpus.report,

@@ -64,7 +64,7 @@ def test_with_identical_tokenizers_nothing_changes(folder: Path, name: str):
         assert torch.equal(getattr(ours, field)[where], getattr(theirs, field)[where]), field
     found = converted.coverage
     assert (found.aligned, found.mass, found.lost) == (1.0, 1.0, {})
-    assert found.student_tokens == found.teacher_tokens == cf.open_cache(folder / name).num_counted_tokens
+    assert found.student_tokens == found.teacher_tokens == cf.open_cache(folder / name).num_loss_tokens
 
 
 def test_training_with_identical_tokenizers_is_plain_training_bit_by_bit(folder: Path, student_dir: Path):
@@ -372,7 +372,7 @@ def test_a_student_shorter_than_the_rows_is_told_its_own_targets(folder: Path):
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
     dataset = CrossTokenizerDataset(cf.open_cache(folder / "cache"), TEACHER, STUDENT, max_length=16)
     ours = sum(int(dataset[i].loss_mask.sum()) for i in range(len(dataset)))
-    theirs = dataset.cache.num_counted_tokens
+    theirs = dataset.cache.num_loss_tokens
     assert len(dataset) <= 32 and ours > theirs
     stages: list[str] = []
     options = {"cross_tokenizer": "project", "max_steps": 1, "on_stage": stages.append}

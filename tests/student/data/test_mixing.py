@@ -170,7 +170,7 @@ def test_an_index_names_a_row_of_one_of_them(caches: list[Path], tmp_path: Path)
 
 
 def test_shares_are_of_the_tokens_that_count(caches: list[Path]):
-    counted = [cache.num_counted_tokens for cache in opened(caches)]
+    counted = [cache.num_loss_tokens for cache in opened(caches)]
     assert counted[0] > 3 * counted[1]
     for weights in ([7.0, 3.0], [0.1, 0.4]):
         mixed = dataset(caches, weights)

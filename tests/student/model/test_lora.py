@@ -220,7 +220,7 @@ def test_adapter_on_a_pruned_student_must_be_merged(tmp_path: Path, cache: Path,
     options = {**OPTIONS, "student": teacher_dir, "student_layers": 1, "student_width": 16, "merge_adapter": True}
     train(tmp_path / "s", cache, gradient_checkpointing=True, **options)
     result = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "s"), device="cpu"))
-    assert result.tokens == cf.open_cache(cache).num_counted_tokens
+    assert result.tokens == cf.open_cache(cache).num_loss_tokens
     with pytest.raises(ConfigError, match="`lora_rank`: .*`merge_adapter=True`"):
         train(tmp_path / "t", cache, **{**options, "merge_adapter": False})
 

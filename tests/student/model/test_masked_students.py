@@ -55,7 +55,7 @@ def test_student_learns_and_evaluation_equals_its_own_logits(trained: Path, mask
     found = evaluate(EvaluateConfig(cache=str(cache.path), student=str(trained), device="cpu", batch_size=5))
     assert found.ce == pytest.approx(np.mean(ce), rel=1e-5)
     assert found.agreement == pytest.approx(np.mean(agrees), abs=1e-9)
-    assert found.tokens == cache.num_counted_tokens
+    assert found.tokens == cache.num_loss_tokens
     assert evaluations[-1]["eval_ce"] == pytest.approx(found.ce, rel=1e-5)
 
 

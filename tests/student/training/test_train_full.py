@@ -102,7 +102,7 @@ def test_student_equal_to_its_teacher_has_zero_loss(folder: Path, teacher_dir: P
     for path, bound, agreement in ((folder / "train", 1e-6, 0.99), (folder / "heldout", 1e-8, 1.0)):  # float16, float32
         found = evaluate(EvaluateConfig(cache=str(path), student=str(teacher_dir), device="cpu"))
         assert abs(found.kl) < bound and found.agreement >= agreement
-        assert found.tokens == cf.open_cache(path).num_counted_tokens
+        assert found.tokens == cf.open_cache(path).num_loss_tokens
     found = evaluate(EvaluateConfig(cache=str(folder / "heldout"), student=str(student_dir), device="cpu"))
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64).eval()
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64).eval()

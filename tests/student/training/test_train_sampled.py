@@ -375,7 +375,7 @@ def test_evaluation_equals_that_of_full_logits(folder: Path, student_dir: Path, 
     for number, value in expected.items():
         if number != "agreement" or name != "random":  # equal counts tie
             assert getattr(found, number) == pytest.approx(value, rel=1e-5), number
-    assert found.tokens == cache.num_counted_tokens
+    assert found.tokens == cache.num_loss_tokens
 
 
 @pytest.mark.parametrize("name, allowed", [("threshold", 0.04), ("several", 0.025), ("random", 0.12)])

@@ -78,7 +78,7 @@ def test_states_are_the_teachers_own(
     assert cache.metadata.hidden.layers == {"last": (2,), "all": (1, 2), "0,2": (0, 2)}[layers]
     assert all(np.array_equal(row.hidden.mask, row.loss_mask) for row in cache.iter_rows())
     found = check_states(cache, causal(teacher_dir))
-    assert found == cache.num_counted_tokens * len(cache.metadata.hidden.layers) * WIDTH
+    assert found == cache.num_loss_tokens * len(cache.metadata.hidden.layers) * WIDTH
     cf.verify_cache(tmp_path / "cache", deep=True)
 
 
@@ -151,8 +151,8 @@ def test_the_size_is_said_before_anything_is_computed(teacher_dir: Path, text_fi
     config = settings(teacher_dir, text_file, tmp_path / "cache", hidden=rule)
     cache_teacher(config, on_stage=stages.append)
     cache = cf.open_cache(tmp_path / "cache")
-    expected = predicted_bytes(cache.metadata.hidden, cache.num_counted_tokens)
-    positions = -(-cache.num_counted_tokens // 3)
+    expected = predicted_bytes(cache.metadata.hidden, cache.num_loss_tokens)
+    positions = -(-cache.num_loss_tokens // 3)
     assert expected == positions * 2 * WIDTH * 2
     assert f"{positions:,} positions × 2 layers × 32 × float16 = {expected / 1e6:,.1f} MB" in stages[-1]
     states = sum(cache.column_bytes()[f"hidden_{layer}"] for layer in (1, 2))

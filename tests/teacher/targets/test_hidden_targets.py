@@ -275,9 +275,9 @@ def test_sizes_predicted_are_sizes_found(teacher_dir: Path, text_file: Path, tmp
     assert head is not None and file.stat().st_size == head.bytes == cf.head_file_bytes(
         VOCAB, 32, "float32", bias=False
     )
-    states = predicted_bytes(cache.metadata.hidden, cache.num_counted_tokens)
-    assert states == cache.num_counted_tokens * 64
-    assert f"{cache.num_counted_tokens:,} positions × 1 layer × 32 × float16 = {states / 1e6:,.1f} MB" in stages[-1]
+    states = predicted_bytes(cache.metadata.hidden, cache.num_loss_tokens)
+    assert states == cache.num_loss_tokens * 64
+    assert f"{cache.num_loss_tokens:,} positions × 1 layer × 32 × float16 = {states / 1e6:,.1f} MB" in stages[-1]
     assert f"head of 400 × 32 × float32 = {head.bytes / 1e6:,.1f} MB" in stages[-1]
     assert 0.7 * states < cache.column_bytes()["hidden_2"] < 1.05 * states
     plan = plan_cache(config, sample_rows=10**6)

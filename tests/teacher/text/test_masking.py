@@ -134,7 +134,7 @@ def test_every_token_is_in_one_window_between_special_tokens(lines: Path, build)
         assert not row.loss_mask[[0, -1]].any() and row.loss_mask.any()
         assert np.array_equal(row.labels >= 0, row.loss_mask) and row.segment_lengths.tolist() == [len(row.input_ids)]
     assert corpus.num_tokens == sum(map(len, texts))
-    assert corpus.num_counted_tokens == sum(int(row.loss_mask.sum()) for row in corpus)
+    assert corpus.num_loss_tokens == sum(int(row.loss_mask.sum()) for row in corpus)
     assert corpus.report["documents_cut"] > 5
 
 

@@ -138,7 +138,7 @@ def test_nothing_is_predicted_across_segments() -> None:
         bool,
         np.int32,
     )
-    assert corpus.num_tokens == 5 and corpus.num_counted_tokens == 3
+    assert corpus.num_tokens == 5 and corpus.num_loss_tokens == 3
     assert corpus.report["fill_ratio"] == 1.0
 
 
@@ -150,7 +150,7 @@ def test_windows_overlap_by_one_token_and_each_target_counts_once() -> None:
         [True, True, False],
         [True, False],
     ]
-    assert corpus.num_counted_tokens == 4
+    assert corpus.num_loss_tokens == 4
 
 
 def test_windows_without_targets_are_dropped_and_counted() -> None:
@@ -205,8 +205,8 @@ def test_corpus_holds_the_tokens_of_the_text(
         assert not row.loss_mask[ends - 1].any()
     assert found == expected
     assert corpus.num_tokens == sum(len(row.input_ids) for row in corpus)
-    assert corpus.num_counted_tokens == sum(row.loss_mask.sum() for row in corpus)
-    assert corpus.report["counted_tokens"] == corpus.num_counted_tokens
+    assert corpus.num_loss_tokens == sum(row.loss_mask.sum() for row in corpus)
+    assert corpus.report["counted_tokens"] == corpus.num_loss_tokens
 
 
 def test_indexing(lines: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -125,7 +125,7 @@ def test_counts_of_masked_rows_are_stored_too(tmp_path: Path, monkeypatch: pytes
         rows = list(corpus)
         assert corpus.token_stream_sha256 == by_definition(corpus) and len(computed) == times
         assert corpus.num_tokens == sum(len(row.input_ids) for row in rows)
-        assert corpus.num_counted_tokens == sum(int(row.loss_mask.sum()) for row in rows)
+        assert corpus.num_loss_tokens == sum(int(row.loss_mask.sum()) for row in rows)
         found.append((corpus.token_stream_sha256, corpus.report))
     assert found[0] == found[1] and len({digest for digest, _ in found}) == 3
     assert masked_corpus.load_or_compute is packing.load_or_compute
