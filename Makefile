@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-real test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture faults fuzz lint format bench bench-methods bench-quality clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 
 bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
 	$(PY) -m benchmarks.methods
+
+docs: $(STAMP)  ## the tables of docs/, written from benchmarks/results
+	$(PY) -m benchmarks.tables
 
 bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable
 	$(PY) -m pip install --quiet matplotlib==3.11.2
