@@ -25,7 +25,7 @@ from cache_format.write.convert import Conversion, convert_cache
 from pipeline.inspection import cache_statistics, inspect_row
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.recipe import LossRecipe
+from pipeline.student.validation.loss_checks import loss_for_cache
 from pipeline.student.validation.run_checks import check_run
 from pipeline.student.validation.suitability import realized_warnings
 from pipeline.terminal.row_view import row_view
@@ -121,7 +121,7 @@ def uses(path: Path, student: Path) -> Iterator[Callable[[], Any]]:
 
     def realized() -> None:
         realized_warnings(opened())
-        LossRecipe.for_cache(opened(), kd_weight=0.9, tail="realized", divergence="forward-kl")
+        loss_for_cache(opened(), kd_weight=0.9, tail="realized", divergence="forward-kl")
 
     def merged() -> None:
         partial = path.with_name("partial")

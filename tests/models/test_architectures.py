@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline.student.training.recipe import LossRecipe
 from test_heads import LINEAR, OWN
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from dense import check_row, document_logprobs
-from pipeline.losses import sparse_kl
+from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.head import open_head
 from pipeline.student.data.dataset import collate
 from pipeline.student.training.forward import install_distillation_forward
@@ -78,7 +77,7 @@ def test_the_students_loss_is_that_of_its_own_logits(cached: Path) -> None:
     model.zero_grad()
 
     head = open_head(model, VOCAB)
-    install_distillation_forward(model, head, LossRecipe(kd_weight=0.6, temperature=2.0))
+    install_distillation_forward(model, head, DistillLoss(kd_weight=0.6, temperature=2.0))
     output = model(scale=1 / count, **collate(rows))
     output.loss.backward()
     assert output.count == count and output.loss.item() == pytest.approx((total / count).item(), rel=1e-6)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline.student.training.recipe import LossRecipe
 from transformers import AutoConfig, PreTrainedModel
 
 import cache_format as cf
@@ -18,12 +17,12 @@ from cli import main
 from dense import check_row, document_logprobs
 from masked_runs import load, settings
 from pipeline.errors import ConfigError, ModelError
-from pipeline.losses import sparse_kl
+from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.head import Head, check_padding, open_head
 from pipeline.models.objective import check_objective, most_positions, objective_of
-from pipeline.student.data.dataset import CacheDataset, collate, targets_of
+from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.training.forward import install_distillation_forward
-from pipeline.teacher import capture, opening
+from pipeline.teacher import opening
 from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
@@ -120,7 +119,7 @@ def test_a_shift_at_capture_is_detected(masked_dir: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_labels_are_the_original_tokens(kind: str, masked_dir: Path) -> None:
     cache = cf.open_cache(masked_dir / f"{kind}-cache")
-    tokenizer = capture.load_tokenizer(str(masked_dir / kind))
+    tokenizer = opening.load_tokenizer(str(masked_dir / kind))
     found = []
     for row in cache.iter_rows():
         assert row.labels is not None and (row.labels[~row.loss_mask] == -100).all()
@@ -233,7 +232,7 @@ def test_the_students_loss_has_the_gradient_of_dense_autograd(kind: str, masked_
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    install_distillation_forward(model, head, LossRecipe(kd_weight=0.7, temperature=2.0))
+    install_distillation_forward(model, head, DistillLoss(kd_weight=0.7, temperature=2.0))
     output = model(scale=1 / count, **collate(rows))
     output.loss.backward()
     assert output.count == count
@@ -248,16 +247,16 @@ def test_the_students_loss_has_the_gradient_of_dense_autograd(kind: str, masked_
 def check_alignment(rows: list[cf.CacheRow]) -> None:
     """Mask, label and target list of a batch at t are those of the token at t."""
     batch = collate(rows)
-    targets, length = targets_of(batch), batch["input_ids"].shape[1]
+    targets, length = batch["targets"], batch["input_ids"].shape[1]
     for i, row in enumerate(rows):
         assert batch["attention_mask"][i].tolist() == [1] * len(row.input_ids) + [0] * (length - len(row.input_ids))
         for t in range(len(row.input_ids)):
             n = i * length + t
-            assert bool(targets.counted[n]) == bool(row.loss_mask[t])
+            assert bool(targets.loss_mask[n]) == bool(row.loss_mask[t])
             if row.loss_mask[t]:
                 assert targets.labels[n] == row.labels[t], "label"
                 assert sorted(targets.ids[n].tolist()) == sorted(row.targets.at(t)[0].tolist()), "target list"
-    assert targets.counted.sum() == sum(int(row.loss_mask.sum()) for row in rows)
+    assert targets.loss_mask.sum() == sum(int(row.loss_mask.sum()) for row in rows)
 
 
 def test_masks_labels_and_targets_share_their_index(masked_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import cache_format as cf
 from benchmarks.variance import drawn, threshold_of, variance
 from dense import Deviation, captured_for, check_row, document_logprobs
-from pipeline.losses import TAIL_POLICIES, fused_head, sparse_kl
+from pipeline.losses import DistillLoss, TAIL_POLICIES, fused_head, sparse_kl
 from pipeline.models.head import check_packing, open_head
-from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
@@ -109,7 +109,7 @@ def test_shuffled_batches_carry_their_own_targets_and_cost_what_the_codebook_cos
     for batch in loader:
         with torch.no_grad():
             hidden = head.hidden_states(batch["input_ids"], batch["position_ids"])
-            output = fused_head(hidden, head.weight, head.bias, targets_of(batch), vocab_size=VOCAB)
+            output = fused_head(hidden, head.weight, head.bias, batch["targets"], DistillLoss(), vocab_size=VOCAB)
             sums += [value.item() for value in output]
     _, kl, _, agreement, count = sums
     assert count == cache.num_counted_tokens
@@ -125,7 +125,7 @@ def test_fused_equals_the_reference_on_the_real_head(
     data = DataConfig(data=str(texts["chat"]), window_length=WINDOW, max_documents=4, loss_on="assistant")
     cache_teacher(settings(teacher_dir, data, tmp_path / "cache"))
     batch = collate(cf.open_cache(tmp_path / "cache").rows([0]))
-    targets = captured_for(targets_of(batch), tail, 2.0)
+    targets = captured_for(batch["targets"], tail, 2.0)
     head = open_head(model, VOCAB)
     with torch.no_grad():
         states = head.hidden_states(batch["input_ids"], batch["position_ids"]).flatten(0, 1)
@@ -136,8 +136,9 @@ def test_fused_equals_the_reference_on_the_real_head(
     def loss_and_gradients(dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
         hidden, matrix = (x.detach().to(dtype).requires_grad_() for x in (states, weight))
         if fused:
-            count = int(targets.counted.sum())
-            loss = fused_head(hidden, matrix, None, targets, scale=1 / count, chunk_size=50, **options).loss
+            count = int(targets.loss_mask.sum())
+            spec = DistillLoss(**options)
+            loss = fused_head(hidden, matrix, None, targets, spec, scale=1 / count, chunk_size=50).loss
         else:
             loss = sparse_kl(hidden @ matrix.T, targets, **options)
         return [loss.detach(), *torch.autograd.grad(loss, [hidden, matrix])]

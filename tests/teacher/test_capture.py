@@ -19,7 +19,7 @@ import cache_format as cf
 from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, check_packing, open_head
-from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate, targets_of
+from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate
 from pipeline.teacher import capture, opening
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
@@ -379,8 +379,8 @@ def check_batches(batches: list[Batch], model: PreTrainedModel, cache: cf.Cache)
         with torch.no_grad():
             hidden = head.hidden_states(batch["input_ids"], batch["position_ids"])
             exact = head.logits(hidden.flatten(0, 1)).double().log_softmax(1)
-        targets = targets_of(batch)
-        here = targets.counted
+        targets = batch["targets"]
+        here = targets.loss_mask
         error = (exact.gather(1, targets.ids) / 2).exp() - (targets.logprobs / 2).exp()
         assert error[here].abs().max() <= bound, "targets of other tokens"
         following = batch["input_ids"].flatten().roll(-1)
@@ -574,7 +574,7 @@ def test_an_occupied_output_is_refused_before_anything_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(opening, "load_model", never)
-    monkeypatch.setattr(capture, "load_tokenizer", never)
+    monkeypatch.setattr(opening, "load_tokenizer", never)
     output = tmp_path / "output"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")

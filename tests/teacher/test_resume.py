@@ -265,7 +265,7 @@ def test_shard_ranges_of_two_machines_are_merged(whole, teacher_dir: Path, text_
     encoding, expected = whole
     config = settings(teacher_dir, text_file, tmp_path / "cache", encoding=encoding)
     first = run(*words_of(config), "--shard-range", ":2")
-    assert "Not all of" in first.stdout and "distill merge" in first.stdout
+    assert "is not complete yet" in first.stdout and "distill merge" in first.stdout
     failed = run("merge", config.output, status=1)
     assert "shards are missing (2, 3" in failed.stderr and "Run cache-teacher again" in failed.stderr
     second = json.loads(run(*words_of(config), "--shard-range", "2:", "--json").stdout)

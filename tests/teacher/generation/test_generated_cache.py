@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.student.training.recipe import LossRecipe
 from transformers import AutoModelForCausalLM
 
 import cache_format as cf
@@ -18,6 +17,7 @@ from benchmarks.reasoning import is_right
 from generating import answers_of, generate, write_predicates
 from pipeline.errors import ConfigError
 from pipeline.inspection import cache_statistics
+from pipeline.student.validation.loss_checks import loss_for_cache, loss_for_held_out
 from pipeline.teacher.generation.predicates import Answered
 from runs import build_cache, dense_evaluation, train
 from sampled import threshold
@@ -112,9 +112,9 @@ def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
 ) -> None:
     with pytest.raises(ConfigError, match="`tail` realized: the text of .* was drawn at `gen_temperature`"):
         train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
-    recipe = LossRecipe.for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
-    assert recipe.for_held_out(cf.open_cache(written[name])).tail == "bucket"
-    assert recipe.for_held_out(cf.open_cache(written["judged"])).tail == "realized"
+    loss = loss_for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
+    assert loss_for_held_out(loss, cf.open_cache(written[name])).tail == "bucket"
+    assert loss_for_held_out(loss, cf.open_cache(written["judged"])).tail == "realized"
 
 
 def test_a_policy_for_the_teachers_own_text_is_not_carried_over_to_another_held_out(

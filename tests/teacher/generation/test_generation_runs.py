@@ -189,7 +189,7 @@ def test_answers_of_other_settings_are_neither_used_nor_lost(
         generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, keep_if=f"{predicates}:none")
     before = contents(tmp_path)
     for change in ({"temperature": 0.9}, {"seed": 1}, {"targets": TargetRule(top_k=K + 1)}, {"batch_size": 8}):
-        with pytest.raises(cf.MismatchError, match="cache.answers: holds answers .*begin anew with --overwrite"):
+        with pytest.raises(cf.MismatchError, match="cache.answers: holds answers .*with other settings.*`overwrite`"):
             generate(teacher_dir, data, tmp_path / "cache", **{**ANSWERS, **change})
     assert contents(tmp_path) == before
     sizes = count_batches(monkeypatch)
@@ -204,7 +204,7 @@ def test_a_directory_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "cache.answers").mkdir()
     (tmp_path / "cache.answers/thesis.txt").write_text("years of work")
-    with pytest.raises(cf.CacheError, match="found 'thesis.txt'.*Choose another --output"):
+    with pytest.raises(cf.CacheError, match="found 'thesis.txt'.*Choose another `output`"):
         generate(teacher_dir, data, tmp_path / "cache", overwrite=overwrite)
     assert (tmp_path / "cache.answers/thesis.txt").read_text() == "years of work" and not (tmp_path / "cache").exists()
 
@@ -252,7 +252,7 @@ def test_a_predicate_is_told_all_about_an_answer(
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("breaks", r"raised ZeroDivisionError: division by zero on .*prompts.jsonl, row 5, answer 0. Correct"),
+        ("breaks", r"raised ZeroDivisionError: division by zero on .*prompts.jsonl, row 5, answer 0\."),
         ("forgets", r"returned None on .*prompts.jsonl, row 0, answer 0, expected True or False"),
     ],
 )
@@ -318,7 +318,7 @@ def test_the_command_says_how_many_answers_were_kept(
     words += ["--gen-temperature", 1.3, "--gen-answers-per-prompt", 3, "--gen-max-new-tokens", 8, "--batch-size", 4]
     words += ["--seq-len", 256, "--top-k", K, "--rows-per-shard", 16, "--device", "cpu", "--gen-keep-if"]
     result = run(*words, f"{predicates}:odd")
-    assert "12 for 8 prompts, 12 passed (50.0%)" in result.stdout
+    assert "12 for 8 prompts, 12 accepted (50.0%)" in result.stdout
     assert "24/24 answers" in result.stderr and "12 passed" in result.stderr
     assert contents(tmp_path / "cache") == contents(whole)
     found = json.loads(
@@ -346,19 +346,25 @@ def test_an_interrupt_says_where_the_answers_are(
 @pytest.mark.parametrize(
     "words, status, message",
     [
-        (["--gen-temperature", 0.5], 2, "--gen-temperature: only with --generate"),
-        (["--gen-stop", "x"], 2, "--stop: only with --generate"),
-        (["--gen-keep-if", "a:b"], 2, "--gen-keep-if: only with --generate"),
-        (["--generate", "--no-packing"], 2, "--packing: with --generate each answer is a row"),
-        (["--generate", "--all-positions"], 2, "--all-positions: with --generate"),
-        (["--generate", "--num-workers", 2], 2, "--num-workers: with --generate one process writes"),
-        (["--generate", "--tp"], 2, "--tp: with --generate one process writes"),
-        (["--generate", "--mask-seed", 1], 2, "--mask-seed: nothing is masked"),
-        (["--generate", "--loss-on", "all"], 2, "--loss-on: with --generate"),
-        (["--generate", "--gen-temperature", -1], 1, "--gen-temperature -1.0: expected 0"),
-        (["--generate", "--gen-top-p", 0], 1, "--gen-top-p 0.0: expected a probability mass"),
-        (["--generate", "--gen-top-k", -1], 1, "--gen-top-k -1: expected 0 to"),
-        (["--generate", "--gen-stop", ""], 1, "--stop: found an empty string"),
+        (["--gen-temperature", 0.5], 1, "--gen-temperature: only with --generate"),
+        (["--gen-stop", "x"], 1, "--gen-stop: only with --generate"),
+        (["--gen-keep-if", "a:b"], 1, "--gen-keep-if: only with --generate"),
+        (["--generate", "--no-packing"], 1, "--packing: cannot be combined with --generate"),
+        (["--generate", "--all-positions"], 1, "--all-positions: cannot be combined with --generate"),
+        (["--generate", "--num-workers", 2], 1, "--num-workers and --worker-index belong together"),
+        (
+            ["--generate", "--num-workers", 2, "--worker-index", 0],
+            1,
+            "--num-workers: cannot be combined with --generate",
+        ),
+        (["--generate", "--shard-range", "0:1"], 1, "--shard-range: cannot be combined with --generate"),
+        (["--generate", "--tp"], 1, "--tp: cannot be combined with --generate"),
+        (["--generate", "--mask-seed", 1], 1, "--mask-probability: cannot be combined with --generate"),
+        (["--generate", "--loss-on", "all"], 1, "--loss-on: cannot be combined with --generate"),
+        (["--generate", "--gen-temperature", -1], 2, "'--gen-temperature': -1.0 is not in the range"),
+        (["--generate", "--gen-top-p", 0], 2, "'--gen-top-p': 0.0 is not in the range"),
+        (["--generate", "--gen-top-k", -1], 2, "'--gen-top-k': -1 is not in the range"),
+        (["--generate", "--gen-stop", ""], 1, "--gen-stop: found an empty string"),
         (
             ["--generate", "--gen-temperature", 0, "--gen-answers-per-prompt", 2],
             1,
@@ -432,5 +438,5 @@ def test_a_masked_teacher_is_refused(tmp_path: Path, data: Path, tokenizer: PreT
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForMaskedLM(BertConfig(vocab_size=400, **shape)).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ConfigError, match="is a masked language model, which cannot go on with a text"):
+    with pytest.raises(ConfigError, match="is a masked language model"):
         generate(tmp_path / "teacher", data, tmp_path / "cache")

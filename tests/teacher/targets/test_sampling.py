@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.losses import TargetBatch, fused_head_loss, sparse_kl
+from pipeline.losses import SparseTargetBatch, fused_head_loss, sparse_kl
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import MAX_DRAWS, TargetRule
 from pipeline.teacher.targets.selection import BLOCK, sparse_targets
@@ -195,7 +195,7 @@ def test_loss_and_gradient_converge_to_those_of_the_full_distribution(rule: Targ
     full_loss = float((p * (p.log() - q.log())).sum())
     full_gradient = (q - p).numpy()  # with respect to z
     tail = outside(logits, found)
-    targets = TargetBatch.from_sparse(sparse(found)).to(dtype=torch.float64)
+    targets = SparseTargetBatch.from_sparse(sparse(found)).to(dtype=torch.float64)
     # What the means are of: the logits for the loss, every token for the gradient, directions for that of the states.
     functions = np.concatenate([z.numpy()[None], np.eye(vocab), weight.T.numpy()])
     previous = math.inf

@@ -18,7 +18,7 @@ import torch
 import cache_format as cf
 from pages import text
 from pipeline.inspection import cache_statistics
-from pipeline.losses import TargetBatch, sparse_kl
+from pipeline.losses import SparseTargetBatch, sparse_kl
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import draws, sparse_targets
@@ -85,7 +85,7 @@ def test_means_through_a_cache_are_off_by_the_rounding_of_exact_entries_alone(
     for seed in range(SEEDS):
         seeded = threshold(rule.tail_threshold, samples=rule.samples, seed=seed)
         cache = write(tmp_path / f"cache-{seed}", seeded, logits, encoding)
-        batch = TargetBatch.from_rows(cache[:]).to(dtype=torch.float64)
+        batch = SparseTargetBatch.from_rows(cache[:]).to(dtype=torch.float64)
         sums.append(batch.logprobs.exp().sum(dim=1).numpy())
         # KL and the entropy that it holds: the cross-entropy, in which only weights are rounded.
         kl = sparse_kl(z.repeat(R, 1), batch, tail="sampled", reduction="none")
