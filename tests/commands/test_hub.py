@@ -111,11 +111,12 @@ def test_an_error_of_the_hub_is_passed_on_with_the_next_step(cache: Path, fake: 
         CliRunner().invoke(main, ["push", str(cache), "someone/targets"], catch_exceptions=False)
 
 
-def test_names_are_checked_before_any_work(cache: Path, fake: Hub, teacher_dir: Path, tmp_path: Path):
+def test_names_are_checked_before_any_work(cache: Path, fake: Hub, teacher_dir: Path, text_file: Path, tmp_path: Path):
     assert "Give OWNER/NAME" in push(cache, "a/b/c", status=1).stderr
-    words = ["cache-teacher", "--teacher", teacher_dir, "--data", "nowhere.txt", "--output", tmp_path / "c"]
+    words = ["cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "c"]
     result = CliRunner().invoke(main, [str(word) for word in [*words, "--push-to-hub", "no spaces"]])
-    assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr
+    assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "c").exists()
     assert "only a local cache" in push("memory://cache", "someone/targets", status=1).stderr
     assert fake.calls == []
 
@@ -144,7 +145,7 @@ def test_the_process_that_finishes_the_cache_pushes_it(
     words += ["--seq-len", 48, "--rows-per-shard", 16, "--device", "cpu", "--push-to-hub", "someone/new"]
     by_hand = f"distill push {tmp_path / 'c'} someone/new"
     said = capture(*words, "--shard-range", "0:1").stderr.splitlines()
-    assert f"Not pushed: the cache is not finished yet. When it is: {by_hand}" in said and fake.calls == []
+    assert f"Not pushed: the cache is not finished yet. Once it is: {by_hand}" in said and fake.calls == []
     # Under torchrun the first process, which prints, may not be the last to finish.
     with monkeypatch.context() as patch:
         for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import cache_format as cf
 from benchmarks.variance import drawn, threshold_of, variance
 from dense import Deviation, captured_for, check_row, document_logprobs
-from pipeline.losses import DistillLoss, TAIL_POLICIES, fused_head, sparse_kl
+from pipeline.losses import TAIL_POLICIES, DistillLoss, fused_head, sparse_kl
 from pipeline.models.head import check_packing, open_head
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig

@@ -396,19 +396,16 @@ def test_shuffled_batches_carry_their_own_targets(packed: Path, teacher_dir: Pat
 
 
 def test_targets_paired_by_step_number_are_detected(packed: Path, teacher_dir: Path) -> None:
-    """The loader shuffles the tokens, and the targets are read in order beside it."""
+    """The loader shuffles the tokens, and the targets are read in the order of the cache."""
     cache, model = cf.open_cache(packed), load(teacher_dir)
     in_order = DataLoader(CacheDataset(cache), batch_size=5, collate_fn=collate)
     paired = []
     for tokens, targets in zip(shuffled_batches(cache, 0), in_order, strict=True):
-        length = min(batch["input_ids"].shape[1] for batch in (tokens, targets))
-        from_tokens = ("input_ids", "position_ids", "labels", "shift_labels")
-        paired.append(
-            {
-                name: value[:, :length] if value.dim() > 1 else value
-                for name, value in {**targets, **{name: tokens[name] for name in from_tokens}}.items()
-            }
-        )
+        rows, width = targets["labels"].shape
+        length = min(width, tokens["labels"].shape[1])
+        kept = torch.arange(rows * width).view(rows, width)[:, :length].flatten()
+        own = {name: tokens[name][:, :length] for name in ("input_ids", "position_ids", "labels", "shift_labels")}
+        paired.append({**own, "targets": targets["targets"][kept].with_labels(own["labels"].flatten())})
     with pytest.raises(AssertionError, match="targets of other tokens"):
         check_batches(paired, model, cache)
 

@@ -103,14 +103,14 @@ def test_the_realized_tail_warns_where_the_text_may_not_be_a_sample(
     name: str, warnings: int, written: dict[str, Path], student_dir: Path, tmp_path: Path
 ) -> None:
     summary = train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
-    assert len(summary.warnings) == warnings and all("--tail realized" in warning for warning in summary.warnings)
+    assert len(summary.warnings) == warnings and all("`tail` realized" in warning for warning in summary.warnings)
 
 
 @pytest.mark.parametrize("name", ["cool", "nucleus", "top"])
 def test_the_realized_tail_is_refused_where_the_text_is_no_sample(
     name: str, written: dict[str, Path], student_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="`tail` realized: the text of .* was drawn at `gen_temperature`"):
+    with pytest.raises(ConfigError, match="`tail` realized: the text of .* was generated with `gen_temperature`"):
         train(tmp_path / "student", written[name], student=student_dir, tail="realized", max_steps=1)
     loss = loss_for_cache(cf.open_cache(written["raw"]), kd_weight=0.5, tail="realized")
     assert loss_for_held_out(loss, cf.open_cache(written[name])).tail == "bucket"
@@ -125,7 +125,7 @@ def test_a_policy_for_the_teachers_own_text_is_not_carried_over_to_another_held_
     summary = train(tmp_path / "s", written["raw"], student=teacher_dir, eval_cache=str(written["given"]), **options)
     assert abs(summary.eval["loss"]) < 0.01 and summary.eval["agreement"] > 0.99
     (warning,) = summary.warnings
-    assert "given: its targets cannot serve --tail realized, the held-out loss is by --tail bucket" in warning
+    assert "given: its targets do not support `tail=realized`, the held-out loss uses `tail=bucket`" in warning
     own = train(tmp_path / "t", written["raw"], student=teacher_dir, eval_cache=str(written["more"]), **options)
     assert own.warnings == []
 

@@ -319,7 +319,7 @@ def test_the_command_says_how_many_answers_were_kept(
     words += ["--seq-len", 256, "--top-k", K, "--rows-per-shard", 16, "--device", "cpu", "--gen-keep-if"]
     result = run(*words, f"{predicates}:odd")
     assert "12 for 8 prompts, 12 accepted (50.0%)" in result.stdout
-    assert "24/24 answers" in result.stderr and "12 passed" in result.stderr
+    assert "24/24 answers" in result.stderr and "12 accepted" in result.stderr
     assert contents(tmp_path / "cache") == contents(whole)
     found = json.loads(
         run(*words, f"{predicates}:odd", "--overwrite", "--json", "--gen-stop", "X", "--gen-stop", "Y").stdout

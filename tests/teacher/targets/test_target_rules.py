@@ -418,7 +418,7 @@ def test_the_kind_is_that_of_the_parts_that_are_given(parts: dict[str, Any], kin
     ],
 )
 def test_parts_of_another_kind_are_refused(kind: str, part: str) -> None:
-    with pytest.raises(ConfigError, match=f"--{part.replace('_', '-')} 1: {kind} targets have none. Use `targets`"):
+    with pytest.raises(ConfigError, match=f"`{part}` 1: {kind} targets do not have this option. Use it with `targets`"):
         TargetRule(kind=kind, **{part: 1})
 
 

@@ -593,12 +593,16 @@ def test_template_that_rejects_a_conversation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"loss_on": "some"}, {"sample_by": "page"}, {"window_length": 1}, {"max_documents": 0}],
+    "options, message",
+    [
+        ({"loss_on": "some"}, "`loss_on` some: expected one of auto, all, assistant, completion"),
+        ({"sample_by": "page"}, "`sample_by` page: expected one of document, paragraph, line"),
+        ({"window_length": 1}, "`seq_len` 1: expected 2 or more"),
+        ({"max_documents": 0}, "`max_documents` 0: expected 1 or more"),
+    ],
 )
-def test_config_is_checked(options: dict[str, Any]) -> None:
-    (name,) = options
-    with pytest.raises(ConfigError, match=f"{name}: found"):
+def test_options_of_the_text_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         DataConfig(data="a.txt", **options)
 
 

@@ -188,11 +188,14 @@ def test_the_metadata_describe_the_masks(lines: Path, pieces: PreTrainedTokenize
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ({"probability": 0.0}, "0.0: expected a number above 0"),
-        ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "together at most 1"),
-        ({"random_replace_prob": -0.1}, "0 or more"),
-        ({"seed": -1}, "-1: expected 0 to"),
-        ({"copies": 0}, "0: expected 1 or more"),
+        ({"probability": 0.0}, "`mask_probability` 0.0: expected a positive number and at most 1"),
+        (
+            {"mask_replace_prob": 0.8, "random_replace_prob": 0.3},
+            "`mask_replace_prob` 0.8 and `random_replace_prob` 0.3: expected at most 1 together",
+        ),
+        ({"random_replace_prob": -0.1}, "`random_replace_prob` -0.1: expected 0 to 1"),
+        ({"seed": -1}, "`mask_seed` -1: expected 0 to"),
+        ({"copies": 0}, "`mask_copies` 0: expected 1 or more"),
     ],
 )
 def test_invalid_rules(values: dict, expected: str) -> None:
