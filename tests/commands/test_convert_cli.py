@@ -56,7 +56,7 @@ def test_help_says_what_stays_and_gives_an_example():
         assert option in text
     assert "What is not named stays as it is." in text and "After an interrupt, the same command" in text
     assert "distill convert caches/train caches/train-packed --encoding packed" in text
-    assert "--encoding [columns|packed]" in run("cache-teacher", "--help").stdout
+    assert "--encoding [columns|packed]" in run("cache-teacher", "--help-all").stdout
 
 
 @pytest.mark.parametrize(

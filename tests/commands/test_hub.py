@@ -154,7 +154,7 @@ def test_the_process_that_finishes_the_cache_pushes_it(
     assert result.stderr == "Pushed to https://hub/datasets/someone/new\n" and result.stdout == ""
     assert [call[0] for call in fake.calls] == ["create", "upload", "upload"]
     result = capture(*words, "--num-workers", 3, "--worker-index", 0, "--json")
-    assert f"by the one that finished the cache. If it did not: {by_hand}" in result.stderr
+    assert f"If it did not: {by_hand}" in result.stderr
     assert json.loads(result.stdout)["wrote_manifest"] is False and len(fake.calls) == 3
     capture(*words)  # a run that finds the cache finished pushes it again: the push may have failed
     assert len(fake.calls) == 6 and len(cf.open_cache(fake.folder)) == len(cf.open_cache(tmp_path / "c"))

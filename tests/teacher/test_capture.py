@@ -598,6 +598,7 @@ def test_a_finished_cache_is_refused_or_overwritten(
     cache_teacher(replace(config, targets=TargetRule(top_k=8), overwrite=True))
     cache = cf.open_cache(tmp_path / "cache")
     assert cache.metadata.targets["k"] == 8
+    assert json.loads((tmp_path / "cache/distill_config.json").read_text())["config"]["top_k"] == 8
     check_cache(tmp_path / "cache", teacher_dir)
     assert not [name for name in contents(tmp_path / "cache") if name.startswith("manifest.partial")]
 

@@ -360,7 +360,7 @@ def test_every_command_says_what_there_is(teacher_dir: Path, text_file: Path, tm
         "cache-teacher", *data, "--output", tmp_path / "cache", "--hidden-dtype", "float32"
     )
     view = run("stats", tmp_path / "cache")
-    assert "hidden, D = 32, float32" in view and "none: states" in view and "the head 51.3 kB, once" in view
+    assert "hidden, D = 32, float32" in view and "none: states" in view and "51.3 kB of it for the head" in view
     stats = json.loads(run("stats", tmp_path / "cache", "--json"))
     assert (
         stats["exact_mass_mean"] is None and stats["head_bytes"] == (tmp_path / "cache/head.safetensors").stat().st_size
