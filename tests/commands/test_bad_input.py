@@ -165,6 +165,7 @@ def test_more_candidates_than_tokens(here: Path):
         (f"{TRAIN} --overwrite", "student", ("student", "not the output of a run", "Choose another directory")),
         (f"{TRAIN} --overwrite", "cache", ("cache", "not the output of a run", "Choose another directory")),
         (f"{CACHE_TEACHER} --overwrite", "student", ("student", "nothing was changed", "Choose another directory")),
+        (f"{CACHE_TEACHER} --overwrite", "trained", ("trained", "nothing was changed", "Choose another directory")),
         (f"{TRAIN} --resume", "new", ("new", "no checkpoint", "Start without --resume")),
         (f"{TRAIN} --resume", "student", ("student", "no run to resume")),
         (f"{TRAIN} --max-steps 2 --resume", "trained", ("trained", "finished run", "--overwrite")),

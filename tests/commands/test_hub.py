@@ -111,11 +111,12 @@ def test_an_error_of_the_hub_is_passed_on_with_the_next_step(cache: Path, fake: 
         CliRunner().invoke(main, ["push", str(cache), "someone/targets"], catch_exceptions=False)
 
 
-def test_names_are_checked_before_any_work(cache: Path, fake: Hub, teacher_dir: Path, tmp_path: Path):
+def test_names_are_checked_before_any_work(cache: Path, fake: Hub, teacher_dir: Path, text_file: Path, tmp_path: Path):
     assert "Give OWNER/NAME" in push(cache, "a/b/c", status=1).stderr
-    words = ["cache-teacher", "--teacher", teacher_dir, "--data", "nowhere.txt", "--output", tmp_path / "c"]
+    words = ["cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "c"]
     result = CliRunner().invoke(main, [str(word) for word in [*words, "--push-to-hub", "no spaces"]])
-    assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr
+    assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "c").exists()
     assert "only a local cache" in push("memory://cache", "someone/targets", status=1).stderr
     assert fake.calls == []
 

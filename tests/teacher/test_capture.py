@@ -397,7 +397,7 @@ def test_shuffled_batches_carry_their_own_targets(packed: Path, teacher_dir: Pat
 
 
 def test_targets_paired_by_step_number_are_detected(packed: Path, teacher_dir: Path) -> None:
-    """The loader shuffles the tokens, and the targets are read in order beside it."""
+    """The loader shuffles the tokens, and the targets are read in the order of the cache."""
     cache, model = cf.open_cache(packed), load(teacher_dir)
     in_order = DataLoader(CacheDataset(cache), batch_size=5, collate_fn=collate)
     paired = [
@@ -598,6 +598,7 @@ def test_a_finished_cache_is_refused_or_overwritten(
     cache_teacher(replace(config, targets=TargetRule(top_k=8), overwrite=True))
     cache = cf.open_cache(tmp_path / "cache")
     assert cache.metadata.targets["k"] == 8
+    assert json.loads((tmp_path / "cache/distill_config.json").read_text())["config"]["top_k"] == 8
     check_cache(tmp_path / "cache", teacher_dir)
     assert not [name for name in contents(tmp_path / "cache") if name.startswith("manifest.partial")]
 
