@@ -23,12 +23,6 @@ from pipeline.teacher.writing.workers import Worker
 from tiny import english
 
 ROWS_TAKEN = 24
-WRITING = {
-    *("overwrite", "push_to_hub", "num_workers", "worker_index", "shard_range", "allow_rounding", "stale_after"),
-    *("generate", "gen_temperature", "gen_top_p", "gen_top_k", "gen_seed", "gen_answers_per_prompt"),
-    *("gen_max_new_tokens", "gen_stop", "gen_keep_if", "gen_keep"),
-}
-"""Options of cache-teacher that only the writing of a cache needs."""
 
 
 @pytest.fixture(scope="module")

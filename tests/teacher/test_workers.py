@@ -24,9 +24,7 @@ from tiny import completions, write_jsonl
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """The files of a cache, without the one that has the options as they were spelled."""
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != "distill_config.json"]
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def without_config(files: dict[str, bytes]) -> dict[str, bytes]:
