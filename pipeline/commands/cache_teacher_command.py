@@ -37,11 +37,12 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 def command(config_file: str | None, push_to_hub: str | None, json_file: str | None, **given: Any) -> None:
     """Run a teacher over a text and cache its targets.
 
-    The text comes from a column of strings, of chat messages, or from prompt and completion columns. After an
-    interrupt, the same command continues where it stopped. On several GPUs: torchrun --nproc-per-node N --no-python
+    The text comes from a column of strings or chat messages, or from prompt and completion columns. After an
+    interruption, the same command continues where it stopped. On several GPUs: torchrun --nproc-per-node N --no-python
     distill cache-teacher …
 
-    With --generate the data are prompts: a prompt column, messages (a final answer is dropped), or text to continue.
+    With --generate, the data contains prompts: a prompt column, messages (a final answer is dropped), or text to
+    continue.
     """
     config = build_config(CacheTeacherConfig, given, config_file)
     if push_to_hub is not None:

@@ -89,7 +89,7 @@ class DistillCommand(click.Command):
                 formatter.write_dl(records)
         if hidden:
             formatter.write_paragraph()
-            formatter.write_text(f"{hidden} more options: {ctx.command_path} --help-all")
+            formatter.write_text(f"{hidden} more options: see {ctx.command_path} --help-all")
 
 
 def _show_everything(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -137,8 +137,8 @@ def config_options(
             "--config",
             "config_file",
             metavar="FILE",
-            help="TOML or JSON file of options (names as here, without dashes), or a directory with "
-            "distill_config.json; flags win over it.",
+            help="TOML or JSON file of options (names as here, without the leading --), or a directory with "
+            "distill_config.json; flags override it.",
         )(function)
         for each in reversed(options_of(config).values()):
             if each.name not in without and not each.metadata.python_only:

@@ -76,7 +76,7 @@ def entries_of(targets: Entries, tail: TailPolicy, temperature: float) -> Entrie
         what = "a sample" if targets.temperature == 1.0 else "truncated targets"
         raise ValueError(
             f"`temperature` {temperature}: the targets were captured at temperature {targets.temperature}, and {what} "
-            f"cannot be tempered afterwards. Use `temperature={targets.temperature}`, or cache with "
+            f"cannot be converted to another one. Use `temperature={targets.temperature}`, or cache with "
             f"`temperature={temperature}`."
         )
     return targets if tail == "sampled" else targets.exact

@@ -27,7 +27,8 @@ class TrainStudentConfig:
     """One run of stage two."""
 
     cache: str | tuple[str, ...] = option(
-        help="Cache directory or URL. Several are mixed, by weights such as a:0.7 b:0.3 or in proportion to size.",
+        help="Cache directory or URL. Several caches are mixed in proportion to weights such as a:0.7 b:0.3, or to "
+        "their size.",
         group=IO,
         common=True,
         metavar="PATH[:WEIGHT]",
@@ -99,7 +100,7 @@ class TrainStudentConfig:
         None,
         help="Temperature of the soft loss, which is scaled by T².",
         group=LOSS,
-        default_text="that of the cache",
+        default_text="the temperature of the cache",
         common=True,
     )
     tail: Literal["sampled", "realized", "bucket", "renormalise", "label"] | None = option(

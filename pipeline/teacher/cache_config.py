@@ -51,7 +51,8 @@ class DataConfig:
     )
     loss_on: Literal["auto", "all", "assistant", "completion"] = option(
         "auto",
-        help="Tokens in the loss. auto: all of plain text, the assistant's in a chat, the completion of a prompt.",
+        help="Tokens in the loss. auto: all tokens of plain text, assistant messages in a chat, or the completion of a "
+        "prompt.",
         group=TEXT,
     )
     append_eos: bool | None = option(
@@ -129,9 +130,9 @@ class HiddenRule:
         metavar="LAYERS",
     )  # None: only the states that hidden targets consist of
     dtype: Literal["float16", "float32", "int8"] = option(
-        "float16", help="Number format of stored states; int8 has one scale per position.", group=HIDDEN
+        "float16", help="Data type of stored states; int8 has one scale per position.", group=HIDDEN
     )
-    every: int = option(1, help="Store the states of every N-th position.", group=HIDDEN, minimum=1)
+    every: int = option(1, help="Store hidden states at every N-th position only.", group=HIDDEN, minimum=1)
 
     def __post_init__(self) -> None:
         named = self.layers not in (None, "last", "all")
@@ -172,7 +173,11 @@ class GenerationConfig:
         below=float("inf"),
     )
     top_p: float = option(
-        1.0, help="Sample from the smallest set of tokens with this probability.", group=GENERATION, above=0, maximum=1
+        1.0,
+        help="Sample from the smallest set of most likely tokens with this total probability.",
+        group=GENERATION,
+        above=0,
+        maximum=1,
     )
     top_k: int = option(
         0, help="Sample from the N most likely tokens; 0: all.", group=GENERATION, minimum=0, maximum=2**31
@@ -222,7 +227,7 @@ class WorkerConfig:
         None,
         help="Number of processes that write this cache, each started separately.",
         group=PROCESSES,
-        default_text="as torchrun says",
+        default_text="set by torchrun",
         minimum=1,
     )
     worker_index: int | None = option(None, help="Index of this process, from 0.", group=PROCESSES, minimum=0)
@@ -231,7 +236,7 @@ class WorkerConfig:
     )
     allow_rounding: bool = option(
         False,
-        help="Continue on another kind of device, or with other threads, batch size or library versions.",
+        help="Continue even if the device type, thread count, batch size or library versions differ.",
         group=PROCESSES,
     )
     stale_after: float = option(
@@ -259,7 +264,7 @@ class CacheTeacherConfig:
     )
     objective: Literal["auto", "causal", "masked"] = option(
         "auto",
-        help="What the teacher predicts: the next token, or masked tokens. auto: as it was trained.",
+        help="What the teacher predicts: the next token, or masked tokens. auto: whichever it was trained for.",
         group=TEACHER,
     )
     targets: TargetRule = part(TargetRule)
@@ -276,12 +281,12 @@ class CacheTeacherConfig:
     )
     device_map: str | None = option(
         None,
-        help="Spread the teacher over all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
+        help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
         group=TEACHER,
         metavar="auto|FILE",
     )
     tensor_parallel: bool = option(
-        False, flag="tp", help="Split the teacher over the processes of torchrun (transformers).", group=TEACHER
+        False, flag="tp", help="Split the teacher across torchrun processes (transformers).", group=TEACHER
     )
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=TEACHER)
     trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
@@ -292,14 +297,14 @@ class CacheTeacherConfig:
     masking: MaskRule | None = part(MaskRule, prefix=MaskRule.PREFIX, optional=True)
     hidden: HiddenRule | None = part(HiddenRule, prefix=HiddenRule.PREFIX, optional=True)
     all_positions: bool = option(
-        False, help="Store targets also where the loss mask is off, such as in prompts.", group=FILES
+        False, help="Also store targets where the loss mask is off, such as in prompts.", group=FILES
     )
     rows_per_shard: int | None = option(
         None, help="Rows per shard file.", group=FILES, minimum=1, default_text="about 262,144 tokens"
     )
     encoding: Literal["columns", "packed"] = option(
         "columns",
-        help="columns: readable by any Arrow reader. packed: 2/3 to 4/5 of the bytes, readable by distill.",
+        help="columns: readable by any Arrow reader. packed: 2/3 to 4/5 of the size, readable by distill only.",
         group=FILES,
     )
     compression_level: int = option(9, help="zstd compression level.", group=FILES, minimum=1, maximum=22)

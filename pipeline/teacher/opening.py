@@ -71,7 +71,7 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
     if config.masking is not None:
         raise ConfigError(
             f"`mask_probability` and the other masking options: {model_name(config.teacher)} is a causal language "
-            "model, whose input is not masked. Leave them out."
+            "model, whose input is not masked. Leave these options out."
         )
     return build_corpus(config.data, tokenizer)
 

@@ -35,12 +35,12 @@ class TeacherCheckConfig:
     trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
     device_map: str | None = option(
         None,
-        help="Spread the teacher over all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
+        help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
         group=TEACHER,
         metavar="auto|FILE",
     )
     tensor_parallel: bool = option(
-        False, flag="tp", help="Split the teacher over the processes of torchrun (transformers).", group=TEACHER
+        False, flag="tp", help="Split the teacher across torchrun processes (transformers).", group=TEACHER
     )
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ def test_a_tokenizer_that_needs_code_is_refused(command: str, foreign_code: byte
     result = invoke(*COMMANDS[command](cache, student_dir))
     assert result.exit_code == 1
     (line,) = [line for line in result.stderr.splitlines() if "tokenizer" in line]
-    assert f"{cache}: its tokenizer cannot be loaded: it needs code of its own" in line
+    assert f"{cache}: its tokenizer cannot be loaded: it needs custom code" in line
 
 
 @pytest.mark.parametrize(

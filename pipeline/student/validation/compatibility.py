@@ -37,10 +37,10 @@ def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
         except Exception as error:  # the parsers of several libraries, on untrusted files
             why = reason(error).replace(folder, "tokenizer/")
             if "trust_remote_code" in str(error):
-                why = "it needs code of its own, and code in a cache is never run"
+                why = "it needs custom code, and code in a cache is never run"
             raise cf.FormatError(
                 f"{cache.path}: its tokenizer cannot be loaded: {why}. Restore it from a copy, or cache the text "
-                "again with a tokenizer that transformers has."
+                "again with a tokenizer that transformers supports."
             ) from error
 
 
@@ -100,7 +100,7 @@ def check_student(
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{name}: predicts {rows:,} tokens, but {cache.path} has targets over {vocab_size:,} tokens. "
-            "Choose a student of the teacher's family, or a configuration with at least that vocab_size."
+            "Choose a student from the teacher's model family, or a configuration whose vocab_size is at least that."
         )
     if config is not None:
         _check_objective(cache, config, name)
@@ -147,8 +147,8 @@ def check_same_teacher_tokens(train: cf.Cache, held_out: cf.Cache) -> list[str]:
     ):
         if a != b:
             raise cf.MismatchError(
-                f"{held_out.path}: found {what} {b}, expected {a} as in {train.path}, because a student is evaluated "
-                "on the tokens that it is trained on. Cache the held-out text with the same teacher."
+                f"{held_out.path}: found {what} {b}, expected {a} as in {train.path}, because evaluation must "
+                "use the same vocabulary and alignment as training. Cache the held-out text with the same teacher."
             )
     if ours.teacher.get("weights_fingerprint") != theirs.teacher.get("weights_fingerprint"):
         return [f"{held_out.path} has targets of another teacher than {train.path}"]
@@ -180,7 +180,7 @@ def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None
     window = cache.metadata.corpus.get("window_length")
     if limit is not None and window is not None and window > limit:
         raise ConfigError(
-            f"{name}: takes at most {limit:,} positions, the rows of {cache.path} have up to {window:,}. "
+            f"{name}: takes at most {limit:,} positions, but the rows of {cache.path} have up to {window:,}. "
             f"Choose another student, or cache the text with `seq_len` {limit}."
         )
 

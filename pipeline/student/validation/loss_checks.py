@@ -119,7 +119,7 @@ def _check_tail(cache: Cache, loss: DistillLoss) -> None:
     tail, targets = loss.tail, cache.metadata.targets
     if tail == "sampled" and not cache.metadata.sampled:
         raise ConfigError(
-            f"`tail` sampled: {cache.path} has {targets['kind']} targets, exact entries without a sample of the tail. "
+            f"`tail` sampled: {cache.path} has {targets['kind']} targets, which do not include a sample of the tail. "
             "Use `tail=bucket`, or cache the text with `targets=threshold`."
         )
     check_exact_entries(cache, tail, loss.divergence)
@@ -127,7 +127,7 @@ def _check_tail(cache: Cache, loss: DistillLoss) -> None:
         return
     if cache.metadata.alignment != "next":
         raise ConfigError(
-            f"`tail` realized: {cache.path} has targets at masked tokens. The observed tokens come from a text, they "
+            f"`tail` realized: {cache.path} has targets at masked tokens. The observed tokens come from a text and "
             "are not draws from the teacher's distribution. Use another `tail`."
         )
     if drawn_from_teacher(cache) is False:
@@ -136,12 +136,13 @@ def _check_tail(cache: Cache, loss: DistillLoss) -> None:
             f"`tail` realized: the text of {cache.path} was generated with `gen_temperature` "
             f"{generation['temperature']:g}, `gen_top_p` {generation['top_p']:g} and `gen_top_k` "
             f"{generation['top_k']}, so its tokens are not draws from the teacher's own distribution. Use another "
-            "`tail`, or generate with 1, 1 and 0."
+            "`tail`, or generate with `gen_temperature=1`, `gen_top_p=1` and `gen_top_k=0`."
         )
     if (captured := float(targets["temperature"])) != 1.0:
         raise ConfigError(
-            f"`tail` realized: {cache.path} was captured at temperature {captured}, where the teacher's own text is "
-            "not a sample of its distribution. Use `tail=bucket`, or cache the text with `temperature=1`."
+            f"`tail` realized: {cache.path} was captured at temperature {captured}, and the teacher's own text is "
+            "not a sample from its distribution at that temperature. Use `tail=bucket`, or cache the text with "
+            "`temperature=1`."
         )
 
 
@@ -157,6 +158,6 @@ def _check_temperature(cache: Cache, loss: DistillLoss, schedule: Schedule | Non
     if schedule is not None:
         option, instead = f"`temperature_schedule` {schedule}", f"Use `temperature={captured}`."
     raise ConfigError(
-        f"{option}: {cache.path} was captured at temperature {captured}, and {what} cannot be tempered afterwards. "
-        f"{instead}"
+        f"{option}: {cache.path} was captured at temperature {captured}, and {what} cannot be converted "
+        f"to another temperature. {instead}"
     )

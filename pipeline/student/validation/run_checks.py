@@ -157,8 +157,8 @@ def _loss(
     if config.cross_tokenizer is not None:
         if hidden_loss is not None:
             raise ConfigError(
-                f"`hidden_loss` {config.hidden_loss}: found `cross_tokenizer` {config.cross_tokenizer} too, but then "
-                "the hidden states of student and teacher belong to different tokens. Leave one out."
+                f"`hidden_loss` {config.hidden_loss}: found `cross_tokenizer` {config.cross_tokenizer} as well, "
+                "but with it the hidden states of student and teacher belong to different tokens. Leave one out."
             )
         for each in [*([] if held_out is None else [held_out]), *mix.caches]:
             tail = check_cross_tokenizer(
@@ -228,7 +228,10 @@ def check_origin(config: TrainStudentConfig) -> None:
     """Raises ConfigError if the options that create the student contradict one another."""
     check_one_origin(config.student, config.student_config)
     if config.student_config is not None and config.student_random:
-        raise ConfigError("`student_random`: found `student_config`, which has random weights already. Leave it out.")
+        raise ConfigError(
+            "`student_random`: found `student_config`, which already implies random weights. "
+            "Leave `student_random` out."
+        )
     if config.student_config is not None and config.sizes:
         raise ConfigError(
             "`student_width`, `student_intermediate`, `student_heads`: found `student_config`, whose random weights "
@@ -249,4 +252,7 @@ def check_origin(config: TrainStudentConfig) -> None:
             "`merge_adapter=True`, or save the model first and give its path."
         )
     if config.freeze_embeddings:
-        raise ConfigError("`freeze_embeddings`: found `lora_rank`, with which only adapters are trained. Leave it out.")
+        raise ConfigError(
+            "`freeze_embeddings`: found `lora_rank`, which already trains only the adapters. "
+            "Leave `freeze_embeddings` out."
+        )

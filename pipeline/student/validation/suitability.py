@@ -155,12 +155,12 @@ def check_resample(caches: Sequence[Cache], tail: TailPolicy, learns_from_teache
     for cache in caches:
         if cache.metadata.num_samples == 1:
             raise ConfigError(
-                f"`resample`: {cache.path} has one sample of the tail per position. Leave `resample` out, or cache the "
+                f"`resample`: {cache.path} has only one tail sample per position. Leave `resample` out, or cache the "
                 "text with `samples` 2 or more."
             )
     if not learns_from_teacher:
         raise ConfigError(
-            "`resample`: with `kd_weight=0` training uses the labels only and no sample. Leave `resample` out."
+            "`resample`: with `kd_weight=0`, training uses only the labels, not the samples. Leave `resample` out."
         )
     if tail != "sampled":
         raise ConfigError(

@@ -71,11 +71,11 @@ class TargetRule:
     kind: TargetKind | None = option(
         None,
         name="targets",
-        help="What to store of each distribution. threshold: exact head and an unbiased sample of the tail. top-k, "
+        help="What to store of each distribution. threshold: exact entries and an unbiased sample of the tail. top-k, "
         "top-p: the most likely tokens. random: tokens drawn with replacement. hidden: the last hidden state, which "
         "gives the full distribution.",
         group=GROUP,
-        default_text="the kind that the options below imply, else threshold",
+        default_text="the kind implied by the options below, else threshold",
         common=True,
     )  # never None after construction
     top_k: int | None = option(
@@ -89,7 +89,7 @@ class TargetRule:
     )
     top_p: float | None = option(
         None,
-        help="Probability mass of the exact entries of top-p.",
+        help="top-p: probability mass that the exact entries must cover.",
         group=GROUP,
         above=0,
         maximum=1,
@@ -97,7 +97,7 @@ class TargetRule:
     )
     max_entries: int | None = option(
         None,
-        help="Maximum number of entries of top-p.",
+        help="top-p: maximum number of entries per position.",
         group=GROUP,
         minimum=1,
         maximum=MAX_ENTRIES,
@@ -105,7 +105,7 @@ class TargetRule:
     )
     tail_threshold: float | None = option(
         None,
-        help="τ of threshold: tokens with p ≥ τ are exact, others are sampled with probability p/τ.",
+        help="τ for threshold: tokens with p ≥ τ are exact, others are sampled with probability p/τ.",
         group=GROUP,
         minimum=1e-3,
         maximum=1,
@@ -114,7 +114,7 @@ class TargetRule:
     )
     draws: int | None = option(
         None,
-        help="Number of draws of random.",
+        help="random: number of draws per position.",
         group=GROUP,
         minimum=1,
         maximum=MAX_DRAWS,

@@ -152,7 +152,7 @@ def test_students_with_another_objective_are_refused(
         train(tmp_path / "x", masked_dir / "bert-cache", student_config=str(tmp_path / "config.json"))
     short = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=33, pad_token_id=1)
     short.to_json_file(tmp_path / "short.json")
-    with pytest.raises(ConfigError, match="takes at most 31 positions, the rows of .* have up to 32"):
+    with pytest.raises(ConfigError, match="takes at most 31 positions, but the rows of .* have up to 32"):
         train(tmp_path / "x", masked_dir / "roberta-cache", student_config=str(tmp_path / "short.json"))
     assert not (tmp_path / "x").exists()
 
