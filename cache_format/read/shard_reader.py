@@ -76,9 +76,9 @@ class ShardReader:
         rows = range(info.first_row, info.first_row + info.rows)
         if problem := find_violation(batch, rows, self._metadata):
             raise self._false(part, problem)
-        for name in ("num_tokens", "num_loss_tokens", "num_entries"):
-            found, expected = getattr(batch, name), getattr(info, name.removeprefix("num_"))
-            if found != expected:
+        counted = {"tokens": batch.num_tokens, "counted_tokens": batch.num_loss_tokens, "entries": batch.num_entries}
+        for name, found in counted.items():
+            if found != (expected := getattr(info, name)):
                 raise self._false(part, f"{name} is {found}, the sidecar says {expected}")
         return batch
 
