@@ -12,7 +12,7 @@ from cache_format.codecs.packed.streams import PackedStreams
 
 
 def describe_targets(targets: Mapping[str, Any]) -> str:
-    """`targets` of a manifest in a line: threshold, τ = 0.05, K = 1, seed 0."""
+    """One-line description of a manifest's `targets`, e.g. threshold, τ = 0.05, K = 1, seed 0."""
     names = {"tail_threshold": "τ", "k": "K", "top_p": "P", "draws": "N", "samples": "M", "temperature": "T"}
     usual = {"samples": 1, "temperature": 1.0, "k": 0}
     parts = [
@@ -28,14 +28,14 @@ def describe_targets(targets: Mapping[str, Any]) -> str:
 def inspect_row(
     cache: cf.Cache, row_index: int, text: Callable[[int], str], *, candidates: int, start: int, positions: int
 ) -> dict[str, Any]:
-    """One row, token by token: what the teacher expected after each, and what came (`next`, `next_id`, …).
+    """One row, token by token: the teacher's prediction after each, and the token that followed (`next`, `next_id`, …).
 
-    Of a masked model: what it expected in the place of each, and what stood there (`label`, `label_id`, …).
+    For a masked model: its prediction for each token, and the original token (`label`, `label_id`, …).
 
     Args:
-        text: token id -> what it says.
-        candidates: the teacher's most likely entries to show per position.
-        start, positions: from which position, and how many.
+        text: token id -> its text.
+        candidates: number of the teacher's most likely entries to show per position.
+        start, positions: first position, and number of positions.
     """
     row = cache[row_index]
     end = min(start + positions, len(row.input_ids))
@@ -87,16 +87,16 @@ def inspect_row(
 def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
     """Sizes and distributions of a whole cache; reads every record batch once.
 
-    Sizes: of the columns, and beside them (`beside_…`) framing (what else is in the shards: schemas, dictionaries,
-    Arrow's messages) and files; together they are `bytes`. The column `packed` is the sum of its streams
-    (`cache_format.codecs.packed.streams`) and of the coder's states, which is what is left. Manifest, sidecars,
-    tokenizer and card are not in it.
+    Sizes: the columns and, next to them (`beside_…`), framing (the rest of the shards: schemas, dictionaries, Arrow
+    messages) and other files; together they add up to `bytes`. The column `packed` is the sum of its streams
+    (`cache_format.codecs.packed.streams`) plus the coder's states, which make up the difference. Manifest, sidecars,
+    tokenizer and card are not included.
 
-    Column entropy: of order zero over the whole cache, what an ideal coder takes that knows how often each value occurs
-    but not what comes before it; of a packed cache too, of the columns that it would have. Stream entropy: within each
-    record batch, in the contexts that the stream is coded in. Exact mass: Σp of the exact entries; entropy: of the
-    teacher's full distribution, nats; weight sum: of sampled targets Σw, whose expectation is 1 but for the rounding of
-    exact entries. All over counted positions.
+    Column entropy: order-zero entropy over the whole cache, i.e. the size under an ideal coder that knows how often
+    each value occurs but not what precedes it; for a packed cache, that of the columns it would have. Stream entropy:
+    within each record batch, in the contexts that the stream is coded in. Exact mass: Σp of the exact entries; entropy:
+    of the teacher's full distribution, in nats; weight sum: with sampled targets, Σw over all entries of a position,
+    whose expectation is 1 up to the rounding of exact entries. These three are over loss tokens.
     """
     kept, entropies, weights = [], [], []
     occurring: dict[str, np.ndarray] = {}  # column -> how often each value occurs
@@ -114,7 +114,7 @@ def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
     beside = {"framing": cache.manifest.shard_bytes - sum(columns.values()), **cache.manifest.bytes_beside}
     edges = np.arange(0.0, np.ceil(max(entropy.max(initial=0.0), 1.0)) + 0.5, 0.5)
     counts, _ = np.histogram(entropy, edges)
-    full = cache.metadata.head is not None  # nothing is left out
+    full = cache.metadata.head is not None  # no tail
     return {
         "path": cache.path,
         "teacher": cache.metadata.teacher["name"],
@@ -141,7 +141,7 @@ def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
 
 
 def _symbols(batch: cf.RowBatch, metadata: cf.CacheMetadata) -> dict[str, np.ndarray]:
-    """Those of each column, as non-negative integers."""
+    """The symbols of each column, as non-negative integers."""
     symbols: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "loss_mask": batch.loss_mask.view(np.uint8),
@@ -167,7 +167,7 @@ def _sums(batch: cf.RowBatch) -> np.ndarray:
 
 
 def _of_weights(sums: list[np.ndarray]) -> dict[str, float | None]:
-    """Mean of Σw, and the standard error of it; none where nothing is sampled."""
+    """Mean of Σw and its standard error; None if nothing is sampled."""
     values = np.concatenate(sums) if sums else np.zeros(0)
     some = len(values) > 1
     return {
@@ -184,6 +184,6 @@ def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _bits(counts: np.ndarray) -> float:
-    """Empirical entropy of order zero, of all symbols together."""
+    """Order-zero empirical entropy in bits, summed over all symbols."""
     counts = counts[counts > 0]
     return abs(float((counts * np.log2(counts / counts.sum())).sum()))

@@ -1,10 +1,10 @@
-"""answers.jsonl: one line per row of a cache whose text the teacher wrote.
+"""answers.jsonl: one line per row of a cache whose text the teacher generated.
 
     {"row": 0, "document": 7, "answer": 2, "prompt_tokens": 31, "stop_reason": "eos", "mean_logprob": -0.41,
      "text": "…", "token_logprobs": [-0.02, …]}
 
-`document` is the row of the source, `answer` the number among the answers to it; logarithms are natural. The manifest
-records size and checksum in `corpus.generation.answers_file`.
+`document` is the row of the source, `answer` the index among the answers to it; logarithms are natural. The manifest
+records its size and checksum in `corpus.generation.answers_file`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recorded_answers(metadata: CacheMetadata) -> Mapping[str, Any] | None:
 
 
 def write_answers(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Writes the file into a directory; returns what a manifest records of it. Equal lines give equal bytes."""
+    """Writes the file into a directory; returns its entry for the manifest. Deterministic."""
     digest, size = hashlib.sha256(), 0
     with open_directory(path).create(ANSWERS) as name, open(name, "wb") as file:
         for line in lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cache_format.manifest.manifest import Manifest
 from cache_format.manifest.metadata import CacheMetadata
 
-# What the hub shows and `datasets.load_dataset` goes by, of a local directory too: without it, it would guess.
+# Read by the Hub and by `datasets.load_dataset` (for local directories too), which would otherwise guess the layout.
 HEADER = """\
 ---
 tags:
@@ -118,7 +118,7 @@ ABOUT = {
 
 def card(manifest: Manifest) -> str:
     metadata, spec = manifest.metadata, manifest.metadata.head
-    hidden = ("hidden", "head")  # which have lines of their own
+    hidden = ("hidden", "head")  # these have lines of their own
     return HEADER + TEMPLATE.format(
         teacher=metadata.teacher["name"],
         precision=metadata.teacher.get("dtype", "unknown precision"),
@@ -147,7 +147,7 @@ def card(manifest: Manifest) -> str:
 
 
 def _rebuilding(metadata: CacheMetadata) -> str:
-    """How a reader makes distributions of states: only the steps that this head has."""
+    """How to compute distributions from states, with only the steps that this head needs."""
     spec, hidden = metadata.head, metadata.hidden
     assert spec is not None and hidden is not None
     scales = f'states = states * torch.tensor(row["hidden_{spec.layer}_scale"])[:, None]\n'

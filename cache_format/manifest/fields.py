@@ -1,9 +1,9 @@
-"""Types and ranges of the fields of manifest and sidecars: a table for each object, and one check for all tables.
+"""Types and ranges of the fields of manifest and sidecars: one table per object, and one check for all tables.
 
-Checksums do not say who wrote a cache, so every value is checked before use, on writing and on reading: a digest is
-later a file name in `read_cache`, a count the size of an array, text part of a message.
+Checksums do not prove who wrote a cache, so every value is checked before use, on writing and on reading: a digest
+later becomes a file name in `read_cache`, a count the size of an array, text a part of a message.
 
-A table maps the names of an object's fields to kinds; a name that ends in `?` may be missing or null. Fields that are
+A table maps an object's field names to kinds; a field whose name ends in `?` may be missing or null. Fields that are
 not in a table may hold anything, because nothing uses them.
 """
 
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from reprlib import repr as shortened
 from typing import Any, TypeAlias
 
-MOST = 2**63 - 1  # of anything that is counted
+MOST = 2**63 - 1  # maximum of any count
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value; `items`: what the values inside of it are, of a list or of an object with names of its own."""
+    """A kind of value; `items`: the table for the items of a list, or for the values of an object with free keys."""
 
-    expected: str  # in words
+    expected: str  # description for error messages
     holds: Callable[[Any], bool]
     items: Any = None  # a table
 
@@ -43,10 +43,10 @@ def is_digest(value: Any) -> bool:
 
 
 def number(least: float = 0.0, most: float = MOST, *, above: bool = True) -> Kind:
-    """`above`: more than `least`."""
+    """`above`: strictly greater than `least`."""
     words = "a number above 0" if (least, most, above) == (0.0, MOST, True) else f"a number, {least:g} to {most:g}"
 
-    def holds(value: Any) -> bool:  # NaN is none of it
+    def holds(value: Any) -> bool:  # NaN never holds
         return type(value) in (int, float) and (least < value <= most or (not above and value == least))
 
     return Kind(words, holds)
@@ -61,7 +61,7 @@ def list_of(items: Table) -> Kind:
 
 
 def object_of(items: Table) -> Kind:
-    """With whatever names."""
+    """An object with arbitrary keys."""
     return Kind("an object", lambda value: isinstance(value, Mapping), items)
 
 
@@ -75,7 +75,7 @@ LEVEL = Kind(
     'a number or "-inf"', lambda value: value == "-inf" or (type(value) in (int, float) and abs(value) <= MOST)
 )
 
-MOST_VOCABULARY = MOST_TOKENS = 2**24  # and of a row
+MOST_VOCABULARY = MOST_TOKENS = 2**24  # MOST_TOKENS: of a row
 KINDS = ("top-k", "top-p", "threshold", "random", "hidden")
 CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
 
@@ -165,7 +165,7 @@ CODEBOOKS = {"codebooks": dict.fromkeys(CODEBOOK_COLUMNS, CODEBOOK)}
 
 
 def check_fields(value: Any, table: Table, name: str = "") -> None:
-    """Raises: ValueError for the first value that is not what its table says: which, what it is, what is expected."""
+    """Raises: ValueError for the first value that does not match its table, with its name, value and expected kind."""
     if isinstance(table, Kind):
         if not table.holds(value):
             raise ValueError(f"{name} is {shortened(value)}, expected {table.expected}")

@@ -1,7 +1,7 @@
-"""Metadata of a cache: known before its first row is written, constant afterwards.
+"""Metadata of a cache: known before the first row is written, constant afterwards.
 
-Stage one supplies it; the manifest is the metadata plus the list of shards. It determines every byte of a shard (rows
-per shard, codebooks, compression, integer widths), so an interrupted run continues only with equal metadata.
+Stage one supplies it; the manifest is the metadata plus the list of shards. It determines the layout of every shard
+(rows per shard, codebooks, compression, integer widths), so an interrupted run can only continue with equal metadata.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cache_format.rows.hidden import HiddenSpec
 from cache_format.rows.types import Alignment
 
 FORMAT_NAME = "distill-cache"
-FORMAT_VERSION, WITH_HEAD = 1, 2  # what a cache needs of its readers: the second only where it has a head
+FORMAT_VERSION, WITH_HEAD = 1, 2  # version that a reader must support; WITH_HEAD only for caches with a head
 
-MOST_RECORD_BATCHES = 2**20  # of a shard
-LEAST_BYTES = 256  # of a record batch: the flatbuffer that names its buffers is longer
-ROWS_PER_BYTE = 8  # at most, in a shard: row numbers that ascend by one cost zstd more than half a byte each
+MOST_RECORD_BATCHES = 2**20  # per shard
+LEAST_BYTES = 256  # per record batch: the flatbuffer that lists its buffers is longer
+ROWS_PER_BYTE = 8  # maximum in a shard: consecutive row numbers cost zstd more than half a byte each
 
 UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
 
@@ -39,7 +39,7 @@ EXACT_LEVELS, POSITION_LEVELS = 112, 64
 
 
 def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
-    """As many values as pay: the quantisation of 50 exact entries costs .0008 nats of KL (docs/measurements.md)."""
+    """More values would not pay: quantising 50 exact entries costs 0.0008 nats of KL (docs/measurements.md)."""
     return {
         "target_logprobs": sqrt_probability_codebook(EXACT_LEVELS),
         "residual_logprob": residual_codebook(POSITION_LEVELS),
@@ -49,13 +49,13 @@ def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMetadata:
-    """The descriptive part of the manifest. Mappings may hold more keys than those named here."""
+    """The descriptive part of the manifest. Mappings may hold keys beyond those listed here."""
 
     teacher: Mapping[str, Any]  # name, revision, dtype, weights_fingerprint, config_fingerprint
     tokenizer: Mapping[str, str]  # fingerprint: component -> sha256 in hex
-    vocab_size: int  # real vocabulary, padded rows of the embedding cut off
+    vocab_size: int  # real vocabulary size, without padding rows of the embedding
     alignment: Alignment
-    targets: Mapping[str, Any]  # kind, temperature, max_entries (or k); what else the kind has
+    targets: Mapping[str, Any]  # kind, temperature, max_entries (or k); other keys of the kind
     corpus: Mapping[str, Any]  # source, rows, tokens, window_length, token_stream_sha256
     capture: Mapping[str, Any] = field(default_factory=dict)  # device, threads, dtype
     libraries: Mapping[str, str] = field(default_factory=dict)  # name -> version
@@ -78,7 +78,7 @@ class CacheMetadata:
             )
         if not self.codebooks:
             object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
-        _ = self.hidden  # raises what is wrong with it
+        _ = self.hidden  # raises if it is invalid
         self._check_head()
         if set(self.codebooks) != set(CODEBOOK_COLUMNS):
             raise ValueError(f"metadata.codebooks must be {', '.join(CODEBOOK_COLUMNS)}")
@@ -89,13 +89,13 @@ class CacheMetadata:
 
     @property
     def max_entries(self) -> int:
-        """The most entries that a position may have."""
+        """Maximum number of entries at a position."""
         most = self.targets.get("max_entries")
         return int(self.targets["k"] if most is None else most)
 
     @property
     def num_samples(self) -> int:
-        """Independent samples of the tail at each position; 1 also if nothing is sampled."""
+        """Independent samples of the tail at each position; 1 even if nothing is sampled."""
         return int(self.targets.get("samples") or 1)
 
     @property
@@ -112,19 +112,19 @@ class CacheMetadata:
 
     @cached_property
     def hidden(self) -> HiddenSpec | None:
-        """The hidden states that stand beside the targets, if any."""
+        """The hidden states stored alongside the targets, if any."""
         data = self.targets.get("hidden")
         return None if data is None else HiddenSpec.from_json(data)
 
     @cached_property
     def head(self) -> HeadSpec | None:
-        """Of targets that are hidden states: what makes distributions of them."""
+        """With hidden targets: the head that turns the stored states into distributions."""
         data = self.targets.get("head")
         return None if data is None else HeadSpec.from_json(data)
 
     @property
     def format_version(self) -> int:
-        """The lowest one whose readers do not misread this cache."""
+        """The lowest version whose readers read this cache correctly."""
         return FORMAT_VERSION if self.head is None else WITH_HEAD
 
     def _check_head(self) -> None:
@@ -155,8 +155,8 @@ class CacheMetadata:
         return -(-self.num_rows // self.rows_per_shard)
 
     def shard_rows(self, shard: int) -> range:
-        """Rows of a shard. Shard boundaries depend on the row numbers only, so that any number of
-        processes, stopped any number of times, cut the corpus at the same places."""
+        """Rows of a shard. Shard boundaries depend only on row numbers, so any number of processes, interrupted any
+        number of times, cut the corpus at the same places."""
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.num_rows))
 
@@ -164,7 +164,7 @@ class CacheMetadata:
         return -(-len(self.shard_rows(shard)) // self.rows_per_record_batch)
 
     def record_batch_rows(self, shard: int) -> Iterator[range]:
-        """Rows of each record batch of a shard; batches never cross a shard."""
+        """Rows of each record batch of a shard; batches never cross a shard boundary."""
         rows = self.shard_rows(shard)
         for start in range(rows.start, rows.stop, self.rows_per_record_batch):
             yield range(start, min(start + self.rows_per_record_batch, rows.stop))
@@ -177,7 +177,7 @@ class CacheMetadata:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheMetadata:
-        """Raises: ValueError for data of another shape."""
+        """Raises: ValueError for malformed data."""
         check_fields(data, METADATA | CODEBOOKS)
         known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}  # encoding may be missing
         books = {name: Codebook.from_json(book) for name, book in known["codebooks"].items()}

@@ -1,13 +1,14 @@
 """head.safetensors: the teacher's vocabulary head, which turns a hidden state into the teacher's full distribution.
 
-    logits = c·tanh(s·(W·h + b) / c)         s: logit_scale, 1 in most models; c: softcap; without one s·(W·h + b)
+    logits = c·tanh(s·(W·h + b) / c)         s: logit_scale, 1 in most models; c: softcap; without it s·(W·h + b)
     log p  = logits − logsumexp(logits)
 
-A cache of hidden targets has no entries: h is a column (`hidden_30`), W and b are stored here once, in the narrowest
-dtype that holds all their numbers. The file is in the safetensors format, read and written without that package.
+A cache of hidden targets has no entries: h is a column (`hidden_30`); W and b are stored once, in this file, in the
+narrowest dtype that represents all their values exactly. The file is in the safetensors format, read and written
+without that package.
 
 Cost: V·D numbers on disk and in memory; products are float32, one block of the vocabulary at a time.
-Shapes: n positions, V vocabulary, D width of the input of W.
+Shapes: n positions, V vocabulary size, D input width of W.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cache_format.manifest.fields import check_fields
 
 HEAD = "head.safetensors"
 DTYPES = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2")}
-"""Name -> what safetensors calls it, and the numpy type of its bytes: numpy has no bfloat16."""
+"""Name -> its name in safetensors, and the numpy type of its bytes (uint16 for bfloat16, which numpy lacks)."""
 
 VOCAB_BLOCK = 8192
 MAX_HEADER_BYTES = 2**16
@@ -40,7 +41,7 @@ FloatArray = NDArray[np.float32]
 class HeadSpec:
     """`targets.head` of a manifest, which may have more keys."""
 
-    layer: int  # whose states the matrix is multiplied with: the last one, or what the head makes of them
+    layer: int  # layer whose states are multiplied by W: the last one, or the output of the head's transform
     dtype: str
     bias: bool
     logit_scale: float
@@ -70,10 +71,10 @@ class HeadSpec:
 
 @dataclass(frozen=True, eq=False)
 class StoredHead:
-    """The head of a cache, its numbers still as they are in the file.
+    """The head of a cache, in the file's dtype.
 
     Attributes:
-        weight: [V, D] of `spec.dtype`; bfloat16 as uint16, its upper half of a float32.
+        weight: [V, D] of `spec.dtype`; bfloat16 as uint16, the upper half of a float32.
         bias: [V] likewise, or None.
     """
 
@@ -90,11 +91,11 @@ class StoredHead:
         return self.finished(found)
 
     def rows(self, tokens: slice) -> FloatArray:
-        """Some of `weight`, float32."""
+        """Rows of `weight` as float32."""
         return widened(self.weight[tokens], self.spec.dtype)
 
     def finished(self, products: FloatArray) -> FloatArray:
-        """What the head does to W·h [n, V]; in place."""
+        """Applies bias, scale and soft-cap to W·h [n, V], in place."""
         if self.bias is not None:
             products += widened(self.bias, self.spec.dtype)
         if self.spec.logit_scale != 1.0:
@@ -106,7 +107,7 @@ class StoredHead:
         return products
 
     def logprobs(self, states: FloatArray) -> FloatArray:
-        """[n, D] → [n, V]: the teacher's whole distribution."""
+        """[n, D] → [n, V]: the teacher's full distribution, as log-probabilities."""
         found = self.logits(states)
         found -= found.max(axis=1, keepdims=True)
         found -= np.log(np.exp(found).sum(axis=1, dtype=np.float64, keepdims=True)).astype(np.float32)
@@ -128,7 +129,7 @@ class StoredHead:
 
 
 def head_contents(weight: NDArray[Any], bias: NDArray[Any] | None, dtype: str) -> bytes:
-    """The file. Equal numbers give equal bytes.
+    """The contents of the file; deterministic.
 
     Args:
         weight, bias: [V, D] and [V] of `dtype`; bfloat16 as uint16.
@@ -141,7 +142,7 @@ def head_contents(weight: NDArray[Any], bias: NDArray[Any] | None, dtype: str) -
 
 
 def head_file_bytes(vocab_size: int, width: int, dtype: str, *, bias: bool) -> int:
-    """Of the file that `head_contents` would make."""
+    """Size of the file that `head_contents` would make."""
     header, size = _header(vocab_size, width, dtype, bias)
     return len(header) + size
 
@@ -155,7 +156,7 @@ def widened(values: NDArray[Any], dtype: str) -> FloatArray:
 
 
 def _header(vocab_size: int, width: int, dtype: str, bias: bool) -> tuple[bytes, int]:
-    """The header with its length, and the bytes of the numbers after it."""
+    """The header with its length prefix, and the number of data bytes after it."""
     name, kind = DTYPES[dtype]
     shapes = {**({"bias": [vocab_size]} if bias else {}), "weight": [vocab_size, width]}
     entries, start = {}, 0

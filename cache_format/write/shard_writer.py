@@ -1,4 +1,4 @@
-"""One shard: record batches into an Arrow IPC file, and the sidecar that describes its bytes."""
+"""Writes one shard: record batches to an Arrow IPC file, and the sidecar that describes its bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cache_format.storage.directory import Directory, write_bytes
 
 
 class ShardWriter:
-    """Owns the file of the shard being written. End it with `finish` or `abandon`."""
+    """Owns the file of the shard that is being written. Call `finish` or `abandon` at the end."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ShardWriter:
         return sum(counts["tokens"] for counts in self._counts)
 
     def write(self, batch: RowBatch) -> None:
-        """Append a record batch. Raises: ValueError, and then nothing was written."""
+        """Append a record batch. Raises: ValueError; then nothing has been written."""
         self._arrow.write_batch(self._codec.encode(batch))
         self._counts.append(
             {
@@ -66,7 +66,7 @@ class ShardWriter:
         )
 
     def finish(self, annotations: Mapping[str, Any]) -> tuple[Sidecar, str]:
-        """Give the shard its name, then write its sidecar. Returns the sidecar and its sha256."""
+        """Rename the shard to its final name, then write its sidecar. Returns the sidecar and its sha256."""
         self._arrow.close()
         self._sink.close()
         sidecar = self._describe(annotations)
@@ -76,14 +76,14 @@ class ShardWriter:
         return sidecar, sha256(data)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Discard the shard; leaves no files behind."""
         with contextlib.suppress(OSError):  # a full disk, which may be why the shard is abandoned
             self._sink.close()
         reason = CacheError("shard abandoned")
         self._creation.__exit__(CacheError, reason, None)
 
     def _describe(self, annotations: Mapping[str, Any]) -> Sidecar:
-        # Hashed from the file, not from what was meant to be in it.
+        # Hash what is in the file, not what was meant to be written.
         cuts = cut_points(self._path)
         with pa.memory_map(self._path) as file:
             data = file.read_buffer()
@@ -99,7 +99,7 @@ class ShardWriter:
             name: sum(counts[name] for counts in self._counts)
             for name in ("rows", "tokens", "counted_tokens", "entries")
         }
-        for batch in batches:  # what no reader takes must not be written
+        for batch in batches:  # never write what readers would reject
             (message,) = message_buffers(data.slice(batch.start, batch.stop - batch.start))
             expanded = sum(message.uncompressed) + self._codec.unannounced_bytes(batch.tokens, batch.entries)
             check_expansion(expanded, batch.stop - batch.start)

@@ -1,12 +1,12 @@
-"""Several writers of one cache, on one machine or on many, that know of one another only through the directory.
+"""Several writers of one cache, on one machine or many, that coordinate only through the directory.
 
-Each claims a shard, writes it, and claims the next, until all shards are complete; the last one to notice writes the
-manifest. Writers may join and leave at any time. Of one that died its claim is left, which another writer takes over
-when it has become stale (`cache_format.storage.claims`): so the last ones stay and wait, and a cache gets finished
-as long as one writer lives. There is no communication, no order, no leader.
+Each writer claims a shard, writes it and claims the next, until all shards are complete; then one of them writes the
+manifest. Writers may join and leave at any time. A writer that dies leaves its claim behind, and another one takes it
+over once it is stale (`cache_format.storage.claims`). The last writers therefore stay and wait, and the cache gets
+finished as long as one writer is alive. There is no communication, no fixed order and no leader.
 
-The packed encoding needs a lexicon, which shard 0 teaches: until it is there, only shard 0 is written, and the other
-writers wait for one shard's time.
+The packed encoding needs a lexicon, which is learned from shard 0. Until it exists only shard 0 is written, and the
+other writers wait for as long as one shard takes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from cache_format.write.writer import CacheWriter
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which shards a writer prefers, and which it writes at all."""
+    """Which shards a writer writes, and which of them it writes first."""
 
-    index: int = 0  # of `count` writers; prefers the shards that leave this remainder, then helps the others
+    index: int = 0  # of `count` writers; first shards with (number - first) % count == index, then the rest
     count: int = 1
-    first: int = 0  # writes shards from here on ...
-    stop: int | None = None  # ... and before this one; None: to the end
+    first: int = 0  # first shard to write
+    stop: int | None = None  # end of the range (exclusive); None: no limit
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
@@ -51,14 +51,14 @@ class Share:
 
 
 class SharedCacheWriter(CacheWriter):
-    """One of several writers of a cache. As `CacheWriter`, but the caller asks `begin_shard` which shard to write,
-    as often as it answers, and writes that one's rows.
+    """One of several writers of a cache. Like `CacheWriter`, but the caller asks `begin_shard` which shard to write,
+    writes its rows, and repeats until it returns None.
 
     Leaving the block normally finishes the cache if all shards are complete.
 
     Args:
-        share: which shards.
-        on_wait: told who is waited for, each time it changes.
+        share: shards to write.
+        on_wait: called with the writers that are being waited for, each time they change.
 
     Raises: CacheError if the directory holds something else, or if a `CacheWriter` is writing it; MismatchError.
     """
@@ -100,8 +100,8 @@ class SharedCacheWriter(CacheWriter):
         return self._cache.wrote_manifest
 
     def begin_shard(self) -> int | None:
-        """The next shard of our share that nobody has, claimed; the one in hand if it was abandoned. None if all
-        are complete. Waits while others write what is left, in case that they die."""
+        """Claims and returns the next free shard of this writer's share, or the current one if it was abandoned. None
+        once all are complete. Waits while others write the remaining shards, in case they die."""
         said, since = "", time.monotonic()
         for pause in pauses():
             if self._current is not None:
@@ -160,7 +160,7 @@ class SharedCacheWriter(CacheWriter):
                 self.next_row = self._metadata.shard_rows(self._current).start
 
     def _claim_next(self) -> list[Holder]:
-        """Claims a shard, if one is free. Returns: who has those that are not."""
+        """Claims a shard, if one is free. Returns: the holders of those that are not."""
         busy = []
         only_the_first = self._cache.codec.needs_lexicon
         for shard in self._share.in_order(self._metadata.num_shards):
@@ -170,7 +170,7 @@ class SharedCacheWriter(CacheWriter):
             if (holder := self._claims.take(name)) is not None:
                 busy.append(holder)
                 continue
-            if self._cache.look_for(shard):  # completed between the look and the claim
+            if self._cache.look_for(shard):  # completed between the check and the claim
                 self._claims.release(name)
                 continue
             try:

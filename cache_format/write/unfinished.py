@@ -1,8 +1,8 @@
-"""A cache on its way: what is recorded in the directory, which shards are complete, and how it ends.
+"""A cache that is being written: what the directory records, which shards are complete, and how the cache is finished.
 
-Beside the shards there is no state: a run that was killed anywhere, or twenty of them on as many machines, go on from
-the directory alone. While it is being written a cache has a `manifest.partial.json` and no `manifest.json`; a shard
-exists when its sidecar does.
+There is no state besides the files: a run that was killed at any point, or twenty runs on as many machines, continue
+from the directory alone. While it is being written, a cache has a `manifest.partial.json` and no `manifest.json`; a
+shard exists once its sidecar does.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, re
 from cache_format.storage.directory import Buffer, Directory, is_temporary, open_directory, write_bytes
 from cache_format.write.occupancy import recorded_manifest
 
-ENDING = "manifest"  # the claim of whoever writes it
+ENDING = "manifest"  # the claim of the process that writes it
 FOLDERS_WITH_FILES = ("", "shards", TOKENIZER_DIR, CLAIMS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSize:
-    """Of all complete shards."""
+    """Totals over all complete shards."""
 
     shards: int
     rows: int
     tokens: int
     counted_tokens: int
-    bytes: int  # with what they are decoded with, and the answers
+    bytes: int  # including the head, the lexicon and the answers
 
 
 class UnfinishedCache:
     """The directory of a cache that is being written, seen by one of its writers.
 
     Attributes:
-        metadata: as recorded; what was given, if nothing was.
-        complete: shards that are there, by their numbers.
-        rounding: differences between recorded and given that were allowed.
-        wrote_manifest: whether `finish` found none.
+        metadata: as recorded; as given, if nothing was recorded yet.
+        complete: complete shards by number.
+        rounding: differences between recorded and given metadata that were allowed.
+        wrote_manifest: whether `finish` wrote the manifest, because there was none yet.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class UnfinishedCache:
         self.lexicon_file: FileInfo | None = None
         self._tokenizer_files = dict(tokenizer_files)
         self._allow_rounding = allow_rounding
-        self._promised: dict[int, str] = {}  # sidecar's sha256 by shard, as a finished manifest says
+        self._promised: dict[int, str] = {}  # sidecar sha256 by shard, from a finished manifest
 
     @property
     def size(self) -> CacheSize:
@@ -97,7 +97,7 @@ class UnfinishedCache:
 
     @property
     def is_finished(self) -> bool:
-        """Complete, and said to be so."""
+        """Complete, and with a final manifest."""
         return self.is_complete and self._has_manifest
 
     @property
@@ -106,9 +106,9 @@ class UnfinishedCache:
         return MANIFEST in names and PARTIAL_MANIFEST not in names
 
     def begin(self, *, resume: bool) -> None:
-        """Records the metadata, or compares them with what is recorded, and finds what is complete.
+        """Records the metadata, or compares it with what is recorded, and finds the complete shards.
 
-        Raises: CacheError if there is a cache and `resume` is not set; MismatchError if it is another one.
+        Raises: CacheError if there is a cache and `resume` is not set; MismatchError if its metadata differs.
         """
         where = self.directory.path()
         recorded = recorded_manifest(self.directory)
@@ -118,20 +118,20 @@ class UnfinishedCache:
                 f"{where}: found {state} cache, expected an empty directory: nothing was changed. "
                 "Choose another directory, or resume."
             )
-        # Of several writers that begin at once one records, the others compare.
+        # If several writers begin at once, one records the metadata and the others compare.
         if recorded is None:
             partial = manifest_bytes(self.metadata, self._tokenizer_files)
             if self.directory.create_new(PARTIAL_MANIFEST, partial):
                 return
         if self.read() == MANIFEST and not self.is_complete:
-            # Shards were lost: an unfinished cache again. With what was recorded, which is not always what was given.
+            # Shards were lost, so it is unfinished again. Keep the recorded metadata, which may differ from the given.
             self.directory.create_new(PARTIAL_MANIFEST, manifest_bytes(self.metadata, self._tokenizer_files))
             self.directory.remove(MANIFEST)
 
     def read(self) -> str:
-        """Compares the metadata with what is recorded, and finds what is complete; changes nothing.
+        """Compares the metadata with what is recorded, and finds the complete shards; changes nothing.
 
-        Returns: the name of the manifest that is there. Raises: MismatchError.
+        Returns: the name of the manifest that was found. Raises: MismatchError.
         """
         recorded, data = self._read_recorded()
         where = self.directory.path(recorded)
@@ -151,9 +151,9 @@ class UnfinishedCache:
                 write_bytes(self.directory, inside, contents)
 
     def write_head(self, contents: Buffer | None) -> None:
-        """Where it is not there, or damaged.
+        """Writes the head if it is missing or damaged.
 
-        Raises: ValueError if it is needed and not given, or given and not what the metadata say.
+        Raises: ValueError if it is needed but not given, or if it does not match the metadata.
         """
         expected = None if self.metadata.head is None else self.metadata.head.sha256
         if contents is not None and sha256(contents) != expected:
@@ -165,7 +165,7 @@ class UnfinishedCache:
         write_bytes(self.directory, HEAD, contents)
 
     def find_complete(self) -> None:
-        """Looks for shards that were not there before."""
+        """Looks for shards that have been completed since the last call."""
         if self.codec.needs_lexicon and not self._load_lexicon():
             return  # without it the shards cannot be read
         names = set(self.directory.names("shards"))
@@ -174,22 +174,22 @@ class UnfinishedCache:
                 self.look_for(index)
 
     def look_for(self, index: int) -> bool:
-        """Whether a shard is there, by what it costs little to check: that its sidecar is consistent in itself and
-        fits this place in this cache, the size of the file, and the checksums of its header and footer. The rest is
-        checked when it is read, and by `verify_cache`."""
+        """Whether a shard is complete, judged by cheap checks: its sidecar is self-consistent and fits this place in
+        this cache, and the file's size and the checksums of its header and footer match. The rest is checked when the
+        shard is read, and by `verify_cache`."""
         name = sidecar_name(index)
         try:
             data = self.directory.read_bytes(name)
             sidecar = Sidecar.from_bytes(data, self.directory.path(name))
             fits = self._fits(index, sidecar, sha256(data)) and self._is_whole(shard_name(index), sidecar)
         except (FileNotFoundError, CorruptShardError):
-            return False  # written again, like any shard without a sidecar
+            return False  # rewritten, like any shard without a sidecar
         if fits:
             self.complete[index] = shard_info(index, sidecar, sha256(data))
         return fits
 
     def shard_facts(self) -> dict[str, Any]:
-        """What a shard's sidecar says of how it was made, besides what the caller says."""
+        """Annotations that a shard's sidecar gets in addition to the caller's."""
         facts: dict[str, Any] = {}
         if self.lexicon_file is not None:
             facts["lexicon_sha256"] = self.lexicon_file.sha256
@@ -198,16 +198,16 @@ class UnfinishedCache:
         return facts
 
     def learn_lexicon(self, batches: Sequence[RowBatch]) -> None:
-        """Writes the lexicon that the record batches of shard 0 give: the same for any number of writers."""
+        """Writes the lexicon learned from the record batches of shard 0: the same for any number of writers."""
         self.directory.create_new(LEXICON, self.codec.learn_lexicon(batches))
         self._load_lexicon()
 
     def finish(self, claims: Claims) -> None:
-        """Writes card and manifest, and removes everything that is no part of a finished cache. Harmless if that was
-        done before, here or elsewhere.
+        """Writes card and manifest, and removes everything that does not belong in a finished cache. Idempotent, also
+        across processes.
 
         Args:
-            claims: the caller's, which stay; those of others hold nothing up where every shard is complete.
+            claims: the caller's, which stay; other writers' claims do not matter once every shard is complete.
         """
         if not self._has_manifest:
             shards = [self.complete[index] for index in range(self.metadata.num_shards)]
@@ -221,14 +221,14 @@ class UnfinishedCache:
         claims.sweep()
 
     def remove_temporary(self, prefix: str = "") -> None:
-        """What killed writers have left behind, of names that begin so. For whoever has claimed these names."""
+        """Removes temporary files of killed writers whose names begin with `prefix`; the caller must hold the claim."""
         for folder in FOLDERS_WITH_FILES:
             for name in self.directory.names(folder):
                 if is_temporary(name) and name.startswith(f".{prefix}"):
                     self.directory.remove(f"{folder}/{name}" if folder else name)
 
     def _read_recorded(self) -> tuple[str, bytes]:
-        for name in (MANIFEST, PARTIAL_MANIFEST, MANIFEST):  # a cache may be finished, or broken up, between two looks
+        for name in (MANIFEST, PARTIAL_MANIFEST, MANIFEST):  # it may be finished, or reopened, between two reads
             try:
                 return name, self.directory.read_bytes(name)
             except FileNotFoundError:
@@ -236,7 +236,7 @@ class UnfinishedCache:
         raise CacheError(f"{self.directory.path()}: its manifest disappeared while it was read. Run the command again.")
 
     def _check_same(self, recorded_data: bytes, partial: bytes, where: str, *, finished: bool) -> None:
-        """Where names or rounding alone differ, what is recorded stays: the first writer's."""
+        """If only names or rounding differ, the recorded metadata (the first writer's) is kept."""
         given = partial_contents(partial, where)
         recorded = partial_contents(recorded_data, where)
         found = differences({key: value for key, value in recorded.items() if key in given}, given)
@@ -272,7 +272,7 @@ class UnfinishedCache:
         return (
             digest == self._promised.get(index, digest)
             and sidecar.is_for(self.metadata, index)
-            and sidecar.annotations.get("lexicon_sha256") == lexicon  # of another one, it cannot be read
+            and sidecar.annotations.get("lexicon_sha256") == lexicon  # coded with another lexicon, it cannot be read
         )
 
     def _is_whole(self, name: str, sidecar: Sidecar) -> bool:
@@ -283,15 +283,15 @@ class UnfinishedCache:
 
 
 def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> Manifest:
-    """Gives a cache whose shards are all there its manifest; one that has it already stays as it is.
+    """Writes the manifest of a cache whose shards are all complete; a finished cache is left as it is.
 
-    What the last of several writers does by itself. Needed where there is no last one: shards that were written on
-    several machines and then brought together.
+    The last of several writers does this by itself. Call it when there was no last one, e.g. for shards that were
+    written on several machines and then copied together.
 
     Args:
-        stale_after_s: seconds of silence after which a writer on another machine counts as gone.
+        stale_after_s: seconds without a sign of life after which a writer on another machine counts as dead.
 
-    Raises: CacheError if shards or tokenizer files are missing, or somebody alone is writing the cache.
+    Raises: CacheError if shards or tokenizer files are missing, or if a process has claimed the whole cache.
     """
     directory = open_directory(path)
     where = directory.path()
@@ -305,7 +305,7 @@ def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_A
     try:
         if (holder := claims.take(WHOLE)) is not None:
             raise refused(directory, holder, claims.stale_after_s)
-        claims.release(WHOLE)  # it only had to be free: others may write shards meanwhile
+        claims.release(WHOLE)  # it only had to be free; others may still write shards
         wait_for(claims, ENDING)
         cache.read()
         if not cache.is_complete:
@@ -349,7 +349,7 @@ def _missing(missing: Sequence[int], claims: Claims) -> str:
 
 
 def file_is_there(directory: Directory, name: str, digest: str) -> bool:
-    """With these contents."""
+    """Whether the file exists and has this SHA-256."""
     try:
         file = directory.open(name)
         return sha256(file.read(0, file.size)) == digest

@@ -1,12 +1,12 @@
-"""Rows ─▶ teacher engine ─▶ cache: the run that costs days, arranged so that the teacher never waits.
+"""Rows ─▶ teacher engine ─▶ cache: the run that can take days, arranged so that the teacher never waits.
 
     corpus ─▶ rows of a record batch ─▶ engine: batches of similar length ─▶ targets on their way to the host
            ─▶ one background thread: wait, check, encode, write ─▶ shard ─▶ manifest
 
-The main thread only computes; the background thread is at most two record batches behind. What a shard holds depends
-on the corpus, the teacher, the batch size and the device, never on timing, nor on which of several processes computes
-it (`writing.workers`): batches are cut inside record batches, record batches inside shards. A batch size that does not
-fit the memory is halved, the shard begun anew, and the size recorded in its sidecar.
+The main thread only computes; the background thread is at most two record batches behind. The contents of a shard
+depend on the corpus, the teacher, the batch size and the device, but not on timing or on which process computes it
+(`writing.workers`): batches never cross record batches, and record batches never cross shards. When a batch runs out of
+memory, the batch size is halved, the shard is restarted, and the size is recorded in the shard's sidecar.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def cache_teacher(
     on_progress: Callable[[CaptureProgress], None] = lambda _: None,
     on_warning: Callable[[str], None] = lambda _: None,
 ) -> CaptureSummary:
-    """Runs the teacher over the text and writes the cache; continues an unfinished run of the same settings, and does
-    nothing to a finished one. One of several such processes writes its share (`config.workers`).
+    """Runs the teacher over the text and writes the cache; continues an unfinished run with the same settings, and
+    leaves a finished one alone. One of several such processes writes its share (`config.workers`).
 
     Args:
-        on_stage: told what happens next, once a stage, in words.
-        on_progress: told where the run stands, after every batch.
-        on_warning: told what the user should know and need not act on.
+        on_stage: called at the start of each stage with a description of it.
+        on_progress: called after every batch with the progress of the run.
+        on_warning: called with messages that the user should see but need not act on.
 
     Raises:
         DataError, ModelError, ConfigError: the text, the teacher or the options cannot be used.
@@ -56,7 +56,7 @@ def cache_teacher(
             run with other settings.
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
-    # An occupied output is found out before minutes go into loading.
+    # Fail on an occupied output before spending minutes on loading.
     if not worker.follows:
         check_output(config, worker)
     device = worker.device(config.device)
@@ -74,7 +74,7 @@ def cache_teacher(
     states += in_words(written, head.vocab_size)
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
-        # Only now that text and teacher have been read.
+        # Not earlier: text and teacher have now been read successfully.
         cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
     metadata = as_begun(config, metadata)
     options = {"head": None if written is None else written.contents}
@@ -135,7 +135,7 @@ class _Capture:
                 except BaseException as error:
                     for future in pending:
                         future.cancel()
-                    if not isinstance(error, Exception):  # Ctrl-C: the writer waits for the record batch in hand
+                    if not isinstance(error, Exception):  # Ctrl-C: the writer waits for the current record batch
                         raise
                     _drain(pending, ignore=True)
                     if isinstance(error, cf.ClaimLostError) and not self.alone:
@@ -148,7 +148,7 @@ class _Capture:
     def _shard(self, shard: int, background: ThreadPoolExecutor, pending: deque[Future[None]]) -> None:
         self.writer.annotate(batch_size=self.engine.batch_size)
         self.mass_before_shard = self.mass_sum, self.mass_count
-        # Shards that others have written meanwhile count as well.
+        # Include the shards that other processes have written in the meantime.
         complete = self.writer.complete
         self.rows_done, self.tokens_done = complete.rows, complete.tokens
         for record_batch in self.metadata.record_batch_rows(shard):

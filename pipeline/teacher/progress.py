@@ -1,4 +1,4 @@
-"""Where a run of stage one stands, and what is there when it ends: what its caller is told."""
+"""Progress and summary of a stage-one run, as reported to its caller."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureProgress:
-    """Where the run stands, after every batch."""
+    """Progress of the run, reported after every batch."""
 
     rows: int
     total_rows: int
-    tokens: int  # of those rows, cached by this or an earlier run
+    tokens: int  # in those rows, which this or an earlier run cached
     total_tokens: int
     tokens_per_s: float  # of this run
     bytes_per_token: float  # on disk; nan before the first record batch is written
-    exact_mass: float  # mean probability mass of the exact entries at counted positions
+    exact_mass: float  # mean probability mass of the exact entries over loss tokens
     seconds_left: float
     batch_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSummary:
-    """What is there when a run ends: the whole cache, but for a run that was to write some shards only."""
+    """The cache at the end of a run: complete, unless the run was to write only some of the shards."""
 
     output: str
     rows: int
@@ -34,5 +34,5 @@ class CaptureSummary:
     tokens_per_s: float
     resumed_rows: int  # found complete from an earlier run
     corpus_report: dict[str, float]
-    wrote_manifest: bool = True  # it ended with this run, whose part it is to do what comes after
-    finished: bool = True  # whether the manifest is there; else rows, tokens and bytes are of the complete shards
+    wrote_manifest: bool = True  # if so, follow-up work is up to this run
+    finished: bool = True  # whether the manifest exists; if not, rows, tokens and bytes cover the complete shards

@@ -1,12 +1,12 @@
-"""Answers of a run that has not ended, in a directory beside its output: OUTPUT.answers.
+"""Answers of an unfinished run, in a directory next to its output: OUTPUT.answers.
 
-How many rows a cache will have is only known when all answers are there and have been judged, so they wait here. One
-file per group of prompts, written in one piece and never changed; its name carries the checksum of its bytes, so that a
-file is either there and whole, or not there. A run that was killed at any instant goes on with the first group that is
-missing. Removed when the cache is finished.
+The number of rows of a cache is only known once all answers have been generated and judged, so they are kept here until
+then. There is one file per group of prompts, written atomically and never changed; its name contains the checksum of
+its bytes, so a file is either complete or ignored. A run that was killed at any point continues with the first missing
+group. The directory is removed when the cache is finished.
 
-    OUTPUT.answers/settings.json                 what decides the answers; another run must have the same
-    OUTPUT.answers/group-00007-1f3a….arrow       of one group: answers with their targets, as they were computed
+    OUTPUT.answers/settings.json                 settings that determine the answers; a resumed run must match them
+    OUTPUT.answers/group-00007-1f3a….arrow       one group: answers with their targets, as computed
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Group:
     """The answers to consecutive prompts."""
 
     answers: Sequence[Answer]  # by document, then index
-    batch_size: int  # the smallest that was used
+    batch_size: int  # the smallest one used
 
 
 def store_location(output: str) -> str:
@@ -63,7 +63,7 @@ def store_location(output: str) -> str:
 
 
 class AnswerStore:
-    """The directory; `location` is a path or an fsspec URL. Used as a context manager, it gives its claim back."""
+    """The directory; `location` is a path or an fsspec URL. As a context manager it releases its claim on exit."""
 
     def __init__(self, location: str, stale_after_s: float = STALE_AFTER_S) -> None:
         self._directory = open_directory(location)
@@ -81,7 +81,7 @@ class AnswerStore:
         return self._directory.path()
 
     def check(self) -> None:
-        """Raises: CacheError if the directory holds anything that is not a run's answers, or of another run's."""
+        """Raises: CacheError if the directory holds anything but a run's answers, or if another process uses it."""
         for holder in self._claims.others():
             raise self._refused(holder)
         names = [name for name in self._directory.names() if not is_temporary(name) and name != CLAIMS]
@@ -93,18 +93,18 @@ class AnswerStore:
             )
 
     def open(self, settings: Mapping[str, Any], *, replace: bool, allow_rounding: bool) -> None:
-        """Begins, or goes on with what is there.
+        """Starts a new store, or continues an existing one.
 
         Args:
-            replace: remove answers of other settings.
-            allow_rounding: go on with answers that differ by rounding alone.
+            replace: remove answers made with other settings.
+            allow_rounding: continue with answers that differ only by rounding.
 
-        Raises: CacheError if something else is there, or another process; MismatchError if it is of other settings.
+        Raises: CacheError if something else is there or another process uses it; MismatchError if settings differ.
         """
         self.check()
         if (holder := self._claims.take(WHOLE)) is not None:
             raise self._refused(holder)
-        settings = json.loads(json.dumps(settings))  # as it will be read
+        settings = json.loads(json.dumps(settings))  # as it will be read back
         names = self._directory.names()
         if SETTINGS in names:
             recorded = json.loads(self._directory.read_bytes(SETTINGS))
@@ -119,7 +119,7 @@ class AnswerStore:
                 for name in names:
                     if name not in (CLAIMS, SETTINGS):
                         self._directory.remove(name)
-                self._directory.remove(SETTINGS)  # last: what has none is not ours
+                self._directory.remove(SETTINGS)  # last: a directory without settings is not ours
                 names = []
         for name in names:
             if is_temporary(name):
@@ -130,7 +130,7 @@ class AnswerStore:
         self._names = {int(match[1]): name for name in names if (match := _GROUP.fullmatch(name))}
 
     def load(self, number: int) -> Group | None:
-        """A group that is there; None if it is not, or not as it was written."""
+        """A stored group; None if it is missing or damaged."""
         if number not in self._names:
             return None
         name = self._names[number]
@@ -148,7 +148,7 @@ class AnswerStore:
         self._names[number] = name
 
     def holds(self, answers_file: Mapping[str, Any]) -> bool:
-        """Whether the answers are those of a cache that records this of them."""
+        """Whether these are the answers that a cache's `answers_file` entry describes."""
         if cf.ANSWERS not in self._directory.names():
             return False
         return hashlib.sha256(self._directory.read_bytes(cf.ANSWERS)).hexdigest() == answers_file["sha256"]

@@ -1,12 +1,12 @@
-"""A teacher writes answers to prompts, and its targets for them come from the very passes that write.
+"""A teacher generates answers to prompts; their targets come from the same forward passes.
 
     prompts ─▶ states of the last token [b, D] ─▶ head, logits [b, V] ─▶ targets (the raw distribution)
                     ▲                                                └─▶ a token (temperature, top-k, top-p)
-                    └──────────────── one position more ◀────────────────┘
+                    └──────────────── next position ◀────────────────────┘
 
-What an answer is depends on the teacher, the seed, its prompt and its number, never on the batch; only rounding does.
+An answer depends on the teacher, the seed, its prompt and its index, never on the batch, except for rounding.
 
-Shapes: b answers that are being written, V vocabulary, T tokens of prompt and answer, n of the answer.
+Shapes: b answers in progress, D hidden width, V vocabulary size, T tokens of prompt and answer, n of the answer.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from pipeline.teacher.text.packing import TokenRow
 if TYPE_CHECKING:
     from pipeline.teacher.engines.transformers_engine import TransformersEngine
 
-STREAM = 2  # of the random numbers that choose tokens; the sampled tail has 0, masks have 1
+STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One answer to be written."""
+    """One answer to generate."""
 
     document: int  # row of the source
     index: int  # among the answers to it
@@ -49,13 +49,13 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """One answer. `row` holds prompt, answer and targets, its number is only given when answers have been chosen.
+    """One answer. `row` holds prompt, answer and targets; its number is assigned once answers have been chosen.
 
     Attributes:
         stop_reason: eos (or the end of a turn), stop-string, or length.
         text: without the token or stop string that ended it.
-        logprobs: [n] float32, of the tokens written, natural logs of the teacher's own probability: at temperature 1,
-            nothing truncated, not quantised.
+        logprobs: [n] float32, of the generated tokens: natural logs of the teacher's own probabilities, at temperature
+            1, without truncation or quantisation.
     """
 
     document: int
@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def token_ids(self) -> np.ndarray:
-        """[n], the token that ended it included."""
+        """[n], including the token that ended it."""
         return self.row.input_ids[self.prompt_tokens :]
 
     @property
@@ -77,28 +77,28 @@ class Answer:
 
 
 def place_of(documents: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Where the generator's numbers for an answer are, [n] uint64: in a cache of given text, the row number."""
+    """Random-generator keys of answers, [n] uint64; caches of given text use the row number instead."""
     return np.asarray(documents, np.uint64) | np.asarray(indices, np.uint64) << np.uint64(40)
 
 
 def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
-    """What the tokenizer and the model call the end of a text, and in a chat the end of the assistant's turn."""
+    """End-of-text tokens of tokenizer and model and, for chats, the token that ends the assistant's turn."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     if is_chat:
         ends = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
-        # One token only: of several, the first may stand in the middle of an answer.
+        # Only if it is a single token: the first of several may occur in the middle of an answer.
         found |= set(ends) if len(ends) == 1 else set()
     return sorted(int(token) for token in found)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerSettings:
-    """Everything that decides an answer except its prompt.
+    """Everything that determines an answer except its prompt.
 
     Attributes:
-        rule: of the targets.
-        sampling: of the tokens.
+        rule: selects the targets.
+        sampling: how tokens are sampled.
         stop_tokens: an answer ends with any of these.
         max_length: maximum number of tokens of prompt and answer.
     """
@@ -121,7 +121,7 @@ class AnswerWriter:
         self.engine, self.tokenizer, self.rule = engine, settings.tokenizer, settings.rule
         self.generation = settings.sampling
         self.stop_tokens, self.max_length = settings.stop_tokens, settings.max_length
-        # A string of n bytes has at most n tokens; some more for tokens that are only a part of a character.
+        # A string of n bytes has at most n tokens; 4 more for tokens that are only part of a character.
         self.tail_tokens = 4 + max((len(stop.encode()) for stop in settings.sampling.stop), default=0)
 
     @torch.inference_mode()
@@ -129,7 +129,7 @@ class AnswerWriter:
         """One batch, in the order given. Raises: ModelError if the teacher's logits are not all finite."""
         prompts = {request.document: request.prompt for request in requests}
         decoding = Decoding(self.engine.head, list(prompts.values()))
-        if len(prompts) < len(requests):  # several answers: one pass over the prompt for all of them
+        if len(prompts) < len(requests):  # several answers per prompt share one pass over it
             order = {document: i for i, document in enumerate(prompts)}
             decoding.select([order[request.document] for request in requests])
         drafts = [_Draft(request, self._limit(request)) for request in requests]
@@ -148,7 +148,7 @@ class AnswerWriter:
         return [self._answer(draft) for draft in drafts]
 
     def _next(self, decoding: Decoding, active: Sequence[_Draft], step: int) -> torch.Tensor:
-        """Adds a token, its log-probability and the targets it was drawn from to each draft; the tokens [b]."""
+        """Adds a token, its log-probability and the targets at its position to each draft. Returns the tokens [b]."""
         generation = self.generation
         places = place_of(
             np.array([draft.request.document for draft in active]), np.array([draft.request.index for draft in active])
@@ -187,11 +187,11 @@ class AnswerWriter:
         return LENGTH if len(draft.token_ids) >= draft.limit else None
 
     def _stop_at(self, text: str) -> int | None:
-        """The first character of the first stop string in it."""
+        """Index of the first stop string in the text, or None."""
         return min((at for stop in self.generation.stop if (at := text.find(stop)) >= 0), default=None)
 
     def _decode(self, token_ids: list[int]) -> str:
-        # Special tokens too: what the teacher wrote in the middle of an answer is not hidden from a predicate.
+        # Special tokens too: the predicate should see all that the teacher generated in an answer.
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _answer(self, draft: _Draft) -> Answer:
@@ -201,7 +201,7 @@ class AnswerWriter:
             text = text[: self._stop_at(text)]
         token_ids = np.concatenate([request.prompt, draft.token_ids]).astype(np.int32)
         counted = np.zeros(len(token_ids), bool)
-        # From t the token at t + 1 is predicted: the first of the answer from the last of the prompt.
+        # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
         counted[len(request.prompt) - 1 : -1] = True
         row = TokenRow(token_ids, counted, np.array([len(token_ids)], np.int32))
         targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
@@ -217,7 +217,7 @@ class AnswerWriter:
 
 
 class _Draft:
-    """An answer that is being written."""
+    """An answer in progress."""
 
     def __init__(self, request: Request, limit: int) -> None:
         self.request, self.limit = request, limit  # tokens, at most

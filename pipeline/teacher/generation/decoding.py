@@ -1,13 +1,12 @@
-"""Texts that grow by a token at a time: one forward pass over the prompts, then one position at a time with the
-key-value cache.
+"""Token-by-token decoding: one forward pass over the prompts, then one position at a time with the key-value cache.
 
-Not `model.generate`: its sequences leave the batch only all together, its random numbers belong to the batch, and a
-model's own generation settings would change the distributions without a word. Here a sequence that has ended is taken
-out, several answers share one pass over their prompt, and the states go through the same `Head` as those of any text,
-so that targets come from the passes that write. Tests hold greedy answers to those of `model.generate`.
+Why not `model.generate`: it keeps all sequences in the batch until the last has ended, its random state is shared by
+the batch, and a model's own generation settings would silently change the distributions. Here finished sequences leave
+the batch, several answers share one pass over their prompt, and the states go through the same `Head` as those of any
+text, so that the targets come from the generating passes. Tests compare greedy answers with those of `model.generate`.
 
-Prompts of different lengths are padded on the left, where an attention mask hides the padding and positions begin with
-the first token. Whether a model does as told is not known from its name: `check_decoding` tries it.
+Prompts of different lengths are padded on the left; an attention mask hides the padding, and position ids start at the
+first real token. A model's name does not tell whether it honours both, so `check_decoding` tries it.
 
 Shapes: b sequences, P longest prompt, D hidden width.
 """
@@ -35,7 +34,7 @@ class Decoding:
     """
 
     def __init__(self, head: Head, prompts: Sequence[np.ndarray]) -> None:
-        """Args: prompts: token ids of each, at least one."""
+        """Args: prompts: token ids of each prompt, at least one per prompt."""
         model, device = head.model, head.device
         self._decoder = getattr(model, model.base_model_prefix)
         self._cache = DynamicCache(config=model.config)
@@ -49,7 +48,7 @@ class Decoding:
         self.hidden = self._run(input_ids.to(device), (self._mask.cumsum(dim=1) - 1).clamp(min=0))
 
     def select(self, which: Sequence[int]) -> None:
-        """Goes on with these sequences only, in this order; one may be taken several times."""
+        """Continues with only these sequences, in this order; a sequence may be repeated."""
         index = torch.tensor(which, dtype=torch.int64, device=self._mask.device)
         self._cache.batch_select_indices(index)
         self._mask, self._lengths, self.hidden = self._mask[index], self._lengths[index], self.hidden[index]
@@ -72,7 +71,7 @@ class Decoding:
 
 
 def check_decoding(head: Head, *, padding: bool) -> None:
-    """Raises ModelError unless this model's states, a token at a time, are those of one pass over the whole text.
+    """Raises ModelError unless token-by-token decoding gives the same states as one pass over the whole text.
 
     Args:
         padding: whether sequences of different lengths will share a batch.
@@ -110,7 +109,7 @@ def _whole(head: Head, text: np.ndarray) -> Tensor:
 
 
 def _grown(head: Head, texts: Sequence[np.ndarray]) -> list[Tensor]:
-    """The same of each text, grown from its beginning; the first leaves the batch before the last step."""
+    """The same for each text, decoded token by token; the first text leaves the batch before the last step."""
     begun = Decoding(head, [text[: len(text) - PROBE_STEPS] for text in texts])
     states: list[list[Tensor]] = [[] for _ in texts]
     active = list(range(len(texts)))

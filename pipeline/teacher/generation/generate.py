@@ -1,18 +1,18 @@
 """Generation: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
 
     1  write     a group of prompts ─▶ batches of similar length ─▶ answers with their targets ─▶ OUTPUT.answers
-    2  judge     a predicate sees every answer as soon as its group is there
+    2  judge     a predicate judges every answer as soon as its group is complete
     3  cache     answers that were kept ─▶ rows, numbered ─▶ OUTPUT, an ordinary cache; OUTPUT.answers is removed
 
-Two places, because a cache must know its number of rows before the first, and what a predicate lets through is not
-known before the last answer is there. Killed at any instant, the same command goes on with the group of answers that
-is missing, or with the shard, and ends with the same bytes. What is kept is no part of what is recorded beside the
-answers: a predicate that was corrected judges answers that are there already, and a run that kept nothing loses none.
+Two directories are needed because a cache must know its number of rows before the first is written, and how many
+answers pass the predicate is only known after the last answer. After a kill at any point, the same command continues
+with the missing group of answers or shard, and ends with the same bytes. The predicate is not part of the settings
+recorded with the answers: a corrected predicate judges the existing answers again, and a run that kept none loses none.
 
-One answer is one row: its prompt, which does not count, and its tokens, which do, with the one that ended it.
+One answer is one row: its prompt, outside the loss mask, and its tokens, inside it, including the one that ended it.
 
-Cost beside writing the answers, per token: choosing entries, some five reads of V floats. A prompt passes once through
-the teacher for all its answers that share a batch.
+Cost per token on top of generating the answers: choosing entries, about five reads of V floats. A prompt passes through
+the teacher once for all its answers that share a batch.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class GenerationSummary:
     output: str
     prompts: int
     answers: int
-    passed: int  # the predicate; all without one
+    passed: int  # answers that passed the predicate; all answers without a predicate
     rows: int  # answers that were kept
-    prompts_kept: int  # with such an answer
+    prompts_kept: int  # prompts with at least one kept answer
     stop_reasons: dict[str, int]  # of all answers
     mean_logprob: float  # per token of the answers kept, nats
     tokens: int
     counted_tokens: int
     bytes: int
-    exact_mass: float | None  # mean probability mass of the exact entries; None if the cache was found finished
+    exact_mass: float | None  # mean probability mass of the exact entries; None if the cache was already finished
     seconds: float
     tokens_per_s: float  # written by this run
     resumed_answers: int  # found complete from an earlier run
@@ -78,9 +78,9 @@ def generate_cache(
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[GenerationProgress], None] = lambda _: None,
 ) -> GenerationSummary:
-    """Lets the teacher answer the prompts of `config.data` and caches what it wrote; continues an unfinished run.
+    """Lets the teacher answer the prompts of `config.data` and caches its answers; continues an unfinished run.
 
-    Of `config.data`, packing and what concerns losses are not used; `config.batch_size` is of answers.
+    Packing and loss options of `config.data` are not used; `config.batch_size` counts answers.
 
     Raises:
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
@@ -93,7 +93,7 @@ def generate_cache(
             "`generate`: one process writes the answers, found several (torchrun, `num_workers`, `shard_range` or "
             "`tensor_parallel`). Start one."
         )
-    # What can be found out now is found out before minutes go into loading.
+    # Check what can be checked before spending minutes on loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = _finished(config, generation, predicate)
@@ -146,13 +146,13 @@ def generate_cache(
         corpus = _corpus(generation, prompts, stop_tokens, predicate, answering)
         grouped = config
         if config.rows_per_shard is None:
-            # Answers are shorter than their window, so a shard is filled by what they have.
+            # Answers are shorter than their window, so size shards by the actual number of tokens.
             together = rows_together(config)
             per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
             grouped = replace(config, rows_per_shard=max(together, per_shard))
         metadata = cache_metadata(grouped, corpus, head, tokenizer_fingerprint(tokenizer), device)
         if config.overwrite:
-            # Only now that there is something to take its place.
+            # Not earlier: only now is there something to replace it.
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
@@ -181,8 +181,8 @@ def _check_writes(config: CacheTeacherConfig) -> None:
 def _finished(
     config: CacheTeacherConfig, generation: GenerationConfig, predicate: Predicate | None
 ) -> cf.Manifest | None:
-    """The finished cache that this run would write, if it is there already, by all but the names of teacher and
-    prompts. Raises: CacheError if another one is."""
+    """The finished cache that this run would write, if it already exists, judged by everything except the names of
+    teacher and prompts. Raises: CacheError if a different cache exists."""
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
     replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
     cf.check_writable(config.output, replace=replaces, stale_after_s=stale_after_s)
@@ -204,8 +204,8 @@ def _finished(
 
 
 def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
-    """Whether teacher or prompts are spelled in another way than they were, so that it takes a look at them to know
-    whether they are the same."""
+    """Whether the name of the teacher or of the prompts differs from the recorded one, so that their contents must be
+    compared."""
     recorded = manifest.metadata
     return (model_name(config.teacher), data_name(config.data.data)) != (
         recorded.teacher.get("name"),
@@ -240,7 +240,7 @@ def _settings(
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
 ) -> dict[str, Any]:
-    """All that decides answers and targets, and nothing that decides which are kept."""
+    """Everything that determines answers and targets, but nothing that determines which answers are kept."""
     return {
         "teacher": {
             "architecture": type(engine.head.model).__name__,
@@ -260,7 +260,7 @@ def _settings(
 
 @dataclass(frozen=True)
 class _Corpus:
-    """The text of the cache to be, as `cache_metadata` asks for it."""
+    """The text of the future cache, in the form that `cache_metadata` expects."""
 
     selection: Selection
     description: dict[str, Any]
@@ -316,7 +316,7 @@ def _corpus(
 
 
 def _answers(answering: Answering) -> Iterator[dict[str, Any]]:
-    """One line for each row of the cache to be."""
+    """One line per row of the future cache."""
     number = 0
     for group in answering.groups():
         for answer in group.answers:
@@ -344,7 +344,7 @@ def _write_cache(output: str, writer: Any, answering: Answering) -> None:
 
 
 def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
-    """What a finished cache says of how it was made."""
+    """The summary of a finished cache, from what it records."""
     corpus = manifest.metadata.corpus
     written = corpus["generation"]
     logprobs = [logprob for line in cf.open_cache(output).answers() for logprob in line["token_logprobs"]]

@@ -1,4 +1,4 @@
-"""Which answers go into the cache: a user's predicate, and how many of those that pass it.
+"""Which answers go into the cache: a user's predicate, and a choice among those that pass.
 
     def correct(example, answer):
         return answer.text.strip().endswith(example["solution"])
@@ -29,10 +29,10 @@ from pipeline.teacher.generation.answers import Answer
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What a predicate is told of an answer beside its example."""
+    """What a predicate receives about an answer, in addition to the example."""
 
     text: str  # without the token or stop string that ended it
-    token_ids: tuple[int, ...]  # with them
+    token_ids: tuple[int, ...]  # including it
     stop_reason: str  # eos, stop-string or length
     mean_logprob: float  # natural log, per token, by the teacher's own probabilities
     index: int  # among the answers to this prompt, from 0
@@ -44,10 +44,10 @@ class Predicate:
 
     name: str  # as given
     function: Callable[[dict[str, Any], Answered], bool]
-    sha256: str | None  # of the file that it stands in, if there is one
+    sha256: str | None  # of the file that defines it, if there is one
 
     def __call__(self, example: Mapping[str, Any], answer: Answer, where: str) -> bool:
-        """Raises: ConfigError naming `where` if it fails, or does not say yes or no."""
+        """Raises: ConfigError naming `where` if it raises or does not return a bool."""
         told = Answered(
             text=answer.text,
             token_ids=tuple(answer.token_ids.tolist()),
@@ -93,7 +93,7 @@ def load_predicate(name: str) -> Predicate:
         raise ConfigError(
             f"`gen_keep_if` {name}: it takes {inspect.signature(function)}, expected (example, answer). Change it."
         ) from error
-    except ValueError:  # a builtin, which does not say
+    except ValueError:  # a builtin without a signature
         pass
     file = getattr(module, "__file__", None)
     digest = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -101,7 +101,7 @@ def load_predicate(name: str) -> Predicate:
 
 
 def choose(answers: Sequence[Answer], keep: Keep) -> list[Answer]:
-    """Of the answers to one prompt that passed: all, the first, or the one of the highest mean log-probability."""
+    """All answers to one prompt that passed, the first, or the one with the highest mean log-probability."""
     if keep == "all" or not answers:
         return list(answers)
     return [answers[0] if keep == "first" else max(answers, key=lambda answer: (answer.mean_logprob, -answer.index))]
@@ -121,7 +121,7 @@ def _from_file(place: str) -> Any:
 
 
 def _from_path(place: str) -> Any:
-    # Looked for as by `python -m`: in the current directory too.
+    # Like `python -m`, also search the current directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return importlib.import_module(place)

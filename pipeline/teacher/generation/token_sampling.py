@@ -1,11 +1,11 @@
-"""One token from each of n distributions: temperature, top-k and top-p as other tools have them, and a given number.
+"""Samples one token from each of n distributions, with the usual temperature, top-k and top-p, from a given uniform.
 
-The number comes from a counter-based generator (`philox`) keyed by seed, prompt, answer and place in the answer, so
+The uniform comes from a counter-based generator (`philox`) keyed by seed, prompt, answer and place in the answer, so
 that an answer is the same in any batch, in any order, and when an interrupted run is continued. `torch.multinomial`,
 which transformers' own sampling uses, has one state for the whole batch: an answer depends on its neighbours.
 
-Without truncation a token is found by sums over blocks of the vocabulary, as the sampled tail of `targets` is; with it,
-among the likeliest tokens alone, a few hundred unless the distribution is flat.
+Without truncation, a token is found by sums over blocks of the vocabulary, as in the tail sampling of `targets`; with
+truncation, only among the most likely tokens: a few hundred unless the distribution is flat.
 
 Shapes: n distributions, V vocabulary, C candidates.
 """
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from pipeline.teacher.targets.selection import block_sums, find, top_k
 
-CANDIDATES = 256  # looked at first for top-p; eight times as many while that is not enough
+CANDIDATES = 256  # tried first for top-p; multiplied by eight until sufficient
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, most: int = 0) -> Tensor:
-    """[n] int64: token i with probability softmax(logits / T)_i, renormalised over those that are left in.
+    """[n] int64: token i with probability softmax(logits / T)_i, renormalised over the tokens that remain.
 
-    Left in are the `most` likely tokens (0: all), and of these the fewest whose share of their mass reaches `top_p`.
+    The `most` most likely tokens remain (0: all), and of these the fewest whose share of their mass reaches `top_p`.
 
     Args:
         logits: [n, V] float32.
-        uniforms: [n] float64 in [0, 1), one for each.
-        temperature: 0 takes the likeliest token.
+        uniforms: [n] float64 in [0, 1), one per distribution.
+        temperature: 0 takes the most likely token.
     """
     if temperature == 0.0:
         return logits.argmax(dim=1)
@@ -41,12 +41,12 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float =
     values, ids = truncated(probs, top_p, most)
     ends = values.cumsum(dim=1, dtype=precise)  # [n, C]
     place = (ends <= point * ends[:, -1:]).sum(dim=1, keepdim=True)
-    last = (values > 0).sum(dim=1, keepdim=True) - 1  # a point next to 1 may be rounded to the end
+    last = (values > 0).sum(dim=1, keepdim=True) - 1  # a point close to 1 may be rounded up to the end
     return ids.gather(1, torch.minimum(place, last))[:, 0]
 
 
 def truncated(probs: Tensor, top_p: float, most: int) -> tuple[Tensor, Tensor]:
-    """[n, C] probabilities, largest first and 0 for what is left out, and their tokens."""
+    """[n, C] probabilities, largest first and 0 for removed tokens, and their token ids."""
     vocab_size = probs.shape[1]
     width = min(most or CANDIDATES, vocab_size)
     while True:
