@@ -26,7 +26,7 @@ from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
-from pipeline.teacher.targets.hidden_targets import in_words, write_down
+from pipeline.teacher.targets.hidden_targets import describe_head, head_to_store
 from pipeline.teacher.writing.cache_metadata import cache_metadata, stored_positions
 from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import as_begun
@@ -67,17 +67,17 @@ def cache_teacher(
 
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)
-    written = write_down(config, head)
-    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device, written)
+    stored_head = head_to_store(config, head)
+    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device, stored_head)
 
-    states = "" if metadata.hidden is None else f", {_states_in_words(metadata.hidden, config, corpus)}"
-    states += in_words(written, head.vocab_size)
+    states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
+    states += describe_head(stored_head, head.vocab_size)
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
         # Not earlier: text and teacher have now been read successfully.
         cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
     metadata = as_begun(config, metadata)
-    options = {"head": None if written is None else written.contents}
+    options = {"head": None if stored_head is None else stored_head.contents}
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
         for holder in writer.taken_over:
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
@@ -85,7 +85,7 @@ def cache_teacher(
             head,
             device=device,
             batch_size=config.batch_size,
-            export=None if written is None else written.form,
+            export=stored_head,
             hidden=metadata.hidden,
             divisible=not config.tensor_parallel,
         )
@@ -96,7 +96,7 @@ def cache_teacher(
     return capture.summary()
 
 
-def _states_in_words(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Corpus) -> str:
+def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Corpus) -> str:
     positions = -(-stored_positions(config, corpus) // spec.every)
     size = hidden_states.predicted_bytes(spec, stored_positions(config, corpus)) / 1e6
     layers = f"{len(spec.layers)} layer{'s' if len(spec.layers) > 1 else ''}"

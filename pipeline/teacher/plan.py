@@ -26,6 +26,7 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.models.head import Head
+from pipeline.models.head_export import HeadExport
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 from pipeline.teacher.engines.interface import RowRequest
@@ -33,11 +34,10 @@ from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
-    WrittenHead,
+    head_to_store,
     states_spec,
     with_head,
     without_states_of,
-    write_down,
 )
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.writing.cache_metadata import stored_positions
@@ -131,23 +131,23 @@ def plan_cache(
     taken = min(sample_rows or rows_together(config), len(corpus))
     chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
     on_stage(f"running the teacher on {len(chosen)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
-    written = write_down(config, head)
-    spec = states_spec(config.hidden, head, written)
-    beside = None if spec is None else without_states_of(spec, written)
+    stored_head = head_to_store(config, head)
+    spec = states_spec(config.hidden, head, stored_head)
+    beside = None if spec is None else without_states_of(spec, stored_head)
     states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
-    of_targets = None if written is None else _states_of_targets(config, head, written)
+    of_targets = None if stored_head is None else _states_of_targets(config, head, stored_head)
     engine = TransformersEngine(
         head,
         device=device,
         batch_size=config.batch_size,
-        export=None if written is None else written.form,
+        export=stored_head,
         hidden=of_targets,
         divisible=not config.tensor_parallel,
         timed=True,
     )
     requests = [row_request(config, corpus, index, of_targets) for index in chosen]
     while True:
-        sample = _Sample(config, engine, rules, states, written)
+        sample = _Sample(config, engine, rules, states, stored_head)
         try:
             done = 0
             for batch in engine.batches(requests):
@@ -192,9 +192,10 @@ class _Sample:
         engine: TransformersEngine,
         rules: Sequence[TargetRule],
         states: int,
-        written: WrittenHead | None = None,
+        stored_head: HeadExport | None = None,
     ) -> None:
-        self.config, self.engine, self.rules, self.states, self.written = config, engine, rules, states, written
+        self.config, self.engine, self.rules = config, engine, rules
+        self.states, self.stored_head = states, stored_head
         self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
         self.tokens = 0
         self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
@@ -222,7 +223,7 @@ class _Sample:
         index = self.rules.index(rule)
         rows = self.rows[index]
         bytes_per_token, total, writing = {}, {}, {}
-        full = self.written if rule.kind == "hidden" else None
+        full = self.stored_head if rule.kind == "hidden" else None
         per_row = stored_positions(self.config, corpus) / len(corpus)
         hidden = self.config.hidden
         if full is None and hidden is not None and hidden.layers is None:
@@ -260,13 +261,13 @@ def _written(
     config: CacheTeacherConfig,
     head: Head,
     encoding: str,
-    written: WrittenHead | None,
+    stored_head: HeadExport | None,
     rows_per_shard: int,
 ) -> tuple[int, int, int]:
     """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
     vocab_size, targets = head.vocab_size, rule.to_json()
-    if written is not None:
-        targets = {**with_head(targets, written), "hidden": _states_of_targets(config, head, written).to_json()}
+    if stored_head is not None:
+        targets = {**with_head(targets, stored_head), "hidden": _states_of_targets(config, head, stored_head).to_json()}
     metadata = cf.CacheMetadata(
         teacher={"name": model_name(config.teacher)},
         tokenizer={},
@@ -281,7 +282,7 @@ def _written(
         compression={"codec": "zstd", "level": config.compression_level},
     )
     with tempfile.TemporaryDirectory(prefix="distill-plan-") as folder:
-        with cf.CacheWriter(folder, metadata, head=None if written is None else written.contents) as writer:
+        with cf.CacheWriter(folder, metadata, head=None if stored_head is None else stored_head.contents) as writer:
             writer.write([replace(row, row=i) for i, row in enumerate(rows)])
         cache = cf.open_cache(folder)
         columns, manifest = sum(cache.column_bytes().values()), cache.manifest
@@ -289,9 +290,9 @@ def _written(
         return columns, of_shard, manifest.stored_bytes - manifest.shard_bytes
 
 
-def _states_of_targets(config: CacheTeacherConfig, head: Head, written: WrittenHead) -> cf.HiddenSpec:
+def _states_of_targets(config: CacheTeacherConfig, head: Head, stored_head: HeadExport) -> cf.HiddenSpec:
     """The hidden states that hidden targets consist of, without other layers."""
-    spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), head, written)
+    spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), head, stored_head)
     assert spec is not None
     return spec
 

@@ -152,12 +152,14 @@ class TransformersEngine:
         mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, request in enumerate(batch):
             mask[i, : len(request.stored)] = torch.from_numpy(request.stored)
-        row, position = (each.numpy() for each in mask.nonzero(as_tuple=True))
+        # Indices from the host: with a mask on the GPU, the host would wait to learn how many positions it selects.
+        index = mask.nonzero(as_tuple=True)
+        row, position = (each.numpy() for each in index)
         places = np.array([request.place for request in batch])[row]
 
         began = self._clock()
         hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
-        hidden = hidden[mask.to(device)]  # [n, D]
+        hidden = hidden[tuple(each.to(device) for each in index)]  # [n, D]
         timing.forward += self._clock() - began
         targets, multiplied = self._head(hidden, places, position, rules, on_logits, timing)
         if multiplied is not None and self.hidden is not None:

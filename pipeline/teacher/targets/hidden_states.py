@@ -72,10 +72,10 @@ def of_batch(
     where = torch.zeros(first.shape[:2], dtype=torch.bool)
     for i, mask in enumerate(masks):
         where[i, : len(mask)] = torch.from_numpy(mask)
-    where = where.to(first.device)
+    index = tuple(each.to(first.device) for each in where.nonzero(as_tuple=True))  # a mask there would wait
     kept, scales = {}, {}
     for layer, each in states.items():
-        kept[layer], scale = quantised(each[where], dtype)
+        kept[layer], scale = quantised(each[index], dtype)
         if scale is not None:
             scales[layer] = scale
     return kept, scales

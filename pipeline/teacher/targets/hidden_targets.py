@@ -1,13 +1,13 @@
-"""Hidden targets: at every position the state that the vocabulary head multiplies, and once the head itself.
+"""Hidden targets: the input of the vocabulary head at every position, and the head itself, once.
 
-From these a student rebuilds the teacher's whole distribution, at any temperature, without a tail: V numbers of D.
-The states are ordinary columns of hidden states (`teacher.hidden`), with or without those of other layers beside them.
-They are layer L's where the head is applied to that, and L + 1 stands for what the head of a BERT makes of it first.
+A student computes the teacher's full distribution from them, at any temperature and without a tail: V probabilities
+from D numbers. The states are ordinary columns of hidden states, alone or next to those of other layers. They are the
+states of layer L if the head is applied to those; layer L + 1 is the output of a head's own transform, as in BERT.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import cache_format as cf
 from pipeline.errors import ConfigError
@@ -16,63 +16,44 @@ from pipeline.models.head_export import HeadExport, export_head
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 
 
-@dataclass(frozen=True, kw_only=True)
-class WrittenHead:
-    """The head of a teacher as a cache holds it."""
-
-    form: HeadExport
-    spec: cf.HeadSpec
-    contents: bytes
-
-    @property
-    def layer(self) -> int:
-        """The number of the states that it multiplies."""
-        return self.spec.layer
+def head_to_store(config: CacheTeacherConfig, head: Head) -> HeadExport | None:
+    """None unless the targets are hidden states. Raises: ModelError if this head cannot be stored."""
+    return export_head(head) if config.targets.kind == "hidden" else None
 
 
-def write_down(config: CacheTeacherConfig, head: Head) -> WrittenHead | None:
-    """None unless the targets are hidden states. Raises: ModelError if this head cannot be written down."""
-    if config.targets.kind != "hidden":
-        return None
-    form = export_head(head)
-    last, _ = head.layers()
-    spec, contents = form.file(last + 1 if form.transforms else last)
-    return WrittenHead(form=form, spec=spec, contents=contents)
-
-
-def states_spec(rule: HiddenRule | None, head: Head, written: WrittenHead | None) -> cf.HiddenSpec | None:
-    """Which states a cache holds: those asked for, and what its targets are made of.
+def states_spec(rule: HiddenRule | None, head: Head, stored_head: HeadExport | None) -> cf.HiddenSpec | None:
+    """The states that a cache stores: those asked for, and those its targets are computed from.
 
     Raises: ConfigError for layers that this teacher does not have, or that are of another width than the targets.
     """
-    if written is None:
+    if stored_head is None:
         return None if rule is None else rule.spec(head)
     rule = rule or HiddenRule(layers=None)
     last, width = head.layers()
     others = () if rule.layers is None else rule.spec(head).layers
-    if set(others) - {written.layer} and width != written.form.width:
+    if set(others) - {stored_head.layer} and width != stored_head.width:
         raise ConfigError(
             f"`hidden_states` {rule.layers}: this teacher's states have width {width}, what its head multiplies has "
-            f"{written.form.width}, and one cache holds states of one width. Leave it out, or make two caches."
+            f"{stored_head.width}, and one cache holds states of one width. Leave it out, or make two caches."
         )
-    layers = tuple(sorted({*others, written.layer}))
-    return cf.HiddenSpec(layers=layers, teacher_layers=last, width=written.form.width, dtype=rule.dtype)
+    layers = tuple(sorted({*others, stored_head.layer}))
+    return cf.HiddenSpec(layers=layers, teacher_layers=last, width=stored_head.width, dtype=rule.dtype)
 
 
-def with_head(targets: dict[str, object], written: WrittenHead | None) -> dict[str, object]:
-    """The manifest's `targets`, with what makes distributions of them."""
-    return targets if written is None else {**targets, "head": written.spec.to_json()}
+def with_head(targets: dict[str, object], stored_head: HeadExport | None) -> dict[str, object]:
+    """The manifest's `targets`, with the stored head."""
+    return targets if stored_head is None else {**targets, "head": stored_head.spec.to_json()}
 
 
-def in_words(written: WrittenHead | None, vocab_size: int) -> str:
-    """The size of the head, exactly."""
-    if written is None:
+def describe_head(stored_head: HeadExport | None, vocab_size: int) -> str:
+    """Shape and size of the stored head, for the line that a run begins with."""
+    if stored_head is None:
         return ""
-    size = f"{vocab_size:,} × {written.form.width:,} × {written.spec.dtype}"
-    return f", head of {size} = {written.spec.bytes / 1e6:,.1f} MB"
+    size = f"{vocab_size:,} × {stored_head.width:,} × {stored_head.spec.dtype}"
+    return f", head of {size} = {stored_head.spec.bytes / 1e6:,.1f} MB"
 
 
-def without_states_of(spec: cf.HiddenSpec, written: WrittenHead | None) -> cf.HiddenSpec | None:
-    """The states that a cache of other targets would hold just the same."""
-    layers = tuple(layer for layer in spec.layers if written is None or layer != written.layer)
+def without_states_of(spec: cf.HiddenSpec, stored_head: HeadExport | None) -> cf.HiddenSpec | None:
+    """The states that a cache of other targets would store too."""
+    layers = tuple(layer for layer in spec.layers if stored_head is None or layer != stored_head.layer)
     return replace(spec, layers=layers) if layers else None

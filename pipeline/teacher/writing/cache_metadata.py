@@ -8,13 +8,14 @@ import torch
 
 import cache_format as cf
 from pipeline.models.head import Head
+from pipeline.models.head_export import HeadExport
 from pipeline.models.loading import model_name, teacher_fingerprints
 from pipeline.models.objective import ALIGNMENT
 from pipeline.models.placement import device_names
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.transformers_engine import CHUNK_POSITIONS
 from pipeline.teacher.opening import CachedText
-from pipeline.teacher.targets.hidden_targets import WrittenHead, states_spec, with_head
+from pipeline.teacher.targets.hidden_targets import states_spec, with_head
 from pipeline.teacher.writing.shard_sizes import grouping
 
 
@@ -29,11 +30,11 @@ def cache_metadata(
     head: Head,
     fingerprint: dict[str, str],
     device: torch.device,
-    written: WrittenHead | None = None,
+    stored_head: HeadExport | None = None,
 ) -> cf.CacheMetadata:
     rule = config.targets
     rule.check_vocabulary(head.vocab_size)
-    hidden = states_spec(config.hidden, head, written)
+    hidden = states_spec(config.hidden, head, stored_head)
     libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
     return cf.CacheMetadata(
         teacher={
@@ -47,7 +48,7 @@ def cache_metadata(
         vocab_size=head.vocab_size,
         alignment=ALIGNMENT[corpus.objective],
         targets={
-            **with_head(rule.to_json(), written),
+            **with_head(rule.to_json(), stored_head),
             "positions": "all" if config.all_positions else "counted",
             **({} if hidden is None else {"hidden": hidden.to_json()}),
         },
