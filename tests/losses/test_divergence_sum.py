@@ -204,7 +204,7 @@ def test_the_default_policy_is_one_that_the_divergence_can_use(
             {"divergence": "tvd,reverse-kl", "tail": "label"},
             "reverse-kl cannot use it, because .*which are then 0",
         ),
-        ("tempered", {"divergence": "js", "temperature": 1.0}, "`temperature` 1.0: .*cannot be tempered afterwards"),
+        ("tempered", {"divergence": "js", "temperature": 1.0}, "`temperature` 1.0: .*cannot be converted"),
     ],
 )
 def test_a_loss_that_targets_cannot_serve_is_refused(
