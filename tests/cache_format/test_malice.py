@@ -188,8 +188,8 @@ def test_a_lexicon_cannot_expand_without_limit_either(monkeypatch: pytest.Monkey
 def test_a_row_is_no_longer_than_the_windows_are_said_to_be(tmp_path: Path):
     """By that a student is chosen, and what a step takes is planned."""
     write_sample(tmp_path / "cache")
-    seal_manifest(tmp_path / "cache", lambda manifest: manifest["corpus"].update(seq_len=7))
+    seal_manifest(tmp_path / "cache", lambda manifest: manifest["corpus"].update(window_length=7))
     assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
-    seal_manifest(tmp_path / "cache", lambda manifest: manifest["corpus"].update(seq_len=6))
+    seal_manifest(tmp_path / "cache", lambda manifest: manifest["corpus"].update(window_length=6))
     with pytest.raises(cf.CorruptShardError, match="row 0: 7 tokens, expected at most 6"):
         cf.open_cache(tmp_path / "cache")[0]

@@ -224,11 +224,11 @@ def test_a_temperature_that_the_targets_cannot_serve_is_refused(tail: str, captu
 
 def test_the_reason_is_the_sample_or_the_truncation() -> None:
     for captured, tail, reason in (
-        (1.0, "sampled", "a sample cannot be tempered"),
-        (1.0, "realized", "a sample cannot be tempered"),
-        (2.0, "bucket", "truncated targets cannot be tempered"),
+        (1.0, "sampled", "a sample cannot be converted"),
+        (1.0, "realized", "a sample cannot be converted"),
+        (2.0, "bucket", "truncated targets cannot be converted"),
     ):
-        with pytest.raises(ValueError, match=rf"{reason} afterwards. Use `temperature={captured}`"):
+        with pytest.raises(ValueError, match=rf"{reason} to another one. Use `temperature={captured}`"):
             sparse_kl(
                 random_logits(), replace(random_targets(N, V, K), temperature=captured), tail=tail, temperature=3.0
             )

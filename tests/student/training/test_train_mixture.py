@@ -297,7 +297,7 @@ def test_mixture_with_hidden_states_and_samples(folder: Path, tmp_path: Path, te
     run(tmp_path / "s", cache, hidden_loss="mse", layer_map="last", resample=True, **options)
     logs = [entry for entry in log_history(tmp_path / "s") if "features" in entry]
     assert logs[-1]["features"] < logs[0]["features"] and logs[-1]["kl"] < logs[0]["kl"]
-    with pytest.raises(ConfigError, match="chats has one sample"):
+    with pytest.raises(ConfigError, match="chats has only one tail sample"):
         run(tmp_path / "t", (str(tmp_path / "a"), str(folder / "chats")), resample=True, tail="bucket", **options)
 
 
