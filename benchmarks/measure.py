@@ -168,12 +168,17 @@ def _markdown(result: Result, command: str) -> str:
         f"load average {record['load_average_at_start'][0]}; {versions}. {settings}.",
     ]
     for table in result.tables:
-        lines += ["", f"## {table.title}", "", "| " + " | ".join(table.columns) + " |"]
+        lines += ["", f"## {table.title}", "", _line(table.columns)]
         lines.append("|---|" + "---:|" * (len(table.columns) - 1))
-        lines += ["| " + " | ".join(map(readable, row)) + " |" for row in table.rows]
+        lines += [_line(list(map(readable, row))) for row in table.rows]
     if result.conclusion:
         lines += ["", result.conclusion]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table; a bar in a cell would end it."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _processor() -> str:
