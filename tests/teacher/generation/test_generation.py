@@ -234,7 +234,7 @@ def test_the_end_of_a_turn_ends_an_answer_in_a_chat_only(
             "max_new_tokens": 60,
             "temperature": 5.0,
             "max_documents": 5,
-            "window_length": 512,
+            "seq_len": 512,
         }
         generate(teacher_dir, data, output, **options)
         assert cf.open_cache(output).metadata.corpus["generation"]["stop_tokens"] == expected
