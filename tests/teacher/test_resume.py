@@ -369,5 +369,5 @@ def test_torchrun_that_loses_a_process_starts_again_and_finishes(teacher_dir: Pa
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
-    assert done.stdout.count("Cached ") == 1
+    assert "Cached " in done.stdout  # twice, if the survivor finished before torchrun noticed the death
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr

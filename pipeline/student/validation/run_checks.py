@@ -108,7 +108,8 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     if resume_from is not None and (processes := processes_of(resume_from)) != arguments.world_size:
         warnings.append(
             f"{resume_from} was written by {processes} process{'es' * (processes != 1)}, and {arguments.world_size} "
-            "continue: every step has the same rows, but rounding and dropout differ"
+            f"continue{'s' * (arguments.world_size == 1)}: every step has the same rows, but rounding and dropout "
+            "differ"
         )
     return CheckedRun(
         config=config,

@@ -140,4 +140,4 @@ def test_one_process_continues_a_run_of_two(folder: Path, student_dir: Path, cas
     options = config(folder, student_dir, case, "back", batch_size=8, gradient_accumulation_steps=1)
     train_student(TrainStudentConfig(**{**options, "resume": True}), on_warning=warnings.append)
     assert distance(weights(folder / f"{case} whole"), weights(back)) < 2e-6
-    assert any("was written by 2 processes, 1 go on" in warning for warning in warnings)
+    assert any("was written by 2 processes, and 1 continues" in warning for warning in warnings)

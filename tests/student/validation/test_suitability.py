@@ -195,7 +195,7 @@ def test_what_was_left_open_is_recorded_and_a_resumed_run_is_held_to_it(
     assert record["config"]["tail"] is None and record["config"]["temperature"] is None
     assert record["resolved"] == {"tail": "bucket", "temperature": 1.0, "kl_tail": "sampled"}
     file.write_text(json.dumps({**record, "resolved": {**record["resolved"], "tail": "renormalise"}}))
-    with pytest.raises(cf.MismatchError, match="tail was taken to be 'renormalise', is 'bucket'"):
+    with pytest.raises(cf.MismatchError, match="tail was resolved to 'renormalise', is 'bucket'"):
         train(output, folder / "threshold", resume=True, **options)
     del record["resolved"]
     for found in ({"kl_tail": "bucket"}, None):  # measured otherwise; by a version that did not say
