@@ -7,7 +7,6 @@ only then passed to the predicate, which may fail.
 from __future__ import annotations
 
 import hashlib
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from pipeline.teacher.generation.answer_store import AnswerStore, Group
 from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerSettings, Request
 from pipeline.teacher.generation.predicates import Predicate, choose
 from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.packing import add_row_to
 from pipeline.teacher.text.prompts import Prompts
 
 BATCHES_PER_GROUP = 4  # sorted by length; at most this much is lost when killed
@@ -63,10 +63,7 @@ class Selection:
         self.counted_tokens += int(row.loss_mask.sum())
         self.logprob_sum += float(answer.logprobs.sum(dtype=np.float64))
         self.outside_sum += float(np.exp(row.targets.residual_logprob[row.loss_mask].astype(np.float64)).sum())
-        # Same as `TokenCorpus.token_stream_sha256`.
-        self.stream.update(struct.pack("<qq", len(row.input_ids), len(row.segment_lengths)))
-        for array, dtype in ((row.input_ids, "<i4"), (row.loss_mask, "u1"), (row.segment_lengths, "<i4")):
-            self.stream.update(array.astype(dtype, copy=False).data)
+        add_row_to(self.stream, row)
 
 
 class Answering:

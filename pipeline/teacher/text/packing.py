@@ -27,6 +27,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from cache_format import CacheRow
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
@@ -220,7 +221,7 @@ class TokenCorpus:
         return StreamFacts(digest.hexdigest(), self.num_tokens, self.num_loss_tokens)
 
 
-def add_row_to(digest: Any, row: TokenRow) -> None:
+def add_row_to(digest: Any, row: TokenRow | CacheRow) -> None:
     """Add a row to the digest: T and S as little-endian int64, ids int32, mask uint8, segments and any labels int32."""
     digest.update(struct.pack("<qq", len(row.input_ids), len(row.segment_lengths)))
     for array, dtype in (
