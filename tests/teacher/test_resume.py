@@ -341,7 +341,8 @@ def test_workers_that_cannot_be(options, words):
 
 # Rank 1 dies after its first shard, in its first life.
 WORKER = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import cache_format as cf
@@ -349,8 +350,12 @@ after_shard = cf.SharedCacheWriter._after_shard
 
 def die(writer, shard):
     after_shard(writer, shard)
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if os.environ["RANK"] == "1":
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not Path("died").exists():  # leaves a shard to the other process, however late it starts
+            time.sleep(0.01)
 
 cf.SharedCacheWriter._after_shard = die
 from cli import main
