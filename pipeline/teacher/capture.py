@@ -21,7 +21,7 @@ import numpy as np
 import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.engines.interface import RowRequest, RunningBatch, TeacherEngine
+from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
@@ -138,9 +138,7 @@ class _Capture:
                     if not isinstance(error, Exception):  # Ctrl-C: the writer waits for the current record batch
                         raise
                     _drain(pending, ignore=True)
-                    if isinstance(error, cf.ClaimLostError) and not self.alone:
-                        self._forget_shard()
-                    elif self.engine.halve_batch(error):
+                    if isinstance(error, BatchSizeHalved) or (isinstance(error, cf.ClaimLostError) and not self.alone):
                         self._forget_shard()
                     else:
                         raise
@@ -152,19 +150,16 @@ class _Capture:
         complete = self.writer.complete
         self.rows_done, self.tokens_done = complete.rows, complete.tokens
         for record_batch in self.metadata.record_batch_rows(shard):
-            running = []
             requests = [row_request(self.config, self.corpus, row, self.metadata.hidden) for row in record_batch]
-            for batch in self.engine.batches(requests):
-                running.append(self.engine.run(batch, [self.config.targets]))
-                self._report(batch)
+            running = self.engine.run(requests, [self.config.targets], self._report)
             pending.append(background.submit(self._write, running))
             while len(pending) > RECORD_BATCHES_IN_FLIGHT:
                 pending.popleft().result()
 
-    def _write(self, running: Sequence[RunningBatch]) -> None:
-        """Background thread: waits for the targets of one record batch and hands its rows to the writer in order."""
-        rows = [row for batch in running for row in batch.rows()]
-        self.writer.write(sorted(rows, key=lambda row: row.row))
+    def _write(self, running: RunningRows) -> None:
+        """Background thread: waits for the targets of one record batch and hands its rows to the writer."""
+        rows = running.rows()
+        self.writer.write(rows)
         if self.metadata.head is not None:
             return  # hidden targets have no tail
         tail = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64)

@@ -29,8 +29,8 @@ from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
-from pipeline.teacher.engines.interface import RowRequest
-from pipeline.teacher.engines.transformers_engine import TransformersEngine
+from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest
+from pipeline.teacher.engines.transformers_engine import Timing, TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
@@ -146,18 +146,13 @@ def plan_cache(
         timed=True,
     )
     requests = [row_request(config, corpus, index, of_targets) for index in chosen]
+    sample = _Sample(config, engine, rules, states, stored_head)
     while True:
-        sample = _Sample(config, engine, rules, states, stored_head)
         try:
-            done = 0
-            for batch in engine.batches(requests):
-                sample.run(batch)
-                done += len(batch)
-                on_progress(done, len(requests))
+            sample.run(requests, on_progress)
             break
-        except Exception as error:
-            if not engine.halve_batch(error):
-                raise
+        except BatchSizeHalved:
+            pass
     return Plan(
         rows=len(corpus),
         tokens=corpus.num_tokens,
@@ -196,27 +191,30 @@ class _Sample:
     ) -> None:
         self.config, self.engine, self.rules = config, engine, rules
         self.states, self.stored_head = states, stored_head
-        self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
+        self.rows: list[list[cf.CacheRow]] = []  # by rule
         self.tokens = 0
-        self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
-        self.choosing: list[list[float]] = [[] for _ in rules]  # seconds of each batch
+        self.passes: list[Timing] = []
 
-    def run(self, batch: Sequence[RowRequest]) -> None:
-        if not self.forward:
-            self.engine.run(batch, self.rules).wait()  # the first pass pays for allocations
-        running = self.engine.run(batch, self.rules)
-        tokens = sum(request.tokens for request in batch)
-        self.tokens += tokens
-        self.forward.append((tokens, running.timing.forward))
-        for i, seconds in enumerate(running.timing.selection):
-            self.choosing[i].append(seconds)
-            rows = running.rows(i)
-            # Only hidden targets, the first rule if any, consist of states.
-            self.rows[i] += rows if i == 0 else [replace(row, hidden=None) for row in rows]
+    def run(self, requests: Sequence[RowRequest], on_progress: Callable[[int, int], None]) -> None:
+        self.tokens = sum(request.tokens for request in requests)
+        done = 0
+
+        def on_batch(batch: Sequence[RowRequest]) -> None:
+            nonlocal done
+            done += len(batch)
+            on_progress(done, len(requests))
+
+        longest_first = sorted(requests, key=lambda request: -request.tokens)
+        self.engine.run(longest_first[: self.engine.batch_size], self.rules).rows()  # pays for allocations
+        running = self.engine.run(requests, self.rules, on_batch)
+        self.passes = [batch.timing for batch in running.batches]
+        self.rows = [running.rows(i) for i in range(len(self.rules))]
+        # Only hidden targets, the first rule if any, consist of states.
+        self.rows[1:] = [[replace(row, hidden=None) for row in rows] for rows in self.rows[1:]]
 
     @property
     def forward_speeds(self) -> tuple[float, float]:
-        speeds = [tokens / seconds for tokens, seconds in self.forward]
+        speeds = [each.tokens / each.forward for each in self.passes]
         return min(speeds), max(speeds)
 
     def plan(self, rule: TargetRule, corpus: Corpus, *, chosen: bool) -> RulePlan:
@@ -237,8 +235,7 @@ class _Sample:
             shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
             bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
-        batches = zip(self.forward, self.choosing[index], strict=True)
-        computing = statistics.median((seconds + choosing) / tokens for (tokens, seconds), choosing in batches)
+        computing = statistics.median((each.forward + each.selection[index]) / each.tokens for each in self.passes)
         per_token = max(computing, writing[self.config.encoding])
         counts = np.concatenate([row.targets.counts[row.loss_mask] for row in rows])
         residual = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows])

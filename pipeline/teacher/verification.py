@@ -175,8 +175,9 @@ def _ask(
         found = torch.log_softmax(logits.double().cpu() / rule.temperature, dim=1)
         logprobs.extend(each[cached] for each, cached in zip(found, ids[here], strict=True))
 
-    running = engine.run(requests, [rule], read)
+    running = engine.run_batch(requests, [rule], read)
     running.wait()
+    assert running.inputs is not None
     stops = np.cumsum([mask.sum() for mask in stored]).tolist()
     asked = []
     for start, stop in zip([0, *stops[:-1]], stops, strict=True):

@@ -45,6 +45,21 @@ def logprobs_of(model: PreTrainedModel, input_ids: np.ndarray, vocab: int, tempe
     return (logits[0, :, :vocab].double() / temperature).log_softmax(dim=1).numpy()
 
 
+def truncated_distribution(logits: np.ndarray, temperature: float, top_p: float, most: int) -> np.ndarray:
+    """[V] fp64, one token at a time: the likeliest first, until there are `most`, or their mass reaches top_p."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")[: most or len(p)]
+    p = p / p[order].sum()
+    kept, mass = np.zeros(len(p)), 0.0
+    for token in order:
+        if mass >= top_p:
+            break
+        kept[token] = p[token]
+        mass += p[token]
+    return kept / kept.sum()
+
+
 def answers_of(path: Path) -> list[dict[str, Any]]:
     return list(cf.open_cache(path).answers())
 

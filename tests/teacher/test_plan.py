@@ -177,9 +177,9 @@ def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path
     seen: list[float] = []
     run_rows = plan._Sample.run
 
-    def watched(self: Any, batch: Any) -> None:
-        seen.extend(np.bincount(request.row.input_ids).max() / request.tokens for request in batch)
-        run_rows(self, batch)
+    def watched(self: Any, requests: Any, on_progress: Any) -> None:
+        seen.extend(np.bincount(request.row.input_ids).max() / request.tokens for request in requests)
+        run_rows(self, requests, on_progress)
 
     monkeypatch.setattr(plan._Sample, "run", watched)
     words = ["--teacher", teacher_dir, "--data", text, "--seq-len", 64, "--device", "cpu", "--output", tmp_path / "c"]

@@ -17,7 +17,7 @@ import cache_format as cf
 from cache_format.storage.claims import this_process
 from generating import generate
 from pipeline.student.training.trainer import DistillTrainer
-from pipeline.teacher.generation.answers import AnswerWriter
+from pipeline.teacher.engines.answer_writer import AnswerWriter
 from runs import build_cache, distance, train, weights
 from runs import command as run
 from tiny import completions, write_jsonl

@@ -1,16 +1,15 @@
-"""The interface of a teacher engine: rows of token ids in, targets of their positions out.
+"""The interface of a teacher engine: token ids in, rows of a cache out. Nothing in it belongs to torch.
 
-    engine.batches(requests)        requests cut into forward passes
-    engine.run(batch, rules)        one pass; its targets may still be on their way to the host
-    running.rows()                  waits, and gives a row of the cache for each request
-    engine.generate(requests, …)    answers of the teacher, with the targets of every position that it wrote
+    engine.run(requests, rules)     starts the forward passes; their targets may still be on the way to the host
+    running.rows()                  waits, and gives the row of each request
+    engine.generate(requests, …)    answers of the teacher, with the targets at every position that it wrote
 
-Shapes: T tokens of a row, n positions of a batch that get targets, V vocabulary.
+Shapes: T tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +21,10 @@ from pipeline.teacher.text.packing import TokenRow
 
 if TYPE_CHECKING:
     from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
+
+
+OnBatch = Callable[[Sequence["RowRequest"]], None]
+OnAnswers = Callable[[Sequence["Answer"]], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,11 +50,16 @@ class RowRequest:
         return len(self.row.input_ids)
 
 
-class RunningBatch(Protocol):
-    """A forward pass that has been started."""
+class BatchSizeHalved(Exception):
+    """A batch did not fit the memory. The engine has freed it and halved `batch_size`; the caller starts again what has
+    to have one batch size: a shard, a group of answers."""
+
+
+class RunningRows(Protocol):
+    """Forward passes that have been started."""
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
-        """The rows of the requests in their order, by one of the rules; waits for the copy to the host.
+        """The row of each request, in their order, by one of the rules; waits for the copy to the host.
 
         Raises: ModelError if the teacher's logits or states are not finite.
         """
@@ -78,18 +86,26 @@ class TeacherEngine(Protocol):
         """What the manifest records about how the numbers were computed."""
         ...
 
-    def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
-        """Cuts requests into forward passes of similar length."""
+    def run(
+        self, requests: Sequence[RowRequest], rules: Sequence[TargetRule], on_batch: OnBatch = lambda _: None
+    ) -> RunningRows:
+        """Starts the forward passes over the requests, and the selection of targets by each of the rules.
+
+        Args:
+            on_batch: called with the requests of each forward pass once it has been started.
+
+        Raises: BatchSizeHalved.
+        """
         ...
 
-    def run(self, batch: Sequence[RowRequest], rules: Sequence[TargetRule]) -> RunningBatch:
-        """Starts one forward pass and the selection of targets by each of the rules."""
-        ...
+    def generate(
+        self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
+    ) -> list[Answer]:
+        """An answer to each request, in any order.
 
-    def generate(self, requests: Sequence[Request], settings: AnswerSettings) -> list[Answer]:
-        """Answers to prompts, one batch, in the order given."""
-        ...
+        Args:
+            on_answers: called with answers as they are completed.
 
-    def halve_batch(self, error: BaseException) -> bool:
-        """Whether `error` is about memory and a smaller batch can be tried; halves `batch_size` if so."""
+        Raises: BatchSizeHalved. ModelError if the teacher's logits are not all finite.
+        """
         ...

@@ -3,7 +3,7 @@
     batch ─▶ body: hidden states [B, T, D] ─▶ a chunk of positions at a time: head, logits [n, V] ─▶ targets
           ─▶ asynchronous copy to pinned memory
 
-The [B, T, V] logits never exist. Nothing here waits for the device, except with `timed`: `RunningBatch.rows`, which
+The [B, T, V] logits never exist. Nothing here waits for the device, except with `timed`: `RunningRows.rows`, which
 capture calls in another thread, does. Cost on top of the bare forward pass, per position: softmax, top-K and entropy
 read V floats about five times (`benchmarks/capture.py`).
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from pipeline.models.head_export import HeadExport
 from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs
 from pipeline.models.placement import device_names
-from pipeline.teacher.engines.interface import RowRequest
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, AnswerWriter, Request
+from pipeline.teacher.engines.answer_writer import AnswerWriter
+from pipeline.teacher.engines.interface import BatchSizeHalved, OnAnswers, OnBatch, RowRequest
+from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
@@ -42,29 +44,33 @@ CHUNK_POSITIONS = 256
 OnLogits = Callable[[slice, Tensor], None]
 """Called with the positions of a chunk among the n of the batch, and their logits."""
 
+T = TypeVar("T")
+
 
 @dataclass(kw_only=True)
 class Timing:
     """Seconds that a pass took.
 
     Attributes:
+        tokens: of its rows.
         forward: body and head.
         selection: of the targets, for each rule.
     """
 
+    tokens: int = 0
     forward: float = 0.0
     selection: list[float] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
-class TransformersBatch:
-    """See `RunningBatch`.
+class RunningBatch:
+    """One forward pass that has been started.
 
     Attributes:
         targets: on the host, for each rule; complete once `copied` has happened.
         states: layer -> [m, D] hidden states to store, on the host.
         scales: layer -> [m], for int8.
-        inputs: [n, D] what the head was applied to, on the device.
+        inputs: [n, D] what the head was applied to, on the device; only with `on_logits`.
         source: keeps the device tensors alive until they are copied.
     """
 
@@ -73,7 +79,7 @@ class TransformersBatch:
     states: dict[int, Tensor]
     scales: dict[int, Tensor]
     copied: torch.cuda.Event | None
-    inputs: Tensor
+    inputs: Tensor | None
     source: object
     timing: Timing
 
@@ -92,6 +98,18 @@ class TransformersBatch:
         if self.copied is not None:
             self.copied.synchronize()
         self.source = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningBatches:
+    """See `RunningRows`."""
+
+    requests: Sequence[RowRequest]
+    batches: Sequence[RunningBatch]
+
+    def rows(self, rule: int = 0) -> list[cf.CacheRow]:
+        rows = {row.row: row for batch in self.batches for row in batch.rows(rule)}
+        return [rows[request.index] for request in self.requests]
 
 
 class TransformersEngine:
@@ -143,11 +161,22 @@ class TransformersEngine:
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
-    @torch.inference_mode()
     def run(
+        self, requests: Sequence[RowRequest], rules: Sequence[TargetRule], on_batch: OnBatch = lambda _: None
+    ) -> RunningBatches:
+        running = []
+        for batch in self.batches(requests):
+            running.append(self._within_memory(partial(self.run_batch, batch, rules)))
+            on_batch(batch)
+        return RunningBatches(requests=requests, batches=running)
+
+    @torch.inference_mode()
+    def run_batch(
         self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], on_logits: OnLogits | None = None
-    ) -> TransformersBatch:
-        device, timing = self.head.device, Timing(selection=[0.0] * len(rules))
+    ) -> RunningBatch:
+        """Starts one forward pass."""
+        device = self.head.device
+        timing = Timing(tokens=sum(request.tokens for request in batch), selection=[0.0] * len(rules))
         inputs = model_inputs([request.row for request in batch], masked=self.head.masked)
         mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, request in enumerate(batch):
@@ -174,13 +203,13 @@ class TransformersEngine:
         if device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        return TransformersBatch(
+        return RunningBatch(
             requests=batch,
             targets=host,
             states=host_states,
             scales=host_scales,
             copied=copied,
-            inputs=hidden,
+            inputs=None if on_logits is None else hidden,
             source=(targets, states, scales),
             timing=timing,
         )
@@ -253,24 +282,36 @@ class TransformersEngine:
         (targets,), _ = self._head(hidden, places, positions, [rule], keep, Timing(selection=[0.0]))
         return torch.cat(kept) if several else kept[0], targets.cpu()
 
-    def generate(self, requests: Sequence[Request], settings: AnswerSettings) -> list[Answer]:
-        """Raises: ModelError if the teacher's logits are not all finite."""
-        return AnswerWriter(self, settings).write(requests)
+    def generate(
+        self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
+    ) -> list[Answer]:
+        writer = AnswerWriter(self, settings)
+        # Longest first: running out of memory shows at once, and there is little padding.
+        order = sorted(requests, key=lambda request: (-len(request.prompt), request.document, request.index))
+        answers: list[Answer] = []
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            written = self._within_memory(partial(writer.write, batch))
+            answers += written
+            on_answers(written)
+        return answers
 
-    def halve_batch(self, error: BaseException) -> bool:
-        """Raises: ConfigError if out of memory where the batch size cannot be halved by one process alone."""
-        if not isinstance(error, Exception) or not should_reduce_batch_size(error):
-            return False
-        if not self.divisible:
-            raise ConfigError(
-                f"`batch_size` {self.batch_size}: out of memory. With `tensor_parallel` it is not halved, since all "
-                "processes would have to. Use a smaller one; complete shards are kept."
-            ) from error
-        if self.batch_size == 1:
-            return False
+    def _within_memory(self, compute: Callable[[], T]) -> T:
+        """Raises: BatchSizeHalved; ConfigError where the batch size cannot be halved by one process alone."""
+        try:
+            return compute()
+        except Exception as error:
+            if not should_reduce_batch_size(error) or (self.divisible and self.batch_size == 1):
+                raise
+            if not self.divisible:
+                raise ConfigError(
+                    f"`batch_size` {self.batch_size}: out of memory. With `tensor_parallel` it is not halved, since "
+                    "all processes would have to. Use a smaller one; complete shards are kept."
+                ) from error
+        # Only here: the traceback of `error` holds the tensors of the batch.
         clear_device_cache(garbage_collection=True)
         self.batch_size //= 2
-        return True
+        raise BatchSizeHalved
 
     def _clock(self) -> float:
         if not self.timed:

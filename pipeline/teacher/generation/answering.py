@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 import cache_format as cf
 from pipeline.errors import DataError
 from pipeline.teacher.cache_config import Keep
-from pipeline.teacher.engines.interface import TeacherEngine
+from pipeline.teacher.engines.interface import BatchSizeHalved, TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
 from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerSettings, Request
 from pipeline.teacher.generation.predicates import Predicate, choose
@@ -138,30 +138,24 @@ class Answering:
             if self.prompts.answerable[document]
             for index in range(self.answers_per_prompt)
         ]
-        # Longest first: running out of memory shows at once, and there is little padding.
-        requests.sort(key=lambda request: (-len(request.prompt), request.document, request.index))
+        tokens_before = self.tokens_written
+        in_group = 0
+
+        def on_answers(answers: Sequence[Answer]) -> None:
+            nonlocal in_group
+            in_group += len(answers)
+            self.tokens_written += sum(len(answer.logprobs) for answer in answers)
+            if in_group < len(requests):  # else the group is complete and is reported after judging
+                self._report(in_group)
+
         while True:
-            tokens_before = self.tokens_written
             try:
-                answers = self._write_batches(requests)
+                answers = self.engine.generate(requests, self.settings, on_answers)
                 break
-            except Exception as error:
-                if not self.engine.halve_batch(error):
-                    raise
-                self.tokens_written = tokens_before
+            except BatchSizeHalved:
+                self.tokens_written, in_group = tokens_before, 0
         answers.sort(key=lambda answer: (answer.document, answer.index))
         return Group(answers=answers, batch_size=self.engine.batch_size)
-
-    def _write_batches(self, requests: list[Request]) -> list[Answer]:
-        answers: list[Answer] = []
-        size = self.engine.batch_size
-        for start in range(0, len(requests), size):
-            batch = self.engine.generate(requests[start : start + size], self.settings)
-            self.tokens_written += sum(len(answer.logprobs) for answer in batch)
-            answers += batch
-            if len(answers) < len(requests):  # else the group is complete and is reported after judging
-                self._report(len(answers))
-        return answers
 
     def _judge(self, group: Group) -> None:
         selection = self.selection

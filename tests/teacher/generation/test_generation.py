@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_draw import truncated_distribution
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import cache_format as cf
 from dense import check_row
-from generating import answers_of, generate, load, logprobs_of, token_ids
+from generating import answers_of, generate, load, logprobs_of, token_ids, truncated_distribution
 from pipeline.errors import DataError, ModelError
 from pipeline.models.head import Head
-from pipeline.teacher.generation import answers as answers_module
+from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat import end_of_turn
 from pipeline.teacher.verification import verify_against_teacher
@@ -359,7 +358,7 @@ def test_the_end_of_a_turn_is_read_off_the_template(
 def test_a_malformed_row_is_found_out_before_the_first_answer(
     teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_module.AnswerWriter, "write", None)
+    monkeypatch.setattr(AnswerWriter, "write", None)
     records = [{"messages": CONVERSATION}] * 200 + [{"messages": [{"role": "user", "content": None}]}]
     data = write_jsonl(tmp_path / "data.jsonl", records)
     with pytest.raises(DataError, match="row 200, column 'messages', message 0"):

@@ -17,10 +17,10 @@ import cache_format as cf
 from cache_format.write import unfinished
 from generating import K, answers_of, generate, token_ids, write_predicates
 from pipeline.errors import ConfigError, DataError
+from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.generation import answer_store, answering
 from pipeline.teacher.generation import generate as generation
 from pipeline.teacher.generation.answer_store import AnswerStore
-from pipeline.teacher.generation.answers import AnswerWriter
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache
 from runs import command as run

@@ -11,28 +11,14 @@ from test_heads import LINEAR, OWN, SHAPE, V, build
 from torch import Tensor
 from transformers import Gemma2Config, Gemma3TextConfig, PretrainedConfig
 
+from generating import truncated_distribution
 from pipeline.errors import ModelError
 from pipeline.models.head import Head, open_head
-from pipeline.teacher.generation.decoding import Decoding, check_decoding
-from pipeline.teacher.generation.token_sampling import draw, truncated
+from pipeline.teacher.engines.decoding import Decoding, check_decoding
+from pipeline.teacher.engines.token_sampling import draw, truncated
 from pipeline.teacher.targets.philox import uniforms
 
 # -- one token --------------------------------------------------------------------------------------------------------
-
-
-def truncated_distribution(logits: np.ndarray, temperature: float, top_p: float, most: int) -> np.ndarray:
-    """[V] fp64, one token at a time: the likeliest first, until there are `most`, or their mass reaches top_p."""
-    p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")[: most or len(p)]
-    p = p / p[order].sum()
-    kept, mass = np.zeros(len(p)), 0.0
-    for token in order:
-        if mass >= top_p:
-            break
-        kept[token] = p[token]
-        mass += p[token]
-    return kept / kept.sum()
 
 
 def teacher_logits(vocab: int, scale: float, seed: int = 0) -> Tensor:
