@@ -7,7 +7,7 @@ one is here, but for those of targets, which are in `targets.rules`. Standard li
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from pipeline.errors import ConfigError
 from pipeline.options import Metadata, check_ranges, option, part
@@ -15,7 +15,6 @@ from pipeline.teacher.targets.rules import TargetRule
 
 if TYPE_CHECKING:
     import cache_format as cf
-    from pipeline.models.head import Head
 
 MAX_SEED = 2**64 - 1
 
@@ -116,6 +115,14 @@ class MaskRule:
             )
 
 
+class Layered(Protocol):
+    """A teacher, or its head."""
+
+    def layers(self) -> tuple[int, int]:
+        """The number of layers, and the width of their states."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HiddenRule:
     """Which hidden states are stored; `spec` resolves it for a given teacher."""
@@ -140,11 +147,11 @@ class HiddenRule:
             raise ConfigError(f"`hidden_states` {self.layers}: expected last, all, or layers such as 6,12,18.")
         check_ranges(self, self.PREFIX)
 
-    def spec(self, head: Head) -> cf.HiddenSpec:
+    def spec(self, teacher: Layered) -> cf.HiddenSpec:
         """Raises: ConfigError for layers that this teacher does not have; ModelError if it gives no states."""
         import cache_format as cf
 
-        last, width = head.layers()
+        last, width = teacher.layers()
         if self.layers == "last":
             layers = [last]
         elif self.layers == "all":

@@ -22,11 +22,10 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
-from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
+from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
-from pipeline.teacher.targets.hidden_targets import describe_head, head_to_store
+from pipeline.teacher.targets.hidden_targets import describe_head
 from pipeline.teacher.writing.cache_metadata import cache_metadata, stored_positions
 from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import as_begun
@@ -66,12 +65,12 @@ def cache_teacher(
     corpus = open_corpus(config, tokenizer)
 
     on_stage(f"loading the teacher on {device}")
-    head = open_teacher(config, corpus, tokenizer, device)
-    stored_head = head_to_store(config, head)
-    metadata = cache_metadata(config, corpus, head, tokenizer_fingerprint(tokenizer), device, stored_head)
+    engine = open_engine(config, corpus, tokenizer, device)
+    stored_head = engine.stored_head
+    metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))
 
     states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
-    states += describe_head(stored_head, head.vocab_size)
+    states += describe_head(stored_head, engine.vocab_size)
     on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
     if config.overwrite and not worker.follows:
         # Not earlier: text and teacher have now been read successfully.
@@ -81,14 +80,6 @@ def cache_teacher(
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
         for holder in writer.taken_over:
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
-        engine = TransformersEngine(
-            head,
-            device=device,
-            batch_size=config.batch_size,
-            export=stored_head,
-            hidden=metadata.hidden,
-            divisible=not config.tensor_parallel,
-        )
         capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
         capture.run()
     if not worker.follows and capture.writer.is_finished:

@@ -15,13 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
+from pipeline.models.head_export import export_head
 from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets import hidden_states
+from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -110,6 +113,28 @@ def open_teacher(
             f"Use `seq_len` {limit} or less."
         )
     return head
+
+
+def open_engine(
+    config: CacheTeacherConfig,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    timed: bool = False,
+) -> TransformersEngine:
+    """The engine that a run asks for targets or answers. Raises: as `open_teacher`."""
+    head = open_teacher(config, text, tokenizer, device)
+    export = export_head(head) if config.targets.kind == "hidden" else None
+    return TransformersEngine(
+        head,
+        device=device,
+        batch_size=config.batch_size,
+        export=export,
+        hidden=states_spec(config.hidden, head, export),
+        divisible=not config.tensor_parallel,
+        timed=timed,
+    )
 
 
 def row_request(config: CacheTeacherConfig, corpus: Corpus, index: int, hidden: cf.HiddenSpec | None) -> RowRequest:

@@ -25,16 +25,13 @@ from pathlib import Path
 import numpy as np
 
 import cache_format as cf
-from pipeline.models.head import Head
-from pipeline.models.head_export import HeadExport
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
-from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest
+from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, StoredHead, TeacherEngine
 from pipeline.teacher.engines.transformers_engine import Timing, TransformersEngine
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
+from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
-    head_to_store,
     states_spec,
     with_head,
     without_states_of,
@@ -123,30 +120,21 @@ def plan_cache(
     tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)
     on_stage(f"loading the teacher on {device}")
-    head = open_teacher(config, corpus, tokenizer, device)
-    config.targets.check_vocabulary(head.vocab_size)
-    others = [_beside(rule, config.targets) for rule in OTHERS if (rule.top_k or 0) <= head.vocab_size]
+    engine = open_engine(config, corpus, tokenizer, device, timed=True)
+    config.targets.check_vocabulary(engine.vocab_size)
+    others = [_beside(rule, config.targets) for rule in OTHERS if (rule.top_k or 0) <= engine.vocab_size]
     rules = [config.targets, *(rule for rule in others if _main_part(rule) != _main_part(config.targets))]
 
     taken = min(sample_rows or rows_together(config), len(corpus))
     chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
     on_stage(f"running the teacher on {len(chosen)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
-    stored_head = head_to_store(config, head)
-    spec = states_spec(config.hidden, head, stored_head)
-    beside = None if spec is None else without_states_of(spec, stored_head)
+    stored_head = engine.stored_head
+    beside = None if engine.hidden is None else without_states_of(engine.hidden, stored_head)
     states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
-    of_targets = None if stored_head is None else _states_of_targets(config, head, stored_head)
-    engine = TransformersEngine(
-        head,
-        device=device,
-        batch_size=config.batch_size,
-        export=stored_head,
-        hidden=of_targets,
-        divisible=not config.tensor_parallel,
-        timed=True,
-    )
-    requests = [row_request(config, corpus, index, of_targets) for index in chosen]
-    sample = _Sample(config, engine, rules, states, stored_head)
+    # Of other layers the bytes are known beforehand.
+    engine.hidden = None if stored_head is None else _states_of_targets(config, engine, stored_head)
+    requests = [row_request(config, corpus, index, engine.hidden) for index in chosen]
+    sample = _Sample(config, engine, rules, states)
     while True:
         try:
             sample.run(requests, on_progress)
@@ -187,10 +175,8 @@ class _Sample:
         engine: TransformersEngine,
         rules: Sequence[TargetRule],
         states: int,
-        stored_head: HeadExport | None = None,
     ) -> None:
-        self.config, self.engine, self.rules = config, engine, rules
-        self.states, self.stored_head = states, stored_head
+        self.config, self.engine, self.rules, self.states = config, engine, rules, states
         self.rows: list[list[cf.CacheRow]] = []  # by rule
         self.tokens = 0
         self.passes: list[Timing] = []
@@ -221,16 +207,16 @@ class _Sample:
         index = self.rules.index(rule)
         rows = self.rows[index]
         bytes_per_token, total, writing = {}, {}, {}
-        full = self.stored_head if rule.kind == "hidden" else None
+        full = self.engine.stored_head if rule.kind == "hidden" else None
         per_row = stored_positions(self.config, corpus) / len(corpus)
         hidden = self.config.hidden
         if full is None and hidden is not None and hidden.layers is None:
             hidden = None  # it says of what dtype hidden targets are, which these are not
-        spec = states_spec(hidden, self.engine.head, full)
+        spec = states_spec(hidden, self.engine, full)
         per_shard = grouping(self.config, spec, per_row)["rows_per_shard"]
         for encoding in ENCODINGS if full is None else ENCODINGS[:1]:
             began = time.perf_counter()
-            columns, of_shard, once = _written(rows, rule, self.config, self.engine.head, encoding, full, per_shard)
+            columns, of_shard, once = _written(rows, rule, self.config, self.engine, encoding, full, per_shard)
             writing[encoding] = (time.perf_counter() - began) / self.tokens
             shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
@@ -256,15 +242,18 @@ def _written(
     rows: Sequence[cf.CacheRow],
     rule: TargetRule,
     config: CacheTeacherConfig,
-    head: Head,
+    engine: TeacherEngine,
     encoding: str,
-    stored_head: HeadExport | None,
+    stored_head: StoredHead | None,
     rows_per_shard: int,
 ) -> tuple[int, int, int]:
     """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
-    vocab_size, targets = head.vocab_size, rule.to_json()
+    vocab_size, targets = engine.vocab_size, rule.to_json()
     if stored_head is not None:
-        targets = {**with_head(targets, stored_head), "hidden": _states_of_targets(config, head, stored_head).to_json()}
+        targets = {
+            **with_head(targets, stored_head),
+            "hidden": _states_of_targets(config, engine, stored_head).to_json(),
+        }
     metadata = cf.CacheMetadata(
         teacher={"name": model_name(config.teacher)},
         tokenizer={},
@@ -287,9 +276,9 @@ def _written(
         return columns, of_shard, manifest.stored_bytes - manifest.shard_bytes
 
 
-def _states_of_targets(config: CacheTeacherConfig, head: Head, stored_head: HeadExport) -> cf.HiddenSpec:
+def _states_of_targets(config: CacheTeacherConfig, engine: TeacherEngine, stored_head: StoredHead) -> cf.HiddenSpec:
     """The hidden states that hidden targets consist of, without other layers."""
-    spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), head, stored_head)
+    spec = states_spec(replace(config.hidden or HiddenRule(), layers=None), engine, stored_head)
     assert spec is not None
     return spec
 

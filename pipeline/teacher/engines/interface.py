@@ -66,20 +66,58 @@ class RunningRows(Protocol):
         ...
 
 
+class StoredHead(Protocol):
+    """A vocabulary head as a cache of hidden targets stores it."""
+
+    @property
+    def layer(self) -> int:
+        """The number under which the head's inputs are stored."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of these inputs."""
+        ...
+
+    @property
+    def spec(self) -> cf.HeadSpec:
+        """The head's entry in the manifest."""
+        ...
+
+    @property
+    def contents(self) -> bytes:
+        """The file that holds its weights."""
+        ...
+
+
 class TeacherEngine(Protocol):
     """A loaded teacher.
 
     Attributes:
         vocab_size: V, without rows of padding in the output matrix.
         batch_size: rows or answers per forward pass; smaller after it did not fit the memory.
+        stored_head: for hidden targets.
+        hidden: the hidden states that rows are to hold.
     """
 
     vocab_size: int
     batch_size: int
+    hidden: cf.HiddenSpec | None
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        """What tells this teacher from another one, in the manifest."""
+    def stored_head(self) -> StoredHead | None: ...
+
+    def layers(self) -> tuple[int, int]:
+        """The number of layers, and the width of their states. Raises: ModelError if it gives no states."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of a teacher from the hub."""
+        ...
+
+    def describe_teacher(self) -> dict[str, str]:
+        """Architecture, dtype and fingerprints: what the manifest records about the teacher."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -144,8 +144,22 @@ class TransformersEngine:
         self._scratch = torch.empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32, device=head.device)
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        return teacher_fingerprints(self.head.model)
+    def stored_head(self) -> HeadExport | None:
+        return self.export
+
+    def layers(self) -> tuple[int, int]:
+        return self.head.layers()
+
+    @property
+    def revision(self) -> str | None:
+        return getattr(self.head.model.config, "_commit_hash", None)
+
+    def describe_teacher(self) -> dict[str, str]:
+        return {
+            "architecture": type(self.head.model).__name__,
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+            **teacher_fingerprints(self.head.model),
+        }
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -153,6 +167,8 @@ class TransformersEngine:
             # Elsewhere than on a CPU no sum is split over threads.
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "batch_size": self.batch_size,
+            "head": "linear" if self.head.linear else "own",
+            "chunk_positions": CHUNK_POSITIONS,
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:

@@ -33,12 +33,12 @@ from pipeline.models.objective import Objective, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
 from pipeline.teacher.engines.decoding import check_decoding
-from pipeline.teacher.engines.transformers_engine import TransformersEngine
+from pipeline.teacher.engines.interface import TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_teacher, open_tokenizer
+from pipeline.teacher.opening import open_engine, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
@@ -111,11 +111,10 @@ def generate_cache(
     prompts = open_prompts(config.data, tokenizer)
 
     on_stage(f"loading the teacher on {device}")
-    head = open_teacher(config, prompts, tokenizer, device)
-    config.targets.check_vocabulary(head.vocab_size)
-    check_decoding(head, padding=config.batch_size > 1)
-    stop_tokens = find_stop_tokens(head.model, tokenizer, is_chat=prompts.columns.is_chat)
-    engine = TransformersEngine(head, device=device, batch_size=config.batch_size)
+    engine = open_engine(config, prompts, tokenizer, device)
+    config.targets.check_vocabulary(engine.vocab_size)
+    check_decoding(engine.head, padding=config.batch_size > 1)
+    stop_tokens = find_stop_tokens(engine.head.model, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     if manifest is not None:
         _check_same_things(config, manifest, settings)
@@ -150,7 +149,7 @@ def generate_cache(
             together = rows_together(config)
             per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
             grouped = replace(config, rows_per_shard=max(together, per_shard))
-        metadata = cache_metadata(grouped, corpus, head, tokenizer_fingerprint(tokenizer), device)
+        metadata = cache_metadata(grouped, corpus, engine, tokenizer_fingerprint(tokenizer))
         if config.overwrite:
             # Not earlier: only now is there something to replace it.
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
@@ -236,17 +235,13 @@ def _settings(
     config: CacheTeacherConfig,
     generation: GenerationConfig,
     prompts: Prompts,
-    engine: TransformersEngine,
+    engine: TeacherEngine,
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
 ) -> dict[str, Any]:
     """Everything that determines answers and targets, but nothing that determines which answers are kept."""
     return {
-        "teacher": {
-            "architecture": type(engine.head.model).__name__,
-            "dtype": str(engine.head.weight.dtype).removeprefix("torch."),
-            **engine.fingerprints,
-        },
+        "teacher": engine.describe_teacher(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": engine.vocab_size,
         "prompts": {**prompts.description, "number": len(prompts)},

@@ -11,26 +11,20 @@ from dataclasses import replace
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head
-from pipeline.models.head_export import HeadExport, export_head
-from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
+from pipeline.teacher.cache_config import HiddenRule, Layered
+from pipeline.teacher.engines.interface import StoredHead
 
 
-def head_to_store(config: CacheTeacherConfig, head: Head) -> HeadExport | None:
-    """None unless the targets are hidden states. Raises: ModelError if this head cannot be stored."""
-    return export_head(head) if config.targets.kind == "hidden" else None
-
-
-def states_spec(rule: HiddenRule | None, head: Head, stored_head: HeadExport | None) -> cf.HiddenSpec | None:
+def states_spec(rule: HiddenRule | None, teacher: Layered, stored_head: StoredHead | None) -> cf.HiddenSpec | None:
     """The states that a cache stores: those asked for, and those its targets are computed from.
 
     Raises: ConfigError for layers that this teacher does not have, or that are of another width than the targets.
     """
     if stored_head is None:
-        return None if rule is None else rule.spec(head)
+        return None if rule is None else rule.spec(teacher)
     rule = rule or HiddenRule(layers=None)
-    last, width = head.layers()
-    others = () if rule.layers is None else rule.spec(head).layers
+    last, width = teacher.layers()
+    others = () if rule.layers is None else rule.spec(teacher).layers
     if set(others) - {stored_head.layer} and width != stored_head.width:
         raise ConfigError(
             f"`hidden_states` {rule.layers}: this teacher's states have width {width}, what its head multiplies has "
@@ -40,12 +34,12 @@ def states_spec(rule: HiddenRule | None, head: Head, stored_head: HeadExport | N
     return cf.HiddenSpec(layers=layers, teacher_layers=last, width=stored_head.width, dtype=rule.dtype)
 
 
-def with_head(targets: dict[str, object], stored_head: HeadExport | None) -> dict[str, object]:
+def with_head(targets: dict[str, object], stored_head: StoredHead | None) -> dict[str, object]:
     """The manifest's `targets`, with the stored head."""
     return targets if stored_head is None else {**targets, "head": stored_head.spec.to_json()}
 
 
-def describe_head(stored_head: HeadExport | None, vocab_size: int) -> str:
+def describe_head(stored_head: StoredHead | None, vocab_size: int) -> str:
     """Shape and size of the stored head, for the line that a run begins with."""
     if stored_head is None:
         return ""
@@ -53,7 +47,7 @@ def describe_head(stored_head: HeadExport | None, vocab_size: int) -> str:
     return f", head of {size} = {stored_head.spec.bytes / 1e6:,.1f} MB"
 
 
-def without_states_of(spec: cf.HiddenSpec, stored_head: HeadExport | None) -> cf.HiddenSpec | None:
+def without_states_of(spec: cf.HiddenSpec, stored_head: StoredHead | None) -> cf.HiddenSpec | None:
     """The states that a cache of other targets would store too."""
     layers = tuple(layer for layer in spec.layers if stored_head is None or layer != stored_head.layer)
     return replace(spec, layers=layers) if layers else None

@@ -7,15 +7,12 @@ import importlib.metadata
 import torch
 
 import cache_format as cf
-from pipeline.models.head import Head
-from pipeline.models.head_export import HeadExport
-from pipeline.models.loading import model_name, teacher_fingerprints
+from pipeline.models.loading import model_name
 from pipeline.models.objective import ALIGNMENT
-from pipeline.models.placement import device_names
 from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.engines.transformers_engine import CHUNK_POSITIONS
+from pipeline.teacher.engines.interface import TeacherEngine
 from pipeline.teacher.opening import CachedText
-from pipeline.teacher.targets.hidden_targets import states_spec, with_head
+from pipeline.teacher.targets.hidden_targets import with_head
 from pipeline.teacher.writing.shard_sizes import grouping
 
 
@@ -27,28 +24,24 @@ def stored_positions(config: CacheTeacherConfig, corpus: CachedText) -> int:
 def cache_metadata(
     config: CacheTeacherConfig,
     corpus: CachedText,
-    head: Head,
-    fingerprint: dict[str, str],
-    device: torch.device,
-    stored_head: HeadExport | None = None,
+    engine: TeacherEngine,
+    tokenizer: dict[str, str],
 ) -> cf.CacheMetadata:
-    rule = config.targets
-    rule.check_vocabulary(head.vocab_size)
-    hidden = states_spec(config.hidden, head, stored_head)
+    """Args: tokenizer: its fingerprints."""
+    rule, hidden = config.targets, engine.hidden
+    rule.check_vocabulary(engine.vocab_size)
     libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
     return cf.CacheMetadata(
         teacher={
             "name": model_name(config.teacher),
-            "revision": config.revision or getattr(head.model.config, "_commit_hash", None),
-            "architecture": type(head.model).__name__,
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            **teacher_fingerprints(head.model),
+            "revision": config.revision or engine.revision,
+            **engine.describe_teacher(),
         },
-        tokenizer=fingerprint,
-        vocab_size=head.vocab_size,
+        tokenizer=tokenizer,
+        vocab_size=engine.vocab_size,
         alignment=ALIGNMENT[corpus.objective],
         targets={
-            **with_head(rule.to_json(), stored_head),
+            **with_head(rule.to_json(), engine.stored_head),
             "positions": "all" if config.all_positions else "counted",
             **({} if hidden is None else {"hidden": hidden.to_json()}),
         },
@@ -62,15 +55,11 @@ def cache_metadata(
             "report": corpus.report,
         },
         capture={
-            "device": device_names(head.model, device),
-            # Elsewhere than on a CPU no sum is split over them.
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "batch_size": config.batch_size,
-            "head": "linear" if head.linear else "own",
-            "chunk_positions": CHUNK_POSITIONS,
+            **engine.describe(),
+            "batch_size": config.batch_size,  # that of a shard may be smaller: it is in its sidecar
             **({"tensor_parallel": torch.distributed.get_world_size()} if config.tensor_parallel else {}),
         },
-        codebooks={**cf.default_codebooks(head.vocab_size), "target_logprobs": rule.codebook()},
+        codebooks={**cf.default_codebooks(engine.vocab_size), "target_logprobs": rule.codebook()},
         libraries={name: importlib.metadata.version(name) for name in libraries},
         **grouping(config, hidden, stored_positions(config, corpus) / len(corpus)),
         encoding=config.encoding,

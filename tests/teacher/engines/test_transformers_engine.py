@@ -128,11 +128,12 @@ def test_answers_do_not_depend_on_the_batch(model: PreTrainedModel, settings: An
     assert token_ids(alone) == token_ids(engine(model, batch_size=6).generate(prompts(), settings))
 
 
-def test_description_and_fingerprints_can_be_written_to_a_manifest(model: PreTrainedModel) -> None:
+def test_descriptions_can_be_written_to_a_manifest(model: PreTrainedModel) -> None:
     found = engine(model, batch_size=3)
     assert found.vocab_size == V
     assert json.loads(json.dumps(found.describe()))["batch_size"] == 3
-    assert all(isinstance(value, str) and value for value in found.fingerprints.values())
+    assert {"architecture", "dtype", *cf.FINGERPRINTS} == set(found.describe_teacher())
+    assert all(isinstance(value, str) and value for value in found.describe_teacher().values())
 
 
 def test_logits_that_are_not_finite_are_an_error_on_the_host(teacher_dir: Path, settings: AnswerSettings) -> None:
