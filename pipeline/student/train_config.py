@@ -81,7 +81,7 @@ class TrainStudentConfig:
         None, help="Train adapters of this rank (needs distill[peft]).", group=LORA, minimum=1
     )
     lora_alpha: float | None = option(
-        None, help="Adapters are scaled by alpha/rank.", group=LORA, above=0, below=math.inf, default_text="2 · rank"
+        None, help="Adapters are scaled by alpha/rank.", group=LORA, above=0, below=math.inf, default_text="2 × rank"
     )
     lora_dropout: float | None = option(
         None, help="Dropout on the input of an adapter.", group=LORA, minimum=0, below=1, default_text="0"
