@@ -23,7 +23,7 @@ from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import RowRequest, RunningBatch, TeacherEngine
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
+from pipeline.teacher.opening import Corpus, check_inputs, open_corpus, open_teacher, open_tokenizer, row_request
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head, head_to_store
@@ -57,6 +57,7 @@ def cache_teacher(
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     # Fail on an occupied output before spending minutes on loading.
+    check_inputs(config, config.output)
     if not worker.follows:
         check_output(config, worker)
     device = worker.device(config.device)

@@ -19,9 +19,11 @@ from pipeline.models.loading import load_config, load_model, load_tokenizer, mod
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
+from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.targets import hidden_states
+from pipeline.teacher.text.data_paths import local_paths
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -54,6 +56,19 @@ class CachedText(Text, Protocol):
 
     @property
     def report(self) -> Mapping[str, float]: ...
+
+
+def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
+    """Raises: ConfigError if an input of the run lies in one of the folders that it writes."""
+    inputs = {
+        "teacher": config.teacher,
+        "tokenizer": config.tokenizer,
+        "data": local_paths(config.data.data),
+        "device_map": config.device_map,
+        "gen_keep_if": None if config.generation is None else (config.generation.keep_if or "").rpartition(":")[0],
+    }
+    for folder in folders:
+        check_inputs_apart(folder, inputs)
 
 
 def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:

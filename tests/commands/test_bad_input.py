@@ -154,7 +154,7 @@ def test_more_candidates_than_tokens(here: Path):
         (CACHE_TEACHER, "student", ("student", "nothing was changed", "Choose another directory")),
         (CACHE_TEACHER, "cache", ("cache", "finished cache", "nothing was changed", "--overwrite")),
         (CACHE_TEACHER, "trained", ("trained", "nothing was changed", "Choose another directory")),
-        (CACHE_TEACHER, "text.txt", ("text.txt", "found a file, expected a directory")),
+        (CACHE_TEACHER, "records.jsonl", ("records.jsonl", "found a file, expected a directory")),
         (CACHE_TEACHER, "text.txt/new", ("text.txt", "Not a directory", "Check the path")),
         (TRAIN, "student", ("student", "nothing was changed", "Choose another directory")),
         (TRAIN, "cache", ("cache", "nothing was changed", "Choose another directory")),
@@ -162,12 +162,13 @@ def test_more_candidates_than_tokens(here: Path):
         (TRAIN, "stopped", ("stopped", "an unfinished run, nothing was changed", "--resume", "--overwrite")),
         (TRAIN, "text.txt", ("text.txt", "found a file, expected a directory", "Choose another")),
         (TRAIN, "text.txt/new", ("text.txt", "Not a directory", "Check the path")),
-        (f"{TRAIN} --overwrite", "student", ("student", "not the output of a run", "Choose another directory")),
-        (f"{TRAIN} --overwrite", "cache", ("cache", "not the output of a run", "Choose another directory")),
+        (f"{TRAIN} --overwrite", "student", ("--student student in it", "Choose another directory")),
+        (f"{TRAIN} --overwrite", "teacher", ("teacher", "not the output of a run", "Choose another directory")),
+        (f"{TRAIN} --overwrite", "cache", ("--cache cache in it", "nothing was changed", "Choose another directory")),
         (f"{CACHE_TEACHER} --overwrite", "student", ("student", "nothing was changed", "Choose another directory")),
         (f"{CACHE_TEACHER} --overwrite", "trained", ("trained", "nothing was changed", "Choose another directory")),
         (f"{TRAIN} --resume", "new", ("new", "no checkpoint", "Start without --resume")),
-        (f"{TRAIN} --resume", "student", ("student", "no run to resume")),
+        (f"{TRAIN} --resume", "teacher", ("teacher", "no run to resume")),
         (f"{TRAIN} --max-steps 2 --resume", "trained", ("trained", "finished run", "--overwrite")),
         (f"{TRAIN} --max-steps 3 --save-steps 1 --kd-weight 0.5 --resume", "stopped", ("kd_weight was 0.9, is 0.5",)),
         (f"{TRAIN} --max-steps 9 --save-steps 1 --resume", "stopped", ("max_steps was 3, is 9", "another --output")),
@@ -175,6 +176,39 @@ def test_more_candidates_than_tokens(here: Path):
 )
 def test_output_that_is_taken(here: Path, command: str, output: str, expected: tuple[str, ...]):
     complain(here, instead(command, "--output", output), *expected)
+
+
+INPUTS_IN_OUTPUT = [
+    (TRAIN, "trained", "--student", "trained"),
+    (TRAIN, "trained", "--student", "elsewhere"),  # a link into it
+    (TRAIN, "trained", "--student", "trained/student"),
+    (TRAIN, "trained", "--cache", "trained/cache:0.5"),
+    (TRAIN, "trained", "--eval-cache", "trained/cache"),
+    (TRAIN, "trained", "--training-args", "trained/arguments.json"),
+    (CACHE_TEACHER, "cache", "--teacher", "cache/student"),
+    (CACHE_TEACHER, "cache", "--data", "cache/shards/*.txt"),
+    (CACHE_TEACHER, "cache", "--device-map", "cache/arguments.json"),
+    (f"{CACHE_TEACHER} --generate", "cache", "--teacher", "cache/student"),
+    (f"{CACHE_TEACHER} --generate", "cache", "--data", "cache.answers/text.txt"),
+    (f"{CACHE_TEACHER} --generate", "cache", "--gen-keep-if", "cache/checks.py:accept"),
+]
+
+
+@pytest.mark.parametrize("command, output, option, place", INPUTS_IN_OUTPUT)
+def test_input_that_the_output_would_replace(here: Path, command: str, output: str, option: str, place: str):
+    for folder in ("trained", "cache"):
+        shutil.copytree(here / "student", here / folder / "student")
+        (here / folder / "arguments.json").write_text("{}")
+    shutil.copytree(here / "cache", here / "trained/cache")
+    (here / "cache.answers").mkdir()
+    shutil.copy(here / "text.txt", here / "cache.answers/text.txt")
+    shutil.copy(here / "text.txt", here / "cache/shards/text.txt")
+    (here / "cache/checks.py").write_text("def accept(example, answer):\n    return True\n")
+    (here / "elsewhere").symlink_to("trained")
+    command = instead(command, "--output", output)
+    command = instead(command, option, place) if option in command else f"{command} {option} {place}"
+    found = place.partition(":")[0].replace("*", "text")
+    complain(here, f"{command} --overwrite", f"{option} {found} in it", "nothing was changed", "Choose another")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -38,7 +38,7 @@ from pipeline.teacher.generation.answering import Answering, GenerationProgress,
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.decoding import check_decoding
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_teacher, open_tokenizer
+from pipeline.teacher.opening import check_inputs, open_teacher, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
@@ -95,6 +95,7 @@ def generate_cache(
         )
     # Check what can be checked before spending minutes on loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
+    check_inputs(config, config.output, store_location(config.output))
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = _finished(config, generation, predicate)
     store.check()
