@@ -85,8 +85,8 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:
         raise ConfigError(
-            f"`mask_probability` and the other masking options: {model_name(config.teacher)} is a causal language "
-            "model, whose input is not masked. Leave these options out."
+            f"{config.given('masking')}: {model_name(config.teacher)} is a causal language model, whose input is not "
+            "masked. Leave it out."
         )
     return build_corpus(config.data, tokenizer)
 

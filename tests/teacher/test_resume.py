@@ -327,8 +327,6 @@ def test_who_this_process_is(environment, options, expected, monkeypatch: pytest
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"num_workers": 2}, "belong together"),
-        ({"worker_index": 2}, "belong together"),
         ({"num_workers": 2, "worker_index": 2}, "writer 2 of 2"),
         ({"shard_range": "5"}, "'5' is not a range of shards"),
         ({"shard_range": "5:5"}, "shards 5 to 5: none"),
