@@ -80,6 +80,8 @@ def cache_teacher(
     metadata = as_begun(config, metadata)
     options = {"head": None if stored_head is None else stored_head.contents}
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
+        if not worker.follows:
+            save_config(config)
         for holder in writer.taken_over:
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
         engine = TransformersEngine(
@@ -92,8 +94,6 @@ def cache_teacher(
         )
         capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
         capture.run()
-    if not worker.follows and capture.writer.is_finished:
-        save_config(config)
     return capture.summary()
 
 

@@ -157,8 +157,8 @@ def generate_cache(
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
+            save_config(config)
             _write_cache(config.output, writer, answering)
-        save_config(config)
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
