@@ -10,6 +10,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
+from pipeline.models.loading_options import (
+    DEVICE,
+    DEVICE_MAP,
+    DTYPE,
+    REVISION,
+    TENSOR_PARALLEL,
+    TRUST_REMOTE_CODE,
+    Dtype,
+)
 from pipeline.options import Metadata, check_ranges, flat, option, options_of, part
 from pipeline.teacher.targets.rules import TargetRule
 
@@ -286,21 +295,12 @@ class CacheTeacherConfig:
         minimum=1,
         common=True,
     )
-    device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=TEACHER, common=True)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=TEACHER, common=True
-    )
-    device_map: str | None = option(
-        None,
-        help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
-        group=TEACHER,
-        metavar="auto|FILE",
-    )
-    tensor_parallel: bool = option(
-        False, flag="tp", help="Split the teacher across torchrun processes (transformers).", group=TEACHER
-    )
-    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=TEACHER)
-    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
+    device: str = DEVICE(group=TEACHER)
+    dtype: Dtype = DTYPE(group=TEACHER)
+    device_map: str | None = DEVICE_MAP(group=TEACHER)
+    tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
+    revision: str | None = REVISION(group=TEACHER)
+    trust_remote_code: bool = TRUST_REMOTE_CODE(group=TEACHER)
     # Python only: a tokenizer object, for a teacher that is one too.
     tokenizer: Any = option(
         None, help="Tokenizer of a teacher that is given as an object.", group=TEACHER, python_only=True

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
 from pipeline.options import check_ranges, option
@@ -68,6 +68,8 @@ class TargetRule:
     `TargetRule(top_k=64)` stores the 64 most likely tokens and nothing else.
     """
 
+    DEFAULT_TEXTS: ClassVar = {name: _default(name) for name in OPTIONS}
+
     kind: TargetKind | None = option(
         None,
         name="targets",
@@ -84,7 +86,6 @@ class TargetRule:
         group=GROUP,
         minimum=0,
         maximum=MAX_ENTRIES,
-        default_text=_default("top_k"),
         common=True,
     )
     top_p: float | None = option(
@@ -93,7 +94,6 @@ class TargetRule:
         group=GROUP,
         above=0,
         maximum=1,
-        default_text=_default("top_p"),
     )
     max_entries: int | None = option(
         None,
@@ -101,7 +101,6 @@ class TargetRule:
         group=GROUP,
         minimum=1,
         maximum=MAX_ENTRIES,
-        default_text=_default("max_entries"),
     )
     tail_threshold: float | None = option(
         None,
@@ -109,7 +108,6 @@ class TargetRule:
         group=GROUP,
         minimum=1e-3,
         maximum=1,
-        default_text=_default("tail_threshold"),
         common=True,
     )
     draws: int | None = option(
@@ -118,7 +116,6 @@ class TargetRule:
         group=GROUP,
         minimum=1,
         maximum=MAX_DRAWS,
-        default_text=_default("draws"),
     )
     samples: int | None = option(
         None,
@@ -126,7 +123,6 @@ class TargetRule:
         group=GROUP,
         minimum=1,
         maximum=255,
-        default_text=_default("samples"),
     )
     seed: int | None = option(
         None,
@@ -134,7 +130,6 @@ class TargetRule:
         group=GROUP,
         minimum=0,
         maximum=2**64 - 1,
-        default_text=_default("seed"),
     )
     temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=GROUP, above=0, below=math.inf)
 
