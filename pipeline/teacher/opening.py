@@ -20,11 +20,13 @@ from pipeline.models.loading import load_config, load_model, load_tokenizer, mod
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
+from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
+from pipeline.teacher.text.data_paths import local_paths
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -59,6 +61,19 @@ class CachedText(Text, Protocol):
     def report(self) -> Mapping[str, float]: ...
 
 
+def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
+    """Raises: ConfigError if an input of the run lies in one of the folders that it writes."""
+    inputs = {
+        "teacher": config.teacher,
+        "tokenizer": config.tokenizer,
+        "data": local_paths(config.data.data),
+        "device_map": config.device_map,
+        "gen_keep_if": None if config.generation is None else (config.generation.keep_if or "").rpartition(":")[0],
+    }
+    for folder in folders:
+        check_inputs_apart(folder, inputs)
+
+
 def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """The rows that the teacher of a run is to see: of what it predicts, masked or not.
 
@@ -73,8 +88,8 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:
         raise ConfigError(
-            f"`mask_probability` and the other masking options: {model_name(config.teacher)} is a causal language "
-            "model, whose input is not masked. Leave these options out."
+            f"{config.given('masking')}: {model_name(config.teacher)} is a causal language model, whose input is not "
+            "masked. Leave it out."
         )
     return build_corpus(config.data, tokenizer)
 

@@ -156,7 +156,7 @@ def plan_cache(
 
 
 def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:
-    """With what the user's own has besides its kind, so that the kinds are compared and nothing else."""
+    """`rule` with the user's temperature and number of samples, so that only the kinds are compared."""
     samples = chosen.samples if rule.sampled and chosen.sampled else rule.samples
     return replace(rule, samples=samples, temperature=chosen.temperature)
 
@@ -247,7 +247,7 @@ def _written(
     stored_head: StoredHead | None,
     rows_per_shard: int,
 ) -> tuple[int, int, int]:
-    """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
+    """Bytes of these rows, of the rest of every shard, and of the files that a cache has once."""
     vocab_size, targets = engine.vocab_size, rule.to_json()
     if stored_head is not None:
         targets = {

@@ -6,9 +6,9 @@ teacher deviates by from itself. A cache of other weights, another tokenizer's, 
 memory is off by whole nats; one of another dtype or device by a little more than the noise.
 
 Values in a cache are rounded to a codebook, states to their dtype. A deviation is what is left beyond that: 0 for a
-value that lies anywhere between the numbers that are rounded to the stored one. Of hidden targets the state nearest to
-the teacher's among those is put through the head of the cache, and its log-probabilities are compared with the
-teacher's own, of every token.
+value that lies anywhere between the numbers that are rounded to the stored one. For hidden targets, the nearest state
+to the teacher's that is rounded to the stored one goes through the head of the cache, and its log-probabilities of all
+tokens are compared with the teacher's own.
 
 Shapes: n positions of a row, V vocabulary, E exact entries of all its positions, D width of a state.
 """
@@ -40,8 +40,8 @@ from pipeline.teacher.targets.selection import ChunkTargets
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from pipeline.teacher.writing.workers import this_worker
 
-NOISE_FACTOR, FLOOR = 16, 1e-4  # nats: a deviation of less than this, or than so many times the noise, is no finding
-SAME_SHARE = 0.1  # fewer positions with the very same entries than between two runs of the teacher, at most
+NOISE_FACTOR, FLOOR = 16, 1e-4  # a deviation below FLOOR nats, or NOISE_FACTOR times the noise, is accepted
+SAME_SHARE = 0.1  # accepted loss of positions with the same entries, compared with two runs of the teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,12 +280,12 @@ def _stored(row: cf.CacheRow, metadata: cf.CacheMetadata) -> np.ndarray:
 
 
 def _exact(row: cf.CacheRow, values: np.ndarray) -> np.ndarray:
-    """Of values of all entries those of the exact ones."""
+    """The values of the exact entries, from the values of all entries."""
     return values[entry_groups(group_counts(row.targets)) == 0]
 
 
 def _ids(targets: ChunkTargets) -> list[np.ndarray]:
-    """Of each position, ascending."""
+    """The ids of each position in ascending order."""
     return [np.sort(ids[ids >= 0]) for ids in targets.ids.numpy()]
 
 

@@ -115,7 +115,7 @@ def train_student(
 
     If `config.student` is a loaded model, it is trained in place: converted to float32, moved to the device of the run,
     and with adapters in it unless they are merged. With `student_layers`, narrower sizes or `student_random`, a new
-    model is made from it and trained instead. Its training or evaluation mode is restored.
+    model is made from it and trained instead. Its training or evaluation mode and gradient checkpointing are restored.
 
     Args:
         on_stage: called with a line of text when a stage begins.
@@ -164,6 +164,7 @@ def _train_student(
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
+    checkpointing = [(module, module.gradient_checkpointing) for module in _with_checkpointing(student.model)]
     trainer = DistillTrainer(
         head=student.head,
         model=student.adapted,
@@ -198,6 +199,8 @@ def _train_student(
         remove_distillation_forward(trainer.accelerator.unwrap_model(trainer.model))
         if matching is not None:
             matching.detach(student.model)
+        for module, before in checkpointing:
+            module.gradient_checkpointing = before
 
     if student.adapted is not None and config.merge_adapter:
         trainer.model = merged(student.adapted)
@@ -287,6 +290,11 @@ def _training_stage(run: CheckedRun, data: _Data, student: _Student, matching: H
     loss_tokens = sum(each.passes(each.rows) * part.counted_tokens for each, part in portions)
     text = f"{run.mix.rows:,} rows, {loss_tokens:,.0f} loss tokens{repeats}"
     return f"training {trained / 1e6:.1f}{total} M parameters on {text}"
+
+
+def _with_checkpointing(model: nn.Module) -> list[Any]:
+    """The modules whose activations transformers can recompute."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def _fit(trainer: DistillTrainer, run: CheckedRun) -> float:

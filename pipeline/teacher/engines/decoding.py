@@ -1,12 +1,12 @@
 """Token-by-token decoding: one forward pass over the prompts, then one position at a time with the key-value cache.
 
-Why not `model.generate`: it keeps all sequences in the batch until the last has ended, its random state is shared by
-the batch, and a model's own generation settings would silently change the distributions. Here finished sequences leave
-the batch, several answers share one pass over their prompt, and the states go through the same `Head` as those of any
-text, so that the targets come from the generating passes. Tests compare greedy answers with those of `model.generate`.
+`model.generate` does not fit: it keeps all sequences in the batch until the last has ended, its random state is shared
+by the batch, and a model's own generation settings would silently change the distributions. Here finished sequences
+leave the batch, several answers share one pass over their prompt, and the targets are computed in the same passes, by
+the same `Head` as for given text. Tests compare greedy answers with those of `model.generate`.
 
 Prompts of different lengths are padded on the left; an attention mask hides the padding, and position ids start at the
-first real token. A model's name does not tell whether it honours both, so `check_decoding` tries it.
+first real token. Not every model honours both, so `check_decoding` tries it.
 
 Shapes: b sequences, P longest prompt, D hidden width.
 """
@@ -34,7 +34,7 @@ class Decoding:
     """
 
     def __init__(self, head: Head, prompts: Sequence[np.ndarray]) -> None:
-        """Args: prompts: token ids of each prompt, at least one per prompt."""
+        """Args: prompts: token ids of each prompt, none of them empty."""
         model, device = head.model, head.device
         self._decoder = getattr(model, model.base_model_prefix)
         self._cache = DynamicCache(config=model.config)
@@ -86,7 +86,7 @@ def check_decoding(head: Head, *, padding: bool) -> None:
                 found = _grown(head, texts)
             except (TypeError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
                 raise ModelError(
-                    f"{name} cannot go on with a text from its key-value cache ({' '.join(str(error).split())[:200]}): "
+                    f"{name} cannot continue a text from its key-value cache ({' '.join(str(error).split())[:200]}): "
                     "this architecture cannot be used with `generate`. Use another teacher."
                 ) from error
             largest = max(states.abs().max().item() for states in expected)

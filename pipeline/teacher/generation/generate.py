@@ -1,13 +1,13 @@
-"""Generation: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
+"""Generation: prompts ─▶ the teacher's own answers ─▶ a cache of the answers, with targets.
 
     1  write     a group of prompts ─▶ batches of similar length ─▶ answers with their targets ─▶ OUTPUT.answers
-    2  judge     a predicate judges every answer as soon as its group is complete
-    3  cache     answers that were kept ─▶ rows, numbered ─▶ OUTPUT, an ordinary cache; OUTPUT.answers is removed
+    2  judge     a predicate accepts or rejects every answer as soon as its group is complete
+    3  cache     kept answers ─▶ numbered rows ─▶ OUTPUT, an ordinary cache; OUTPUT.answers is removed
 
-Two directories are needed because a cache must know its number of rows before the first is written, and how many
-answers pass the predicate is only known after the last answer. After a kill at any point, the same command continues
-with the missing group of answers or shard, and ends with the same bytes. The predicate is not part of the settings
-recorded with the answers: a corrected predicate judges the existing answers again, and a run that kept none loses none.
+There are two directories because a cache must know its number of rows before the first row is written, and the number
+of accepted answers is known only after the last answer. After a kill at any point, the same command continues with the
+missing group of answers or shard, and ends with the same bytes. The predicate is not part of the settings recorded with
+the answers, so a corrected predicate can judge existing answers again, even after a run that kept none.
 
 One answer is one row: its prompt, outside the loss mask, and its tokens, inside it, including the one that ended it.
 
@@ -38,7 +38,7 @@ from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_engine, open_tokenizer
+from pipeline.teacher.opening import check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
@@ -95,6 +95,7 @@ def generate_cache(
         )
     # Check what can be checked before spending minutes on loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
+    check_inputs(config, config.output, store_location(config.output))
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = _finished(config, generation, predicate)
     store.check()
@@ -155,8 +156,8 @@ def generate_cache(
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
+            save_config(config)
             _write_cache(config.output, writer, answering)
-        save_config(config)
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
@@ -180,8 +181,10 @@ def _check_writes(config: CacheTeacherConfig) -> None:
 def _finished(
     config: CacheTeacherConfig, generation: GenerationConfig, predicate: Predicate | None
 ) -> cf.Manifest | None:
-    """The finished cache that this run would write, if it already exists, judged by everything except the names of
-    teacher and prompts. Raises: CacheError if a different cache exists."""
+    """The finished cache that this run would write, if it exists already. Names of teacher and prompts may differ.
+
+    Raises: CacheError if a different cache exists.
+    """
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
     replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
     cf.check_writable(config.output, replace=replaces, stale_after_s=stale_after_s)
@@ -203,8 +206,7 @@ def _finished(
 
 
 def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
-    """Whether the name of the teacher or of the prompts differs from the recorded one, so that their contents must be
-    compared."""
+    """Whether the name of the teacher or of the prompts differs from the recorded one. Contents are compared then."""
     recorded = manifest.metadata
     return (model_name(config.teacher), data_name(config.data.data)) != (
         recorded.teacher.get("name"),
@@ -213,7 +215,7 @@ def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
 
 
 def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settings: dict[str, Any]) -> None:
-    """Raises: CacheError if a finished cache is of another teacher or other prompts."""
+    """Raises: CacheError if a finished cache was made by another teacher, or from other prompts."""
     recorded = manifest.metadata.to_json()
     of_prompts = {name: settings["prompts"][name] for name in ("source", "files")}
     of_teacher = {name: settings["teacher"][name] for name in ("dtype", *cf.FINGERPRINTS)}
@@ -239,7 +241,7 @@ def _settings(
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
 ) -> dict[str, Any]:
-    """Everything that determines answers and targets, but nothing that determines which answers are kept."""
+    """The settings that determine answers and targets, without those that determine which answers are kept."""
     return {
         "teacher": engine.describe_teacher(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -293,7 +295,7 @@ def _corpus(
         **_kept_by(generation, predicate),
         **counts,
         "stop_reasons": dict(selection.stop_reasons),
-        # Once here for its checksum, which the manifest holds from the beginning; once in the cache.
+        # Written here for its checksum, which the manifest needs from the beginning; written to the cache later.
         "answers_file": cf.write_answers(answering.store.location, _answers(answering)),
     }
     report: dict[str, int | float] = {

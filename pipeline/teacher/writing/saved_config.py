@@ -13,7 +13,8 @@ NOT_SAVED = {"output", "overwrite", "trust_remote_code", "gen_keep_if"}
 
 
 def save_config(config: CacheTeacherConfig) -> None:
-    """Writes the file into a finished cache, unless it is there.
+    """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
+    cache is without it.
 
     It leaves out the output and which process wrote what, so that every run with the same settings writes the same
     bytes; text given as an object, which no file can hold; and what would run code of the cache's author.

@@ -340,7 +340,7 @@ def test_what_hidden_targets_cannot_be_combined_with(teacher_dir: Path, text_fil
         TargetRule(kind="hidden", temperature=2.0)
     with pytest.raises(ConfigError, match="`top_k` 5: hidden targets do not have this option"):
         TargetRule(kind="hidden", top_k=5)
-    with pytest.raises(ConfigError, match="belong to `hidden_states`"):
+    with pytest.raises(ConfigError, match="only with `hidden_states`"):
         cache_teacher(replace(config, targets=TargetRule()))
     words = ["cache-teacher", "--teacher", teacher_dir, "--data", text_file, "--output", tmp_path / "cache"]
     result = CliRunner().invoke(main, [*map(str, words), "--targets", "hidden", "--generate"])

@@ -20,7 +20,7 @@ from cache_format.storage import directory as storage
 from cache_format.storage.claims import CLAIMS, Claims, refused, this_process
 from cache_format.storage.directory import LocalDirectory, open_directory
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(params=["local", "memory"])

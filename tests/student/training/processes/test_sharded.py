@@ -22,7 +22,7 @@ from pipeline.evaluation.held_out import evaluate
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import conversations, english, tiny_llama, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from test_claims import ELSEWHERE, plant
 
 import cache_format as cf
 from cache_format.manifest.manifest import LEXICON
@@ -22,11 +23,10 @@ from cache_format.storage.claims import CLAIMS, Claims
 from cache_format.storage.directory import open_directory
 from cache_samples import contents
 from packed_samples import TOP_K, metadata_of, row_of
-from test_claims import ELSEWHERE, plant
 
 ROWS = 26  # 7 shards of 4, the last of 2
 FILES = {"tokenizer.json": b"{}"}
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def metadata(encoding: str = "columns", **changes: Any) -> cf.CacheMetadata:
@@ -198,7 +198,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_shard_of_a_killed_process_is_taken_over_by_a_living_one(tmp_path):
     expected = alone(tmp_path / "whole")
-    folders = [str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "tests/cache_format")]
+    tests = ROOT / "tests/cache_format"
+    folders = [str(ROOT), str(ROOT / "tests/helpers"), *map(str, (tests, tests / "storage", tests / "write"))]
     with shared(tmp_path / "cache") as writer:
         subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cache"), *folders], cwd=ROOT, check=False)
         assert os.listdir(tmp_path / "cache" / CLAIMS) == ["shard-00001.0.json"]

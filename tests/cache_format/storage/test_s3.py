@@ -78,7 +78,7 @@ def test_nothing_is_lost_to_faults(server: Any, tmp_path: Path):
 
 WRITER = """
 import sys, time
-sys.path[:0] = [{root!r}, {here!r}]
+sys.path[:0] = [{root!r}, {helpers!r}]
 import cache_format as cf
 from cache_format.storage import remote
 from cache_samples import sample_metadata, sample_row, several_samples
@@ -100,8 +100,8 @@ with cf.SharedCacheWriter(url, metadata, share=share, tokenizer_files={files!r})
 @pytest.mark.parametrize("delay", [0.0, 0.2])  # in the middle of a shard, and of its upload
 def test_of_two_writers_one_is_killed_and_the_store_holds_what_a_disk_holds(server: Any, tmp_path: Path, delay: float):
     """With one request in seven spoilt; of the one that is killed a claim is left, and perhaps half a shard."""
-    here = Path(__file__).resolve().parent
-    code = WRITER.format(root=str(here.parents[1]), here=str(here), files=FILES, pause=0.02)
+    helpers = Path(__file__).resolve().parents[1]  # of the tests of the format
+    code = WRITER.format(root=str(helpers.parents[1]), helpers=str(helpers), files=FILES, pause=0.02)
     url = server.url(f"killed-{delay}")
     server.spoil(faults_of(0.15))
 

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, write_jsonl
 
-PAGE = (Path(__file__).resolve().parents[3] / "docs/scaling.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[4] / "docs/scaling.md").read_text(encoding="utf-8")
 
 WORKER = """
 import json, sys
