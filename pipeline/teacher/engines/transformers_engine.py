@@ -148,7 +148,7 @@ class TransformersEngine:
         self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], on_logits: OnLogits | None = None
     ) -> TransformersBatch:
         device, timing = self.head.device, Timing(selection=[0.0] * len(rules))
-        inputs = model_inputs([request.row for request in batch], masked=self.head.masked)
+        inputs = model_inputs([request.row for request in batch], with_mask=self.head.reads_padding_mask)
         mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, request in enumerate(batch):
             mask[i, : len(request.stored)] = torch.from_numpy(request.stored)

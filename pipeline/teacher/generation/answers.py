@@ -4,7 +4,9 @@
                     ▲                                                └─▶ a token (temperature, top-k, top-p)
                     └──────────────── next position ◀────────────────────┘
 
-An answer depends on the teacher, the seed, its prompt and its index, never on the batch, except for rounding.
+An answer depends on the teacher, the seed, its prompt and its index, never on the batch, except for rounding. If it
+grows past a length at which the teacher switches (`pipeline.models.length_limits`), its targets are computed again in
+one pass over prompt and answer: a student, and `verify`, see the whole row.
 
 Shapes: b answers in progress, D hidden width, V vocabulary size, T tokens of prompt and answer, n of the answer.
 """
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import cache_format as cf
 from pipeline.errors import ModelError
 from pipeline.teacher.cache_config import GenerationConfig
+from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.generation.decoding import Decoding
 from pipeline.teacher.generation.token_sampling import draw
 from pipeline.teacher.targets.cache_rows import cache_row
@@ -204,7 +207,13 @@ class AnswerWriter:
         # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
         counted[len(request.prompt) - 1 : -1] = True
         row = TokenRow(token_ids, counted, np.array([len(token_ids)], np.int32))
-        targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
+        if self.engine.head.separates(len(request.prompt), len(token_ids)):
+            place = int(place_of(np.array([request.document]), np.array([request.index]))[0])
+            whole = RowRequest(index=0, row=row, place=place, stored=counted)
+            (with_targets,) = self.engine.run([whole], [self.rule]).rows()
+        else:
+            targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
+            with_targets = cache_row(0, row, counted, targets)
         return Answer(
             document=request.document,
             index=request.index,
@@ -212,7 +221,7 @@ class AnswerWriter:
             stop_reason=str(draft.stop_reason),
             text=text,
             logprobs=np.array(draft.logprobs, np.float32),
-            row=cache_row(0, row, counted, targets),
+            row=with_targets,
         )
 
 

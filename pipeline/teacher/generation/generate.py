@@ -113,7 +113,7 @@ def generate_cache(
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, prompts, tokenizer, device)
     config.targets.check_vocabulary(head.vocab_size)
-    check_decoding(head, padding=config.batch_size > 1)
+    check_decoding(head, padding=config.batch_size > 1, longest=config.data.seq_len)
     stop_tokens = find_stop_tokens(head.model, tokenizer, is_chat=prompts.columns.is_chat)
     engine = TransformersEngine(head, device=device, batch_size=config.batch_size)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
