@@ -58,11 +58,11 @@ CAUSAL: dict[str, PretrainedConfig] = {
     ),
 }
 MASKED: dict[str, PretrainedConfig] = {
-    "modernbert, longrope": ModernBertConfig(
-        **{**SHAPE, "max_position_embeddings": 128},
-        layer_types=["full_attention", "sliding_attention"],
+    "modernbert, some layers": ModernBertConfig(
+        **{**SHAPE, "max_position_embeddings": LIMIT},
+        layer_types=LAYER_TYPES,
         local_attention=16,
-        rope_parameters={"full_attention": LONGROPE, "sliding_attention": DEFAULT},
+        rope_parameters={"sliding_attention": DEFAULT, "full_attention": DYNAMIC},
     ),
 }
 
