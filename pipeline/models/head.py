@@ -68,7 +68,7 @@ class Head:
     @functools.cached_property
     def rotaries(self) -> tuple[LimitedRotary, ...]:
         """Rotary embeddings that depend on the length of a document."""
-        return limited_rotaries(body_of(self.model))
+        return limited_rotaries(_body(self.model))
 
     @property
     def reads_padding_mask(self) -> bool:
@@ -109,7 +109,7 @@ class Head:
         if self.masked:  # the positions that the model counts itself
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         with by_document(self.rotaries, position_ids, attention_mask):
-            return body_of(self.model)(**inputs, **options)
+            return _body(self.model)(**inputs, **options)
 
     def layers(self) -> tuple[int, int]:
         """The number of layers L, which is the number of the last one, and the width D of their states.
@@ -121,7 +121,7 @@ class Head:
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
         with evaluating(self.model), torch.no_grad():
-            output = body_of(self.model)(**inputs, output_hidden_states=True)
+            output = _body(self.model)(**inputs, output_hidden_states=True)
         found: tuple[Tensor, ...] = getattr(output, "hidden_states", None) or ()
         widths = {tuple(each.shape) for each in found}
         if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
@@ -175,7 +175,7 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
             f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}. Use a model and a "
             "tokenizer (or cache) that belong together."
         )
-    if masked and "attention_mask" not in inspect.signature(body_of(model).forward).parameters:
+    if masked and "attention_mask" not in inspect.signature(_body(model).forward).parameters:
         raise ModelError(f"{name} takes no attention mask, so it would attend to padding. Use another model.")
     device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
@@ -303,17 +303,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
-    """What computes the hidden states: the model without its head."""
-    return getattr(model, _body_name(model))
-
-
-def _body_name(model: PreTrainedModel) -> str:
-    """The attribute of `body_of`: the model's prefix, or what is not the head, as in a Llama 4 of text alone."""
-    if hasattr(model, model.base_model_prefix):
-        return model.base_model_prefix
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_children() if module is not head)
+def _body(model: PreTrainedModel) -> nn.Module:
+    return getattr(model, model.base_model_prefix)
 
 
 class _StatesOnly(BaseModelOutputWithPast):
@@ -344,7 +335,7 @@ class _Returning(nn.Module):
 
 @contextlib.contextmanager
 def _body_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    name = _body_name(model)
+    name = model.base_model_prefix
     body = model._modules[name]
     model._modules[name] = _Returning(hidden, body)
     try:
@@ -369,7 +360,7 @@ def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], 
         output["last_hidden_state"] = output[0] * factor
         return output
 
-    hook = body_of(model).register_forward_hook(amplify)
+    hook = _body(model).register_forward_hook(amplify)
     try:
         return model(**inputs).logits[0].to(inputs["input_ids"].device)
     finally:

@@ -16,6 +16,7 @@ from transformers import (
     BigBirdConfig,
     BloomConfig,
     Gemma3TextConfig,
+    Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -31,7 +32,7 @@ from transformers import (
 
 from pipeline.errors import ModelError
 from pipeline.models import head as head_module
-from pipeline.models.head import Head, body_of, check_packing, check_padding, open_head
+from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.length_limits import LengthLimit, document_lengths
 from pipeline.models.padding import pad_rows, padding_mask
 from tiny import LONGROPE
@@ -90,7 +91,7 @@ def of_batch(head: Head, rows: list[Any]) -> list[Tensor]:
 def alone(model: PreTrainedModel, row: Any) -> Tensor:
     """The same of one row by the body's plain forward pass, with a fresh copy of the model for each document."""
     documents = np.split(row.input_ids, np.cumsum(row.segment_lengths)[:-1])
-    bodies = [body_of(copy.deepcopy(model)) for _ in documents]
+    bodies = [copy.deepcopy(model).base_model for _ in documents]
     return torch.cat([body(torch.from_numpy(d)[None])[0][0] for body, d in zip(bodies, documents, strict=True)])
 
 
@@ -201,6 +202,12 @@ UNLIMITED: dict[str, PretrainedConfig] = {
     "mpt, alibi": MptConfig(vocab_size=SHAPE["vocab_size"], d_model=32, n_layers=2, n_heads=2, expansion_ratio=2),
 }
 NOT_PACKED = ("opt, offset", "xglm, table that grows", "bloom, alibi", "mpt, alibi")
+
+
+@pytest.fixture(autouse=True)
+def _body_of_a_llama4_of_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own prefix is that of the multimodal model."""
+    monkeypatch.setattr(Llama4ForCausalLM, "base_model_prefix", "model")
 
 
 @torch.no_grad()

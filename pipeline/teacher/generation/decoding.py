@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, body_of, evaluating
+from pipeline.models.head import Head, evaluating
 from pipeline.models.length_limits import by_document, longest_packed_row
 
 PROBE_STEPS = 3
@@ -45,7 +45,7 @@ class Decoding:
             input_ids[i, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
             mask[i, width - len(prompt) :] = 1
         self._head = head
-        self._decoder = body_of(head.model)
+        self._decoder = getattr(head.model, head.model.base_model_prefix)
         self._lengths = [len(prompt) for prompt in prompts]
         self._input_ids, self._mask = input_ids.to(head.device), mask.to(head.device)  # [b, tokens so far]
         self.hidden = self._begin()
