@@ -62,7 +62,7 @@ def evaluate(
         trust_remote_code=config.trust_remote_code,
     )
     head = open_head(model, vocab_size, masked=objective == "masked")
-    check_isolation(cache, head)
+    check_isolation(cache, head, batch_size=config.batch_size)
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
     loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)

@@ -15,6 +15,7 @@ a cache, `teacher_head` computes with one that was read from a cache.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
+from pipeline.models.length_limits import LimitedRotary, by_document, limited_rotaries, longest_packed_row, separated
+from pipeline.models.objective import most_positions
 from pipeline.models.placement import compute_device, is_here
 
 PROBE_TOKENS = 12
@@ -62,17 +65,33 @@ class Head:
         """Where the logits are computed."""
         return compute_device(self.model.get_output_embeddings())
 
+    @functools.cached_property
+    def rotaries(self) -> tuple[LimitedRotary, ...]:
+        """Rotary embeddings that depend on the length of a document."""
+        return limited_rotaries(_body(self.model))
+
+    @property
+    def reads_padding_mask(self) -> bool:
+        """Whether `hidden_states` has to know where a row's padding is."""
+        return self.masked or bool(self.rotaries)
+
+    def separates(self, shorter: int, longer: int) -> bool:
+        """Whether the states of a token differ between documents of `shorter` and of `longer` tokens."""
+        return separated(self.rotaries, shorter, longer)
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: the states that the head is applied to.
 
         Packed documents are kept apart by position ids that restart at 0: transformers builds a block-diagonal mask
         from them, but only without an attention mask and without a key-value cache. A masked model has one document
-        per row, counts positions itself, and must not attend to padding.
+        per row, counts positions itself, and must not attend to padding. The states of a document do not depend on
+        what shares its batch, also where the model switches at a length (`length_limits.py`).
 
         Args:
-            attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used for masked models only. Default: all 1.
+            attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used only if `reads_padding_mask`. Default:
+                all 1.
         """
-        return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
+        return self._run(input_ids, position_ids, attention_mask)[0].to(self.device)
 
     def states(
         self, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
@@ -81,9 +100,16 @@ class Head:
 
         The last layer's states are those that the head is applied to, after the final norm that most models have.
         """
-        inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
-        output = _body(self.model)(**inputs, output_hidden_states=True)
+        output = self._run(input_ids, position_ids, attention_mask, output_hidden_states=True)
         return output[0], {layer: output.hidden_states[layer] for layer in layers}
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **options: bool) -> Any:
+        """The output of the model's body."""
+        inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
+        if self.masked:  # the positions that the model counts itself
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        with by_document(self.rotaries, position_ids, attention_mask):
+            return _body(self.model)(**inputs, **options)
 
     def layers(self) -> tuple[int, int]:
         """The number of layers L, which is the number of the last one, and the width D of their states.
@@ -186,20 +212,31 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     )
 
 
-def check_packing(model: PreTrainedModel, head: Head) -> None:
+def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     """Check that documents packed into one row do not attend to each other.
 
     The states of the second document must be those it has alone, and must not depend on the first document. The second
-    comparison is strict in any dtype: only the tokens of the first document change.
+    comparison is strict in any dtype: only the tokens of the first document change. The first one ends at the position
+    that the longest document of a row would end at, because some models switch to other position embeddings there.
+
+    Args:
+        longest: tokens of the longest row.
 
     Raises:
         ModelError: they do attend to each other.
     """
+    name, limit = type(model).__name__, longest_packed_row(model.config)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"{name}: found rows of up to {longest:,} tokens, expected at most {limit:,} if documents share a row, "
+            "because this model scales its attention by the place in the row instead of the document. Use "
+            f"`packing=False`, or `seq_len` {limit} or less."
+        )
     device = head.device
     generator = torch.Generator().manual_seed(1)
     first, other, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 7, 5))
     alone = torch.arange(second.shape[1], device=device)[None]
-    packed = torch.cat([torch.arange(first.shape[1], device=device)[None], alone], dim=1)
+    packed = torch.cat([_up_to(_reached(model, longest), first), alone], dim=1)
     rows = torch.cat([torch.cat([first, second], dim=1), torch.cat([other, second], dim=1)])
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(second, alone)[0]
@@ -208,13 +245,17 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
         off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
         if not off <= allowed:
             raise ModelError(
-                f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it "
-                "is packed behind another one, so they attend to one another. Use `packing=False`."
+                f"{name}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it is packed "
+                "behind another one: it depends on that one's length, or they attend to one another. Use "
+                "`packing=False`."
             )
 
 
-def check_padding(model: PreTrainedModel, head: Head) -> None:
-    """Check that a document's states in a masked model do not depend on the padding of its row.
+def check_padding(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
+    """Check that a document's states do not depend on the padding of its row.
+
+    Args:
+        longest: tokens of the longest row, to whose last position the padding of a causal model is carried.
 
     Raises:
         ModelError: they do.
@@ -223,8 +264,8 @@ def check_padding(model: PreTrainedModel, head: Head) -> None:
     generator = torch.Generator().manual_seed(1)
     document, padding = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 5))
     rows = torch.cat([torch.cat([document, torch.zeros_like(padding)], dim=1), torch.cat([document, padding], dim=1)])
-    positions = torch.arange(rows.shape[1], device=device)[None]
-    there = (positions < document.shape[1]).long().expand(len(rows), -1)
+    positions = _up_to(0 if head.masked else _reached(model, longest), rows[:1])
+    there = (torch.arange(rows.shape[1], device=device) < document.shape[1]).long().expand(len(rows), -1)
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(document, positions[:, : document.shape[1]])[0]
         zeros, others = head.hidden_states(rows, positions.expand(len(rows), -1), there)[:, : document.shape[1]]
@@ -233,9 +274,22 @@ def check_padding(model: PreTrainedModel, head: Head) -> None:
         if not off <= allowed:
             raise ModelError(
                 f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when "
-                "its row is padded, so it sees the padding: rows of different lengths cannot share a batch. Use "
-                "another model."
+                "its row is padded, so it sees the padding or its length: rows of different lengths cannot share a "
+                "batch. Use " + ("another model." if head.masked else "`batch_size=1`.")
             )
+
+
+def _reached(model: PreTrainedModel, longest: int) -> int:
+    """The last position that a row of `longest` tokens can reach in this model."""
+    limit = most_positions(model.config)
+    return (longest if limit is None else min(longest, limit)) - 1
+
+
+def _up_to(last: int, ids: Tensor) -> Tensor:
+    """Positions [1, T] of a document, of which the last token is moved to position `last` if that lies behind it."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    positions[0, -1] = max(last, ids.shape[1] - 1)
+    return positions
 
 
 @contextlib.contextmanager

@@ -259,6 +259,11 @@ def _check_tied(model: PreTrainedModel, device_map: str | None) -> None:
         )
 
 
+def has_own_code(model: PreTrainedModel) -> bool:
+    """Whether the code of a model comes with it instead of with transformers."""
+    return not type(model).__module__.startswith("transformers.")
+
+
 def resolve_device(name: str, model: object = None) -> torch.device:
     """A device by name. "auto" is the device of a loaded model, else the first of CUDA, MPS and CPU that is available.
 

@@ -16,7 +16,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.head_export import export_head
-from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
+from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
@@ -120,7 +120,9 @@ def open_teacher(
     if masked:
         check_padding(model, head)
     elif text.description["packing"]:
-        check_packing(model, head)
+        check_packing(model, head, config.data.seq_len)
+    elif config.batch_size > 1 and has_own_code(model):
+        check_padding(model, head, config.data.seq_len)
     limit = most_positions(model.config)
     if limit is not None and config.data.seq_len > limit:
         raise ConfigError(

@@ -257,8 +257,9 @@ def _load(run: CheckedRun, data: _Data, on_stage: Callable[[str], None]) -> _Stu
     if config.lora is not None:
         adapted = attach(model, config.lora, base=_base_name(config.student), seed=arguments.seed)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
+    together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     for cache in run.mix.caches:
-        check_isolation(cache, head)
+        check_isolation(cache, head, batch_size=together)
     return _Student(model, head, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding
-from pipeline.models.loading import load_config, load_tokenizer, model_name, reason
+from pipeline.models.loading import has_own_code, load_config, load_tokenizer, model_name, reason
 from pipeline.models.objective import NAMES, most_positions, objective_for, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer
 from pipeline.student.model.initialization import configuration
@@ -185,12 +185,15 @@ def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None
         )
 
 
-def check_isolation(cache: cf.Cache, head: Head) -> None:
-    """Raises ModelError if the student does not keep documents of a packed row apart, or attends to padding."""
+def check_isolation(cache: cf.Cache, head: Head, *, batch_size: int) -> None:
+    """Raises ModelError if the student lets rows of a batch, or documents of a packed row, depend on one another."""
+    longest = cache.metadata.corpus.get("window_length") or 0
     if head.masked:
         check_padding(head.model, head)
     elif cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
-        check_packing(head.model, head)
+        check_packing(head.model, head, longest)
+    elif batch_size > 1 and has_own_code(head.model):
+        check_padding(head.model, head, longest)
 
 
 def _has_tokenizer(student: str) -> bool:

@@ -193,7 +193,7 @@ class TransformersEngine:
         """Starts one forward pass."""
         device = self.head.device
         timing = Timing(tokens=sum(request.tokens for request in batch), selection=[0.0] * len(rules))
-        inputs = model_inputs([request.row for request in batch], masked=self.head.masked)
+        inputs = model_inputs([request.row for request in batch], with_mask=self.head.reads_padding_mask)
         mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, request in enumerate(batch):
             mask[i, : len(request.stored)] = torch.from_numpy(request.stored)

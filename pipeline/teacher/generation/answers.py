@@ -7,6 +7,7 @@ Shapes: P tokens of a prompt, n of an answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ import cache_format as cf
 from pipeline.teacher.cache_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.packing import TokenRow
 
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
 
@@ -90,3 +92,41 @@ class AnswerSettings:
     sampling: GenerationConfig
     stop_tokens: frozenset[int]
     max_length: int
+
+
+def answer_row(request: Request, token_ids: Sequence[int]) -> TokenRow:
+    """Prompt and answer as one row. Args: token_ids: of the answer, including the one that ended it."""
+    all_ids = np.concatenate([request.prompt, token_ids]).astype(np.int32)
+    loss_mask = np.zeros(len(all_ids), bool)
+    # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
+    loss_mask[len(request.prompt) - 1 : -1] = True
+    return TokenRow(all_ids, loss_mask, np.array([len(all_ids)], np.int32))
+
+
+def complete_answer(
+    request: Request, row: cf.CacheRow, logprobs: Sequence[float], stop_reason: str, settings: AnswerSettings
+) -> Answer:
+    """Args: row: `answer_row` with targets; logprobs: of the answer's tokens."""
+    token_ids = row.input_ids[len(request.prompt) :].tolist()
+    text = decode(settings.tokenizer, token_ids[:-1] if stop_reason == EOS else token_ids)
+    if stop_reason == STOP_STRING:
+        text = text[: find_stop(text, settings.sampling.stop)]
+    return Answer(
+        document=request.document,
+        index=request.index,
+        prompt_tokens=len(request.prompt),
+        stop_reason=stop_reason,
+        text=text,
+        logprobs=np.array(logprobs, np.float32),
+        row=row,
+    )
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Index of the first stop string in the text, or None."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """With special tokens: a predicate should see all that the teacher generated in an answer."""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

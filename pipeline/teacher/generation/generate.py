@@ -114,7 +114,7 @@ def generate_cache(
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, prompts, tokenizer, device)
     config.targets.check_vocabulary(engine.vocab_size)
-    check_decoding(engine.head, padding=config.batch_size > 1)
+    check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
     stop_tokens = find_stop_tokens(engine.head.model, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     if manifest is not None:
