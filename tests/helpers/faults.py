@@ -125,10 +125,12 @@ def record(outcomes: list[Outcome], results: Path | None, command: str) -> None:
     ]
     result = Result(
         name="faults",
-        question="A cache on an S3 server that spoils requests: is right what is read, and what lies there in the end?",
-        bound="Nothing lost.",
+        question="Is a cache on an S3 server that breaks requests read correctly, and complete at the end?",
+        bound="nothing lost.",
         settings={"runs_of_each_cache": 3, "rows_per_shard": 4},
-        tables=[Table("Requests", ["spoilt", "caches", "requests", *methods, *FAULTS, "rows read", "lost"], rows)],
+        tables=[
+            Table("Requests", ["broken requests", "caches", "requests", *methods, *FAULTS, "rows read", "lost"], rows)
+        ],
         summary={
             "requests": sum(sum(o.requests.values()) for o in outcomes),
             "injected": sum(sum(o.injected.values()) for o in outcomes),
