@@ -13,7 +13,6 @@ import pytest
 from benchmarks import measure, teacher
 from benchmarks.__main__ import NAMES, RESULTS
 
-
 SPAWNING = {"fused_loss", "reading", "scaling"}  # start processes for minutes
 
 
