@@ -149,8 +149,8 @@ def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule
     chunks = []
     for start in range(0, len(states), CHUNK):
         here = np.arange(start, min(start + CHUNK, len(states)))
-        drawn = draws(rule, np.zeros_like(here), here)
-        chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, drawn))
+        random = draws(rule, np.zeros_like(here), here)
+        chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, random))
     ids, logprobs, exact, _, residual, entropy = ChunkTargets.cat(chunks)
     return SparseTargetBatch(
         ids=ids.long().clamp(min=0),

@@ -173,7 +173,7 @@ def first_number(text: str) -> float | None:
 
 @torch.no_grad()
 def continued(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:
-    """The likeliest tokens after each prompt, 32 prompts at a time."""
+    """Greedy continuations of the prompts, 32 prompts at a time."""
 
     def parts() -> Iterator[str]:
         for start in range(0, len(prompts), 32):

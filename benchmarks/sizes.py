@@ -151,8 +151,8 @@ def _rows(text: Text) -> dict[str, list[cf.CacheRow]]:
             positions = np.arange(start, min(start + CHUNK, length - 1))
             found = text.head.logits(torch.from_numpy(states[positions].astype(np.float32)), out=logits)
             for name, rule in RULES.items():
-                drawn = draws(rule, np.full(len(positions), index), positions)
-                parts[name].append(sparse_targets(found, rule, drawn, scratch))
+                random = draws(rule, np.full(len(positions), index), positions)
+                parts[name].append(sparse_targets(found, rule, random, scratch))
         token_row = TokenRow(input_ids=text.input_ids[index], loss_mask=mask, segment_lengths=np.array([length]))
         for name in RULES:
             rows[name].append(cache_row(index, token_row, mask, ChunkTargets.cat(parts[name])))
