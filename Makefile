@@ -77,7 +77,7 @@ bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
 	$(PY) -m benchmarks.methods
 
-docs: $(STAMP)  ## the tables of docs/, written from benchmarks/results
+docs: $(STAMP)  ## the tables of README.md and docs/, written from benchmarks/results
 	$(PY) -m benchmarks.tables
 
 bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable

@@ -1,16 +1,16 @@
-"""Hidden targets: what rounding the states does to the distributions rebuilt of them, their bytes, and their time.
+"""Full distributions from stored hidden states: the error of rounded states, their bytes, and the time of the loss.
 
-Prose and code, half each, one document per row, through the teacher once, in float32. Each kind of states goes through
-a cache and back, and through the head of that cache; what comes out is compared with the teacher's own log-softmax in
-float64. **KL** is KL(teacher ‖ rebuilt) in nats. **log p**: the largest change of the log-probability of any token
-above 1e-6. bfloat16 is not offered; it is here to show why.
+The teacher runs once, in float32, over prose and code, half each, one document per row. States of each dtype are
+written to a cache and read back, and the head of that cache is applied to them. The result is compared with the
+teacher's own log-softmax in float64. **KL** is KL(teacher ‖ from stored states) in nats. bfloat16 is not offered, for
+the reason that its row shows.
 
-Gradient: a student whose states are the teacher's times a matrix near the identity; the angle, in degrees, between the
-gradient of that matrix under sparse targets and under whole distributions, all positions together.
+Gradient: the student's states are the teacher's times a matrix near the identity. Measured is the angle, in degrees,
+between the gradients of this matrix under sparse targets and under full distributions, over all positions.
 
-Time: head and loss forward and backward of a student of the teacher's width, against those of top-64 targets.
+Time: head and loss, forward and backward, of a student of the teacher's width, relative to top-64 targets.
 
-    python -m benchmarks rebuilt
+    python -m benchmarks hidden_targets
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS, LENGTH, QUICK_LENGTH = 8, 64, 16
 LIKELY = 1e-6
 CHUNK = 128
 DTYPES = ("float32", "float16", "int8", "bfloat16")
-NEAR = 0.2  # how far the student's states are from the teacher's, in lengths
+DISTANCE = 0.2  # of the student's states from the teacher's, relative to their norm
 SPARSE = {
     "top-64": TargetRule(top_k=64),
     "top-16": TargetRule(top_k=16),
@@ -51,7 +51,7 @@ LOSSES: dict[str, dict[str, object]] = {
     "forward KL at T = 2": {"temperature": 2.0},
     "forward KL at T = 4": {"temperature": 4.0},
     "reverse KL": {"divergence": "reverse-kl"},
-    "JS(0.5)": {"divergence": "js"},
+    "Jensen–Shannon": {"divergence": "js"},
 }
 
 
@@ -74,18 +74,19 @@ def run(settings: Settings) -> Result:
     by_dtype = {row[0]: row for row in table}
     timed = [[name, ratio(times, name, "top-64"), spread(times, name, "top-64")] for name in times if name != "top-64"]
     return Result(
-        name="rebuilt",
-        question="Distributions rebuilt of stored hidden states against the teacher's own, and what they cost",
-        bound="KL 0; bytes: D numbers of a state; time: 4 products where sparse targets take 3, hence 1.33.",
+        name="hidden_targets",
+        question="Full distributions from stored hidden states: error against the teacher's own, bytes and time.",
+        bound="KL 0; bytes: the D numbers of a state; time: 4 products instead of 3 for sparse targets, hence 1.33.",
         settings={"teacher": describe(model), "positions": len(states), "width": states.shape[1]},
         tables=[
             Table(
                 "States",
-                ["states", "bytes/token", "on disk", "KL mean", "KL 99 %", "KL largest", "log p", "other likeliest"],
+                ["states", "bytes/token", "bytes/token on disk", "mean KL", "99th percentile of KL", "max KL"]
+                + [f"max |Δlog p|, p > {LIKELY:g}", "positions with another argmax"],
                 table,
             ),
-            Table("Angle of the gradient to that of the whole distribution, degrees", ["loss", *SPARSE], angles),
-            Table("Head and loss, forward and backward, ÷ top-64", ["loss", "ratio", "spread"], timed),
+            Table("Angle to the gradient under full distributions, degrees", ["loss", *SPARSE], angles),
+            Table("Time of head and loss, forward and backward, ÷ top-64", ["loss", "ratio", "range"], timed),
         ],
         summary={
             "head_megabytes": round(file.bytes / 1e6, 1),
@@ -100,7 +101,7 @@ def run(settings: Settings) -> Result:
 def _angles(states: Tensor, head: Head) -> list[list[str | float]]:
     generator = torch.Generator().manual_seed(0)
     width, weight = states.shape[1], head.weight[: head.vocab_size].detach()
-    near = torch.eye(width) + NEAR * torch.randn(width, width, generator=generator) / width**0.5
+    near = torch.eye(width) + DISTANCE * torch.randn(width, width, generator=generator) / width**0.5
     labels = torch.randint(head.vocab_size, (len(states),), generator=generator)
 
     def gradient(targets: SparseTargetBatch | FullTargets, options: dict[str, object]) -> Tensor:
@@ -115,18 +116,18 @@ def _angles(states: Tensor, head: Head) -> list[list[str | float]]:
         ).loss
         return torch.autograd.grad(loss, matrix)[0].flatten().double()
 
-    full = _full_targets(states, head, labels)
+    full_targets = _full_targets(states, head, labels)
     sparse = {name: _sparse_targets(states, head, labels, rule) for name, rule in SPARSE.items()}
     table: list[list[str | float]] = []
     for name, options in LOSSES.items():
-        whole, row = gradient(full, options), []
+        full, row = gradient(full_targets, options), []
         for kind, targets in sparse.items():
             sampled = SPARSE[kind].sampled
-            if sampled and options:  # unbiased for the forward KL at the cache's own temperature alone
+            if sampled and options:  # a sample serves only the forward KL at the temperature of the cache
                 row.append("—")
                 continue
             found = gradient(targets, {**options, "tail": "sampled" if sampled else "bucket"})
-            cosine = torch.nn.functional.cosine_similarity(whole, found, dim=0).clamp(max=1.0)
+            cosine = torch.nn.functional.cosine_similarity(full, found, dim=0).clamp(max=1.0)
             row.append(float(torch.rad2deg(torch.arccos(cosine))))
         table.append([name, *row])
     return table
@@ -148,8 +149,8 @@ def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule
     chunks = []
     for start in range(0, len(states), CHUNK):
         here = np.arange(start, min(start + CHUNK, len(states)))
-        drawn = draws(rule, np.zeros_like(here), here)
-        chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, drawn))
+        random = draws(rule, np.zeros_like(here), here)
+        chunks.append(sparse_targets(head.logits(states[here]).detach(), rule, random))
     ids, logprobs, exact, _, residual, entropy = ChunkTargets.cat(chunks)
     return SparseTargetBatch(
         ids=ids.long().clamp(min=0),
@@ -162,22 +163,22 @@ def _sparse_targets(states: Tensor, head: Head, labels: Tensor, rule: TargetRule
 
 
 def _error(dtype: str, states: Tensor, head: Head, input_ids: np.ndarray, scratch: Path) -> list[str | float]:
-    """A row of the table."""
+    """Row of the table for a dtype."""
     if dtype == "bfloat16":
-        kept, bytes_per_token, on_disk, rebuilding = states.bfloat16().float(), 2.0 * states.shape[1], "—", head.logits
+        stored, bytes_per_token, on_disk, logits = states.bfloat16().float(), 2.0 * states.shape[1], "—", head.logits
     else:
         cache = _cache(dtype, states, head, input_ids, scratch / dtype)
         spec = cache.metadata.hidden
         assert spec is not None
         (layer,), tokens = spec.layers, cache.num_tokens
         found = [row.hidden.values(layer) for row in cache if row.hidden is not None]
-        kept, bytes_per_token, rebuilding = torch.from_numpy(np.concatenate(found)), spec.bytes_per_position, None
+        stored, bytes_per_token = torch.from_numpy(np.concatenate(found)), spec.bytes_per_position
         on_disk = sum(each for name, each in cache.column_bytes().items() if name.startswith("hidden_")) / tokens
-        rebuilding = TeacherHead(cache)
+        logits = TeacherHead(cache)
     kls, changes, others = [], [], []
-    for exact_states, other_states in zip(states.split(CHUNK), kept.split(CHUNK), strict=True):
+    for exact_states, other_states in zip(states.split(CHUNK), stored.split(CHUNK), strict=True):
         exact = head.logits(exact_states).double().log_softmax(dim=1)
-        found = rebuilding(other_states).double().log_softmax(dim=1)
+        found = logits(other_states).double().log_softmax(dim=1)
         kls.append((exact.exp() * (exact - found)).sum(dim=1))
         changes.append((exact - found).abs().masked_fill(exact.exp() < LIKELY, 0.0).amax(dim=1))
         others.append((exact.argmax(dim=1) != found.argmax(dim=1)).double())
@@ -200,25 +201,25 @@ def _cache(dtype: str, states: Tensor, head: Head, input_ids: np.ndarray, path: 
         corpus={"rows": len(input_ids)},
     )
     length = input_ids.shape[1]
-    kept, scales = quantised(states, dtype)
-    nothing, counted = np.zeros(length, np.int64), np.arange(length) < length - 1
+    stored, scales = quantised(states, dtype)
+    nothing, loss_mask = np.zeros(length, np.int64), np.arange(length) < length - 1
     with cf.CacheWriter(path, metadata, head=contents) as writer:
         for i, ids in enumerate(input_ids):
             here = slice(i * length, (i + 1) * length)
             zeros = np.zeros(length, np.float32)
             entries = cf.SparseTargets(nothing, np.zeros(0, np.int64), np.zeros(0, np.float32), nothing, zeros, zeros)
-            of_row = cf.HiddenStates(
+            row_states = cf.HiddenStates(
                 np.ones(length, bool),
-                {last: kept[here].numpy()},
+                {last: stored[here].numpy()},
                 {} if scales is None else {last: scales[here].numpy()},
             )
-            row = cf.CacheRow(i, ids, counted, np.array([length]), entries)
-            writer.write([replace(row, hidden=of_row)])
+            row = cf.CacheRow(i, ids, loss_mask, np.array([length]), entries)
+            writer.write([replace(row, hidden=row_states)])
     return cf.open_cache(path)
 
 
 def _losses(states: Tensor, head: Head) -> dict[str, object]:
-    """Head and loss of a student of this width, against each kind of targets."""
+    """Forward and backward of head and loss of a student of this width, for each kind of targets."""
     generator = torch.Generator().manual_seed(0)
     weight = head.weight[: head.vocab_size].detach()
     student = (states + 0.3 * torch.randn(states.shape, generator=generator)).requires_grad_()
