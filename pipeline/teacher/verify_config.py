@@ -29,7 +29,7 @@ class TeacherCheckConfig:
     )
     device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=TEACHER, common=True)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=TEACHER, common=True
+        "auto", help="auto: the dtype that the cache was computed in.", group=TEACHER, common=True
     )
     revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=TEACHER)
     trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
