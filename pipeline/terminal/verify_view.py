@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 # What is measured, and its unit.
 MEASURES = {
-    "divergence": ("KL(cache ‖ teacher), mean of the worst row", " nats"),
-    "deviation": ("largest difference of a square root of a probability", ""),
-    "draws": ("sampled tokens: distance from where the seed draws, in probability, mean of the worst row", ""),
-    "states": ("hidden states: largest relative difference", ""),
+    "divergence": ("mean KL(cache ‖ teacher)", " nats"),
+    "deviation": ("largest difference of √probability", ""),
+    "draws": ("mean distance of sampled tokens from where the seed draws, in probability", ""),
+    "states": ("largest relative difference of hidden states", ""),
 }
 
 

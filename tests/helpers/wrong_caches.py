@@ -9,8 +9,10 @@ Rows and manifest are those of a right cache; the targets come from the engine o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -59,9 +61,26 @@ class Source:
         self.teacher = teacher
         self.full = self.cache.metadata.head is not None
 
-    def model(self, path: Path | None = None, dtype: str = "float32") -> PreTrainedModel:
-        objective = objective_for(self.cache.metadata.alignment)
-        return load_model(str(path or self.teacher), objective=objective, dtype=dtype)
+    @cached_property
+    def loaded(self) -> PreTrainedModel:
+        """The teacher in float32."""
+        return load_model(
+            str(self.teacher), objective=objective_for(self.cache.metadata.alignment), dtype="float32"
+        ).requires_grad_(False)
+
+    def model(self, dtype: str | None = None) -> PreTrainedModel:
+        """The teacher, in the recorded dtype: a copy that may be changed."""
+        return copy.deepcopy(self.loaded).to(getattr(torch, dtype or self.cache.metadata.teacher["dtype"]))
+
+    def in_dtype(self, dtype: str, path: Path, **options: Any) -> Source:
+        """A right cache again, as the teacher computes it in another dtype; `options` of `computed`."""
+        head = self.head(self.model(dtype))
+        teacher = {**self.cache.metadata.teacher, "dtype": dtype}
+        found = Source(
+            self.teacher, self.write(path, self.computed(head, **options), stored_head=head, teacher=teacher)
+        )
+        found.loaded = self.loaded
+        return found
 
     def head(self, model: PreTrainedModel | None = None, **changes: Any) -> Head:
         metadata = self.cache.metadata
@@ -83,7 +102,7 @@ class Source:
             head,
             device=torch.device("cpu"),
             batch_size=batch_size,
-            export=export_head(self.head(head.model)) if self.full else None,
+            export=export_head(head) if self.full else None,
             hidden=hidden,
         )
         requests = [
@@ -127,13 +146,12 @@ def another_temperature(source: Source, path: Path, temperature: float = 1.2) ->
 
 
 def another_teacher(source: Source, path: Path) -> Path:
-    """The same architecture and norm of every weight, other values."""
+    """The same architecture, the columns of every matrix in another order."""
     model = source.model()
     generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.copy_(weight[:, torch.randperm(weight.shape[1], generator=generator)])
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.copy_(weight[:, torch.randperm(weight.shape[1], generator=generator)])
     return source.write(path, source.computed(source.head(model)))
 
 
@@ -175,7 +193,7 @@ def a_coarser_dtype(source: Source, path: Path) -> Path:
 def a_coarser_head(source: Source, path: Path) -> Path:
     """The teacher computes in float32, its logits are rounded to bfloat16; of hidden targets, the stored matrix."""
     if not source.full:
-        return source.write(path, source.computed(source.head(logits_to=lambda z: z.bfloat16().float())))
+        return source.write(path, source.computed(source.head(logits_to=lambda z: z.bfloat16().to(z.dtype))))
     return source.write(path, source.computed(), stored_head=source.head(with_output(source.model(), coarse)))
 
 
@@ -199,12 +217,12 @@ def permuted_ids(source: Source, path: Path) -> Path:
 def with_output(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> PreTrainedModel:
     """With another output matrix; the embeddings stay."""
     output = model.get_output_embeddings()
-    output.weight = nn.Parameter(change(output.weight.detach()))
+    output.weight = nn.Parameter(change(output.weight), requires_grad=False)
     return model
 
 
 def coarse(weight: Tensor) -> Tensor:
-    return weight.bfloat16().float()
+    return weight.bfloat16().to(weight.dtype)
 
 
 def rolled(weight: Tensor) -> Tensor:

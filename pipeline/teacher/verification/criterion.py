@@ -4,20 +4,22 @@ The teacher computes the rows of the check alone, in the dtype that the manifest
 hidden states, see `distances`) are compared with what random rounding errors of that dtype do to the same rows
 (`rounding`):
 
-    allowed = FACTOR · distance under random rounding, at least FLOORS, at most CAPS
+    allowed = FACTORS · distance under random rounding, at least FLOORS, at most CAPS
 
-A right cache passes. It differs from these predictions only by rounding: of its own run, on another device, with
-another batch size. Random rounding errors are about twice as large as those of any such run, and their distances are
-those of full distributions: KL over the vocabulary is at least KL over entries and tail, and no drawn token is further
-from its point than the furthest part of the distribution moves. FACTOR adds a margin of three. FLOORS is what float32
-arithmetic of the targets and of this check itself amounts to.
+A right cache passes. It differs from these predictions only by the rounding of its own run: another device, another
+batch size. Random rounding errors are twice as large as those of such a run, and their distances are those of full
+distributions: KL over the vocabulary is at least KL over entries and tail, and no drawn token is further from its
+point than the furthest part of the distribution moves. FACTORS are the margin on top, larger for a maximum than for a
+mean. FLOORS is what float32 arithmetic of the targets and of this check itself amounts to.
 
-A wrong cache fails if it is further away than that. Another text position, row, teacher, layer or token order is off by
-tenths of nats to several, more than any CAP. A cap holds because beyond it no student would take the cache for its
-teacher's, whatever the reason. A smaller fault (temperature 1.05, a dtype coarser than recorded) shows if it is larger
-than the rounding of the recorded dtype: in float32 always. What the numbers cannot show: that a cache was computed in
-more bits than recorded, since it is as close to the truth as any run; and what its rows do not contain, such as the
-text before tokenisation.
+A wrong cache is further away. Another position, row, teacher or layer, or permuted tokens, cost tenths of nats to
+several. CAPS bound what any noise can excuse: beyond them no student would take the one teacher for the other. A
+smaller fault (a temperature of 1.05, a dtype coarser than recorded) shows if it is larger than the rounding of the
+recorded dtype: in float32 always, in bfloat16 from about 0.02 nats on. A token that is drawn from a wrong distribution
+often is another one, at hardly any distance if the tokens are rare, so the share of equal entries is compared too.
+
+The numbers cannot show that a cache was computed in more bits than recorded, because it is as close to the teacher as
+any run, nor what happened to the text before it became the tokens of a row.
 
 Rows are also computed in a batch. A teacher that predicts something else there sees the other rows or the padding, so
 that no cache of it is reproducible: another failure, and no excuse for the cache.
@@ -26,14 +28,15 @@ that no cache of it is reproducible: another failure, and no excuse for the cach
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-FACTOR = 3.0
+FACTORS = {"divergence": 2.0, "deviation": 3.0, "draws": 2.0, "states": 3.0}
 FLOORS = {"divergence": 1e-9, "deviation": 1e-5, "draws": 1e-5, "states": 1e-5}
 CAPS = {"divergence": 0.25, "deviation": 0.5, "draws": 0.1, "states": 0.5}
-SAME_FACTOR = 0.5  # of the share of entries that are chosen again under random rounding
+SAME_FACTOR = 0.75  # of the share of entries that are chosen again under random rounding
+SAME_ERRORS = 3.0  # standard errors of that share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,8 @@ class Comparison:
 
     Attributes:
         name: divergence (nats), deviation (of √p), draws (probability) or states (relative).
-        found: of the worst row; of deviation and states, of the worst position.
-        at: where that is.
+        found: mean over positions of divergence and draws, the largest deviation and states.
+        at: where it is largest: a row, or a row and position.
         rounding: the same for the teacher with random rounding errors.
         batch: the same for the teacher with the rows in a batch instead of alone.
     """
@@ -56,7 +59,7 @@ class Comparison:
 
     @property
     def allowed(self) -> float:
-        return min(max(FACTOR * self.rounding, FLOORS[self.name]), CAPS[self.name])
+        return min(max(FACTORS[self.name] * self.rounding, FLOORS[self.name]), CAPS[self.name])
 
     @property
     def agrees(self) -> bool:
@@ -72,14 +75,22 @@ def nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def worst(comparisons: Iterable[Comparison | None]) -> Comparison | None:
-    """Of several rows or layers: the largest distance of each kind. None if there are none."""
-    known = [each for each in comparisons if each is not None]
-    if not known:
-        return None
+def worst(comparisons: Iterable[Comparison]) -> Comparison:
+    """Of several rows or layers: the largest distances."""
+    known = list(comparisons)
     furthest = max(known, key=lambda each: nan_last(each.found))
     rounding, batch = (max((getattr(each, name) for each in known), key=nan_last) for name in ("rounding", "batch"))
     return replace(furthest, rounding=rounding, batch=batch)
+
+
+def mean(comparisons: Sequence[Comparison], weights: Sequence[int]) -> Comparison:
+    """Of several rows: the mean distances, weighted by the number of positions."""
+    total = max(1, sum(weights))
+    found, rounding, batch = (
+        sum(getattr(each, name) * weight for each, weight in zip(comparisons, weights, strict=True)) / total
+        for name in ("found", "rounding", "batch")
+    )
+    return replace(worst(comparisons), found=found, rounding=rounding, batch=batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +104,7 @@ class TeacherCheck:
         same_entries: share of the stored entries that the teacher, asked again, chooses; of hidden targets, of
             positions with the same most likely token.
         same_entries_rounding: that share for the teacher with random rounding errors.
+        same_entries_of: how many these are shares of.
         same_weights: by fingerprint, which another dtype changes too.
         same_template: the teacher's chat template is the one that the rows were written with; True without chats.
         dtype: of the teacher in this check.
@@ -108,6 +120,7 @@ class TeacherCheck:
     states: Comparison | None
     same_entries: float
     same_entries_rounding: float
+    same_entries_of: int
     same_weights: bool
     same_template: bool
     dtype: str
@@ -119,7 +132,9 @@ class TeacherCheck:
 
     @property
     def same_entries_allowed(self) -> float:
-        return SAME_FACTOR * self.same_entries_rounding
+        share = self.same_entries_rounding
+        error = math.sqrt(share * (1.0 - share) / max(1, self.same_entries_of))
+        return max(0.0, SAME_FACTOR * share - SAME_ERRORS * error)
 
     @property
     def repeatable(self) -> bool:

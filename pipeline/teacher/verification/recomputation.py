@@ -5,7 +5,7 @@ Cost: three forward passes over the rows, and for each position a few passes ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.verification.criterion import TeacherCheck, worst
+from pipeline.teacher.verification.criterion import TeacherCheck, mean, worst
 from pipeline.teacher.verification.rounding import Rounding
 from pipeline.teacher.verification.row_check import RowCheck, RowChecker, TeacherRun
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -76,18 +76,23 @@ def verify_against_teacher(
     for each in teacher.check(cache.rows(chosen)):
         found.append(each)
         on_progress(len(found), len(chosen))
-    divergence, deviation = (worst(getattr(each, name) for each in found) for name in ("divergence", "deviation"))
-    assert divergence is not None and deviation is not None
+    weights = [each.positions for each in found]
+    draws = [each.draws for each in found if each.draws is not None]
+    states = [each.states for each in found if each.states is not None]
+    same, same_rounding = (
+        np.sum([getattr(each, name) for each in found], axis=0) for name in ("same", "same_rounding")
+    )
     return TeacherCheck(
         rows=len(found),
         positions=sum(each.positions for each in found),
         entries=sum(each.entries for each in found),
-        divergence=divergence,
-        deviation=deviation,
-        draws=worst(each.draws for each in found),
-        states=worst(each.states for each in found),
-        same_entries=_share(each.same for each in found),
-        same_entries_rounding=_share(each.same_rounding for each in found),
+        divergence=mean([each.divergence for each in found], weights),
+        deviation=worst(each.deviation for each in found),
+        draws=mean(draws, weights) if draws else None,
+        states=worst(states) if states else None,
+        same_entries=_share(*same),
+        same_entries_rounding=_share(*same_rounding),
+        same_entries_of=int(same[1]),
         same_weights=metadata.teacher.get("weights_fingerprint") == weights_fingerprint(model),
         same_template=same_template,
         dtype=str(head.weight.dtype).removeprefix("torch."),
@@ -95,10 +100,8 @@ def verify_against_teacher(
     )
 
 
-def _share(counts: Iterable[np.ndarray]) -> float:
-    """Of pairs (how many, of how many)."""
-    part, whole = np.sum(list(counts), axis=0).tolist()
-    return part / whole if whole else 1.0
+def _share(part: int, whole: int) -> float:
+    return float(part / whole) if whole else 1.0
 
 
 def _check_tokenizer(config: TeacherCheckConfig, metadata: cf.CacheMetadata) -> bool:

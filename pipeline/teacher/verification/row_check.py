@@ -89,6 +89,7 @@ class RowChecker:
         """Args: place: key of the row's random numbers."""
         mask = self.stored(row)
         targets = StoredTargets(row, mask, self.metadata, self.rule, place)
+        nearest = None if self.stored_head is None else self._nearest(row, alone, self.stored_head.spec.layer)
         found: tuple[list[Distances], ...] = ([], [], [])
         same, same_rounding = np.zeros(2, int), np.zeros(2, int)
         for start in range(0, max(1, len(alone.inputs)), CHUNK_POSITIONS):
@@ -98,8 +99,8 @@ class RowChecker:
             )
             exact = targets.exact(here, self.head.vocab_size)
             distances = targets.distances(logprobs, here)
-            if self.stored_head is not None:
-                rebuilt = self._rebuilt(row, alone, here)
+            if self.stored_head is not None and nearest is not None:
+                rebuilt = self.stored_head(nearest[here]).double().log_softmax(dim=1)
                 distances = distances.of_states(distances_of_run(rebuilt, logprobs, exact), self.stored_head.spec.layer)
                 likeliest = logprobs.argmax(dim=1)
                 same += _equal(rebuilt.argmax(dim=1), likeliest)
@@ -116,7 +117,7 @@ class RowChecker:
         entries = mask.sum() * self.head.vocab_size if self.stored_head is not None else (targets.ids >= 0).sum()
         cached, *others = (Distances.cat(parts) for parts in found)
         means = {
-            name: _mean(name, row.row, *(getattr(each, name) for each in (cached, *others)))
+            name: _means(name, row.row, *(getattr(each, name) for each in (cached, *others)))
             for name in ("divergence", "draws")
         }
         position = np.flatnonzero(mask)
@@ -137,12 +138,11 @@ class RowChecker:
         logits = self.rounding(logits) if with_rounding else logits
         return (logits.cpu().double() / self.rule.temperature).log_softmax(dim=1)
 
-    def _rebuilt(self, row: cf.CacheRow, alone: TeacherRun, here: slice) -> Tensor:
-        """[n, V] from the stored head and the state nearest to the teacher's that is rounded to the stored one."""
-        assert self.stored_head is not None and row.hidden is not None
-        layer = self.stored_head.spec.layer
-        nearest = state_bounds(row.hidden, layer)[here].nearest(alone.states(layer)[here].double())
-        return self.stored_head(nearest.float()).double().log_softmax(dim=1)
+    def _nearest(self, row: cf.CacheRow, alone: TeacherRun, layer: int) -> Tensor:
+        """[n, D] float32: of the states that are rounded to the stored ones those nearest to the teacher's."""
+        assert row.hidden is not None
+        place = np.cumsum(row.hidden.mask)[self.stored(row)] - 1
+        return state_bounds(row.hidden, layer).nearest(alone.states(layer).double())[place].float()
 
     def _states(
         self, row: cf.CacheRow, alone: TeacherRun, rounded: TeacherRun, in_batch: TeacherRun
@@ -168,10 +168,10 @@ class RowChecker:
                     batch=float(others[1].max()),
                 )
             )
-        return worst(found)
+        return worst(found) if found else None
 
 
-def _mean(name: str, row: int, *distances: Tensor) -> Comparison:
+def _means(name: str, row: int, *distances: Tensor) -> Comparison:
     """Of [n] distances of the cache, of the pass with rounding errors and of the one in a batch."""
     found, rounding, batch = (float(each.mean()) if len(each) else 0.0 for each in distances)
     return Comparison(name=name, found=found, at=f"row {row}", rounding=rounding, batch=batch)
