@@ -76,9 +76,8 @@ class Source:
         """A right cache again, as the teacher computes it in another dtype; `options` of `computed`."""
         head = self.head(self.model(dtype))
         teacher = {**self.cache.metadata.teacher, "dtype": dtype}
-        found = Source(
-            self.teacher, self.write(path, self.computed(head, **options), stored_head=head, teacher=teacher)
-        )
+        self.write(path, self.computed(head, **options), stored_head=head, teacher=teacher)
+        found = Source(self.teacher, path)
         found.loaded = self.loaded
         return found
 

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-FACTORS = {"divergence": 2.0, "deviation": 3.0, "draws": 2.0, "states": 3.0}
+FACTORS = {"divergence": 2.0, "deviation": 3.0, "draws": 2.0, "states": 4.0}
 FLOORS = {"divergence": 1e-9, "deviation": 1e-5, "draws": 1e-5, "states": 1e-5}
 CAPS = {"divergence": 0.25, "deviation": 0.5, "draws": 0.1, "states": 0.5}
 SAME_FACTOR = 0.75  # of the share of entries that are chosen again under random rounding

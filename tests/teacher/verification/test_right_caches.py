@@ -24,6 +24,15 @@ from sampled import random, threshold
 from tiny import english, write_jsonl
 from wrong_caches import Source
 
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six rows of 40 tokens or so."""
+    path = tmp_path_factory.mktemp("text") / "few.txt"
+    path.write_text(english(8), encoding="utf-8")
+    return path
+
+
 RULES = [threshold(0.05), TargetRule(top_k=16), TargetRule(kind="top-p", top_p=0.6), random(20)]
 
 
@@ -33,15 +42,15 @@ def check(cache: Path, teacher: Path, **options: object) -> TeacherCheck:
 
 
 @pytest.mark.parametrize("kind", ["threshold", "top-p", "random", "hidden"])
-def test_in_every_dtype_and_batch_size(kind: str, teacher_dir: Path, text_file: Path, tmp_path: Path):
+def test_in_every_dtype_and_batch_size(kind: str, teacher_dir: Path, few: Path, tmp_path: Path):
     """The dtype is the recorded one, whatever the check runs in; in float32 the cache alone is rounded."""
     rule = {"threshold": threshold(0.05), "top-p": TargetRule(kind="top-p", top_p=0.6), "random": random(20)}.get(kind)
     if rule is None:
-        source = Source(teacher_dir, build_full(teacher_dir, text_file, tmp_path / "cache", layers="1"))
+        source = Source(teacher_dir, build_full(teacher_dir, few, tmp_path / "cache", layers="1"))
     else:
-        right = build_cache(tmp_path / "cache", teacher_dir, text_file, targets=rule, hidden=HiddenRule(layers="1"))
+        right = build_cache(tmp_path / "cache", teacher_dir, few, targets=rule, hidden=HiddenRule(layers="1"))
         source = Source(teacher_dir, right)
-    for dtype, batch_size in (("float32", 1), ("float32", 7), ("bfloat16", 7), ("float16", 1)):
+    for dtype, batch_size in (("float32", 1), ("bfloat16", 7), ("float16", 3)):
         path = tmp_path / f"{dtype}-{batch_size}"
         source.in_dtype(dtype, path, batch_size=batch_size)
         found = check(path, teacher_dir)
@@ -49,27 +58,24 @@ def test_in_every_dtype_and_batch_size(kind: str, teacher_dir: Path, text_file: 
         assert found.states is not None and found.states.agrees
         if dtype != "float32":
             in_float32 = check(path, teacher_dir, dtype="float32")
-            assert in_float32.agrees and in_float32.deviation.found > 1e-4
-            # About twice as far as a run in this dtype really is.
-            assert 1 < in_float32.states.rounding / in_float32.states.found < 12
+            assert in_float32.agrees and in_float32.states is not None and in_float32.states.found > 1e-4
 
 
-def test_a_cache_that_the_command_wrote_in_bfloat16(teacher_dir: Path, text_file: Path, tmp_path: Path):
-    words = ["--data", text_file, "--seq-len", 32, "--dtype", "bfloat16", "--max-documents", 8, "--device", "cpu"]
+def test_a_cache_that_the_command_wrote_in_bfloat16(teacher_dir: Path, few: Path, tmp_path: Path):
+    words = ["--data", few, "--seq-len", 32, "--dtype", "bfloat16", "--device", "cpu"]
     command("cache-teacher", "--teacher", teacher_dir, "--output", tmp_path / "cache", *words)
     found = check(tmp_path / "cache", teacher_dir)
     assert found.agrees and found.same_weights and found.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("encoding", ["columns", "packed"])
-def test_in_both_encodings_and_with_two_threads(encoding: str, teacher_dir: Path, text_file: Path, tmp_path: Path):
-    path = build_cache(tmp_path / "cache", teacher_dir, text_file, targets=threshold(0.05), encoding=encoding)
+def test_in_both_encodings_and_with_two_threads(encoding: str, teacher_dir: Path, few: Path, tmp_path: Path):
+    path = build_cache(tmp_path / "cache", teacher_dir, few, targets=threshold(0.05), encoding=encoding)
     torch.set_num_threads(2)
     assert check(path, teacher_dir).agrees
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize("rule", [threshold(0.05), random(20)], ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("kind, rule", [("bert", threshold(0.05)), ("roberta", random(20))])
 def test_of_masked_models(kind: str, rule: TargetRule, masked_dir: Path, tmp_path: Path):
     cache_teacher(settings(masked_dir, kind, tmp_path / "cache", targets=rule))
     assert check(tmp_path / "cache", masked_dir / kind).agrees

@@ -30,18 +30,18 @@ TARGETS = {
     "random": random(20),
     "hidden": TargetRule(kind="hidden"),
 }
-# Not wrong if the teacher itself computes in bfloat16.
-FLOAT32_ONLY = ("a coarser dtype", "a coarser head")
+# The others are not wrong there (the two dtypes), or no more so than rounding in every module of a tiny random model.
+IN_BFLOAT16 = ("one position late", "another teacher", "one layer less", "another rows targets", "permuted ids")
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("text") / "chats.jsonl", conversations(4))
+    return write_jsonl(tmp_path_factory.mktemp("text") / "chats.jsonl", conversations(3))
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, chats: Path) -> dict[str, Source]:
-    """Rows of 40 tokens, some of them of several documents."""
+    """Six rows, most of them of 40 tokens, one of them of two documents."""
     folder = tmp_path_factory.mktemp("right")
     sources = {}
     for name, rule in TARGETS.items():
@@ -54,7 +54,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, chats: 
 
 
 def check(cache: Path, teacher: Any, **options: Any) -> TeacherCheck:
-    config = {"rows": 16, "device": "cpu", **options}
+    config = {"rows": 6, "device": "cpu", **options}
     return verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=teacher, **config))
 
 
@@ -71,22 +71,19 @@ def test_a_wrong_cache_is_found(
     assert max(each.found / each.allowed for each in found.comparisons) > 2
 
 
-@pytest.mark.parametrize("targets", ["top-k", "random", "hidden"])
+@pytest.mark.parametrize("targets", ["threshold", "random"])
 def test_a_wrong_cache_is_found_in_the_noise_of_bfloat16(
     targets: str, sources: dict[str, Source], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ):
     source = sources[targets].in_dtype("bfloat16", tmp_path / "right")
     model = source.model()
     assert check(tmp_path / "right", model, tokenizer=tokenizer).agrees
-    missed = [
-        kind
-        for kind in WRONG
-        if kind not in FLOAT32_ONLY and check(WRONG[kind](source, tmp_path / kind), model, tokenizer=tokenizer).agrees
-    ]
-    assert missed == []
+    for kind in IN_BFLOAT16:
+        found = check(WRONG[kind](source, tmp_path / kind), model, tokenizer=tokenizer)
+        assert not found.agrees and found.dtype == "bfloat16", kind
 
 
-@pytest.mark.parametrize("rule", [threshold(0.05), TargetRule(top_k=16), random(20)], ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("rule", [TargetRule(top_k=16), random(20)], ids=lambda rule: rule.kind)
 def test_a_masked_teacher_that_saw_padding_is_found(rule: TargetRule, masked_dir: Path, tmp_path: Path):
     cache_teacher(settings(masked_dir, "bert", tmp_path / "right", targets=rule))
     source = Source(masked_dir / "bert", tmp_path / "right")
@@ -99,10 +96,8 @@ def test_hidden_states_of_another_layer_are_found(teacher_dir: Path, chats: Path
     """Beside targets that are right."""
     right = build_cache(tmp_path / "right", teacher_dir, chats, hidden=HiddenRule(layers="0,1"))
     source = Source(teacher_dir, right)
-    rows = [
-        replace(row, hidden=replace(row.hidden, states={0: row.hidden.states[0], 1: row.hidden.states[0]}))
-        for row in source.rows
-    ]
+    states = [replace(row.hidden, states=dict.fromkeys((0, 1), row.hidden.states[0])) for row in source.rows]
+    rows = [replace(row, hidden=each) for row, each in zip(source.rows, states, strict=True)]
     assert check(right, source.model(), tokenizer=str(teacher_dir)).agrees
     found = check(source.write(tmp_path / "wrong", rows), source.model(), tokenizer=str(teacher_dir))
     assert not found.agrees and found.divergence.agrees and found.deviation.agrees
@@ -139,9 +134,8 @@ def test_what_was_compared_is_said_in_words_and_in_json(sources: dict[str, Sourc
     said = " ".join(command(*words, status=1).output.split())
     for part in ("mean KL(cache ‖ teacher)", "allowed", "rounding alone", "does not match", "make the cache again"):
         assert part in said
-    found = json.loads(
-        command(*words, "--json", tmp_path / "found.json", status=1) and (tmp_path / "found.json").read_text()
-    )
+    command(*words, "--json", tmp_path / "found.json", status=1)
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found["ok"] is False and found["teacher"]["dtype"] == found["teacher"]["cache_dtype"] == "float32"
     for name in ("divergence", "deviation", "draws"):
         assert found["teacher"][name]["found"] > 100 * found["teacher"][name]["allowed"]
