@@ -110,7 +110,7 @@ class Source:
                 row=row,
                 place=row.row,
                 stored=np.array(row.loss_mask),
-                with_states=None if row.hidden is None else row.hidden.mask,
+                with_states=None if row.hidden is None else np.array(row.hidden.mask),
             )
             for row in rows or self.rows
         ]

@@ -168,7 +168,7 @@ class _Teacher:
                 row=row,
                 place=int(self.places[row.row]),
                 stored=self.checker.stored(row),
-                with_states=None if row.hidden is None else row.hidden.mask,
+                with_states=None if row.hidden is None else np.array(row.hidden.mask),
             )
             for row in rows
         ]
