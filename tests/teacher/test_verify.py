@@ -189,7 +189,7 @@ def test_the_sample_itself_is_drawn_again(tmp_path: Path, teacher_dir: Path, tex
     words = [tmp_path / "relabelled", "--against-teacher", teacher_dir]
     assert "from where the seed draws" in verify(*words, status=1)
     found = json.loads(verify(*words, "--json", status=1))["teacher"]
-    assert found["same_entries"] < 0.2 and not found["draws"]["agrees"] and found["deviation"]["agrees"]
+    assert found["same_entries"] < 0.5 and not found["draws"]["agrees"] and found["deviation"]["agrees"]
 
 
 def test_what_cannot_be_compared_is_refused(top16: Path, teacher_dir: Path, tmp_path: Path):
