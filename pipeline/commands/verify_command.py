@@ -68,7 +68,7 @@ def command(
     if status.silent:  # one of several processes that compute together: the first one reports
         return
     teacher = given["against_teacher"]
-    compared = {} if found is None else {"teacher": {**asdict(found), "allowed": found.allowed}}
+    compared = {} if found is None else {"teacher": found.to_json()}
     show_result(
         lambda: verify_view(cache, summary, deep, teacher, found),
         lambda: {"ok": found is None or found.agrees, **asdict(summary), **compared},

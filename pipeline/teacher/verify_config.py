@@ -37,7 +37,7 @@ class TeacherCheckConfig:
         8, help="Number of rows to compute, spread evenly over the cache.", group=TEACHER, minimum=1, common=True
     )
     device: str = DEVICE(group=TEACHER)
-    dtype: Dtype = DTYPE(group=TEACHER)
+    dtype: Dtype = DTYPE(group=TEACHER, help="auto: the dtype that the cache was computed in.")
     revision: str | None = REVISION(group=TEACHER)
     trust_remote_code: bool = TRUST_REMOTE_CODE(group=TEACHER)
     device_map: str | None = DEVICE_MAP(group=TEACHER)

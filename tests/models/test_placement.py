@@ -141,7 +141,7 @@ def test_a_spread_teacher_can_be_compared_with_its_cache(tmp_path: Path, padded_
     assert CliRunner().invoke(main, words).exit_code == 2  # nothing to spread
     result = CliRunner().invoke(main, [*words, "--against-teacher", str(padded_teacher_dir)])
     found = json.loads(result.stdout)
-    assert found["ok"] and found["teacher"]["same_weights"] and found["teacher"]["deviation"] <= 1e-5
+    assert found["ok"] and found["teacher"]["same_weights"] and found["teacher"]["deviation"]["found"] <= 1e-5
 
 
 def on_two(folder: Path, words: list[str]) -> list[tuple[str, str]]:

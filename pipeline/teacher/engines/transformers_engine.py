@@ -70,7 +70,7 @@ class RunningBatch:
         targets: on the host, for each rule; complete once `copied` has happened.
         states: layer -> [m, D] hidden states to store, on the host.
         scales: layer -> [m], for int8.
-        inputs: [n, D] what the head was applied to, on the device; only with `on_logits`.
+        inputs: [n, D] what the head was applied to, on the device; only if asked for.
         source: keeps the device tensors alive until they are copied.
     """
 
@@ -188,7 +188,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def run_batch(
-        self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], on_logits: OnLogits | None = None
+        self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], *, keep_inputs: bool = False
     ) -> RunningBatch:
         """Starts one forward pass."""
         device = self.head.device
@@ -206,7 +206,7 @@ class TransformersEngine:
         hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
         hidden = hidden[tuple(each.to(device) for each in index)]  # [n, D]
         timing.forward += self._clock() - began
-        targets, multiplied = self._head(hidden, places, position, rules, on_logits, timing)
+        targets, multiplied = self._head(hidden, places, position, rules, None, timing)
         if multiplied is not None and self.hidden is not None:
             last = self.hidden.layers[-1]
             states[last], scale = hidden_states.quantised(multiplied, self.hidden.dtype)
@@ -225,7 +225,7 @@ class TransformersEngine:
             states=host_states,
             scales=host_scales,
             copied=copied,
-            inputs=None if on_logits is None else hidden,
+            inputs=hidden if keep_inputs else None,
             source=(targets, states, scales),
             timing=timing,
         )
