@@ -46,8 +46,8 @@ def verify_view(
         ("weights", "the same" if found.same_weights else "another fingerprint (other weights, or another dtype)"),
     ]
     why = Text(
-        "Distances are beyond the rounding of stored values. Allowed is 3 times what random rounding errors of this "
-        "dtype do to the teacher, within fixed limits.",
+        "Distances are beyond the rounding of stored values. Allowed is 2 to 4 times what random rounding errors of "
+        "the cache's dtype do to the teacher (rounding alone), within fixed limits.",
         style="dim",
     )
     return Group(line, pairs(f"Against {teacher}", facts), why)
@@ -86,4 +86,4 @@ def _measured(comparison: Comparison) -> str:
 
 def _off(comparison: Comparison) -> str:
     unit = MEASURES[comparison.name][1]
-    return f"{comparison.found:.2g}{unit} at {comparison.at} (allowed {comparison.allowed:.2g})"
+    return f"{comparison.found:.2g}{unit}, worst in {comparison.at} (allowed {comparison.allowed:.2g})"

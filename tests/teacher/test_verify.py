@@ -129,7 +129,7 @@ def test_another_temperature_shows_only_to_the_teacher(
     path = build_cache(tmp_path / "cache", teacher_dir, text_file, top_k=16)
     verify(path, "--deep")
     output = verify(path, "--against-teacher", teacher_dir, status=1)
-    assert "does not match" in output and "nats at row" in output
+    assert "does not match" in output and "nats, worst in row" in output
 
 
 # -- against a teacher ------------------------------------------------------------------------------------------------
