@@ -116,7 +116,7 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
     (folder / "text.txt").write_text(english(16, seed=5))
     held_out = build_cache(folder / "held-out", teacher_dir, folder / "text.txt")
     assert len(cf.open_cache(held_out)) % 4 != 0
-    # Its rotary embeddings switch between the rows of one process, and not always between those of the other.
+    # Its rotary embeddings switch at 32 tokens: batches have documents on both sides, or on one.
     factors = {name: LONGROPE[name][:4] for name in ("short_factor", "long_factor")}
     switching = {"rope_parameters": {**LONGROPE, **factors}}
     untied = tiny_llama(folder / "untied", tokenizer, layers=2, hidden=16, tie=False, seed=5, **switching)
