@@ -7,13 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from dense import check_row, document_logprobs
 from generating import generate, load
+from pipeline.errors import ModelError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
+from pipeline.models.head import open_head
+from pipeline.student.validation.compatibility import check_isolation
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -70,6 +76,44 @@ def test_verify_agrees_and_sees_no_noise(folder: Path) -> None:
         TeacherCheckConfig(cache=str(folder / "mixed-padded"), teacher=teacher, rows=8, device="cpu")
     )
     assert check.agrees and check.deviation < 1e-4 and check.noise < 1e-4
+
+
+class Phi3OfItsOwn(Phi3ForCausalLM):
+    """Code that comes with a model: its switch cannot be seen from outside."""
+
+
+class UnknownRotary(nn.Module):
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.known = [known]  # not a submodule
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.known[0](x, position_ids)
+
+
+def test_a_switch_in_a_models_own_code_is_refused_unless_rows_are_alone(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = Phi3OfItsOwn.from_pretrained(folder / "teacher")
+    model.model.rotary_emb = UnknownRotary(model.model.rotary_emb)
+
+    def capture(output: Path, *, batch_size: int, packing: bool) -> None:
+        data = DataConfig(data=str(folder / "mixed.txt"), sample_by="line", seq_len=96, packing=packing)
+        options = {"targets": TargetRule(top_k=VOCAB), "batch_size": batch_size, "rows_per_shard": 32}
+        cache_teacher(CacheTeacherConfig(teacher=model, tokenizer=tokenizer, data=data, output=str(output), **options))
+
+    with pytest.raises(ModelError, match="depends on that one's length"):
+        capture(tmp_path / "packed", batch_size=1, packing=True)
+    with pytest.raises(ModelError, match="Use `batch_size=1`"):
+        capture(tmp_path / "together", batch_size=2, packing=False)
+    capture(tmp_path / "alone", batch_size=1, packing=False)
+    cache, known = cf.open_cache(tmp_path / "alone"), load(folder / "teacher")
+    for row in cache.iter_rows():
+        check_row(row, document_logprobs(known, row, VOCAB), cache.metadata)
+    head = open_head(model, VOCAB)
+    check_isolation(cache, head, batch_size=1)
+    with pytest.raises(ModelError, match="Use `batch_size=1`"):
+        check_isolation(cache, head, batch_size=2)
 
 
 @pytest.fixture(scope="module")

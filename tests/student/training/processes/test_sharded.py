@@ -20,7 +20,7 @@ import cache_format as cf
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
 from runs import SGD, build_cache, distance, log_history, train, weights
-from tiny import conversations, english, tiny_llama, write_jsonl
+from tiny import LONGROPE, conversations, english, tiny_llama, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -116,7 +116,10 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
     (folder / "text.txt").write_text(english(16, seed=5))
     held_out = build_cache(folder / "held-out", teacher_dir, folder / "text.txt")
     assert len(cf.open_cache(held_out)) % 4 != 0
-    untied = tiny_llama(folder / "untied", tokenizer, layers=2, hidden=16, tie=False, seed=5)
+    # Its rotary embeddings switch at 32 tokens: batches have documents on both sides, or on one.
+    factors = {name: LONGROPE[name][:4] for name in ("short_factor", "long_factor")}
+    switching = {"rope_parameters": {**LONGROPE, **factors}}
+    untied = tiny_llama(folder / "untied", tokenizer, layers=2, hidden=16, tie=False, seed=5, **switching)
     options: dict[str, Any] = {"max_steps": 3, "gradient_accumulation_steps": 2, "logging_steps": 1, "kd_weight": 0.7}
     options |= {"eval_cache": str(held_out), "eval_steps": 2, "save_steps": 2}
     plain = {**SGD, "learning_rate": 0.5}
