@@ -31,4 +31,10 @@ def save_config(config: CacheTeacherConfig) -> None:
     options["teacher"] = model_name(config.teacher)
     if not isinstance(config.data.data, str | tuple):
         options.pop("data", None)
-    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())
+    contents = json.dumps({"config": options}, indent=2, sort_keys=True) + "\n"
+    try:
+        write_bytes(directory, CONFIG_FILE, contents.encode())
+    except FileNotFoundError:
+        # Another worker finished the cache, which removes temporary files. It had written this file before.
+        if CONFIG_FILE not in directory.names():
+            raise
