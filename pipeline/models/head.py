@@ -18,6 +18,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
+from pipeline.models.body import body_returning, find_body
 from pipeline.models.placement import compute_device, is_here
 
 PROBE_TOKENS = 12
@@ -46,6 +48,16 @@ class Head:
     linear: bool
     vocab_size: int
     masked: bool = False
+
+    @cached_property
+    def body_name(self) -> str:
+        """The name of the module that the head's input comes from."""
+        return find_body(self.model)
+
+    @property
+    def body(self) -> nn.Module:
+        """Looked up by its name: what trains the model may have wrapped it since."""
+        return self.model.get_submodule(self.body_name)
 
     @property
     def weight(self) -> Tensor:
@@ -72,7 +84,7 @@ class Head:
         Args:
             attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used for masked models only. Default: all 1.
         """
-        return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
+        return self.body(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
 
     def states(
         self, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
@@ -82,7 +94,7 @@ class Head:
         The last layer's states are those that the head is applied to, after the final norm that most models have.
         """
         inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
-        output = _body(self.model)(**inputs, output_hidden_states=True)
+        output = self.body(**inputs, output_hidden_states=True)
         return output[0], {layer: output.hidden_states[layer] for layer in layers}
 
     def layers(self) -> tuple[int, int]:
@@ -95,7 +107,7 @@ class Head:
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
         with evaluating(self.model), torch.no_grad():
-            output = _body(self.model)(**inputs, output_hidden_states=True)
+            output = self.body(**inputs, output_hidden_states=True)
         found: tuple[Tensor, ...] = getattr(output, "hidden_states", None) or ()
         widths = {tuple(each.shape) for each in found}
         if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
@@ -124,7 +136,7 @@ class Head:
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """`logits` from the model's own forward pass, with its body replaced by `hidden`."""
-        with _body_returning(self.model, hidden[None]):
+        with body_returning(self.model, self.body_name, hidden[None]):
             dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
             # The forward of the class: that of a student in training is replaced by the loss, which calls this method.
             output = type(self.model).forward(self.model, input_ids=dummy, use_cache=False)
@@ -149,7 +161,8 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
             f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}. Use a model and a "
             "tokenizer (or cache) that belong together."
         )
-    if masked and "attention_mask" not in inspect.signature(_body(model).forward).parameters:
+    own = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked)
+    if masked and "attention_mask" not in inspect.signature(own.body.forward).parameters:
         raise ModelError(f"{name} takes no attention mask, so it would attend to padding. Use another model.")
     device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
@@ -158,16 +171,16 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     with evaluating(model), torch.no_grad():
         # Small and large logits: soft-capping does not change the small ones of a randomly initialised student.
         inputs = _inputs(masked, ids, positions, None)
-        quiet = _logits_of_amplified_states(model, inputs, 1.0)[:, :vocab_size]
+        quiet = _logits_of_amplified_states(own, inputs, 1.0)[:, :vocab_size]
         if not quiet.isfinite().all():
             raise ModelError(
                 f"{name}: its logits contain NaN or infinity: the weights are damaged, or too large for "
                 f"{str(quiet.dtype).removeprefix('torch.')}. Use another `dtype` or checkpoint."
             )
         factor = LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)
-        loud = _logits_of_amplified_states(model, inputs, factor)[:, :vocab_size]
+        loud = _logits_of_amplified_states(own, inputs, factor)[:, :vocab_size]
         worst = {}
-        hidden = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked).hidden_states(ids, positions)[0]
+        hidden = own.hidden_states(ids, positions)[0]
         # The output matrix of an ELECTRA takes states of another width than its body returns.
         may_be_linear = isinstance(output, nn.Linear) and output.weight.shape[1] == hidden.shape[-1]
         for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
@@ -249,47 +262,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _body(model: PreTrainedModel) -> nn.Module:
-    return getattr(model, model.base_model_prefix)
-
-
-class _StatesOnly(BaseModelOutputWithPast):
-    """Output of a body that has hidden states only; every other attribute that a head may look up is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _Returning(nn.Module):
-    """Replaces `body`: returns `hidden`, and passes on every other attribute that a head may look up."""
-
-    def __init__(self, hidden: Tensor, body: nn.Module) -> None:
-        super().__init__()
-        self.hidden = hidden
-        object.__setattr__(self, "body", body)  # not registered as a submodule, so that it is neither moved nor saved
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.body, name)
-
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return _StatesOnly(last_hidden_state=self.hidden)
-
-
-@contextlib.contextmanager
-def _body_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    name = model.base_model_prefix
-    body = model._modules[name]
-    model._modules[name] = _Returning(hidden, body)
-    try:
-        yield
-    finally:
-        model._modules[name] = body
-
-
 def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
     """Arguments of a body's forward pass; see `Head.hidden_states`."""
     if not masked:
@@ -299,16 +271,16 @@ def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mas
     return {"input_ids": input_ids, "attention_mask": everything if attention_mask is None else attention_mask}
 
 
-def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> Tensor:
+def _logits_of_amplified_states(head: Head, inputs: dict[str, Any], factor: float) -> Tensor:
     """The model's own logits [T, ≥V] for one sequence, with the head's input multiplied by `factor`."""
 
     def amplify(_: nn.Module, __: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
         output["last_hidden_state"] = output[0] * factor
         return output
 
-    hook = _body(model).register_forward_hook(amplify)
+    hook = head.body.register_forward_hook(amplify)
     try:
-        return model(**inputs).logits[0].to(inputs["input_ids"].device)
+        return head.model(**inputs).logits[0].to(inputs["input_ids"].device)
     finally:
         hook.remove()
 

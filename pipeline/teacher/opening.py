@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.models.causality import check_causal
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
@@ -101,8 +102,10 @@ def open_teacher(
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
     if masked:
         check_padding(model, head)
-    elif text.description["packing"]:
-        check_packing(model, head)
+    else:
+        check_causal(head)
+        if text.description["packing"]:
+            check_packing(model, head)
     limit = most_positions(model.config)
     if limit is not None and config.data.seq_len > limit:
         raise ConfigError(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.models.causality import check_causal
 from pipeline.models.head import Head, check_packing, check_padding
 from pipeline.models.loading import load_config, load_tokenizer, model_name, reason
 from pipeline.models.objective import NAMES, most_positions, objective_for, objective_of
@@ -96,7 +97,7 @@ def check_student(
             f"{name}: loaded model without `tokenizer`, so its tokens cannot be compared with those of {cache.path}. "
             "The tokenizer of the cache is saved with the student"
         )
-    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    rows = None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{name}: predicts {rows:,} tokens, but {cache.path} has targets over {vocab_size:,} tokens. "
@@ -186,10 +187,12 @@ def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None
 
 
 def check_isolation(cache: cf.Cache, head: Head) -> None:
-    """Raises ModelError if the student does not keep documents of a packed row apart, or attends to padding."""
+    """Raises ModelError if the student sees later tokens, other documents of a packed row, or padding."""
     if head.masked:
         check_padding(head.model, head)
-    elif cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
+        return
+    check_causal(head)
+    if cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
         check_packing(head.model, head)
 
 

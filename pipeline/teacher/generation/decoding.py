@@ -36,7 +36,7 @@ class Decoding:
     def __init__(self, head: Head, prompts: Sequence[np.ndarray]) -> None:
         """Args: prompts: token ids of each prompt, at least one per prompt."""
         model, device = head.model, head.device
-        self._decoder = getattr(model, model.base_model_prefix)
+        self._decoder = head.body
         self._cache = DynamicCache(config=model.config)
         width = max(map(len, prompts))
         input_ids, mask = torch.zeros((2, len(prompts), width), dtype=torch.int64)
