@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def check_student(
             f"{name}: loaded model without `tokenizer`, so its tokens cannot be compared with those of {cache.path}. "
             "The tokenizer of the cache is saved with the student"
         )
-    rows = None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    rows = None if config is None else _token_rows(config)
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{name}: predicts {rows:,} tokens, but {cache.path} has targets over {vocab_size:,} tokens. "
@@ -167,12 +168,24 @@ def _check_objective(cache: cf.Cache, student: PreTrainedConfig, name: str) -> N
         )
 
 
-def longest_row(
+@dataclass(frozen=True)
+class StudentLimits:
+    """What a student takes; None if its configuration does not say, or for a .gguf file."""
+
+    positions: int | None = None
+    tokens: int | None = None  # ids from here on have no embedding
+
+
+def student_limits(
     student: str | PreTrainedModel, trust_remote_code: bool = False, *, revision: str | None = None
-) -> int | None:
-    """The most positions that a student takes; None if its configuration does not say, or for a .gguf file."""
+) -> StudentLimits:
     config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
-    return None if config is None else most_positions(config)
+    return StudentLimits() if config is None else StudentLimits(most_positions(config), _token_rows(config))
+
+
+def _token_rows(config: PreTrainedConfig) -> int | None:
+    rows: int | None = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return rows
 
 
 def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None:
