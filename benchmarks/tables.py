@@ -1,4 +1,4 @@
-"""`make docs`: writes the tables of docs/measurements.md from benchmarks/results.
+"""`make docs`: writes the tables of docs/measurements.md and docs/architectures.md from benchmarks/results.
 
 A table is between `<!-- table NAME -->` and `<!-- end of table -->`; TABLES says which function makes it.
 """
@@ -12,9 +12,11 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
+from benchmarks import architectures
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("docs/measurements.md",)
+PAGES = ("docs/architectures.md", "docs/measurements.md")
 BLOCK = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -145,6 +147,8 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "rounding": (rounding, 2),
     "learned": (learned, 1),
     "regimes": (regimes, 1),
+    "architectures": (architectures.table, 6),
+    "architectures not built": (architectures.not_built, 2),
 }
 
 

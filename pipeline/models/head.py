@@ -150,7 +150,8 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         masked: the model is a masked language model.
 
     Raises:
-        ModelError: neither way reproduces them, they are not finite, or the model has no output row for some token.
+        ModelError: neither way reproduces them, they are not finite, the model has no output row for some token, or it
+            cannot be run on text alone.
     """
     name = type(model).__name__
     output = model.get_output_embeddings()
@@ -162,7 +163,9 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
             "tokenizer (or cache) that belong together."
         )
     own = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked)
-    if masked and "attention_mask" not in inspect.signature(own.body.forward).parameters:
+    with _supported(name):
+        body = own.body
+    if masked and "attention_mask" not in inspect.signature(body.forward).parameters:
         raise ModelError(f"{name} takes no attention mask, so it would attend to padding. Use another model.")
     device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +174,8 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     with evaluating(model), torch.no_grad():
         # Small and large logits: soft-capping does not change the small ones of a randomly initialised student.
         inputs = _inputs(masked, ids, positions, None)
-        quiet = _logits_of_amplified_states(own, inputs, 1.0)[:, :vocab_size]
+        with _supported(name):
+            quiet = _logits_of_amplified_states(own, inputs, 1.0)[:, :vocab_size]
         if not quiet.isfinite().all():
             raise ModelError(
                 f"{name}: its logits contain NaN or infinity: the weights are damaged, or too large for "
@@ -185,10 +189,11 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         may_be_linear = isinstance(output, nn.Linear) and output.weight.shape[1] == hidden.shape[-1]
         for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size, masked=masked)
-            ratios = [
-                deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
-                for by, expected in ((1.0, quiet), (factor, loud))
-            ]
+            with _supported(name):
+                ratios = [
+                    deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
+                    for by, expected in ((1.0, quiet), (factor, loud))
+                ]
             worst["linear" if linear else "own"] = ratio = max(ratios)
             if ratio <= 1.0:
                 return head
@@ -197,6 +202,20 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         + ", ".join(f"{ratio:.2g} ({way})" for way, ratio in worst.items())
         + " times what rounding explains. This architecture is not supported; please report it."
     )
+
+
+@contextlib.contextmanager
+def _supported(name: str) -> Iterator[None]:
+    """ModelError for what a model raises that is not made to be run like this; out of memory stays what it is."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: cannot be run on text alone, as body and vocabulary head ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). This architecture is not supported; use another model."
+        ) from error
 
 
 def check_packing(model: PreTrainedModel, head: Head) -> None:

@@ -44,7 +44,7 @@ _NAMES: tuple[tuple[int, str], ...] = (
         "num_experts_per_tok num_experts_per_token moe_topk moe_k "
         "linear_num_key_heads linear_num_value_heads full_attention_interval n_group topk_group "
         "global_attn_every_n_layers sliding_window_pattern _sliding_window_pattern layer_group_size "
-        "attn_layer_period no_rope_layer_interval index_n_heads linear_num_heads num_codebooks top_k_experts "
+        "attn_layer_period no_rope_layer_interval linear_num_heads num_codebooks top_k_experts "
         "num_expert_group",
     ),
     (
@@ -67,7 +67,7 @@ _NAMES: tuple[tuple[int, str], ...] = (
     (
         16,
         "kv_lora_rank q_lora_rank moe_intermediate_size shared_expert_intermediate_size o_lora_rank "
-        "hidden_size_per_layer_input query_pre_attn_scalar qk_head_dim mamba_d_head mamba_head_dim mamba_headdim "
+        "hidden_size_per_layer_input index_n_heads query_pre_attn_scalar qk_head_dim mamba_d_head mamba_head_dim mamba_headdim "
         "shared_intermediate_size",
     ),
     (
@@ -114,9 +114,38 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Causal also where a family has masked models too."""
+# Position embeddings that depend on the length of a text, or switch at one.
+ROTARY: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "original_max_position_embeddings": 32},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+VARIANTS = [*(f"llama, {kind}" for kind in ROTARY), "phi3, longrope"]
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """A model type, or one of VARIANTS. Causal also where a family has masked models too."""
+    model_type, _, kind = name.partition(", ")
     config = _tiny(CONFIG_MAPPING[model_type])
+    if kind:
+        config.rope_parameters = {
+            "rope_type": kind,
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            **ROTARY[kind],
+        }
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         config.is_decoder = True
     return config

@@ -86,6 +86,13 @@ def test_a_model_that_looks_up_its_embeddings_itself_is_refused() -> None:
         open_head(model, V)
 
 
+def test_a_model_that_needs_more_than_text_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot be run on text alone, .*inputs_embeds and shared_kv_states"):
+        open_head(tiny("gemma4_unified_assistant"), V)
+    with pytest.raises(ModelError, match="cannot be run on text alone, as body and vocabulary head .IndexError"):
+        open_head(tiny("prophetnet"), V)
+
+
 @pytest.mark.parametrize(
     "model_type, limit",
     [("llama", POSITIONS), ("gpt2", POSITIONS), ("xlnet", None), ("mamba", None), ("mpt", POSITIONS),

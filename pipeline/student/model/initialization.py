@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import load_config, load_model, model_name, reason
-from pipeline.models.objective import Objective, auto_class, objective_of
+from pipeline.models.objective import NAMES, Objective, auto_class, objective_of
 from pipeline.student.model.layer_selection import keep_layers, with_layers
 from pipeline.student.model.pruning import Sizes, resized
 
@@ -74,7 +74,22 @@ def load_student(
         config = resized(config, sizes) if sizes else config
         return _from_config(config, seed, model_name(student), trust_remote_code)
     model = load_model(student, objective=objective, dtype="float32", **options)
+    if not isinstance(student, PreTrainedModel):
+        _check_loadable(model, student, objective)
     return model if layers is None else keep_layers(model, layers)
+
+
+def _check_loadable(model: PreTrainedModel, name: str, objective: Objective) -> None:
+    """Raise ModelError if transformers could not load again what it saves of the model.
+
+    Emu3 and Mllama are loaded with the configuration of all their parts, and saved with that of their text part.
+    """
+    config = model.config
+    if type(config) not in auto_class(objective)._model_mapping and not hasattr(config, "auto_map"):
+        raise ModelError(
+            f"{name}: {type(model).__name__} is saved with the configuration of a {config.model_type}, which "
+            f"transformers cannot load as a {NAMES[objective]}, so the trained student would be lost. Use another one."
+        )
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
