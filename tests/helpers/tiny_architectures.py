@@ -67,8 +67,8 @@ _NAMES: tuple[tuple[int, str], ...] = (
     (
         16,
         "kv_lora_rank q_lora_rank moe_intermediate_size shared_expert_intermediate_size o_lora_rank "
-        "hidden_size_per_layer_input index_n_heads query_pre_attn_scalar qk_head_dim mamba_d_head mamba_head_dim mamba_headdim "
-        "shared_intermediate_size",
+        "hidden_size_per_layer_input query_pre_attn_scalar qk_head_dim mamba_d_head mamba_head_dim mamba_headdim "
+        "shared_intermediate_size index_n_heads",
     ),
     (
         48,
