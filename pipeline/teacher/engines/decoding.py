@@ -45,7 +45,7 @@ class Decoding:
             input_ids[i, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
             mask[i, width - len(prompt) :] = 1
         self._head = head
-        self._decoder = getattr(head.model, head.model.base_model_prefix)
+        self._decoder = head.body
         self._lengths = [len(prompt) for prompt in prompts]
         self._input_ids, self._mask = input_ids.to(head.device), mask.to(head.device)  # [b, tokens so far]
         self.hidden = self._begin()

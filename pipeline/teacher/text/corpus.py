@@ -19,6 +19,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from cache_format.storage.claims import Claims, wait_for
@@ -48,6 +49,19 @@ class Documents:
     columns: Columns
     loss_on: str  # all, assistant or completion
     source: Source
+
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more; reads up to there."""
+        before = 0  # rows of the source
+        for batch in self.tokens.data.to_batches():
+            column = batch.column("input_ids")
+            ids = column.flatten()
+            if len(ids) and pc.max(ids).as_py() >= limit:
+                place = int((ids.to_numpy() >= limit).argmax())
+                ends = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
+                return before + int(np.searchsorted(ends, place, side="right")), ids[place].as_py()
+            before += len(column)
+        return None
 
 
 def tokenise_documents(

@@ -114,6 +114,14 @@ class MaskedCorpus:
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[row] for row in range(len(self)))
 
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more, before or after masking."""
+        for index, row in enumerate(self):
+            ids = np.maximum(row.input_ids, -1 if row.labels is None else row.labels)
+            if (beyond := ids >= limit).any():
+                return int(self._windows.document[index % len(self._windows)]), int(ids[beyond.argmax()])
+        return None
+
     def _fingerprint(self) -> StreamFacts:
         digest, tokens, counted = hashlib.sha256(), 0, 0
         for row in self:

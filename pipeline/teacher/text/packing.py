@@ -200,6 +200,10 @@ class TokenCorpus:
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[row] for row in range(len(self)))
 
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """As `Documents.first_token_beyond`."""
+        return self._documents.first_token_beyond(limit)
+
     @cached_property
     def token_stream_sha256(self) -> str:
         """sha256 of all rows: T and S as little-endian int64, then ids int32, loss mask uint8, segments int32."""

@@ -77,6 +77,14 @@ class Prompts:
         prefix = [] if self.columns.is_chat else encoding.special_affixes(self.tokenizer)[0]
         return encoding.encode([Example(text) for text in texts], self.tokenizer, prefix=prefix)[0]
 
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more; tokenises up to there."""
+        for start in range(0, len(self), _PROMPTS_PER_BATCH):
+            for row, ids in enumerate(self.tokens(range(start, start + _PROMPTS_PER_BATCH)), start):
+                if len(ids) and (beyond := ids >= limit).any():
+                    return row, int(ids[beyond.argmax()])
+        return None
+
     @property
     def objective(self) -> Objective:
         return "causal"
