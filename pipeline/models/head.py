@@ -29,7 +29,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
 from pipeline.models.body import body_returning, find_body
-from pipeline.models.length_limits import LimitedRotary, by_document, limited_rotaries, longest_packed_row, separated
+from pipeline.models.isolation.length_limits import (
+    LimitedRotary,
+    by_document,
+    limited_rotaries,
+    longest_packed_row,
+    separated,
+)
 from pipeline.models.objective import most_positions
 from pipeline.models.placement import compute_device, is_here
 
@@ -97,7 +103,7 @@ class Head:
         Packed documents are kept apart by position ids that restart at 0: transformers builds a block-diagonal mask
         from them, but only without an attention mask and without a key-value cache. A masked model has one document
         per row, counts positions itself, and must not attend to padding. The states of a document do not depend on
-        what shares its batch, also where the model switches at a length (`length_limits.py`).
+        what shares its batch, also where the model switches at a length (`isolation/length_limits.py`).
 
         Args:
             attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used only if `reads_padding_mask`. Default:

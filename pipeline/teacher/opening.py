@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
-from pipeline.models.causality import check_causal
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.head_export import export_head
+from pipeline.models.isolation.causality import check_causal
 from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split

@@ -15,8 +15,8 @@ from test_heads import GPT2, V, build, check_head
 from transformers import GPT2Config, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.causality import check_causal
 from pipeline.models.head import Head, open_head
+from pipeline.models.isolation.causality import check_causal
 from pipeline.models.loading import config_fingerprint, load_model
 from pipeline.models.objective import most_positions
 from pipeline.models.placement import check_split

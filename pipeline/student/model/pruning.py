@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.length_limits import by_document, limited_rotaries
+from pipeline.models.isolation.length_limits import by_document, limited_rotaries
 from pipeline.models.loading import reason
 from pipeline.student.data.dataset import Batch, CacheDataset
 

@@ -4,7 +4,7 @@
                     ▲                                                └─▶ a token (temperature, top-k, top-p)
                     └──────────────── next position ◀────────────────────┘
 
-If an answer grows past a length at which the teacher switches (`pipeline.models.length_limits`), its targets are
+If an answer grows past a length at which the teacher switches (`models.isolation.length_limits`), its targets are
 computed again in one pass over prompt and answer: a student, and `verify`, see the whole row.
 
 Shapes: b answers in progress, D hidden width, V vocabulary size, n tokens of the answer.

@@ -8,7 +8,7 @@ the same `Head` as for given text. Tests compare greedy answers with those of `m
 Prompts of different lengths are padded on the left; an attention mask hides the padding, and position ids start at the
 first real token. Not every model honours both, so `check_decoding` tries it.
 
-A model that switches at a length (`pipeline.models.length_limits`) has cached keys of the other side there: the cache
+A model that switches at a length (`models.isolation.length_limits`) has cached keys of the other side there: the cache
 is computed again, in one pass, whenever a sequence grows past such a length.
 
 Shapes: b sequences, P longest prompt, D hidden width.
@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from pipeline.errors import ModelError
 from pipeline.models.head import Head, evaluating
-from pipeline.models.length_limits import by_document, longest_packed_row
+from pipeline.models.isolation.length_limits import by_document, longest_packed_row
 
 PROBE_STEPS = 3
 
