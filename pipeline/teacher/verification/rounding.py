@@ -5,7 +5,7 @@ differently. What that does to the predictions depends on the network, and two r
 often agree to the last bit. So each module without submodules (projection, norm, embedding, activation) gets its output
 multiplied by 1 + ε·u, with ε the spacing of its dtype at 1 and u uniform in [-1, 1]. A correct rounding is off by ε/2
 at most, so this is about twice as much noise as a different device makes, whatever the depth of the network. Measured
-on models of 2 to 30 layers: the divergence is 3 to 5 times that between the bfloat16 (or float16) and the float32 run.
+on models of 2 to 30 layers: the divergence is 3 to 6 times that between the bfloat16 (or float16) and the float32 run.
 
 Source: random rounding as in Monte Carlo arithmetic (D. S. Parker, "Monte Carlo Arithmetic", UCLA CSD-970002, 1997).
 """
