@@ -63,6 +63,12 @@ class DataConfig:
         None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
     )
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
+    overlap: int = option(
+        1,
+        help="Tokens of a long document that each further row repeats as context, outside the loss.",
+        group=TEXT,
+        minimum=1,
+    )
     num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
 
     def __post_init__(self) -> None:
@@ -71,7 +77,8 @@ class DataConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the rows, besides the text itself, as in the manifest."""
         # Not asdict: it would copy `data`, which may be a generator.
-        names = [field.name for field in fields(self) if field.name not in ("data", "num_proc")]
+        left_out = ("data", "num_proc") if self.overlap > 1 else ("data", "num_proc", "overlap")
+        names = [field.name for field in fields(self) if field.name not in left_out]
         recorded_as = {"seq_len": "window_length"}
         return {recorded_as.get(name, name): getattr(self, name) for name in names}
 
@@ -347,6 +354,7 @@ class CacheTeacherConfig:
             ("append_eos", data.append_eos is not None, own_row),
             ("loss_on", data.loss_on != "auto", own_row),
             ("num_proc", data.num_proc is not None, own_row),
+            ("overlap", data.overlap != 1, own_row),
             ("all_positions", self.all_positions, own_row),
             ("num_workers", workers.num_workers is not None, several),
             ("shard_range", workers.shard_range is not None, several),
