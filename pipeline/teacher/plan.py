@@ -32,6 +32,7 @@ from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
+from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
     head_to_store,
@@ -40,6 +41,7 @@ from pipeline.teacher.targets.hidden_targets import (
     without_states_of,
 )
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.packing import TokenCorpus
 from pipeline.teacher.writing.cache_metadata import stored_positions
 from pipeline.teacher.writing.shard_sizes import grouping, rows_together
 from pipeline.teacher.writing.workers import this_worker
@@ -86,6 +88,7 @@ class Plan:
     encoding: str  # asked for
     free_bytes: int | None  # where the cache is to lie; None on an object store
     cost_per_hour: float | None
+    position_loss: PositionLoss | None  # None for a masked teacher
 
     @property
     def chosen(self) -> RulePlan:
@@ -147,7 +150,8 @@ def plan_cache(
     )
     requests = [row_request(config, corpus, index, of_targets) for index in chosen]
     while True:
-        sample = _Sample(config, engine, rules, states, stored_head)
+        meter = PositionLossMeter(corpus) if isinstance(corpus, TokenCorpus) else None
+        sample = _Sample(config, engine, rules, states, stored_head, meter)
         try:
             done = 0
             for batch in engine.batches(requests):
@@ -169,6 +173,7 @@ def plan_cache(
         encoding=config.encoding,
         free_bytes=_free_bytes(config.output),
         cost_per_hour=cost_per_hour,
+        position_loss=None if meter is None else meter.result(),
     )
 
 
@@ -193,9 +198,10 @@ class _Sample:
         rules: Sequence[TargetRule],
         states: int,
         stored_head: HeadExport | None = None,
+        meter: PositionLossMeter | None = None,
     ) -> None:
         self.config, self.engine, self.rules = config, engine, rules
-        self.states, self.stored_head = states, stored_head
+        self.states, self.stored_head, self.meter = states, stored_head, meter
         self.rows: dict[int, list[cf.CacheRow]] = {i: [] for i in range(len(rules))}
         self.tokens = 0
         self.forward: list[tuple[int, float]] = []  # of each batch: tokens, seconds
@@ -204,7 +210,7 @@ class _Sample:
     def run(self, batch: Sequence[RowRequest]) -> None:
         if not self.forward:
             self.engine.run(batch, self.rules).wait()  # the first pass pays for allocations
-        running = self.engine.run(batch, self.rules)
+        running = self.engine.run(batch, self.rules, None if self.meter is None else self.meter.of(batch))
         tokens = sum(request.tokens for request in batch)
         self.tokens += tokens
         self.forward.append((tokens, running.timing.forward))
