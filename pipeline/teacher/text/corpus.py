@@ -97,7 +97,7 @@ def tokenise_documents(
             columns=columns,
             loss_on=loss_on,
             affixes=affixes,
-            tokenizer=encoding.with_exact_offsets(tokenizer),
+            tokenizer=tokenizer if loss_on == "all" else encoding.with_exact_offsets(tokenizer),
         ),
         _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
         config.num_proc,

@@ -13,6 +13,7 @@ Shape: T tokens of one text.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +32,8 @@ _GROUP_CHARACTERS = 1 << 20
 # One of these goes before a part of a text that is tokenised alone: a tokenizer like Llama 2's puts a space before
 # whatever begins a text. Several, because the part may begin with what merges with one of them.
 _LEADS = ("\n", "a", ".")
+
+_TRIMS = re.compile(rb'"trim_offsets":\s*true')  # in the JSON of a post-processor
 
 _Block = tuple[int, int, str]  # (index of the example, first character, text)
 
@@ -126,9 +129,13 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def with_exact_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy whose offsets cover all characters of a token: with `trim_offsets`, a post-processor would leave out white
-    space, and a token across the start of a loss span would look as if it began there. It adds no special tokens."""
-    if not tokenizer.is_fast or tokenizer.backend_tokenizer.post_processor is None:
+    """The tokenizer, or a copy whose offsets cover all characters of a token: with `trim_offsets`, its post-processor
+    leaves out white space, and a token across the start of a loss span looks as if it began there.
+
+    The copy adds no special tokens. It takes seconds for a large vocabulary.
+    """
+    processor: Any = tokenizer.backend_tokenizer.post_processor if tokenizer.is_fast else None
+    if processor is None or not _TRIMS.search(processor.__getstate__()):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.post_processor = None
