@@ -98,15 +98,17 @@ class DocumentTokens:
         return cut_documents(self.lengths, seq_len, overlap=overlap, special=self._special(self.lengths > seq_len))
 
     def _special(self, which: np.ndarray) -> np.ndarray:
-        """int64 [documents]: the length of the prefix where a document begins with it, for those asked."""
+        """int64 [documents]: the length of the prefix where a document begins with it, else 0.
+
+        Args:
+            which: bool [documents], those that are asked, which are longer than the prefix.
+        """
+        size = len(self._prefix)
         special = np.zeros(len(self.lengths), dtype=np.int64)
-        if not len(self._prefix):
-            return special
-        documents = np.flatnonzero(which & (self.lengths >= len(self._prefix)))
-        size = np.full(len(documents), len(self._prefix))
-        begins = Pieces(documents, 0 * documents, size, 0 * documents, 0 * documents)
-        same = [np.array_equal(ids, self._prefix) for ids, _ in self.read(begins)]
-        special[documents[np.array(same, dtype=bool)]] = len(self._prefix)
+        for first, ids, offsets in zip(self._first[:-1], self._ids, self._offsets, strict=True):
+            here = np.flatnonzero(which[first : first + len(ids)])
+            tokens = ids.values.to_numpy()[offsets[here][:, None] + np.arange(size)]
+            special[first + here[(tokens == self._prefix).all(axis=1)]] = size
         return special
 
     def read_predictions(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -83,7 +83,10 @@ def test_windows_by_hand() -> None:
 @pytest.mark.parametrize("overlap", [1, 5])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["text", "prompts", "chats"])
-def test_windows_begin_as_texts_do(tokenizer: PreTrainedTokenizerFast, overlap: int, packing: bool, kind: str) -> None:
+def test_windows_begin_as_texts_do(
+    tokenizer: PreTrainedTokenizerFast, overlap: int, packing: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "_DOCUMENTS_PER_RECORD_BATCH", 1)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\n' + message['content'] + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
