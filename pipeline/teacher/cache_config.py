@@ -65,7 +65,7 @@ class DataConfig:
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
     overlap: int = option(
         1,
-        help="Tokens of a long document that each further row repeats as context, outside the loss.",
+        help="Tokens that each later window of a long document repeats as context, outside the loss.",
         group=TEXT,
         minimum=1,
     )
