@@ -71,6 +71,12 @@ class DataConfig:
         None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
     )
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
+    overlap: int = option(
+        1,
+        help="Tokens that each later window of a long document repeats as context, outside the loss.",
+        group=TEXT,
+        minimum=1,
+    )
     num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
 
     def __post_init__(self) -> None:
@@ -79,7 +85,8 @@ class DataConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the rows, besides the text itself, as in the manifest."""
         # Not asdict: it would copy `data`, which may be a generator.
-        names = [field.name for field in fields(self) if field.name not in ("data", "num_proc")]
+        left_out = ("data", "num_proc") if self.overlap > 1 else ("data", "num_proc", "overlap")
+        names = [field.name for field in fields(self) if field.name not in left_out]
         recorded_as = {"seq_len": "window_length"}
         return {recorded_as.get(name, name): getattr(self, name) for name in names}
 
@@ -272,6 +279,7 @@ WITHOUT_GENERATION = {
     "append_eos": "an answer ends where the teacher ends it",
     "loss_on": "the loss is on the answer",
     "num_proc": "one process reads the prompts",
+    "overlap": "prompts are not cut into windows",
     "all_positions": "the prompts get no targets",
     **dict.fromkeys(("num_workers", "worker_index", "shard_range", "tensor_parallel"), "one process generates"),
     "targets": STATES_OF_GIVEN_TEXT,  # hidden ones

@@ -28,8 +28,9 @@ import cache_format as cf
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, StoredHead, TeacherEngine
-from pipeline.teacher.engines.transformers_engine import Timing, TransformersEngine
+from pipeline.teacher.engines.transformers_engine import RunningBatch, TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
+from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
     states_spec,
@@ -37,6 +38,7 @@ from pipeline.teacher.targets.hidden_targets import (
     without_states_of,
 )
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.packing import TokenCorpus
 from pipeline.teacher.writing.cache_metadata import stored_positions
 from pipeline.teacher.writing.shard_sizes import grouping, rows_together
 from pipeline.teacher.writing.workers import this_worker
@@ -83,6 +85,7 @@ class Plan:
     encoding: str  # asked for
     free_bytes: int | None  # where the cache is to lie; None on an object store
     cost_per_hour: float | None
+    position_loss: PositionLoss | None  # None for a masked teacher
 
     @property
     def chosen(self) -> RulePlan:
@@ -152,6 +155,7 @@ def plan_cache(
         encoding=config.encoding,
         free_bytes=_free_bytes(config.output),
         cost_per_hour=cost_per_hour,
+        position_loss=sample.position_loss(corpus) if isinstance(corpus, TokenCorpus) else None,
     )
 
 
@@ -179,7 +183,7 @@ class _Sample:
         self.config, self.engine, self.rules, self.states = config, engine, rules, states
         self.rows: list[list[cf.CacheRow]] = []  # by rule
         self.tokens = 0
-        self.passes: list[Timing] = []
+        self.batches: Sequence[RunningBatch] = ()
 
     def run(self, requests: Sequence[RowRequest], on_progress: Callable[[int, int], None]) -> None:
         self.tokens = sum(request.tokens for request in requests)
@@ -193,14 +197,21 @@ class _Sample:
         longest_first = sorted(requests, key=lambda request: -request.tokens)
         self.engine.run(longest_first[: self.engine.batch_size], self.rules).rows()  # pays for allocations
         running = self.engine.run(requests, self.rules, on_batch)
-        self.passes = [batch.timing for batch in running.batches]
+        self.batches = running.batches
         self.rows = [running.rows(i) for i in range(len(self.rules))]
         # Only hidden targets, the first rule if any, consist of states.
         self.rows[1:] = [[replace(row, hidden=None) for row in rows] for rows in self.rows[1:]]
 
+    def position_loss(self, corpus: TokenCorpus) -> PositionLoss:
+        meter = PositionLossMeter(corpus)
+        for batch in self.batches:
+            assert batch.label_logprobs is not None
+            meter.add(batch.requests, batch.label_logprobs.numpy())
+        return meter.result()
+
     @property
     def forward_speeds(self) -> tuple[float, float]:
-        speeds = [each.tokens / each.forward for each in self.passes]
+        speeds = [each.timing.tokens / each.timing.forward for each in self.batches]
         return min(speeds), max(speeds)
 
     def plan(self, rule: TargetRule, corpus: Corpus, *, chosen: bool) -> RulePlan:
@@ -221,7 +232,8 @@ class _Sample:
             shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
             bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
-        computing = statistics.median((each.forward + each.selection[index]) / each.tokens for each in self.passes)
+        timings = [batch.timing for batch in self.batches]
+        computing = statistics.median((each.forward + each.selection[index]) / each.tokens for each in timings)
         per_token = max(computing, writing[self.config.encoding])
         counts = np.concatenate([row.targets.counts[row.loss_mask] for row in rows])
         residual = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows])

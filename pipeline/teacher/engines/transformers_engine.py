@@ -70,6 +70,7 @@ class RunningBatch:
         targets: on the host, for each rule; complete once `copied` has happened.
         states: layer -> [m, D] hidden states to store, on the host.
         scales: layer -> [m], for int8.
+        label_logprobs: [n] of the next token of the row, on the host; only of a timed causal teacher.
         inputs: [n, D] what the head was applied to, on the device; only if asked for.
         source: keeps the device tensors alive until they are copied.
     """
@@ -79,6 +80,7 @@ class RunningBatch:
     states: dict[int, Tensor]
     scales: dict[int, Tensor]
     copied: torch.cuda.Event | None
+    label_logprobs: Tensor | None
     inputs: Tensor | None
     source: object
     timing: Timing
@@ -110,6 +112,22 @@ class RunningBatches:
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
         rows = {row.row: row for batch in self.batches for row in batch.rows(rule)}
         return [rows[request.index] for request in self.requests]
+
+
+class LabelScores:
+    """Log-probabilities of the tokens that follow in the rows of a batch; see `OnLogits`."""
+
+    def __init__(self, batch: Sequence[RowRequest]) -> None:
+        following = [np.append(request.row.input_ids[1:], 0)[request.stored] for request in batch]
+        self._labels = torch.from_numpy(np.concatenate(following).astype(np.int64))
+        self._found: list[Tensor] = []
+
+    def __call__(self, here: slice, logits: Tensor) -> None:
+        scores, label = logits.float(), self._labels[here].to(logits.device)
+        self._found.append(scores.gather(1, label[:, None])[:, 0] - torch.logsumexp(scores, dim=1))
+
+    def logprobs(self) -> Tensor:
+        return torch.cat(self._found).cpu()
 
 
 class TransformersEngine:
@@ -206,7 +224,8 @@ class TransformersEngine:
         hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
         hidden = hidden[tuple(each.to(device) for each in index)]  # [n, D]
         timing.forward += self._clock() - began
-        targets, multiplied = self._head(hidden, places, position, rules, None, timing)
+        labels = LabelScores(batch) if self.timed and not self.head.masked else None
+        targets, multiplied = self._head(hidden, places, position, rules, labels, timing)
         if multiplied is not None and self.hidden is not None:
             last = self.hidden.layers[-1]
             states[last], scale = hidden_states.quantised(multiplied, self.hidden.dtype)
@@ -225,6 +244,7 @@ class TransformersEngine:
             states=host_states,
             scales=host_scales,
             copied=copied,
+            label_logprobs=None if labels is None else labels.logprobs(),
             inputs=hidden if keep_inputs else None,
             source=(targets, states, scales),
             timing=timing,

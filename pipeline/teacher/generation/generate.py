@@ -246,7 +246,7 @@ def _settings(
         "teacher": engine.describe_teacher(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": engine.vocab_size,
-        "prompts": {**prompts.description, "number": len(prompts)},
+        "prompts": {**prompts.description, "number": len(prompts), **prompts.findings},
         "max_length": config.data.seq_len,
         "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
         "targets": config.targets.to_json(),
@@ -307,6 +307,7 @@ def _corpus(
         "tokens": selection.tokens,
         "counted_tokens": selection.counted_tokens,
         "ignored_files": prompts.source.ignored_files,
+        **prompts.findings,
     }
     description = {**prompts.description, "generation": written}
     return _Corpus(selection, description, report)

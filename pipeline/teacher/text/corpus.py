@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,19 @@ from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import chat, encoding, examples
 from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.encoding import Affixes
 from pipeline.teacher.text.examples import Columns, find_columns, read_example
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
 
 _FEATURES = datasets.Features(
     input_ids=datasets.Sequence(datasets.Value("int32")),
     is_target=datasets.Sequence(datasets.Value("bool")),
+)
+# Columns of bools, whose sums are reported.
+WITH_SPECIAL_TOKENS, SPLIT, ONLY_EOS = _FINDINGS = (
+    "documents_with_special_tokens",
+    "documents_with_split_tokens",
+    "documents_with_only_eos",
 )
 # Documents in memory at once; one may be a whole book.
 _DOCUMENTS_PER_BATCH = 64
@@ -49,6 +56,8 @@ class Documents:
     columns: Columns
     loss_on: str  # all, assistant or completion
     source: Source
+    prefix: tuple[int, ...] = ()  # special tokens that the tokenizer puts before a text
+    findings: Mapping[str, int] = field(default_factory=dict)  # name -> number of documents, where there are any
 
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
         """(row of the source, id) of the first token with an id of `limit` or more; reads up to there."""
@@ -70,8 +79,8 @@ def tokenise_documents(
     """Load the text, render conversations, tokenise.
 
     Args:
-        special_tokens: add the tokenizer's special tokens around each text, and EOS unless `config.append_eos` is
-            False.
+        special_tokens: put the tokenizer's special tokens around each text, and EOS unless `config.append_eos` is
+            False; otherwise texts have none at their ends.
 
     Raises:
         DataError: the text cannot be read.
@@ -92,6 +101,7 @@ def tokenise_documents(
         )
     append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
     _check_tokenizer(tokenizer, columns, loss_on, append_eos)
+    affixes = _affixes(tokenizer, columns, append_eos=append_eos, special_tokens=special_tokens)
     tokens = _map_cached(
         rows,
         partial(
@@ -99,14 +109,28 @@ def tokenise_documents(
             data=name,
             columns=columns,
             loss_on=loss_on,
-            append_eos=append_eos,
-            affixes=special_tokens and not columns.is_chat,  # a chat template adds special tokens itself
-            tokenizer=tokenizer,
+            affixes=affixes,
+            tokenizer=tokenizer if loss_on == "all" else encoding.with_exact_offsets(tokenizer),
         ),
         _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
         config.num_proc,
     )
-    return Documents(tokens, columns, loss_on, source)
+    counts = {name: pc.sum(tokens.data.column(name)).as_py() or 0 for name in _FINDINGS}
+    findings = {name: count for name, count in counts.items() if count}
+    return Documents(tokens, columns, loss_on, source, affixes.prefix, findings)
+
+
+def _affixes(
+    tokenizer: PreTrainedTokenizerBase, columns: Columns, *, append_eos: bool, special_tokens: bool
+) -> Affixes:
+    prefix, suffix = encoding.special_affixes(tokenizer)
+    if not special_tokens:
+        return Affixes(tuple(prefix), tuple(suffix), "removed")
+    if columns.is_chat:
+        return Affixes(tuple(prefix), placement="rendered")
+    if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
+        suffix = [*suffix, tokenizer.eos_token_id]
+    return Affixes(tuple(prefix), tuple(suffix))
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_on: str, append_eos: bool) -> None:
@@ -131,11 +155,10 @@ def _tokenise_batch(
     data: str,
     columns: Columns,
     loss_on: str,
-    append_eos: bool,
-    affixes: bool,
+    affixes: Affixes,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, list[np.ndarray]]:
-    """Rows of the source to the columns of `_FEATURES`."""
+) -> dict[str, list[Any]]:
+    """Rows of the source to the columns of `_FEATURES` and `_FINDINGS`."""
     texts = [
         read_example(
             {name: batch[name][place] for name in columns.names},
@@ -146,11 +169,24 @@ def _tokenise_batch(
         )
         for place, row in enumerate(indices)
     ]
-    prefix, suffix = encoding.special_affixes(tokenizer) if affixes else ([], [])
-    if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
-        suffix = [*suffix, tokenizer.eos_token_id]
-    input_ids, is_target = encoding.encode(texts, tokenizer, prefix=prefix, suffix=suffix)
-    return {"input_ids": input_ids, "is_target": is_target}
+    documents = encoding.encode(texts, tokenizer, affixes)
+    ends = {*affixes.suffix, tokenizer.eos_token_id} - {None}
+    findings = (
+        [each.had_affixes for each in documents],
+        [each.split for each in documents],
+        [_only_ends(each, ends) for each in documents],
+    )
+    return {
+        "input_ids": [each.ids for each in documents],
+        "is_target": [each.targets for each in documents],
+        **dict(zip(_FINDINGS, findings, strict=True)),
+    }
+
+
+def _only_ends(document: encoding.Tokens, ends: Iterable[int]) -> bool:
+    """Whether the document has loss tokens, but none except EOS. Nothing predicts its first token."""
+    learned = document.ids[1:][document.targets[1:]]
+    return len(learned) > 0 and bool(np.isin(learned, list(ends)).all())
 
 
 def _map_cached(
@@ -178,7 +214,7 @@ def _map(
             batch_size=_DOCUMENTS_PER_BATCH,
             writer_batch_size=_DOCUMENTS_PER_RECORD_BATCH,
             remove_columns=rows.column_names,
-            features=_FEATURES,
+            features=datasets.Features({**_FEATURES, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))}),
             num_proc=num_proc,
             cache_file_name=str(cache / f"documents-{fingerprint}.arrow"),
             load_from_cache_file=True,

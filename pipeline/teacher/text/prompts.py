@@ -22,7 +22,9 @@ from pipeline.errors import DataError
 from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import chat, encoding
+from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
 from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.encoding import Affixes, Tokens
 from pipeline.teacher.text.examples import Columns, Example, find_prompt, read_prompt
 from pipeline.teacher.text.sources import Source, load_source
 
@@ -42,15 +44,27 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt, int64 [prompts].
 
         Raises:
             DataError: a row cannot be used.
         """
+        return self._read[0]
+
+    @property
+    def findings(self) -> dict[str, int]:
+        """Name -> number of prompts, where there are any."""
+        brought = self._read[1]
+        return {WITH_SPECIAL_TOKENS: brought} if brought else {}
+
+    @cached_property
+    def _read(self) -> tuple[np.ndarray, int]:
+        """Number of tokens of each prompt, and of prompts that brought special tokens."""
         parts = (range(start, start + _PROMPTS_PER_BATCH) for start in range(0, len(self), _PROMPTS_PER_BATCH))
-        return np.array([len(prompt) for part in parts for prompt in self.tokens(part)])
+        prompts = [(len(prompt.ids), prompt.had_affixes) for part in parts for prompt in self._encode(part)]
+        return np.array([length for length, _ in prompts]), sum(brought for _, brought in prompts)
 
     @cached_property
     def answerable(self) -> np.ndarray:
@@ -67,15 +81,22 @@ class Prompts:
         Raises:
             DataError: a row cannot be used; names it.
         """
+        return [prompt.ids for prompt in self._encode(documents)]
+
+    def _encode(self, documents: range) -> list[Tokens]:
         (name,), data = self.columns.names, data_name(self.config.data)
         batch = self.rows[documents.start : documents.stop]
         texts = [
             read_prompt({name: value}, f"{data}, row {row}", columns=self.columns, tokenizer=self.tokenizer)
             for row, value in enumerate(batch[name], start=documents.start)
         ]
-        # A chat template adds special tokens itself. No prompt gets a suffix, because the answer continues it.
-        prefix = [] if self.columns.is_chat else encoding.special_affixes(self.tokenizer)[0]
-        return encoding.encode([Example(text) for text in texts], self.tokenizer, prefix=prefix)[0]
+        return encoding.encode([Example(text) for text in texts], self.tokenizer, self._affixes)
+
+    @cached_property
+    def _affixes(self) -> Affixes:
+        # No suffix, because the answer continues the prompt.
+        prefix, _ = encoding.special_affixes(self.tokenizer)
+        return Affixes(tuple(prefix), placement="rendered" if self.columns.is_chat else "added")
 
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
         """(row of the source, id) of the first token with an id of `limit` or more; tokenises up to there."""

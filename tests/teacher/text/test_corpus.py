@@ -364,17 +364,6 @@ def test_completion_and_its_eos_are_in_the_loss(tmp_path: Path) -> None:
     assert learned(documents, tokenizer)[0] == [BOS + "Äpfel und Birnen\n" + EOS]
 
 
-def test_text_is_tokenised_as_a_whole_and_a_token_across_the_seam_is_prompt(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    whole = tokenizer(" station")["input_ids"]
-    assert len(whole) == 1  # a word of the training text
-    data = jsonl(tmp_path, {"prompt": " sta", "completion": "tion"})
-    row = tokenise_documents(DataConfig(data=data), tokenizer).tokens[0]
-    assert row["input_ids"] == [*whole, tokenizer.eos_token_id]
-    assert row["is_target"] == [False, True]
-
-
 def test_trimmed_space_of_the_prompt_stays_in_the_prompt() -> None:
     """Prompt "a", three spaces whose trimmed offsets are empty at their end; completion "b"."""
     offsets = np.array([[0, 1], [4, 4], [4, 5]])
