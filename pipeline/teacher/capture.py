@@ -23,7 +23,7 @@ from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import RowRequest, RunningBatch, TeacherEngine
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.opening import Corpus, open_corpus, open_teacher, open_tokenizer, row_request
+from pipeline.teacher.opening import Corpus, as_dated, open_corpus, open_teacher, open_tokenizer, row_request
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head, head_to_store
@@ -63,7 +63,11 @@ def cache_teacher(
 
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
-    corpus = open_corpus(config, tokenizer)
+    recorded = None if config.overwrite else cf.recorded_metadata(config.output)
+    corpus = open_corpus(as_dated(config, recorded and recorded.corpus), tokenizer)
+    config = as_dated(config, corpus.description)
+    for warning in corpus.warnings:
+        on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, corpus, tokenizer, device)

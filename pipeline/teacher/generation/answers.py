@@ -28,7 +28,7 @@ from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
-from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.packing import TokenRow
 
 if TYPE_CHECKING:

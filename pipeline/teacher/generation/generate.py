@@ -38,7 +38,7 @@ from pipeline.teacher.generation.answering import Answering, GenerationProgress,
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.decoding import check_decoding
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_teacher, open_tokenizer
+from pipeline.teacher.opening import as_dated, open_teacher, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
@@ -77,6 +77,7 @@ def generate_cache(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[GenerationProgress], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> GenerationSummary:
     """Lets the teacher answer the prompts of `config.data` and caches its answers; continues an unfinished run.
 
@@ -108,7 +109,14 @@ def generate_cache(
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
     _check_writes(config)
-    prompts = open_prompts(config.data, tokenizer)
+    if manifest is not None:
+        earlier = manifest.metadata.corpus
+    else:
+        earlier = None if config.overwrite else store.prompts()
+    prompts = open_prompts(as_dated(config, earlier).data, tokenizer)
+    config = as_dated(config, prompts.description)
+    for warning in prompts.warnings:
+        on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
     head = open_teacher(config, prompts, tokenizer, device)
@@ -190,7 +198,10 @@ def _finished(
         return None
     recorded = manifest.metadata.to_json()
     corpus = recorded["corpus"]
-    data = {name: getattr(config.data, name) for name in ("data_config", "split", "text_column", "max_documents")}
+    compared_options = ("data_config", "split", "text_column", "max_documents", "chat_template_kwargs")
+    data = {name: getattr(config.data, name) for name in compared_options}
+    if config.data.template_date is not None:
+        data["template_date"] = config.data.template_date
     compared = [
         ("targets", recorded["targets"], config.targets.to_json()),
         ("corpus", corpus, {"window_length": config.data.seq_len, **data}),

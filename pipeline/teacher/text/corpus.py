@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import chat, encoding, examples
+from pipeline.teacher.text import encoding, examples, records
+from pipeline.teacher.text.chat import arguments, messages, template, turns
+from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.examples import Columns, find_columns, read_example
+from pipeline.teacher.text.examples import Columns, check_chat_options, find_columns, read_examples
+from pipeline.teacher.text.records import RecordReader, reading
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
 
 _FEATURES = datasets.Features(
@@ -48,6 +51,8 @@ class Documents:
     columns: Columns
     loss_on: str  # all, assistant or completion
     source: Source
+    options: dict[str, Any] = field(default_factory=dict)  # of chats, for the manifest
+    warnings: tuple[str, ...] = ()
 
 
 def tokenise_documents(
@@ -69,36 +74,45 @@ def tokenise_documents(
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
     name = data_name(config.data)
-    columns = find_columns(rows, config.text_column, name)
+    columns = find_columns(source, config.text_column, name)
     loss_on = columns.loss_choices[0] if config.loss_on == "auto" else config.loss_on
     if loss_on not in columns.loss_choices:
         raise ConfigError(
             f"{name}: `loss_on` {loss_on} does not go with {columns.format} data "
             f"(column {', '.join(columns.names)}), expected {' or '.join(columns.loss_choices)}."
         )
+    check_chat_options(config, columns, name)
+    if config.turns == "last" and loss_on == "all":
+        raise ConfigError("`turns=last`: the loss is on all tokens with `loss_on=all`. Leave one of them out.")
     append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
-    _check_tokenizer(tokenizer, columns, loss_on, append_eos)
+    _check_tokenizer(tokenizer, loss_on, append_eos)
+    chat_template = arguments.open_template(config, tokenizer) if columns.is_chat else None
     tokens = _map_cached(
         rows,
         partial(
             _tokenise_batch,
             data=name,
+            reader=source.reader,
             columns=columns,
             loss_on=loss_on,
+            turns=config.turns,
+            template=chat_template,
             append_eos=append_eos,
             affixes=special_tokens and not columns.is_chat,  # a chat template adds special tokens itself
             tokenizer=tokenizer,
         ),
-        _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
+        _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer, config, chat_template),
         config.num_proc,
     )
-    return Documents(tokens, columns, loss_on, source)
+    if chat_template is None:
+        return Documents(tokens, columns, loss_on, source)
+    options = arguments.describe_options(config, chat_template)
+    warnings = arguments.find_unused(config, chat_template, source, columns.names)
+    return Documents(tokens, columns, loss_on, source, options, tuple(f"{name}: {each}" for each in warnings))
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_on: str, append_eos: bool) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, loss_on: str, append_eos: bool) -> None:
     name = tokenizer.name_or_path or "teacher"
-    if columns.is_chat:
-        chat.chat_template(tokenizer)
     if loss_on != "all" and not tokenizer.is_fast:
         raise ModelError(
             f"{name}: found a slow tokenizer, expected a fast one, whose character offsets are needed to find the loss "
@@ -115,22 +129,24 @@ def _tokenise_batch(
     indices: Sequence[int],
     *,
     data: str,
+    reader: RecordReader,
     columns: Columns,
     loss_on: str,
+    turns: str,
+    template: ChatTemplate | None,
     append_eos: bool,
     affixes: bool,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, list[np.ndarray]]:
-    """Rows of the source to the columns of `_FEATURES`."""
+    """Rows of the source to the columns of `_FEATURES`; a row may become several documents."""
+    with reading(data, indices):
+        rows = reader.read(batch, columns.to_read(reader.names))
     texts = [
-        read_example(
-            {name: batch[name][place] for name in columns.names},
-            f"{data}, row {row}",
-            columns=columns,
-            loss_on=loss_on,
-            tokenizer=tokenizer,
+        example
+        for index, row in zip(indices, rows, strict=True)
+        for example in read_examples(
+            row, f"{data}, row {index}", columns=columns, loss_on=loss_on, turns=turns, template=template
         )
-        for place, row in enumerate(indices)
     ]
     prefix, suffix = encoding.special_affixes(tokenizer) if affixes else ([], [])
     if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
@@ -179,10 +195,13 @@ def _fingerprint(
     append_eos: bool,
     special_tokens: bool,
     tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    chat_template: ChatTemplate | None,
 ) -> str:
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
-    modules = (__file__, examples.__file__, chat.__file__, encoding.__file__)
+    modules = (__file__, *(module.__file__ for module in (examples, records, encoding)))
+    modules += tuple(module.__file__ for module in (arguments, messages, template, turns))
     decides = {
         "rows": rows._fingerprint,
         "columns": [columns.format, *columns.names],
@@ -190,6 +209,7 @@ def _fingerprint(
         "append_eos": append_eos,
         "special_tokens": special_tokens,
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat": {} if chat_template is None else arguments.describe_options(config, chat_template),
         "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

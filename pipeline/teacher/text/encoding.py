@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.teacher.text.chat import Span
+from pipeline.teacher.text.chat.template import Span
 from pipeline.teacher.text.examples import Example
 
 # Four blocks are one group, which is shared by the tokenizer's threads.
