@@ -37,15 +37,17 @@ class RecordReader:
     Attributes:
         names: the columns; JSON rows may have further ones behind the first thousand.
         features: types of the columns; None for JSON rows.
+        plain_text: the rows are those of .txt files, which may begin with a byte order mark.
     """
 
     names: tuple[str, ...]
     features: datasets.Features | None
+    plain_text: bool = False
 
     @classmethod
-    def of(cls, rows: datasets.Dataset) -> RecordReader:
+    def of(cls, rows: datasets.Dataset, *, plain_text: bool = False) -> RecordReader:
         if rows.column_names != [_LINE]:
-            return cls(tuple(rows.column_names), rows.features)
+            return cls(tuple(rows.column_names), rows.features, plain_text)
         first = [json.loads(line) for line in rows[:_ROWS_LOOKED_AT][_LINE]]
         return cls(tuple(dict.fromkeys(key for row in first for key in row)), None)
 
@@ -54,6 +56,9 @@ class RecordReader:
         names = self.names if names is None else names
         if self.features is None:
             return [{**dict.fromkeys(names), **json.loads(line)} for line in batch[_LINE]]
+        if self.plain_text:
+            # Not by the encoding: `datasets` does not pass it on for packed files.
+            return [{"text": text.removeprefix("\ufeff")} for text in batch["text"]]
         columns = [[_without_absent(value, self.features[name]) for value in batch[name]] for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 

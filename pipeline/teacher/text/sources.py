@@ -37,7 +37,7 @@ Data: TypeAlias = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.Da
 _CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 # Extension -> (builder in `datasets`, its options).
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"encoding": "utf-8-sig"}),  # without a byte order mark
+    ".txt": ("text", {}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
@@ -63,7 +63,8 @@ class Source:
 
     @cached_property
     def reader(self) -> RecordReader:
-        return RecordReader.of(self.rows)
+        plain_text = bool(self.files) and extension(self.files[0]) == ".txt"
+        return RecordReader.of(self.rows, plain_text=plain_text)
 
     def describe_files(self) -> list[dict[str, Any]]:
         """Name, size and sha256 of each file, or its modification time if together they are large.
@@ -197,7 +198,7 @@ def _file_source(files: Sequence[Path], data: str, split: str, sample_by: str, i
         raise DataError(f"{data}: the file is empty, expected text. Check how it was written.")
     builder, options = _BUILDERS[extension(files[0])]
     if builder == "text":
-        options = {**options, "sample_by": sample_by}
+        options = {"sample_by": sample_by}
     if not split.startswith("train"):
         raise DataError(
             f"{data}: no split {split!r}, expected 'train' or a slice of it such as 'train[:10%]': local files have no "
