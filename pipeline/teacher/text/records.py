@@ -1,12 +1,13 @@
 """The rows of a source as dicts with the values that their author wrote.
 
-    JSON files      kept as text, one row a line, and parsed with the standard library when a row is read
+    JSON files      kept as text, one row a line, and parsed when a row is read
     tables          Arrow columns: Parquet, CSV, `save_to_disk`, hub datasets, given rows
 
 An Arrow column has one type, so that a struct has the keys of all rows and those that a row does not have are null.
-They are left out here, in tables at any depth; what is null in a list, or in a column of JSON, stays. JSON files are
-not read as tables, because types that `datasets` infers for them change what is in them: absent keys become null,
-floats lose digits, a string that looks like a number, a date or JSON becomes one.
+They are left out here, at any depth; what is null in a list, or in a column of JSON, stays. JSON files are not read as
+tables, because types that `datasets` infers for them change what is in them: absent keys become null, floats lose
+digits, a string that looks like a number, a date or JSON becomes one. JSON is parsed with the standard library for the
+same reason: the parser of `datasets` rounds floats.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -59,12 +60,12 @@ class RecordReader:
         if self.plain_text:
             # Not by the encoding: `datasets` does not pass it on for packed files.
             return [{"text": text.removeprefix("\ufeff")} for text in batch["text"]]
-        columns = [[_without_absent(value, self.features[name]) for value in batch[name]] for name in names]
+        columns = [[_as_given(value, self.features[name]) for value in batch[name]] for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def row(self, rows: datasets.Dataset, index: int) -> dict[str, Any]:
-        """One row with all its columns, as `datasets` gives them."""
-        return dict(rows[index]) if self.features is not None else self.read(rows[index : index + 1])[0]
+        """One row with all its columns."""
+        return self.read(rows[index : index + 1])[0]
 
     def string_columns(self, rows: datasets.Dataset) -> list[str]:
         if self.features is None:
@@ -77,8 +78,19 @@ class RecordReader:
         if self.features is None:
             values = (json.loads(row[_LINE]).get(name) for row in rows)
         else:
-            values = (row[name] for row in rows.select_columns(name))
+            feature = self.features[name]
+            values = (_as_given(row[name], feature) for row in rows.select_columns(name))
         return next((value for value in values if value is not None), None)
+
+
+def with_json_as_text(rows: datasets.Dataset) -> datasets.Dataset:
+    """The same rows, whose columns of JSON are not parsed by `datasets`."""
+    features = datasets.Features({name: _undecoded(feature) for name, feature in rows.features.items()})
+    if features == rows.features:
+        return rows
+    info = rows.info.copy()
+    info.features = features
+    return datasets.Dataset(rows.data, info=info, indices_table=rows._indices, fingerprint=rows._fingerprint)
 
 
 @contextmanager
@@ -192,11 +204,29 @@ def _check_row(row: Any, text: str, where: str) -> None:
         raise DataError(f"{where}: found {half}, half of a character, expected Unicode. Correct the row.") from error
 
 
-def _without_absent(value: Any, feature: Any) -> Any:
-    """The value without the null fields of its structs."""
+def _as_given(value: Any, feature: Any) -> Any:
+    """The value without the null fields of its structs, and with its JSON parsed."""
+    if isinstance(feature, datasets.Json):
+        return json.loads(value) if isinstance(value, str) else value
     if isinstance(value, dict) and isinstance(feature, dict):
-        return {key: _without_absent(item, feature.get(key)) for key, item in value.items() if item is not None}
-    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+        return {key: _as_given(item, feature.get(key)) for key, item in value.items() if item is not None}
+    inner = _item_of(feature)
     if isinstance(value, list) and inner is not None and not isinstance(inner, datasets.Value):
-        return [_without_absent(item, inner) for item in value]
+        return [_as_given(item, inner) for item in value]
     return value
+
+
+def _item_of(feature: Any) -> Any:
+    """The type of the items of a list; None for another type."""
+    return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The type with its JSON left as text."""
+    if isinstance(feature, datasets.Json):
+        return datasets.Json(decode=False)
+    if isinstance(feature, dict):
+        return {key: _undecoded(item) for key, item in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(item) for item in feature]
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature

@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +29,7 @@ import pyarrow as pa
 from pipeline.errors import DataError
 from pipeline.teacher.text.data_paths import EXTENSIONS, PathLike, data_name, extension, find_local, is_path_list
 from pipeline.teacher.text.given_rows import rows_dataset
-from pipeline.teacher.text.records import RecordReader, json_dataset, not_utf8, open_bytes
+from pipeline.teacher.text.records import RecordReader, json_dataset, not_utf8, open_bytes, with_json_as_text
 
 Data: TypeAlias = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
 
@@ -100,7 +100,7 @@ def load_source(data: Data, *, data_config: str | None, split: str, sample_by: s
         source = _open(data, data_config, split, sample_by)
     if len(source.rows) == 0:
         raise DataError(f"{data_name(data)}: {_NO_ROWS}")
-    return source
+    return replace(source, rows=with_json_as_text(source.rows))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text import given_rows
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.prompts import open_prompts
@@ -107,7 +108,9 @@ def test_every_source_gives_what_was_written(kind: str, tmp_path: Path, qwen: Pr
     assert tokens(data, qwen) == applied(ROWS, qwen)
 
 
-def test_values_in_json_stay_as_written(tmp_path: Path, qwen: PreTrainedTokenizerFast) -> None:
+def test_values_in_json_stay_as_written(
+    tmp_path: Path, qwen: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nulls, long floats, and strings that look like something else, also where rows and files differ."""
     rows = [
         with_call(unit=None, latitude=47.070712345678901, tiny=1e-12, on="2024-05-01"),
@@ -121,6 +124,18 @@ def test_values_in_json_stay_as_written(tmp_path: Path, qwen: PreTrainedTokenize
     assert tokens([str(path) for path in paths], qwen) == expected
     (tmp_path / "all.json").write_text(json.dumps([*rows, *others]))
     assert tokens(tmp_path / "all.json", qwen) == expected
+    monkeypatch.setattr(given_rows, "_ROWS_PER_BATCH", 2)
+    assert tokens(iter([*rows, *others]), qwen) == expected
+
+
+def test_columns_of_json_are_parsed_exactly(tmp_path: Path, qwen: PreTrainedTokenizerFast) -> None:
+    """`datasets` would read 0.123456789 as 0.12345678900000001."""
+    rows = [with_call(a=0.123456789), with_call(b=None)]
+    features = datasets.Features(messages=datasets.List(datasets.Json()), note=datasets.Value("string"))
+    made = datasets.Dataset.from_list([{**row, "note": "x"} for row in rows], features=features)
+    made.to_parquet(str(tmp_path / "rows.parquet"))
+    assert tokens(tmp_path / "rows.parquet", qwen) == applied(rows, qwen)
+    assert tokens(made.select([1, 0]), qwen) == applied(rows[::-1], qwen)
 
 
 def test_tools_may_begin_late(tmp_path: Path, qwen: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
