@@ -64,7 +64,7 @@ def cache_teacher(
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
     recorded = None if config.overwrite else cf.recorded_metadata(config.output)
-    corpus = open_corpus(as_dated(config, recorded and recorded.corpus), tokenizer)
+    corpus = open_corpus(as_dated(config, None if recorded is None else recorded.corpus), tokenizer)
     config = as_dated(config, corpus.description)
     for warning in corpus.warnings:
         on_warning(warning)

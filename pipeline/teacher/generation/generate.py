@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,10 +109,9 @@ def generate_cache(
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
     _check_writes(config)
-    if manifest is not None:
-        earlier = manifest.metadata.corpus
-    else:
-        earlier = None if config.overwrite else store.prompts()
+    earlier: Mapping[str, Any] | None = None
+    if not config.overwrite:
+        earlier = store.prompts() if manifest is None else manifest.metadata.corpus
     prompts = open_prompts(as_dated(config, earlier).data, tokenizer)
     config = as_dated(config, prompts.description)
     for warning in prompts.warnings:

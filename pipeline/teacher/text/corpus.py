@@ -107,7 +107,12 @@ def tokenise_documents(
     if chat_template is None:
         return Documents(tokens, columns, loss_on, source)
     options = arguments.describe_options(config, chat_template)
-    warnings = arguments.find_unused(config, chat_template, source, columns.names)
+    warnings = list(arguments.find_unused(config, chat_template, source, columns.names))
+    if len(tokens) > len(rows):
+        warnings.append(
+            f"{len(rows):,} chats became {len(tokens):,} documents, because the chat template renders earlier messages "
+            "differently once more follow, so that each answer needs a text of its own. `turns=last` keeps one."
+        )
     return Documents(tokens, columns, loss_on, source, options, tuple(f"{name}: {each}" for each in warnings))
 
 
@@ -200,8 +205,8 @@ def _fingerprint(
 ) -> str:
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
-    modules = (__file__, *(module.__file__ for module in (examples, records, encoding)))
-    modules += tuple(module.__file__ for module in (arguments, messages, template, turns))
+    of_text = (__file__, examples.__file__, records.__file__, encoding.__file__)
+    of_chats = (arguments.__file__, messages.__file__, template.__file__, turns.__file__)
     decides = {
         "rows": rows._fingerprint,
         "columns": [columns.format, *columns.names],
@@ -210,6 +215,6 @@ def _fingerprint(
         "special_tokens": special_tokens,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat": {} if chat_template is None else arguments.describe_options(config, chat_template),
-        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules],
+        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (*of_text, *of_chats)],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

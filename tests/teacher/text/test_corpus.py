@@ -347,11 +347,14 @@ def test_each_turn_has_its_own_text_if_the_template_rewrites_earlier_ones(tmp_pa
     documents = tokenise_documents(DataConfig(data=data), tokenizer)
     said = ["<think></think>Four.<|im_end|>", "<think></think>  Six!\n<|im_end|>"]
     assert learned(documents, tokenizer) == [[], [said[0]], [said[1]]]
+    (warning,) = documents.warnings
+    assert "2 chats became 3 documents" in warning
     wholes = [tokenizer.apply_chat_template(CHAT[:stop], tokenize=False) for stop in (2, 3, 5)]
     assert texts(documents, tokenizer) == wholes
     # The last turn is the same in the whole conversation, so nothing else changes.
     last = tokenise_documents(DataConfig(data=data, turns="last"), tokenizer)
     assert (texts(last, tokenizer), learned(last, tokenizer)) == (wholes[::2], [[], [said[1]]])
+    assert last.warnings == ()
     assert len(tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer).tokens) == 2
 
 
