@@ -124,7 +124,9 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
 
     with Status(here_with_flags) as status:
         try:
-            summary = generate_cache(config, config.generation, on_stage=status.stage, on_progress=show)
+            summary = generate_cache(
+                config, config.generation, on_stage=status.stage, on_progress=show, on_warning=status.warn
+            )
         except KeyboardInterrupt:
             interrupted(f"answers are kept in {store_location(config.output)}. Run {_again(config)} to continue.")
     if push_to_hub is not None:

@@ -72,6 +72,7 @@ def command(
             cost_per_hour=cost_per_hour,
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows"),
+            on_warning=status.warn,
         )
         if status.silent:
             return

@@ -6,6 +6,9 @@ one is here, but for those of targets, which are in `targets.rules`. Standard li
 
 from __future__ import annotations
 
+import datetime
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
@@ -63,6 +66,25 @@ class DataConfig:
         "prompt.",
         group=TEXT,
     )
+    turns: Literal["all", "last"] = option(
+        "all", help="Assistant messages of a chat that are in the loss: all of them, or the last one.", group=TEXT
+    )
+    # JSON on the command line; in Python and in a config file its contents.
+    chat_template_kwargs: Any = option(
+        None,
+        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. Columns of a "
+        "row win over them.",
+        group=TEXT,
+        metavar="JSON",
+        table=True,
+    )
+    template_date: str | None = option(
+        None,
+        help="Date for chat templates that print today's date.",
+        group=TEXT,
+        metavar="YYYY-MM-DD",
+        default_text="today",
+    )
     append_eos: bool | None = option(
         None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"
     )
@@ -81,14 +103,47 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", check_template_arguments(self.chat_template_kwargs))
+        try:
+            datetime.date.fromisoformat(self.template_date or "2000-01-01")
+        except ValueError:
+            raise ConfigError(f"`template_date` {self.template_date}: expected a date such as 2026-01-31.") from None
 
     def to_json(self) -> dict[str, Any]:
         """What decides the rows, besides the text itself, as in the manifest."""
         # Not asdict: it would copy `data`, which may be a generator.
-        left_out = ("data", "num_proc") if self.overlap > 1 else ("data", "num_proc", "overlap")
+        left_out = {"data", "num_proc", *_OF_CHATS} | (set() if self.overlap > 1 else {"overlap"})
         names = [field.name for field in fields(self) if field.name not in left_out]
         recorded_as = {"seq_len": "window_length"}
-        return {recorded_as.get(name, name): getattr(self, name) for name in names}
+        return {recorded_as.get(name, name): getattr(self, name) for name in names} | self.chat_options()
+
+    def chat_options(self) -> dict[str, Any]:
+        """The options of chats that are not at their default, as in the manifest."""
+        return {name: value for name in _OF_CHATS if (value := getattr(self, name)) not in (None, "all", {})}
+
+
+_OF_CHATS = ("turns", "chat_template_kwargs", "template_date")
+# What the messages of a row and the rendering itself set.
+_NOT_ARGUMENTS = {"messages", "conversation", "conversations", "chat_template", "add_generation_prompt"} | {
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+}
+
+
+def check_template_arguments(given: Any) -> dict[str, Any]:
+    """The arguments of a chat template, which may be given as JSON. Raises: ConfigError."""
+    expected = 'expected a JSON object such as {"enable_thinking": false}'
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ConfigError(f"`chat_template_kwargs`: not JSON ({error}), {expected}.") from error
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"`chat_template_kwargs`: found {type(given).__name__}, {expected}.")
+    if from_data := sorted(_NOT_ARGUMENTS & set(given)):
+        raise ConfigError(f"`chat_template_kwargs`: {from_data[0]!r} comes from the data. Leave it out.")
+    return dict(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +333,7 @@ WITHOUT_GENERATION = {
     "packing": "each answer is a row of its own",
     "append_eos": "an answer ends where the teacher ends it",
     "loss_on": "the loss is on the answer",
+    "turns": "the loss is on the answer",
     "num_proc": "one process reads the prompts",
     "overlap": "prompts are not cut into windows",
     "all_positions": "the prompts get no targets",

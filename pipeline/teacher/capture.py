@@ -22,7 +22,15 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
-from pipeline.teacher.opening import Corpus, check_inputs, open_corpus, open_engine, open_tokenizer, row_request
+from pipeline.teacher.opening import (
+    Corpus,
+    as_dated,
+    check_inputs,
+    open_corpus,
+    open_engine,
+    open_tokenizer,
+    row_request,
+)
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head
@@ -63,7 +71,11 @@ def cache_teacher(
 
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
-    corpus = open_corpus(config, tokenizer)
+    recorded = None if config.overwrite else cf.recorded_metadata(config.output)
+    corpus = open_corpus(as_dated(config, None if recorded is None else recorded.corpus), tokenizer)
+    config = as_dated(config, corpus.description)
+    for warning in corpus.warnings:
+        on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, corpus, tokenizer, device)

@@ -6,6 +6,7 @@ Shared by everything that puts a text to a teacher: capture, and the plan of one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,6 +102,18 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
             "masked. Leave it out."
         )
     return build_corpus(config.data, tokenizer)
+
+
+def as_dated(config: CacheTeacherConfig, description: Mapping[str, Any] | None) -> CacheTeacherConfig:
+    """The configuration with the date that a text was made with, for a chat template that prints today's: other workers
+    and a continuation on another day must see the same text.
+
+    Args:
+        description: of a text, as in the manifest; None: there is none yet.
+    """
+    if config.data.template_date is not None or description is None:
+        return config
+    return replace(config, data=replace(config.data, template_date=description.get("template_date")))
 
 
 def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:

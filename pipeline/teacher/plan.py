@@ -107,6 +107,7 @@ def plan_cache(
     cost_per_hour: float | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Runs the teacher over a sample of the text that `config` names; writes nothing to its output.
 
@@ -114,6 +115,7 @@ def plan_cache(
         sample_rows: evenly spaced over the corpus; default: as many as a record batch has. With fewer, bytes come out
             higher.
         cost_per_hour: of the machine, in any currency.
+        on_warning: called with messages that the user should see but need not act on.
 
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
@@ -122,6 +124,8 @@ def plan_cache(
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)
+    for warning in corpus.warnings:
+        on_warning(warning)
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, corpus, tokenizer, device, timed=True)
     config.targets.check_vocabulary(engine.vocab_size)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import cache_format as cf
 from pipeline.teacher.cache_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.packing import TokenRow
 
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import check_inputs, open_engine, open_tokenizer
+from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
@@ -77,6 +77,7 @@ def generate_cache(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[GenerationProgress], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> GenerationSummary:
     """Lets the teacher answer the prompts of `config.data` and caches its answers; continues an unfinished run.
 
@@ -109,7 +110,13 @@ def generate_cache(
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
     _check_writes(config)
-    prompts = open_prompts(config.data, tokenizer)
+    earlier: Mapping[str, Any] | None = None
+    if not config.overwrite:
+        earlier = store.prompts() if manifest is None else manifest.metadata.corpus
+    prompts = open_prompts(as_dated(config, earlier).data, tokenizer)
+    config = as_dated(config, prompts.description)
+    for warning in prompts.warnings:
+        on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, prompts, tokenizer, device)
@@ -192,7 +199,10 @@ def _finished(
         return None
     recorded = manifest.metadata.to_json()
     corpus = recorded["corpus"]
-    data = {name: getattr(config.data, name) for name in ("data_config", "split", "text_column", "max_documents")}
+    compared_options = ("data_config", "split", "text_column", "max_documents", "chat_template_kwargs")
+    data = {name: getattr(config.data, name) for name in compared_options}
+    if config.data.template_date is not None:
+        data["template_date"] = config.data.template_date
     compared = [
         ("targets", recorded["targets"], config.targets.to_json()),
         ("corpus", corpus, {"window_length": config.data.seq_len, **data}),

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.teacher.text.chat import Span
+from pipeline.teacher.text.chat.template import Span
 from pipeline.teacher.text.examples import Example
 
 # Four blocks are one group, which is shared by the tokenizer's threads.

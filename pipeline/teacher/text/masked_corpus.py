@@ -52,6 +52,7 @@ class MaskedCorpus:
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut and dropped.
         description: the source of the text and all options that shaped it, for the cache's metadata.
+        warnings: what the user should see but need not act on.
     """
 
     objective: Objective = "masked"
@@ -100,6 +101,7 @@ class MaskedCorpus:
             **documents.findings,
         }
         self.description: dict[str, Any] = {**describe(documents, config), "masking": masker.describe()}
+        self.warnings = documents.warnings
 
     def __len__(self) -> int:
         return len(self._windows) * self._masker.rule.copies

@@ -123,6 +123,7 @@ class TokenCorpus:
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut, dropped and packed.
         description: the source of the text and all options that shaped it, for the cache's metadata.
+        warnings: what the user should see but need not act on.
     """
 
     objective: Objective = "causal"
@@ -163,6 +164,7 @@ class TokenCorpus:
         self.description = describe(documents, config)
         if plan.pieces.special.any():
             self.description["window_prefix"] = list(documents.prefix)
+        self.warnings = documents.warnings
 
     def __len__(self) -> int:
         return self._plan.num_rows
@@ -234,6 +236,7 @@ def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
         "format": documents.columns.format,
         "columns": list(documents.columns.names),
         **config.to_json(),
+        **documents.options,
         "loss_on": documents.loss_on,
     }
 

@@ -21,11 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import chat, encoding
+from pipeline.teacher.text import encoding
+from pipeline.teacher.text.chat import arguments
+from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes, Tokens
-from pipeline.teacher.text.examples import Columns, Example, find_prompt, read_prompt
+from pipeline.teacher.text.examples import Columns, Example, check_chat_options, find_prompt, read_prompt
+from pipeline.teacher.text.records import reading
 from pipeline.teacher.text.sources import Source, load_source
 
 _PROMPTS_PER_BATCH = 64
@@ -40,6 +43,7 @@ class Prompts:
     columns: Columns
     source: Source
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None  # of chats
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,7 +77,7 @@ class Prompts:
 
     def example(self, document: int) -> dict[str, Any]:
         """A row of the source with all its columns."""
-        return dict(self.rows[document])
+        return self.source.reader.row(self.rows, document)
 
     def tokens(self, documents: range) -> list[np.ndarray]:
         """Token ids int32 [P] of each prompt; an empty array for an empty prompt.
@@ -84,11 +88,13 @@ class Prompts:
         return [prompt.ids for prompt in self._encode(documents)]
 
     def _encode(self, documents: range) -> list[Tokens]:
-        (name,), data = self.columns.names, data_name(self.config.data)
-        batch = self.rows[documents.start : documents.stop]
+        data, reader = data_name(self.config.data), self.source.reader
+        with reading(data, documents):
+            batch = self.rows[documents.start : documents.stop]
+        rows = reader.read(batch, self.columns.to_read(reader.names))
         texts = [
-            read_prompt({name: value}, f"{data}, row {row}", columns=self.columns, tokenizer=self.tokenizer)
-            for row, value in enumerate(batch[name], start=documents.start)
+            read_prompt(row, f"{data}, row {index}", columns=self.columns, template=self.template)
+            for index, row in enumerate(rows, start=documents.start)
         ]
         return encoding.encode([Example(text) for text in texts], self.tokenizer, self._affixes)
 
@@ -105,6 +111,14 @@ class Prompts:
                 if len(ids) and (beyond := ids >= limit).any():
                     return row, int(ids[beyond.argmax()])
         return None
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should see but need not act on."""
+        if self.template is None:
+            return ()
+        found = arguments.find_unused(self.config, self.template, self.source, self.columns.names)
+        return tuple(f"{data_name(self.config.data)}: {each}" for each in found)
 
     @property
     def objective(self) -> Objective:
@@ -124,6 +138,7 @@ class Prompts:
             "text_column": config.text_column,
             "sample_by": config.sample_by,
             "max_documents": config.max_documents,
+            **({} if self.template is None else arguments.describe_options(config, self.template)),
             "loss_on": "answer",
             "packing": False,
         }
@@ -140,10 +155,11 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
-    columns = find_prompt(rows, config.text_column, data_name(config.data))
-    if columns.is_chat:
-        chat.chat_template(tokenizer)
-    prompts = Prompts(config, rows, columns, source, tokenizer)
+    name = data_name(config.data)
+    columns = find_prompt(source, config.text_column, name)
+    check_chat_options(config, columns, name)
+    template = arguments.open_template(config, tokenizer) if columns.is_chat else None
+    prompts = Prompts(config, rows, columns, source, tokenizer, template)
     if not prompts.answerable.any():
         empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.seq_len)
         raise DataError(

@@ -37,8 +37,8 @@ def config(data: Any, **options: Any) -> DataConfig:
 
 
 def load(data: Any, *, split: str = "train") -> list[dict[str, Any]]:
-    rows = load_source(data, data_config=None, split=split, sample_by="document").rows
-    return list(rows)
+    source = load_source(data, data_config=None, split=split, sample_by="document")
+    return source.reader.read(source.rows[:])
 
 
 def generator() -> Iterator[dict[str, str]]:
