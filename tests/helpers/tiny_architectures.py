@@ -86,6 +86,7 @@ OWN: dict[str, dict[str, Any]] = {
         for name in ("gemma4_text", "gemma4_unified_text")
     },
     "bamba": {"attn_layer_indices": [1, 3]},
+    "bert-generation": {"is_decoder": True},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},

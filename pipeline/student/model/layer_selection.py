@@ -210,8 +210,8 @@ def _check_kind(layer: nn.Module, copied: nn.Module, old: int, new: int, kept: S
         other = theirs.get(name)
         where = f"layer {old} would become layer {new}"
         if type(module) is not type(other):
-            found = "has no" if other is None else f"has a {type(other).__name__} instead of its"
-            raise _refused(len(kept), f"{where}, which {found} {type(module).__name__}")
+            has = "has no" if other is None else f"has a {type(other).__name__} instead of its"
+            raise _refused(len(kept), f"{where}, which {has} {type(module).__name__}")
         for setting, value in vars(module).items():
             found = vars(other).get(setting)
             if not isinstance(value, bool | int | str | None) or setting.startswith("_") or setting in NOT_OF_A_KIND:
