@@ -94,6 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hrm_text": {"initializer_range": 0.1},  # runs its layers again and again, and rounding errors with them
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -147,6 +148,8 @@ def tiny_config(name: str) -> PreTrainedConfig:
             "partial_rotary_factor": 1.0,
             **ROTARY[kind],
         }
+        if hasattr(config, "original_max_position_embeddings"):
+            config.original_max_position_embeddings = 32
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         config.is_decoder = True
     return config
