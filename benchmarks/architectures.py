@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 
 HERE = Path(__file__).parent
 LINES, RESULTS = HERE / "work/architectures.jsonl", HERE / "results/architectures.json"
@@ -49,7 +50,7 @@ def table() -> list[list[str]]:
     for name, outcome in _results().items():
         if "built" not in outcome:
             cells = [_mark(outcome[key]) for key in ("packed", "unpacked", "student", "one layer")]
-            groups.setdefault((*cells, _why(outcome)), []).append(name)
+            groups.setdefault((*cells, _why(outcome)), []).append(_shown(name))
     head = ["model types", "packed", "one document per row", "student", "`--student-layers 1`", "why not"]
     ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     return [head, *([", ".join(names), *cells] for cells, names in ordered)]
@@ -57,13 +58,20 @@ def table() -> list[list[str]]:
 
 def not_built() -> list[list[str]]:
     """What transformers does not build from a tiny configuration here."""
-    rows = [[name, each["built"].removeprefix("no: ")] for name, each in _results().items() if "built" in each]
+    errors = {name: each["built"].removeprefix("no: ") for name, each in _results().items() if "built" in each}
+    rows = [[_shown(name), shorten(error, 120, placeholder=" …").replace("|", "\\|")] for name, error in errors.items()]
     return [["model type", "error of transformers"], *rows]
 
 
 def _results() -> dict[str, Outcome]:
     found: dict[str, Outcome] = json.loads(RESULTS.read_text(encoding="utf-8"))["architectures"]
     return found
+
+
+def _shown(name: str) -> str:
+    """“llama (yarn)” for the variant “llama, yarn”."""
+    model_type, _, variant = name.partition(", ")
+    return f"{model_type} ({variant})" if variant else model_type
 
 
 def _mark(outcome: str) -> str:

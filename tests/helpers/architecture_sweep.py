@@ -117,12 +117,13 @@ def _check_targets(teacher: Path, data: Path, output: Path, packing: bool) -> No
             )
         )
     assert packing == any(len(row.segment_lengths) > 1 for row in rows), "rows are not packed as asked for"
-    worst, where = deviation_from_alone(load_model(str(teacher)), rows)
+    vocab_size = cf.open_cache(output).metadata.vocab_size
+    worst, where = deviation_from_alone(load_model(str(teacher)), rows, vocab_size)
     assert worst <= ALLOWED, f"√p differs from that of the document alone by {worst:.2g} ({where})"
 
 
 @torch.no_grad()
-def deviation_from_alone(model: PreTrainedModel, rows: Sequence[cf.CacheRow]) -> tuple[float, str]:
+def deviation_from_alone(model: PreTrainedModel, rows: Sequence[cf.CacheRow], vocab_size: int) -> tuple[float, str]:
     """The largest difference of √p from what `model` says of each document by itself, and where it is."""
     documents = []
     for index, row in enumerate(rows):
@@ -132,7 +133,7 @@ def deviation_from_alone(model: PreTrainedModel, rows: Sequence[cf.CacheRow]) ->
     for length, index, start, stop in sorted(documents):  # shortest first: some models keep what a long one needed
         row = rows[index]
         ids = torch.from_numpy(np.asarray(row.input_ids[start:stop], np.int64))[None]
-        logprobs = model(input_ids=ids, use_cache=False).logits[0, :, :400].log_softmax(-1).numpy()
+        logprobs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].log_softmax(-1).numpy()
         for t in range(start, stop):
             if row.loss_mask[t]:
                 tokens, stored = row.targets.at(t)

@@ -86,6 +86,7 @@ OWN: dict[str, dict[str, Any]] = {
         for name in ("gemma4_text", "gemma4_unified_text")
     },
     "bamba": {"attn_layer_indices": [1, 3]},
+    "bert-generation": {"is_decoder": True},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
@@ -93,6 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hrm_text": {"initializer_range": 0.1},  # runs its layers again and again, and rounding errors with them
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -146,6 +148,8 @@ def tiny_config(name: str) -> PreTrainedConfig:
             "partial_rotary_factor": 1.0,
             **ROTARY[kind],
         }
+        if hasattr(config, "original_max_position_embeddings"):
+            config.original_max_position_embeddings = 32
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         config.is_decoder = True
     return config

@@ -16,6 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from architecture_sweep import LENGTHS, documents_of, try_architecture
 from tiny_architectures import VARIANTS
 
+# Outcomes that are no errors that a user can act on, and why.
+KNOWN = {"reformer": "in training, transformers takes rows of one length only, and says so in the first step"}
+
 OUTCOMES = Path(__file__).resolve().parents[2] / "benchmarks/work/architectures.jsonl"
 
 
@@ -35,4 +38,6 @@ def test_architecture(name: str, tmp_path: Path, documents: list[str], tokenizer
         file.write(json.dumps({"name": name, **outcome}, ensure_ascii=False) + "\n")
     if "built" in outcome:
         pytest.skip(outcome["built"])
+    if name in KNOWN:
+        pytest.xfail(KNOWN[name])
     assert not [each for each in outcome.values() if each.startswith(("wrong", "fails"))], outcome

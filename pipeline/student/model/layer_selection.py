@@ -47,6 +47,7 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     total = getattr(_decoder(model.config), _counts(_decoder(model.config))[0])
     kept = kept_layers(total, keep)
     try:
+        type(config).from_dict(config.to_dict())  # as it will be saved, which is when a class checks its settings
         smaller = type(model)(config).float()
     except Exception as error:  # whatever an architecture makes of a number of layers it was not written for
         raise _refused(keep, f"{type(model).__name__} cannot be built from these layers: {reason(error)}") from error
