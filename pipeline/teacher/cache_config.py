@@ -83,7 +83,7 @@ class DataConfig:
         help="Date for chat templates that print today's date.",
         group=TEXT,
         metavar="YYYY-MM-DD",
-        default_text="today",
+        default_text="that of a cache already begun, else today",
     )
     append_eos: bool | None = option(
         None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import shutil
@@ -16,7 +15,6 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from cache_format.write import unfinished
-from chat_templates import FORMATS
 from generating import K, answers_of, generate, token_ids, write_predicates
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.engines.answer_writer import AnswerWriter
@@ -24,10 +22,9 @@ from pipeline.teacher.generation import answer_store, answering
 from pipeline.teacher.generation import generate as generation
 from pipeline.teacher.generation.answer_store import AnswerStore
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.chat import arguments
 from runs import build_cache
 from runs import command as run
-from tiny import completions, tiny_llama, write_jsonl
+from tiny import completions, write_jsonl
 
 ANSWERS = {"answers_per_prompt": 3, "max_new_tokens": 8, "batch_size": 4, "temperature": 1.3}
 PROMPTS, PER_GROUP = 8, 6  # answers to two prompts, in two batches
@@ -35,10 +32,6 @@ PROMPTS, PER_GROUP = 8, 6  # answers to two prompts, in two batches
 
 class Killed(BaseException):
     pass
-
-
-def _killed(*_: object) -> None:
-    raise Killed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -420,43 +413,6 @@ def test_a_finished_cache_is_left_as_it_is(
         with pytest.raises(cf.CacheError, match="finished cache .* made with other settings .*nothing was changed"):
             generate(teacher_dir, data, tmp_path / "cache", **{**options, **change})
     assert contents(tmp_path / "cache") == contents(whole)
-
-
-def test_answers_to_chats_have_one_date_and_the_arguments_they_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = FORMATS["llama3"].tokenizer()
-    tokenizer.chat_template += "{{ mood }}"
-    teacher = tiny_llama(tmp_path / "teacher", tokenizer)
-    messages = [{"role": "user", "content": "Well?"}]
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "tools": tools}] * 4)
-    options = {**ANSWERS, "chat_template_kwargs": {"mood": "calm"}}
-    warnings: list[str] = []
-
-    def on(day: int) -> None:
-        date = type("Date", (datetime.date,), {"today": classmethod(lambda _: datetime.date(2026, 1, day))})
-        monkeypatch.setattr(arguments.datetime, "date", date)
-
-    on(1)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(generation, "cache_metadata", _killed)
-        generate(teacher, data, tmp_path / "cache", on_warning=warnings.append, **options)
-    assert ["here 2026-01-01" in warning for warning in warnings] == [True]
-    on(2)
-    generate(teacher, data, tmp_path / "cache", on_warning=warnings.append, **options)
-    generate(teacher, data, tmp_path / "cache", on_warning=warnings.append, **options)
-    assert len(warnings) == 1
-    cache = cf.open_cache(tmp_path / "cache")
-    recorded = cache.manifest.metadata.corpus
-    assert (recorded["template_date"], recorded["chat_template_kwargs"]) == ("2026-01-01", {"mood": "calm"})
-    prompt = tokenizer.apply_chat_template(
-        messages, tools=tools, add_generation_prompt=True, date_string="01 Jan 2026", mood="calm"
-    )["input_ids"]
-    assert cache[0].input_ids[: len(prompt)].tolist() == prompt
-    for other in ({}, {"chat_template_kwargs": {"mood": "wild"}}, {"template_date": "2026-01-02"}):
-        with pytest.raises(cf.CacheError, match="made with other settings"):
-            generate(teacher, data, tmp_path / "cache", **({**options, **other} if other else ANSWERS))
 
 
 def test_a_cache_of_given_text_is_no_finished_run(teacher_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_options_of_chats_belong_to_chats(tmp_path: Path, qwen: PreTrainedTokeni
         ({"tools": "f"}, "row 1, column 'tools': found a string that is not JSON"),
         ({"documents": ["a"]}, "row 1, column 'documents': found list, expected a list of objects"),
         ({"chat_template_kwargs": [1]}, "row 1, column 'chat_template_kwargs': found list, expected an object"),
-        ({"chat_template_kwargs": {"messages": 1}}, "row 1: `chat_template_kwargs`: 'messages' comes from the data"),
+        ({"chat_template_kwargs": {"messages": 1}}, "row 1, column 'chat_template_kwargs': 'messages' comes from"),
     ],
 )
 def test_columns_are_checked(

@@ -355,6 +355,9 @@ def test_each_turn_has_its_own_text_if_the_template_rewrites_earlier_ones(tmp_pa
     last = tokenise_documents(DataConfig(data=data, turns="last"), tokenizer)
     assert (texts(last, tokenizer), learned(last, tokenizer)) == (wholes[::2], [[], [said[1]]])
     assert last.warnings == ()
+    pairs = jsonl(tmp_path, {"prompt": CHAT[:2], "completion": CHAT[2:]}, {"prompt": CHAT[:4], "completion": CHAT[4:]})
+    completed = tokenise_documents(DataConfig(data=pairs), tokenizer)
+    assert learned(completed, tokenizer) == [[said[0]], [said[1]], [said[1]]]
     assert len(tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer).tokens) == 2
 
 

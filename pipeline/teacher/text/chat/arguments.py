@@ -96,7 +96,7 @@ def read_arguments(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         try:
             arguments = check_template_arguments(value)
         except ConfigError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{here}: {str(error).partition(': ')[2]}") from error
         found = {**arguments, **found}  # a column of its own wins
     return found
 
