@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from test_heads import GPT2, V, build, check_head
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
+from architecture_sweep import build_teacher
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.loading import config_fingerprint, load_model
 from pipeline.models.objective import most_positions
 from pipeline.models.placement import check_split
+from pipeline.student.model.initialization import load_student
 from tiny_architectures import POSITIONS, tiny_config
 
 
@@ -109,6 +111,16 @@ def test_heads_are_counted_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> No
     config.per_layer_config = {1: {"num_key_value_heads": 1}}
     with pytest.raises(ConfigError, match="`tensor_parallel`: teacher has 1 key-value heads, found 2 processes"):
         check_split("teacher", config)
+
+
+def test_a_student_that_could_not_be_loaded_again_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Emu3 is loaded with the configuration of all its parts and saved with that of its text part."""
+    build_teacher("emu3", tmp_path, tokenizer)
+    load_model(str(tmp_path))  # as a teacher it will do
+    with pytest.raises(ModelError, match="Emu3ForCausalLM is saved with the configuration of a emu3_text_model"):
+        load_student(str(tmp_path), vocab_size=400, seed=0)
 
 
 # ---- causality
