@@ -18,11 +18,20 @@ import torch
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.decoding import Decoding
 from pipeline.teacher.engines.token_sampling import draw
-from pipeline.teacher.generation.answers import EOS, LENGTH, STOP_STRING, Answer, AnswerSettings, Request, place_of
-from pipeline.teacher.targets.cache_rows import cache_row
+from pipeline.teacher.generation.answers import (
+    EOS,
+    LENGTH,
+    STOP_STRING,
+    Answer,
+    AnswerSettings,
+    Request,
+    complete_answer,
+    decode,
+    find_stop,
+    place_of,
+)
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.selection import ChunkTargets
-from pipeline.teacher.text.packing import TokenRow
 
 if TYPE_CHECKING:
     from pipeline.teacher.engines.transformers_engine import TransformersEngine
@@ -38,7 +47,7 @@ class AnswerWriter:
     """
 
     def __init__(self, engine: TransformersEngine, settings: AnswerSettings) -> None:
-        self.engine, self.tokenizer, self.rule = engine, settings.tokenizer, settings.rule
+        self.engine, self.settings, self.rule = engine, settings, settings.rule
         self.generation = settings.sampling
         self.stop_tokens, self.max_length = settings.stop_tokens, settings.max_length
         # A string of n bytes has at most n tokens; 4 more for tokens that are only part of a character.
@@ -102,37 +111,16 @@ class AnswerWriter:
     def _stop_reason(self, draft: _Draft) -> str | None:
         if draft.token_ids[-1] in self.stop_tokens:
             return EOS
-        if self.generation.stop and self._stop_at(self._decode(draft.token_ids[-self.tail_tokens :])) is not None:
-            return STOP_STRING
+        if self.generation.stop:
+            text = decode(self.settings.tokenizer, draft.token_ids[-self.tail_tokens :])
+            if find_stop(text, self.generation.stop) is not None:
+                return STOP_STRING
         return LENGTH if len(draft.token_ids) >= draft.limit else None
 
-    def _stop_at(self, text: str) -> int | None:
-        """Index of the first stop string in the text, or None."""
-        return min((at for stop in self.generation.stop if (at := text.find(stop)) >= 0), default=None)
-
-    def _decode(self, token_ids: list[int]) -> str:
-        # Special tokens too: the predicate should see all that the teacher generated in an answer.
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     def _answer(self, draft: _Draft) -> Answer:
-        request = draft.request
-        text = self._decode(draft.token_ids[:-1] if draft.stop_reason == EOS else draft.token_ids)
-        if draft.stop_reason == STOP_STRING:
-            text = text[: self._stop_at(text)]
-        token_ids = np.concatenate([request.prompt, draft.token_ids]).astype(np.int32)
-        counted = np.zeros(len(token_ids), bool)
-        # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
-        counted[len(request.prompt) - 1 : -1] = True
-        row = TokenRow(token_ids, counted, np.array([len(token_ids)], np.int32))
         targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
-        return Answer(
-            document=request.document,
-            index=request.index,
-            prompt_tokens=len(request.prompt),
-            stop_reason=str(draft.stop_reason),
-            text=text,
-            logprobs=np.array(draft.logprobs, np.float32),
-            row=cache_row(0, row, counted, targets),
+        return complete_answer(
+            draft.request, draft.token_ids, draft.logprobs, str(draft.stop_reason), targets, self.settings
         )
 
 

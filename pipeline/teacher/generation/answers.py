@@ -7,6 +7,7 @@ Shapes: P tokens of a prompt, n of an answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.teacher.cache_config import GenerationConfig
+from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets
 from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.packing import TokenRow
 
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
 
@@ -90,3 +94,49 @@ class AnswerSettings:
     sampling: GenerationConfig
     stop_tokens: frozenset[int]
     max_length: int
+
+
+def complete_answer(
+    request: Request,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    stop_reason: str,
+    targets: ChunkTargets,
+    settings: AnswerSettings,
+) -> Answer:
+    """The answer and its row, from what the teacher generated.
+
+    Args:
+        token_ids: n, including the one that ended it.
+        logprobs: of these, by the teacher's own distribution.
+        targets: on the host, of the n positions that predict them.
+
+    Raises: ModelError if the teacher's logits were not all finite.
+    """
+    text = decode(settings.tokenizer, token_ids[:-1] if stop_reason == EOS else token_ids)
+    if stop_reason == STOP_STRING:
+        text = text[: find_stop(text, settings.sampling.stop)]
+    all_ids = np.concatenate([request.prompt, token_ids]).astype(np.int32)
+    loss_mask = np.zeros(len(all_ids), bool)
+    # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
+    loss_mask[len(request.prompt) - 1 : -1] = True
+    row = TokenRow(all_ids, loss_mask, np.array([len(all_ids)], np.int32))
+    return Answer(
+        document=request.document,
+        index=request.index,
+        prompt_tokens=len(request.prompt),
+        stop_reason=stop_reason,
+        text=text,
+        logprobs=np.array(logprobs, np.float32),
+        row=cache_row(0, row, loss_mask, targets),
+    )
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Index of the first stop string in the text, or None."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """With special tokens: a predicate should see all that the teacher generated in an answer."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
