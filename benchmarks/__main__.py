@@ -1,8 +1,8 @@
-"""`python -m benchmarks`: run the benchmarks, print their tables and one line of JSON each, record them.
+"""`python -m benchmarks`: run the benchmarks, print their tables and one line of JSON each, and record them.
 
 python -m benchmarks                        all of them, twenty minutes on two cores
 python -m benchmarks fused_loss             one
-python -m benchmarks --quick                everything small, to see that it runs; recorded only if asked for
+python -m benchmarks --quick                everything small, as a smoke test; recorded only with --results
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = (
     "scaling",
     "decode",
     "sizes",
-    "rebuilt",
+    "hidden_targets",
     "codebook",
     "temperature",
     "variance",
@@ -33,18 +33,20 @@ RESULTS = Path(__file__).parent / "results"
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
-@click.option("--quick", is_flag=True, help="Tiny sizes; the numbers mean nothing, and are not recorded by default.")
-@click.option("--repetitions", default=5, show_default=True, help="Rounds of what is timed.")
+@click.option("--quick", is_flag=True, help="Use tiny sizes. The numbers mean nothing and are not recorded by default.")
+@click.option("--repetitions", default=5, show_default=True, help="Rounds of every timing.")
 @click.option(
     "--teacher",
     default=measure.Settings.teacher,
     type=click.Path(path_type=Path),
     show_default=True,
-    help="A transformers directory; `make demo` makes the default one.",
+    help="Teacher, a transformers directory; `make demo` creates the default one.",
 )
-@click.option("--results", type=click.Path(path_type=Path), help="Where to record [default: benchmarks/results]")
+@click.option(
+    "--results", type=click.Path(path_type=Path), help="Directory for the results [default: benchmarks/results]"
+)
 def main(names: tuple[str, ...], quick: bool, repetitions: int, teacher: Path, results: Path | None) -> None:
-    """Measure what the project costs. Example: python -m benchmarks fused_loss --repetitions 7"""
+    """Run the benchmarks. Example: python -m benchmarks fused_loss --repetitions 7"""
     logging.disable_progress_bar()
     settings = measure.Settings(quick=quick, repetitions=repetitions, teacher=teacher)
     directory = results or (None if quick else RESULTS)

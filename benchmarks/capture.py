@@ -1,14 +1,14 @@
-"""Stage one end to end beside the teacher's bare forward pass over the same rows.
+"""Stage one end to end, compared with the teacher's bare forward pass over the same rows.
 
-    bare       model(input_ids, position_ids, use_cache=False).logits, whole, for every batch; nothing kept
-    capture    `cache_teacher`: forward, head and top-64 by chunks; check, encode, compress; shard, sidecar, manifest
+    bare       model(input_ids, position_ids, use_cache=False) with the full logits of every batch, which are discarded
+    capture    `cache_teacher`: forward, head and top-64 in chunks; check, encode, compress; shard, sidecar, manifest
 
-Same rows (of text that is already tokenised), same batches, same order. Every round does one group of rows, one record
-batch, both ways. Bare first does one batch that is not timed, since a virtual machine may take seconds to hand out the
-gigabyte that the first logits need. Capture pays for a whole cache each time, which a long run pays once per shard.
-Packed rows hold several documents; unpacked ones are of different lengths, so both ways compute some padding.
+Same rows (of text that is already tokenised), same batches, same order. Each round runs one record batch of new rows
+both ways. The bare pass starts with one untimed batch, because a virtual machine may take seconds to provide the
+gigabyte of the first logits. Each capture finishes a complete cache, a cost that a long run pays once per shard. Packed
+rows hold several documents; unpacked rows differ in length, so both ways compute some padding.
 
-Bound: the forward pass itself. Capture can come out below 1: it never fills the [B, T, V] logits.
+Bound: the forward pass itself. Capture can be below 1 because it never fills the [B, T, V] logits.
 
     python -m benchmarks capture
 """
@@ -41,7 +41,7 @@ TOP_K, BATCH_ROWS = 64, 8
 
 @dataclass(frozen=True)
 class Sizes:
-    rows: int  # of a round
+    rows: int  # per round
     row_tokens: int
 
 
@@ -60,12 +60,12 @@ def run(settings: Settings) -> Result:
                 + [last.tokens / min(times["bare"]), last.tokens / min(times["capture"]), last.bytes / last.tokens]
             )
             summary[f"time_ratio_{'packed' if packing else 'unpacked'}"] = round(ratio(times, "capture", "bare"), 3)
-    columns = ["rows", "rows a round", "tokens", "capture/bare", "range", "bare tokens/s", "capture tokens/s"]
+    columns = ["rows", "rows per round", "tokens", "capture/bare", "range", "bare tokens/s", "capture tokens/s"]
     columns += ["bytes/token"]
     return Result(
         name="capture",
-        question="cache-teacher end to end (forward, top-64, encode, write) against the bare forward with full logits.",
-        bound="1: the forward pass over the same rows; below 1 only because the [B, T, V] logits are never filled.",
+        question="cache-teacher end to end (forward, top-64, encode, write) ÷ the forward pass with full logits.",
+        bound="1, the forward pass over the same rows; below 1 only because the [B, T, V] logits are never filled.",
         settings={
             "teacher": describe(model),
             "row_tokens": sizes.row_tokens,
@@ -73,7 +73,7 @@ def run(settings: Settings) -> Result:
             "top_k": TOP_K,
             "rounds": settings.rounds,
         },
-        tables=[Table("Capture against bare forward", columns, rows)],
+        tables=[Table("Capture compared with the bare forward pass", columns, rows)],
         summary=summary,
     )
 
@@ -86,7 +86,7 @@ def _rounds(
     tokenizer: PreTrainedTokenizerBase,
     scratch: Path,
 ) -> tuple[dict[str, list[float]], CaptureSummary]:
-    """Seconds of each way in each round. Every round has other documents."""
+    """Seconds of both ways in each round. Every round uses new documents."""
     scratch.mkdir()
     documents = prose(500 if packing else 1200)  # some 125 or 300 tokens
     times: dict[str, list[float]] = {"bare": [], "capture": []}
@@ -113,7 +113,7 @@ def _rounds(
 def _write_group(
     file: Path, documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, sizes: Sizes, packing: bool
 ) -> None:
-    """As many of the next documents as fill the rows of a round, nearly."""
+    """Writes as many of the next documents as nearly fill the rows of a round."""
     room = sizes.rows * sizes.row_tokens * 0.95 if packing else sizes.rows
     with file.open("w", encoding="utf-8") as stream:
         while True:
@@ -132,12 +132,12 @@ def _bare_seconds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, da
     for timed in (False, True):
         start = time.perf_counter()
         for input_ids, position_ids in batches if timed else batches[:1]:
-            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)  # with its logits
+            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)  # computes the full logits
     return time.perf_counter() - start
 
 
 def _capture_seconds(config: CacheTeacherConfig) -> tuple[float, CaptureSummary]:
-    """From the moment when text and teacher are loaded to the finished cache."""
+    """Time from loaded text and teacher to the finished cache."""
     started = [0.0]
 
     def on_stage(_: str) -> None:  # the last stage is the run itself

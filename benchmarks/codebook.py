@@ -1,21 +1,21 @@
-"""Bytes and error of the ways to write top-K targets: codebook, order of entries, compression, record batch.
+"""Bytes and error of encodings of top-K targets: codebook, order of entries, compression, size of record batches.
 
-Real targets (a teacher on prose and code), written column by column as the format does: ids, codes of the
-log-probabilities, codes of residual and entropy, each zstd-compressed per record batch; `input_ids`, the same for all,
-are left out. Codebooks compared, all of at most 256 values (one byte):
+Real targets (a teacher on prose and code) are written column by column as the format does: ids, codes of the
+log-probabilities, codes of tail mass and entropy, each zstd-compressed per record batch. `input_ids` are the same for
+all and not included. The codebooks compared, all of at most 256 values (one byte):
 
-    √p, n           uniform in √p with n steps and nothing below: the smallest probability is 1/n²
-    √p, n + tail    the same down to 2/n, and from there geometric steps of 2/3 in √p down to p = 1e-12
-    log p, n        n values uniform in log p from 1 down to p = 1e-12
-    float16         log-probabilities as half precision floats, two bytes: what others store
+    √p, n             n steps uniform in √p; the smallest probability is 1/n²
+    √p, n + m below   the same down to 2/n, then m geometric steps of 2/3 in √p down to p = 1e-12
+    log p, n          n values uniform in log p from 1 down to p = 1e-12
+    float16           log-probabilities as half-precision floats, two bytes: what other tools store
 
-Error: KL(exact ‖ decoded) of the K entries and the residual as one class, renormalised as the losses do; and the
+Error: KL(exact ‖ decoded) over the K entries and the tail mass as one class, renormalised as the losses do; and the
 largest changes of single values.
 
-Rule for the default: the fewest bytes at top-64 among the codebooks with a mean KL below 0.001 nats that move no
+Rule for the default: the fewest bytes at top-64 among the codebooks with a mean KL below 0.001 nats that change no
 probability above 1e-6 by more than 0.5 nats.
 
-Bound: the empirical entropy of the codes, one by one; the ids cost log2 C(V, K)/8 bytes if nothing is known of them.
+Bound: the order-zero entropy of the codes; for the ids, log2 C(V, K) / 8 bytes if all sets of ids are equally likely.
 
     python -m benchmarks codebook
 """
@@ -59,7 +59,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Books:
-    """A way to write numbers: codebooks for entries, residual and entropy, or half precision for all of them."""
+    """An encoding: codebooks for entries, tail mass and entropy, or half precision for all of them."""
 
     entries: Codebook | None
     residual: Codebook | None
@@ -108,12 +108,13 @@ def run(settings: Settings) -> Result:
         for level, batch in itertools.product(LEVELS, BATCHES)
     ]
     entropy_error = np.abs(_decoded(exact.entropy, books[default].entropy) - exact.entropy)
-    headings = ["codebook", "values", *(h for k in ks for h in (f"B/token top-{k}", f"KL top-{k}"))]
-    headings += [f"codes top-{most}", "their entropy", "max |Δ√p|", "|Δlog p|, p>1e-4", "p>1e-6"]
+    headings = ["codebook", "values", *(h for k in ks for h in (f"bytes/token, top-{k}", f"KL, top-{k}"))]
+    headings += [f"codes, bytes/token, top-{most}", "order-zero entropy of the codes, bytes/token", "max |Δ√p|"]
+    headings += ["max |Δlog p|, p > 1e-4", "max |Δlog p|, p > 1e-6"]
     return Result(
         name="codebook",
-        question="Bytes per token and quantisation error (KL in nats) of the ways to write top-K targets.",
-        bound="for the codes their empirical entropy; for the ids, if every set of them were equally likely, "
+        question="Bytes per token and quantisation error (KL in nats) of encodings of top-K targets.",
+        bound="order-zero entropy for the codes; for the ids, if all sets of ids were equally likely, "
         f"{_log2_choose(exact.vocab_size, most) / 8:.0f} bytes at top-{most}.",
         settings={
             "teacher": exact.teacher,
@@ -130,9 +131,9 @@ def run(settings: Settings) -> Result:
                 ["", "rows per record batch", *(f"top-{k}" for k in ks)],
                 compression,
             ),
-            Table(f"Where the bytes are at top-{most} ({default})", ["column", "bytes/token"], list(columns.items())),
+            Table(f"Bytes per column, top-{most} ({default})", ["column", "bytes/token"], list(columns.items())),
             Table(
-                "Entropy, the default's 64 values uniform in its square root",
+                "Error of the stored entropy (64 values, uniform in its square root)",
                 ["", "nats"],
                 [["mean |Δ|", float(entropy_error.mean())], ["max |Δ|", float(entropy_error.max())]],
             ),
@@ -143,21 +144,21 @@ def run(settings: Settings) -> Result:
             **{f"bytes_per_token_top_{k}": round(total[default][k], 2) for k in ks},
             f"quantisation_kl_top_{most}_nats": float(f"{errors[default][most].kl:.3g}"),
         },
-        conclusion=f"Fewest bytes with a KL below {MOST_KL} nats and no p > 1e-6 off by more than {MOST_CHANGE} nats: "
-        f"{best}. The format's default: {default}.",
+        conclusion=f"Fewest bytes with a KL below {MOST_KL} nats and no p > 1e-6 changed by more than {MOST_CHANGE} "
+        f"nats: {best}. Default of the format: {default}.",
     )
 
 
 def candidates(vocab_size: int) -> dict[str, Books]:
     def books(entries: Codebook) -> Books:
-        # The residual through the same table, its least value giving way to exactly nothing.
+        # The tail mass uses the same table, with its smallest value replaced by exactly zero.
         residual = np.concatenate([[-np.inf], entries.values[-255:]]).astype(np.float32)
         entropy = cf.default_codebooks(vocab_size)["entropy"]
         return Books(entries, Codebook("residual", "sqrt_probability", residual), entropy)
 
     found = {f"√p, {n}": books(cf.sqrt_probability_codebook(n, smallest=None)) for n in (31, 63, 127, 255)}
     for steps in (31, 63, 72, 88, 104, 127, 160, 190, 234):
-        # Two levels of the uniform part are the first of the geometric one, whose ratio is 2/3.
+        # The last two levels of the uniform part start the geometric part, whose ratio is 2/3.
         below = math.ceil(math.log(2 / steps / math.sqrt(SMALLEST)) / math.log(3 / 2))
         book = cf.sqrt_probability_codebook(steps - 1 + below, smallest=SMALLEST)
         found[f"√p, {steps} + {below} below"] = books(book)
@@ -169,7 +170,7 @@ def candidates(vocab_size: int) -> dict[str, Books]:
 
 
 def top(exact: TextTargets, k: int) -> Targets:
-    """The K likeliest of the entries, by ascending id, the others' mass added to the residual."""
+    """The K most likely entries, by ascending id; the mass of the others is added to the tail mass."""
     rank = np.argsort(-exact.logprobs, axis=1, kind="stable")
     kept = np.sort(rank[:, :k], axis=1)
     dropped = np.take_along_axis(exact.logprobs, rank[:, k:], axis=1)
@@ -191,7 +192,7 @@ def by_probability(targets: Targets) -> Targets:
 def bytes_per_token(
     targets: Targets, books: Books, *, vocab_size: int, row_tokens: int, level: int = LEVEL, batch_rows: int = BATCH
 ) -> Bytes:
-    """What Arrow's zstd makes of each column, one buffer per record batch."""
+    """Compressed bytes per token of each column, one zstd buffer per record batch."""
     codec = pa.Codec("zstd", compression_level=level)
     id_type = np.uint16 if vocab_size <= 2**16 else np.uint32
     columns = {
@@ -214,7 +215,7 @@ def quantisation_errors(targets: Targets, books: Books) -> Errors:
     decoded = np.concatenate(coded, axis=1).astype(np.float64)
     log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (exact, decoded))
     present = log_p > -np.inf
-    # A residual that decodes to nothing would make the KL infinite; losses skip it, so it counts as e-60 here.
+    # A tail mass that decodes to zero would make the KL infinite; losses skip it, so it counts as e-60 here.
     terms = np.exp(log_p) * (np.where(present, log_p, 0) - np.maximum(log_q, -60.0))
     before, after = exact[:, :-1], decoded[:, :-1]
     change = np.abs(after - before)
@@ -226,7 +227,7 @@ def quantisation_errors(targets: Targets, books: Books) -> Errors:
 
 
 def code_entropy(targets: Targets, books: Books) -> float:
-    """Bytes per token that the entries' codes would cost if each were coded by itself."""
+    """Order-zero entropy of the entries' codes, in bytes per token."""
     _, counts = np.unique(_coded(targets.logprobs, books.entries), return_counts=True)
     share = counts / counts.sum()
     return float(-(share * np.log2(share)).sum() / 8 * targets.ids.shape[1])

@@ -1,15 +1,15 @@
 """Reading a cache at top-64, and writing one: tokens per second of one core.
 
-    iterate     open_cache, every row in order: checksum, Arrow, zstd, the rules of the format, table look-up
-    batches     the same rows as stage two takes them: LocalShuffle, 8 rows at a time, padded into tensors
-    encode      CacheWriter over rows in memory: rules, look-up, zstd, shard, sidecar, manifest
+    iterate     open_cache, every row in order: checksum, Arrow, zstd, checks of the format, codebook look-up
+    batches     the same rows as stage two reads them: LocalShuffle, 8 rows at a time, padded into tensors
+    encode      CacheWriter over rows in memory: checks, look-up, zstd, shard, sidecar, manifest
 
-The rows are real: a teacher's targets of prose and code, each record batch a copy of the same 32 rows (compression
-works inside a record batch, so copies cost and weigh what other text would). One thread; seconds are those of the
-processor (`time.process_time`), so that a shared machine does not count.
+The rows are a teacher's targets on prose and code. Every record batch holds the same 32 rows: compression works within
+a record batch, so copies take the same time and space as other text. One thread; time is processor time
+(`time.process_time`), so other work on a shared machine does not count.
 
-Bounds: for reading, SHA-256 over the same bytes, decompressing the same buffers, and writing the decoded arrays to
-memory once; for encoding, the compression of the same buffers.
+Bounds: for reading, SHA-256 of the same bytes, decompressing the same buffers, and copying the decoded arrays once; for
+encoding, compressing the same buffers.
 
     python -m benchmarks decode
 """
@@ -52,7 +52,7 @@ def run(settings: Settings) -> Result:
 
 
 def cache_rows(exact: TextTargets, copies: int, **changes: object) -> list[cf.CacheRow]:
-    """The teacher's rows as stage one would hand them to the writer, several times over."""
+    """The teacher's rows as stage one passes them to the writer, repeated `copies` times."""
     count, length = exact.input_ids.shape
     k = exact.ids.shape[1]
     mask = np.ones(length, np.bool_)
@@ -140,7 +140,7 @@ def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow]
             lambda: write_cache(scratch / f"{level}-{next(paths)}", sample, exact.vocab_size, level),  # noqa: B023
             settings.rounds,
         )
-        # One record batch's buffers stand for all of them.
+        # All record batches are alike, so compression per token is the same for any number of them.
         per_token = _seconds(lambda: [codec.compress(b) for b in buffers], settings.rounds) / tokens  # noqa: B023
         size = sum(f.stat().st_size for f in (scratch / f"{level}-0" / "shards").glob("*.arrow")) / written
         encoded.append([f"zstd {level}", written / write, write / (per_token * written), size])
@@ -170,7 +170,7 @@ def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow]
 
 
 def _seconds(work: Callable[[], object], rounds: int) -> float:
-    """Median processor seconds, after one run to warm up."""
+    """Median processor seconds, after one warm-up run."""
     seconds = []
     work()
     for _ in range(rounds):
@@ -181,7 +181,7 @@ def _seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def _buffers(cache: cf.Cache, rows: Sequence[cf.CacheRow]) -> list[np.ndarray]:
-    """What the compressor sees of all rows: the large columns, as the format lays them out, per record batch."""
+    """Uncompressed buffers of the large columns in the layout of the format, per record batch."""
     metadata = cache.metadata
     found = []
     for start, stop in cache.record_batches():

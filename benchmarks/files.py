@@ -1,4 +1,4 @@
-"""Files of a work directory, which several processes may share, and any of them may be killed."""
+"""Atomic writes in a work directory that several processes share, any of which may be killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_text(file: Path, text: str) -> None:
-    """By renaming: what another process opens, or what a killed one leaves, is whole."""
+    """Writes to a temporary name and renames it, so that no other process ever sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -1,15 +1,15 @@
-"""The fused head and loss beside the plain one: transformers' cross-entropy on logits that are built whole.
+"""The fused head and loss, compared with transformers' cross-entropy on the full logits.
 
     plain      F.linear(hidden, weight), then transformers' ForCausalLMLoss, then backward: cross-entropy only
-    fused      pipeline.losses.fused_head_loss, 64 entries a position, then backward: KL and cross-entropy, or KL alone
+    fused      pipeline.losses.fused_head_loss, 64 entries per position, then backward: KL and cross-entropy, or KL
 
-Both from the same hidden states [N, D] to the gradients of hidden states and weight. Time: interleaved rounds. Memory:
-a process of its own for each, the highest resident size during one step, less what was there before and less the two
-gradients, which both must return; so it is what the method itself needs. (Plain cross-entropy's highest moment comes
-before its weight gradient exists: subtracting that too is in its favour.)
+Both start from the same hidden states [N, D] and end with the gradients of hidden states and weight. Time: interleaved
+rounds. Memory: one process per variant; the peak resident size during one step, minus the size before it and minus the
+two gradients that both variants return. (Plain cross-entropy peaks before its weight gradient exists, so subtracting it
+favours the plain variant.)
 
-Bound: three matrix products, 6·N·D·V floating-point operations, at the rate that this machine reaches for these very
-products, 1,024 positions at a time into memory that is there already, with nothing else to do.
+Bound: three matrix products, 6·N·D·V floating-point operations, at the rate that this machine reaches for these
+products alone, 1,024 positions at a time into allocated memory.
 
     python -m benchmarks fused_loss
 """
@@ -34,7 +34,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
 from pipeline.losses import SparseTargetBatch, fused_head_loss
-from pipeline.losses.fused import CHUNK_POSITIONS
 
 HIDDEN, ENTRIES, KD_WEIGHT = 576, 64, 0.9  # D and K of SmolLM2-135M and of the demo
 SIZES = ((49_152, 2048), (49_152, 4096), (128_256, 2048))  # vocabulary, positions
@@ -74,17 +73,22 @@ def run(settings: Settings) -> Result:
     chunk_columns = ["V", "N", "chunk", "time/plain", "memory/plain", "extra MB"]
     return Result(
         name="fused_loss",
-        question="Fused head and distillation loss against transformers' cross-entropy; forward and backward, float32.",
-        bound="the three matrix products of head and gradients alone, 6·N·D·V operations, at the rate measured.",
-        settings={"hidden width D": HIDDEN, "entries K": ENTRIES, "chunk": CHUNK_POSITIONS, "rounds": settings.rounds},
-        tables=[Table("Fused against plain", columns, rows), Table("Chunk size", chunk_columns, chunk_rows)],
+        question="Fused head and distillation loss ÷ transformers' cross-entropy; forward and backward, float32.",
+        bound="the three matrix products of head and gradients alone, 6·N·D·V operations, at their measured rate.",
+        settings={
+            "hidden width D": HIDDEN,
+            "entries K": ENTRIES,
+            "chunk": SparseTargetBatch.CHUNK_POSITIONS,
+            "rounds": settings.rounds,
+        },
+        tables=[Table("Fused compared with plain", columns, rows), Table("Chunk size", chunk_columns, chunk_rows)],
         summary=summary,
     )
 
 
 @functools.cache
-def extra_bytes(step: str, vocab: int, positions: int, chunk: int = CHUNK_POSITIONS) -> int:
-    """Peak memory of one step beyond inputs and gradients, measured in a process of its own."""
+def extra_bytes(step: str, vocab: int, positions: int, chunk: int = SparseTargetBatch.CHUNK_POSITIONS) -> int:
+    """Peak memory of one step beyond inputs and gradients, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.fused_loss", step, str(vocab), str(positions), str(chunk)]
     root = Path(__file__).parents[1]
     return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
@@ -103,25 +107,31 @@ def _chunked(vocab: int, positions: int, chunks: Sequence[int]) -> dict[str, Ste
 
 
 def _inputs(vocab: int, positions: int) -> tuple[Tensor, Tensor, SparseTargetBatch]:
-    """Random numbers of about the size that a language model has; the cost does not depend on them."""
+    """Random inputs on the scale of a language model's; the cost does not depend on the values."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(positions, HIDDEN, generator=generator)
     weight = torch.randn(vocab, HIDDEN, generator=generator) * (2 / HIDDEN**0.5)
-    kept = 0.88
-    logprobs = torch.log_softmax(2 * torch.randn(positions, ENTRIES, generator=generator), dim=1) + math.log(kept)
+    exact_mass = 0.88
+    logprobs = torch.log_softmax(2 * torch.randn(positions, ENTRIES, generator=generator), dim=1) + math.log(exact_mass)
     step = vocab // ENTRIES
     ids = torch.randint(step, (positions, ENTRIES), generator=generator) + torch.arange(ENTRIES) * step
     targets = SparseTargetBatch(
         ids=ids,
         logprobs=logprobs,
-        residual_logprob=torch.full((positions,), 1 - kept).log(),
+        residual_logprob=torch.full((positions,), 1 - exact_mass).log(),
         labels=torch.randint(vocab, (positions,), generator=generator),
     )
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def _step(name: str, hidden: Tensor, weight: Tensor, targets: SparseTargetBatch, chunk: int = CHUNK_POSITIONS) -> Step:
-    """Forward and backward of one optimizer step's first micro-batch; the gradients are left on the tensors."""
+def _step(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: SparseTargetBatch,
+    chunk: int = SparseTargetBatch.CHUNK_POSITIONS,
+) -> Step:
+    """Forward and backward of the first micro-batch of an optimizer step; leaves the gradients on the tensors."""
 
     def plain() -> Tensor:
         logits = F.linear(hidden, weight)
@@ -154,7 +164,7 @@ def _products(hidden: Tensor, weight: Tensor) -> Step:
 
 
 class _PeakMemory:
-    """Highest resident bytes while the block runs, less those at its start."""
+    """Peak resident bytes while the block runs, minus those at its start."""
 
     def __enter__(self) -> _PeakMemory:
         gc.collect()
@@ -166,7 +176,7 @@ class _PeakMemory:
         return self
 
     def _sample(self) -> None:
-        # Filling a tensor large enough to matter takes longer than a millisecond.
+        # Filling any tensor that matters takes longer than a millisecond.
         while not self._done.wait(0.001):
             self._peak = max(self._peak, self._process.memory_info().rss)
 
@@ -184,7 +194,7 @@ class _PeakMemory:
 def measure_memory(step: str, vocab: int, positions: int, chunk: int) -> None:
     """Print the bytes that one step needs beyond its inputs and gradients (what `extra_bytes` runs)."""
     small = _inputs(512, 64)
-    _step(step, *small)()  # libraries allocate their own things once
+    _step(step, *small)()  # lets libraries allocate their own buffers
     hidden, weight, targets = _inputs(vocab, positions)
     with _PeakMemory() as memory:
         _step(step, hidden, weight, targets, chunk)()

@@ -1,14 +1,14 @@
-"""Whatever the bytes of a cache say: rows, or a CacheError. No other exception, no crash, no hang, no memory used up.
+"""Any bytes of a cache give rows or a CacheError: no other exception, no crash, no hang, no exhausted memory.
 
 python -m benchmarks.fuzz                        all targets, a minute each
-python -m benchmarks.fuzz shard --seconds 900    one, for longer
-python -m benchmarks.fuzz flips --count 12000    single bits of intact caches instead
+python -m benchmarks.fuzz shard --seconds 900    one target, for longer
+python -m benchmarks.fuzz flips --count 12000    single-bit flips in intact caches instead
 
 Coverage-guided (atheris, libFuzzer): inputs that reach new code are kept in `benchmarks/work/fuzz/TARGET`, the smallest
-of them in `tests/cache_format/fuzz/TARGET.zip` (`--keep`), which the test suite replays. What is fuzzed are parts of
-small caches, checksums made true again (`fuzzed`).
+of them in `tests/cache_format/fuzz/TARGET.zip` (`--keep`), which the test suite replays. The fuzzer changes a part of a
+small cache, whose checksums are then made valid again (`fuzzed`).
 
-`flips` changes one bit of a file and no checksum: each must be found, by the name of the very file that it is in.
+`flips` changes one bit of a file and no checksum: every flip must be an error that names the file with the flip.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ import numpy as np
 import cache_format as cf
 from benchmarks.fuzzed import TARGETS, part_of, read, sound_cache
 
-if TYPE_CHECKING:  # torch is not needed to read a cache, and the memory of what fuzzes is limited
+if TYPE_CHECKING:  # reading a cache does not need torch, and the memory of the fuzzing process is limited
     from benchmarks.measure import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, SEEDS = ROOT / "benchmarks/work/fuzz", ROOT / "tests/cache_format/fuzz"
 LIMIT_MB, TIMEOUT_S, MOST_BYTES = 2048, 10, 2**15
-SEED_BYTES = 20_000  # of a target, for the test suite
+SEED_BYTES = 20_000  # per target, for the test suite
 
-FOUND = "found, with the file's name"
+FOUND = "found, file named"
 
 
 def _fuzz(target: str, arguments: list[str]) -> None:
-    """In this process, until libFuzzer ends it."""
+    """Fuzzes in this process until libFuzzer ends it."""
     import atheris
 
     with atheris.instrument_imports(include=["cache_format"]):
@@ -62,7 +62,7 @@ def _fuzz(target: str, arguments: list[str]) -> None:
 
 
 def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
-    """Fuzzes in a process of its own: a crash of the interpreter is a finding, not the end."""
+    """Fuzzes in a new process, so that a crash of the interpreter is recorded as a finding."""
     corpus, found = WORK / target, WORK / f"{target}-findings"
     for folder in (corpus, found):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +75,6 @@ def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
         f"-seed={seed}",
         f"-rss_limit_mb={LIMIT_MB}",
         f"-timeout={TIMEOUT_S}",
-    ]
-    given += [
-        f"-rss_limit_mb={LIMIT_MB}",
         f"-max_len={MOST_BYTES}",
         f"-artifact_prefix={found}/",
         "-print_final_stats=1",
@@ -98,7 +95,7 @@ def run_target(target: str, seconds: int, seed: int) -> dict[str, Any]:
 
 
 def keep_seeds(target: str) -> int:
-    """The smallest of the inputs that reached new code, some kilobytes of them, for the test suite."""
+    """Stores the smallest inputs that reached new code for the test suite, `SEED_BYTES` in all; their number."""
     SEEDS.mkdir(parents=True, exist_ok=True)
     kept, total = 0, 0
     with zipfile.ZipFile(SEEDS / f"{target}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -106,14 +103,14 @@ def keep_seeds(target: str) -> int:
             total += file.stat().st_size
             if total > SEED_BYTES:
                 break
-            # No time of writing: the same inputs are the same archive.
+            # Without time stamps, the same inputs give the same archive.
             archive.writestr(zipfile.ZipInfo(file.name[:12]), file.read_bytes())
             kept += 1
     return kept
 
 
 def seeds(target: str) -> list[bytes]:
-    """The inputs that `keep_seeds` kept."""
+    """The inputs stored by `keep_seeds`."""
     with zipfile.ZipFile(SEEDS / f"{target}.zip") as archive:
         return [archive.read(name) for name in archive.namelist()]
 
@@ -124,13 +121,13 @@ def _process(target: str, arguments: list[str]) -> subprocess.CompletedProcess[s
 
 
 def flips(count: int, seed: int = 0) -> Counter[str]:
-    """Single bits flipped all over intact caches: what became of them."""
+    """Flips single bits at random places of intact caches; counts the outcomes."""
     rng, outcomes = np.random.default_rng(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         kinds = ("columns", "packed", "hidden")
         for kind in kinds:
             path, files = Path(folder) / kind, sound_cache(kind)
-            names = [name for name in files if name != "README.md"]  # which is for people, and under no checksum
+            names = [name for name in files if name != "README.md"]  # not covered by checksums
             share = np.array([len(files[name]) for name in names], float)
             share /= share.sum()
             read(files, path)
@@ -150,16 +147,16 @@ def _outcome(path: Path, name: str, expected: Any) -> str:
     try:
         found = values(path)
     except cf.CacheError as error:
-        named = re.match(rf"{re.escape(str(path / name))}(: |, )", str(error))  # not in the advice alone
-        return FOUND if named else f"found, WITHOUT ITS NAME: {error}"
+        named = re.match(rf"{re.escape(str(path / name))}(: |, )", str(error))  # not only in the advice
+        return FOUND if named else f"found, FILE NOT NAMED: {error}"
     except Exception as error:
         return f"ANOTHER EXCEPTION: {type(error).__name__}"
     same = all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    return "UNNOTICED, and without effect on any value" if same else "SILENT CHANGE"
+    return "UNNOTICED, no value changed" if same else "SILENT CHANGE"
 
 
 def values(path: Path) -> list[Any]:
-    """All that a cache says: its metadata, tokenizer and rows."""
+    """All contents of a cache: metadata, tokenizer, answers, head and rows."""
     cache = cf.open_cache(path)
     said: list[Any] = [json.dumps(cache.metadata.to_json(), sort_keys=True), *cache.tokenizer_files().values()]
     said += [json.dumps(answer) for answer in cache.answers()]
@@ -176,16 +173,16 @@ def values(path: Path) -> list[Any]:
 
 @click.command()
 @click.argument("targets", nargs=-1, type=click.Choice([*TARGETS, "flips"]))
-@click.option("--seconds", default=60, show_default=True, help="Of each target.")
-@click.option("--count", default=12_000, show_default=True, help="Bits to flip.")
+@click.option("--seconds", default=60, show_default=True, help="Duration for each target.")
+@click.option("--count", default=12_000, show_default=True, help="Number of bits to flip.")
 @click.option("--seed", default=1, show_default=True)
-@click.option("--jobs", default=1, show_default=True, help="Targets at a time, each in a process of its own.")
-@click.option("--gen-keep", is_flag=True, help="Then renew the inputs that the test suite replays.")
-@click.option("--results", type=click.Path(path_type=Path), help="Where to record; else only printed.")
+@click.option("--jobs", default=1, show_default=True, help="Number of targets fuzzed at a time.")
+@click.option("--keep", is_flag=True, help="Replace the inputs that the test suite replays.")
+@click.option("--results", type=click.Path(path_type=Path), help="Directory for the results [default: only print them]")
 def main(
     targets: tuple[str, ...], seconds: int, count: int, seed: int, jobs: int, keep: bool, results: Path | None
 ) -> None:
-    """Look for bytes that a cache must not contain and that are not refused."""
+    """Look for invalid bytes in a cache that reading does not refuse."""
     found: list[dict[str, Any]] = []
     named = targets or (*TARGETS, "flips")
     with ThreadPoolExecutor(jobs) as pool:
@@ -206,7 +203,7 @@ def main(
 
 
 def summary(found: list[dict[str, Any]], flipped: Counter[str], seed: int) -> Result:
-    """Both tables; `findings` counts what must not be."""
+    """The result with both tables; `findings` must be 0."""
     from benchmarks.measure import Result, Table
 
     names = ["target", "seconds", "runs", "kept", "findings"]
@@ -214,14 +211,14 @@ def summary(found: list[dict[str, Any]], flipped: Counter[str], seed: int) -> Re
     tables = []
     if found:
         rows = [[each["target"], each["seconds"], each["runs"] or 0, each["kept"], each["findings"]] for each in found]
-        tables.append(Table("Coverage-guided, checksums made true again", names, rows))
+        tables.append(Table("Coverage-guided, with valid checksums", names, rows))
     if flipped:
         outcomes = [list(outcome) for outcome in sorted(flipped.items())]
-        tables.append(Table("Single bits flipped", ["what became of it", "bits"], outcomes))
+        tables.append(Table("Single-bit flips", ["outcome", "bits"], outcomes))
     return Result(
         name="fuzz",
-        question="Is there a byte that reading a cache does not survive, or a flipped bit that changes a value unseen?",
-        bound="No findings.",
+        question="Do any bytes crash a reader of a cache, or does a flipped bit change a value unnoticed?",
+        bound="0 findings.",
         settings={"seed": seed, "limit_mb": LIMIT_MB, "limit_seconds": TIMEOUT_S},
         tables=tables,
         summary={

@@ -1,6 +1,6 @@
-"""Caches for `benchmarks.fuzz`: small sound ones, and what becomes of them when other bytes stand in a part.
+"""Caches for `benchmarks.fuzz`: small valid ones, and the same with one part replaced by other bytes.
 
-The part gets true checksums again before it is read: a liar with a hash function, who comes past the first defence.
+The checksums of a replaced part are made valid again, as an attacker would do, so that reading gets past them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ Files = dict[str, bytes]
 
 
 def sound_cache(kind: str) -> Files:
-    """A small cache by file name: of `columns` or `packed` targets, exact entries and two samples of the tail; of
-    `hidden` ones, with a head, and answers that the teacher wrote."""
+    """Files of a small cache by name.
+
+    Args:
+        kind: `columns` or `packed`, with exact entries and two samples of the tail; `hidden`, with head and answers.
+    """
     rng = np.random.default_rng(0)
     common: dict[str, Any] = {
         "teacher": {"name": "fuzz"},
@@ -69,8 +72,8 @@ def _hidden_targets(contents: bytes) -> dict[str, Any]:
 
 
 def _answer(row: int) -> dict[str, Any]:
-    of = {"row": row, "document": row // 2, "answer": row % 2, "prompt_tokens": 3}
-    return {**of, "stop_reason": "eos", "mean_logprob": -0.5, "text": "four", "token_logprobs": [-0.25, -0.75]}
+    place = {"row": row, "document": row // 2, "answer": row % 2, "prompt_tokens": 3}
+    return {**place, "stop_reason": "eos", "mean_logprob": -0.5, "text": "four", "token_logprobs": [-0.25, -0.75]}
 
 
 def _hidden_row(index: int, rng: np.random.Generator) -> cf.CacheRow:
@@ -116,7 +119,7 @@ def _row(index: int, rng: np.random.Generator) -> cf.CacheRow:
 
 
 def resealed(files: Files) -> Files:
-    """Every checksum true again, where the files can still be parsed."""
+    """The files with valid checksums, where they can still be parsed."""
     files = dict(files)
     for seal in (_seal_shard, _seal_lexicon, _seal_head, _seal_answers, seal_manifest):
         with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
@@ -169,7 +172,7 @@ def _digest(data: bytes) -> str:
 
 
 def part_of(kind: str, name: str) -> tuple[bytes, Callable[[bytes], Files]]:
-    """A part of a sound cache, and what the cache becomes when other bytes stand there."""
+    """A part of a valid cache, and a function that replaces this part and returns the files."""
     files = sound_cache(kind)
     if name in files:
         return files[name], lambda data: resealed({**files, name: data})
@@ -178,7 +181,7 @@ def part_of(kind: str, name: str) -> tuple[bytes, Callable[[bytes], Files]]:
     shard, start, stop = files[SHARD], span["start"], span["stop"]
 
     def instead(data: bytes) -> Files:
-        # The ranges stay where they are: the reader is told of no others.
+        # The part keeps its length, so the ranges in the sidecar stay valid.
         data = data[: stop - start].ljust(stop - start, b"\0")
         return resealed({**files, SHARD: shard[:start] + data + shard[stop:]})
 
@@ -200,7 +203,7 @@ TARGETS: dict[str, tuple[str, str]] = {
 
 
 def read(files: Files, folder: Path) -> bool:
-    """Whether it is a cache; all that a user may ask of one is asked of it. Raises: anything but a CacheError."""
+    """Whether the files are a valid cache; reads everything a user can. Raises: any exception except CacheError."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -212,7 +215,7 @@ def read(files: Files, folder: Path) -> bool:
 
 
 def read_all(cache: cf.Cache) -> None:
-    """Of the first rows everything that they offer. Raises: CacheError."""
+    """Reads everything in the first rows. Raises: CacheError."""
     cache.tokenizer_files()
     cache.column_bytes()
     head = cache.head()

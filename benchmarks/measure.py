@@ -1,8 +1,8 @@
-"""Shared by all benchmarks: fair repetitions, what machine this is, and results as tables, JSON and Markdown.
+"""Shared by all benchmarks: interleaved timing, a description of the machine, results as tables, JSON and Markdown.
 
-**Interleaved.** What is to be compared runs in turn, A B C A B C ..., so that a machine that slows down or is shared
-for a while slows all of them. A ratio is the median over the rounds of (A's time / B's time in the same round), not
-the ratio of two medians taken minutes apart.
+**Interleaved.** The variants run in turn, A B C A B C ..., so that a slow phase of the machine slows all of them. A
+ratio is the median over the rounds of (A's time / B's time in the same round), not the ratio of two medians taken
+minutes apart.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Times = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much to measure."""
+    """Size of a measurement."""
 
-    quick: bool = False  # sizes for a look or a test: seconds each, numbers not worth keeping
+    quick: bool = False  # tiny sizes as a smoke test: seconds each, the numbers mean nothing
     repetitions: int = 5
     teacher: Path = Path("demo-output/teacher")  # transformers directory
 
@@ -53,11 +53,11 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a benchmark found."""
+    """Result of a benchmark."""
 
     name: str
     question: str  # one sentence: what was compared with what
-    bound: str  # what the best possible number is, and why
+    bound: str  # the best possible number, and why
     settings: Mapping[str, Value]  # sizes, with units in the names
     tables: Sequence[Table]
     summary: Mapping[str, Value]  # the few numbers to quote; the JSON line
@@ -66,10 +66,10 @@ class Result:
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, the variants taking turns; every second round in reverse order."""
+    """Seconds of each variant in each round. The variants take turns, in reverse order in every second round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
-        run()  # to warm up
+        run()  # warm-up
     for i in range(rounds):
         for name in list(variants)[:: -1 if i % 2 else 1]:
             gc.collect()
@@ -85,13 +85,13 @@ def ratio(times: Times, name: str, baseline: str) -> float:
 
 
 def spread(times: Times, name: str, baseline: str) -> str:
-    """The smallest and the largest of the ratios that `ratio` is the median of."""
+    """Smallest and largest of the ratios whose median is `ratio`."""
     ratios = [a / b for a, b in zip(times[name], times[baseline], strict=True)]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def machine() -> dict[str, Any]:
-    """Date, processor, threads, load and versions: what a number must be read with."""
+    """Date, processor, threads, load and library versions of a measurement."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
@@ -107,16 +107,16 @@ def machine() -> dict[str, Any]:
 
 
 def show(result: Result) -> None:
-    """The tables, then one line of JSON, on standard output."""
+    """Prints the tables, then one line of JSON."""
     console = Console() if sys.stdout.isatty() else Console(width=170)
     console.print(f"\n[bold]{result.name}[/bold]: {result.question}\nBound: {result.bound}", highlight=False)
     for table in result.tables:
-        drawn = RichTable(title=table.title, title_justify="left")
+        shown = RichTable(title=table.title, title_justify="left")
         for i, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if i == 0 else "right")
+            shown.add_column(column, justify="left" if i == 0 else "right")
         for row in table.rows:
-            drawn.add_row(*map(readable, row))
-        console.print(drawn)
+            shown.add_row(*map(readable, row))
+        console.print(shown)
     if result.conclusion:
         console.print(result.conclusion, highlight=False)
     line = {"benchmark": result.name, **result.summary, "machine": result.record}
@@ -124,7 +124,7 @@ def show(result: Result) -> None:
 
 
 def write(result: Result, directory: Path, command: str) -> None:
-    """NAME.json with every number, NAME.md for people."""
+    """Writes NAME.json with every number, and NAME.md for reading."""
     directory.mkdir(parents=True, exist_ok=True)
     data = {
         "benchmark": result.name,
@@ -143,7 +143,7 @@ def write(result: Result, directory: Path, command: str) -> None:
 
 
 def readable(value: Value) -> str:
-    """Thousands separated, three digits that matter, text as it is."""
+    """Number with thousands separators and three significant digits; text unchanged."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) or abs(value) >= 1000:

@@ -1,14 +1,15 @@
-"""One teacher, one budget of tokens, every way of distilling: the demo's set-up with more than its two students.
+"""Distillation methods side by side, with the demo's teacher, text and number of tokens.
 
-    worked answers, one cache      hard labels, forward KL, reverse KL, Jensen–Shannon, logit MSE, forward KL + features
-    the teacher's own, one cache   sequence level, sequence level + forward KL
+    worked answers, one cache          hard labels, forward KL, reverse KL, Jensen–Shannon, logit MSE,
+                                       forward KL + hidden states
+    the teacher's answers, one cache   sequence level, sequence level + forward KL
 
-All students are the same layers of the teacher, trained with the same options on equally many counted tokens. They are
-measured against the teacher on both kinds of held-out text, since who learns from one is at home there, and on whether
-they get the number of a problem right: by themselves, and where the worked steps before the number are given, which
-asks to read instead of to calculate and so tells weak students apart.
+All students start from the same layers of the teacher and train with the same options on the same number of loss
+tokens. They are compared with the teacher on held-out text of both kinds, because a student does better on the kind
+that it has seen, and on problems whose final number is known: solved from the question alone, and with the worked steps
+given, which needs reading instead of calculating and so separates weak students.
 
-    python -m benchmarks.methods        an hour on two cores; resumes at every run; the report is written at the end
+    python -m benchmarks.methods        an hour on two cores; resumes after every finished student
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ METHODS = (
     Method("reverse KL", "train", ("--divergence", "reverse-kl")),
     Method("Jensen–Shannon", "train", ("--divergence", "js(0.5)")),
     Method("logit MSE", "train", ("--divergence", "logit-mse")),
-    Method("forward KL + features", "train", ("--hidden-loss", "normalized-mse")),
+    Method("forward KL + hidden states", "train", ("--hidden-loss", "normalized-mse")),
     Method("sequence level", "own", ("--kd-weight", "0")),
     Method("sequence level + forward KL", "own", ()),
 )
@@ -63,19 +64,19 @@ class Sizes:
     train: int = demo.TRAIN_PROBLEMS
     held_out: int = demo.HELD_OUT_PROBLEMS
     solve: int = 64  # problems to solve
-    written_tokens: int = 256  # of an answer of the teacher's, at most
-    new_tokens: int = 200  # of a student's
+    written_tokens: int = 256  # maximum per answer of the teacher
+    new_tokens: int = 200  # per answer of a student
     layers: int = demo.STUDENT_LAYERS
-    features: str = "5,10,15,20,25,30"  # layers of the teacher, one for each of the student's
+    teacher_layers: str = "5,10,15,20,25,30"  # for hidden-state distillation, one per layer of the student
 
 
 @click.command()
 @click.option("--work", default=BENCHMARKS / "work" / "methods", type=click.Path(path_type=Path))
 @click.option("--teacher", type=click.Path(path_type=Path), help="transformers directory. Default: SmolLM2, unpacked.")
-@click.option("--seeds", default=2, show_default=True, type=click.IntRange(1), help="Students of each method.")
+@click.option("--seeds", default=2, show_default=True, type=click.IntRange(1), help="Number of students per method.")
 @click.option("--results", default=BENCHMARKS / "results", type=click.Path(path_type=Path))
 def methods(work: Path, teacher: Path | None, seeds: int, results: Path) -> None:
-    """Train students in every way and compare them. Resumes where it was stopped."""
+    """Train a student with every method and compare them. Resumes after an interruption."""
     logging.disable_progress_bar()
     if teacher is None:
         teacher = demo.unpacked_teacher(work)
@@ -85,7 +86,7 @@ def methods(work: Path, teacher: Path | None, seeds: int, results: Path) -> None
 
 
 def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
-    """Everything that is missing, and the tables."""
+    """Trains and measures what is missing; returns the tables."""
     caches = make_caches(teacher, work, sizes)
     opened = {name: cf.open_cache(path, hidden_layers=[]) for name, path in caches.items()}
     budget = min(opened[name].num_loss_tokens for name in ("train", "own"))
@@ -111,13 +112,13 @@ def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
 
 
 def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
-    """Worked answers and the teacher's own, to train on and held out."""
+    """Caches of worked answers and of the teacher's answers, for training and held out."""
     demo.write_problems(work / "train.jsonl", sizes.train, demo.TRAIN_SEED)
     demo.write_problems(work / "heldout.jsonl", sizes.held_out, demo.HELD_OUT_SEED)
-    features = ["--hidden-states", sizes.features, "--hidden-dtype", "int8"]
+    states = ["--hidden-states", sizes.teacher_layers, "--hidden-dtype", "int8"]
     writing = [*WRITING, "--gen-max-new-tokens", sizes.written_tokens]
     wanted: dict[str, tuple[str, Sequence[object]]] = {
-        "train": ("train", features),
+        "train": ("train", states),
         "heldout": ("heldout", []),
         "own": ("train", writing),
         "own-heldout": ("heldout", writing),
@@ -131,7 +132,7 @@ def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
 
 
 def once(file: Path, student: Path, caches: dict[str, Path], work: Path, sizes: Sizes) -> dict[str, float]:
-    """What `measured` finds, from its file if there is one."""
+    """The result of `measured`, from its file if there is one."""
     if not file.exists():
         write_json(file, measured(student, caches, work, sizes))
     return json.loads(file.read_text())
@@ -172,7 +173,7 @@ def first_number(text: str) -> float | None:
 
 @torch.no_grad()
 def continued(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:
-    """The likeliest tokens after each prompt, 32 prompts at a time."""
+    """Greedy continuations of the prompts, 32 prompts at a time."""
 
     def parts() -> Iterator[str]:
         for start in range(0, len(prompts), 32):
@@ -190,12 +191,12 @@ def report(runs: dict[str, list[dict[str, float]]], sizes: Sizes, budget: int) -
         "KL": "heldout kl",
         "perplexity": "heldout perplexity",
         "agreement": "heldout agreement",
-        "KL on own": "own-heldout kl",
-        "agreement on own": "own-heldout agreement",
-        "number given the steps": "number given the steps",
-        "solved": "solved",
+        "KL, teacher's answers": "own-heldout kl",
+        "agreement, teacher's answers": "own-heldout agreement",
+        "final number right, steps given": "number given the steps",
+        "problems solved": "solved",
     }
-    shares = {"agreement", "agreement on own", "number given the steps", "solved"}
+    shares = set(columns) - {name for name in columns if name.startswith(("KL", "perplexity"))}
 
     def cell(found: list[dict[str, float]], column: str) -> str:
         values = [one[columns[column]] * (100 if column in shares else 1) for one in found]
@@ -207,11 +208,11 @@ def report(runs: dict[str, list[dict[str, float]]], sizes: Sizes, budget: int) -
     seeds = max(map(len, runs.values()))
     return measure.Result(
         name="methods",
-        question="Students of the same layers, options and number of tokens, by what they learn from; held-out text.",
-        bound="The teacher's own row: divergence 0 but for rounding and what its cache leaves out.",
+        question="Students with the same layers, options and number of loss tokens, by method; held-out text.",
+        bound="the teacher's own row: KL 0 up to rounding and the tail outside its cache's entries.",
         settings={
             "training_problems": sizes.train,
-            "counted_tokens": budget,
+            "loss_tokens": budget,
             "held_out_problems": sizes.held_out,
             "problems_to_solve": sizes.solve,
             "student_layers": sizes.layers,
@@ -219,7 +220,9 @@ def report(runs: dict[str, list[dict[str, float]]], sizes: Sizes, budget: int) -
         },
         tables=[
             measure.Table(
-                "Means over seeds (± half their range); agreement, numbers and solved in %", ["", *columns], rows
+                "Mean over seeds ± half the range; agreement, final number and problems solved in %",
+                ["", *columns],
+                rows,
             )
         ],
         summary={name: round(mean(one["heldout kl"] for one in found), 4) for name, found in runs.items()},

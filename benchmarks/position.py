@@ -1,12 +1,12 @@
-"""One position of a real teacher as bars of text: the pictures of docs/choosing.md.
+"""One position of a real teacher as bar charts in text: the pictures of docs/choosing.md.
 
-    text ─▶ teacher ─▶ what it expects next ─▶ hard and soft, as caches store it, at temperatures
+    text ─▶ teacher ─▶ distribution of the next token ─▶ hard and soft targets, stored targets, temperatures
 
-    python -m benchmarks.position                           print them
-    python -m benchmarks.position --page docs/choosing.md   put them in the place of those in the page
+    python -m benchmarks.position                           print the pictures
+    python -m benchmarks.position --page docs/choosing.md   replace the pictures in a page
 
-Everything but the drawing is the project's own: the teacher's head, the choice of entries with the random numbers that
-row 0 of a cache gets at this position, and the codebooks. A picture is a ```text block that begins with its title.
+Only the bars are computed here. The teacher's head, the selection of entries (with the random numbers of this position
+in row 0 of a cache) and the codebooks are those of stage one. A picture is a ```text block that begins with its title.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pipeline.teacher.targets.selection import draws, sparse_targets
 from pipeline.terminal.tables import bar
 
 TEXT, LABEL = "We crossed the river on a narrow wooden", " plank"
-KD_WEIGHT = 0.9  # of train-student
-SHOWN = 6  # of the likeliest tokens
-WIDTH = 16  # characters of a bar that stands for probability 1
+KD_WEIGHT = 0.9  # default of train-student
+SHOWN = 6  # number of most likely tokens in a picture
+WIDTH = 16  # characters of the bar for probability 1
 TOP_K = 64
 TEMPERATURES = (1.0, 2.0, 4.0)
 RULES = {
@@ -47,12 +47,12 @@ RULES = {
 
 @dataclass(frozen=True, eq=False)
 class Position:
-    """What a teacher expects after a text."""
+    """A teacher's distribution of the next token after a text."""
 
     logits: Tensor  # [V] float32
     label: int
-    name: Callable[[int], str]  # token id -> what it says
-    index: int  # of the position in its row
+    name: Callable[[int], str]  # token id -> its text
+    index: int  # position in the row
 
     def probs(self, temperature: float = 1.0) -> np.ndarray:
         """[V] float64"""
@@ -61,16 +61,16 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """The position in a cache: probabilities of exact entries and weights of drawn ones, by token id."""
+    """The position as a cache stores it: probabilities of exact entries and weights of sampled entries, by token id."""
 
     exact: dict[int, float]
-    drawn: dict[int, float]
-    residual: float
+    sampled: dict[int, float]
+    tail_mass: float
 
 
 @torch.inference_mode()
 def look(directory: Path, text: str = TEXT, label: str = LABEL) -> Position:
-    """The teacher at the last token of a text that goes on with `label`."""
+    """The teacher at the last token of `text`, whose true continuation is `label`."""
     model, tokenizer = open_teacher(directory)
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -86,20 +86,20 @@ def look(directory: Path, text: str = TEXT, label: str = LABEL) -> Position:
 
 
 def stored(position: Position, rule: TargetRule) -> Stored:
-    """What a cache holds of the position, in the values of its codebooks."""
-    drawn = draws(rule, np.zeros(1, np.int64), np.array([position.index]))
-    found = sparse_targets(position.logits[None], rule, drawn)
+    """The position as a cache stores it, rounded to the values of its codebooks."""
+    random = draws(rule, np.zeros(1, np.int64), np.array([position.index]))
+    found = sparse_targets(position.logits[None], rule, random)
     ids = found.ids[0][found.ids[0] >= 0].tolist()
     codebook = rule.codebook()
     weights = np.exp(codebook.decode(codebook.encode(found.logprobs[0][found.ids[0] >= 0].numpy()))).tolist()
-    residuals = default_codebooks(len(position.logits))["residual_logprob"]
-    residual = float(np.exp(residuals.decode(residuals.encode(found.residual_logprob.numpy()))[0]))
+    tail_codebook = default_codebooks(len(position.logits))["residual_logprob"]
+    tail_mass = float(np.exp(tail_codebook.decode(tail_codebook.encode(found.residual_logprob.numpy()))[0]))
     pairs, exact = list(zip(ids, weights, strict=True)), int(found.exact_counts)
-    return Stored(dict(pairs[:exact]), dict(pairs[exact:]), residual)
+    return Stored(dict(pairs[:exact]), dict(pairs[exact:]), tail_mass)
 
 
 def pictures(position: Position) -> list[str]:
-    """The blocks of the page, each beginning with its title."""
+    """The pictures of the page, each beginning with its title."""
     return [hard_and_soft(position), kinds(position), temperatures(position)]
 
 
@@ -107,7 +107,7 @@ def hard_and_soft(position: Position) -> str:
     probs = position.probs()
     label = np.eye(1, len(probs), position.label)[0]
     targets = (label, probs, KD_WEIGHT * probs + (1 - KD_WEIGHT) * label)
-    shown = likeliest(probs)
+    shown = most_likely(probs)
     rows = [[position.name(i), *(column(float(p[i])) for p in targets)] for i in shown]
     rest = (column(max(0.0, float(1 - p[shown].sum()))) for p in targets)
     rows.append([f"{len(probs) - len(shown):,} others", *rest])
@@ -117,39 +117,40 @@ def hard_and_soft(position: Position) -> str:
 
 def temperatures(position: Position) -> str:
     probs = {t: position.probs(t) for t in TEMPERATURES}
-    shown = likeliest(probs[1.0])
+    shown = most_likely(probs[1.0])
     rows = [[position.name(i), *(column(float(p[i])) for p in probs.values())] for i in shown]
     rows.append(["all others", *(column(float(1 - p[shown].sum())) for p in probs.values())])
     held = [number(float(np.sort(p)[::-1][:TOP_K].sum())) for p in probs.values()]
-    rows.append([f"{TOP_K} likeliest", *held])
+    rows.append([f"{TOP_K} most likely", *held])
     rows.append(["entropy", *(f"{entropy(p):.2f} nats" for p in probs.values())])
-    rows.append(["if all were equal", f"{math.log(len(position.logits)):.2f} nats"])
+    rows.append(["uniform", f"{math.log(len(position.logits)):.2f} nats"])
     return "\n".join(["Temperature", *table(["", *(f"T = {t:g}" for t in TEMPERATURES)], rows)])
 
 
 def kinds(position: Position) -> str:
     probs = position.probs()
     found = {name: stored(position, rule) for name, rule in RULES.items()}
-    shown = {*likeliest(probs), *found["threshold 1/20"].drawn}
+    shown = {*most_likely(probs), *found["threshold 1/20"].sampled}
     rows = [
         [position.name(i), number(float(probs[i])), *(cell(kind, i) for kind in found.values())]
         for i in sorted(shown, key=lambda i: -probs[i])
     ]
-    rows.append(["more entries", "", *(counted(kind, shown) for kind in found.values())])
-    rows.append(["residual, as one", "", *("" if kind.drawn else number(kind.residual) for kind in found.values())])
-    sums = [sum([*k.exact.values(), *k.drawn.values()]) + (0.0 if k.drawn else k.residual) for k in found.values()]
+    rows.append(["other entries", "", *(count(kind, shown) for kind in found.values())])
+    rows.append(["tail mass", "", *("" if kind.sampled else number(kind.tail_mass) for kind in found.values())])
+    sums = [sum([*k.exact.values(), *k.sampled.values()]) + (0.0 if k.sampled else k.tail_mass) for k in found.values()]
     rows.append(["sum", number(1.0), *map(number, sums)])
-    rows.append(["entries", f"{len(probs):,}", *(counted(kind) for kind in found.values())])
-    return "\n".join(["What is stored: █ exact, ▒ drawn", *table(["", "teacher", *found], rows)])
+    rows.append(["entries", f"{len(probs):,}", *(count(kind) for kind in found.values())])
+    return "\n".join(["What is stored: █ exact, ▒ sampled", *table(["", "teacher", *found], rows)])
 
 
-def counted(kind: Stored, but: Collection[int] = ()) -> str:
-    """How many entries there are."""
-    counts = [(sum(i not in but for i in ids), what) for ids, what in ((kind.exact, "exact"), (kind.drawn, "drawn"))]
-    return " + ".join(f"{count} {what}" for count, what in counts if count)
+def count(kind: Stored, excluded: Collection[int] = ()) -> str:
+    """Number of exact and sampled entries, without the excluded tokens."""
+    groups = {"exact": kind.exact, "sampled": kind.sampled}
+    counts = {name: sum(token not in excluded for token in entries) for name, entries in groups.items()}
+    return " + ".join(f"{n} {name}" for name, n in counts.items() if n)
 
 
-def likeliest(probs: np.ndarray) -> list[int]:
+def most_likely(probs: np.ndarray) -> list[int]:
     return [int(i) for i in np.argsort(-probs, kind="stable")[:SHOWN]]
 
 
@@ -161,12 +162,12 @@ def entropy(probs: np.ndarray) -> float:
 def cell(kind: Stored, token: int) -> str:
     if token in kind.exact:
         return column(kind.exact[token])
-    return column(kind.drawn[token], drawn=True) if token in kind.drawn else ""
+    return column(kind.sampled[token], sampled=True) if token in kind.sampled else ""
 
 
-def column(value: float, *, drawn: bool = False) -> str:
+def column(value: float, *, sampled: bool = False) -> str:
     """A number and its bar."""
-    length = "▒" * math.ceil(value * WIDTH - 0.5) if drawn else bar(value, WIDTH)
+    length = "▒" * math.ceil(value * WIDTH - 0.5) if sampled else bar(value, WIDTH)
     return f"{number(value)} {length}".rstrip()
 
 
@@ -198,11 +199,11 @@ def replace_pictures(page: str, blocks: Sequence[str]) -> str:
 
 @click.command()
 @click.option("--teacher", type=click.Path(path_type=Path), default=Settings.teacher, show_default=True)
-@click.option("--text", default=TEXT, show_default=True, help="What the teacher has read.")
-@click.option("--label", default=LABEL, show_default=True, help="How the text goes on; its first token is the label.")
+@click.option("--text", default=TEXT, show_default=True, help="Text before the position.")
+@click.option("--label", default=LABEL, show_default=True, help="Continuation; its first token is the label.")
 @click.option("--page", type=click.Path(path_type=Path, exists=True), help="Replace the pictures in this file.")
 def main(teacher: Path, text: str, label: str, page: Path | None) -> None:
-    """Draw what a teacher expects after a text, and what caches keep of it."""
+    """Draw a teacher's distribution after a text, and how caches store it."""
     logging.disable_progress_bar()
     blocks = pictures(look(teacher, text, label))
     if page is None:

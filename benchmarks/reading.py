@@ -1,12 +1,12 @@
-"""Reading at scale: does a cache a thousand times as large cost more to open, more memory, or more time per token?
+"""Reading at scale: does a cache a thousand times as large take longer to open, more memory, or more time per token?
 
-    size       caches of 10^5 to 10^8 tokens: seconds to open, tokens/s of shuffled batches, memory of the process
-    shards     seconds to open a cache of 10 to 10,000 shards, and to know its record batches
+    size       caches of 10^5 to 10^8 tokens: time to open, tokens/s of shuffled batches, memory of the process
+    shards     time to open a cache of 10 to 10,000 shards, and to list its record batches
     workers    tokens/s of shuffled batches by number of DataLoader workers
 
-Targets are made up (some eight entries a position, ids by Zipf's law): real ones of 10^8 tokens would take the teacher
-days. Each size is read by a process of its own. Memory is what the process holds itself (RssAnon), without the pages of
-mapped shards, which the kernel may drop at any time and which count as resident while they are warm.
+Targets are synthetic (about eight entries per position, ids by Zipf's law), since a teacher would need days for 10^8
+tokens. Each size is read in a new process. Memory is anonymous memory (RssAnon), without the pages of mapped shards,
+which the kernel may drop at any time.
 
     python -m benchmarks reading
 """
@@ -38,7 +38,7 @@ SIZES = (10**5, 10**6, 10**7, 10**8)
 SHARD_BYTES = 4_000_000
 SHARDS = (10, 100, 1000, 10_000)
 WORKERS = (0, 1, 2)
-READ_TOKENS = 4_000_000  # of each cache, at most
+READ_TOKENS = 4_000_000  # maximum per cache
 
 
 def run(settings: Settings) -> Result:
@@ -77,9 +77,9 @@ def run(settings: Settings) -> Result:
             by_workers.append([workers, statistics.median(speeds), f"{min(speeds):,.0f} to {max(speeds):,.0f}"])
     return Result(
         name="reading",
-        question="What the size of a cache costs its readers: opening, memory, tokens per second.",
-        bound="opening and memory do not depend on the size but by the list of shards, some 220 bytes each; tokens/s "
-        "of one core are those of benchmarks/decode.py, and grow with workers up to the number of cores.",
+        question="How opening, memory and reading speed depend on the size of a cache.",
+        bound="opening and memory grow only with the list of shards, about 220 bytes per shard; tokens/s of one core "
+        "are those of benchmarks/decode.py and grow with workers up to the number of cores.",
         settings={
             "vocab": VOCAB,
             "tokens_per_row": TOKENS,
@@ -89,11 +89,19 @@ def run(settings: Settings) -> Result:
         tables=[
             Table(
                 "Size",
-                ["tokens", "shards", "MB", "written tokens/s", "opened in ms", "read tokens/s", "memory grown by MB"],
+                [
+                    "tokens",
+                    "shards",
+                    "MB",
+                    "writing, tokens/s",
+                    "opening, ms",
+                    "reading, tokens/s",
+                    "memory growth, MB",
+                ],
                 by_size,
             ),
-            Table("Shards", ["shards", "opened in ms", "record batches listed in ms"], by_shards),
-            Table("Workers", ["DataLoader workers", "tokens/s", "from … to"], by_workers),
+            Table("Shards", ["shards", "opening, ms", "listing record batches, ms"], by_shards),
+            Table("Workers", ["DataLoader workers", "tokens/s", "range"], by_workers),
         ],
         summary={
             "largest_tokens": sizes[-1],
@@ -110,7 +118,7 @@ def write_cache(path: Path, tokens: int) -> None:
     made = [_row(i, np.random.default_rng(i)) for i in range(ROWS_PER_RECORD_BATCH)]
     with cf.CacheWriter(path, metadata) as writer:
         for row in range(rows):
-            # The same few again and again: compression works inside a record batch, so copies weigh what others would.
+            # Record batches repeat: compression works within one, so copies are as large as other rows would be.
             like = made[row % len(made)]
             copy = cf.CacheRow(
                 row=row,
@@ -124,7 +132,7 @@ def write_cache(path: Path, tokens: int) -> None:
 
 def _metadata(rows: int) -> cf.CacheMetadata:
     return cf.CacheMetadata(
-        teacher={"name": "made up"},
+        teacher={"name": "synthetic"},
         tokenizer={},
         vocab_size=VOCAB,
         alignment="next",
@@ -164,7 +172,7 @@ def _distinct(ids: np.ndarray) -> np.ndarray:
 
 
 def forge_manifest(path: Path, shards: int) -> None:
-    """Of a cache whose shards are holes of the right size: opening looks at no more of them, listing at their sizes."""
+    """Writes the manifest of a cache whose shards are sparse files: opening and listing only look at their sizes."""
     (path / "shards").mkdir(parents=True)
     infos = [
         ShardInfo(
@@ -193,7 +201,7 @@ def open_only(path: Path) -> dict[str, float]:
 
 
 def read_shuffled(path: Path, workers: int) -> dict[str, float]:
-    """Batches as training takes them."""
+    """Reads shuffled batches as training does."""
     before, began = _anonymous_mb(), time.perf_counter()
     cache = cf.open_cache(path, cached_record_batches=WINDOW + 1)
     opened = time.perf_counter() - began
@@ -204,7 +212,7 @@ def read_shuffled(path: Path, workers: int) -> dict[str, float]:
     tokens, most, began = 0, 0.0, time.perf_counter()
     for i, batch in enumerate(_until(loader, READ_TOKENS)):
         if i == 0:
-            began = time.perf_counter()  # workers have started
+            began = time.perf_counter()  # all workers have started
         else:
             tokens += int(batch["num_tokens"])
         if i % 16 == 0:
@@ -227,7 +235,7 @@ def _anonymous_mb() -> float:
 
 
 def in_a_process(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """A fresh interpreter, so that memory is this work's own."""
+    """Runs `work` in a new interpreter, so that memory belongs to it alone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.submit(work, *arguments).result()

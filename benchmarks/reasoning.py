@@ -1,6 +1,6 @@
-"""`make demo-generate`: a real teacher answers problems whose solution is known, and only right answers are cached.
+"""`make demo-generate`: a real teacher answers problems with known solutions, and only right answers are cached.
 
-    reasoning-gym ─▶ sums with their solution ─▶ SmolLM2 answers each four times ─▶ those that end with the right number
+    reasoning-gym ─▶ sums and solutions ─▶ SmolLM2 answers each four times ─▶ answers that end with the right number
 
 `is_right` is the predicate: a worked example of `cache-teacher --generate --gen-keep-if benchmarks.reasoning:is_right`.
 """
@@ -30,7 +30,7 @@ def last_number(text: str) -> float | None:
 
 
 def write_problems(file: Path, size: int = PROBLEMS, seed: int = SEED) -> None:
-    """Sums of two numbers of up to two digits, as chat messages, with their solution beside."""
+    """Sums of two numbers of up to two digits, as chat messages, with their solutions."""
     import reasoning_gym
 
     problems = reasoning_gym.create_dataset(
@@ -43,11 +43,11 @@ def write_problems(file: Path, size: int = PROBLEMS, seed: int = SEED) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where everything goes.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory for all results.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="transformers directory. Default: SmolLM2, unpacked.")
-@click.option("--problems", default=PROBLEMS, show_default=True, help="How many sums.")
+@click.option("--problems", default=PROBLEMS, show_default=True, help="Number of sums.")
 def reasoning(output: Path, teacher: Path | None, problems: int) -> None:
-    """Let a teacher answer sums, and cache the answers that are right."""
+    """Let a teacher answer sums, and cache its right answers."""
     from benchmarks.demo import distill, unpacked_teacher
 
     output.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""Stage one with several processes beside one: what the second worker on a machine brings.
+"""Stage one with one process and with two: the speed-up from a second worker on a machine.
 
     1 × 1    one process, one thread
-    1 × 2    one process, two threads: what a CPU does by default
-    2 × 1    two processes of one thread each, that share the shards through claims
+    1 × 2    one process, two threads: the default on a CPU
+    2 × 1    two processes of one thread each, which share the shards through claims
 
-Every process is started anew, reads the same tokenised text and loads the same teacher; the clock runs from the moment
-when all of them are ready to the finished manifest. On a CPU a second process competes for cores and memory bandwidth
-with the first; on GPUs of their own they share nothing but the directory.
+Every process is new, reads the same tokenised text and loads the same teacher. Time runs from the moment when all are
+ready to the finished manifest. On a CPU the processes compete for cores and memory bandwidth; with a GPU each, they
+share nothing but the directory.
 
-Bound: twice the tokens per second of 1 × 1; on a CPU, what 1 × 2 reaches.
+Bound: twice the tokens per second of 1 × 1; on a CPU, the tokens per second of 1 × 2.
 
     python -m benchmarks scaling
 """
@@ -54,10 +54,16 @@ def run(settings: Settings) -> Result:
     return Result(
         name="scaling",
         question="cache-teacher with one and with two processes on a machine, from the loaded teacher to the manifest.",
-        bound="2: twice one process of one thread; on a CPU, what one process of two threads reaches.",
+        bound="2, twice one process of one thread; on a CPU, the speed of one process of two threads.",
         settings={"tokens": tokens, "shards": shards, "row_tokens": row_tokens, "batch_rows": BATCH_ROWS}
         | {"rounds": settings.rounds},
-        tables=[Table("Tokens per second", ["way", "processes", "threads", "tokens/s", "÷ 1 × 1", "range"], rows)],
+        tables=[
+            Table(
+                "Tokens per second",
+                ["processes × threads", "processes", "threads", "tokens/s", "speed-up", "range"],
+                rows,
+            )
+        ],
         summary={f"speedup {name}": round(ratio(times, "1 × 1", name), 2) for name in WAYS},
     )
 
@@ -65,8 +71,8 @@ def run(settings: Settings) -> Result:
 def _seconds(
     teacher: Path, text: Path, output: Path, row_tokens: int, processes: int, threads: int
 ) -> tuple[float, int, int]:
-    """From the moment when all are ready to the end of the last; tokens; shards."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process that has used its threads may hang
+    """Seconds from when all processes are ready to the end of the last one; tokens; shards."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with running threads may hang
     ready, ends = context.Barrier(processes), context.Queue()
     given = {"teacher": str(teacher), "text": str(text), "output": str(output), "row_tokens": row_tokens}
     workers = [

@@ -1,19 +1,20 @@
-"""How good is a shuffle that only mixes what lies in a window of record batches?
+"""How well are rows mixed by a shuffle within windows of record batches?
 
 Training reads record batches in random order and shuffles the rows of `WINDOW` consecutive ones, see
-pipeline.student.data.dataset. Against a full permutation, on a corpus whose rows stand in an order of their own:
+pipeline.student.data.dataset. Compared with a full permutation, on an ordered corpus:
 
-    position     correlation of a row's place in the epoch with its place in the corpus
-    places       distinct record batches that the rows of a training batch come from
-    domains      variance of a domain's share of a training batch ÷ that of as many rows drawn without replacement:
-                 V means that a batch of n rows holds the domains no more evenly than n/V rows would
-    readers      record batches decoded when processes share the rows of each step, ÷ when one reads alone: dealt out in
-                 turn, and as pipeline.student.data.rank_sampler does; the same with several loader workers per process
+    correlation      of a row's position in the epoch with its position in the corpus
+    record batches   number of distinct record batches that the rows of a training batch come from
+    unevenness       variance of a domain's share of a training batch ÷ that of as many rows sampled without
+                     replacement; V means that a batch of n rows has its domains only as even as n/V random rows
+    rows decoded     by all processes that share the rows of each step ÷ rows of the cache: round robin, and sorted by
+                     place as pipeline.student.data.rank_sampler does; the same with several loader workers per process
 
-Two rows of a window of M = 32·W rows are from the same record batch with probability 31/(M−1), so on a corpus whose
-domains are longer than a record batch V = 1 + (n−1)·31/(M−1) for n ≤ M, and 32 beyond. Printed beside what was counted.
+Two rows of a window of M = 32·W rows are from the same record batch with probability 31/(M−1). On a corpus whose
+domains are longer than a record batch, V is therefore 1 + (n−1)·31/(M−1) for n ≤ M, and 32 beyond. The tables show this
+formula next to the measured value.
 
-Needs no model and no cache: indices are all there is to an order.
+Needs no model and no cache, only indices.
 
     python -m benchmarks shuffle
 """
@@ -37,7 +38,7 @@ DOMAINS = 10
 BOOK_ROWS = 8
 PROCESSES = (2, 4, 8, 16, 24, 64)
 BATCH_SIZES = (8, 32)
-WORKERS = ((1, 1), (1, 4), (8, 1), (8, 4))  # (processes, micro-batches of a step), each with
+WORKERS = ((1, 1), (1, 4), (8, 1), (8, 4))  # (processes, micro-batches per step), each combined with
 LOADER_WORKERS = (1, 2, 4)
 
 
@@ -45,8 +46,8 @@ def run(settings: Settings) -> Result:
     rows = 2**14 if settings.quick else 2**20
     rng = np.random.default_rng(0)
     place = np.arange(rows)
-    full = "all rows"
-    windows = [window for window in WINDOWS if window * RECORD_BATCH < rows // 8]  # more is nearly all
+    full = "full permutation"
+    windows = [window for window in WINDOWS if window * RECORD_BATCH < rows // 8]  # a larger one is almost all rows
     orders = {str(window): [order(rows, window, epoch) for epoch in range(settings.rounds)] for window in windows}
     orders[full] = [rng.permutation(rows) for _ in range(settings.rounds)]
 
@@ -92,29 +93,29 @@ def run(settings: Settings) -> Result:
     by_name = {row[0]: row for row in quality}
     return Result(
         name="shuffle",
-        question="How well are rows mixed by a shuffle that is local to a window of record batches?",
-        bound="correlation: 1/√(record batches) by chance, whatever the window; distinct places: as many as rows; "
-        "unevenness: 1, rows drawn without replacement (in brackets: by the formula of benchmarks/shuffle.py).",
+        question="How well are rows mixed by a shuffle within windows of record batches?",
+        bound="correlation: 1/√(record batches) by chance, for any window; record batches: as many as rows; "
+        "unevenness: 1, rows sampled without replacement (in brackets: by the formula of benchmarks/shuffle.py).",
         settings={
             "rows": rows,
             "rows_per_record_batch": RECORD_BATCH,
             "domains": DOMAINS,
             "epochs": settings.rounds,
-            "shipped_window": WINDOW,
+            "default_window": WINDOW,
         },
         tables=[
             Table(
-                "Window, on a corpus with one domain after the other",
+                "Size of the window, on a corpus with one domain after the other",
                 [
-                    "record batches in a window",
-                    "correlation with the place in the corpus, ±",
-                    *(f"places in a batch of {n}" for n in BATCHES),
+                    "record batches per window",
+                    "correlation with the position in the corpus",
+                    *(f"record batches in a batch of {n}" for n in BATCHES),
                     *(f"unevenness, batch of {n}" for n in BATCHES),
                 ],
                 quality,
             ),
             Table(
-                f"Corpus, with the window of {WINDOW}",
+                f"Order of the corpus, window of {WINDOW}",
                 ["corpus", *(f"unevenness, batch of {n}" for n in BATCHES)],
                 kinds,
             ),
@@ -122,32 +123,32 @@ def run(settings: Settings) -> Result:
                 f"Rows decoded ÷ rows of the cache, all processes together, window of {WINDOW}",
                 [
                     "processes",
-                    *(f"batches of {n}, {how}" for n in BATCH_SIZES for how in ("in turn", "divided by place")),
+                    *(f"batches of {n}, {how}" for n in BATCH_SIZES for how in ("round robin", "sorted by place")),
                 ],
                 sharing,
             ),
             Table(
-                f"The same with several loader workers of each process, batches of {BATCH_SIZES[0]}, as trained",
-                ["processes", "gradient accumulation", *(f"--num-workers {n}" for n in LOADER_WORKERS)],
+                f"The same with several loader workers per process, batches of {BATCH_SIZES[0]}, sorted by place",
+                ["processes", "gradient accumulation", *(f"loader workers: {n}" for n in LOADER_WORKERS)],
                 of_workers,
             ),
         ],
         summary={
-            f"places_in_{BATCHES[0]}": round(by_name[str(WINDOW)][2], 2),
+            f"record_batches_in_{BATCHES[0]}": round(by_name[str(WINDOW)][2], 2),
             **{f"unevenness_{n}": round(kinds[0][1 + i], 2) for i, n in enumerate(BATCHES)},
             **{f"decoded_by_{row[0]}_processes": round(row[2], 2) for row in sharing},
         },
-        conclusion="A row is anywhere in the epoch, whatever its place in the corpus; but what stands together in the "
-        f"corpus for {RECORD_BATCH} rows and more stays together: large batches hold domains as unevenly as "
-        f"{RECORD_BATCH} times fewer rows would. Shuffle such text before it is cached, or cache its domains apart and "
-        "mix them. Processes share the decoding, the better the more rows of a step each takes, and wholly where a "
-        "step is a number of windows and each one's part a number of record batches; loader workers of one of them "
-        "share it only over its micro-batches.",
+        conclusion="Any row can come at any place in the epoch. But rows that are adjacent in the corpus stay "
+        f"together, in runs of {RECORD_BATCH}: large batches have their domains as unevenly as "
+        f"{RECORD_BATCH} times fewer random rows. Shuffle such text before it is cached, or make one cache "
+        "per domain and mix them. Processes share the decoding, and share it better if each takes more rows "
+        "of a step; nothing is decoded twice if a step is whole windows and each process takes whole record "
+        "batches. The loader workers of a process share its decoding only across micro-batches.",
     )
 
 
 def order(rows: int, window: int, epoch: int) -> np.ndarray:
-    """[rows] which row comes when."""
+    """[rows] the rows in the order of an epoch."""
     record_batches = [(start, start + RECORD_BATCH) for start in range(0, rows, RECORD_BATCH)]
     sampler = LocalShuffle(record_batches, seed=0, window=window)
     sampler.set_epoch(epoch)
@@ -155,10 +156,10 @@ def order(rows: int, window: int, epoch: int) -> np.ndarray:
 
 
 def domain_of_mixed(rows: int, epoch: int) -> np.ndarray:
-    """[rows] of which domain the row is that comes then, where each has a cache of its own."""
+    """[rows] the domain of each row of an epoch, with one cache per domain."""
     each = rows // DOMAINS // RECORD_BATCH * RECORD_BATCH
     record_batches = [(start, start + RECORD_BATCH) for start in range(0, each, RECORD_BATCH)]
-    few = 2**16 // DOMAINS  # the order of caches repeats itself
+    few = 2**16 // DOMAINS  # the order of caches is periodic
     sampler = MixedShuffle([record_batches] * DOMAINS, [few] * DOMAINS, seed=0, samples=[1] * DOMAINS)
     sampler.set_epoch(epoch)
     return np.fromiter(sampler, np.int64, few * DOMAINS) // each
@@ -170,47 +171,47 @@ def batches_of(values: np.ndarray, n: int) -> np.ndarray:
 
 
 def distinct_places(rows: np.ndarray, n: int) -> float:
-    """Mean over batches of n rows of the number of their record batches."""
+    """Mean number of distinct record batches in batches of n rows."""
     places = np.sort(batches_of(rows // RECORD_BATCH, n), axis=1)
     return float(1 + (np.diff(places, axis=1) != 0).sum(axis=1).mean())
 
 
 def unevenness(domain: np.ndarray, n: int) -> float:
-    """Variance of the number of rows of a domain in batches of n ÷ that of n rows drawn without replacement."""
+    """Variance of the number of rows of a domain in batches of n ÷ that of n rows sampled without replacement."""
     shares = np.bincount(domain, minlength=DOMAINS) / len(domain)
-    drawn = n * shares * (1 - shares) * (len(domain) - n) / (len(domain) - 1)
+    expected = n * shares * (1 - shares) * (len(domain) - n) / (len(domain) - 1)
     found = [((batches_of(domain == d, n).sum(axis=1) - n * share) ** 2).mean() for d, share in enumerate(shares)]
-    return float(np.sum(found) / np.sum(drawn))
+    return float(np.sum(found) / np.sum(expected))
 
 
 def cell(orders: Sequence[np.ndarray], domain: np.ndarray, n: int, window: int | None) -> str:
-    counted = float(np.mean([unevenness(domain[each], n) for each in orders]))
+    measured = float(np.mean([unevenness(domain[each], n) for each in orders]))
     if window is None:
-        return f"{counted:.2f} (1)"
+        return f"{measured:.2f} (1)"
     rows = window * RECORD_BATCH
-    return f"{counted:.2f} ({1 + (min(n, rows) - 1) * (RECORD_BATCH - 1) / (rows - 1):.2f})"
+    return f"{measured:.2f} ({1 + (min(n, rows) - 1) * (RECORD_BATCH - 1) / (rows - 1):.2f})"
 
 
 def decoded_both_ways(
     rows: int, processes: int, batch_size: int, accumulation: int = 1, workers: int = 1
 ) -> tuple[float, float]:
-    """Rows decoded per row, by all together: rows dealt out in turn, and as training divides them."""
+    """Rows decoded by all processes ÷ rows: assigned round robin, and sorted by place as in training."""
     record_batches = [(start, start + RECORD_BATCH) for start in range(0, rows, RECORD_BATCH)]
     plain = LocalShuffle(record_batches, seed=0, multiple_of=processes * batch_size)
     division = {"processes": processes, "accumulation": accumulation, "batch_size": batch_size}
     divided = plain if processes == 1 else DividedByPlace(plain, rows=rows, **division)
     found = [np.fromiter(each, np.int64, len(plain)) % rows for each in (plain, divided)]
-    in_turn, by_place = (decoded_per_row(each, processes, batch_size, workers) for each in found)
-    return in_turn, by_place
+    round_robin, by_place = (decoded_per_row(each, processes, batch_size, workers) for each in found)
+    return round_robin, by_place
 
 
 def decoded_per_row(rows: np.ndarray, processes: int, batch_size: int, workers: int) -> float:
-    """Batches are dealt out to the processes in turn, and of each process to its workers, each of which decodes for
-    itself and keeps the record batches of a window."""
+    """Batches go to the processes round robin, and within a process to its workers. Each worker decodes for itself and
+    caches the record batches of a window."""
     decoded = 0
-    kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(processes * workers)]
+    cached: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(processes * workers)]
     for i, batch in enumerate(batches_of(rows // RECORD_BATCH, batch_size).tolist()):
-        mine = kept[i % (processes * workers)]
+        mine = cached[i % (processes * workers)]
         for place in batch:
             decoded += place not in mine
             mine[place] = None

@@ -1,13 +1,12 @@
-"""Bytes per token of every kind of targets in both encodings, every column included, and what reading them costs.
+"""Bytes per token of every kind of targets in both encodings, with every column, and the cost of computing and reading.
 
 English prose (the Python manual, one document per row), cached by the code of stage one from the logits on, in record
-batches of 32,768 tokens, as `cache-teacher` makes them; each size is that of the shards on disk, divided by all tokens.
-The lexicon of `packed` is not in them; it is learned from the first shard, as always, so the last rows are read with
-candidates that other text has suggested: **packed** is measured on those alone.
-**entropy** is of order zero, column by column: what columns would take with a coder that wastes nothing.
-**error** is what the codebooks do to the exact entries and what they leave out, as a KL in nats.
+batches of 32,768 tokens as `cache-teacher` makes them. A size is that of the shards on disk divided by all tokens. The
+lexicon of `packed` is not included. It is learned from the first shard, so **packed** is measured on the other shard
+alone. **Order-zero entropy**, summed over columns, is the size of the columns with an ideal order-zero coder. **KL of
+rounding** compares exact entries and tail mass before and after the codebooks.
 
-Cost: seconds of the processor for `sparse_targets` against that of top-64, and tokens per second and core of reading.
+Cost: processor time of `sparse_targets` relative to top-64, and reading speed in tokens per second and core.
 
     python -m benchmarks sizes
 """
@@ -42,7 +41,7 @@ RULES = {
     "top-64": TargetRule(top_k=64),
     "top-50": TargetRule(top_k=50),
     "top-16": TargetRule(top_k=16),
-    "top-p .95": TargetRule(kind="top-p"),
+    "top-p 0.95": TargetRule(kind="top-p"),
     "random, 50 draws": TargetRule(kind="random", draws=50),
     "random, 13 draws": TargetRule(kind="random", draws=13),
     "threshold 1/8": TargetRule(kind="threshold", tail_threshold=1 / 8),
@@ -53,7 +52,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Text:
-    """The teacher's states of some rows, and what makes logits of them."""
+    """The teacher's states of some rows, and its head."""
 
     input_ids: np.ndarray  # [rows, T]
     states: np.ndarray  # [rows, T, D] float16
@@ -78,12 +77,13 @@ def run(settings: Settings) -> Result:
             ]
     finally:
         torch.set_num_threads(threads)
-    columns = ["targets", "entries", "columns z9", "columns z19", "entropy", "packed", "packed/columns z9", "error"]
-    columns += ["columns tokens/s", "packed tokens/s", "cost/top-64"]
+    columns = ["targets", "entries", "columns, zstd 9", "columns, zstd 19", "order-zero entropy", "packed"]
+    columns += ["packed ÷ columns", "KL of rounding, nats", "reading columns, tokens/s", "reading packed, tokens/s"]
+    columns += ["cost ÷ top-64"]
     return Result(
         name="sizes",
-        question="Bytes per token of every kind of targets, every column included, and the cost of making them.",
-        bound="order-zero entropy for columns; for making them, the softmax and one more pass over the logits.",
+        question="Bytes per token of every kind of targets, with every column, and the cost of computing them.",
+        bound="order-zero entropy for columns; for computing targets, the softmax and one more pass over the logits.",
         settings={"teacher": describe(model), "rows": rows, "row_tokens": length},
         tables=[Table("Bytes per token", columns, table)],
         summary={f"{row[0]}, {column}": row[i] for row in table for i, column in ((2, "columns"), (5, "packed"))},
@@ -140,7 +140,7 @@ def _per_token(cache: cf.Cache, first_shard: int) -> float:
 
 @torch.inference_mode()
 def _rows(text: Text) -> dict[str, list[cf.CacheRow]]:
-    """Rows as stage one hands them to the writer, by rule; the logits of a chunk are computed once for all rules."""
+    """Rows as stage one passes them to the writer, by rule; the logits of a chunk are computed once for all rules."""
     length = text.input_ids.shape[1]
     mask = np.arange(length) < length - 1
     logits, scratch = torch.empty(2, CHUNK, text.head.vocab_size)
@@ -151,8 +151,8 @@ def _rows(text: Text) -> dict[str, list[cf.CacheRow]]:
             positions = np.arange(start, min(start + CHUNK, length - 1))
             found = text.head.logits(torch.from_numpy(states[positions].astype(np.float32)), out=logits)
             for name, rule in RULES.items():
-                drawn = draws(rule, np.full(len(positions), index), positions)
-                parts[name].append(sparse_targets(found, rule, drawn, scratch))
+                random = draws(rule, np.full(len(positions), index), positions)
+                parts[name].append(sparse_targets(found, rule, random, scratch))
         token_row = TokenRow(input_ids=text.input_ids[index], loss_mask=mask, segment_lengths=np.array([length]))
         for name in RULES:
             rows[name].append(cache_row(index, token_row, mask, ChunkTargets.cat(parts[name])))
@@ -160,7 +160,7 @@ def _rows(text: Text) -> dict[str, list[cf.CacheRow]]:
 
 
 def _error(rows: list[cf.CacheRow], cache: cf.Cache) -> float:
-    """Mean over positions of KL(exact ‖ decoded) of the exact entries and their residual; 0 where none is exact."""
+    """Mean over positions of KL(exact ‖ decoded) over exact entries and tail mass; 0 where no entry is exact."""
     total, positions = 0.0, 0
     for before, after in zip(rows, cache.iter_rows(), strict=True):
         targets = before.targets
@@ -183,7 +183,7 @@ def _error(rows: list[cf.CacheRow], cache: cf.Cache) -> float:
 
 
 def _costs(text: Text, rounds: int) -> dict[str, float]:
-    """Processor time of `sparse_targets` on one chunk, as a multiple of top-64's in the same round; medians."""
+    """Processor time of `sparse_targets` on one chunk ÷ that of top-64 in the same round; medians."""
     states = text.states.reshape(-1, text.states.shape[-1])[:CHUNK].astype(np.float32)
     with torch.inference_mode():
         logits = text.head.logits(torch.from_numpy(states)).clone()
@@ -198,7 +198,7 @@ def _costs(text: Text, rounds: int) -> dict[str, float]:
 
     steps = {name: step(rule) for name, rule in RULES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 1):  # the first to warm up
+    for i in range(rounds + 1):  # the first is a warm-up
         for name, once in steps.items():
             began = time.thread_time()
             once()

@@ -1,7 +1,7 @@
-"""What a real teacher says about real text, exactly: the input of the benchmarks on targets.
+"""Exact targets of a real teacher on real text: the input of the benchmarks on targets.
 
-The forward pass costs minutes and is kept as the last hidden states, in float16 under `benchmarks/work`: the teacher is
-by definition what its head says of those. Everything after it costs seconds.
+The forward pass takes minutes, so its last hidden states are stored in float16 under `benchmarks/work`. The teacher's
+distribution is defined as the head applied to these states. Everything after the forward pass takes seconds.
 
 Shapes: N positions, K entries, V vocabulary.
 """
@@ -36,7 +36,7 @@ WORK = Path(__file__).parent / "work"
 
 @dataclass(frozen=True, eq=False)
 class TextTargets:
-    """A teacher's exact targets at every position of `rows` rows of `row_tokens` tokens, N positions in all."""
+    """Exact targets at every position of `rows` rows of `row_tokens` tokens, N = rows · row_tokens positions."""
 
     input_ids: np.ndarray  # [rows, row_tokens]
     ids: np.ndarray  # [N, K] ascending
@@ -54,17 +54,17 @@ class TextTargets:
 
 
 def open_teacher(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer. Raises: click.ClickException with the next step if there are none."""
+    """Model and tokenizer. Raises: click.ClickException if the directory has none."""
     check_teacher(directory)
     return load_model(str(directory)), load_tokenizer(str(directory))
 
 
 def check_teacher(directory: Path) -> None:
-    """Raises: click.ClickException with the next step if there is none."""
+    """Raises: click.ClickException if the directory has no teacher."""
     if not (directory / "config.json").is_file():
         raise click.ClickException(
-            f"{directory}: no teacher there, expected a transformers directory. Run `make demo`, which makes one, or "
-            "give another with --teacher."
+            f"{directory}: found no teacher, expected a transformers directory. Run `make demo`, which creates one, "
+            "or name another with --teacher."
         )
 
 
@@ -80,7 +80,7 @@ def text_targets(settings: Settings) -> TextTargets:
 
 @torch.inference_mode()
 def hidden_states(model: PreTrainedModel, input_ids: np.ndarray) -> np.ndarray:
-    """[rows, T, D] float16 at every position of rows that are one document each; kept on disk for the next time."""
+    """[rows, T, D] float16 at every position, one document per row; stored on disk for the next run."""
     text = hashlib.sha256(np.ascontiguousarray(input_ids, np.int64).tobytes()).hexdigest()[:8]
     file = WORK / f"states-{weights_fingerprint(model)[:8]}-{text}.npy"
     if not file.exists():
@@ -103,7 +103,7 @@ def _text_targets(directory: Path, rows: int, length: int) -> TextTargets:
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
     input_ids = token_rows(tokenizer, rows, length)
     rule = TargetRule(top_k=TOP_K)
-    # Buffers, because chunks that come and go between small results that stay would scatter the heap over gigabytes.
+    # Reused buffers: large temporary chunks allocated between small lasting results would fragment the heap.
     logits, scratch, probs = torch.empty(3, CHUNK, head.vocab_size)
     parts: list[list[np.ndarray]] = []
     for row in hidden_states(model, input_ids):

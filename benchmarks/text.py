@@ -1,7 +1,7 @@
-"""Real English prose and real code without a network: the manual that Python carries, and its own standard library.
+"""Real English prose and real code without a network: Python's own manual and its standard library.
 
 Prose: the topics of `help()` (`pydoc_data.topics`), chapters of the language reference. Code: sources of the standard
-library. Both are on every machine that has Python, and the same for everyone with the same Python version.
+library. Every Python installation has both, identical for the same Python version.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ DOCUMENT_CHARACTERS = 1200  # some 300 tokens
 
 
 def prose(characters: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
-    """Documents of about so many characters, cut at blank lines."""
+    """Documents of about `characters` characters, cut at blank lines."""
     for name in sorted(topics):
         yield from _documents(topics[name], characters)
 
 
 def code() -> Iterator[str]:
-    """The same of Python sources."""
+    """Documents of Python source code."""
     library = Path(sysconfig.get_path("stdlib"))
     for name in MODULES:
         yield from _documents((library / f"{name}.py").read_text(encoding="utf-8"), DOCUMENT_CHARACTERS)
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> np.ndarray:
-    """int64 [rows, length]: windows of running text, prose and code in turn."""
+    """int64 [rows, length]: windows of running text, alternating prose and code."""
     streams = [windows(tokenizer, list(documents), -(-rows // 2), length) for documents in (prose(), code())]
     return np.stack(streams, axis=1).reshape(-1, length)[:rows]
 
@@ -47,7 +47,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rows: 
         if len(tokens) >= rows * length:
             break
         tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.resize(np.array(tokens, np.int64), (rows, length))  # repeats the text should it be too short
+    return np.resize(np.array(tokens, np.int64), (rows, length))  # repeats a text that is too short
 
 
 def _documents(text: str, characters: int) -> Iterator[str]:

@@ -193,6 +193,7 @@ def cache_teacher(
                 run.generation,
                 on_stage=report.stage,
                 on_progress=lambda state: report.state(state.answers, state.total_answers, state),
+                on_warning=report.warn,
             )
     from pipeline.teacher.capture import cache_teacher as capture
 
@@ -232,7 +233,12 @@ def plan(
     report = _Reporter(on_progress)
     with _quiet(teacher):
         return plan_cache(
-            run, sample_rows=rows, cost_per_hour=cost_per_hour, on_stage=report.stage, on_progress=report.step
+            run,
+            sample_rows=rows,
+            cost_per_hour=cost_per_hour,
+            on_stage=report.stage,
+            on_progress=report.step,
+            on_warning=report.warn,
         )
 
 

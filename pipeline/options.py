@@ -43,7 +43,8 @@ class Metadata:
         common: whether the short help shows it.
         minimum, maximum: inclusive range of a number; `above` and `below` are exclusive.
         choices: allowed strings; taken from a `Literal` type if not given.
-        default_text: what the help says of the default where the value None stands for one.
+        default_text: what the help says of the default where the value None stands for one; taken from the class's
+            DEFAULT_TEXTS, by field name, if not given.
         name: flat name, if it is not prefix + field name.
         flag: short form of the flag, without dashes; the name is a flag as well.
         metavar: placeholder of the value in the help.
@@ -149,12 +150,13 @@ def _walk(config: type, prefix: str, path: tuple[str, ...]) -> Iterator[Option]:
             yield from _walk(nested.type, prefix + nested.prefix, here)
         elif (metadata := field.metadata.get("option")) is not None:
             type_, optional, choices = _plain_type(hints[field.name])
+            default_text = metadata.default_text or getattr(config, "DEFAULT_TEXTS", {}).get(field.name)
             yield Option(
                 name=metadata.name or prefix + field.name,
                 type=type_,
                 optional=optional,
                 default=field.default,
-                metadata=dataclasses.replace(metadata, choices=metadata.choices or choices),
+                metadata=dataclasses.replace(metadata, choices=metadata.choices or choices, default_text=default_text),
                 path=here,
             )
 

@@ -1,4 +1,4 @@
-"""The command; see the package for what it does."""
+"""Command line of the benchmark; the package docstring describes it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ BENCHMARKS = Path(__file__).parents[1]
 
 
 @click.command()
-@click.option("--track", "numbers", multiple=True, type=click.IntRange(1, 2), help="Which track [default: both]")
+@click.option("--track", "numbers", multiple=True, type=click.IntRange(1, 2), help="Track to run [default: both]")
 @click.option(
     "--work",
     default=BENCHMARKS / "work" / "quality",
     type=click.Path(path_type=Path),
-    help="Where text, caches and finished runs are [default: benchmarks/work/quality]",
+    help="Directory for text, caches and finished runs [default: benchmarks/work/quality]",
 )
-@click.option("--results", type=click.Path(path_type=Path), help="Where the report goes [default: benchmarks/results]")
 @click.option(
-    "--teacher", type=click.Path(path_type=Path), help="Of track 1, transformers directory. Default: SmolLM2, unpacked."
+    "--results", type=click.Path(path_type=Path), help="Directory for the report [default: benchmarks/results]"
 )
-@click.option("--text", type=click.Path(path_type=Path, exists=True), help="A directory of .txt files, one per domain.")
-@click.option("--seeds", type=click.IntRange(1), help="Runs of each arm [default: 2 in track 1, 5 in track 2]")
-@click.option("--arms", multiple=True, help="Only arms whose name has this in it, besides the references.")
-@click.option("--quick", "is_quick", is_flag=True, help="Everything tiny; the report is written only to --results.")
-@click.option("--prepare-only", is_flag=True, help="Only text, teacher and caches.")
-@click.option("--report-only", is_flag=True, help="Only the report of the runs that are there.")
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    help="Teacher of track 1, a transformers directory. Default: SmolLM2, unpacked.",
+)
+@click.option("--text", type=click.Path(path_type=Path, exists=True), help="Directory of .txt files, one per domain.")
+@click.option("--seeds", type=click.IntRange(1), help="Number of runs per arm [default: 2 in track 1, 5 in track 2]")
+@click.option("--arms", multiple=True, help="Run only arms whose name contains this text, and the references.")
+@click.option("--quick", "is_quick", is_flag=True, help="Use tiny sizes; the report is written only to --results.")
+@click.option("--prepare-only", is_flag=True, help="Only prepare text, teacher and caches.")
+@click.option("--report-only", is_flag=True, help="Only write the report of the finished runs.")
 def main(
     numbers: tuple[int, ...],
     work: Path,
@@ -49,7 +53,7 @@ def main(
     prepare_only: bool,
     report_only: bool,
 ) -> None:
-    """Train students from every kind of targets and compare them. Resumes where it was stopped.
+    """Train students on every kind of targets and compare them. Resumes after an interruption.
 
     Example: python -m benchmarks.quality --track 2 --arms threshold --seeds 1
     """
@@ -64,7 +68,7 @@ def main(
         domains = load_domains(work, text)
         if any(track.teacher is None for track in tracks):
             teacher = teacher or unpacked_teacher(work)
-            check_teacher(teacher)  # before the hours of the other track
+            check_teacher(teacher)  # fail before the hours of the other track
         for track, wanted, seed_range in plans:
             prepared = prepare(track, wanted, domains, work, teacher)
             if not prepare_only:
@@ -78,14 +82,14 @@ def main(
 
 
 def chosen(track: Track, parts: tuple[str, ...]) -> list[Arm]:
-    """Arms by parts of their names, with the labels and full arms that they are compared with.
+    """Arms whose name contains one of `parts`, and the labels and full arms that they are compared with.
 
-    Raises: click.ClickException if a part is in no arm's name.
+    Raises: click.ClickException if no arm's name contains a part.
     """
     for part in parts:
         if not any(part in arm.name for arm in track.arms):
             names = ", ".join(arm.name for arm in track.arms)
-            raise click.ClickException(f"--arms {part}: in no arm of track {track.number}. There are {names}.")
+            raise click.ClickException(f"--arms {part}: no arm of track {track.number} has it in its name: {names}.")
     named = [arm for arm in track.arms if not parts or any(part in arm.name for part in parts)]
     regimes = {LABELS.regime, *(arm.regime for arm in named)}
     return [arm for arm in track.arms if arm in named or (arm.is_reference and arm.regime in regimes)]

@@ -1,7 +1,7 @@
-"""The caches that `cache-teacher` would have written with each rule, all of them made from the stored states at once.
+"""The caches that `cache-teacher` would write with each rule, all computed together from the stored states.
 
-The same code as in stage one from the logits on: `sparse_targets`, the rule's codebook, the writer. So quantisation,
-sampling and bytes per token are the real thing; only the teacher's forward pass is not repeated for every rule.
+From the logits on, this is the code of stage one: `sparse_targets`, the rule's codebook, the writer. Quantisation,
+sampling and bytes per token are therefore those of stage one; only the teacher's forward pass is not repeated.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TEXT_COLUMNS = ("row", "input_ids", "loss_mask", "segment_lengths")
 
 
 def cache_name(rule: TargetRule) -> str:
-    """Arms with the same rule share a cache, arms of several epochs by reading its first rows."""
+    """Name of a rule's cache. Arms with the same rule share it; arms of several epochs read its first rows."""
     parts = {"top-k": rule.top_k, "random": rule.draws}.get(rule.kind) or f"{1 / (rule.tail_threshold or 1):.0f}"
     return f"{rule.kind}-{parts}" + (f"-samples-{rule.samples}" if (rule.samples or 1) > 1 else "")
 
 
 def rows_of(arm: Arm, rows: int) -> int:
-    """How many of the corpus's rows an arm sees, `arm.epochs` times."""
+    """Number of rows of the corpus that an arm sees, `arm.epochs` times each."""
     return int(rows * arm.share) // arm.epochs
 
 
@@ -48,7 +48,7 @@ def build_caches(
     fingerprint: dict[str, str],
     directory: Path,
 ) -> dict[str, Path]:
-    """Cache of each arm that reads one, by the arm's name. Unfinished ones go on where they stopped, shard by shard."""
+    """Path of the cache of each arm that reads one, by the arm's name. Continues unfinished caches."""
     paths = {}
     wanted: dict[Path, tuple[TargetRule, int]] = {}
     for arm in arms:
@@ -75,7 +75,7 @@ def build_caches(
             if not here:
                 continue
             chunks: dict[Path, list[ChunkTargets]] = {path: [] for path in here}
-            row_of = np.repeat(np.array(group), corpus.counted[group.start : group.stop])
+            row_of = np.repeat(np.array(group), corpus.loss_tokens[group.start : group.stop])
             position = np.concatenate([np.flatnonzero(corpus.rows[row].loss_mask) for row in group])
             hidden = states.of_rows(group)
             for first in range(0, len(hidden), CHUNK_POSITIONS):
@@ -83,8 +83,8 @@ def build_caches(
                 found = head.logits(hidden[chunk], out=logits)
                 for path in here:
                     rule = wanted[path][0]
-                    drawn = draws(rule, row_of[chunk], position[chunk])
-                    chunks[path].append(sparse_targets(found, rule, drawn, scratch))
+                    random = draws(rule, row_of[chunk], position[chunk])
+                    chunks[path].append(sparse_targets(found, rule, random, scratch))
             for path, writer in here.items():
                 rows = corpus.rows[group.start : group.stop]
                 stored = [np.asarray(row.loss_mask, bool) for row in rows]
@@ -110,7 +110,7 @@ def _metadata(track: Track, rule: TargetRule, rows: int, head: Head, fingerprint
 
 
 def sizes(path: Path) -> dict[str, float]:
-    """What a cache takes on disk, every column, and its entries at a position that counts."""
+    """Bytes per token of a cache, with every column, and its entries per loss token."""
     cache = cf.open_cache(path)
     exact = sum(int(np.asarray(row.targets.exact_counts, np.int64).sum()) for row in cache.iter_rows())
     text = sum(size for name, size in cache.column_bytes().items() if name in TEXT_COLUMNS)

@@ -1,7 +1,7 @@
-"""From domains to rows of tokens: one training corpus of equal shares, one held-out corpus per domain.
+"""From domains to token rows: one training corpus with equal shares of the domains, one held-out corpus per domain.
 
-Documents are taken in one fixed random order until a corpus has its tokens, and packed into rows by stage one's own
-packing, so that documents in one row do not see one another.
+Documents are added in a fixed random order until a corpus has its tokens, and packed into rows by stage one, so that
+documents in one row do not attend to one another.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Corpus:
     sha256: str
 
     @property
-    def counted(self) -> np.ndarray:
-        """[rows] int64: positions that have a next token, of each row."""
+    def loss_tokens(self) -> np.ndarray:
+        """[rows] int64: number of loss tokens of each row."""
         return np.array([int(row.loss_mask.sum()) for row in self.rows])
 
 
 def build_corpora(
     track: Track, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> tuple[list[Corpus], list[dict[str, str | int]]]:
-    """The training corpus, then the held-out ones; and of each domain what was used of it."""
+    """The training corpus, then the held-out ones; and the documents and tokens used of each domain."""
     chosen, sizes = _choose(track, domains, tokenizer)
     corpora = []
     for name, (trained_on, documents, tokens) in chosen.items():
@@ -50,12 +50,12 @@ def build_corpora(
         write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
         corpus = build_corpus(DataConfig(data=str(file), seq_len=track.window), tokenizer)
         rows = len(corpus)
-        if name == TRAIN:  # whole record batches, in each share of an arm of several epochs too
+        if name == TRAIN:  # complete record batches, also in the share of an arm of several epochs
             rows -= rows % (track.most_epochs * track.record_batch_rows)
         else:
             rows = min(rows, -(-track.held_out_tokens // track.window))
         if not rows:
-            raise click.ClickException(f"{file}: {tokens:,} tokens make no row, expected more text. Check --text.")
+            raise click.ClickException(f"{file}: {tokens:,} tokens are too few for a row. Give more text with --text.")
         kept = [corpus[i] for i in range(rows)]
         corpora.append(Corpus(name, trained_on, kept, corpus.token_stream_sha256))
     return corpora, sizes
@@ -64,7 +64,7 @@ def build_corpora(
 def _choose(
     track: Track, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, tuple[bool, list[str], int]], list[dict[str, str | int]]]:
-    """Corpus -> (trained on, texts, tokens); equal shares of the training tokens for as long as a domain has text."""
+    """Corpus -> (trained on, texts, tokens). Domains have equal shares of the training tokens as far as they last."""
 
     def length(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1  # EOS
@@ -86,7 +86,7 @@ def _choose(
     for domain in domains:
         held_out: list[str] = []
         tokens = 0
-        # In pieces, so that a few thousand tokens come from many documents.
+        # Cut into pieces, so that a few thousand tokens come from many documents.
         pieces = (piece for d in domain.documents if d.held_out for piece in cut(d.text.split("\n\n"), PIECE))
         for text in _shuffled(pieces):
             if tokens > 1.1 * track.held_out_tokens:  # packing does not fill its first rows

@@ -1,12 +1,12 @@
-"""The loss on whole distributions, a chunk of positions at a time: what the reference arm learns from.
+"""The loss on full distributions, a chunk of positions at a time: the objective of the reference arm.
 
     L = Σ_n  c_n·lse(z_n) − Σ_v t_nv·z_nv + Σ_v t_nv·log t_nv        z = hidden·Wᵀ
 
-With t the teacher's p and c = 1 this is KL(p‖q), and its gradient softmax(z) − p. With t the weights of a sample it is
-the estimate of that: c = 1 as `pipeline.losses` has it, or c = Σ_v t_v, with which the loss does not change when all
-logits are shifted, and the gradient sums to zero over the vocabulary.
+With t = p of the teacher and c = 1, this is KL(p‖q), with gradient softmax(z) − p. With t the weights of a sample, it
+is an estimate of the KL: c = 1 as in `pipeline.losses`, or c = Σ_v t_v, which makes the loss invariant to a shift of
+all logits and its gradient sum to zero over the vocabulary.
 
-Shapes: N positions, n of a chunk, D width, V vocabulary.
+Shapes: N positions, n positions of a chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 CHUNK_POSITIONS = 128
 
 Distributions = Callable[[slice], Tensor]
-"""Positions → [n, V] float: their targets."""
+"""Positions → their targets, [n, V] float."""
 
 
 def dense_loss(
     hidden: Tensor, weight: Tensor, targets: Distributions, *, shift_invariant: bool = False, scale: float = 1.0
 ) -> Tensor:
-    """The loss above, summed over positions, times `scale`; gradients for `hidden` [N, D] and `weight` [V, D]."""
+    """The loss above, summed over positions, times `scale`; differentiable in `hidden` [N, D] and `weight` [V, D]."""
     return _Dense.apply(hidden, weight, targets, shift_invariant, scale)  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,7 @@
-"""How far an arm's gradient points away from the one under the whole distribution: one batch, one student.
+"""Angle between an arm's gradient and the gradient under the full distribution, for one batch and one student.
 
-Over all parameters but the embedding, which is the head as well: its gradient is dominated by the vocabulary.
+The gradient is over all parameters except the embedding (which is also the head), because the vocabulary would dominate
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pipeline.models.head import Head
 
 
 def body_gradient(head: Head, objective: Objective, indices: Sequence[int]) -> Tensor:
-    """Flat gradient of the mean loss over these rows."""
+    """Flattened gradient of the mean loss over these rows."""
     model = head.model
     embedding = model.get_input_embeddings().weight
     body = [parameter for parameter in model.parameters() if parameter is not embedding]
@@ -27,6 +28,6 @@ def body_gradient(head: Head, objective: Objective, indices: Sequence[int]) -> T
 def compare(gradient: Tensor, reference: Tensor) -> dict[str, float]:
     """Angle in degrees, and |gradient| / |reference|."""
     a, b = gradient.double(), reference.double()
-    # Not from the cosine alone, which rounds to 1 for small angles.
+    # atan2, since the cosine rounds to 1 for small angles.
     along, across = a @ b / b.norm(), (a - (a @ b / (b @ b)) * b).norm()
     return {"angle": math.degrees(math.atan2(float(across), float(along))), "norm_ratio": float(a.norm() / b.norm())}

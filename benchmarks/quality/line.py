@@ -1,4 +1,4 @@
-"""An arm over its seeds, beside the two references of its regime."""
+"""The runs of an arm, with those of its two references."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.quality.tracks import Arm
 
 @dataclass(frozen=True)
 class Line:
-    """An arm over its seeds. Values are by seed, in the order of `seeds`; shares only where both references ran."""
+    """The runs of an arm by seed. Methods return a value per seed, comparisons only for seeds of both references."""
 
     arm: Arm
     runs: Mapping[int, Run]
@@ -21,7 +21,7 @@ class Line:
         return [run["held_out"][domain][metric] for run in self.runs.values()]
 
     def shares(self, domain: str, metric: str) -> list[float]:
-        """Of the gain from labels to full, 1 for all of it."""
+        """Share of the gain from labels to the full distribution that the arm keeps: 0 is labels, 1 is full."""
         found = []
         for seed, x, labels, full in self._triples(domain, metric):
             if labels == full:
@@ -30,7 +30,7 @@ class Line:
         return found
 
     def differences(self, domain: str, metric: str) -> list[float]:
-        """Arm − full."""
+        """Value of the arm − value of the full distribution."""
         return [x - full for _, x, _, full in self._triples(domain, metric)]
 
     def gradient(self, point: str, loss: str, value: str) -> list[float]:

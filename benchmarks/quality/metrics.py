@@ -1,13 +1,13 @@
-"""A student beside its teacher on held-out text, with the whole distributions of both at every position.
+"""A student compared with its teacher on held-out text, from the full distributions of both at every position.
 
     ce          −log q(next token), nats
     kl          KL(p‖q) = Σ p·(log p − log q), nats
-    agreement   how often both have the same most likely token
-    acceptance  Σ min(p, q): how often speculative decoding would accept the student's token
-    ece         expected calibration error: |how often its most likely token is right − how likely it says it is|,
-                averaged over 15 equal bins of the latter
+    agreement   share of positions where both have the same most likely token
+    acceptance  Σ min(p, q): probability that speculative decoding accepts the student's token
+    ece         expected calibration error: |accuracy − confidence| of the most likely token, averaged over 15 bins of
+                confidence
 
-All but the last are means over positions, so that domains can be added up; so can the bins.
+All but ece are means over positions, so sums over domains can be added; the bins of ece can be added too.
 
 Shapes: n positions, V vocabulary.
 """
@@ -32,7 +32,7 @@ CHUNK_POSITIONS = 128
 
 @dataclass
 class Sums:
-    """Over positions; `bins` [BINS, 3]: positions, sum of confidences, positions where it was right."""
+    """Sums over positions; `bins` [BINS, 3]: positions, sum of confidences, correct positions."""
 
     tokens: int = 0
     ce: float = 0.0
@@ -42,7 +42,7 @@ class Sums:
     bins: np.ndarray = field(default_factory=lambda: np.zeros((BINS, 3)))
 
     def add(self, p: Tensor, logq: Tensor, labels: Tensor) -> None:
-        """p [n, V] teacher, logq [n, V] student's log-probabilities, labels [n]."""
+        """Adds n positions: p [n, V] of the teacher, log-probabilities logq [n, V] of the student, labels [n]."""
         q = logq.exp()
         confidence, choice = q.max(dim=1)
         right = (choice == labels).double().numpy()
@@ -60,7 +60,7 @@ class Sums:
 
     def means(self) -> dict[str, float]:
         names = ("ce", "kl", "agreement", "acceptance")
-        gaps = np.abs(self.bins[:, 1] - self.bins[:, 2])  # of a bin: positions · |confidence − accuracy|
+        gaps = np.abs(self.bins[:, 1] - self.bins[:, 2])  # per bin: positions · |confidence − accuracy|
         return {
             "tokens": self.tokens,
             **{name: getattr(self, name) / self.tokens for name in names},
@@ -72,7 +72,7 @@ Held = list[tuple[Corpus, States]]
 
 
 def evaluate(student: Head | None, teacher: Head, held_out: Held) -> dict[str, dict[str, float]]:
-    """Means by domain, and of those trained on together ("in-domain"). Without a student, the teacher itself."""
+    """Means by domain, and over all training domains ("in-domain"). Without a student, those of the teacher itself."""
     sums = {corpus.name: _sums(student, teacher, corpus, states) for corpus, states in held_out}
     trained_on = [sums[corpus.name] for corpus, _ in held_out if corpus.trained_on]
     found = {name: domain.means() for name, domain in sums.items()}

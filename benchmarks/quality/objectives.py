@@ -1,10 +1,10 @@
-"""An arm's loss on a batch of rows: mean over its counted positions, in nats.
+"""An arm's loss on a batch of rows: mean over its loss tokens, in nats.
 
-    labels   cross-entropy with the true next token, by the fused head with no teacher
-    full     KL(teacher‖student) over the whole vocabulary, the teacher's head applied to its stored states
-    cache    what `train-student --kd-weight 1` computes from a cache: read back, collated, fused
+    labels   cross-entropy with the true next token, by the fused head without a teacher
+    full     KL(teacher‖student) over the full vocabulary, with the teacher's head applied to its stored states
+    cache    the loss of `train-student --kd-weight 1` on a cache: read, collated, fused
 
-The same indices mean the same rows in the same order, whatever the arm.
+The same indices mean the same rows in the same order for every arm.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pipeline.teacher.text.packing import TokenRow
 SHUFFLE_WINDOW = 8  # record batches
 
 Objective = Callable[[Head, Sequence[int]], Tensor]
-"""Student's head, indices as `order` gives them → mean loss, with its gradient."""
+"""Student's head and indices from `order` → differentiable mean loss."""
 
 
 def order(track_rows: int, record_batch_rows: int, seed: int, samples: int) -> LocalShuffle:
-    """The sampler of `train-student`, on the first rows of a corpus: indices of each epoch."""
+    """The sampler of `train-student` over the first rows of a corpus: indices of each epoch."""
     starts = range(0, track_rows, record_batch_rows)
     batches = [(start, min(start + record_batch_rows, track_rows)) for start in starts]
     return LocalShuffle(batches, seed=seed, window=SHUFFLE_WINDOW, samples=samples)
@@ -81,14 +81,14 @@ def cache_objective(path: Path, arm: Arm) -> Objective:
 
     def loss(head: Head, indices: Sequence[int]) -> Tensor:
         batch = dataset.collate(dataset.__getitems__(indices))
-        counted = int((batch["labels"] != IGNORE_INDEX).sum())
-        return distillation_output(head, batch, recipe, 1.0 / counted).loss
+        loss_tokens = int((batch["labels"] != IGNORE_INDEX).sum())
+        return distillation_output(head, batch, recipe, 1.0 / loss_tokens).loss
 
     return loss
 
 
 def shift_invariant_objective(path: Path, arm: Arm) -> Objective:
-    """The unbiased estimate with Σw instead of 1 before lse: a variant that `pipeline.losses` does not have."""
+    """The unbiased estimate with the factor Σw instead of 1 on lse, a variant that `pipeline.losses` does not offer."""
     dataset, _ = open_dataset(path, arm)
 
     def loss(head: Head, indices: Sequence[int]) -> Tensor:
@@ -113,18 +113,18 @@ def open_dataset(path: Path, arm: Arm) -> tuple[CacheDataset, DistillLoss]:
 
 
 def student_states(head: Head, rows: Sequence[TokenRow | cf.CacheRow]) -> tuple[Tensor, Tensor]:
-    """Hidden states [n, D] and labels [n] at the counted positions, row after row."""
+    """Hidden states [n, D] and labels [n] at the loss tokens, row after row."""
     input_ids, position_ids = pad_rows(rows)
     labels = np.full(input_ids.shape, IGNORE_INDEX, np.int64)
     for i, row in enumerate(rows):
         at = np.flatnonzero(row.loss_mask)
         labels[i, at] = np.asarray(row.input_ids)[at + 1]
     labels = torch.from_numpy(labels)
-    counted = labels != IGNORE_INDEX
-    return head.hidden_states(input_ids, position_ids)[counted], labels[counted]
+    in_loss = labels != IGNORE_INDEX
+    return head.hidden_states(input_ids, position_ids)[in_loss], labels[in_loss]
 
 
 @torch.no_grad()
 def probabilities(teacher: Head, states: Tensor) -> Tensor:
-    """[n, V] of the teacher, float32."""
+    """The teacher's probabilities, [n, V] float32."""
     return torch.softmax(teacher.logits(states).float(), dim=1)

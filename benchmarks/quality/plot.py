@@ -1,4 +1,4 @@
-"""Quality against bytes: how much of the gain from labels to the full distribution each cache keeps."""
+"""Plot of quality against bytes: the share of the gain from labels to the full distribution that each cache keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from benchmarks.quality.line import Line
 
-LOWEST = -20  # percent; what is below is named with its number, but not drawn
+LOWEST = -20  # percent; values below are listed in the legend instead of drawn
 STYLES = {  # marker and colour, the same in both panels
     ("threshold", "sampled"): ("o", "tab:purple"),
     ("random", "sampled"): ("o", "tab:red"),
@@ -21,7 +21,7 @@ STYLES = {  # marker and colour, the same in both panels
 
 
 def draw(lines: Mapping[str, Sequence[Line]], file: Path) -> bool:
-    """One panel per track; False, with a word of why, if there is nothing to draw or nothing to draw with."""
+    """Draws one panel per track. Returns False without matplotlib (with a message) or without data."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -51,7 +51,7 @@ def draw(lines: Mapping[str, Sequence[Line]], file: Path) -> bool:
             x, y, error, titles = zip(*drawn, strict=True) if drawn else ((), (), (), ())
             marker, color = STYLES[kind, tail]
             axes.errorbar(x, y, yerr=error, marker=marker, color=color, capsize=2, linewidth=1, label=name)
-            above = -11 if kind == "random" else 5  # or they would lie on those of threshold
+            above = -11 if kind == "random" else 5  # below the points, clear of the labels of threshold
             for at, height, title in zip(x, y, titles, strict=True):
                 axes.annotate(_short(title), (at, height), textcoords="offset points", xytext=(4, above), fontsize=7)
         axes.axhline(100, color="gray", linewidth=0.8)

@@ -1,8 +1,8 @@
-"""Character vectors out of an installed R package, without R.
+"""Reads character vectors of an installed R package, without R.
 
-A package keeps its data in a lazy-load database: `Rdata.rdx`, gzip, says where each variable lies in `Rdata.rdb`, and
-there it is a length (4 bytes, big-endian) and zlib. Both hold R's serialisation in XDR form ("R Internals", section
-1.8), of which this reads what such an index and a character vector are made of.
+A package stores its data in a lazy-load database: `Rdata.rdx` (gzip) holds the place of each variable in `Rdata.rdb`,
+where a variable is a length (4 bytes, big-endian) followed by zlib data. Both hold R's serialisation in XDR form ("R
+Internals", section 1.8), of which this reads the parts that such an index and a character vector need.
 """
 
 from __future__ import annotations

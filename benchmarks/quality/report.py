@@ -1,9 +1,9 @@
-"""Finished runs ─▶ tables: means over seeds, spread, and what is left of the gain that the full distribution brings.
+"""Finished runs ─▶ tables: means and spread over seeds, and the share of the full distribution's gain that is kept.
 
     share of the gain = (x_labels − x_arm) / (x_labels − x_full)        x: held-out CE, or KL to the teacher
 
-computed seed by seed, since the runs of a seed share initial weights and order; then mean and standard deviation.
-Arms are compared with labels and full of their own regime: as many epochs, rows in a step, and text.
+The share is computed per seed, since the runs of a seed share initial weights and order; then mean and standard
+deviation. Arms are compared with labels and full of the same regime: epochs, rows per step, and text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Report:
 
 
 def build(plans: Sequence[Plan]) -> Report:
-    """Tables of the runs that are finished."""
+    """Tables of the finished runs."""
     tables, lines, summary, settings, records = [], {}, {}, {}, []
     for track, arms, seeds, directory in plans:
         facts_file = directory / "prepared.json"
@@ -46,9 +46,9 @@ def build(plans: Sequence[Plan]) -> Report:
         title = f"Track {track.number}"
         unseen = [row["domain"] for row in facts["domains"] if not row["training tokens"]]
         tables += [
-            held_out_table(f"{title}: held-out text of the domains trained on", here, "in-domain", facts),
-            *(held_out_table(f"{title}: {name}, never trained on", here, name, facts) for name in unseen),
-            gradient_table(f"{title}: gradient against that of the full distribution", here),
+            held_out_table(f"{title}: held-out text of the training domains", here, "in-domain", facts),
+            *(held_out_table(f"{title}: {name}, not a training domain", here, name, facts) for name in unseen),
+            gradient_table(f"{title}: gradient compared with that of the full distribution", here),
             domain_table(f"{title}: text", facts["domains"]),
         ]
         if rows := search_rows(directory):
@@ -57,7 +57,7 @@ def build(plans: Sequence[Plan]) -> Report:
         settings |= {f"{name} runs": f"{done} of {wanted}", f"{name} student": facts["student"]}
         settings |= {f"{name} teacher": facts["teacher"], f"{name} training tokens": facts["training_tokens"]}
         settings |= {f"{name} learning rate": chosen_rate(directory, track, facts["digest"]) or "not chosen yet"}
-        settings |= {f"{name} rows": f"of {track.window} tokens, {track.batch_rows} in a step"}
+        settings |= {f"{name} rows": f"{track.window} tokens per row, {track.batch_rows} rows per step"}
         summary |= {f"{name}_runs": done, f"{name}_runs_wanted": wanted, **choices(name, here)}
         records += [run["machine"] for line in here for run in line.runs.values()]
     settings["schedule"] = (
@@ -66,8 +66,8 @@ def build(plans: Sequence[Plan]) -> Report:
     )
     result = measure.Result(
         name="quality",
-        question="What students learn from sparse targets beside what they learn from the whole distribution.",
-        bound="100 % of the gain, which is the full distribution's own result: the teacher online.",
+        question="How much students learn from sparse targets, compared with the full distribution.",
+        bound="100 % of the gain, the result of the full distribution (the teacher online).",
         settings=settings,
         tables=tables,
         summary=summary,
@@ -92,7 +92,7 @@ def arm_lines(arms: Sequence[Arm], runs: Sequence[Run]) -> list[Line]:
 
 def held_out_table(title: str, lines: Sequence[Line], domain: str, facts: Mapping[str, Any]) -> measure.Table:
     columns = ["arm", "bytes/token", "entries", "seeds", "CE", "KL", "gain kept, CE %", "gain kept, KL %"]
-    columns += ["KL − full's", "agreement %", "calibration error %", "acceptance %"]
+    columns += ["KL − full", "agreement %", "calibration error %", "acceptance %"]
     rows: list[list[measure.Value]] = []
     for line in lines:
         cache = line.cache
@@ -117,7 +117,7 @@ def held_out_table(title: str, lines: Sequence[Line], domain: str, facts: Mappin
 
 
 def gradient_table(title: str, lines: Sequence[Line]) -> measure.Table:
-    """At two students: new, and trained on the full distribution by the same seed. With lse's coefficient 1 and Σw."""
+    """Gradients of two students, untrained and trained on the full distribution, with the factor 1 or Σw on lse."""
     columns = ["arm", "start: angle °", "start: norm ratio", "end: angle °", "end: norm ratio"]
     columns += ["start, Σw: angle °", "end, Σw: angle °"]
     rows: list[list[measure.Value]] = []
@@ -145,7 +145,7 @@ def search_rows(directory: Path) -> tuple[list[str], list[list[measure.Value]]] 
 
 
 def choices(track: str, lines: Sequence[Line]) -> dict[str, measure.Value]:
-    """The fewest bytes that keep so much of the gain, on average over seeds."""
+    """The smallest cache that keeps each share of the gain, on average over seeds."""
     caches = [(line, line.cache["bytes_per_token"]) for line in lines if line.cache and line.arm.is_usual]
     found: dict[str, measure.Value] = {}
     for metric in ("ce", "kl"):
@@ -170,7 +170,7 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
 
 
 def write(report: Report, directory: Path, draw: Callable[..., bool] = plot.draw) -> None:
-    """quality.json and quality.md with the tables, quality.jsonl with a run per line, quality.svg."""
+    """Writes quality.json and quality.md with the tables, quality.jsonl with one run per line, and quality.svg."""
     measure.write(report.result, directory, COMMAND)
     runs = [run for lines in report.lines.values() for line in lines for run in line.runs.values()]
     with (directory / "quality.jsonl").open("w", encoding="utf-8") as stream:

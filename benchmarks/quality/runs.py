@@ -1,8 +1,8 @@
-"""What has to be run, what is there already, and one run.
+"""Preparation of a track, its missing runs, and one run.
 
-Everything of a track lies in one directory of the work directory. A run's file is written when the run is done, by
-renaming, and carries a digest of all that decided it (text, teacher, student, settings, arm): a run with another digest
-counts as missing. So a process may be killed at any moment, and what it had finished stays.
+Each track has a directory in the work directory. The file of a run is written when the run is finished, by renaming,
+and holds a digest of everything that determines the run (text, teacher, student, settings, arm). A run with a different
+digest counts as missing. So a process may be killed at any moment without losing finished runs.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from pipeline.models.tokenizers import real_vocab_size, tokenizer_fingerprint
 
 Run = dict[str, Any]
 
-# Named, so that a part that rules get later does not make every finished run count as missing.
+# A fixed list, so that a new field of rules does not make every finished run count as missing.
 RULE_PARTS = ("kind", "top_k", "top_p", "max_entries", "tail_threshold", "draws", "samples", "seed", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A track with everything its runs need."""
+    """A track with everything that its runs need."""
 
     track: Track
     directory: Path
@@ -70,10 +70,10 @@ def track_directory(track: Track, work: Path) -> Path:
 
 
 def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: Path, teacher: Path | None) -> Prepared:
-    """Teacher, text, states and caches; makes what is missing.
+    """Teacher, text, states and caches of a track; creates what is missing.
 
     Args:
-        teacher: transformers directory, for a track that does not train its own.
+        teacher: transformers directory, for a track that does not train its own teacher.
     """
     directory = track_directory(track, work)
     if track.teacher is None:
@@ -88,7 +88,7 @@ def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: 
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]))
 
     held_out, digests = [], []
-    for corpus in reversed(corpora):  # the long one last
+    for corpus in reversed(corpora):  # the training corpus last
         digests.append(_digest([corpus.sha256, len(corpus.rows), weights_fingerprint(model)]))
         path = directory / "states" / f"{corpus.name}-{digests[-1]}"
         run_teacher(head, corpus, path)
@@ -104,7 +104,7 @@ def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: 
         directory / "caches" / digests[-1],
     )
     student = open_head(new_model(track.student, head.vocab_size, track.window, 0), head.vocab_size)
-    decides = asdict(replace(track, arms=(), seeds=0, search_rates=(), search_share=0.0))
+    settings = asdict(replace(track, arms=(), seeds=0, search_rates=(), search_share=0.0))
     prepared = Prepared(
         track=track,
         directory=directory,
@@ -113,7 +113,7 @@ def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: 
         states=states,
         held_out=held_out,
         caches=caches,
-        digest=_digest([digests, decides]),
+        digest=_digest([digests, settings]),
     )
     facts = directory / "prepared.json"
     if not facts.exists() or json.loads(facts.read_text())["digest"] != prepared.digest:
@@ -122,7 +122,7 @@ def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: 
             "teacher": describe(head),
             "student": describe(student),
             "domains": domain_sizes,
-            "training_tokens": int(corpus.counted.sum()),
+            "training_tokens": int(corpus.loss_tokens.sum()),
             "teacher_held_out": evaluate(None, head, held_out),
         }
         write_json(facts, found)
@@ -130,7 +130,7 @@ def prepare(track: Track, arms: Sequence[Arm], domains: Sequence[Domain], work: 
 
 
 def run_missing(prepared: Prepared, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
-    """All runs of these arms and seeds that are not there yet."""
+    """Runs all arms and seeds that are not finished."""
     track = prepared.track
     search(prepared)
     learning_rate = chosen_rate(prepared.directory, track, prepared.digest)
@@ -147,7 +147,7 @@ def run_missing(prepared: Prepared, arms: Sequence[Arm], seeds: Sequence[int]) -
 
 
 def search(prepared: Prepared) -> None:
-    """The labels and full arms at several learning rates, on a seed of their own and a share of the text."""
+    """Runs the labels and full arms at several learning rates, with a separate seed and a share of the text."""
     track = prepared.track
     for rate in track.search_rates:
         for arm in (LABELS, FULL):
@@ -166,13 +166,13 @@ def search(prepared: Prepared) -> None:
 
 
 def search_file(directory: Path, track: Track, digest: str, arm: Arm, rate: float) -> tuple[Path, str]:
-    """Where a run of the search is, and its digest."""
+    """File of a run of the search, and its digest."""
     file = directory / "search" / f"{arm.name}-{rate:g}.json"
     return file, _digest([run_digest(digest, rate, arm), track.search_share])
 
 
 def chosen_rate(directory: Path, track: Track, digest: str) -> float | None:
-    """The rate at which labels and full arms together have the lowest held-out loss; None before the search."""
+    """The learning rate with the lowest sum of the held-out losses of labels and full; None before the search."""
     losses = dict.fromkeys(track.search_rates, 0.0)
     for rate in track.search_rates:
         for arm in (LABELS, FULL):
@@ -184,12 +184,12 @@ def chosen_rate(directory: Path, track: Track, digest: str) -> float | None:
 
 
 def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Run:
-    """Trains one student, measures it, and says what was found."""
+    """Trains and measures one student."""
     track, began = prepared.track, time.monotonic()
     gradients = {}
     if arm.is_usual:
         gradients["start"] = _gradients(prepared, arm, student_head(prepared, seed))
-    head = nudged(student_head(prepared, seed), arm.nudge)
+    head = perturbed(student_head(prepared, seed), arm.perturbation)
     curve, steps, train_seconds = _train(prepared, arm, seed, head, learning_rate)
     held_out = evaluate(head, prepared.teacher, prepared.held_out)
     model_file = prepared.directory / "models" / f"{FULL.name}-seed{seed}.safetensors"
@@ -220,7 +220,7 @@ def one_run(prepared: Prepared, arm: Arm, seed: int, learning_rate: float) -> Ru
 
 
 def finished(directory: Path, track: Track, arms: Sequence[Arm], seeds: Sequence[int]) -> Iterator[Run]:
-    """The runs that are there, of those wanted."""
+    """The finished runs of these arms and seeds."""
     facts = directory / "prepared.json"
     if not facts.exists():
         return
@@ -241,8 +241,8 @@ def run_file(directory: Path, arm: Arm, seed: int) -> Path:
 def run_digest(prepared_digest: str, learning_rate: float, arm: Arm) -> str:
     parts = {name: getattr(arm.rule, name) for name in RULE_PARTS} if arm.rule else {}
     rule = {name: value for name, value in parts.items() if value is not None} or None
-    # As with the rule: what has none of these keeps its digest.
-    later = [part for part in (arm.nudge, arm.step_rows, 1 - arm.share) if part]
+    # Only if set, so that arms without them keep their digest.
+    later = [part for part in (arm.perturbation, arm.step_rows, 1 - arm.share) if part]
     return _digest([prepared_digest, learning_rate, arm.source, rule, arm.tail, arm.epochs, arm.resample, *later])
 
 
@@ -252,8 +252,8 @@ def student_head(prepared: Prepared, seed: int) -> Head:
 
 
 @torch.no_grad()
-def nudged(head: Head, share: float) -> Head:
-    """The same, each weight changed by up to this share of itself."""
+def perturbed(head: Head, share: float) -> Head:
+    """The same head, with each weight changed by up to `share` of its value."""
     generator = torch.Generator().manual_seed(0)
     for weight in head.model.parameters():
         weight.mul_(1 + share * (2 * torch.rand(weight.shape, generator=generator) - 1))
@@ -269,7 +269,7 @@ def objective_of(prepared: Prepared, arm: Arm) -> Objective:
 
 
 def _train(prepared: Prepared, arm: Arm, seed: int, head: Head, learning_rate: float) -> tuple[list[float], int, float]:
-    """Training curve, steps, seconds."""
+    """Training curve, number of steps, seconds."""
     track, began = prepared.track, time.monotonic()
     rows = rows_of(arm, len(prepared.corpus.rows))
     samples = arm.epochs if arm.resample else 1
@@ -295,7 +295,7 @@ def _rate(track: Track, arm: Arm, learning_rate: float) -> float:
 
 
 def _gradients(prepared: Prepared, arm: Arm, head: Head) -> dict[str, dict[str, float]]:
-    """The arm's gradient at this student beside that of the full distribution, on rows from all over the corpus."""
+    """The arm's gradient compared with that of the full distribution, on rows spread over the corpus."""
     rows = np.linspace(0, len(prepared.corpus.rows) - 1, prepared.track.gradient_rows).round().astype(int).tolist()
     reference = body_gradient(head, objective_of(prepared, FULL), rows)
     found = {"loss": compare(body_gradient(head, objective_of(prepared, arm), rows), reference)}

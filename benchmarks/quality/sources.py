@@ -1,11 +1,11 @@
-"""Text of several domains, from Debian and Python packages: no web site, no account, the same for everyone.
+"""Text of several domains from Debian and Python packages: no web site, no account, the same everywhere.
 
     postgresql  its manual: HTML pages of Debian's postgresql-doc-15. Every 20th page is held out.
     austen      Jane Austen's novels, Debian's r-cran-janeaustenr, by chapters. Persuasion is held out.
     reasoning   word problems with worked answers, and three kinds of puzzles, by reasoning-gym. Held out: other seeds.
-    python      the reference manual that Python carries. Never trained on.
+    python      Python's reference manual. Not a training domain.
 
-Debian packages are downloaded by apt, as any user may, and unpacked beside the text; nothing is installed.
+Debian packages are downloaded with apt, which needs no root, and unpacked next to the text; nothing is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.text import prose
 PAGES = "usr/share/doc/postgresql-doc-15/html"
 NOVELS = "usr/lib/R/site-library/janeaustenr/data"
 HELD_OUT_NOVEL = "persuasion"
-NO_PROSE = ("bookindex", "legalnotice")  # pages of the manual
+NO_PROSE = ("bookindex", "legalnotice")  # pages of the manual without prose
 HELD_OUT_EVERY = {"page": 20, "document": 10}
 SUFFIX = " Give the result as your final answer"
 PROBLEMS = {"gsm_symbolic": 6000, "knights_knaves": 1500, "family_relationships": 1500, "zebra_puzzles": 400}
@@ -50,13 +50,13 @@ class Domain:
 
 
 def load_domains(work: Path, directory: Path | None) -> list[Domain]:
-    """All domains, from `work/text` if they are there already.
+    """All domains, from `work/text` if they are stored there.
 
     Args:
-        directory: of .txt files, one per domain, instead of the domains above. The last one by name is not trained on,
-            if there are two or more; of the others every 10th document is held out.
+        directory: of .txt files, one per domain, instead of the domains above. With two or more files, the last one by
+            name is not a training domain; of the others, every 10th document is held out.
 
-    Raises: click.ClickException if text cannot be had, with the next step.
+    Raises: click.ClickException if the text is not available.
     """
     if directory is not None:
         return _given(directory)
@@ -80,7 +80,7 @@ def load_domains(work: Path, directory: Path | None) -> list[Domain]:
 def _given(directory: Path) -> list[Domain]:
     files = sorted(directory.glob("*.txt"))
     if not files:
-        raise click.ClickException(f"{directory}: no .txt files there, expected one for each domain. Check --text.")
+        raise click.ClickException(f"{directory}: found no .txt files, expected one per domain. Check --text.")
     domains = []
     for file in files:
         trained_on = len(files) == 1 or file != files[-1]
@@ -90,14 +90,14 @@ def _given(directory: Path) -> list[Domain]:
         documents = [Document(text, out) for text, out in zip(texts, held_out, strict=True)]
         if len(documents) <= every // 2:
             raise click.ClickException(
-                f"{file}: too short for held-out text, expected {every * DOCUMENT:,} characters."
+                f"{file}: too short for held-out text, expected at least {every * DOCUMENT:,} characters."
             )
         domains.append(Domain(file.stem, trained_on, documents))
     return domains
 
 
 def cut(paragraphs: Iterable[str], characters: int) -> Iterator[str]:
-    """Documents of consecutive paragraphs, each as soon as it has so many characters."""
+    """Documents of consecutive paragraphs; each ends when it has at least `characters` characters."""
     document: list[str] = []
     for paragraph in filter(None, (paragraph.strip("\n") for paragraph in paragraphs)):
         document.append(paragraph)
@@ -204,13 +204,13 @@ def _debian(package: str, packages: Path) -> Path:
         subprocess.run(["dpkg-deb", "-x", archive, partial], check=True, capture_output=True)
     except FileNotFoundError as error:
         raise click.ClickException(
-            f"{package}: no {error.filename} on this machine to get Debian's package with. Give a directory of .txt "
-            "files, one per domain, with --text."
+            f"{package}: cannot download the Debian package, since {error.filename} is not installed. Give a "
+            "directory of .txt files, one per domain, with --text."
         ) from error
     except subprocess.CalledProcessError as error:
         message = (error.stderr or b"").decode(errors="replace").strip().splitlines() or ["no message"]
         raise click.ClickException(
-            f"{package}: {message[-1]}: apt could not download it. Run `apt-get update`, or give a directory of .txt "
+            f"{package}: apt could not download it: {message[-1]}. Run `apt-get update`, or give a directory of .txt "
             "files, one per domain, with --text."
         ) from error
     partial.rename(unpacked)

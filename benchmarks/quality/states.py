@@ -1,12 +1,12 @@
-"""What the teacher says about a corpus, kept as its last hidden states: the one pass of the teacher.
+"""The teacher's last hidden states on a corpus, from its only pass.
 
-A hidden state is 576 numbers where a distribution is 49,152, and the head makes the one from the other whenever an arm
-or a metric wants it. They are float16 on disk; the teacher is by definition what its head says of the rounded states,
-for all arms alike.
+A state has 576 numbers, a distribution 49,152; the head computes distributions from states when an arm or a metric
+needs them. States are float16 on disk. The teacher's distribution is defined as the head applied to these rounded
+states, the same for all arms.
 
-Files of some rows each, written to a temporary name and renamed: a pass that was killed goes on where it stopped.
+Each file holds a few rows and is written to a temporary name and renamed, so a pass that was killed continues.
 
-Shapes: D the teacher's width; positions are those that have a next token, row after row.
+Shapes: D the teacher's width; positions are the loss tokens, row after row.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ BATCH_ROWS = 8
 
 
 class States:
-    """The states of a corpus, memory-mapped."""
+    """Memory-mapped states of a corpus."""
 
     def __init__(self, directory: Path, corpus: Corpus) -> None:
         files = range(-(-len(corpus.rows) // ROWS_PER_FILE))
         self._files = [np.load(directory / f"{i:05}.npy", mmap_mode="r") for i in files]
-        self._offsets = np.concatenate([[0], np.cumsum(corpus.counted)])
+        self._offsets = np.concatenate([[0], np.cumsum(corpus.loss_tokens)])
 
     def of_rows(self, rows: Sequence[int]) -> Tensor:
-        """[n, D] float32 at the counted positions of these rows, in this order."""
+        """[n, D] float32 at the loss tokens of these rows, in this order."""
         parts = []
         for row in rows:
             file = row // ROWS_PER_FILE
@@ -47,7 +47,7 @@ class States:
 
 @torch.inference_mode()
 def run_teacher(head: Head, corpus: Corpus, directory: Path) -> None:
-    """Fills `directory` with what is missing of the corpus's states."""
+    """Computes the states of a corpus that are missing in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(corpus.rows), ROWS_PER_FILE)
     for i, start in enumerate(starts):

@@ -1,7 +1,7 @@
-"""The teacher of each track, with its tokenizer: a transformers directory, or a model trained here once.
+"""The teacher of each track and its tokenizer: a transformers directory, or a model that is trained here once.
 
-The second track's teacher learns from the true tokens of the same text, by the same loop as the students, for more
-epochs and with more parameters; the report says by how much it is better than a student trained on labels.
+The teacher of track 2 learns from the labels of the same text, in the same loop as the students, with more epochs and
+more parameters. The report shows how much better it is than a student trained on labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED = 0
 
 
 def bpe_tokenizer(vocab_size: int, domains: Sequence[Domain], directory: Path) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of the training documents; from `directory` if it is there."""
+    """A byte-level BPE tokenizer trained on the training documents, or loaded from `directory` if it exists."""
     if not (directory / "tokenizer.json").exists():
         core = Tokenizer(models.BPE())
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,11 +49,11 @@ def new_model(shape: Shape, vocab_size: int, window: int, seed: int) -> PreTrain
 
 
 def trained_teacher(track: Track, corpus: Corpus, vocab_size: int, directory: Path) -> PreTrainedModel:
-    """From `directory`, or trained now and saved there."""
+    """The model in `directory`; trained and saved there the first time."""
     assert track.teacher is not None and corpus.name == TRAIN
     if not (directory / "config.json").exists():
         began = time.monotonic()
-        print(f"teacher: training on {corpus.counted.sum():,} tokens, {track.teacher_epochs} epochs", flush=True)
+        print(f"teacher: training on {corpus.loss_tokens.sum():,} tokens, {track.teacher_epochs} epochs", flush=True)
         head = open_head(new_model(track.teacher, vocab_size, track.window, SEED), vocab_size)
         curve = train(
             head,

@@ -1,9 +1,9 @@
-"""The two tracks: how much text, which models, which arms. Everything that decides a number is in here.
+"""The two tracks: amount of text, models, arms. Every setting that affects a number is here.
 
-An **arm** is a way to teach: what of the teacher the student sees, and how the loss treats the rest. Distilling arms
-learn from the teacher alone (kd_weight 1), the labels arm from the true tokens alone (kd_weight 0): mixing the two
-would hide part of what the arms are compared for. All arms of a track share one learning rate, found by a small search
-on labels and full; arms with n times the rows in a step take √n times that rate, as is usual for Adam.
+An **arm** is a training method: the targets that the student sees, and the tail policy of the loss. Distillation arms
+learn from the teacher alone (kd_weight 1), the labels arm from the labels alone (kd_weight 0), because mixing the two
+would hide part of the difference. All arms of a track share one learning rate, found by a small search on labels and
+full; arms with n times the rows per step use √n times that rate, as is usual for Adam.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ SEARCH_SEED = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    name: str  # of its files too
+    name: str  # also in file names
     title: str
     source: Literal["labels", "full", "cache"] = "cache"
-    rule: TargetRule | None = None  # of the cache
+    rule: TargetRule | None = None  # targets of the cache
     tail: TailPolicy | None = None
-    epochs: int = 1  # of more than one: over so many times fewer rows, so that all arms see equally many tokens
-    resample: bool = False  # an epoch uses one of the cache's samples alone, the next one each time
+    epochs: int = 1  # several epochs go over proportionally fewer rows, so that all arms see the same number of tokens
+    resample: bool = False  # use a different stored sample in each epoch
     step_rows: int | None = None  # default: the track's
     share: float = 1.0  # of the text
-    nudge: float = 0.0  # relative change of the first weights
-    seeds: int | None = None  # default: the track's; fewer for a question beside the main one
+    perturbation: float = 0.0  # relative change of the initial weights
+    seeds: int | None = None  # default: the track's; fewer for side questions
 
     @property
     def is_reference(self) -> bool:
-        """Whether others are compared with it: labels, or the whole distribution."""
-        return self.rule is None and not self.nudge
+        """Whether other arms are compared with it: labels, or the full distribution."""
+        return self.rule is None and not self.perturbation
 
     @property
     def regime(self) -> tuple[int, int | None, float]:
-        """How it is trained, whatever it learns from. An arm is compared with the references of its own."""
+        """Epochs, rows per step and share of the text. An arm is compared with the references of the same regime."""
         return self.epochs, self.step_rows, self.share
 
     @property
     def is_usual(self) -> bool:
-        """Trained as the track says."""
+        """Whether it has the default regime of the track."""
         return self.regime == LABELS.regime
 
 
@@ -81,15 +81,15 @@ class Track:
     teacher_epochs: int
     teacher_rate: float
     student: Shape
-    train_tokens: int  # about
-    held_out_tokens: int  # about, per domain
-    window: int  # tokens of a row
+    train_tokens: int  # approximate
+    held_out_tokens: int  # approximate, per domain
+    window: int  # tokens per row
     batch_rows: int
-    search_rates: tuple[float, ...]  # of which one is chosen, see `runs.chosen_rate`
-    search_share: float  # of the training tokens, in the search
+    search_rates: tuple[float, ...]  # candidates for the learning rate, see `runs.chosen_rate`
+    search_share: float  # share of the training tokens that the search uses
     seeds: int
     gradient_rows: int
-    record_batch_rows: int  # of the caches; some 32,768 tokens, as `cache-teacher` makes them
+    record_batch_rows: int  # in the caches; about 32,768 tokens, the default of `cache-teacher`
     shard_rows: int
     arms: tuple[Arm, ...]
 
@@ -111,7 +111,7 @@ def arm(title: str, **parts: object) -> Arm:
 
 
 def top_k(k: int, *tails: TailPolicy) -> list[Arm]:
-    names = {"renormalise": "renormalised", "bucket": "bucket", "label": "residual to label"}
+    names = {"renormalise": "renormalised", "bucket": "bucket", "label": "tail to label"}
     rule = TargetRule(kind="top-k", top_k=k)
     return [arm(f"{names[tail]} top-{k}", rule=rule, tail=tail) for tail in tails]
 
@@ -126,12 +126,12 @@ def threshold(denominator: int, how: str = "", **parts: object) -> Arm:
 
 
 LABELS, FULL = arm("labels", source="labels"), arm("full", source="full")
-# What two runs differ by that differ in nothing but rounding: the least that a difference between arms can mean.
-FULL_AGAIN = arm("full, nudged", source="full", nudge=1e-6, seeds=1)
+# A run that differs from `full` only by rounding: smaller differences between arms mean nothing.
+FULL_AGAIN = arm("full, perturbed", source="full", perturbation=1e-6, seeds=1)
 
 
 def several_epochs(epochs: int, denominator: int) -> list[Arm]:
-    """The same sample in every epoch, a new one in every epoch, and as many as epochs all at once."""
+    """The same sample in every epoch, a different one in every epoch, and all samples together."""
     one = TargetRule(kind="threshold", tail_threshold=1 / denominator)
     more = replace(one, samples=epochs)
     name = f"threshold 1/{denominator}"
@@ -145,7 +145,7 @@ def several_epochs(epochs: int, denominator: int) -> list[Arm]:
 
 
 def trained_as(how: str, denominator: int, **regime: object) -> list[Arm]:
-    """A threshold and its references in another regime."""
+    """A threshold arm and its references in another regime."""
     return [
         arm(f"labels, {how}", source="labels", **regime),
         arm(f"full, {how}", source="full", **regime),
@@ -154,7 +154,7 @@ def trained_as(how: str, denominator: int, **regime: object) -> list[Arm]:
 
 
 def planned(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
-    """All runs of them; seed by seed, so that tables fill evenly."""
+    """All runs of these arms, seed by seed, so that tables fill evenly."""
     return [(arm, seed) for seed in seeds for arm in arms if arm.seeds is None or seed < arm.seeds]
 
 
@@ -182,8 +182,8 @@ TRACK_1 = Track(
         *top_k(16, "label"),
         random(50),
         *map(threshold, (8, 20, 50)),
-        # Smaller steps, and more of them: what does the noise of a sample average over?
-        *trained_as("1 row a step", 20, step_rows=1, seeds=1),
+        # More and smaller steps: does the noise of a sample need large steps to average out?
+        *trained_as("1 row per step", 20, step_rows=1, seeds=1),
     ),
 )
 
@@ -211,15 +211,15 @@ TRACK_2 = replace(
         *map(random, (13, 50)),
         *map(threshold, (4, 8, 13, 20, 50, 200)),
         *several_epochs(4, 8),
-        *trained_as("4 rows a step", 20, step_rows=4, seeds=2),
-        *trained_as("1/8 of the text, 4 rows a step", 20, step_rows=4, share=1 / 8),
+        *trained_as("4 rows per step", 20, step_rows=4, seeds=2),
+        *trained_as("1/8 of the text, 4 rows per step", 20, step_rows=4, share=1 / 8),
     ),
 )
 TRACKS = {1: TRACK_1, 2: TRACK_2}
 
 
 def quick(track: Track) -> Track:
-    """The same, tiny: a look or a test, seconds each, numbers not worth keeping."""
+    """The same track with tiny sizes, as a smoke test: seconds each, the numbers mean nothing."""
     return replace(
         track,
         vocab_size=track.vocab_size and 300,

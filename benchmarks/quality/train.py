@@ -1,8 +1,7 @@
-"""The one training loop of the benchmark: every arm, and the second track's teacher.
+"""The training loop of all arms and of track 2's teacher.
 
-AdamW, linear warm-up, cosine to a tenth, gradients clipped at norm 1. Small on purpose: what differs between two arms
-is the objective and nothing else. (`train-student` runs on transformers' Trainer, which costs these tiny students more
-than their arithmetic.)
+AdamW, linear warm-up, cosine to a tenth, gradients clipped at norm 1. Two arms differ only in the objective. (The
+overhead of transformers' Trainer, which `train-student` uses, would exceed the arithmetic of these tiny students.)
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def train(
     batch_rows: int,
     learning_rate: float,
 ) -> list[float]:
-    """Trains the head's model; returns its mean training loss in each twentieth of the run."""
+    """Trains the model of the head; returns its mean training loss in each twentieth of the run."""
     model = head.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), fused=True)
     steps = epochs * -(-len(order) // batch_rows)
@@ -50,7 +49,7 @@ def train(
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of the learning rate at a step."""
+    """Factor on the learning rate at a step."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up

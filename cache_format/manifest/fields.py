@@ -149,6 +149,8 @@ METADATA = {
         "rows": whole(1),
         "tokens?": COUNT,
         "window_length?": whole(1, MOST_TOKENS),
+        "window_prefix?": list_of(COUNT),
+        "overlap?": whole(1, MOST_TOKENS),
         "token_stream_sha256?": DIGEST,
         "packing?": FLAG,
         "generation?": GENERATION,

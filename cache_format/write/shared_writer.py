@@ -160,7 +160,7 @@ class SharedCacheWriter(CacheWriter):
                 self.next_row = self._metadata.shard_rows(self._current).start
 
     def _claim_next(self) -> list[Holder]:
-        """Claims a shard, if one is free. Returns: the holders of those that are not."""
+        """Claims the next free shard, if there is one. Returns: the holders of the shards that are taken."""
         busy = []
         only_the_first = self._cache.codec.needs_lexicon
         for shard in self._share.in_order(self._metadata.num_shards):

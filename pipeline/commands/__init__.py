@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline.terminal.output_encoding import use_fallbacks
+
 COMMANDS = {
     "cache-teacher": "cache_teacher_command",
     "plan": "plan_command",
@@ -49,6 +51,10 @@ SUMMARIES = {
 
 class _Commands(click.Group):
     """Imports a command when it is called; the overview needs none of them."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        use_fallbacks()
+        return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -56,14 +56,14 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
 def check_inputs(config: CacheTeacherConfig) -> None:
     """Finds a wrong path in a fraction of a second, before torch is imported."""
     from pipeline.models.paths import check_model_path
-    from pipeline.teacher.text.data_paths import check_data_path
+    from pipeline.teacher.text.data_paths import local_paths
 
     if "://" in config.output:
         from cache_format.storage.directory import open_directory
 
         open_directory(config.output)
     check_model_path(config.teacher)
-    check_data_path(config.data.data)
+    local_paths(config.data.data)
 
 
 def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
@@ -124,7 +124,9 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
 
     with Status(here_with_flags) as status:
         try:
-            summary = generate_cache(config, config.generation, on_stage=status.stage, on_progress=show)
+            summary = generate_cache(
+                config, config.generation, on_stage=status.stage, on_progress=show, on_warning=status.warn
+            )
         except KeyboardInterrupt:
             interrupted(f"answers are kept in {store_location(config.output)}. Run {_again(config)} to continue.")
     if push_to_hub is not None:

@@ -23,7 +23,7 @@ class DistillCommand(click.Command):
     """A command whose help shows options in groups, and whose errors name flags.
 
     Args:
-        flags: of options whose flag is not their name, beside those of `config`.
+        flags: the flags of further options whose flag is not their name, by name.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _Option(click.Option):
 
 
 def read_values(config: type, given: dict[str, Any], config_file: str | None) -> dict[str, Any]:
-    """The options of a command by name: those of the config file, and over them those that were given.
+    """The options of a command by name: the config file's, overridden by those on the command line.
 
     Raises: UsageError (exit status 2) if one that must be given is missing.
     """

@@ -61,6 +61,7 @@ def command(
 
     quiet_libraries()
     from pipeline.teacher.plan import plan_cache
+    from pipeline.teacher.text.data_paths import data_name
     from pipeline.terminal.capture_views import plan_view
     from pipeline.terminal.tables import size
 
@@ -71,10 +72,17 @@ def command(
             cost_per_hour=cost_per_hour,
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows"),
+            on_warning=status.warn,
         )
         if status.silent:
             return
         show_result(lambda: plan_view(plan), lambda: {**asdict(plan), "fits": plan.fits}, json_file)
+        if plan.position_loss is not None and (worse := plan.position_loss.worse):
+            status.warn(
+                f"{data_name(config.data.data)}: the teacher predicts later windows of long documents worse than first "
+                f"ones at the same positions: {worse[1].nats:.2f} instead of {worse[0].nats:.2f} nats per token, and a "
+                "student would learn that. Give them more context: use a larger `seq_len` or `overlap`."
+            )
         if not plan.fits:
             status.warn(
                 f"{config.output}: {size(plan.free_bytes or 0)} are free there, but the cache will take about "

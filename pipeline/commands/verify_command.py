@@ -41,9 +41,9 @@ def command(
     """
     del checksums  # always
     if given["against_teacher"] is None and config_file is None:
-        for name, flag in (("rows", "--rows"), ("device_map", "--device-map"), ("tensor_parallel", "--tp")):
-            if given[name]:
-                raise click.UsageError(f"{flag}: only with --against-teacher. Name the teacher.")
+        for name, value in given.items():
+            if value is not None:
+                raise click.UsageError(here_with_flags(f"`{name}`: only with `against_teacher`. Name the teacher."))
     import cache_format as cf
     from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.verify_view import failed_check, verify_view
@@ -68,7 +68,7 @@ def command(
     if status.silent:  # one of several processes that compute together: the first one reports
         return
     teacher = given["against_teacher"]
-    compared = {} if found is None else {"teacher": {**asdict(found), "allowed": found.allowed}}
+    compared = {} if found is None else {"teacher": found.to_json()}
     show_result(
         lambda: verify_view(cache, summary, deep, teacher, found),
         lambda: {"ok": found is None or found.agrees, **asdict(summary), **compared},

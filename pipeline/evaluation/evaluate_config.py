@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.models.loading_options import DEVICE, DTYPE, REVISION, TRUST_REMOTE_CODE, Dtype
 from pipeline.options import check_ranges, option
 
 IO, STUDENT, READING, HARDWARE = "Input", "Student", "Reading the cache", "Hardware"
@@ -27,17 +28,15 @@ class EvaluateConfig:
         group=STUDENT,
         common=True,
     )
-    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=STUDENT)
-    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=STUDENT)
+    revision: str | None = REVISION(group=STUDENT)
+    trust_remote_code: bool = TRUST_REMOTE_CODE(group=STUDENT)
     cache_dir: str | None = option(
         None, help="Keep local copies of shards read from an object store here.", group=READING
     )
     cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=READING, minimum=0.001)
     batch_size: int = option(8, help="Rows per forward pass.", group=HARDWARE, minimum=1, common=True)
-    device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=HARDWARE, common=True)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=HARDWARE, common=True
-    )
+    device: str = DEVICE(group=HARDWARE)
+    dtype: Dtype = DTYPE(group=HARDWARE)
 
     def __post_init__(self) -> None:
         check_ranges(self)

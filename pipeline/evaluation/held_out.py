@@ -16,7 +16,7 @@ from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
 from pipeline.student.training.forward import distillation_output
-from pipeline.student.validation.compatibility import check_isolation, check_student, longest_row
+from pipeline.student.validation.compatibility import check_isolation, check_student, student_limits
 from pipeline.student.validation.loss_checks import loss_for_cache
 
 
@@ -46,9 +46,9 @@ def evaluate(
     dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
     if config.cross_tokenizer:
         tail = check_cross_tokenizer(cache)
-        limit = longest_row(config.student, config.trust_remote_code, revision=config.revision)
+        limits = student_limits(config.student, config.trust_remote_code, revision=config.revision)
         # KL and agreement are measured on the tokens that both have, whichever loss the student was trained with.
-        dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limit)
+        dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limits)
         dataset = dataset_of(cache)
         on_stage(f"re-tokenising the text: {dataset.describe()}")
     on_stage("loading the student")
@@ -62,7 +62,7 @@ def evaluate(
         trust_remote_code=config.trust_remote_code,
     )
     head = open_head(model, vocab_size, masked=objective == "masked")
-    check_isolation(cache, head)
+    check_isolation(cache, head, batch_size=config.batch_size)
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
     loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)

@@ -109,7 +109,7 @@ class FullTargets:
                 log_q_t = z_t.log_softmax(dim=1)
             kl, soft = full_soft_losses(log_p, log_q_t, z_t, temperature, loss.divergence)
             ce = -log_q.gather(1, self.labels[:, None]).squeeze(1)
-            losses = (1.0 - loss.kd_weight) * ce + loss.kd_weight * temperature**2 * soft
+            losses = loss.weighted(ce, soft)
             if loss.position_weighting == "teacher-entropy":
                 losses = losses * position_weight(self.entropy, vocab_size)
             elif loss.position_weighting == "student-entropy":

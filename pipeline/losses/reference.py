@@ -93,7 +93,7 @@ def sparse_kl(
     label = targets.labels.clamp(min=0)
     log_q = logits.log_softmax(dim=-1)
     ce = -log_q.gather(1, label[:, None]).squeeze(1)
-    losses = (1.0 - kd_weight) * ce + kd_weight * temperature**2 * soft
+    losses = loss.weighted(ce, soft)
     if position_weighting != "uniform":
         entropy = targets.entropy if position_weighting == "teacher-entropy" else -(log_q.exp() * log_q).sum(dim=1)
         # Outside the loss mask the entropy may be NaN, and NaN·0 would poison the gradient.

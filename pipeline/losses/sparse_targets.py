@@ -92,7 +92,7 @@ class SparseTargetBatch(TargetEntries):
             kl, soft = soft_losses(targets, at_t, tail, temperature, vocab_size, loss.divergence, reported)  # [n] each
             z_label = torch.where(label_is_entry, torch.where(is_label, entries, 0.0).sum(dim=1), label_alone)
             ce = at_1.lse - z_label  # [n]
-            losses = (1.0 - loss.kd_weight) * ce + loss.kd_weight * temperature**2 * soft
+            losses = loss.weighted(ce, soft)
             if loss.position_weighting != "uniform":
                 entropy = targets.entropy if loss.position_weighting == "teacher-entropy" else student_entropy
                 losses = losses * position_weight(entropy, vocab_size)

@@ -113,6 +113,10 @@ class DistillLoss:
         tail, kl_tail = (None, None) if self.full else (self.tail, self.kl_tail)
         return {"temperature": self.temperature, "tail": tail, "kl_tail": kl_tail}
 
+    def weighted(self, ce: Tensor, soft: Tensor) -> Tensor:
+        """(1 − kd_weight)·CE + kd_weight·T²·D."""
+        return (1.0 - self.kd_weight) * ce + self.kd_weight * self.temperature**2 * soft
+
     def at(self, step: int, max_steps: int) -> DistillLoss:
         """The loss at optimizer step `step`, counted from 0, of `max_steps`."""
         kd, temperature = self.kd_schedule, self.temperature_schedule

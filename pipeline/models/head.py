@@ -15,9 +15,11 @@ a cache, `teacher_head` computes with one that was read from a cache.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +28,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
+from pipeline.models.body import body_returning, find_body
+from pipeline.models.isolation.length_limits import (
+    LimitedRotary,
+    by_document,
+    limited_rotaries,
+    longest_packed_row,
+    separated,
+)
+from pipeline.models.objective import most_positions
 from pipeline.models.placement import compute_device, is_here
 
 PROBE_TOKENS = 12
@@ -47,6 +58,16 @@ class Head:
     vocab_size: int
     masked: bool = False
 
+    @cached_property
+    def body_name(self) -> str:
+        """The name of the module that the head's input comes from."""
+        return find_body(self.model)
+
+    @property
+    def body(self) -> nn.Module:
+        """Looked up by its name: what trains the model may have wrapped it since."""
+        return self.model.get_submodule(self.body_name)
+
     @property
     def weight(self) -> Tensor:
         """[≥V, D]"""
@@ -62,17 +83,33 @@ class Head:
         """Where the logits are computed."""
         return compute_device(self.model.get_output_embeddings())
 
+    @functools.cached_property
+    def rotaries(self) -> tuple[LimitedRotary, ...]:
+        """Rotary embeddings that depend on the length of a document."""
+        return limited_rotaries(self.body)
+
+    @property
+    def reads_padding_mask(self) -> bool:
+        """Whether `hidden_states` has to know where a row's padding is."""
+        return self.masked or bool(self.rotaries)
+
+    def separates(self, shorter: int, longer: int) -> bool:
+        """Whether the states of a token differ between documents of `shorter` and of `longer` tokens."""
+        return separated(self.rotaries, shorter, longer)
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: the states that the head is applied to.
 
         Packed documents are kept apart by position ids that restart at 0: transformers builds a block-diagonal mask
         from them, but only without an attention mask and without a key-value cache. A masked model has one document
-        per row, counts positions itself, and must not attend to padding.
+        per row, counts positions itself, and must not attend to padding. The states of a document do not depend on
+        what shares its batch, also where the model switches at a length (`isolation/length_limits.py`).
 
         Args:
-            attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used for masked models only. Default: all 1.
+            attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used only if `reads_padding_mask`. Default:
+                all 1.
         """
-        return _body(self.model)(**_inputs(self.masked, input_ids, position_ids, attention_mask))[0].to(self.device)
+        return self._run(input_ids, position_ids, attention_mask)[0].to(self.device)
 
     def states(
         self, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
@@ -81,9 +118,16 @@ class Head:
 
         The last layer's states are those that the head is applied to, after the final norm that most models have.
         """
-        inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
-        output = _body(self.model)(**inputs, output_hidden_states=True)
+        output = self._run(input_ids, position_ids, attention_mask, output_hidden_states=True)
         return output[0], {layer: output.hidden_states[layer] for layer in layers}
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **options: bool) -> Any:
+        """The output of the model's body."""
+        inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
+        if self.masked:  # the positions that the model counts itself
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        with by_document(self.rotaries, position_ids, attention_mask):
+            return self.body(**inputs, **options)
 
     def layers(self) -> tuple[int, int]:
         """The number of layers L, which is the number of the last one, and the width D of their states.
@@ -95,7 +139,7 @@ class Head:
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
         with evaluating(self.model), torch.no_grad():
-            output = _body(self.model)(**inputs, output_hidden_states=True)
+            output = self.body(**inputs, output_hidden_states=True)
         found: tuple[Tensor, ...] = getattr(output, "hidden_states", None) or ()
         widths = {tuple(each.shape) for each in found}
         if len(found) < 2 or len(widths) > 1 or not torch.equal(found[-1], output[0]):
@@ -124,7 +168,7 @@ class Head:
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """`logits` from the model's own forward pass, with its body replaced by `hidden`."""
-        with _body_returning(self.model, hidden[None]):
+        with body_returning(self.model, self.body_name, hidden[None]):
             dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
             # The forward of the class: that of a student in training is replaced by the loss, which calls this method.
             output = type(self.model).forward(self.model, input_ids=dummy, use_cache=False)
@@ -138,7 +182,8 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
         masked: the model is a masked language model.
 
     Raises:
-        ModelError: neither way reproduces them, they are not finite, or the model has no output row for some token.
+        ModelError: neither way reproduces them, they are not finite, the model has no output row for some token, or it
+            cannot be run on text alone.
     """
     name = type(model).__name__
     output = model.get_output_embeddings()
@@ -149,7 +194,10 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
             f"{name} predicts {output.weight.shape[0]:,} tokens, the vocabulary has {vocab_size:,}. Use a model and a "
             "tokenizer (or cache) that belong together."
         )
-    if masked and "attention_mask" not in inspect.signature(_body(model).forward).parameters:
+    own = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked)
+    with _supported(name):
+        body = own.body
+    if masked and "attention_mask" not in inspect.signature(body.forward).parameters:
         raise ModelError(f"{name} takes no attention mask, so it would attend to padding. Use another model.")
     device = compute_device(output)
     generator = torch.Generator().manual_seed(0)
@@ -158,24 +206,26 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     with evaluating(model), torch.no_grad():
         # Small and large logits: soft-capping does not change the small ones of a randomly initialised student.
         inputs = _inputs(masked, ids, positions, None)
-        quiet = _logits_of_amplified_states(model, inputs, 1.0)[:, :vocab_size]
+        with _supported(name):
+            quiet = _logits_of_amplified_states(own, inputs, 1.0)[:, :vocab_size]
         if not quiet.isfinite().all():
             raise ModelError(
                 f"{name}: its logits contain NaN or infinity: the weights are damaged, or too large for "
                 f"{str(quiet.dtype).removeprefix('torch.')}. Use another `dtype` or checkpoint."
             )
         factor = LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)
-        loud = _logits_of_amplified_states(model, inputs, factor)[:, :vocab_size]
+        loud = _logits_of_amplified_states(own, inputs, factor)[:, :vocab_size]
         worst = {}
-        hidden = Head(model=model, linear=False, vocab_size=vocab_size, masked=masked).hidden_states(ids, positions)[0]
+        hidden = own.hidden_states(ids, positions)[0]
         # The output matrix of an ELECTRA takes states of another width than its body returns.
         may_be_linear = isinstance(output, nn.Linear) and output.weight.shape[1] == hidden.shape[-1]
         for linear in (True, False) if may_be_linear and is_here(output.weight) else (False,):
             head = Head(model=model, linear=linear, vocab_size=vocab_size, masked=masked)
-            ratios = [
-                deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
-                for by, expected in ((1.0, quiet), (factor, loud))
-            ]
+            with _supported(name):
+                ratios = [
+                    deviation(head.logits(hidden * by), expected) / tolerance(expected, roundings=4)
+                    for by, expected in ((1.0, quiet), (factor, loud))
+                ]
             worst["linear" if linear else "own"] = ratio = max(ratios)
             if ratio <= 1.0:
                 return head
@@ -186,20 +236,45 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     )
 
 
-def check_packing(model: PreTrainedModel, head: Head) -> None:
+@contextlib.contextmanager
+def _supported(name: str) -> Iterator[None]:
+    """ModelError for what a model raises that is not made to be run like this; out of memory stays what it is."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: cannot be run on text alone, as body and vocabulary head ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). This architecture is not supported; use another model."
+        ) from error
+
+
+def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     """Check that documents packed into one row do not attend to each other.
 
     The states of the second document must be those it has alone, and must not depend on the first document. The second
-    comparison is strict in any dtype: only the tokens of the first document change.
+    comparison is strict in any dtype: only the tokens of the first document change. The first one ends at the position
+    that the longest document of a row would end at, because some models switch to other position embeddings there.
+
+    Args:
+        longest: tokens of the longest row.
 
     Raises:
         ModelError: they do attend to each other.
     """
+    name, limit = type(model).__name__, longest_packed_row(model.config)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"{name}: found rows of up to {longest:,} tokens, expected at most {limit:,} if documents share a row, "
+            "because this model scales its attention by the place in the row instead of the document. Use "
+            f"`packing=False`, or `seq_len` {limit} or less."
+        )
     device = head.device
     generator = torch.Generator().manual_seed(1)
     first, other, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 7, 5))
     alone = torch.arange(second.shape[1], device=device)[None]
-    packed = torch.cat([torch.arange(first.shape[1], device=device)[None], alone], dim=1)
+    packed = torch.cat([_up_to(_reached(model, longest), first), alone], dim=1)
     rows = torch.cat([torch.cat([first, second], dim=1), torch.cat([other, second], dim=1)])
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(second, alone)[0]
@@ -208,13 +283,17 @@ def check_packing(model: PreTrainedModel, head: Head) -> None:
         off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
         if not off <= allowed:
             raise ModelError(
-                f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it "
-                "is packed behind another one, so they attend to one another. Use `packing=False`."
+                f"{name}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it is packed "
+                "behind another one: it depends on that one's length, or they attend to one another. Use "
+                "`packing=False`."
             )
 
 
-def check_padding(model: PreTrainedModel, head: Head) -> None:
-    """Check that a document's states in a masked model do not depend on the padding of its row.
+def check_padding(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
+    """Check that a document's states do not depend on the padding of its row.
+
+    Args:
+        longest: tokens of the longest row, to whose last position the padding of a causal model is carried.
 
     Raises:
         ModelError: they do.
@@ -223,8 +302,8 @@ def check_padding(model: PreTrainedModel, head: Head) -> None:
     generator = torch.Generator().manual_seed(1)
     document, padding = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 5))
     rows = torch.cat([torch.cat([document, torch.zeros_like(padding)], dim=1), torch.cat([document, padding], dim=1)])
-    positions = torch.arange(rows.shape[1], device=device)[None]
-    there = (positions < document.shape[1]).long().expand(len(rows), -1)
+    positions = _up_to(0 if head.masked else _reached(model, longest), rows[:1])
+    there = (torch.arange(rows.shape[1], device=device) < document.shape[1]).long().expand(len(rows), -1)
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(document, positions[:, : document.shape[1]])[0]
         zeros, others = head.hidden_states(rows, positions.expand(len(rows), -1), there)[:, : document.shape[1]]
@@ -233,9 +312,22 @@ def check_padding(model: PreTrainedModel, head: Head) -> None:
         if not off <= allowed:
             raise ModelError(
                 f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when "
-                "its row is padded, so it sees the padding: rows of different lengths cannot share a batch. Use "
-                "another model."
+                "its row is padded, so it sees the padding or its length: rows of different lengths cannot share a "
+                "batch. Use " + ("another model." if head.masked else "`batch_size=1`.")
             )
+
+
+def _reached(model: PreTrainedModel, longest: int) -> int:
+    """The last position that a row of `longest` tokens can reach in this model."""
+    limit = most_positions(model.config)
+    return (longest if limit is None else min(longest, limit)) - 1
+
+
+def _up_to(last: int, ids: Tensor) -> Tensor:
+    """Positions [1, T] of a document, of which the last token is moved to position `last` if that lies behind it."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    positions[0, -1] = max(last, ids.shape[1] - 1)
+    return positions
 
 
 @contextlib.contextmanager
@@ -249,47 +341,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _body(model: PreTrainedModel) -> nn.Module:
-    return getattr(model, model.base_model_prefix)
-
-
-class _StatesOnly(BaseModelOutputWithPast):
-    """Output of a body that has hidden states only; every other attribute that a head may look up is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _Returning(nn.Module):
-    """Replaces `body`: returns `hidden`, and passes on every other attribute that a head may look up."""
-
-    def __init__(self, hidden: Tensor, body: nn.Module) -> None:
-        super().__init__()
-        self.hidden = hidden
-        object.__setattr__(self, "body", body)  # not registered as a submodule, so that it is neither moved nor saved
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.body, name)
-
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return _StatesOnly(last_hidden_state=self.hidden)
-
-
-@contextlib.contextmanager
-def _body_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    name = model.base_model_prefix
-    body = model._modules[name]
-    model._modules[name] = _Returning(hidden, body)
-    try:
-        yield
-    finally:
-        model._modules[name] = body
-
-
 def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
     """Arguments of a body's forward pass; see `Head.hidden_states`."""
     if not masked:
@@ -299,16 +350,16 @@ def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mas
     return {"input_ids": input_ids, "attention_mask": everything if attention_mask is None else attention_mask}
 
 
-def _logits_of_amplified_states(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> Tensor:
+def _logits_of_amplified_states(head: Head, inputs: dict[str, Any], factor: float) -> Tensor:
     """The model's own logits [T, ≥V] for one sequence, with the head's input multiplied by `factor`."""
 
     def amplify(_: nn.Module, __: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
         output["last_hidden_state"] = output[0] * factor
         return output
 
-    hook = _body(model).register_forward_hook(amplify)
+    hook = head.body.register_forward_hook(amplify)
     try:
-        return model(**inputs).logits[0].to(inputs["input_ids"].device)
+        return head.model(**inputs).logits[0].to(inputs["input_ids"].device)
     finally:
         hook.remove()
 

@@ -151,7 +151,7 @@ def scaled_and_capped(products: Tensor, scale: float, softcap: float | None) -> 
 
 def _scale_and_cap(head: Head, hidden: Tensor, name: str) -> tuple[float, float | None]:
     """s and c: the pair from the configuration that reproduces what the head makes of a known product."""
-    output, config = head.model.get_output_embeddings(), head.model.config.get_text_config()
+    output, config = head.model.get_output_embeddings(), head.model.config.get_text_config(decoder=True)
     rows = output.weight.shape[0]
 
     def given(names: tuple[str, ...]) -> list[float]:

@@ -40,8 +40,8 @@ Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, o
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
-# Parts of a configuration that do not change what a model computes.
-NOT_FINGERPRINTED = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+# Parts of a configuration that do not change what a language model computes.
+NOT_FINGERPRINTED = {"architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
 
 # What transformers raises for files that are missing, damaged or of another kind.
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
@@ -259,6 +259,11 @@ def _check_tied(model: PreTrainedModel, device_map: str | None) -> None:
         )
 
 
+def has_own_code(model: PreTrainedModel) -> bool:
+    """Whether the code of a model comes with it instead of with transformers."""
+    return not type(model).__module__.startswith("transformers.")
+
+
 def resolve_device(name: str, model: object = None) -> torch.device:
     """A device by name. "auto" is the device of a loaded model, else the first of CUDA, MPS and CPU that is available.
 
@@ -307,9 +312,11 @@ def config_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _settings(config: Any) -> Any:
+    """With keys as in JSON: a configuration in memory may number layers or labels with integers."""
     if not isinstance(config, dict):
         return config
-    return {k: _settings(v) for k, v in config.items() if not k.startswith("_") and k not in NOT_FINGERPRINTED}
+    named = {str(k): v for k, v in config.items()}
+    return {k: _settings(v) for k, v in named.items() if not k.startswith("_") and k not in NOT_FINGERPRINTED}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -32,6 +32,9 @@ NAMES: dict[Objective, str] = {"causal": "causal language model", "masked": "mas
 # Class names of causal checkpoints in families that have both kinds of heads.
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
+# Names of the number of positions in configurations: of most, of a Whisper's decoder, of an MPT.
+LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+
 
 def objective_of(config: PreTrainedConfig) -> Objective:
     """The objective of a configuration; causal if the type of the model is unknown."""
@@ -73,12 +76,13 @@ def auto_class(objective: Objective) -> Any:
 
 
 def most_positions(config: PreTrainedConfig) -> int | None:
-    """The length of the longest row that a model takes, in tokens; None if there is no limit.
+    """The length of the longest row that a model takes, in tokens; None if there is no limit (an XLNet says -1).
 
     RoBERTa and its relatives number positions from the padding token's id + 1, so 514 positions take 512 tokens.
     """
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    text = config.get_text_config(decoder=True)
+    given = (getattr(text, name, None) for name in LIMITS)
+    limit = next((each for each in given if each is not None and each > 0), None)
     if limit is None or objective_of(config) == "causal" or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return limit  # the last condition: a model with code of its own
     with torch.device("meta"):  # the modules without their weights

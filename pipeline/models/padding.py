@@ -25,7 +25,8 @@ def pad_rows(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
 
     Causal models get no attention mask on purpose: positions restart at 0 with every packed document, and transformers
     keeps documents apart by them only if it is given no mask. The positions of padding continue those of the last
-    document, so that no new document begins; causal attention hides it. Masked models get `padding_mask`.
+    document, so that no new document begins; causal attention hides it. What else must know where padding is, such as
+    masked models, gets `padding_mask`.
     """
     longest = max(len(row.input_ids) for row in rows)
     input_ids = np.zeros((len(rows), longest), np.int64)
@@ -40,11 +41,11 @@ def pad_rows(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
 
 
 def padding_mask(rows: Sequence[PackedRow]) -> Tensor:
-    """int64 [B, T]: 0 at padding, which a masked model would attend to, and 1 elsewhere."""
+    """int64 [B, T]: 0 at padding and 1 elsewhere."""
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-def model_inputs(rows: Sequence[PackedRow], *, masked: bool) -> list[Tensor]:
-    """Arguments of `Head.hidden_states` for these rows: `pad_rows`, for a masked model also `padding_mask`."""
-    return [*pad_rows(rows), *([padding_mask(rows)] if masked else [])]
+def model_inputs(rows: Sequence[PackedRow], *, with_mask: bool) -> list[Tensor]:
+    """Arguments of `Head.hidden_states` for these rows: `pad_rows`, and `padding_mask` if the model reads one."""
+    return [*pad_rows(rows), *([padding_mask(rows)] if with_mask else [])]

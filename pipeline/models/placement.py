@@ -126,24 +126,26 @@ def check_split(name: str, config: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config is None or world < 2:
         return
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     if not (getattr(config, "base_model_tp_plan", None) or getattr(text, "base_model_tp_plan", None)):
         raise ConfigError(
             f"`tensor_parallel`: transformers has no plan (tp_plan) for splitting {name}, a {config.model_type}. Use "
             "`device_map=auto` instead."
         )
-    heads = getattr(text, "num_attention_heads", None)
-    for what, count in (
-        ("key-value heads", getattr(text, "num_key_value_heads", None) or heads),
-        ("attention heads", heads),
-    ):
-        if count is not None and count % world:
-            fit = [n for n in range(2, count + 1) if count % n == 0 and (heads or count) % n == 0]
-            start = f"Start {' or '.join(map(str, fit))} processes with torchrun, or use" if fit else "Use"
-            raise ConfigError(
-                f"`tensor_parallel`: {name} has {count} {what}, found {world} processes, expected a number that "
-                f"divides {count}, because every process gets whole heads. {start} `device_map=auto`."
-            )
+    # Layers may differ, as in Gemma 4, and then the model as a whole has no number.
+    layers = getattr(text, "per_layer_config", None) or [text]
+    counts = [
+        (getattr(each, "num_key_value_heads", None), getattr(each, "num_attention_heads", None)) for each in layers
+    ]
+    for pairs, heads in sorted({(pairs or heads, heads) for pairs, heads in counts if heads is not None}):
+        for what, count in (("key-value heads", pairs), ("attention heads", heads)):
+            if count % world:
+                fit = [n for n in range(2, count + 1) if count % n == 0 and heads % n == 0]
+                start = f"Start {' or '.join(map(str, fit))} processes with torchrun, or use" if fit else "Use"
+                raise ConfigError(
+                    f"`tensor_parallel`: {name} has {count} {what}, found {world} processes, expected a number that "
+                    f"divides {count}, because every process gets whole heads. {start} `device_map=auto`."
+                )
 
 
 def begin_tensor_parallel(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
+from pipeline.models.loading_options import REVISION, TRUST_REMOTE_CODE
 from pipeline.options import check_ranges, option
 
 if TYPE_CHECKING:
@@ -74,14 +75,14 @@ class TrainStudentConfig:
         help="For a student whose tokenizer differs. project: targets of shared tokens. uld: sorted probabilities.",
         group=STUDENT,
     )
-    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=STUDENT)
-    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=STUDENT)
+    revision: str | None = REVISION(group=STUDENT)
+    trust_remote_code: bool = TRUST_REMOTE_CODE(group=STUDENT)
 
     lora_rank: int | None = option(
         None, help="Train adapters of this rank (needs distill[peft]).", group=LORA, minimum=1
     )
     lora_alpha: float | None = option(
-        None, help="Adapters are scaled by alpha/rank.", group=LORA, above=0, below=math.inf, default_text="2 · rank"
+        None, help="Adapters are scaled by alpha/rank.", group=LORA, above=0, below=math.inf, default_text="2 × rank"
     )
     lora_dropout: float | None = option(
         None, help="Dropout on the input of an adapter.", group=LORA, minimum=0, below=1, default_text="0"

@@ -6,11 +6,23 @@ one is here, but for those of targets, which are in `targets.rules`. Standard li
 
 from __future__ import annotations
 
+import datetime
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from pipeline.errors import ConfigError
-from pipeline.options import Metadata, check_ranges, option, part
+from pipeline.models.loading_options import (
+    DEVICE,
+    DEVICE_MAP,
+    DTYPE,
+    REVISION,
+    TENSOR_PARALLEL,
+    TRUST_REMOTE_CODE,
+    Dtype,
+)
+from pipeline.options import Metadata, check_ranges, flat, option, options_of, part
 from pipeline.teacher.targets.rules import TargetRule
 
 if TYPE_CHECKING:
@@ -54,6 +66,25 @@ class DataConfig:
         "prompt.",
         group=TEXT,
     )
+    turns: Literal["all", "last"] = option(
+        "all", help="Assistant messages of a chat that are in the loss: all of them, or the last one.", group=TEXT
+    )
+    # JSON on the command line; in Python and in a config file its contents.
+    chat_template_kwargs: Any = option(
+        None,
+        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. Columns of a "
+        "row win over them.",
+        group=TEXT,
+        metavar="JSON",
+        table=True,
+    )
+    template_date: str | None = option(
+        None,
+        help="Date for chat templates that print today's date.",
+        group=TEXT,
+        metavar="YYYY-MM-DD",
+        default_text="that of a cache already begun, else today",
+    )
     append_eos: bool | None = option(
         None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"
     )
@@ -62,17 +93,57 @@ class DataConfig:
         None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
     )
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
+    overlap: int = option(
+        1,
+        help="Tokens that each later window of a long document repeats as context, outside the loss.",
+        group=TEXT,
+        minimum=1,
+    )
     num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", check_template_arguments(self.chat_template_kwargs))
+        try:
+            datetime.date.fromisoformat(self.template_date or "2000-01-01")
+        except ValueError:
+            raise ConfigError(f"`template_date` {self.template_date}: expected a date such as 2026-01-31.") from None
 
     def to_json(self) -> dict[str, Any]:
         """What decides the rows, besides the text itself, as in the manifest."""
         # Not asdict: it would copy `data`, which may be a generator.
-        names = [field.name for field in fields(self) if field.name not in ("data", "num_proc")]
+        left_out = {"data", "num_proc", *_OF_CHATS} | (set() if self.overlap > 1 else {"overlap"})
+        names = [field.name for field in fields(self) if field.name not in left_out]
         recorded_as = {"seq_len": "window_length"}
-        return {recorded_as.get(name, name): getattr(self, name) for name in names}
+        return {recorded_as.get(name, name): getattr(self, name) for name in names} | self.chat_options()
+
+    def chat_options(self) -> dict[str, Any]:
+        """The options of chats that are not at their default, as in the manifest."""
+        return {name: value for name in _OF_CHATS if (value := getattr(self, name)) not in (None, "all", {})}
+
+
+_OF_CHATS = ("turns", "chat_template_kwargs", "template_date")
+# What the messages of a row and the rendering itself set.
+_NOT_ARGUMENTS = {"messages", "conversation", "conversations", "chat_template", "add_generation_prompt"} | {
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+}
+
+
+def check_template_arguments(given: Any) -> dict[str, Any]:
+    """The arguments of a chat template, which may be given as JSON. Raises: ConfigError."""
+    expected = 'expected a JSON object such as {"enable_thinking": false}'
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ConfigError(f"`chat_template_kwargs`: not JSON ({error}), {expected}.") from error
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"`chat_template_kwargs`: found {type(given).__name__}, {expected}.")
+    if from_data := sorted(_NOT_ARGUMENTS & set(given)):
+        raise ConfigError(f"`chat_template_kwargs`: {from_data[0]!r} comes from the data. Leave it out.")
+    return dict(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +326,21 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if (self.num_workers is None) != (self.worker_index is None):
-            raise ConfigError("`num_workers` and `worker_index` belong together: give both or neither.")
+
+
+STATES_OF_GIVEN_TEXT = "hidden states are stored for given text only"
+WITHOUT_GENERATION = {
+    "packing": "each answer is a row of its own",
+    "append_eos": "an answer ends where the teacher ends it",
+    "loss_on": "the loss is on the answer",
+    "turns": "the loss is on the answer",
+    "num_proc": "one process reads the prompts",
+    "overlap": "prompts are not cut into windows",
+    "all_positions": "the prompts get no targets",
+    **dict.fromkeys(("num_workers", "worker_index", "shard_range", "tensor_parallel"), "one process generates"),
+    "targets": STATES_OF_GIVEN_TEXT,  # hidden ones
+}
+"""Option that cannot be combined with `generate` -> why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,21 +366,12 @@ class CacheTeacherConfig:
         minimum=1,
         common=True,
     )
-    device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=TEACHER, common=True)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=TEACHER, common=True
-    )
-    device_map: str | None = option(
-        None,
-        help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
-        group=TEACHER,
-        metavar="auto|FILE",
-    )
-    tensor_parallel: bool = option(
-        False, flag="tp", help="Split the teacher across torchrun processes (transformers).", group=TEACHER
-    )
-    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=TEACHER)
-    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
+    device: str = DEVICE(group=TEACHER)
+    dtype: Dtype = DTYPE(group=TEACHER)
+    device_map: str | None = DEVICE_MAP(group=TEACHER)
+    tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
+    revision: str | None = REVISION(group=TEACHER)
+    trust_remote_code: bool = TRUST_REMOTE_CODE(group=TEACHER)
     # Python only: a tokenizer object, for a teacher that is one too.
     tokenizer: Any = option(
         None, help="Tokenizer of a teacher that is given as an object.", group=TEACHER, python_only=True
@@ -329,14 +404,24 @@ class CacheTeacherConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self._check_hidden()
         if self.generation is not None:
             self._check_generation()
+        self._check_hidden()
+        self._check_workers()
+
+    def given(self, name: str) -> str:
+        """The options of an optional part that are not at their defaults, in backticks; all of them if none is."""
+        options = [each.name for each in options_of(CacheTeacherConfig).values() if each.path[0] == name]
+        changed = flat(self)
+        return ", ".join(f"`{each}`" for each in [each for each in options if each in changed] or options)
 
     def _check_hidden(self) -> None:
         if self.targets.kind != "hidden":
             if self.hidden is not None and self.hidden.layers is None:
-                raise ConfigError("`hidden_dtype` and `hidden_every` belong to `hidden_states`: name the layers.")
+                raise ConfigError(
+                    f"{self.given('hidden')}: only with `hidden_states`. Name the layers to store, such as "
+                    "`hidden_states=last`, or leave this out."
+                )
             return
         if self.encoding != "columns":
             raise ConfigError(f"`encoding` {self.encoding}: hidden targets have no entries to pack. Leave it out.")
@@ -345,22 +430,24 @@ class CacheTeacherConfig:
                 f"`hidden_every` {self.hidden.every}: `targets=hidden` needs the state of every position. Leave it out."
             )
 
+    def _check_workers(self) -> None:
+        count, index = self.workers.num_workers, self.workers.worker_index
+        if count is not None and index is None:
+            raise ConfigError(
+                f"`num_workers` {count}: found no `worker_index`, expected the index of this process, 0 to "
+                f"{count - 1}. Give it."
+            )
+        if count is None and index is not None:
+            raise ConfigError(
+                f"`worker_index` {index}: found no `num_workers`, expected the number of processes that write this "
+                "cache. Give it."
+            )
+
     def _check_generation(self) -> None:
-        data, workers = self.data, self.workers
-        own_row = "each answer is a row of its own, and the loss is on it"
-        several = "one process generates"
-        for name, given, why in (
-            ("packing", data.packing is not None, own_row),
-            ("append_eos", data.append_eos is not None, own_row),
-            ("loss_on", data.loss_on != "auto", own_row),
-            ("num_proc", data.num_proc is not None, own_row),
-            ("all_positions", self.all_positions, own_row),
-            ("num_workers", workers.num_workers is not None, several),
-            ("shard_range", workers.shard_range is not None, several),
-            ("tensor_parallel", self.tensor_parallel, several),
-            ("targets", self.targets.kind == "hidden", "hidden states are stored for given text only"),
-            ("hidden_states", self.hidden is not None, "hidden states are stored for given text only"),
-            ("mask_probability", self.masking is not None, "a teacher that generates has no masked tokens"),
-        ):
-            if given:
+        given = flat(self)
+        for name, why in WITHOUT_GENERATION.items():
+            if name in given and (name != "targets" or self.targets.kind == "hidden"):
                 raise ConfigError(f"`{name}`: cannot be combined with `generate`: {why}. Leave it out.")
+        for name, why in (("hidden", STATES_OF_GIVEN_TEXT), ("masking", "a teacher that generates is not masked")):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{self.given(name)}: cannot be combined with `generate`: {why}. Leave it out.")

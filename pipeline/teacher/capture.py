@@ -22,7 +22,15 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
-from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
+from pipeline.teacher.opening import (
+    Corpus,
+    as_dated,
+    check_inputs,
+    open_corpus,
+    open_engine,
+    open_tokenizer,
+    row_request,
+)
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head
@@ -56,13 +64,18 @@ def cache_teacher(
     """
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     # Fail on an occupied output before spending minutes on loading.
+    check_inputs(config, config.output)
     if not worker.follows:
         check_output(config, worker)
     device = worker.device(config.device)
 
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
-    corpus = open_corpus(config, tokenizer)
+    recorded = None if config.overwrite else cf.recorded_metadata(config.output)
+    corpus = open_corpus(as_dated(config, None if recorded is None else recorded.corpus), tokenizer)
+    config = as_dated(config, corpus.description)
+    for warning in corpus.warnings:
+        on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, corpus, tokenizer, device)
@@ -78,12 +91,12 @@ def cache_teacher(
     metadata = as_begun(config, metadata)
     options = {"head": None if stored_head is None else stored_head.contents}
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
+        if not worker.follows:
+            save_config(config)
         for holder in writer.taken_over:
             on_warning(f"{config.output}: {holder} is gone; this run takes over")
         capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
         capture.run()
-    if not worker.follows and capture.writer.is_finished:
-        save_config(config)
     return capture.summary()
 
 

@@ -6,6 +6,7 @@ Shared by everything that puts a text to a teacher: capture, and the plan of one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,18 +14,21 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.head_export import export_head
-from pipeline.models.loading import load_config, load_model, load_tokenizer, model_name
+from pipeline.models.isolation.causality import check_causal
+from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
+from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
+from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
@@ -39,6 +43,14 @@ class Text(Protocol):
 
     @property
     def description(self) -> dict[str, Any]: ...
+
+
+class TokenisedText(Text, Protocol):
+    """What a teacher is to read: a corpus, or prompts."""
+
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more."""
+        ...
 
 
 class CachedText(Text, Protocol):
@@ -59,6 +71,19 @@ class CachedText(Text, Protocol):
     def report(self) -> Mapping[str, float]: ...
 
 
+def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
+    """Raises: ConfigError if an input of the run lies in one of the folders that it writes."""
+    inputs = {
+        "teacher": config.teacher,
+        "tokenizer": config.tokenizer,
+        "data": local_paths(config.data.data),
+        "device_map": config.device_map,
+        "gen_keep_if": None if config.generation is None else (config.generation.keep_if or "").rpartition(":")[0],
+    }
+    for folder in folders:
+        check_inputs_apart(folder, inputs)
+
+
 def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """The rows that the teacher of a run is to see: of what it predicts, masked or not.
 
@@ -73,10 +98,22 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
         return build_masked_corpus(config.data, tokenizer, config.masking or MaskRule())
     if config.masking is not None:
         raise ConfigError(
-            f"`mask_probability` and the other masking options: {model_name(config.teacher)} is a causal language "
-            "model, whose input is not masked. Leave these options out."
+            f"{config.given('masking')}: {model_name(config.teacher)} is a causal language model, whose input is not "
+            "masked. Leave it out."
         )
     return build_corpus(config.data, tokenizer)
+
+
+def as_dated(config: CacheTeacherConfig, description: Mapping[str, Any] | None) -> CacheTeacherConfig:
+    """The configuration with the date that a text was made with, for a chat template that prints today's: other workers
+    and a continuation on another day must see the same text.
+
+    Args:
+        description: of a text, as in the manifest; None: there is none yet.
+    """
+    if config.data.template_date is not None or description is None:
+        return config
+    return replace(config, data=replace(config.data, template_date=description.get("template_date")))
 
 
 def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
@@ -85,11 +122,13 @@ def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
 
 
 def open_teacher(
-    config: CacheTeacherConfig, text: Text, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Head:
     """The teacher on `device`, and the way to run its head.
 
-    Raises: ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
+    Raises:
+        ModelError, ConfigError: it cannot be loaded, would see what it must not, or takes shorter rows.
+        DataError: the text has a token that it does not know.
     """
     masked = text.objective == "masked"
     model = load_model(
@@ -102,10 +141,15 @@ def open_teacher(
         **_source(config),
     )
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
+    _check_tokens(config, text, tokenizer, head)
     if masked:
         check_padding(model, head)
-    elif text.description["packing"]:
-        check_packing(model, head)
+    else:
+        check_causal(head)
+        if text.description["packing"]:
+            check_packing(model, head, config.data.seq_len)
+        elif config.batch_size > 1 and has_own_code(model):
+            check_padding(model, head, config.data.seq_len)
     limit = most_positions(model.config)
     if limit is not None and config.data.seq_len > limit:
         raise ConfigError(
@@ -117,7 +161,7 @@ def open_teacher(
 
 def open_engine(
     config: CacheTeacherConfig,
-    text: Text,
+    text: TokenisedText,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     *,
@@ -134,6 +178,25 @@ def open_engine(
         hidden=states_spec(config.hidden, head, export),
         divisible=not config.tensor_parallel,
         timed=timed,
+    )
+
+
+def _check_tokens(
+    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, head: Head
+) -> None:
+    """Raise DataError if the text has a token that the teacher has no embedding or no output row for.
+
+    The tokens are read only if the tokenizer has such tokens at all.
+    """
+    known = min(head.vocab_size, head.model.get_input_embeddings().weight.shape[0])
+    vocabulary = 1 + max(tokenizer.get_vocab().values())
+    if vocabulary <= known or (found := text.first_token_beyond(known)) is None:
+        return
+    row, token = found
+    raise DataError(
+        f"{data_name(config.data.data)}, row {row}: found token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, "
+        f"expected ids below {known:,}: {model_name(config.teacher)} has no embedding for it, although its tokenizer "
+        f"has {vocabulary:,} tokens. Remove it from the text, or use the tokenizer that belongs to the model."
     )
 
 

@@ -28,8 +28,9 @@ import cache_format as cf
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, StoredHead, TeacherEngine
-from pipeline.teacher.engines.transformers_engine import Timing, TransformersEngine
+from pipeline.teacher.engines.transformers_engine import RunningBatch, TransformersEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
+from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
     states_spec,
@@ -37,6 +38,7 @@ from pipeline.teacher.targets.hidden_targets import (
     without_states_of,
 )
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.packing import TokenCorpus
 from pipeline.teacher.writing.cache_metadata import stored_positions
 from pipeline.teacher.writing.shard_sizes import grouping, rows_together
 from pipeline.teacher.writing.workers import this_worker
@@ -83,6 +85,7 @@ class Plan:
     encoding: str  # asked for
     free_bytes: int | None  # where the cache is to lie; None on an object store
     cost_per_hour: float | None
+    position_loss: PositionLoss | None  # None for a masked teacher
 
     @property
     def chosen(self) -> RulePlan:
@@ -104,6 +107,7 @@ def plan_cache(
     cost_per_hour: float | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Runs the teacher over a sample of the text that `config` names; writes nothing to its output.
 
@@ -111,6 +115,7 @@ def plan_cache(
         sample_rows: evenly spaced over the corpus; default: as many as a record batch has. With fewer, bytes come out
             higher.
         cost_per_hour: of the machine, in any currency.
+        on_warning: called with messages that the user should see but need not act on.
 
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
@@ -119,6 +124,8 @@ def plan_cache(
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)
+    for warning in corpus.warnings:
+        on_warning(warning)
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, corpus, tokenizer, device, timed=True)
     config.targets.check_vocabulary(engine.vocab_size)
@@ -152,11 +159,12 @@ def plan_cache(
         encoding=config.encoding,
         free_bytes=_free_bytes(config.output),
         cost_per_hour=cost_per_hour,
+        position_loss=sample.position_loss(corpus) if isinstance(corpus, TokenCorpus) else None,
     )
 
 
 def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:
-    """With what the user's own has besides its kind, so that the kinds are compared and nothing else."""
+    """`rule` with the user's temperature and number of samples, so that only the kinds are compared."""
     samples = chosen.samples if rule.sampled and chosen.sampled else rule.samples
     return replace(rule, samples=samples, temperature=chosen.temperature)
 
@@ -179,7 +187,7 @@ class _Sample:
         self.config, self.engine, self.rules, self.states = config, engine, rules, states
         self.rows: list[list[cf.CacheRow]] = []  # by rule
         self.tokens = 0
-        self.passes: list[Timing] = []
+        self.batches: Sequence[RunningBatch] = ()
 
     def run(self, requests: Sequence[RowRequest], on_progress: Callable[[int, int], None]) -> None:
         self.tokens = sum(request.tokens for request in requests)
@@ -193,14 +201,21 @@ class _Sample:
         longest_first = sorted(requests, key=lambda request: -request.tokens)
         self.engine.run(longest_first[: self.engine.batch_size], self.rules).rows()  # pays for allocations
         running = self.engine.run(requests, self.rules, on_batch)
-        self.passes = [batch.timing for batch in running.batches]
+        self.batches = running.batches
         self.rows = [running.rows(i) for i in range(len(self.rules))]
         # Only hidden targets, the first rule if any, consist of states.
         self.rows[1:] = [[replace(row, hidden=None) for row in rows] for rows in self.rows[1:]]
 
+    def position_loss(self, corpus: TokenCorpus) -> PositionLoss:
+        meter = PositionLossMeter(corpus)
+        for batch in self.batches:
+            assert batch.label_logprobs is not None
+            meter.add(batch.requests, batch.label_logprobs.numpy())
+        return meter.result()
+
     @property
     def forward_speeds(self) -> tuple[float, float]:
-        speeds = [each.tokens / each.forward for each in self.passes]
+        speeds = [each.timing.tokens / each.timing.forward for each in self.batches]
         return min(speeds), max(speeds)
 
     def plan(self, rule: TargetRule, corpus: Corpus, *, chosen: bool) -> RulePlan:
@@ -221,7 +236,8 @@ class _Sample:
             shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
             bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
-        computing = statistics.median((each.forward + each.selection[index]) / each.tokens for each in self.passes)
+        timings = [batch.timing for batch in self.batches]
+        computing = statistics.median((each.forward + each.selection[index]) / each.tokens for each in timings)
         per_token = max(computing, writing[self.config.encoding])
         counts = np.concatenate([row.targets.counts[row.loss_mask] for row in rows])
         residual = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows])
@@ -247,7 +263,7 @@ def _written(
     stored_head: StoredHead | None,
     rows_per_shard: int,
 ) -> tuple[int, int, int]:
-    """Bytes of these rows, of what every shard has besides, and of what a cache has once."""
+    """Bytes of these rows, of the rest of every shard, and of the files that a cache has once."""
     vocab_size, targets = engine.vocab_size, rule.to_json()
     if stored_head is not None:
         targets = {

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from pipeline.models.loading_options import (
+    DEVICE,
+    DEVICE_MAP,
+    DTYPE,
+    REVISION,
+    TENSOR_PARALLEL,
+    TRUST_REMOTE_CODE,
+    Dtype,
+)
 from pipeline.options import check_ranges, option
 
 TEACHER = "Comparison with the teacher"
@@ -27,21 +36,12 @@ class TeacherCheckConfig:
     rows: int = option(
         8, help="Number of rows to compute, spread evenly over the cache.", group=TEACHER, minimum=1, common=True
     )
-    device: str = option("auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", group=TEACHER, common=True)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", group=TEACHER, common=True
-    )
-    revision: str | None = option(None, help="Branch, tag or commit of a hub model.", group=TEACHER)
-    trust_remote_code: bool = option(False, help="Run code that comes with a hub model.", group=TEACHER)
-    device_map: str | None = option(
-        None,
-        help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
-        group=TEACHER,
-        metavar="auto|FILE",
-    )
-    tensor_parallel: bool = option(
-        False, flag="tp", help="Split the teacher across torchrun processes (transformers).", group=TEACHER
-    )
+    device: str = DEVICE(group=TEACHER)
+    dtype: Dtype = DTYPE(group=TEACHER, help="auto: the dtype that the cache was computed in.")
+    revision: str | None = REVISION(group=TEACHER)
+    trust_remote_code: bool = TRUST_REMOTE_CODE(group=TEACHER)
+    device_map: str | None = DEVICE_MAP(group=TEACHER)
+    tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -15,10 +15,14 @@ from pipeline.terminal.tables import duration, pairs, size
 if TYPE_CHECKING:
     from pipeline.teacher.generation.generate import GenerationSummary
     from pipeline.teacher.plan import Plan
+    from pipeline.teacher.position_loss import PositionLoss
     from pipeline.teacher.progress import CaptureSummary
 
 LEFT_OUT = {
     "documents_cut": "documents cut into windows",
+    "documents_with_special_tokens": "documents that already had their special tokens, which were not repeated",
+    "documents_with_split_tokens": "documents with a token across prompt and answer, which was split",
+    "documents_with_only_eos": "documents whose only loss token is EOS",
     "empty_documents": "empty documents dropped",
     "single_token_pieces": "one-token pieces dropped",
     "windows_without_targets": "windows without loss tokens dropped",
@@ -87,6 +91,19 @@ def _name_of_targets(targets: Mapping[str, Any]) -> str:
     return f"{targets['kind']} {targets[telling[targets['kind']]]:g}"
 
 
+def _position_losses(loss: PositionLoss | None) -> list[tuple[str, str]]:
+    """The teacher's cross-entropy in first windows and, if there are any, in later ones."""
+    if loss is None:
+        return []
+    lines = []
+    for name, windows in (("first windows", loss.first), ("later windows", loss.later)):
+        parts = ((windows.beginning, f"at positions 0 to {loss.boundary - 1}"), (windows.rest, "after"))
+        known = [f"{mean.nats:.3f} {where}" for mean, where in parts if mean is not None]
+        if known:
+            lines.append((name, f"{', '.join(known)} (nats per token)"))
+    return lines
+
+
 def plan_view(plan: Plan) -> RenderableType:
     """The result of `plan_cache`; the requested settings are marked ▶."""
     per_million = plan.cost_per_million_tokens(plan.chosen)
@@ -114,6 +131,7 @@ def plan_view(plan: Plan) -> RenderableType:
         ("text", f"{plan.rows:,} rows, {plan.tokens:,} tokens, {plan.counted_tokens:,} of them loss tokens"),
         ("measured on", f"{plan.sample_rows:,} rows, {plan.sample_tokens:,} tokens"),
         ("teacher alone", f"{slowest:,.0f} to {fastest:,.0f} tokens/s, by batch"),
+        *_position_losses(plan.position_loss),
         ("free on disk", "unknown" if plan.free_bytes is None else size(plan.free_bytes)),
     ]
     if per_million is not None:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from pipeline.terminal.output_encoding import can_print
+
 # Paths and tokens are printed as they are: "[b]" in one is not markup.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
@@ -84,7 +86,7 @@ def show_result(view: Callable[[], Any], data: Callable[[], Any], json_file: str
     if json_file is not None:
         text = json.dumps(data(), indent=2, ensure_ascii=False)
         if json_file == "-":
-            click.echo(text)
+            click.echo(text if can_print(text) else json.dumps(data(), indent=2))
         else:
             with open(json_file, "w", encoding="utf-8") as stream:
                 stream.write(text + "\n")

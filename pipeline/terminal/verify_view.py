@@ -11,7 +11,15 @@ from pipeline.terminal.tables import pairs, size
 
 if TYPE_CHECKING:
     import cache_format as cf
-    from pipeline.teacher.verification import TeacherCheck
+    from pipeline.teacher.verification import Comparison, TeacherCheck
+
+# What is measured, and its unit.
+MEASURES = {
+    "divergence": ("mean KL(cache ‖ teacher)", " nats"),
+    "deviation": ("largest difference of √probability", ""),
+    "draws": ("mean distance of sampled tokens from where the seed draws, in probability", ""),
+    "states": ("largest relative difference of hidden states", ""),
+}
 
 
 def verify_view(
@@ -25,21 +33,57 @@ def verify_view(
     )
     if found is None:
         return line
+    dtypes = found.dtype if found.dtype == found.cache_dtype else f"{found.dtype} (cache: {found.cache_dtype})"
     facts = [
         ("compared", f"{found.rows:,} rows, {found.positions:,} positions, {found.entries:,} log-probabilities"),
-        ("deviation", f"{found.deviation:.2g} nats beyond rounding, allowed {found.allowed:.2g}"),
-        ("noise", f"{found.noise:.2g} nats between two runs of the teacher on this machine"),
-        ("same entries", f"{found.same_entries:.2%} of the positions; two runs: {found.same_entries_noise:.2%}"),
+        ("dtype", dtypes),
+        *((each.name, _measured(each)) for each in found.comparisons),
+        (
+            "same entries",
+            f"{found.same_entries:.1%} are chosen again, at least {found.same_entries_allowed:.1%} expected "
+            f"(rounding alone: {found.same_entries_rounding:.1%})",
+        ),
         ("weights", "the same" if found.same_weights else "another fingerprint (other weights, or another dtype)"),
     ]
-    return Group(line, pairs(f"Against {teacher}", facts))
+    why = Text(
+        "Distances are beyond the rounding of stored values. Allowed is 2 to 4 times what random rounding errors of "
+        "the cache's dtype do to the teacher (rounding alone), within fixed limits.",
+        style="dim",
+    )
+    return Group(line, pairs(f"Against {teacher}", facts), why)
 
 
 def failed_check(cache: str, teacher: str | None, found: TeacherCheck) -> str:
-    """One line for a cache that is not this teacher's."""
+    """One line for a cache that is not this teacher's: what is wrong, and the next step."""
+    if not found.repeatable:
+        worst = max(found.comparisons, key=lambda each: each.batch / each.allowed)
+        return (
+            f"{cache}: {teacher} predicts something else in a batch than alone: {MEASURES[worst.name][0]} is "
+            f"{worst.batch:.2g} (allowed {worst.allowed:.2g}), so it sees padding or other rows, and no cache of it "
+            "can be checked. Update transformers, or use another teacher."
+        )
+    wrong = [f"{MEASURES[each.name][0]} is {_off(each)}" for each in found.comparisons if not each.agrees]
+    if found.same_entries < found.same_entries_allowed:
+        wrong.append(
+            f"{found.same_entries:.1%} of the entries are the same (at least {found.same_entries_allowed:.1%} expected)"
+        )
+    if not found.same_template:
+        wrong.append("its chats were written with another chat template than this tokenizer's")
+    weights = "has another fingerprint" if not found.same_weights else "is the one that made it"
     return (
-        f"{cache}: does not match {teacher}: off by up to {found.deviation:.2g} nats at {found.deviation_at} (allowed "
-        f"{found.allowed:.2g}), same entries at {found.same_entries:.1%} of the positions (this teacher with itself: "
-        f"{found.same_entries_noise:.1%}). Was it cached with other weights, another dtype or device? If not, make it "
-        "again."
+        f"{cache}: does not match {teacher}: {'; '.join(wrong)}. By its weights this teacher {weights}. Name the "
+        "teacher and dtype that made the cache; if you did, make the cache again."
     )
+
+
+def _measured(comparison: Comparison) -> str:
+    what, unit = MEASURES[comparison.name]
+    return (
+        f"{comparison.found:.2g}{unit}, allowed {comparison.allowed:.2g} (rounding alone: {comparison.rounding:.2g}): "
+        f"{what}"
+    )
+
+
+def _off(comparison: Comparison) -> str:
+    unit = MEASURES[comparison.name][1]
+    return f"{comparison.found:.2g}{unit}, worst in {comparison.at} (allowed {comparison.allowed:.2g})"

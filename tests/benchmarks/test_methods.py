@@ -1,4 +1,4 @@
-"""The table of methods: the whole of it on a tiny teacher, and how it reads numbers."""
+"""The table of methods: the complete benchmark on a tiny teacher, and how it reads numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_method_trains_as_long_and_is_measured(
 
     monkeypatch.setattr(demo, "distill", in_this_process)
     monkeypatch.setattr(methods, "METHODS", [m for m in methods.METHODS if m.name in CHOSEN])
-    sizes = methods.Sizes(train=4, held_out=2, solve=3, written_tokens=16, new_tokens=4, layers=1, features="2")
+    sizes = methods.Sizes(train=4, held_out=2, solve=3, written_tokens=16, new_tokens=4, layers=1, teacher_layers="2")
     result = methods.run(teacher_dir, tmp_path, 1, sizes)
 
     (table,) = result.tables
@@ -53,4 +53,4 @@ def test_every_method_trains_as_long_and_is_measured(
     assert {line[0] for line in lines} == {"cache-teacher"}
 
 
-CHOSEN = ("hard labels", "forward KL + features", "sequence level")
+CHOSEN = ("hard labels", "forward KL + hidden states", "sequence level")

@@ -31,7 +31,7 @@ from pipeline.teacher.text.packing import TokenRow
 from runs import dense_logits
 from tiny import english
 
-ARMS = ("--arms", "threshold-1-8", "--arms", "bucket-top-16", "--arms", "full-nudged")
+ARMS = ("--arms", "threshold-1-8", "--arms", "bucket-top-16", "--arms", "full-perturbed")
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,11 @@ def test_every_run_leaves_a_file_and_the_report_says_how_many_there_are(finished
 
 
 def test_the_control_arm_is_the_full_one_but_for_rounding(finished: Path):
-    full, nudged = (
+    full, perturbed = (
         json.loads((finished / f"quick/track2/runs/{name}-seed0.json").read_text())["held_out"]["in-domain"]["kl"]
-        for name in ("full", "full-nudged")
+        for name in ("full", "full-perturbed")
     )
-    assert full != nudged == pytest.approx(full, rel=1e-4)
+    assert full != perturbed == pytest.approx(full, rel=1e-4)
 
 
 def test_arms_of_several_epochs_have_whole_record_batches_of_the_first_rows(finished: Path):
@@ -109,13 +109,13 @@ def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teac
         tmp_path,
         texts,
         *("--track", "1", "--seeds", "1", "--teacher", str(teacher_dir)),
-        *("--arms", "residual-to-label", "--arms", "full-1-row"),
+        *("--arms", "tail-to-label", "--arms", "full-1-row"),
     )
     by_arm = {run["arm"]: run for run in runs_in(tmp_path / "results")}
-    smaller, full, run = (by_arm[name] for name in ("full-1-row-a-step", "full", "residual-to-label-top-16"))
+    smaller, full, run = (by_arm[name] for name in ("full-1-row-per-step", "full", "tail-to-label-top-16"))
     assert full["steps"] == -(-smaller["steps"] // 4)
     assert smaller["learning_rate"] == full["learning_rate"] / 2
-    assert "labels-1-row-a-step" in by_arm  # its reference
+    assert "labels-1-row-per-step" in by_arm  # its reference
     assert run["cache"]["entries_per_token"] == 16
     assert run["held_out"].keys() == {"in-domain", "a", "b", "z"}
     for point in ("start", "end"):
@@ -318,8 +318,8 @@ def test_shares_of_the_gain_are_paired_by_seed():
     "titles",
     [
         ("labels ×4", "full ×4", "threshold 1/8 ×4, resample"),
-        ("labels, 4 rows a step", "full, 4 rows a step", "threshold 1/20, 4 rows a step"),
-        tuple(f"{name}, 1/8 of the text, 4 rows a step" for name in ("labels", "full", "threshold 1/20")),
+        ("labels, 4 rows per step", "full, 4 rows per step", "threshold 1/20, 4 rows per step"),
+        tuple(f"{name}, 1/8 of the text, 4 rows per step" for name in ("labels", "full", "threshold 1/20")),
     ],
 )
 def test_arms_are_compared_with_references_that_are_trained_as_they_are(titles: tuple[str, ...]):
@@ -359,7 +359,7 @@ def test_all_arms_see_the_same_rows_in_the_same_order():
         assert {index // 128 for index in four} == {epoch + 1}
 
 
-def test_student_states_and_labels_belong_to_the_counted_positions():
+def test_student_states_and_labels_belong_to_the_loss_tokens():
     rows = [
         TokenRow(np.array([5, 6, 7, 8]), np.array([True, False, True, False]), np.array([2, 2])),
         TokenRow(np.array([9, 10, 11]), np.array([True, True, False]), np.array([3])),
@@ -371,7 +371,7 @@ def test_student_states_and_labels_belong_to_the_counted_positions():
 
     hidden, labels = objectives.student_states(Echo(), rows)  # type: ignore[arg-type]
     assert hidden[:, 0].tolist() == [5, 7, 9, 10] and labels.tolist() == [6, 8, 10, 11]
-    assert Corpus("x", True, rows, "").counted.tolist() == [2, 2]
+    assert Corpus("x", True, rows, "").loss_tokens.tolist() == [2, 2]
 
 
 def test_names_of_arms_are_names_of_files():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import cache_format as cf
 from benchmarks import fuzz, fuzzed
@@ -28,6 +30,13 @@ def test_a_flipped_bit_is_found_in_the_file_that_it_is_in():
     assert [outcome for outcome in outcomes if not outcome.endswith(f": {fuzz.FOUND}")] == []
 
 
+def test_the_command_counts_flips(tmp_path: Path):
+    words = ["flips", "--count", "3", "--results", str(tmp_path)]
+    finished = CliRunner().invoke(fuzz.main, words, catch_exceptions=False)
+    assert finished.exit_code == 0, finished.output
+    assert json.loads((tmp_path / "fuzz.json").read_text(encoding="utf-8"))["summary"]["flips"] == 3
+
+
 def test_another_file_than_the_damaged_one_does_not_count(tmp_path: Path):
     """A shard and its sidecar differ in the ending of their names only, and advice names the shard."""
     for name, data in fuzzed.sound_cache("columns").items():
@@ -36,7 +45,7 @@ def test_another_file_than_the_damaged_one_does_not_count(tmp_path: Path):
     expected = fuzz.values(tmp_path)
     (tmp_path / fuzzed.SIDECAR).write_bytes((tmp_path / fuzzed.SIDECAR).read_bytes() + b" ")
     assert fuzz._outcome(tmp_path, fuzzed.SIDECAR, expected) == fuzz.FOUND
-    assert fuzz._outcome(tmp_path, fuzzed.SHARD, expected).startswith("found, WITHOUT ITS NAME")
+    assert fuzz._outcome(tmp_path, fuzzed.SHARD, expected).startswith("found, FILE NOT NAMED")
 
 
 def test_the_search_would_see_a_silent_change(monkeypatch: pytest.MonkeyPatch):

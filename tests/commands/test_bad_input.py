@@ -6,59 +6,19 @@ Whatever the case, everything in the user's directory is compared byte by byte b
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
 from cli import main
-from runs import build_cache, train
-from tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.fixture(scope="module")
-def prepared(
-    teacher_dir: Path,
-    student_dir: Path,
-    text_file: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A user's directory: models, data, a cache of several shards, a trained student and an interrupted run."""
-    folder = tmp_path_factory.mktemp("prepared")
-    shutil.copytree(teacher_dir, folder / "teacher")
-    shutil.copytree(student_dir, folder / "student")
-    shutil.copy(text_file, folder / "text.txt")
-    write_jsonl(folder / "records.jsonl", [{"body": "Some text."}, {"body": "Some more."}])
-    tiny_llama(folder / "stranger", tiny_tokenizer(seed=1), hidden=16)
-    build_cache(folder / "cache", teacher_dir, text_file, rows_per_shard=8)
-    train(folder / "trained", folder / "cache", student=student_dir, max_steps=2)
-
-    def stop(step: int, total: int) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        options = {"max_steps": 3, "save_steps": 1, "on_step": stop}
-        train(folder / "stopped", folder / "cache", student=student_dir, **options)
-    return folder
-
-
-@pytest.fixture()
-def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = Path(shutil.copytree(prepared, tmp_path / "here"))
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def complain(here: Path, command: str, *expected: str, status: int = 1, new: tuple[str, ...] = ()) -> str:
@@ -143,89 +103,6 @@ def test_more_candidates_than_tokens(here: Path):
     complain(here, f"{CACHE_TEACHER} --top-k 500", "--top-k 500", "vocabulary has 400")
     top_p = f"{CACHE_TEACHER} --targets top-p --max-entries 5000"
     complain(here, top_p, "--max-entries 5000", "vocabulary has 400")
-
-
-# -- where the output goes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "command, output, expected",
-    [
-        (CACHE_TEACHER, "student", ("student", "nothing was changed", "Choose another directory")),
-        (CACHE_TEACHER, "cache", ("cache", "finished cache", "nothing was changed", "--overwrite")),
-        (CACHE_TEACHER, "trained", ("trained", "nothing was changed", "Choose another directory")),
-        (CACHE_TEACHER, "text.txt", ("text.txt", "found a file, expected a directory")),
-        (CACHE_TEACHER, "text.txt/new", ("text.txt", "Not a directory", "Check the path")),
-        (TRAIN, "student", ("student", "nothing was changed", "Choose another directory")),
-        (TRAIN, "cache", ("cache", "nothing was changed", "Choose another directory")),
-        (TRAIN, "trained", ("trained", "a finished run, nothing was changed", "--overwrite")),
-        (TRAIN, "stopped", ("stopped", "an unfinished run, nothing was changed", "--resume", "--overwrite")),
-        (TRAIN, "text.txt", ("text.txt", "found a file, expected a directory", "Choose another")),
-        (TRAIN, "text.txt/new", ("text.txt", "Not a directory", "Check the path")),
-        (f"{TRAIN} --overwrite", "student", ("student", "not the output of a run", "Choose another directory")),
-        (f"{TRAIN} --overwrite", "cache", ("cache", "not the output of a run", "Choose another directory")),
-        (f"{CACHE_TEACHER} --overwrite", "student", ("student", "nothing was changed", "Choose another directory")),
-        (f"{CACHE_TEACHER} --overwrite", "trained", ("trained", "nothing was changed", "Choose another directory")),
-        (f"{TRAIN} --resume", "new", ("new", "no checkpoint", "Start without --resume")),
-        (f"{TRAIN} --resume", "student", ("student", "no run to resume")),
-        (f"{TRAIN} --max-steps 2 --resume", "trained", ("trained", "finished run", "--overwrite")),
-        (f"{TRAIN} --max-steps 3 --save-steps 1 --kd-weight 0.5 --resume", "stopped", ("kd_weight was 0.9, is 0.5",)),
-        (f"{TRAIN} --max-steps 9 --save-steps 1 --resume", "stopped", ("max_steps was 3, is 9", "another --output")),
-    ],
-)
-def test_output_that_is_taken(here: Path, command: str, output: str, expected: tuple[str, ...]):
-    complain(here, instead(command, "--output", output), *expected)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize("command", [CACHE_TEACHER, TRAIN])
-def test_output_without_permission(here: Path, command: str):
-    (here / "locked").mkdir(mode=0o500)
-    complain(here, instead(command, "--output", "locked/new"), "locked/new", "Permission denied", "permissions")
-
-
-def test_resuming_with_other_training_arguments(here: Path):
-    (here / "arguments.json").write_text('{"max_grad_norm": 0.5}')
-    command = f"{instead(TRAIN, '--output', 'stopped')} --max-steps 3 --save-steps 1 --resume"
-    complain(here, f"{command} --training-args arguments.json", "training_args was {}, is {'max_grad_norm': 0.5}")
-
-
-def test_resuming_on_another_cache(here: Path, teacher_dir: Path):
-    shutil.rmtree(here / "cache")
-    build_cache(here / "cache", teacher_dir, here / "text.txt", top_k=8)
-    command = f"{instead(TRAIN, '--output', 'stopped')} --max-steps 3 --save-steps 1 --resume"
-    complain(here, command, "does not have the targets of", "another --output")
-
-
-def test_resuming_a_run_whose_record_is_damaged(here: Path):
-    (here / "stopped/distill_config.json").write_text("{")
-    complain(here, f"{instead(TRAIN, '--output', 'stopped')} --resume", "distill_config.json", "--overwrite")
-
-
-def test_run_that_has_no_checkpoint_yet_is_begun_again(here: Path):
-    for checkpoint in (here / "stopped").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    command = f"{instead(TRAIN, '--output', 'stopped')} --resume"
-    complain(here, command, "no checkpoint", "Start with --overwrite instead of --resume")
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda path: (path / "model.safetensors").write_bytes(b"noise"), "cannot be loaded"),
-        (lambda path: (path / "model.safetensors").unlink(), "cannot be loaded"),
-        (lambda path: (path / "config.json").write_text("{}"), "cannot be"),
-    ],
-)
-def test_overwrite_deletes_nothing_before_the_new_student_is_there(here: Path, change: Callable, words: str):
-    change(here / "student")
-    complain(here, f"{instead(TRAIN, '--output', 'trained')} --overwrite", "student", words)
-
-
-def test_overwrite_deletes_nothing_before_the_new_teacher_is_there(here: Path):
-    (here / "teacher/model.safetensors").write_bytes(b"noise")
-    complain(here, f"{instead(CACHE_TEACHER, '--output', 'cache')} --overwrite", "teacher", "cannot be loaded")
-    complain(here, f"{CACHE_TEACHER} --output cache --overwrite --data nowhere.txt", "nowhere.txt", "no such file")
 
 
 @pytest.mark.parametrize("shape", [None, (3,)])

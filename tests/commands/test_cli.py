@@ -1,6 +1,6 @@
 """The command line: help, results for people and for scripts, and what an interrupt leaves behind.
 
-What goes wrong is in test_bad_input.py.
+What goes wrong is in test_bad_input.py and test_bad_output.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures of docs/choosing.md: their numbers are the teacher's and those of a cache; the page has the script's."""
+"""The pictures of docs/choosing.md: their numbers are those of the teacher and of a cache."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_the_loss_asks_for_the_weighted_mean_of_both_targets(found: position.Pos
 
 def test_temperatures_by_hand(found: position.Position, logits: np.ndarray) -> None:
     *_, rest, held, entropy, equal = (numbers for _, numbers in rows(position.temperatures(found)))
-    likeliest = rows(position.temperatures(found))[0]
+    most_likely = rows(position.temperatures(found))[0]
     tempered = [softmax(logits, t) for t in position.TEMPERATURES]
     assert held == pytest.approx([np.sort(p)[-64:].sum() for p in tempered], abs=0.00051)
     assert entropy == pytest.approx([-(p * np.log(p)).sum() for p in tempered], abs=0.0051)
     assert equal == [pytest.approx(math.log(len(logits)), abs=0.0051)]
     assert rest == pytest.approx([1 - p[np.argsort(-logits)[: position.SHOWN]].sum() for p in tempered], abs=0.00051)
     best = int(logits.argmax())
-    assert likeliest == (found.name(best), pytest.approx([p[best] for p in tempered], abs=0.00051))
+    assert most_likely == (found.name(best), pytest.approx([p[best] for p in tempered], abs=0.00051))
 
 
 @pytest.mark.parametrize("name", position.RULES)
@@ -103,10 +103,10 @@ def test_what_is_stored_is_what_a_cache_stores(
     exact = int(targets.exact_counts[found.index])
     pairs = list(zip(ids.tolist(), np.exp(logprobs.astype(np.float64)), strict=True))
     stored = position.stored(found, position.RULES[name])
-    assert stored.exact == pytest.approx(dict(pairs[:exact])) and stored.drawn == pytest.approx(dict(pairs[exact:]))
-    assert stored.residual == pytest.approx(math.exp(targets.residual_logprob[found.index]))
+    assert stored.exact == pytest.approx(dict(pairs[:exact])) and stored.sampled == pytest.approx(dict(pairs[exact:]))
+    assert stored.tail_mass == pytest.approx(math.exp(targets.residual_logprob[found.index]))
     column = 2 + list(position.RULES).index(name)
-    counts = [(exact, "exact"), (len(ids) - exact, "drawn")]
+    counts = [(exact, "exact"), (len(ids) - exact, "sampled")]
     (line,) = [line for line in position.kinds(found).splitlines() if line.startswith("entries")]
     assert re.split(r"\s{2,}", line)[column] == " + ".join(f"{n} {what}" for n, what in counts if n)
 
@@ -136,7 +136,7 @@ def test_the_pages_own_numbers_agree_with_one_another() -> None:
     prose = (ROOT / PAGE).read_text(encoding="utf-8")
     assert f"p = {kinds['beam'][0]:.3f}".replace("0.", ".") in prose
     assert f"other {list(hard_soft)[-1].removesuffix(' others')} tokens" in prose
-    assert f"hold {temperatures['64 likeliest'][2]:.0%}".replace("%", " %") in prose
+    assert f"hold {temperatures['64 most likely'][2]:.0%}".replace("%", " %") in prose
 
 
 @pytest.mark.real

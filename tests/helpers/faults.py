@@ -1,13 +1,12 @@
-"""Caches on an S3 server that spoils requests: written, interrupted, resumed, verified, read; thousands of requests.
+"""Caches on an S3 server that breaks requests: written, interrupted, resumed, verified, read; thousands of requests.
 
     PYTHONPATH=.:tests/cache_format python tests/helpers/faults.py                   `make faults`: 10,000, some minutes
-    PYTHONPATH=.:tests/cache_format python tests/helpers/faults.py --requests 300    a look
+    PYTHONPATH=.:tests/cache_format python tests/helpers/faults.py --requests 300    a short run
 
-Half of the rounds spoil one request in twenty, half one in seven: connections dropped before the request or after it
-(when it has been carried out), 500, 503 SlowDown, bodies cut short, slow answers. Each round writes one cache in three
-runs that are interrupted at random rows, verifies it, and reads all of its rows in random order, every second time
-through a local copy. What is read must be what was written, and in the end the store must hold, byte for byte, what a
-disk holds.
+Half of the rounds break 5 % of the requests, half 15 %: connections dropped before or after the request is carried out,
+500, 503 SlowDown, truncated bodies, slow answers. Each round writes one cache in three runs that are interrupted at
+random rows, verifies it, and reads all of its rows in random order, every second time through a local copy. The rows
+must equal those written, and at the end the files on the server must equal those of a cache on a disk, byte for byte.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from cache_samples import contents, sample_metadata, sample_row, several_samples
 from s3 import FAULTS, Server, s3_server
 
 TOKENIZER = {"tokenizer.json": b"{}"}
-SHARES = (0.05, 0.15)  # of requests that are spoilt
+SHARES = (0.05, 0.15)  # of broken requests
 SLOWEST = 0.05  # of these: each takes .3 seconds
 
 
 @dataclass
 class Outcome:
-    """Of the rounds with one share of spoilt requests."""
+    """Outcome of the rounds with one share of broken requests."""
 
     share: float
     rounds: int = 0
@@ -49,13 +48,13 @@ class Outcome:
 
 
 def faults_of(share: float) -> dict[str, float]:
-    """So much of all requests, in equal parts but for the slow ones."""
+    """Probability of each fault: `share` in total, in equal parts except for slow answers."""
     others = [fault for fault in FAULTS if fault != "slow"]
     return {**dict.fromkeys(others, share * (1 - SLOWEST) / len(others)), "slow": share * SLOWEST}
 
 
 def one_round(server: Server, scratch: Path, seed: int, rows: int, outcome: Outcome) -> None:
-    """One cache, from nothing to compared; what was lost is in the outcome."""
+    """Writes, reads and compares one cache; records what was lost."""
     rng = np.random.default_rng(seed)
     name, encoding = f"round-{seed}", ("columns", "packed")[seed // 2 % 2]
     url, local = server.url(name), scratch / name
@@ -89,7 +88,7 @@ def one_round(server: Server, scratch: Path, seed: int, rows: int, outcome: Outc
             )
         )
         if not same:
-            outcome.lost.append(f"{name}: row {row} is not what was written")
+            outcome.lost.append(f"{name}: row {row} differs from the written one")
         outcome.rows_read += 1
     counts = server.counts()
     outcome.seconds += time.monotonic() - began
@@ -125,10 +124,12 @@ def record(outcomes: list[Outcome], results: Path | None, command: str) -> None:
     ]
     result = Result(
         name="faults",
-        question="A cache on an S3 server that spoils requests: is right what is read, and what lies there in the end?",
-        bound="Nothing lost.",
+        question="Is a cache on an S3 server that breaks requests read correctly, and complete at the end?",
+        bound="nothing lost.",
         settings={"runs_of_each_cache": 3, "rows_per_shard": 4},
-        tables=[Table("Requests", ["spoilt", "caches", "requests", *methods, *FAULTS, "rows read", "lost"], rows)],
+        tables=[
+            Table("Requests", ["broken requests", "caches", "requests", *methods, *FAULTS, "rows read", "lost"], rows)
+        ],
         summary={
             "requests": sum(sum(o.requests.values()) for o in outcomes),
             "injected": sum(sum(o.injected.values()) for o in outcomes),
@@ -141,12 +142,12 @@ def record(outcomes: list[Outcome], results: Path | None, command: str) -> None:
 
 
 @click.command()
-@click.option("--requests", default=10_000, show_default=True, help="At least so many, over all rounds.")
-@click.option("--rows", default=48, show_default=True, type=click.IntRange(8), help="Of each cache; four a shard.")
+@click.option("--requests", default=10_000, show_default=True, help="Minimum number of requests over all rounds.")
+@click.option("--rows", default=48, show_default=True, type=click.IntRange(8), help="Rows per cache; four per shard.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--results", type=click.Path(path_type=Path), help="Where to record; else only printed.")
+@click.option("--results", type=click.Path(path_type=Path), help="Directory for the results [default: only print them]")
 def main(requests: int, rows: int, seed: int, results: Path | None) -> None:
-    """Spoil requests again and again; exit status 1 if anything is lost."""
+    """Break requests until there are enough; exit status 1 if anything is lost."""
     logging.getLogger("s3fs").setLevel(logging.CRITICAL)
     remote.FIRST_WAIT_S, remote.LONGEST_WAIT_S = 0.001, 0.01
     outcomes = [Outcome(share) for share in SHARES]
@@ -154,7 +155,7 @@ def main(requests: int, rows: int, seed: int, results: Path | None) -> None:
         while sum(sum(o.requests.values()) for o in outcomes) < requests:
             one_round(server, Path(scratch), seed, rows, outcome := outcomes[seed % len(outcomes)])
             click.echo(
-                f"round {seed}: {outcome.share:.0%} spoilt, {sum(outcome.requests.values()):,} requests so far, "
+                f"round {seed}: {outcome.share:.0%} broken, {sum(outcome.requests.values()):,} requests so far, "
                 f"{len(outcome.lost)} lost",
                 err=True,
             )

@@ -91,6 +91,19 @@ def build_cache(
     return output
 
 
+def settings(teacher: Path, text: Path, output: Path, **options: Any) -> CacheTeacherConfig:
+    """A run of stage one: lines as documents, eight entries, small batches and shards."""
+    return CacheTeacherConfig(
+        teacher=str(teacher),
+        data=DataConfig(data=str(text), sample_by="line", seq_len=48),
+        output=str(output),
+        targets=TargetRule(top_k=8),
+        batch_size=4,
+        device="cpu",
+        **{"rows_per_shard": 8, **options},
+    )
+
+
 def train(
     output: Path,
     cache: Path,

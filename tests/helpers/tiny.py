@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -210,5 +210,39 @@ def tiny_llama(
             with torch.no_grad():
                 model.lm_head.weight[vocab:] = 2 * model.lm_head.weight[:pad_vocab]
     model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 3.0 * i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+"""Rotary embeddings of 16 dimensions per attention head, with other frequencies for more than 32 tokens."""
+
+
+def tiny_phi3(path: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Path:
+    """Writes a random Phi-3 with `LONGROPE` and its tokenizer to `path` and returns it."""
+    settings = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        rope_parameters=LONGROPE,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        Phi3ForCausalLM(settings).eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

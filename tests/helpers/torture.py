@@ -1,15 +1,15 @@
-"""Kills `cache-teacher` at random moments, and at every step that it takes on purpose, and compares what is left.
+"""Kills `cache-teacher` at random moments and at each of its stages, and compares the finished cache.
 
-    PYTHONPATH=. python tests/helpers/torture.py                what `make torture` does: some 170 kills, three minutes
-    PYTHONPATH=. python tests/helpers/torture.py --kills 6      a look
+    PYTHONPATH=. python tests/helpers/torture.py                as `make torture`: about 170 kills, three minutes
+    PYTHONPATH=. python tests/helpers/torture.py --kills 6      a short run
 
-Several runs, each of 1, 2 or 3 processes on one output. Processes are killed with SIGKILL and started again with the
-same arguments until the cache is finished; then every file must be that of a run that nobody disturbed, byte for byte,
-and every shard that had a sidecar when somebody was killed must be the same file still, not one that was written again.
-A file system of a few hundred kilobytes that fills up is treated likewise.
+Several runs, each with 1, 2 or 3 processes on one output. Processes are killed with SIGKILL and started again with the
+same arguments until the cache is finished. Then every file must equal that of an undisturbed run, byte for byte, and
+every shard that had a sidecar at a kill must still be the same file, not a rewritten one. A file system of a few
+hundred kilobytes that fills up is tested in the same way.
 
-Processes are forks of this one, which has imported everything and computed nothing: a start costs milliseconds, not the
-ten seconds of importing. What a process was doing when it was killed it says through a shared page of memory.
+Processes are forks of this one, which has imported everything and computed nothing, so a start takes milliseconds
+instead of ten seconds of imports. A process reports its current stage through a shared page of memory.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ ENCODINGS = ("columns", "packed")
 
 @dataclass
 class Outcome:
-    """Of one run: one cache, from nothing to finished."""
+    """Outcome of one run: one cache, from nothing to finished."""
 
     processes: int
     encoding: str
-    kills: list[tuple[str, str]] = field(default_factory=list)  # (at random or aimed, stage)
+    kills: list[tuple[str, str]] = field(default_factory=list)  # (random or aimed, stage)
     starts: int = 0
-    kept_shards: int = 0  # at all kills together
+    kept_shards: int = 0  # over all kills
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
 
@@ -259,7 +259,7 @@ def record(found: dict[str, Any], results: Path | None, command: str) -> None:
         for how, stage in outcome.kills:
             where[stage][outcome.processes, how] += 1
     columns = [
-        "killed while",
+        "stage",
         *(f"{n} process{'es' * (n > 1)}, {how}" for n in (1, 2, 3) for how in ("random", "aimed")),
     ]
     rows = [
@@ -279,14 +279,14 @@ def record(found: dict[str, Any], results: Path | None, command: str) -> None:
     faults = sum(len(o.faults) for o in outcomes) + sum(len(d.get("faults", [])) for d in found["disks"])
     result = Result(
         name="torture",
-        question="cache-teacher killed with SIGKILL and started again until the cache is finished: is every file, byte "
-        "for byte, that of a run that nobody disturbed, and was no shard that had a sidecar written again?",
+        question="If cache-teacher is killed with SIGKILL and started again until the cache is finished, does every "
+        "file equal that of an undisturbed run, byte for byte, and is no shard with a sidecar written twice?",
         bound="0 faults.",
         settings={"rows_per_shard": 8, "record_batch_rows": 32, "batch_rows": 4, "row_tokens": 48},
         tables=[
-            Table("What was killed where", columns, rows),
+            Table("Kills by stage", columns, rows),
             Table("Runs", ["processes, encoding", "kills", "starts", "seconds", "faults"], runs),
-            Table("A full disk", ["encoding", "file system", "times full", "faults"], disks),
+            Table("Full disk", ["encoding", "file system", "times full", "faults"], disks),
         ],
         summary={"kills": kills, "runs": len(outcomes), "faults": faults},
     )

@@ -22,13 +22,14 @@ import pytest
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, WorkerConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, WorkerConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.writing import shard_sizes as grouping
 from pipeline.teacher.writing.workers import this_worker
 from runs import command as run
+from runs import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,20 +46,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def contents(path: Path, without: str = "") -> dict[str, bytes]:
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != without]
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
-
-
-def settings(teacher: Path, text: Path, output: Path, *, encoding: str = "columns", **workers) -> CacheTeacherConfig:
-    return CacheTeacherConfig(
-        teacher=str(teacher),
-        data=DataConfig(data=str(text), sample_by="line", seq_len=48),
-        output=str(output),
-        targets=TargetRule(top_k=8),
-        batch_size=4,
-        device="cpu",
-        rows_per_shard=8,
-        encoding=encoding,
-        workers=WorkerConfig(**workers),
-    )
 
 
 def words_of(config: CacheTeacherConfig) -> list[str]:
@@ -327,8 +314,6 @@ def test_who_this_process_is(environment, options, expected, monkeypatch: pytest
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"num_workers": 2}, "belong together"),
-        ({"worker_index": 2}, "belong together"),
         ({"num_workers": 2, "worker_index": 2}, "writer 2 of 2"),
         ({"shard_range": "5"}, "'5' is not a range of shards"),
         ({"shard_range": "5:5"}, "shards 5 to 5: none"),

@@ -29,7 +29,7 @@ from pipeline.losses import SortedTargets, SparseTargetBatch, TailPolicy
 from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.data.document_pieces import LOST, documents_of
 from pipeline.student.data.retokenise import Retokeniser, TokenText, same_tokens
-from pipeline.student.validation.compatibility import load_cache_tokenizer
+from pipeline.student.validation.compatibility import StudentLimits, load_cache_tokenizer
 from pipeline.student.validation.suitability import exact_entries, without_exact
 
 METHODS = ("project", "uld")
@@ -74,6 +74,7 @@ class CrossTokenizerDataset(CacheDataset):
         teacher, student: tokenizers.
         method: "project" or "uld".
         max_length: most positions that the student accepts; longer documents are split.
+        vocab_size: number of tokens that the student knows; default: all of its tokenizer.
 
     Raises: ConfigError if the bytes of a tokenizer's tokens are unknown.
     """
@@ -85,10 +86,11 @@ class CrossTokenizerDataset(CacheDataset):
         student: PreTrainedTokenizerBase,
         method: str = "project",
         max_length: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__(cache)
         self.method, self.max_length = method, max_length
-        self.retokeniser = Retokeniser(TokenText(teacher, "teacher"), TokenText(student, "student"))
+        self.retokeniser = Retokeniser(TokenText(teacher, "teacher"), TokenText(student, "student", vocab_size))
         same = same_tokens(self.retokeniser.teacher, self.retokeniser.student)
         self.projected = np.full(cache.metadata.vocab_size, -1, np.int64)  # teacher's id -> student's
         for ours, theirs in same.items():
@@ -279,14 +281,18 @@ def check_cross_tokenizer(
 
 
 def for_foreign_student(
-    tokenizer: PreTrainedTokenizerBase, method: str, max_length: int | None
+    tokenizer: PreTrainedTokenizerBase, method: str, limits: StudentLimits
 ) -> tuple[Callable[[Cache], CrossTokenizerDataset], int]:
     """The dataset class for a student with this tokenizer, as a function of a cache, and the vocabulary size."""
+    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    if limits.tokens is not None:
+        vocab_size = min(vocab_size, limits.tokens)
 
     def dataset_of(cache: Cache) -> CrossTokenizerDataset:
-        return CrossTokenizerDataset(cache, load_cache_tokenizer(cache), tokenizer, method, max_length)
+        teacher = load_cache_tokenizer(cache)
+        return CrossTokenizerDataset(cache, teacher, tokenizer, method, limits.positions, vocab_size)
 
-    return dataset_of, 1 + max(tokenizer.get_vocab().values())
+    return dataset_of, vocab_size
 
 
 def _sorted_targets(rows: Sequence[ConvertedRow], entries: SparseTargetBatch, length: int) -> SortedTargets:

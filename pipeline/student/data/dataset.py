@@ -133,10 +133,9 @@ class LocalShuffle(Sampler[int]):
 def collate(rows: Sequence[CacheRow], *, temperature: float = 1.0, target_layer: int | None = None) -> Batch:
     """Rows padded to the longest one. Everything shares the index t of the prediction made *from* t.
 
-    input_ids, position_ids, labels [B, T] int64; targets, an object with the B·T positions;
-    num_tokens [] int64 without padding. For masked models attention_mask [B, T] int64, 0 for padding. With hidden
-    states hidden_index [n] int64, their places among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n]
-    float32 if they are int8.
+    input_ids, position_ids, labels [B, T] int64; targets, an object with the B·T positions; attention_mask [B, T]
+    int64, 0 at padding; num_tokens [] int64 without padding. With hidden states hidden_index [n] int64, their places
+    among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n] float32 if they are int8.
 
     `labels` are aligned with the predictions, so they are also given as `shift_labels`, which tells transformers not to
     shift them when it counts the tokens of an optimizer step.
@@ -152,19 +151,15 @@ def collate(rows: Sequence[CacheRow], *, temperature: float = 1.0, target_layer:
     labels = sparse.labels.view(len(rows), length)
     states = _hidden_states(rows, length)
     targets = sparse if target_layer is None else _full_targets(sparse, states, target_layer)
-    attention_mask = {} if rows[0].labels is None else {"attention_mask": padding_mask(rows)}
-    return (
-        attention_mask
-        | states
-        | {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "labels": labels,
-            "shift_labels": labels,
-            "targets": targets,
-            "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
-        }
-    )
+    return states | {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": padding_mask(rows),
+        "labels": labels,
+        "shift_labels": labels,
+        "targets": targets,
+        "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
+    }
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

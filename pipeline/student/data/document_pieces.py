@@ -1,4 +1,4 @@
-"""The documents of a row in the student's tokens, with those that are too long for it split into pieces.
+"""The documents of a row in the student's tokens; documents that are too long for the student are split into pieces.
 
 The student reads each piece as a document. It starts with BOS if the document does, and ends where a token of the
 teacher ends. Nothing predicts its first token.

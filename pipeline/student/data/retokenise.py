@@ -14,12 +14,14 @@ without a student token. Works for fast tokenizers without loss: byte-level and 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
@@ -30,7 +32,11 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 class TokenText:
     """The text of a tokenizer's tokens, as bytes.
 
+    Args:
+        size: number of tokens that the model knows; added tokens beyond it are no tokens here, but ordinary text.
+
     Attributes:
+        tokenizer: without those tokens.
         bytes: id -> bytes of a token; for a special token those of its name.
         special: ids of special tokens.
         prefixes: whether the tokenizer puts a space before a text that starts without one.
@@ -38,8 +44,8 @@ class TokenText:
     Raises: ConfigError for a tokenizer whose tokens have no known bytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, whose: str, size: int | None = None) -> None:
+        self.tokenizer = tokenizer = tokenizer if size is None else _without_added_beyond(tokenizer, size)
         parts = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
         kinds = {kind for part in ("decoder", "pre_tokenizer") for kind in _types(parts.get(part))}
         if "ByteLevel" in kinds:
@@ -219,6 +225,20 @@ def _valid(run: bytes) -> Iterator[tuple[int, str]]:
             if error.start:
                 yield start, run[start : start + error.start].decode()
             start += error.end
+
+
+def _without_added_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy without the added tokens whose ids are `size` or more.
+
+    Gemma 3's text models have the tokenizer of those that see images, with one token more than they have embeddings.
+    """
+    if not tokenizer.is_fast or all(id_ < size for id_ in tokenizer.added_tokens_decoder):
+        return tokenizer
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < size]
+    smaller = copy.deepcopy(tokenizer)
+    smaller._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    return smaller
 
 
 def _types(part: Any) -> Iterator[str]:

@@ -1,24 +1,22 @@
 """Create a student: load it, keep fewer layers of a larger model, or initialise a configuration at random.
 
-`pruning` makes students narrower; `pipeline.models.adapters` adds adapters.
+`layer_selection` keeps layers, `pruning` makes students narrower; `pipeline.models.adapters` adds adapters.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import load_config, load_model, model_name, reason
-from pipeline.models.objective import Objective, auto_class, objective_of
+from pipeline.models.objective import NAMES, Objective, auto_class, objective_of
+from pipeline.student.model.layer_selection import keep_layers, with_layers
 from pipeline.student.model.pruning import Sizes, resized
 
 
@@ -76,70 +74,27 @@ def load_student(
         config = resized(config, sizes) if sizes else config
         return _from_config(config, seed, model_name(student), trust_remote_code)
     model = load_model(student, objective=objective, dtype="float32", **options)
-    return model if layers is None else keep_layers(model, layers, trust_remote_code)
+    if not isinstance(student, PreTrainedModel):
+        _check_loadable(model, student, objective)
+    return model if layers is None else keep_layers(model, layers)
+
+
+def _check_loadable(model: PreTrainedModel, name: str, objective: Objective) -> None:
+    """Raise ModelError if transformers could not load again what it saves of the model.
+
+    Emu3 and Mllama are loaded with the configuration of all their parts, and saved with that of their text part.
+    """
+    config = model.config
+    if type(config) not in auto_class(objective)._model_mapping and not hasattr(config, "auto_map"):
+        raise ModelError(
+            f"{name}: {type(model).__name__} is saved with the configuration of a {config.model_type}, which "
+            f"transformers cannot load as a {NAMES[objective]}, so the trained student would be lost. Use another one."
+        )
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Excludes the token embeddings from training, and with them a tied head, which is the same tensor."""
     model.get_input_embeddings().requires_grad_(False)
-
-
-def kept_layers(total: int, keep: int) -> list[int]:
-    """`keep` of the layers 0 … total − 1, evenly spaced, including the first and the last."""
-    return [round(float(i)) for i in np.linspace(0, total - 1, keep)]
-
-
-def keep_layers(model: PreTrainedModel, keep: int, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A copy of `model` with `keep` of its layers and all other weights.
-
-    Raises:
-        ConfigError: `keep` is out of range.
-        ModelError: the architecture has no list of layers.
-    """
-    total = model.config.num_hidden_layers
-    config = with_layers(model.config, keep)
-    kept = kept_layers(total, keep)
-    prefix = _layer_list(model, total)
-    smaller = build(config, trust_remote_code)
-
-    renamed = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith(f"{prefix}."):
-            layer = name[: name.index(".", len(prefix) + 1) + 1]
-            if layer not in renamed:
-                continue
-            name = renamed[layer] + name[len(layer) :]
-        weights[name] = tensor
-    smaller.load_state_dict(weights, strict=True)
-    smaller.tie_weights()
-    if hasattr(model, "generation_config"):  # masked models have none
-        smaller.generation_config = model.generation_config
-    return smaller.eval()
-
-
-def with_layers(config: PreTrainedConfig, keep: int) -> PreTrainedConfig:
-    """A copy of a configuration with `keep` layers, and the matching items of lists with one item per layer."""
-    total = config.num_hidden_layers
-    if not 1 <= keep <= total:
-        raise ConfigError(f"`student_layers` {keep}: the model has {total} layers. Use a number from 1 to {total}.")
-    kept = kept_layers(total, keep)
-    config = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:  # such as layer_types
-            setattr(config, name, [value[i] for i in kept])
-    config.num_hidden_layers = keep
-    return config
-
-
-def _layer_list(model: PreTrainedModel, total: int) -> str:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == total:
-            return name
-    raise ModelError(
-        f"{type(model).__name__}: found no list of {total} layers, so `student_layers` cannot select among them. Use "
-        "another architecture, or write a `student_config`."
-    )
 
 
 def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
+from pipeline.models.isolation.length_limits import by_document, limited_rotaries
 from pipeline.models.loading import reason
 from pipeline.student.data.dataset import Batch, CacheDataset
 
@@ -173,12 +174,13 @@ def _measure(model: PreTrainedModel, batches: Iterable[Batch]) -> _Measured:
     for layer, neuron_sums, head_sums in zip(layers, neurons, heads, strict=True):
         hooks.append(watch_inputs(layer.mlp.down_proj, neuron_sums, None))
         hooks.append(watch_inputs(layer.self_attn.o_proj, head_sums, dim))
-    training = model.training
+    training, rotaries = model.training, limited_rotaries(model)
     model.eval()
     try:
         for batch in batches:
             ids, positions = (batch[name].to(device) for name in ("input_ids", "position_ids"))
-            model.model(input_ids=ids, position_ids=positions, use_cache=False)
+            with by_document(rotaries, positions):
+                model.model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         model.train(training)
         for hook in hooks:

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.loading import model_name
 from pipeline.options import CONFIG_FILE, options_of
+from pipeline.overlap import check_inputs_apart
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
@@ -29,6 +30,7 @@ from pipeline.student.training.early_stopping import stopped_by
 from pipeline.student.training.training_arguments import read_training_args
 
 TRAINER_STATE = "trainer_state.json"
+INPUTS = ("cache", "eval_cache", "student", "tokenizer", "student_config", "training_args")
 
 # Settings that a resumed run may change. Models and caches may have moved; the contents of the caches must be the same.
 RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "tokenizer", "cache", "eval_cache", "output"}
@@ -44,7 +46,8 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
     """The checkpoint to resume from; None for a new run. Changes nothing.
 
     Raises:
-        ConfigError: the directory has contents that this run may not replace, or no run to resume.
+        ConfigError: the directory has contents that this run may not replace, such as its own inputs, or no run to
+            resume.
         MismatchError: the run to resume had other settings.
     """
     if "://" in config.output:
@@ -52,6 +55,8 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
             f"`output` {config.output}: found a URL, expected a local directory, because checkpoints are renamed and "
             "removed there. Train to a local directory and copy the student afterwards."
         )
+    inputs = {name: getattr(config, name) for name in INPUTS}
+    check_inputs_apart(config.output, {**inputs, "cache": [cache.path for cache in mix.caches]})
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"`output` {output}: found a file, expected a directory. Choose another directory.")

@@ -37,7 +37,7 @@ from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output, check_base_weights, record_seen
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.student.training.training_arguments import read_ahead
-from pipeline.student.validation.compatibility import check_isolation, longest_row
+from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits
 from pipeline.student.validation.run_checks import CheckedRun, check_run
 
 
@@ -75,10 +75,10 @@ class _Data:
         vocab_size = mix.first.metadata.vocab_size
         dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset
         if config.cross_tokenizer is not None:
-            limit = None
+            limits = StudentLimits()
             if config.student is not None:
-                limit = longest_row(config.student, config.trust_remote_code, revision=config.revision)
-            dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limit)
+                limits = student_limits(config.student, config.trust_remote_code, revision=config.revision)
+            dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limits)
         parts = [dataset_of(cache) for cache in mix.caches]
         train = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
         held_out = None if run.held_out is None else dataset_of(run.held_out)
@@ -115,7 +115,7 @@ def train_student(
 
     If `config.student` is a loaded model, it is trained in place: converted to float32, moved to the device of the run,
     and with adapters in it unless they are merged. With `student_layers`, narrower sizes or `student_random`, a new
-    model is made from it and trained instead. Its training or evaluation mode is restored.
+    model is made from it and trained instead. Its training or evaluation mode and gradient checkpointing are restored.
 
     Args:
         on_stage: called with a line of text when a stage begins.
@@ -164,6 +164,7 @@ def _train_student(
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
+    checkpointing = [(module, module.gradient_checkpointing) for module in _with_checkpointing(student.model)]
     trainer = DistillTrainer(
         head=student.head,
         model=student.adapted,
@@ -198,6 +199,8 @@ def _train_student(
         remove_distillation_forward(trainer.accelerator.unwrap_model(trainer.model))
         if matching is not None:
             matching.detach(student.model)
+        for module, before in checkpointing:
+            module.gradient_checkpointing = before
 
     if student.adapted is not None and config.merge_adapter:
         trainer.model = merged(student.adapted)
@@ -254,8 +257,9 @@ def _load(run: CheckedRun, data: _Data, on_stage: Callable[[str], None]) -> _Stu
     if config.lora is not None:
         adapted = attach(model, config.lora, base=_base_name(config.student), seed=arguments.seed)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
+    together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     for cache in run.mix.caches:
-        check_isolation(cache, head)
+        check_isolation(cache, head, batch_size=together)
     return _Student(model, head, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 
 
@@ -287,6 +291,11 @@ def _training_stage(run: CheckedRun, data: _Data, student: _Student, matching: H
     loss_tokens = sum(each.passes(each.rows) * part.counted_tokens for each, part in portions)
     text = f"{run.mix.rows:,} rows, {loss_tokens:,.0f} loss tokens{repeats}"
     return f"training {trained / 1e6:.1f}{total} M parameters on {text}"
+
+
+def _with_checkpointing(model: nn.Module) -> list[Any]:
+    """The modules whose activations transformers can recompute."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def _fit(trainer: DistillTrainer, run: CheckedRun) -> float:

@@ -7,6 +7,7 @@ once by their number. Each micro-batch's sum is scaled by processes / tokens, be
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from pipeline.errors import DivergedError
 from pipeline.evaluation.metrics import Evaluation, sum_over
@@ -37,6 +38,18 @@ METRICS = ("loss", "kl", "ce", "perplexity", "agreement")
 def _local(weight: Tensor) -> Tensor:
     """This process's shard of a weight."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+@contextlib.contextmanager
+def _same_use_cache(config: PreTrainedConfig) -> Iterator[None]:
+    """Trainer turns `use_cache` off, which would be saved: the student would generate without a cache. Our forward pass
+    turns it off itself."""
+    before = vars(config).get("use_cache")
+    yield
+    if before is None:
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = before
 
 
 def held_out_metrics(loss: DistillLoss) -> tuple[str, ...]:
@@ -79,7 +92,8 @@ class DistillTrainer(Trainer):
             matching.attach(head.model)
         model = model or head.model
         install_distillation_forward(model, head, loss, matching)
-        super().__init__(model=model, data_collator=kwargs["train_dataset"].collate, **kwargs)
+        with _same_use_cache(head.model.config):
+            super().__init__(model=model, data_collator=kwargs["train_dataset"].collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Sums of this process, on the device so that adding does not wait: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, check_packing, check_padding
-from pipeline.models.loading import load_config, load_tokenizer, model_name, reason
+from pipeline.models.isolation.causality import check_causal
+from pipeline.models.loading import has_own_code, load_config, load_tokenizer, model_name, reason
 from pipeline.models.objective import NAMES, most_positions, objective_for, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer
 from pipeline.student.model.initialization import configuration
@@ -96,7 +98,7 @@ def check_student(
             f"{name}: loaded model without `tokenizer`, so its tokens cannot be compared with those of {cache.path}. "
             "The tokenizer of the cache is saved with the student"
         )
-    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    rows = None if config is None else _token_rows(config)
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{name}: predicts {rows:,} tokens, but {cache.path} has targets over {vocab_size:,} tokens. "
@@ -166,12 +168,24 @@ def _check_objective(cache: cf.Cache, student: PreTrainedConfig, name: str) -> N
         )
 
 
-def longest_row(
+@dataclass(frozen=True)
+class StudentLimits:
+    """What a student takes; None if its configuration does not say, or for a .gguf file."""
+
+    positions: int | None = None
+    tokens: int | None = None  # ids from here on have no embedding
+
+
+def student_limits(
     student: str | PreTrainedModel, trust_remote_code: bool = False, *, revision: str | None = None
-) -> int | None:
-    """The most positions that a student takes; None if its configuration does not say, or for a .gguf file."""
+) -> StudentLimits:
     config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
-    return None if config is None else most_positions(config)
+    return StudentLimits() if config is None else StudentLimits(most_positions(config), _token_rows(config))
+
+
+def _token_rows(config: PreTrainedConfig) -> int | None:
+    rows: int | None = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return rows
 
 
 def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None:
@@ -185,12 +199,17 @@ def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None
         )
 
 
-def check_isolation(cache: cf.Cache, head: Head) -> None:
-    """Raises ModelError if the student does not keep documents of a packed row apart, or attends to padding."""
+def check_isolation(cache: cf.Cache, head: Head, *, batch_size: int) -> None:
+    """Raises ModelError if the student sees later tokens, other rows of a batch, or other documents of a packed row."""
+    longest = cache.metadata.corpus.get("window_length") or 0
     if head.masked:
         check_padding(head.model, head)
-    elif cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
-        check_packing(head.model, head)
+        return
+    check_causal(head)
+    if cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
+        check_packing(head.model, head, longest)
+    elif batch_size > 1 and has_own_code(head.model):
+        check_padding(head.model, head, longest)
 
 
 def _has_tokenizer(student: str) -> bool:

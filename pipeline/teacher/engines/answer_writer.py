@@ -4,6 +4,9 @@
                     ▲                                                └─▶ a token (temperature, top-k, top-p)
                     └──────────────── next position ◀────────────────────┘
 
+If an answer grows past a length at which the teacher switches (`models.isolation.length_limits`), its targets are
+computed again in one pass over prompt and answer: a student, and `verify`, see the whole row.
+
 Shapes: b answers in progress, D hidden width, V vocabulary size, n tokens of the answer.
 """
 
@@ -17,6 +20,7 @@ import torch
 
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.decoding import Decoding
+from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.token_sampling import draw
 from pipeline.teacher.generation.answers import (
     EOS,
@@ -25,11 +29,13 @@ from pipeline.teacher.generation.answers import (
     Answer,
     AnswerSettings,
     Request,
+    answer_row,
     complete_answer,
     decode,
     find_stop,
     place_of,
 )
+from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.selection import ChunkTargets
 
@@ -118,10 +124,15 @@ class AnswerWriter:
         return LENGTH if len(draft.token_ids) >= draft.limit else None
 
     def _answer(self, draft: _Draft) -> Answer:
-        targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
-        return complete_answer(
-            draft.request, draft.token_ids, draft.logprobs, str(draft.stop_reason), targets, self.settings
-        )
+        request, row = draft.request, answer_row(draft.request, draft.token_ids)
+        if self.engine.head.separates(len(request.prompt), len(row.input_ids)):
+            place = int(place_of(np.array([request.document]), np.array([request.index]))[0])
+            whole = RowRequest(index=0, row=row, place=place, stored=row.loss_mask)
+            (with_targets,) = self.engine.run_batch([whole], [self.rule]).rows()
+        else:
+            targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
+            with_targets = cache_row(0, row, row.loss_mask, targets)
+        return complete_answer(request, with_targets, draft.logprobs, str(draft.stop_reason), self.settings)
 
 
 class _Draft:

@@ -70,7 +70,8 @@ class RunningBatch:
         targets: on the host, for each rule; complete once `copied` has happened.
         states: layer -> [m, D] hidden states to store, on the host.
         scales: layer -> [m], for int8.
-        inputs: [n, D] what the head was applied to, on the device; only with `on_logits`.
+        label_logprobs: [n] of the next token of the row, on the host; only of a timed causal teacher.
+        inputs: [n, D] what the head was applied to, on the device; only if asked for.
         source: keeps the device tensors alive until they are copied.
     """
 
@@ -79,6 +80,7 @@ class RunningBatch:
     states: dict[int, Tensor]
     scales: dict[int, Tensor]
     copied: torch.cuda.Event | None
+    label_logprobs: Tensor | None
     inputs: Tensor | None
     source: object
     timing: Timing
@@ -110,6 +112,22 @@ class RunningBatches:
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
         rows = {row.row: row for batch in self.batches for row in batch.rows(rule)}
         return [rows[request.index] for request in self.requests]
+
+
+class LabelScores:
+    """Log-probabilities of the tokens that follow in the rows of a batch; see `OnLogits`."""
+
+    def __init__(self, batch: Sequence[RowRequest]) -> None:
+        following = [np.append(request.row.input_ids[1:], 0)[request.stored] for request in batch]
+        self._labels = torch.from_numpy(np.concatenate(following).astype(np.int64))
+        self._found: list[Tensor] = []
+
+    def __call__(self, here: slice, logits: Tensor) -> None:
+        scores, label = logits.float(), self._labels[here].to(logits.device)
+        self._found.append(scores.gather(1, label[:, None])[:, 0] - torch.logsumexp(scores, dim=1))
+
+    def logprobs(self) -> Tensor:
+        return torch.cat(self._found).cpu()
 
 
 class TransformersEngine:
@@ -188,12 +206,12 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def run_batch(
-        self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], on_logits: OnLogits | None = None
+        self, batch: Sequence[RowRequest], rules: Sequence[TargetRule], *, keep_inputs: bool = False
     ) -> RunningBatch:
         """Starts one forward pass."""
         device = self.head.device
         timing = Timing(tokens=sum(request.tokens for request in batch), selection=[0.0] * len(rules))
-        inputs = model_inputs([request.row for request in batch], masked=self.head.masked)
+        inputs = model_inputs([request.row for request in batch], with_mask=self.head.reads_padding_mask)
         mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
         for i, request in enumerate(batch):
             mask[i, : len(request.stored)] = torch.from_numpy(request.stored)
@@ -206,7 +224,8 @@ class TransformersEngine:
         hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
         hidden = hidden[tuple(each.to(device) for each in index)]  # [n, D]
         timing.forward += self._clock() - began
-        targets, multiplied = self._head(hidden, places, position, rules, on_logits, timing)
+        labels = LabelScores(batch) if self.timed and not self.head.masked else None
+        targets, multiplied = self._head(hidden, places, position, rules, labels, timing)
         if multiplied is not None and self.hidden is not None:
             last = self.hidden.layers[-1]
             states[last], scale = hidden_states.quantised(multiplied, self.hidden.dtype)
@@ -225,7 +244,8 @@ class TransformersEngine:
             states=host_states,
             scales=host_scales,
             copied=copied,
-            inputs=None if on_logits is None else hidden,
+            label_logprobs=None if labels is None else labels.logprobs(),
+            inputs=hidden if keep_inputs else None,
             source=(targets, states, scales),
             timing=timing,
         )

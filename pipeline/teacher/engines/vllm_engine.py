@@ -42,6 +42,7 @@ from pipeline.teacher.generation.answers import (
     Answer,
     AnswerSettings,
     Request,
+    answer_row,
     complete_answer,
     place_of,
 )
@@ -349,8 +350,10 @@ def _answer(request: Request, output: RequestOutput, collected: Collected, setti
     else:
         stop_reason = STOP_STRING if isinstance(found.stop_reason, str) else EOS
     logprobs = [of_token[token].logprob for token, of_token in zip(token_ids, found.logprobs, strict=True)]
+    row = answer_row(request, token_ids)
     targets = ChunkTargets(*(each[: len(token_ids)] for each in collected.targets[0]))
-    return complete_answer(request, token_ids, logprobs, stop_reason, targets, settings)
+    with_targets = cache_row(0, row, row.loss_mask, targets)
+    return complete_answer(request, with_targets, logprobs, stop_reason, settings)
 
 
 def _settle(future: Future[T], compute: Callable[[], T]) -> None:

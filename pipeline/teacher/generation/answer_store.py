@@ -129,6 +129,12 @@ class AnswerStore:
             write_bytes(self._directory, SETTINGS, data)
         self._names = {int(match[1]): name for name in names if (match := _GROUP.fullmatch(name))}
 
+    def prompts(self) -> dict[str, Any] | None:
+        """The description of the prompts of the unfinished run that has answers here, if there is one."""
+        if SETTINGS not in self._directory.names():
+            return None
+        return dict(json.loads(self._directory.read_bytes(SETTINGS))["prompts"])
+
     def load(self, number: int) -> Group | None:
         """A stored group; None if it is missing or damaged."""
         if number not in self._names:

@@ -15,10 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.teacher.cache_config import GenerationConfig
-from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets
-from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.packing import TokenRow
 
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
@@ -96,31 +94,23 @@ class AnswerSettings:
     max_length: int
 
 
-def complete_answer(
-    request: Request,
-    token_ids: Sequence[int],
-    logprobs: Sequence[float],
-    stop_reason: str,
-    targets: ChunkTargets,
-    settings: AnswerSettings,
-) -> Answer:
-    """The answer and its row, from what the teacher generated.
-
-    Args:
-        token_ids: n, including the one that ended it.
-        logprobs: of these, by the teacher's own distribution.
-        targets: on the host, of the n positions that predict them.
-
-    Raises: ModelError if the teacher's logits were not all finite.
-    """
-    text = decode(settings.tokenizer, token_ids[:-1] if stop_reason == EOS else token_ids)
-    if stop_reason == STOP_STRING:
-        text = text[: find_stop(text, settings.sampling.stop)]
+def answer_row(request: Request, token_ids: Sequence[int]) -> TokenRow:
+    """Prompt and answer as one row. Args: token_ids: of the answer, including the one that ended it."""
     all_ids = np.concatenate([request.prompt, token_ids]).astype(np.int32)
     loss_mask = np.zeros(len(all_ids), bool)
     # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
     loss_mask[len(request.prompt) - 1 : -1] = True
-    row = TokenRow(all_ids, loss_mask, np.array([len(all_ids)], np.int32))
+    return TokenRow(all_ids, loss_mask, np.array([len(all_ids)], np.int32))
+
+
+def complete_answer(
+    request: Request, row: cf.CacheRow, logprobs: Sequence[float], stop_reason: str, settings: AnswerSettings
+) -> Answer:
+    """Args: row: `answer_row` with targets; logprobs: of the answer's tokens."""
+    token_ids = row.input_ids[len(request.prompt) :].tolist()
+    text = decode(settings.tokenizer, token_ids[:-1] if stop_reason == EOS else token_ids)
+    if stop_reason == STOP_STRING:
+        text = text[: find_stop(text, settings.sampling.stop)]
     return Answer(
         document=request.document,
         index=request.index,
@@ -128,7 +118,7 @@ def complete_answer(
         stop_reason=stop_reason,
         text=text,
         logprobs=np.array(logprobs, np.float32),
-        row=cache_row(0, row, loss_mask, targets),
+        row=row,
     )
 
 
@@ -137,6 +127,6 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     """With special tokens: a predicate should see all that the teacher generated in an answer."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

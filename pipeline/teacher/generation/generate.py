@@ -1,13 +1,13 @@
-"""Generation: prompts ─▶ the teacher's own answers ─▶ a cache of them, with targets.
+"""Generation: prompts ─▶ the teacher's own answers ─▶ a cache of the answers, with targets.
 
     1  write     a group of prompts ─▶ batches of similar length ─▶ answers with their targets ─▶ OUTPUT.answers
-    2  judge     a predicate judges every answer as soon as its group is complete
-    3  cache     answers that were kept ─▶ rows, numbered ─▶ OUTPUT, an ordinary cache; OUTPUT.answers is removed
+    2  judge     a predicate accepts or rejects every answer as soon as its group is complete
+    3  cache     kept answers ─▶ numbered rows ─▶ OUTPUT, an ordinary cache; OUTPUT.answers is removed
 
-Two directories are needed because a cache must know its number of rows before the first is written, and how many
-answers pass the predicate is only known after the last answer. After a kill at any point, the same command continues
-with the missing group of answers or shard, and ends with the same bytes. The predicate is not part of the settings
-recorded with the answers: a corrected predicate judges the existing answers again, and a run that kept none loses none.
+There are two directories because a cache must know its number of rows before the first row is written, and the number
+of accepted answers is known only after the last answer. After a kill at any point, the same command continues with the
+missing group of answers or shard, and ends with the same bytes. The predicate is not part of the settings recorded with
+the answers, so a corrected predicate can judge existing answers again, even after a run that kept none.
 
 One answer is one row: its prompt, outside the loss mask, and its tokens, inside it, including the one that ended it.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import open_engine, open_tokenizer
+from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.cache_metadata import cache_metadata
@@ -77,6 +77,7 @@ def generate_cache(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[GenerationProgress], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> GenerationSummary:
     """Lets the teacher answer the prompts of `config.data` and caches its answers; continues an unfinished run.
 
@@ -95,6 +96,7 @@ def generate_cache(
         )
     # Check what can be checked before spending minutes on loading.
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
+    check_inputs(config, config.output, store_location(config.output))
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = _finished(config, generation, predicate)
     store.check()
@@ -108,12 +110,18 @@ def generate_cache(
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
     _check_writes(config)
-    prompts = open_prompts(config.data, tokenizer)
+    earlier: Mapping[str, Any] | None = None
+    if not config.overwrite:
+        earlier = store.prompts() if manifest is None else manifest.metadata.corpus
+    prompts = open_prompts(as_dated(config, earlier).data, tokenizer)
+    config = as_dated(config, prompts.description)
+    for warning in prompts.warnings:
+        on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, prompts, tokenizer, device)
     config.targets.check_vocabulary(engine.vocab_size)
-    check_decoding(engine.head, padding=config.batch_size > 1)
+    check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
     stop_tokens = find_stop_tokens(engine.head.model, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     if manifest is not None:
@@ -155,8 +163,8 @@ def generate_cache(
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
         with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
+            save_config(config)
             _write_cache(config.output, writer, answering)
-        save_config(config)
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
@@ -180,8 +188,10 @@ def _check_writes(config: CacheTeacherConfig) -> None:
 def _finished(
     config: CacheTeacherConfig, generation: GenerationConfig, predicate: Predicate | None
 ) -> cf.Manifest | None:
-    """The finished cache that this run would write, if it already exists, judged by everything except the names of
-    teacher and prompts. Raises: CacheError if a different cache exists."""
+    """The finished cache that this run would write, if it exists already. Names of teacher and prompts may differ.
+
+    Raises: CacheError if a different cache exists.
+    """
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
     replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
     cf.check_writable(config.output, replace=replaces, stale_after_s=stale_after_s)
@@ -189,7 +199,10 @@ def _finished(
         return None
     recorded = manifest.metadata.to_json()
     corpus = recorded["corpus"]
-    data = {name: getattr(config.data, name) for name in ("data_config", "split", "text_column", "max_documents")}
+    compared_options = ("data_config", "split", "text_column", "max_documents", "chat_template_kwargs")
+    data = {name: getattr(config.data, name) for name in compared_options}
+    if config.data.template_date is not None:
+        data["template_date"] = config.data.template_date
     compared = [
         ("targets", recorded["targets"], config.targets.to_json()),
         ("corpus", corpus, {"window_length": config.data.seq_len, **data}),
@@ -203,8 +216,7 @@ def _finished(
 
 
 def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
-    """Whether the name of the teacher or of the prompts differs from the recorded one, so that their contents must be
-    compared."""
+    """Whether the name of the teacher or of the prompts differs from the recorded one. Contents are compared then."""
     recorded = manifest.metadata
     return (model_name(config.teacher), data_name(config.data.data)) != (
         recorded.teacher.get("name"),
@@ -213,7 +225,7 @@ def _other_names(config: CacheTeacherConfig, manifest: cf.Manifest) -> bool:
 
 
 def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settings: dict[str, Any]) -> None:
-    """Raises: CacheError if a finished cache is of another teacher or other prompts."""
+    """Raises: CacheError if a finished cache was made by another teacher, or from other prompts."""
     recorded = manifest.metadata.to_json()
     of_prompts = {name: settings["prompts"][name] for name in ("source", "files")}
     of_teacher = {name: settings["teacher"][name] for name in ("dtype", *cf.FINGERPRINTS)}
@@ -239,12 +251,12 @@ def _settings(
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
 ) -> dict[str, Any]:
-    """Everything that determines answers and targets, but nothing that determines which answers are kept."""
+    """The settings that determine answers and targets, without those that determine which answers are kept."""
     return {
         "teacher": engine.describe_teacher(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": engine.vocab_size,
-        "prompts": {**prompts.description, "number": len(prompts)},
+        "prompts": {**prompts.description, "number": len(prompts), **prompts.findings},
         "max_length": config.data.seq_len,
         "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
         "targets": config.targets.to_json(),
@@ -293,7 +305,7 @@ def _corpus(
         **_kept_by(generation, predicate),
         **counts,
         "stop_reasons": dict(selection.stop_reasons),
-        # Once here for its checksum, which the manifest holds from the beginning; once in the cache.
+        # Written here for its checksum, which the manifest needs from the beginning; written to the cache later.
         "answers_file": cf.write_answers(answering.store.location, _answers(answering)),
     }
     report: dict[str, int | float] = {
@@ -305,6 +317,7 @@ def _corpus(
         "tokens": selection.tokens,
         "counted_tokens": selection.counted_tokens,
         "ignored_files": prompts.source.ignored_files,
+        **prompts.findings,
     }
     description = {**prompts.description, "generation": written}
     return _Corpus(selection, description, report)

@@ -1,4 +1,4 @@
-"""Which answers go into the cache: a user's predicate, and a choice among those that pass.
+"""Which answers go into the cache: those that a user's predicate accepts, or one of them.
 
     def correct(example, answer):
         return answer.text.strip().endswith(example["solution"])
@@ -29,7 +29,7 @@ from pipeline.teacher.generation.answers import Answer
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What a predicate receives about an answer, in addition to the example."""
+    """The second argument of a predicate: an answer to the example."""
 
     text: str  # without the token or stop string that ended it
     token_ids: tuple[int, ...]  # including it
@@ -40,7 +40,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Predicate:
-    """A user's function, and what identifies it."""
+    """A user's function with its name and the checksum of its file."""
 
     name: str  # as given
     function: Callable[[dict[str, Any], Answered], bool]
@@ -101,7 +101,11 @@ def load_predicate(name: str) -> Predicate:
 
 
 def choose(answers: Sequence[Answer], keep: Keep) -> list[Answer]:
-    """All answers to one prompt that passed, the first, or the one with the highest mean log-probability."""
+    """The accepted answers to keep: all, the first, or the one with the highest mean log-probability.
+
+    Args:
+        answers: accepted answers to one prompt.
+    """
     if keep == "all" or not answers:
         return list(answers)
     return [answers[0] if keep == "first" else max(answers, key=lambda answer: (answer.mean_logprob, -answer.index))]

@@ -1,14 +1,14 @@
-"""Which hidden states of the teacher are kept, at which positions, in which numbers.
+"""Which hidden states of the teacher are stored, at which positions, in which data type.
 
     `hidden_states`   last, all, or layers such as 6,12,18; 0 is the embeddings' output, i that of layer i
-    `hidden_every` N  one in N of the positions that have targets, another one in each row
+    `hidden_every` N  every N-th position that has targets, with an offset that changes from row to row
     `hidden_dtype`    float16, float32, or int8 with a scale per position: an error of at most max|h| / 254 in each
 
-What a student is taught by them is in `pipeline.losses.feature_losses`; those of the last layer may be the targets
-themselves (`targets.hidden_targets`). They are large: D numbers for a position and layer,
-where its targets take a few dozen bytes; hence the size that is said before anything is computed.
+The losses on them are in `pipeline.losses.feature_losses`; the states of the last layer may themselves be the targets
+(`targets.hidden_targets`). States are large, D numbers per position and layer, while the targets of a position take a
+few dozen bytes. So a run reports their size before it computes anything.
 
-Shapes: B rows of T positions, n positions of a batch that have states, D width.
+Shapes: B rows of T positions, n positions of a batch whose states are stored, D width.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ from torch import Tensor
 import cache_format as cf
 from pipeline.errors import ModelError
 
-RECORD_BATCH_BYTES = 2**23  # of the states that a reader has to hold for the sake of one row
+RECORD_BATCH_BYTES = 2**23  # states that a reader must hold to read one row
 SHARD_BYTES = 2**29
 
 
 def predicted_bytes(spec: cf.HiddenSpec, positions: int) -> int:
-    """Of the states of a corpus in which so many positions have targets; compression saves a tenth or so of them."""
+    """Bytes of the states of a corpus before compression, which saves about a tenth.
+
+    Args:
+        positions: number of positions that have targets.
+    """
     return -(-positions // spec.every) * spec.bytes_per_position
 
 
 def rows_within(spec: cf.HiddenSpec, positions_per_row: float, most_bytes: int) -> int:
-    """So many rows have states of at most `most_bytes`; one at least."""
+    """Number of rows whose states take at most `most_bytes`; at least 1."""
     per_row = positions_per_row / spec.every * spec.bytes_per_position
     return max(1, int(most_bytes // max(per_row, 1.0)))
 
 
 def chosen(stored: np.ndarray, row: int, every: int) -> np.ndarray:
-    """bool [T]: of the positions that have targets, one in `every`; over consecutive rows each in its turn."""
+    """bool [T]: every `every`-th of the positions that have targets, shifted by one from row to row."""
     mask = np.zeros_like(stored)
     positions = np.flatnonzero(stored)
     mask[positions[(np.arange(len(positions)) + row) % every == 0]] = True
@@ -46,16 +50,16 @@ def chosen(stored: np.ndarray, row: int, every: int) -> np.ndarray:
 
 
 def quantised(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """States [n, D] as they are stored, and their scales [n] float32 with int8.
+    """States [n, D] in the stored data type; for int8 also their scales [n] float32, else None.
 
-    int8: scale = max|h| / 127 of the position, integer = h / scale, rounded; off by half a scale at most.
+    int8: scale = max|h| / 127 of the position, integer = round(h / scale). The error is at most half a scale.
     """
     if dtype != "int8":
         return states.to(getattr(torch, dtype)), None
     states = states.float()
     scales = states.abs().amax(dim=1) / 127.0
     integers = (states / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-    # An integer has no NaN: what was none shows in the scale, which the writer refuses.
+    # An integer cannot be NaN, but the scale of such a state is, and the writer refuses it.
     return integers.nan_to_num_(0.0).clamp_(-127, 127).to(torch.int8), scales
 
 
@@ -72,7 +76,7 @@ def of_batch(
     where = torch.zeros(first.shape[:2], dtype=torch.bool)
     for i, mask in enumerate(masks):
         where[i, : len(mask)] = torch.from_numpy(mask)
-    index = tuple(each.to(first.device) for each in where.nonzero(as_tuple=True))  # a mask there would wait
+    index = tuple(each.to(first.device) for each in where.nonzero(as_tuple=True))  # indexing by mask would wait
     kept, scales = {}, {}
     for layer, each in states.items():
         kept[layer], scale = quantised(each[index], dtype)
@@ -87,9 +91,9 @@ def of_rows(
     """The states of a batch, on the host, row by row.
 
     Args:
-        rows: their numbers, for the error.
+        rows: numbers of the rows, for the error.
 
-    Raises: ModelError if some do not fit the numbers that they are stored in.
+    Raises: ModelError if a state does not fit the data type that it is stored in.
     """
     whole = cf.HiddenStates(
         mask=np.concatenate(masks),
@@ -105,7 +109,7 @@ def of_rows(
 
 
 def find_problem(hidden: cf.HiddenStates) -> str | None:
-    """Where a state is not a number any more, and what to do about it."""
+    """The first position with a NaN or infinite state, and the next step; None if there is none."""
     invalid = cf.find_invalid_state(hidden)
     if invalid is None:
         return None

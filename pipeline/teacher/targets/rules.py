@@ -1,16 +1,16 @@
-"""Which entries a position of a cache gets: the user's choice, checked, and what follows from it.
+"""Which entries a position of a cache gets: the options of a target rule, their checks, and derived sizes.
 
     kind        exact entries (head rule)                  sampled entries (tail rule)
     top-k       the K most likely                          none
     top-p       the fewest whose mass reaches P            none
     threshold   p ≥ τ, and the K most likely               the others with probability p/τ, weight τ
     random      none                                       N draws with replacement, weight count/N
-    hidden      none: the teacher's last hidden state and its head, from which training rebuilds all V of them
+    hidden      none: the teacher's last hidden state is stored with its head, and training computes all V probabilities
 
-`threshold` and `random` are unbiased: what they leave to chance is right on average, so that variance is all they add
-to a gradient, besides the rounding of exact entries in a cache (docs/measurements.md says how little). `random` is
-random sampling knowledge distillation as published (Anshumann et al., ACL 2025). `threshold` spends its entries better:
-nothing is drawn twice, what is likely is exact, and all sampled weights are the same number τ, which costs no bytes.
+`threshold` and `random` are unbiased: their sampled weights are right on average, so they add variance to a gradient
+but no bias, apart from the rounding of exact entries (docs/measurements.md has its size). `random` is random sampling
+knowledge distillation as published (Anshumann et al., ACL 2025). `threshold` needs fewer entries: no token is drawn
+twice, likely tokens are exact, and all sampled weights are the same number τ, which takes no bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
 from pipeline.options import check_ranges, option
@@ -26,15 +26,15 @@ from pipeline.options import check_ranges, option
 if TYPE_CHECKING:
     from cache_format import Codebook
 
-MAX_DRAWS = 255  # as many weights as a codebook has values, apart from 1
+MAX_DRAWS = 255  # a codebook has 256 values, one of them for weight 1
 MAX_ENTRIES = 65535
-THRESHOLD_LEVELS = 76  # with two or three exact entries, so few levels cost .0003 nats of KL
+THRESHOLD_LEVELS = 76  # enough for two or three exact entries: their rounding costs .0003 nats of KL
 GROUP = "Targets"
 
 TargetKind = Literal["top-k", "top-p", "threshold", "random", "hidden"]
 TARGET_KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
 
-# The options of each kind with their defaults; a kind has no others.
+# The options of each kind with their defaults; other options are refused.
 PARTS: dict[TargetKind, dict[str, float]] = {
     "top-k": {"top_k": 64},
     "top-p": {"top_p": 0.95, "max_entries": 128},
@@ -68,6 +68,8 @@ class TargetRule:
     `TargetRule(top_k=64)` stores the 64 most likely tokens and nothing else.
     """
 
+    DEFAULT_TEXTS: ClassVar = {name: _default(name) for name in OPTIONS}
+
     kind: TargetKind | None = option(
         None,
         name="targets",
@@ -84,7 +86,6 @@ class TargetRule:
         group=GROUP,
         minimum=0,
         maximum=MAX_ENTRIES,
-        default_text=_default("top_k"),
         common=True,
     )
     top_p: float | None = option(
@@ -93,7 +94,6 @@ class TargetRule:
         group=GROUP,
         above=0,
         maximum=1,
-        default_text=_default("top_p"),
     )
     max_entries: int | None = option(
         None,
@@ -101,7 +101,6 @@ class TargetRule:
         group=GROUP,
         minimum=1,
         maximum=MAX_ENTRIES,
-        default_text=_default("max_entries"),
     )
     tail_threshold: float | None = option(
         None,
@@ -109,7 +108,6 @@ class TargetRule:
         group=GROUP,
         minimum=1e-3,
         maximum=1,
-        default_text=_default("tail_threshold"),
         common=True,
     )
     draws: int | None = option(
@@ -118,7 +116,6 @@ class TargetRule:
         group=GROUP,
         minimum=1,
         maximum=MAX_DRAWS,
-        default_text=_default("draws"),
     )
     samples: int | None = option(
         None,
@@ -126,7 +123,6 @@ class TargetRule:
         group=GROUP,
         minimum=1,
         maximum=255,
-        default_text=_default("samples"),
     )
     seed: int | None = option(
         None,
@@ -134,7 +130,6 @@ class TargetRule:
         group=GROUP,
         minimum=0,
         maximum=2**64 - 1,
-        default_text=_default("seed"),
     )
     temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=GROUP, above=0, below=math.inf)
 
@@ -176,20 +171,20 @@ class TargetRule:
                 raise ConfigError(f"`{name}` {value}: the vocabulary has {vocab_size:,} tokens. Use fewer.")
 
     def to_json(self) -> dict[str, Any]:
-        """As in the manifest's `targets`: what the kind is made of, and the most entries of a position."""
+        """The manifest's `targets`: the kind, its options, and the maximum number of entries of a position."""
         assert self.kind is not None
         parts = {"k" if name == "top_k" else name: getattr(self, name) for name in PARTS[self.kind]}
         return {"kind": self.kind, "temperature": self.temperature, **parts, "max_entries": self.most_entries}
 
     @classmethod
     def from_json(cls, targets: Mapping[str, Any]) -> TargetRule:
-        """From a manifest's `targets`. Raises: ConfigError for a kind, or a part of it, that is not one of these."""
+        """From a manifest's `targets`. Raises: ConfigError for an unknown kind, or an option that it does not have."""
         parts = PARTS.get(targets["kind"], {})
         given = {name: targets.get("k" if name == "top_k" else name) for name in parts}
         return cls(kind=targets["kind"], temperature=targets["temperature"], **given)
 
     def codebook(self) -> Codebook:
-        """For `target_logprobs`: the weights of sampled entries exactly, those of exact ones to within its bound."""
+        """For `target_logprobs`: holds the weights of sampled entries exactly, and rounds those of exact entries."""
         import numpy as np
 
         from cache_format import EXACT_LEVELS, Codebook, sqrt_probability_codebook, weight_codebook
@@ -205,30 +200,30 @@ class TargetRule:
 
     @property
     def sampled(self) -> bool:
-        """Whether entries are drawn, so that the targets are an unbiased estimate instead of a truncation."""
+        """Whether the tail is sampled: the targets are then an unbiased estimate instead of a truncation."""
         return self.kind in ("threshold", "random")
 
     @property
     def candidates(self) -> int:
-        """C, tokens that are looked at for the head."""
+        """C, number of most likely tokens from which the exact entries are chosen."""
         if self.tail_threshold is not None:
             return max(self.top_k or 0, math.floor(1 / self.tail_threshold) + 1)
         return self.top_k or self.max_entries or 1
 
     @property
     def points(self) -> int:
-        """J, of one sample."""
+        """J, number of points that one sample draws."""
         return math.ceil(1 / self.tail_threshold) if self.tail_threshold is not None else self.draws or 0
 
     @property
     def most_entries(self) -> int:
-        """That a position can have: tokens above τ take the place of points, but for one that rounding adds."""
+        """Maximum number of entries of a position. Each token above τ replaces a point; rounding may add one."""
         head = self.max_entries or self.top_k or (1 if self.tail_threshold is not None else 0)
         return head + (self.samples or 0) * self.points
 
     @property
     def uniforms(self) -> int:
-        """Random numbers that a position takes: one start for systematic sampling, or one for each draw."""
+        """Number of random numbers per position: one start of systematic sampling, or one for each draw."""
         if self.kind == "random":
             return (self.draws or 0) * (self.samples or 0)
         return 1 if self.kind == "threshold" else 0

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from cache_format.storage.claims import Claims, wait_for
@@ -26,14 +27,24 @@ from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import chat, encoding, examples
+from pipeline.teacher.text import encoding, examples, records
+from pipeline.teacher.text.chat import arguments, messages, template, turns
+from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.examples import Columns, find_columns, read_example
+from pipeline.teacher.text.encoding import Affixes
+from pipeline.teacher.text.examples import Columns, check_chat_options, find_columns, read_examples
+from pipeline.teacher.text.records import RecordReader, reading
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
 
 _FEATURES = datasets.Features(
     input_ids=datasets.Sequence(datasets.Value("int32")),
     is_target=datasets.Sequence(datasets.Value("bool")),
+)
+# Columns of bools, whose sums are reported.
+WITH_SPECIAL_TOKENS, SPLIT, ONLY_EOS = _FINDINGS = (
+    "documents_with_special_tokens",
+    "documents_with_split_tokens",
+    "documents_with_only_eos",
 )
 # Documents in memory at once; one may be a whole book.
 _DOCUMENTS_PER_BATCH = 64
@@ -48,6 +59,23 @@ class Documents:
     columns: Columns
     loss_on: str  # all, assistant or completion
     source: Source
+    prefix: tuple[int, ...] = ()  # special tokens that the tokenizer puts before a text
+    findings: Mapping[str, int] = field(default_factory=dict)  # name -> number of documents, where there are any
+    options: dict[str, Any] = field(default_factory=dict)  # of chats, for the manifest
+    warnings: tuple[str, ...] = ()
+
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(document, id) of the first token with an id of `limit` or more; reads up to there."""
+        before = 0  # documents
+        for batch in self.tokens.data.to_batches():
+            column = batch.column("input_ids")
+            ids = column.flatten()
+            if len(ids) and pc.max(ids).as_py() >= limit:
+                place = int((ids.to_numpy() >= limit).argmax())
+                ends = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
+                return before + int(np.searchsorted(ends, place, side="right")), ids[place].as_py()
+            before += len(column)
+        return None
 
 
 def tokenise_documents(
@@ -56,8 +84,8 @@ def tokenise_documents(
     """Load the text, render conversations, tokenise.
 
     Args:
-        special_tokens: add the tokenizer's special tokens around each text, and EOS unless `config.append_eos` is
-            False.
+        special_tokens: put the tokenizer's special tokens around each text, and EOS unless `config.append_eos` is
+            False; otherwise texts have none at their ends.
 
     Raises:
         DataError: the text cannot be read.
@@ -69,36 +97,69 @@ def tokenise_documents(
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
     name = data_name(config.data)
-    columns = find_columns(rows, config.text_column, name)
+    columns = find_columns(source, config.text_column, name)
     loss_on = columns.loss_choices[0] if config.loss_on == "auto" else config.loss_on
     if loss_on not in columns.loss_choices:
         raise ConfigError(
             f"{name}: `loss_on` {loss_on} does not go with {columns.format} data "
             f"(column {', '.join(columns.names)}), expected {' or '.join(columns.loss_choices)}."
         )
+    check_chat_options(config, columns, name)
+    if config.turns == "last" and loss_on == "all":
+        raise ConfigError("`turns=last`: the loss is on all tokens with `loss_on=all`. Leave one of them out.")
     append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
-    _check_tokenizer(tokenizer, columns, loss_on, append_eos)
+    _check_tokenizer(tokenizer, loss_on, append_eos)
+    chat_template = arguments.open_template(config, tokenizer) if columns.is_chat else None
+    affixes = _affixes(tokenizer, columns, append_eos=append_eos, special_tokens=special_tokens)
     tokens = _map_cached(
         rows,
         partial(
             _tokenise_batch,
             data=name,
+            reader=source.reader,
             columns=columns,
             loss_on=loss_on,
-            append_eos=append_eos,
-            affixes=special_tokens and not columns.is_chat,  # a chat template adds special tokens itself
-            tokenizer=tokenizer,
+            turns=config.turns,
+            template=chat_template,
+            affixes=affixes,
+            tokenizer=tokenizer if loss_on == "all" else encoding.with_exact_offsets(tokenizer),
         ),
-        _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer),
+        _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer, config, chat_template),
         config.num_proc,
     )
-    return Documents(tokens, columns, loss_on, source)
+    counts = {name: pc.sum(tokens.data.column(name)).as_py() or 0 for name in _FINDINGS}
+    findings = {name: count for name, count in counts.items() if count}
+    documents = Documents(tokens, columns, loss_on, source, affixes.prefix, findings)
+    if chat_template is None:
+        return documents
+    warnings = list(arguments.find_unused(config, chat_template, source, columns.names))
+    if len(tokens) > len(rows):
+        warnings.append(
+            f"{len(rows):,} chats became {len(tokens):,} documents, because the chat template renders earlier messages "
+            "differently once more follow, so that each answer needs a text of its own. `turns=last` keeps one."
+        )
+    return replace(
+        documents,
+        options=arguments.describe_options(config, chat_template),
+        warnings=tuple(f"{name}: {each}" for each in warnings),
+    )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, columns: Columns, loss_on: str, append_eos: bool) -> None:
-    name = tokenizer.name_or_path or "teacher"
+def _affixes(
+    tokenizer: PreTrainedTokenizerBase, columns: Columns, *, append_eos: bool, special_tokens: bool
+) -> Affixes:
+    prefix, suffix = encoding.special_affixes(tokenizer)
+    if not special_tokens:
+        return Affixes(tuple(prefix), tuple(suffix), "removed")
     if columns.is_chat:
-        chat.chat_template(tokenizer)
+        return Affixes(tuple(prefix), placement="rendered")
+    if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
+        suffix = [*suffix, tokenizer.eos_token_id]
+    return Affixes(tuple(prefix), tuple(suffix))
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, loss_on: str, append_eos: bool) -> None:
+    name = tokenizer.name_or_path or "teacher"
     if loss_on != "all" and not tokenizer.is_fast:
         raise ModelError(
             f"{name}: found a slow tokenizer, expected a fast one, whose character offsets are needed to find the loss "
@@ -115,28 +176,42 @@ def _tokenise_batch(
     indices: Sequence[int],
     *,
     data: str,
+    reader: RecordReader,
     columns: Columns,
     loss_on: str,
-    append_eos: bool,
-    affixes: bool,
+    turns: str,
+    template: ChatTemplate | None,
+    affixes: Affixes,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, list[np.ndarray]]:
-    """Rows of the source to the columns of `_FEATURES`."""
+) -> dict[str, list[Any]]:
+    """Rows of the source to the columns of `_FEATURES` and `_FINDINGS`; a row may become several documents."""
+    with reading(data, indices):
+        rows = reader.read(batch, columns.to_read(reader.names))
     texts = [
-        read_example(
-            {name: batch[name][place] for name in columns.names},
-            f"{data}, row {row}",
-            columns=columns,
-            loss_on=loss_on,
-            tokenizer=tokenizer,
+        example
+        for index, row in zip(indices, rows, strict=True)
+        for example in read_examples(
+            row, f"{data}, row {index}", columns=columns, loss_on=loss_on, turns=turns, template=template
         )
-        for place, row in enumerate(indices)
     ]
-    prefix, suffix = encoding.special_affixes(tokenizer) if affixes else ([], [])
-    if append_eos and suffix[-1:] != [tokenizer.eos_token_id]:
-        suffix = [*suffix, tokenizer.eos_token_id]
-    input_ids, is_target = encoding.encode(texts, tokenizer, prefix=prefix, suffix=suffix)
-    return {"input_ids": input_ids, "is_target": is_target}
+    documents = encoding.encode(texts, tokenizer, affixes)
+    ends = {*affixes.suffix, tokenizer.eos_token_id} - {None}
+    findings = (
+        [each.had_affixes for each in documents],
+        [each.split for each in documents],
+        [_only_ends(each, ends) for each in documents],
+    )
+    return {
+        "input_ids": [each.ids for each in documents],
+        "is_target": [each.targets for each in documents],
+        **dict(zip(_FINDINGS, findings, strict=True)),
+    }
+
+
+def _only_ends(document: encoding.Tokens, ends: Iterable[int]) -> bool:
+    """Whether the document has loss tokens, but none except EOS. Nothing predicts its first token."""
+    learned = document.ids[1:][document.targets[1:]]
+    return len(learned) > 0 and bool(np.isin(learned, list(ends)).all())
 
 
 def _map_cached(
@@ -164,7 +239,7 @@ def _map(
             batch_size=_DOCUMENTS_PER_BATCH,
             writer_batch_size=_DOCUMENTS_PER_RECORD_BATCH,
             remove_columns=rows.column_names,
-            features=_FEATURES,
+            features=datasets.Features({**_FEATURES, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))}),
             num_proc=num_proc,
             cache_file_name=str(cache / f"documents-{fingerprint}.arrow"),
             load_from_cache_file=True,
@@ -179,10 +254,13 @@ def _fingerprint(
     append_eos: bool,
     special_tokens: bool,
     tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    chat_template: ChatTemplate | None,
 ) -> str:
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
-    modules = (__file__, examples.__file__, chat.__file__, encoding.__file__)
+    of_text = (__file__, examples.__file__, records.__file__, encoding.__file__)
+    of_chats = (arguments.__file__, messages.__file__, template.__file__, turns.__file__)
     decides = {
         "rows": rows._fingerprint,
         "columns": [columns.format, *columns.names],
@@ -190,6 +268,7 @@ def _fingerprint(
         "append_eos": append_eos,
         "special_tokens": special_tokens,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in modules],
+        "chat": {} if chat_template is None else arguments.describe_options(config, chat_template),
+        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (*of_text, *of_chats)],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

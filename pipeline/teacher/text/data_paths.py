@@ -19,17 +19,14 @@ EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 PathLike = str | os.PathLike[str]
 
 
-def check_data_path(data: object) -> None:
-    """Check that `data` exists if it clearly names local files. Hub names and objects pass.
+def local_paths(data: object) -> list[Path]:
+    """The local files and directories that `data` names; none for hub names and objects.
 
     Raises:
         DataError: no such file or directory, or no file matches the pattern.
     """
-    if isinstance(data, str | os.PathLike):
-        find_local(os.fspath(data))
-    elif is_path_list(data):
-        for path in data:
-            find_local(os.fspath(path))
+    names = data if is_path_list(data) else [data]
+    return [path for name in names if isinstance(name, str | os.PathLike) for path in find_local(os.fspath(name)) or ()]
 
 
 def is_path_list(data: object) -> TypeGuard[Sequence[PathLike]]:

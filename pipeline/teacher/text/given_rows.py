@@ -1,12 +1,14 @@
 """Rows that are given as an iterable of dicts, as a `datasets.Dataset`.
 
 They are written once to an Arrow file in the cache of `datasets` (HF_DATASETS_CACHE), a thousand at a time, and mapped
-into memory. The file is named by its contents, so giving the same rows again finds the tokenised text again.
+into memory. The file is named by its contents, so giving the same rows again finds the tokenised text again. Values
+with objects in them, such as messages, are stored as JSON: as structs all rows would have the same keys.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,7 +61,7 @@ def _write(rows: Iterable[Any], path: str, name: str) -> None:
         raise DataError(f"{name}: no rows in it, expected dicts with text. A generator can be read only once.")
     columns = list(dict.fromkeys(key for row in first for key in row))
     writer = ArrowWriter(path=path)
-    start = 0
+    start, nested = 0, set[str]()
     try:
         for batch in chain([first], batches):
             stop = start + len(batch)
@@ -69,7 +71,9 @@ def _write(rows: Iterable[Any], path: str, name: str) -> None:
                     f"in the first {len(first)} rows. Give all rows the same keys."
                 )
             try:
-                writer.write_batch({column: [row.get(column) for row in batch] for column in columns})
+                values = {column: [row.get(column) for row in batch] for column in columns}
+                nested = nested or {name for name, given in values.items() if any(map(_has_objects, given))}
+                writer.write_batch({name: _as_json(v) if name in nested else v for name, v in values.items()})
             except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 raise DataError(
                     f"{name}, rows {start} to {stop - 1}: found values that cannot be stored as columns: "
@@ -79,6 +83,26 @@ def _write(rows: Iterable[Any], path: str, name: str) -> None:
         writer.finalize()
     finally:
         writer.close()
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(_has_objects, value)))
+
+
+def _as_json(values: list[Any]) -> pa.Array:
+    texts = [None if v is None else json.dumps(v, ensure_ascii=False, default=_plain) for v in values]
+    return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value of another library, such as a number of numpy."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def _batches(rows: Iterable[Any], name: str) -> Iterator[list[dict[str, Any]]]:

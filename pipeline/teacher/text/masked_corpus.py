@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig, MaskRule
-from pipeline.teacher.text import encoding, masking, packing
+from pipeline.teacher.text import encoding, masking, packing, windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.masking import Masker
-from pipeline.teacher.text.packing import DocumentTokens, Pieces, TokenRow, add_row_to, describe, format_counts
+from pipeline.teacher.text.packing import TokenRow, add_row_to, describe, format_counts
 from pipeline.teacher.text.token_stream import StreamFacts, load_or_compute
+from pipeline.teacher.text.windows import DocumentTokens, Pieces
 
 
 def cut_windows(lengths: np.ndarray, most: int) -> Pieces:
@@ -38,7 +39,8 @@ def cut_windows(lengths: np.ndarray, most: int) -> Pieces:
     document = np.repeat(np.arange(len(lengths)), windows)
     first = np.cumsum(windows) - windows
     start = (np.arange(len(document)) - first[document]) * most
-    return Pieces(document, start, np.minimum(start + most, lengths[document]))
+    none = np.zeros_like(start)  # no context: a token is predicted at its own position
+    return Pieces(document, start, np.minimum(start + most, lengths[document]), none, none)
 
 
 class MaskedCorpus:
@@ -50,6 +52,7 @@ class MaskedCorpus:
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut and dropped.
         description: the source of the text and all options that shaped it, for the cache's metadata.
+        warnings: what the user should see but need not act on.
     """
 
     objective: Objective = "masked"
@@ -65,15 +68,15 @@ class MaskedCorpus:
                 f"`seq_len` {config.seq_len}: expected more than the {sum(map(len, around))} special tokens "
                 "around each window."
             )
-        windows = cut_windows(self._tokens.lengths, most)
-        asked = np.array([self._allowed(ids, targets).any() for ids, targets in self._tokens.read(windows)], bool)
-        self._windows = windows[asked]
+        pieces = cut_windows(self._tokens.lengths, most)
+        asked = np.array([self._allowed(ids, targets).any() for ids, targets in self._tokens.read(pieces)], bool)
+        self._windows = pieces[asked]
         self.report: dict[str, int | float] = {
             "documents": len(self._tokens.lengths),
             "empty_documents": int(np.count_nonzero(self._tokens.lengths == 0)),
             "documents_cut": int(np.count_nonzero(self._tokens.lengths > most)),
-            "windows": len(windows),
-            "windows_without_targets": len(windows) - len(self._windows),
+            "windows": len(pieces),
+            "windows_without_targets": len(pieces) - len(self._windows),
             "rows": len(self),
         }
         if not len(self):
@@ -83,7 +86,10 @@ class MaskedCorpus:
             )
         options = {"window_length": config.seq_len, "around": around, "masker": masker.fingerprint()}
         stream = load_or_compute(
-            documents.tokens, options, (__file__, masking.__file__, packing.__file__), self._fingerprint
+            documents.tokens,
+            options,
+            (__file__, masking.__file__, packing.__file__, windows.__file__),
+            self._fingerprint,
         )
         self.token_stream_sha256 = stream.sha256
         self.num_tokens, self.num_loss_tokens = stream.tokens, stream.counted_tokens
@@ -92,8 +98,10 @@ class MaskedCorpus:
             "counted_tokens": self.num_loss_tokens,
             "fill_ratio": self.num_tokens / (len(self) * config.seq_len),
             "ignored_files": documents.source.ignored_files,
+            **documents.findings,
         }
         self.description: dict[str, Any] = {**describe(documents, config), "masking": masker.describe()}
+        self.warnings = documents.warnings
 
     def __len__(self) -> int:
         return len(self._windows) * self._masker.rule.copies
@@ -113,6 +121,14 @@ class MaskedCorpus:
 
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[row] for row in range(len(self)))
+
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more, before or after masking."""
+        for index, row in enumerate(self):
+            ids = np.maximum(row.input_ids, -1 if row.labels is None else row.labels)
+            if (beyond := ids >= limit).any():
+                return int(self._windows.document[index % len(self._windows)]), int(ids[beyond.argmax()])
+        return None
 
     def _fingerprint(self) -> StreamFacts:
         digest, tokens, counted = hashlib.sha256(), 0, 0
@@ -142,6 +158,11 @@ def build_masked_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, 
         raise ConfigError(
             "`append_eos=True`: a masked language model only gets the special tokens that its tokenizer puts around a "
             "text. Leave it out."
+        )
+    if config.overlap != 1:
+        raise ConfigError(
+            f"`overlap` {config.overlap}: windows of a masked language model do not overlap, because each token is "
+            "predicted at its own position. Leave it out."
         )
     config = replace(config, packing=False, append_eos=False)
     masker = Masker(rule, tokenizer)

@@ -1,10 +1,10 @@
 """Documents to rows, the second step of stage one.
 
-    lengths ─▶ pieces (document, start, stop) ─▶ rows
+    documents ─▶ pieces ─▶ rows
 
-A document longer than a row is cut into windows that overlap by one token, so that every next-token prediction of the
-text is made exactly once. Short documents and the ends of long ones share rows, as segments that do not attend to each
-other. Everything that is dropped is counted in the report.
+A document longer than a row is cut into windows (`windows.py`), so that every next-token prediction of the text is made
+exactly once. Short documents and the ends of long ones share rows, as segments that do not attend to each other.
+Everything that is dropped is counted in the report.
 
 Best fit over a bounded number of open rows packs a million documents in a second and keeps neighbours together, so that
 reading is nearly sequential. (Ding et al. 2024, https://arxiv.org/abs/2404.10830, sort the corpus by length instead:
@@ -18,47 +18,28 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cache_format import CacheRow
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text import windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
+from pipeline.teacher.text.windows import DocumentTokens, Pieces
 
 # Rows that are open for further pieces. On log-normal, uniform and chat-like lengths and rows of 1024 tokens,
 # 8 open rows give a fill ratio of 0.918 to 0.9997, 64 give 0.9755 to 0.9997, and 1024 at most 0.0003 more.
 _OPEN_ROWS = 64
 _TOKENS_PER_BLOCK = 2**20  # read together for the fingerprint
-_LONG_PIECE = 256  # tokens; from this mean length on, copying piece by piece is faster
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Pieces of documents, each of which becomes one segment: tokens [start, stop) of a document."""
-
-    document: np.ndarray  # int64 [P]
-    start: np.ndarray  # int64 [P]
-    stop: np.ndarray  # int64 [P]
-
-    def __len__(self) -> int:
-        return len(self.document)
-
-    def __getitem__(self, which: np.ndarray | slice) -> Pieces:
-        return Pieces(self.document[which], self.start[which], self.stop[which])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -75,23 +56,20 @@ class RowPlan:
 
 
 def plan_rows(
-    lengths: np.ndarray,
-    *,
-    seq_len: int,
-    packing: bool,
-    keep: Callable[[Pieces], np.ndarray] | None = None,
+    lengths: np.ndarray, pieces: Pieces, *, seq_len: int, packing: bool, kept: np.ndarray | None = None
 ) -> RowPlan:
     """Assign pieces of documents to rows.
 
     Args:
         lengths: tokens of each document, int [documents].
-        seq_len: maximum number of tokens in a row, at least 2.
+        pieces: windows of the documents, of at most `seq_len` tokens.
         packing: several pieces per row instead of one.
-        keep: which pieces to keep, bool [P]; default: all. The others are counted in the report.
+        kept: which pieces to keep, bool [P]; default: all. The others are counted in the report.
     """
-    pieces = cut_documents(lengths, seq_len)
-    kept = pieces[keep(pieces)] if keep is not None else pieces
-    rows = pack_pieces(kept.lengths, seq_len) if packing else np.arange(len(kept))
+    windows = len(pieces)
+    if kept is not None:
+        pieces = pieces[kept]
+    rows = pack_pieces(pieces.lengths, seq_len) if packing else np.arange(len(pieces))
     order = np.argsort(rows, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
     report = {
@@ -99,24 +77,12 @@ def plan_rows(
         "empty_documents": int(np.count_nonzero(lengths == 0)),
         "single_token_pieces": int(np.count_nonzero(lengths == 1)),
         "documents_cut": int(np.count_nonzero(lengths > seq_len)),
-        "windows": len(pieces),
-        "windows_without_targets": len(pieces) - len(kept),
+        "windows": windows,
+        "windows_without_targets": windows - len(pieces),
         "rows": len(offsets) - 1,
-        "tokens": int(kept.lengths.sum()),
+        "tokens": int(pieces.lengths.sum()),
     }
-    return RowPlan(kept[order], offsets, report)
-
-
-def cut_documents(lengths: np.ndarray, seq_len: int) -> Pieces:
-    """Windows that overlap by one token; none for documents of fewer than two tokens."""
-    step = seq_len - 1  # predictions per window
-    transitions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
-    windows = -(-transitions // step)
-    document = np.repeat(np.arange(len(lengths)), windows)
-    first_window = np.cumsum(windows) - windows
-    start = (np.arange(len(document)) - first_window[document]) * step
-    stop = np.minimum(start + seq_len, transitions[document] + 1)
-    return Pieces(document, start, stop)
+    return RowPlan(pieces[order], offsets, report)
 
 
 def pack_pieces(lengths: np.ndarray, seq_len: int) -> np.ndarray:
@@ -157,18 +123,28 @@ class TokenCorpus:
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut, dropped and packed.
         description: the source of the text and all options that shaped it, for the cache's metadata.
+        warnings: what the user should see but need not act on.
     """
 
     objective: Objective = "causal"
 
     def __init__(self, documents: Documents, config: DataConfig) -> None:
         self._documents, self._config = documents, config
-        self._tokens = DocumentTokens(documents.tokens)
+        most = config.seq_len - len(documents.prefix) - 1
+        if config.overlap > most:
+            raise ConfigError(
+                f"`overlap` {config.overlap}: expected at most {most} with `seq_len` {config.seq_len}, because a later "
+                f"window of a long document holds {len(documents.prefix)} special tokens and at least one new token "
+                "besides. Use a larger `seq_len`, or a smaller `overlap`."
+            )
+        self._tokens = DocumentTokens(documents.tokens, documents.prefix)
+        pieces = self._tokens.cut(config.seq_len, config.overlap)
         plan = plan_rows(
             self._tokens.lengths,
+            pieces,
             seq_len=config.seq_len,
             packing=config.packing is not False,
-            keep=lambda pieces: self._tokens.count_targets(pieces) > 0,
+            kept=self._tokens.count_targets(pieces) > 0,
         )
         if plan.num_rows == 0:
             raise DataError(
@@ -183,8 +159,12 @@ class TokenCorpus:
             "counted_tokens": self.num_loss_tokens,
             "fill_ratio": self.num_tokens / (plan.num_rows * config.seq_len),
             "ignored_files": documents.source.ignored_files,
+            **documents.findings,
         }
         self.description = describe(documents, config)
+        if plan.pieces.special.any():
+            self.description["window_prefix"] = list(documents.prefix)
+        self.warnings = documents.warnings
 
     def __len__(self) -> int:
         return self._plan.num_rows
@@ -200,11 +180,25 @@ class TokenCorpus:
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[row] for row in range(len(self)))
 
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """As `Documents.first_token_beyond`."""
+        return self._documents.first_token_beyond(limit)
+
+    def continues(self, row: int) -> np.ndarray:
+        """bool [S]: segments of a row that are later windows of their documents."""
+        return self._plan.pieces.start[self._plan.offsets[row] : self._plan.offsets[row + 1]] > 0
+
     @cached_property
     def token_stream_sha256(self) -> str:
         """sha256 of all rows: T and S as little-endian int64, then ids int32, loss mask uint8, segments int32."""
-        options = {"window_length": self._config.seq_len, "packing": self._config.packing is not False}
-        return load_or_compute(self._documents.tokens, options, (__file__,), self._fingerprint).sha256
+        options = {
+            "window_length": self._config.seq_len,
+            "overlap": self._config.overlap,
+            "prefix": list(self._documents.prefix),
+            "packing": self._config.packing is not False,
+        }
+        code = (__file__, windows.__file__)
+        return load_or_compute(self._documents.tokens, options, code, self._fingerprint).sha256
 
     def _fingerprint(self) -> StreamFacts:
         digest, pieces, offsets = hashlib.sha256(), self._plan.pieces, self._plan.offsets
@@ -242,82 +236,9 @@ def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
         "format": documents.columns.format,
         "columns": list(documents.columns.names),
         **config.to_json(),
+        **documents.options,
         "loss_on": documents.loss_on,
     }
-
-
-class DocumentTokens:
-    """The tokens of all documents, as numpy views of the memory-mapped record batches."""
-
-    def __init__(self, tokens: datasets.Dataset) -> None:
-        batches = tokens.data.to_batches()
-        self._ids = [batch.column("input_ids") for batch in batches]
-        self._targets = [batch.column("is_target") for batch in batches]
-        self._offsets = [column.offsets.to_numpy() for column in self._ids]
-        sizes = [len(column) for column in self._ids]
-        self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
-
-    def read_predictions(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [T] and the loss mask bool [T] of a causal model, for each piece."""
-        for ids, targets in self.read(pieces):
-            mask = np.zeros(len(ids), dtype=bool)
-            # Position t predicts token t + 1; the last position of a segment predicts nothing.
-            mask[:-1] = targets[1:]
-            yield ids, mask
-
-    def read(self, pieces: Pieces) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [T], and bool [T] whether they are in the loss, for each piece."""
-        batches = np.searchsorted(self._first, pieces.document, side="right") - 1
-        places = pieces.document - self._first[batches]
-        for batch, place, start, stop in zip(batches, places, pieces.start, pieces.stop, strict=True):
-            base = self._offsets[batch][place]
-            length = stop - start
-            ids = self._ids[batch].values.slice(base + start, length).to_numpy()
-            yield ids, _bools(self._targets[batch], base + start, length)
-
-    def gather_predictions(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
-        """`read_predictions` of many pieces, concatenated: int32 and bool [tokens of all pieces]."""
-        lengths = pieces.lengths
-        ends = np.cumsum(lengths)
-        ids, targets = np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), bool)
-        batches = np.searchsorted(self._first, pieces.document, side="right") - 1
-        for batch in np.unique(batches):
-            here = np.flatnonzero(batches == batch)
-            base = self._offsets[batch][pieces.document[here] - self._first[batch]]
-            start, stop, to = base + pieces.start[here], base + pieces.stop[here], ends[here] - lengths[here]
-            first, length = int(start.min()), lengths[here]
-            start, stop = start - first, stop - first
-            block_ids = (
-                self._ids[batch].values.slice(first, stop.max()).to_numpy()
-            )  # a view; the bits below are unpacked
-            block_targets = _bools(self._targets[batch], first, stop.max())
-            if length.mean() >= _LONG_PIECE:
-                for a, b, c in zip(start.tolist(), stop.tolist(), to.tolist(), strict=True):
-                    ids[c : c + b - a], targets[c : c + b - a] = block_ids[a:b], block_targets[a:b]
-                continue
-            inside = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-            source, place = np.repeat(start, length) + inside, np.repeat(to, length) + inside
-            ids[place], targets[place] = block_ids[source], block_targets[source]
-        masks = np.zeros(len(ids), bool)
-        masks[:-1] = targets[1:]
-        masks[ends - 1] = False
-        return ids, masks
-
-    def count_targets(self, pieces: Pieces) -> np.ndarray:
-        """Number of predictions in the loss for each piece, int64 [P]."""
-        counts = np.empty(len(pieces), dtype=np.int64)
-        batches = np.searchsorted(self._first, pieces.document, side="right") - 1
-        order = np.argsort(batches, kind="stable")
-        bounds = np.searchsorted(batches[order], np.arange(len(self._ids) + 1))
-        for batch, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            offsets = self._offsets[batch]
-            targets = _bools(self._targets[batch], offsets[0], offsets[-1] - offsets[0])
-            before = np.concatenate([[0], np.cumsum(targets)])  # targets before each token
-            here = order[lo:hi]
-            base = offsets[pieces.document[here] - self._first[batch]] - offsets[0]
-            counts[here] = before[base + pieces.stop[here]] - before[base + pieces.start[here] + 1]
-        return counts
 
 
 def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenCorpus:
@@ -328,10 +249,6 @@ def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Toke
     """
     config = replace(config, packing=config.packing is not False, append_eos=config.append_eos is not False)
     return TokenCorpus(tokenise_documents(config, tokenizer), config)
-
-
-def _bools(column: Any, start: int, length: int) -> np.ndarray:
-    return column.values.slice(start, length).to_numpy(zero_copy_only=False)
 
 
 def format_counts(report: Mapping[str, int | float]) -> str:

@@ -21,9 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import chat, encoding
+from pipeline.teacher.text import encoding
+from pipeline.teacher.text.chat import arguments
+from pipeline.teacher.text.chat.template import ChatTemplate
+from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.examples import Columns, Example, find_prompt, read_prompt
+from pipeline.teacher.text.encoding import Affixes, Tokens
+from pipeline.teacher.text.examples import Columns, Example, check_chat_options, find_prompt, read_prompt
+from pipeline.teacher.text.records import reading
 from pipeline.teacher.text.sources import Source, load_source
 
 _PROMPTS_PER_BATCH = 64
@@ -38,19 +43,32 @@ class Prompts:
     columns: Columns
     source: Source
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None  # of chats
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt, int64 [prompts].
 
         Raises:
             DataError: a row cannot be used.
         """
+        return self._read[0]
+
+    @property
+    def findings(self) -> dict[str, int]:
+        """Name -> number of prompts, where there are any."""
+        brought = self._read[1]
+        return {WITH_SPECIAL_TOKENS: brought} if brought else {}
+
+    @cached_property
+    def _read(self) -> tuple[np.ndarray, int]:
+        """Number of tokens of each prompt, and of prompts that brought special tokens."""
         parts = (range(start, start + _PROMPTS_PER_BATCH) for start in range(0, len(self), _PROMPTS_PER_BATCH))
-        return np.array([len(prompt) for part in parts for prompt in self.tokens(part)])
+        prompts = [(len(prompt.ids), prompt.had_affixes) for part in parts for prompt in self._encode(part)]
+        return np.array([length for length, _ in prompts]), sum(brought for _, brought in prompts)
 
     @cached_property
     def answerable(self) -> np.ndarray:
@@ -59,7 +77,7 @@ class Prompts:
 
     def example(self, document: int) -> dict[str, Any]:
         """A row of the source with all its columns."""
-        return dict(self.rows[document])
+        return self.source.reader.row(self.rows, document)
 
     def tokens(self, documents: range) -> list[np.ndarray]:
         """Token ids int32 [P] of each prompt; an empty array for an empty prompt.
@@ -67,15 +85,40 @@ class Prompts:
         Raises:
             DataError: a row cannot be used; names it.
         """
-        (name,), data = self.columns.names, data_name(self.config.data)
-        batch = self.rows[documents.start : documents.stop]
+        return [prompt.ids for prompt in self._encode(documents)]
+
+    def _encode(self, documents: range) -> list[Tokens]:
+        data, reader = data_name(self.config.data), self.source.reader
+        with reading(data, documents):
+            batch = self.rows[documents.start : documents.stop]
+        rows = reader.read(batch, self.columns.to_read(reader.names))
         texts = [
-            read_prompt({name: value}, f"{data}, row {row}", columns=self.columns, tokenizer=self.tokenizer)
-            for row, value in enumerate(batch[name], start=documents.start)
+            read_prompt(row, f"{data}, row {index}", columns=self.columns, template=self.template)
+            for index, row in enumerate(rows, start=documents.start)
         ]
-        # A chat template adds special tokens itself. No prompt gets a suffix, because the answer continues it.
-        prefix = [] if self.columns.is_chat else encoding.special_affixes(self.tokenizer)[0]
-        return encoding.encode([Example(text) for text in texts], self.tokenizer, prefix=prefix)[0]
+        return encoding.encode([Example(text) for text in texts], self.tokenizer, self._affixes)
+
+    @cached_property
+    def _affixes(self) -> Affixes:
+        # No suffix, because the answer continues the prompt.
+        prefix, _ = encoding.special_affixes(self.tokenizer)
+        return Affixes(tuple(prefix), placement="rendered" if self.columns.is_chat else "added")
+
+    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
+        """(row of the source, id) of the first token with an id of `limit` or more; tokenises up to there."""
+        for start in range(0, len(self), _PROMPTS_PER_BATCH):
+            for row, ids in enumerate(self.tokens(range(start, start + _PROMPTS_PER_BATCH)), start):
+                if len(ids) and (beyond := ids >= limit).any():
+                    return row, int(ids[beyond.argmax()])
+        return None
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should see but need not act on."""
+        if self.template is None:
+            return ()
+        found = arguments.find_unused(self.config, self.template, self.source, self.columns.names)
+        return tuple(f"{data_name(self.config.data)}: {each}" for each in found)
 
     @property
     def objective(self) -> Objective:
@@ -95,6 +138,7 @@ class Prompts:
             "text_column": config.text_column,
             "sample_by": config.sample_by,
             "max_documents": config.max_documents,
+            **({} if self.template is None else arguments.describe_options(config, self.template)),
             "loss_on": "answer",
             "packing": False,
         }
@@ -111,10 +155,11 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))
-    columns = find_prompt(rows, config.text_column, data_name(config.data))
-    if columns.is_chat:
-        chat.chat_template(tokenizer)
-    prompts = Prompts(config, rows, columns, source, tokenizer)
+    name = data_name(config.data)
+    columns = find_prompt(source, config.text_column, name)
+    check_chat_options(config, columns, name)
+    template = arguments.open_template(config, tokenizer) if columns.is_chat else None
+    prompts = Prompts(config, rows, columns, source, tokenizer, template)
     if not prompts.answerable.any():
         empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.seq_len)
         raise DataError(

@@ -6,20 +6,20 @@
     a `Dataset`, or an iterable of rows as dicts (see `given_rows`)
 
 `datasets` converts files to Arrow in its cache (HF_DATASETS_CACHE), so the memory needed does not depend on their size.
-Its progress bars and log lines are switched off, because the pipeline never prints.
+Its progress bars and log lines are switched off, because the pipeline never prints. JSON is kept as text until a row is
+read (see `records`).
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ import pyarrow as pa
 from pipeline.errors import DataError
 from pipeline.teacher.text.data_paths import EXTENSIONS, PathLike, data_name, extension, find_local, is_path_list
 from pipeline.teacher.text.given_rows import rows_dataset
+from pipeline.teacher.text.records import RecordReader, json_dataset, not_utf8, open_bytes, with_json_as_text
 
 Data: TypeAlias = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
 
@@ -55,10 +56,15 @@ _HASHED_BYTES = 1 << 30
 class Source:
     """The rows of one split, and what they were read from."""
 
-    rows: datasets.Dataset
+    rows: datasets.Dataset  # `reader` gives their contents
     files: tuple[Path, ...]  # empty for a dataset from the hub and for objects
     ignored_files: int  # files of other kinds in a directory
     given: bool = False  # the rows came as an object
+
+    @cached_property
+    def reader(self) -> RecordReader:
+        plain_text = bool(self.files) and extension(self.files[0]) == ".txt"
+        return RecordReader.of(self.rows, plain_text=plain_text)
 
     def describe_files(self) -> list[dict[str, Any]]:
         """Name, size and sha256 of each file, or its modification time if together they are large.
@@ -94,7 +100,7 @@ def load_source(data: Data, *, data_config: str | None, split: str, sample_by: s
         source = _open(data, data_config, split, sample_by)
     if len(source.rows) == 0:
         raise DataError(f"{data_name(data)}: {_NO_ROWS}")
-    return source
+    return replace(source, rows=with_json_as_text(source.rows))
 
 
 @contextmanager
@@ -199,6 +205,8 @@ def _file_source(files: Sequence[Path], data: str, split: str, sample_by: str, i
             "other split. Give the files of the split as `data` instead."
         )
     try:
+        if builder == "json":
+            return Source(json_dataset(files, split), tuple(files), ignored)
         rows = datasets.load_dataset(
             builder,
             # Absolute, and escaped: `datasets` would read "[1]" in a file name as a pattern.
@@ -246,25 +254,26 @@ def _hub_source(name: str, config: str | None, split: str) -> Source:
 
 
 def _unreadable(data: str, files: Sequence[Path], builder: str, error: BaseException) -> str:
-    if builder == "json" and (line := _first_bad_line(files)):
-        return f"{line}. Correct or remove the line."
     if "corresponds to no data" in str(error):  # what `datasets` reports for a file without rows
         return f"{data}: {_NO_ROWS}"
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
         error = error.__cause__
+    if isinstance(error, DataError):
+        return str(error)
+    if builder in ("text", "csv") and (line := _first_undecodable_line(files)):
+        return line
     return f"{data}: cannot be read as {builder}: {_one_line(error)}. Check file and extension."
 
 
-def _first_bad_line(files: Sequence[Path]) -> str | None:
-    """Where the JSON is invalid: `datasets` names neither the file nor, in its later blocks, the line."""
+def _first_undecodable_line(files: Sequence[Path]) -> str | None:
+    """Where a text file is not UTF-8: what `datasets` reports is the place within a block."""
     for path in files:
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        json.loads(line) if line.strip() else None
-                    except ValueError as error:
-                        return f"{path}, line {number}: invalid JSON: {_one_line(error)}"
+        with open_bytes(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    return not_utf8(f"{path}, line {number}", error)
     return None
 
 

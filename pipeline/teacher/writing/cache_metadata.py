@@ -13,6 +13,7 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import TeacherEngine
 from pipeline.teacher.opening import CachedText
 from pipeline.teacher.targets.hidden_targets import with_head
+from pipeline.teacher.text.corpus import ONLY_EOS
 from pipeline.teacher.writing.shard_sizes import grouping
 
 
@@ -52,7 +53,7 @@ def cache_metadata(
             "counted_tokens": corpus.num_loss_tokens,
             "window_length": config.data.seq_len,
             "token_stream_sha256": corpus.token_stream_sha256,
-            "report": corpus.report,
+            "report": {name: count for name, count in corpus.report.items() if name != ONLY_EOS},  # only shown
         },
         capture={
             **engine.describe(),

@@ -13,7 +13,8 @@ NOT_SAVED = {"output", "overwrite", "trust_remote_code", "gen_keep_if"}
 
 
 def save_config(config: CacheTeacherConfig) -> None:
-    """Writes the file into a finished cache, unless it is there.
+    """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
+    cache is without it.
 
     It leaves out the output and which process wrote what, so that every run with the same settings writes the same
     bytes; text given as an object, which no file can hold; and what would run code of the cache's author.
@@ -30,4 +31,10 @@ def save_config(config: CacheTeacherConfig) -> None:
     options["teacher"] = model_name(config.teacher)
     if not isinstance(config.data.data, str | tuple):
         options.pop("data", None)
-    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())
+    contents = json.dumps({"config": options}, indent=2, sort_keys=True) + "\n"
+    try:
+        write_bytes(directory, CONFIG_FILE, contents.encode())
+    except FileNotFoundError:
+        # Another worker finished the cache, which removes temporary files. It had written this file before.
+        if CONFIG_FILE not in directory.names():
+            raise

@@ -1,8 +1,8 @@
-"""How many rows a record batch and a shard have: by tokens, so that bytes do not depend on how long rows are.
+"""How many rows a record batch and a shard have: a number of tokens, so that sizes do not depend on the row length.
 
-What is compressed together has a price twice: small record batches cost bytes (top-64 some 6 % with a quarter of the
-tokens, `benchmarks codebook`), large ones memory, of whoever writes and of every reader: training keeps a fixed number
-of them decoded (`pipeline.student.data.dataset`).
+Small record batches compress worse (top-64: about 6 % more bytes with a quarter of the tokens, `benchmarks codebook`).
+Large ones take memory in the writer and in every reader: training keeps a fixed number of them decoded
+(`pipeline.student.data.dataset`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHARD_TOKENS = 2**18
 
 
 def rows_together(config: CacheTeacherConfig) -> int:
-    """Rows of a record batch: some 32,768 tokens' worth, and at least a forward pass, which is never cut."""
+    """Rows of a record batch: about 32,768 tokens, and at least one forward pass, which is never split."""
     return max(config.batch_size, RECORD_BATCH_TOKENS // config.data.seq_len)
 
 
@@ -26,8 +26,8 @@ def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_p
     """`rows_per_record_batch` and `rows_per_shard` of a cache.
 
     Args:
-        spec: of hidden states, where they are stored: fewer rows then, so that a reader can hold them.
-        positions_per_row: that have targets, in the mean.
+        spec: the stored hidden states, if any. They are large, so fewer rows go together.
+        positions_per_row: mean number of positions with targets.
     """
     together, of_shard = rows_together(config), max(1, SHARD_TOKENS // config.data.seq_len)
     if spec is not None:
@@ -39,10 +39,10 @@ def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_p
 
 
 def as_begun(config: CacheTeacherConfig, metadata: cf.CacheMetadata) -> cf.CacheMetadata:
-    """The metadata with the grouping of the cache that lies at the output already, if there is one: another release may
-    have chosen another. An explicit `rows_per_shard` stays as it is.
+    """The metadata with the grouping of the cache that is in the output already, if any: another release may have
+    grouped rows differently. An explicit `rows_per_shard` stays as it is.
 
-    Raises: CacheError if there is something else.
+    Raises: CacheError if the output holds something else.
     """
     recorded = None if config.overwrite else cf.recorded_metadata(config.output)
     if recorded is None:

@@ -1,7 +1,7 @@
 """One teacher split over several processes: all of them compute every batch, the first one writes.
 
-The first process claims shards and tells the others which; what they compute of its targets they throw away. All go
-through the same batches in the same order, since the layers of the teacher are collective.
+The first process claims shards and broadcasts their numbers. The others discard the targets that they compute. All
+processes run the same batches in the same order, because the layers of the teacher are collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NONE_LEFT = -1
 
 
 class Leader:
-    """The writer of the first process: as the one it was given, but every shard it begins is told to the others."""
+    """The writer of the first process: passes everything on to `writer`, and broadcasts every shard that it begins."""
 
     def __init__(self, writer: cf.CacheWriter, device: torch.device) -> None:
         self._writer, self._device = writer, device
@@ -29,7 +29,7 @@ class Leader:
 
     def begin_shard(self) -> int | None:
         shard = self._writer.begin_shard()
-        _tell(NONE_LEFT if shard is None else shard, self._device)
+        _broadcast(NONE_LEFT if shard is None else shard, self._device)
         return shard
 
     def __enter__(self) -> Leader:
@@ -41,7 +41,7 @@ class Leader:
 
 
 class Follower:
-    """What the other processes have instead of a writer."""
+    """Takes the place of the writer in the other processes: follows the first one, and writes nothing."""
 
     bytes_written = tokens_written = 0
     taken_over: Sequence[Any] = ()
@@ -53,17 +53,17 @@ class Follower:
         self._device = device
 
     def begin_shard(self) -> int | None:
-        shard = _tell(NONE_LEFT, self._device)
+        shard = _broadcast(NONE_LEFT, self._device)
         return None if shard == NONE_LEFT else shard
 
     def annotate(self, **_: Any) -> None:
-        """The first process does."""
+        """Does nothing: the first process writes."""
 
     def write(self, rows: Sequence[cf.CacheRow]) -> None:
-        """The first process does."""
+        """Does nothing: the first process writes."""
 
     def abandon_shard(self) -> None:
-        """There is none."""
+        """Nothing to drop: the first process writes."""
 
     def __enter__(self) -> Follower:
         return self
@@ -71,11 +71,11 @@ class Follower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing was opened."""
+        """Nothing to close."""
 
 
-def _tell(shard: int, device: torch.device) -> int:
-    """What the first process says."""
-    said = torch.tensor([shard], device=device if device.type == "cuda" else "cpu")
-    torch.distributed.broadcast(said, src=0)
-    return int(said.item())
+def _broadcast(shard: int, device: torch.device) -> int:
+    """The `shard` that the first process passes, on every process."""
+    number = torch.tensor([shard], device=device if device.type == "cuda" else "cpu")
+    torch.distributed.broadcast(number, src=0)
+    return int(number.item())

@@ -1,12 +1,12 @@
-"""Several processes that write one cache: which of them this is, and what it therefore does.
+"""Several processes that write one cache: which of them this process is, and what it writes.
 
     alone                  the whole cache; any other writer is refused
     torchrun               one worker for each process, `cuda:LOCAL_RANK`; RANK and WORLD_SIZE tell which
-    `num_workers` N        one worker for each call of the command, on any machine that sees the output
-    `shard_range` A:B      only these shards, for machines that see nothing of one another; `finish_cache` afterwards
+    `num_workers` N        one worker for each call of the command, on any machine that can reach the output
+    `shard_range` A:B      only these shards, for machines without a common output; then `finish_cache`
 
-Workers talk through claims in the output directory and nothing else (`cache_format.write.shared_writer`), so the bytes
-of a shard do not depend on how many there are, or on which of them were lost.
+Workers coordinate only through claims in the output directory (`cache_format.write.shared_writer`), so the bytes of a
+shard depend neither on the number of workers nor on which of them died.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Worker:
-    """What this process is."""
+    """One of the processes that write a cache."""
 
     share: cf.Share | None  # None: alone
     local_rank: int | None  # under torchrun: which device of this machine
     config: WorkerConfig = field(default_factory=WorkerConfig)
-    rank: int | None = None  # of the processes over which a teacher is split; the first one writes
+    rank: int | None = None  # if a teacher is split over processes: this one's; the first one writes
 
     @property
     def alone(self) -> bool:
@@ -43,11 +43,11 @@ class Worker:
 
     @property
     def follows(self) -> bool:
-        """Whether this process only computes."""
+        """Whether this process only computes, and another one writes."""
         return bool(self.rank)
 
     def device(self, name: str) -> torch.device:
-        """`auto` and `cuda` are a device of its own for each process that torchrun has started on this machine."""
+        """The device by name; under torchrun, `auto` and `cuda` are one CUDA device for each process of a machine."""
         device = resolve_device(name)
         if self.local_rank is None or device.type != "cuda" or device.index is not None:
             return device
@@ -69,7 +69,7 @@ class Worker:
         *,
         head: bytes | None = None,
     ) -> Any:
-        """A `CacheWriter`, or what stands for it if the teacher is split. Raises: CacheError, MismatchError."""
+        """A `CacheWriter`; a `Leader` or `Follower` if the teacher is split. Raises: CacheError, MismatchError."""
         if self.rank is not None:
             if self.follows:
                 return Follower(device)
@@ -87,7 +87,7 @@ class Worker:
 
 
 def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_map: str | None = None) -> Worker:
-    """Which of several workers this process is, by the options or by what torchrun has set.
+    """Which of several workers this process is, from the options or from the environment that torchrun sets.
 
     Args:
         tensor_parallel: the processes of torchrun are one worker together.
@@ -125,8 +125,10 @@ def this_worker(config: WorkerConfig, *, tensor_parallel: bool = False, device_m
 
 
 def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
-    """Finds out before anything is loaded whether a run may write to its output: that it is a cache or nothing, nobody
-    else is writing it alone, and a finished one was not clearly made with other settings.
+    """Checks, before anything is loaded, that a run may write to its output.
+
+    The output must be empty or a cache that no other process has for itself, and a finished cache must have the same
+    settings, as far as they are known this early.
 
     Raises: CacheError, ConfigError.
     """
@@ -144,8 +146,7 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     )
     if manifest is None:
         return
-    # None is decided later, by the text or the teacher; so are these, whose name may be another one here: the writer
-    # compares what they are.
+    # Left out are settings that the text or the teacher decides later: None, and `loss_on`. The writer compares them.
     data = {name: value for name, value in config.data.to_json().items() if name != "loss_on" and value is not None}
     given = {
         "targets": config.targets.to_json(),
@@ -159,5 +160,5 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
 
 
 def _like(recorded: Any, given: Any) -> Any:
-    """Of what is recorded, what is known this early."""
+    """The recorded values of the settings in `given`."""
     return {name: recorded.get(name) for name in given} if isinstance(given, dict) else recorded

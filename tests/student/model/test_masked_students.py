@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
 from pipeline.student.data.dataset import LocalShuffle
-from pipeline.student.model.initialization import keep_layers
+from pipeline.student.model.layer_selection import keep_layers
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import pipeline.student.model.initialization as students
 from pipeline.errors import ConfigError, DistillError, ModelError
-from pipeline.student.model.initialization import kept_layers, load_student
+from pipeline.student.model.initialization import load_student
+from pipeline.student.model.layer_selection import kept_layers
 from runs import build_cache, train, weights
 from tiny import tiny_llama, tiny_tokenizer
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import cache_format as cf
 from pipeline.errors import ConfigError
@@ -48,6 +55,32 @@ def test_given_student_is_trained_in_place_like_its_path(
     config = json.loads((tmp_path / "given/distill_config.json").read_text())["config"]
     assert config["student"] == str(student_dir)
     assert AutoTokenizer.from_pretrained(tmp_path / "given").get_vocab() == tiny_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_settings_of_the_run_do_not_stay_with_the_student(
+    tmp_path: Path, cache: Path, student_dir: Path, tokenizer: PreTrainedTokenizerFast, use_cache: bool
+):
+    before, after = tmp_path / "before", tmp_path / "after"
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32, attn_implementation="eager")
+    model.config.use_cache = use_cache
+    model.generation_config.update(do_sample=True, temperature=0.7, max_new_tokens=33)
+    model.save_pretrained(before)
+    options = {"max_steps": 2, "gradient_checkpointing": True, "bf16": True, "eval_cache": str(cache)}
+    train(after, cache, student=model, tokenizer=tokenizer, **options)
+    for name in ("config.json", "generation_config.json"):
+        for saved in (after, after / "checkpoint-2"):
+            assert json.loads((saved / name).read_text()) == json.loads((before / name).read_text())
+    assert model.config.use_cache is use_cache and model.config._attn_implementation == "eager"
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_a_configuration_without_use_cache_does_not_get_it(
+    tmp_path: Path, cache: Path, student_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+):
+    del model.config.use_cache  # as in a model with code of its own
+    train(tmp_path / "student", cache, student=model, tokenizer=tokenizer, max_steps=1)
+    assert "use_cache" not in vars(model.config)
 
 
 def test_given_student_is_usable_after_an_interrupted_run_and_can_resume(

@@ -17,7 +17,7 @@ from pipeline.errors import DataError, ModelError
 from pipeline.models.head import Head
 from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.chat import end_of_turn
+from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from sampled import threshold

@@ -357,7 +357,7 @@ def test_an_interrupt_says_where_the_answers_are(
             "--num-workers: cannot be combined with --generate",
         ),
         (["--generate", "--tp"], 1, "--tp: cannot be combined with --generate: one process"),
-        (["--generate", "--mask-seed", 1], 1, "--mask-probability: cannot be combined with --generate"),
+        (["--generate", "--mask-seed", 1], 1, "--mask-seed: cannot be combined with --generate"),
         (["--generate", "--loss-on", "all"], 1, "--loss-on: cannot be combined with --generate"),
         (["--generate", "--gen-temperature", -1], 2, "'--gen-temperature': -1.0 is not in the range"),
         (["--generate", "--gen-top-p", 0], 2, "'--gen-top-p': 0.0 is not in the range"),

@@ -268,4 +268,4 @@ def test_on_the_command_line(tmp_path: Path, text_file: Path, tokenizer: Any) ->
         assert (cf.open_cache(output)[0].hidden is None) == (words == ["--drop-hidden"])
     bad = ["cache-teacher", "--teacher", "t", "--data", "d", "--output", "o", "--hidden-every", "2"]
     result = CliRunner().invoke(main, bad)
-    assert result.exit_code == 1 and "belong to --hidden-states" in result.stderr
+    assert result.exit_code == 1 and "--hidden-every: only with --hidden-states" in result.stderr

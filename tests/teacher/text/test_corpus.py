@@ -340,13 +340,60 @@ def test_turn_without_an_end_token_ends_with_its_text(tmp_path: Path) -> None:
     assert learned(documents, tokenizer) == [[" Four.", "   Six!"]]
 
 
-def test_rewriting_template_is_refused_unless_the_loss_is_on_all(tmp_path: Path) -> None:
+def test_each_turn_has_its_own_text_if_the_template_rewrites_earlier_ones(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = REWRITING_TEMPLATE
     data = jsonl(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT})
-    with pytest.raises(DataError, match=r"row 1: .* first 3 messages .*`loss_on=all`"):
-        tokenise_documents(DataConfig(data=data), tokenizer)
+    documents = tokenise_documents(DataConfig(data=data), tokenizer)
+    said = ["<think></think>Four.<|im_end|>", "<think></think>  Six!\n<|im_end|>"]
+    assert learned(documents, tokenizer) == [[], [said[0]], [said[1]]]
+    (warning,) = documents.warnings
+    assert "2 chats became 3 documents" in warning
+    wholes = [tokenizer.apply_chat_template(CHAT[:stop], tokenize=False) for stop in (2, 3, 5)]
+    assert texts(documents, tokenizer) == wholes
+    # The last turn is the same in the whole conversation, so nothing else changes.
+    last = tokenise_documents(DataConfig(data=data, turns="last"), tokenizer)
+    assert (texts(last, tokenizer), learned(last, tokenizer)) == (wholes[::2], [[], [said[1]]])
+    assert last.warnings == ()
+    pairs = jsonl(tmp_path, {"prompt": CHAT[:2], "completion": CHAT[2:]}, {"prompt": CHAT[:4], "completion": CHAT[4:]})
+    completed = tokenise_documents(DataConfig(data=pairs), tokenizer)
+    assert learned(completed, tokenizer) == [[said[0]], [said[1]], [said[1]]]
     assert len(tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer).tokens) == 2
+
+
+DROPPING_TEMPLATE = GENERATION_TEMPLATE.replace(
+    "{% generation %}{{ message['content']", "{% generation %}{{ message['content'].split('</think>')[-1]"
+)
+
+
+@pytest.mark.parametrize("turns, kept", [("all", slice(0, 2)), ("last", slice(1, 2))])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_thoughts_that_the_template_always_drops_are_learned(
+    tmp_path: Path, blocks: bool, turns: Any, kept: slice
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = DROPPING_TEMPLATE
+    if not blocks:
+        for mark in ("{% generation %}", "{% endgeneration %}"):
+            tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
+    answers = ["<think>two twos</think>Four.", "<think>two threes</think>Six."]
+    messages = [{**message} for message in CHAT]
+    messages[2]["content"], messages[4]["content"] = answers
+    documents = tokenise_documents(DataConfig(data=jsonl(tmp_path, {"messages": messages}), turns=turns), tokenizer)
+    assert learned(documents, tokenizer) == [[f"{answer}<|im_end|>"] for answer in answers[kept]]
+    before = [tokenizer.apply_chat_template(messages[:k], tokenize=False, add_generation_prompt=True) for k in (2, 4)]
+    expected = [f"{prompt}{answer}<|im_end|>" for prompt, answer in zip(before, answers, strict=True)]
+    assert texts(documents, tokenizer) == expected[kept]
+
+
+def test_answer_that_cannot_be_found_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'calls' if messages[-1].tool_calls else 'text' }}" + CHAT_TEMPLATE
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    data = jsonl(tmp_path, {"messages": [CHAT[1], call]})
+    with pytest.raises(DataError, match=r"row 0, message 1 \(assistant\): .* `loss_on=all`"):
+        tokenise_documents(DataConfig(data=data), tokenizer)
+    assert len(tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer).tokens) == 1
 
 
 def test_completion_and_its_eos_are_in_the_loss(tmp_path: Path) -> None:
@@ -362,17 +409,6 @@ def test_completion_and_its_eos_are_in_the_loss(tmp_path: Path) -> None:
     assert learned(documents, tokenizer) == [[" Birnen\n" + EOS], ["Alone" + EOS], [EOS]]
     documents = tokenise_documents(DataConfig(data=data, loss_on="all"), tokenizer)
     assert learned(documents, tokenizer)[0] == [BOS + "Äpfel und Birnen\n" + EOS]
-
-
-def test_text_is_tokenised_as_a_whole_and_a_token_across_the_seam_is_prompt(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    whole = tokenizer(" station")["input_ids"]
-    assert len(whole) == 1  # a word of the training text
-    data = jsonl(tmp_path, {"prompt": " sta", "completion": "tion"})
-    row = tokenise_documents(DataConfig(data=data), tokenizer).tokens[0]
-    assert row["input_ids"] == [*whole, tokenizer.eos_token_id]
-    assert row["is_target"] == [False, True]
 
 
 def test_trimmed_space_of_the_prompt_stays_in_the_prompt() -> None:
@@ -436,10 +472,19 @@ BAD_FILES = [
     ("empty.jsonl", "", {}, "is empty"),
     ("header.csv", "text\n", {}, "no rows in it"),
     ("broken.jsonl", '{"text": "a"}\n{"text": "b\n', {}, "broken.jsonl, line 2: invalid JSON"),
-    ("broken.json", '[{"text": "a"', {}, "cannot be read as json"),
+    ("broken.json", '[{"text": "a"}, \n{"text": ', {}, "broken.json, line 2: invalid JSON"),
     ("broken.parquet", "not parquet", {}, "cannot be read as parquet"),
     ("broken.arrow", "not arrow", {}, "cannot be read as arrow"),
-    ("latin1.txt", b"\xe4pfel", {}, "cannot be read as text: 'utf-8' codec"),
+    ("latin1.txt", b"a\n\xe4pfel", {}, "latin1.txt, line 2: found byte 0xe4 at position 0, expected UTF-8"),
+    ("latin1.jsonl", b'{"text": "a"}\n{"text": "\xe4"}\n', {}, "latin1.jsonl, line 2: found byte 0xe4 at position 10"),
+    ("latin1.csv", b"id,text\n1,a\n2,\xe4\n", {}, "latin1.csv, line 3: found byte 0xe4 at position 2"),
+    (
+        "half.jsonl",
+        '{"text": "a"}\n{"text": "\\ud83d"}\n',
+        {},
+        "line 2: found \\ud83d, half of a character",
+    ),
+    ("list.jsonl", '{"text": "a"}\n["b"]\n', {}, "list.jsonl, line 2: found list, expected an object"),
     ("text.docx", "a", {}, "found extension .docx, expected one of .txt .jsonl"),
     ("noextension", "a", {}, "found extension none"),
     ("a.csv", "id,body,title\n1,b,t\n", {}, "found columns id, body, title, expected 'text'"),

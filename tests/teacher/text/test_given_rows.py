@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import encoding, given_rows
 from pipeline.teacher.text.corpus import tokenise_documents
-from pipeline.teacher.text.data_paths import check_data_path, data_name
+from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts
@@ -37,8 +37,8 @@ def config(data: Any, **options: Any) -> DataConfig:
 
 
 def load(data: Any, *, split: str = "train") -> list[dict[str, Any]]:
-    rows = load_source(data, data_config=None, split=split, sample_by="document").rows
-    return list(rows)
+    source = load_source(data, data_config=None, split=split, sample_by="document")
+    return source.reader.read(source.rows[:])
 
 
 def generator() -> Iterator[dict[str, str]]:
@@ -247,9 +247,9 @@ def test_names() -> None:
 @pytest.mark.parametrize("data", ["missing.jsonl", "./missing", "missing-*.txt", ["owner/name", "missing.txt"]])
 def test_a_missing_path_is_found_without_opening_anything(data: Any) -> None:
     with pytest.raises(DataError, match=r"missing.*(no such file|no file matches)"):
-        check_data_path(data)
+        local_paths(data)
 
 
 @pytest.mark.parametrize("data", ["owner/name", __file__, Path(__file__), [Path(__file__)], [{"text": "a"}], 3])
 def test_other_data_passes(data: Any) -> None:
-    check_data_path(data)
+    local_paths(data)

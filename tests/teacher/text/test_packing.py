@@ -22,6 +22,7 @@ from pipeline.teacher.text import packing
 from pipeline.teacher.text.corpus import Columns, Documents
 from pipeline.teacher.text.packing import RowPlan, TokenCorpus, build_corpus, plan_rows
 from pipeline.teacher.text.sources import Source
+from pipeline.teacher.text.windows import cut_documents
 from tiny import EOS, english, write_jsonl
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40).map(np.array)
@@ -48,6 +49,10 @@ def corpus_of(*documents: tuple[list[int], list[int]], **config: Any) -> TokenCo
     )
 
 
+def planned(lengths: np.ndarray, *, seq_len: int, packing: bool) -> RowPlan:
+    return plan_rows(lengths, cut_documents(lengths, seq_len), seq_len=seq_len, packing=packing)
+
+
 def rows_of(plan: RowPlan) -> list[list[tuple[int, int, int]]]:
     """(document, start, stop) of the pieces, row by row."""
     pieces = list(
@@ -66,7 +71,7 @@ def rows_of(plan: RowPlan) -> list[list[tuple[int, int, int]]]:
 
 @given(LENGTHS, st.integers(2, 20), st.booleans())
 def test_every_transition_exactly_once(lengths: np.ndarray, seq_len: int, packing: bool) -> None:
-    plan = plan_rows(lengths, seq_len=seq_len, packing=packing)
+    plan = planned(lengths, seq_len=seq_len, packing=packing)
     rows = rows_of(plan)
     made = Counter((document, t) for row in rows for document, start, stop in row for t in range(start, stop - 1))
     assert made == Counter((d, t) for d, length in enumerate(lengths) for t in range(length - 1))
@@ -85,14 +90,14 @@ def test_every_transition_exactly_once(lengths: np.ndarray, seq_len: int, packin
 
 @given(LENGTHS, st.integers(2, 20))
 def test_plan_is_deterministic(lengths: np.ndarray, seq_len: int) -> None:
-    first, second = (plan_rows(lengths.copy(), seq_len=seq_len, packing=True) for _ in range(2))
+    first, second = (planned(lengths.copy(), seq_len=seq_len, packing=True) for _ in range(2))
     assert rows_of(first) == rows_of(second)
 
 
 @given(LENGTHS, st.integers(2, 20))
 def test_packing_never_needs_more_rows(lengths: np.ndarray, seq_len: int) -> None:
-    packed = plan_rows(lengths, seq_len=seq_len, packing=True)
-    apart = plan_rows(lengths, seq_len=seq_len, packing=False)
+    packed = planned(lengths, seq_len=seq_len, packing=True)
+    apart = planned(lengths, seq_len=seq_len, packing=False)
     assert packed.num_rows <= apart.num_rows
     # No two rows that were open at the same time could have been one.
     fills = [sum(b - a for _, a, b in row) for row in rows_of(packed)]
@@ -101,19 +106,20 @@ def test_packing_never_needs_more_rows(lengths: np.ndarray, seq_len: int) -> Non
 
 def test_windows_by_hand() -> None:
     # 11 tokens make 10 predictions; 4 tokens make 3 of them: 3 + 3 + 3 + 1.
-    plan = plan_rows(np.array([11]), seq_len=4, packing=False)
+    plan = planned(np.array([11]), seq_len=4, packing=False)
     assert rows_of(plan) == [[(0, 0, 4)], [(0, 3, 7)], [(0, 6, 10)], [(0, 9, 11)]]
 
 
 def test_pieces_that_are_not_kept_are_counted() -> None:
-    plan = plan_rows(np.array([5, 3, 2]), seq_len=4, packing=True, keep=lambda p: p.document != 1)
+    pieces = cut_documents(lengths := np.array([5, 3, 2]), 4)
+    plan = plan_rows(lengths, pieces, seq_len=4, packing=True, kept=pieces.document != 1)
     assert rows_of(plan) == [[(0, 0, 4)], [(0, 3, 5), (2, 0, 2)]]
     assert (plan.report["windows"], plan.report["windows_without_targets"]) == (4, 1)
 
 
 def test_many_documents_fill_their_rows() -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 1.2, 100_000).astype(np.int64)
-    plan = plan_rows(lengths, seq_len=1024, packing=True)
+    plan = planned(lengths, seq_len=1024, packing=True)
     assert plan.report["tokens"] / (plan.num_rows * 1024) > 0.99
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
-from pipeline.teacher.text import masked_corpus, packing
+from pipeline.teacher.text import masked_corpus, packing, windows
 from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, add_row_to, build_corpus
-from tiny import completions, english, write_jsonl
+from tiny import completions, english, tiny_tokenizer, write_jsonl
 from tiny_masked import wordpiece_tokenizer
 
 
@@ -40,19 +40,23 @@ def test_blocks_give_what_rows_give(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, long_piece: int,
     tokens_per_block: int,
 ):  # fmt: skip
-    """Documents in many record batches, longer and shorter than a row, packed and not, with prompts."""
+    """Documents in many record batches, longer and shorter than a row, packed and not, prompts, BOS and overlap."""
     monkeypatch.setattr(corpus_module, "_DOCUMENTS_PER_RECORD_BATCH", 5)
-    monkeypatch.setattr(packing, "_LONG_PIECE", long_piece)
+    monkeypatch.setattr(windows, "_LONG_PIECE", long_piece)
     monkeypatch.setattr(packing, "_TOKENS_PER_BLOCK", tokens_per_block)
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": line} for line in ["", *english(60).splitlines(), "a"]])
     answers = write_jsonl(tmp_path / "answers.jsonl", completions(20))
     found = set()
     for data in (text, answers):
-        for packed in (True, False):
-            corpus = build_corpus(DataConfig(data=str(data), seq_len=24, packing=packed), tokenizer)
+        for each, options in (
+            (tokenizer, {}),
+            (tokenizer, {"packing": False}),
+            (tiny_tokenizer(add_bos=True), {"overlap": 7}),
+        ):
+            corpus = build_corpus(DataConfig(data=str(data), seq_len=24, **options), each)
             assert corpus.token_stream_sha256 == by_definition(corpus)
             found.add(corpus.token_stream_sha256)
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 def count(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[None]:
@@ -88,24 +92,25 @@ def test_it_is_computed_once_for_the_same_rows(
     assert asked(1) == first == asked(1, num_proc=1)
     assert asked(2, seq_len=32) != first
     assert asked(3, packing=False) != first
+    assert asked(4, overlap=2) != first
     text.write_text(english(31))
-    assert asked(4) != first
+    assert asked(5) != first
     text.write_text(english(30))
-    assert asked(5) == first  # another file by its time
-    assert asked(5) == first
+    assert asked(6) == first  # another file by its time
+    assert asked(6) == first
     # The stored value is of another text: another time or size, or a damaged record.
     (record,) = [path for path in cache.glob("*.json") if by_definition_in(path) == first][-1:]
     for tokens in cache.glob("*.arrow"):
         os.utime(tokens, (1, 1))
-    asked(6)
+    asked(7)
     for i, damage in enumerate(
         (b"", b"{}", b"[]", record.read_bytes()[:-9], record.read_bytes().replace(b".arrow", b""))
     ):
         for path in cache.glob("*.json"):
             path.write_bytes(damage)
-        assert asked(7 + i) == first
+        assert asked(8 + i) == first
     monkeypatch.setattr(packing, "__file__", str(text))  # other code
-    asked(12)
+    asked(13)
     assert not (cache / "claims").exists()
 
 

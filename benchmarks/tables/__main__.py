@@ -1,0 +1,5 @@
+"""`python -m benchmarks.tables`: what `make docs` runs."""
+
+from benchmarks.tables import main
+
+main()

@@ -1,0 +1,112 @@
+"""Tables about what students learn: from each kind of targets, and with each method."""
+
+from __future__ import annotations
+
+from benchmarks.tables.stored_results import Row, by_name, matching, minus, rounded, rows, runs
+
+ARMS = {  # name in the results: name on the page
+    "labels": "labels alone",
+    "renormalised top-16": "top-16, renormalised",
+    "renormalised top-50": "top-50, renormalised",
+    "renormalised top-64": "top-64, renormalised",
+    "bucket top-16": "top-16, tail as one class",
+    "bucket top-50": "top-50, tail as one class",
+    "bucket top-64": "top-64, tail as one class",
+    "tail to label top-16": "top-16, tail to the label",
+    "random 13 draws": "random, 13 draws",
+    "random 50 draws": "random, 50 draws",
+    "threshold 1/4": "threshold 1/4",
+    "threshold 1/8": "threshold 1/8",
+    "threshold 1/13": "threshold 1/13",
+    "threshold 1/20": "**threshold 1/20** (default)",
+    "threshold 1/50": "threshold 1/50",
+    "threshold 1/200": "threshold 1/200",
+    "full": "**the full distribution**",
+    "full, perturbed": "the same, initial weights changed by a millionth",
+}
+REGIMES = {  # row on the page: track, suffix of its arms in the results
+    "track 1": (1, ""),
+    "track 1, a quarter of the rows per step": (1, ", 1 row per step"),
+    "track 2": (2, ""),
+    "track 2, a quarter of the rows per step": (2, ", 4 rows per step"),
+    "the same, an eighth of the text": (2, ", 1/8 of the text, 4 rows per step"),
+}
+METHODS = {
+    "hard labels": "hard labels",
+    "forward KL": "forward KL",
+    "reverse KL": "reverse KL",
+    "Jensen–Shannon": "Jensen–Shannon (β = 0.5)",
+    "logit MSE": "logit MSE",
+    "forward KL + hidden states": "forward KL + hidden states of six layers",
+    "sequence level": "sequence level: the teacher's answers as labels",
+    "sequence level + forward KL": "sequence level + forward KL",
+    "the teacher": "the teacher itself",
+}
+
+
+def learned() -> list[list[str]]:
+    """What students learn from each kind of targets."""
+    columns = ["bytes", "track {}: KL", "gain kept", "seeds"]
+    table = [["learned from", *(column.format(track) for track in (1, 2) for column in columns)]]
+    tracks = [_arms(track) for track in (1, 2)]
+    for name, shown in ARMS.items():
+        cells = [shown]
+        for arms in tracks:
+            row = arms.get(name)
+            cells += [""] * 4 if row is None else _cells(row)
+        table.append(cells)
+    return table
+
+
+def regimes() -> list[list[str]]:
+    """The default compared with labels and full distribution, with other steps."""
+    table = [["", "positions per step", "steps", "labels, KL", "full, KL", "1/20, KL", "gain kept", "seeds"]]
+    finished = runs("quality")
+    for shown, (track, suffix) in REGIMES.items():
+        arms, title = _arms(track), "threshold 1/20" + suffix
+        run = next(run for run in finished if (run["track"], run["title"]) == (track, title))
+        kls = [arms[arm + suffix]["KL"] for arm in ("labels", "full", "threshold 1/20")]
+        steps = [f"{run['tokens'] / run['steps']:,.0f}", f"{run['steps']:,}"]
+        table.append([shown, *steps, *kls, _share(arms[title]), str(arms[title]["seeds"])])
+    return table
+
+
+def methods() -> list[list[str]]:
+    """Methods of distillation; the best student of each column is bold."""
+    results = rows("methods", "Mean over seeds")
+    columns = {  # column in the results: heading, unit, and which number is best
+        "KL": ("KL, worked answers", "", min),
+        "agreement": ("agreement", " %", max),
+        "KL, teacher's answers": ("KL, the teacher's answers", "", min),
+        "agreement, teacher's answers": ("agreement", " %", max),
+        "final number right, steps given": ("final number right", " %", max),
+    }
+    students = [row for row in results if row[""] != "the teacher"]
+    table = [["learned from", *(heading for heading, _, _ in columns.values())]]
+    for name, shown in METHODS.items():
+        row, cells = matching(results, {"": name}), [shown]
+        for column, (_, unit, best) in columns.items():
+            is_best = row in students and _mean(row[column]) == best(_mean(student[column]) for student in students)
+            cell = row[column] + unit
+            cells.append(f"**{cell}**" if is_best else cell)
+        table.append(cells)
+    return table
+
+
+def _mean(value: str) -> float:
+    return float(value.partition(" ± ")[0])
+
+
+def _arms(track: int) -> dict[str, Row]:
+    table = by_name("quality", f"Track {track}: held-out text of the training domains")
+    return {name: {**row, "KL": rounded(row["KL"], 2)} for name, row in table.items()}
+
+
+def _cells(row: Row) -> list[str]:
+    size = row["bytes/token"].replace("–", "")  # labels and the full distribution have no cache
+    return [size, row["KL"], _share(row), str(row["seeds"])]
+
+
+def _share(row: Row) -> str:
+    share = row["gain kept, KL %"].removesuffix(" ± 0.0")  # references have 0 or 100 by definition
+    return f"{minus(share)} %"

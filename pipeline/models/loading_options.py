@@ -1,0 +1,27 @@
+"""Options of loading a model that several commands have, each declared once; a configuration adds the heading.
+
+    device: str = DEVICE(group=HARDWARE)
+
+Not a base class: its fields would come first in every help and signature. Standard library only.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, TypeAlias
+
+from pipeline.options import option
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEVICE = partial(option, "auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 or mps.", common=True)
+DTYPE = partial(option, "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", common=True)
+REVISION = partial(option, None, help="Branch, tag or commit of a hub model.")
+TRUST_REMOTE_CODE = partial(option, False, help="Run code that comes with a hub model.")
+DEVICE_MAP = partial(
+    option,
+    None,
+    help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
+    metavar="auto|FILE",
+)
+TENSOR_PARALLEL = partial(option, False, flag="tp", help="Split the teacher across torchrun processes (transformers).")

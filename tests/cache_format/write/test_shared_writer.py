@@ -1,0 +1,417 @@
+"""Several writers of one cache: the bytes of one, whoever writes what, joins late, or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from test_claims import ELSEWHERE, plant
+
+import cache_format as cf
+from cache_format.manifest.manifest import LEXICON
+from cache_format.storage.claims import CLAIMS, Claims
+from cache_format.storage.directory import open_directory
+from cache_samples import contents
+from packed_samples import TOP_K, metadata_of, row_of
+
+ROWS = 26  # 7 shards of 4, the last of 2
+FILES = {"tokenizer.json": b"{}"}
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def metadata(encoding: str = "columns", **changes: Any) -> cf.CacheMetadata:
+    return metadata_of(TOP_K, ROWS, encoding=encoding, **changes)
+
+
+def sample_row(row: int) -> cf.CacheRow:
+    return row_of(metadata(), row)
+
+
+def shared(path: Path | str, share: cf.Share | None = None, *, encoding: str = "columns", **options: Any):
+    options = {"tokenizer_files": FILES, "share": share or cf.Share(), "stale_after_s": 2.0, **options}
+    return cf.SharedCacheWriter(path, metadata(encoding), **options)
+
+
+def write_shard(writer: cf.SharedCacheWriter) -> int | None:
+    """Asks for a shard and writes it. Returns: which."""
+    shard = writer.begin_shard()
+    if shard is not None:
+        writer.write([sample_row(row) for row in metadata().shard_rows(shard)])
+    return shard
+
+
+def work(path: Path | str, share: cf.Share | None = None, **options: Any) -> list[int]:
+    """One writer's whole life. Returns: the shards it wrote."""
+    with shared(path, share, **options) as writer:
+        return list(iter(lambda: write_shard(writer), None))
+
+
+def alone(path: Path | str, encoding: str = "columns") -> dict[str, bytes]:
+    with cf.CacheWriter(path, metadata(encoding), tokenizer_files=FILES) as writer:
+        writer.write([sample_row(row) for row in range(ROWS)])
+    return contents(Path(path))
+
+
+@pytest.fixture(scope="module", params=["columns", "packed"])
+def whole(request, tmp_path_factory) -> tuple[str, dict[str, bytes]]:
+    return request.param, alone(tmp_path_factory.mktemp("whole") / "cache", request.param)
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_any_number_of_writers_leave_the_bytes_of_one(tmp_path, whole, writers):
+    encoding, expected = whole
+    written: dict[int, list[int]] = {}
+
+    def run(index: int) -> None:
+        written[index] = work(tmp_path / "cache", cf.Share(index=index, count=writers), encoding=encoding)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert contents(tmp_path / "cache") == expected
+    assert not (tmp_path / "cache" / CLAIMS).exists()
+    assert sorted(shard for shards in written.values() for shard in shards) == list(range(7))
+
+
+def test_on_an_object_store(whole, tmp_path):
+    encoding, expected = whole
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    threads = [threading.Thread(target=work, args=(url, cf.Share(index=i, count=2))) for i in range(2)]
+    if encoding == "packed":
+        work(url, encoding=encoding)
+    else:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    fsspec.filesystem("memory").get(url, str(tmp_path / "copy"), recursive=True)
+    assert contents(tmp_path / "copy") == expected
+
+
+def test_each_prefers_its_own_and_then_helps(tmp_path):
+    with shared(tmp_path / "cache", cf.Share(index=1, count=3)) as writer:
+        assert [write_shard(writer) for _ in range(8)] == [1, 4, 0, 2, 3, 5, 6, None]
+    assert cf.verify_cache(tmp_path / "cache").rows == ROWS
+
+
+def test_joining_late_finds_nothing_to_do(tmp_path):
+    work(tmp_path / "cache")
+    cf.check_writable(tmp_path / "cache", shared=True)
+    with pytest.raises(cf.CacheError, match="finished cache"):
+        cf.check_writable(tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    assert work(tmp_path / "cache") == []
+    assert contents(tmp_path / "cache") == before
+
+
+def test_a_range_of_shards_is_all_that_is_written(tmp_path, whole):
+    encoding, expected = whole
+    with shared(tmp_path / "cache", cf.Share(first=0, stop=3), encoding=encoding) as writer:
+        assert [write_shard(writer) for _ in range(4)] == [0, 1, 2, None]
+    assert not writer.is_finished and writer.complete.rows == 12
+    with pytest.raises(cf.FormatError, match="unfinished cache with 3 complete shards"):
+        cf.open_cache(tmp_path / "cache")
+    assert work(tmp_path / "cache", cf.Share(first=3, stop=99), encoding=encoding) == [3, 4, 5, 6]
+    assert contents(tmp_path / "cache") == expected
+    with pytest.raises(cf.CacheError, match="shards from 7 on are asked for, it has 7"):
+        shared(tmp_path / "cache", cf.Share(first=7), encoding=encoding)
+
+
+@pytest.mark.parametrize("text, expected", [("0:3", (0, 3)), (":3", (0, 3)), ("3:", (3, None))])
+def test_range_of_shards_in_words(text, expected):
+    assert cf.parse_shard_range(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", ":", "3", "3:2:1", "-1:3", "a:b"])
+def test_what_is_no_range_of_shards(text):
+    with pytest.raises(ValueError, match="not a range"):
+        cf.parse_shard_range(text)
+
+
+@pytest.mark.parametrize("share", [{"index": 2, "count": 2}, {"index": -1}, {"first": 3, "stop": 3}])
+def test_shares_that_are_none(share):
+    with pytest.raises(ValueError):
+        cf.Share(**share)
+
+
+# -- the lexicon -------------------------------------------------------------------------------------------------------
+
+
+def test_packed_shards_wait_for_the_lexicon_of_shard_0(tmp_path):
+    expected = alone(tmp_path / "whole", "packed")
+    said: list[str] = []
+    began = threading.Event()
+
+    def second() -> None:
+        with shared(tmp_path / "cache", encoding="packed", on_wait=said.append) as writer:
+            began.set()
+            while write_shard(writer) is not None:
+                pass
+
+    with shared(tmp_path / "cache", encoding="packed") as writer:
+        assert writer.begin_shard() == 0
+        thread = threading.Thread(target=second)
+        thread.start()
+        began.wait()
+        time.sleep(0.5)
+        assert os.listdir(tmp_path / "cache" / CLAIMS) == ["shard-00000.0.json"]
+        assert not (tmp_path / "cache" / LEXICON).exists()
+        writer.write([sample_row(row) for row in range(4)])
+        assert (tmp_path / "cache" / LEXICON).read_bytes() == expected[LEXICON]
+        while write_shard(writer) is not None:
+            pass
+    thread.join()
+    assert said[0].startswith(f"waiting for shard-00000: process {os.getpid()}")
+    assert contents(tmp_path / "cache") == expected
+
+
+def test_packed_shards_without_a_lexicon_to_come_are_refused(tmp_path):
+    with pytest.raises(cf.CacheError, match="Write shard 0 first"):
+        work(tmp_path / "cache", cf.Share(first=2), encoding="packed", stale_after_s=0.3)
+
+
+# -- who dies ----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+from test_shared_writer import shared, write_shard, sample_row
+writer = shared(sys.argv[1])
+write_shard(writer)
+writer.begin_shard()
+writer.write([sample_row(row) for row in range(4, 7)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_shard_of_a_killed_process_is_taken_over_by_a_living_one(tmp_path):
+    expected = alone(tmp_path / "whole")
+    tests = ROOT / "tests/cache_format"
+    folders = [str(ROOT), str(ROOT / "tests/helpers"), *map(str, (tests, tests / "storage", tests / "write"))]
+    with shared(tmp_path / "cache") as writer:
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cache"), *folders], cwd=ROOT, check=False)
+        assert os.listdir(tmp_path / "cache" / CLAIMS) == ["shard-00001.0.json"]
+        (half,) = (tmp_path / "cache/shards").glob(".shard-00001*.tmp")
+        assert [write_shard(writer) for _ in range(7)] == [1, 2, 3, 4, 5, 6, None]
+        assert not half.exists()
+        assert [holder.name for holder in writer.taken_over] == ["shard-00001"]
+    assert contents(tmp_path / "cache") == expected
+
+
+def test_last_writer_waits_for_one_elsewhere_and_takes_over_when_it_is_silent(tmp_path):
+    with shared(tmp_path / "cache"):
+        pass
+    plant(open_directory(tmp_path / "cache"), "shard-00002", **ELSEWHERE)
+    said: list[str] = []
+    start = time.monotonic()
+    assert work(tmp_path / "cache", on_wait=said.append, stale_after_s=1.0) == [0, 1, 3, 4, 5, 6, 2]
+    assert time.monotonic() - start > 0.8
+    assert said and "shard-00002: process 1 on other" in said[0]
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+
+
+def test_suspended_writer_drops_what_another_has_taken_over(tmp_path):
+    expected = alone(tmp_path / "whole")
+    with shared(tmp_path / "cache") as slow:
+        assert slow.begin_shard() == 0
+        slow.write([sample_row(row) for row in range(3)])
+        os.remove(tmp_path / "cache" / CLAIMS / "shard-00000.0.json")  # as if of another machine, and old
+        plant(open_directory(tmp_path / "cache"), "shard-00000", age_s=9.0, **ELSEWHERE)
+        with shared(tmp_path / "cache") as quick:
+            assert write_shard(quick) == 0
+            before = contents(tmp_path / "cache/shards")
+            with pytest.raises(cf.ClaimLostError, match="shard 0 was taken over"):
+                slow.write([sample_row(3)])
+            assert contents(tmp_path / "cache/shards") == before
+            slow.abandon_shard()
+            assert write_shard(slow) == 1
+            while write_shard(quick) is not None:
+                pass
+    assert contents(tmp_path / "cache") == expected
+
+
+def test_suspended_writer_that_was_overtaken_in_the_last_moment_drops_its_shard(tmp_path, monkeypatch):
+    with shared(tmp_path / "cache") as slow:
+        assert slow.begin_shard() == 0
+        slow.write([sample_row(row) for row in range(3)])
+        answers = iter([False])
+        lost = slow._claims.lost
+        monkeypatch.setattr(slow._claims, "lost", lambda name: next(answers, None) is None and lost(name))
+        os.remove(tmp_path / "cache" / CLAIMS / "shard-00000.0.json")
+        plant(open_directory(tmp_path / "cache"), "shard-00000", age_s=9.0, **ELSEWHERE)
+        with shared(tmp_path / "cache") as quick:
+            assert quick.begin_shard() == 0
+            with pytest.raises(cf.ClaimLostError, match="shard 0 was taken over"):
+                slow.write([sample_row(3)])
+            quick.write([sample_row(row) for row in range(4)])
+            while write_shard(quick) is not None:
+                pass
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+
+
+def test_interrupted_writer_gives_its_shard_back(tmp_path):
+    with pytest.raises(KeyboardInterrupt), shared(tmp_path / "cache") as writer:
+        assert write_shard(writer) == 0
+        writer.begin_shard()
+        writer.write([sample_row(4)])
+        raise KeyboardInterrupt
+    assert not (tmp_path / "cache" / CLAIMS).exists()
+    assert not list((tmp_path / "cache").rglob(".*"))
+    assert work(tmp_path / "cache") == [1, 2, 3, 4, 5, 6]
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+
+
+# -- who may write -----------------------------------------------------------------------------------------------------
+
+
+def test_second_writer_is_refused_and_the_first_goes_on(tmp_path):
+    with cf.CacheWriter(tmp_path / "cache", metadata(), tokenizer_files=FILES) as writer:
+        writer.write([sample_row(row) for row in range(6)])
+        before = contents(tmp_path / "cache")
+        for second in (
+            lambda: cf.CacheWriter(tmp_path / "cache", metadata(), tokenizer_files=FILES, resume=True),
+            lambda: shared(tmp_path / "cache"),
+            lambda: cf.check_writable(tmp_path / "cache"),
+            lambda: cf.check_writable(tmp_path / "cache", shared=True),
+            lambda: cf.remove_cache(tmp_path / "cache"),
+            lambda: cf.finish_cache(tmp_path / "cache"),
+        ):
+            with pytest.raises(cf.CacheError, match=rf"process {os.getpid()} on .* writes this cache.*nothing was"):
+                second()
+            assert contents(tmp_path / "cache") == before
+        writer.write([sample_row(row) for row in range(6, ROWS)])
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+
+
+def test_one_alone_is_refused_where_several_write(tmp_path):
+    with shared(tmp_path / "cache") as writer:
+        writer.begin_shard()
+        for alone_ in (
+            lambda: cf.CacheWriter(tmp_path / "cache", metadata(), tokenizer_files=FILES, resume=True),
+            lambda: cf.check_writable(tmp_path / "cache"),
+            lambda: cf.remove_cache(tmp_path / "cache"),
+        ):
+            with pytest.raises(cf.CacheError, match="writes shard-00000: nothing was changed"):
+                alone_()
+        cf.check_writable(tmp_path / "cache", shared=True)
+        assert os.listdir(tmp_path / "cache" / CLAIMS) == ["shard-00000.0.json"]
+
+
+def test_writer_alone_that_comes_between_two_shards_keeps_the_others_out(tmp_path):
+    with pytest.raises(cf.CacheError, match="writes this cache"), shared(tmp_path / "cache") as writer:
+        assert write_shard(writer) == 0
+        other = cf.CacheWriter(tmp_path / "cache", metadata(), tokenizer_files=FILES, resume=True)
+        with other:
+            other.write([sample_row(row) for row in range(4, 6)])
+            write_shard(writer)
+
+
+def test_of_writers_with_different_settings_one_begins(tmp_path):
+    results: list[str] = []
+    start = threading.Barrier(2)
+
+    def run(level: int) -> None:
+        start.wait()
+        try:
+            given = metadata(compression={"codec": "zstd", "level": level})
+            with cf.SharedCacheWriter(tmp_path / "cache", given, share=cf.Share()) as writer:
+                writer.begin_shard()
+            results.append("began")
+        except cf.MismatchError:
+            results.append("refused")
+
+    threads = [threading.Thread(target=run, args=(level,)) for level in (3, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["began", "refused"]
+
+
+# -- finishing ---------------------------------------------------------------------------------------------------------
+
+
+def test_shards_of_two_machines_are_brought_together_and_finished(tmp_path, whole):
+    encoding, expected = whole
+    work(tmp_path / "a", cf.Share(stop=3), encoding=encoding)
+    if encoding == "packed":  # the lexicon comes from whoever has shard 0
+        (tmp_path / "b").mkdir()
+        shutil.copy(tmp_path / "a/manifest.partial.json", tmp_path / "b")
+        shutil.copy(tmp_path / "a" / LEXICON, tmp_path / "b")
+    work(tmp_path / "b", cf.Share(first=3), encoding=encoding)
+    with pytest.raises(cf.CacheError, match=r"4 shards are missing \(3, 4, 5, 6\), 0 of which are being written"):
+        cf.finish_cache(tmp_path / "a")
+    shutil.copytree(tmp_path / "b/shards", tmp_path / "a/shards", dirs_exist_ok=True)
+    for _ in range(2):  # it may be said twice
+        assert cf.finish_cache(tmp_path / "a").num_rows == ROWS
+        assert contents(tmp_path / "a") == expected
+
+
+def test_finishing_changes_nothing_where_something_is_missing(tmp_path):
+    work(tmp_path / "cache")
+    (tmp_path / "cache/shards/shard-00004.json").unlink()
+    before = contents(tmp_path / "cache")
+    with pytest.raises(cf.CacheError, match=r"1 shards are missing \(4\).*Run cache-teacher again"):
+        cf.finish_cache(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == before
+
+    (tmp_path / "cache/tokenizer/tokenizer.json").write_text("another")
+    with pytest.raises(cf.CacheError, match="1 shards are missing"):
+        cf.finish_cache(tmp_path / "cache")
+    assert work(tmp_path / "cache") == [4]  # which also puts the tokenizer right
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+
+    (tmp_path / "cache/tokenizer/tokenizer.json").unlink()
+    with pytest.raises(cf.CacheError, match=r"tokenizer.json: missing or not the recorded file"):
+        cf.finish_cache(tmp_path / "cache")
+    with pytest.raises(cf.CacheError, match="no cache there, finished or not"):
+        cf.finish_cache(tmp_path / "nothing")
+
+
+def test_killed_after_the_manifest_leaves_a_finished_cache_that_is_tidied(tmp_path):
+    expected = alone(tmp_path / "cache")
+    (tmp_path / "cache/manifest.partial.json").write_bytes(
+        json.dumps({**json.loads(expected["manifest.json"]), "shards": None}).encode()
+    )
+    (tmp_path / "cache/shards/.shard-00002.arrow.99.tmp").write_bytes(b"half a shard")
+    plant(open_directory(tmp_path / "cache"), "shard-00002", **ELSEWHERE)
+    assert cf.open_cache(tmp_path / "cache").num_rows == ROWS
+    assert work(tmp_path / "cache") == []
+    assert contents(tmp_path / "cache") == expected
+
+
+def test_removal_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
+    alone(tmp_path / "cache")
+
+    class Killed(Exception):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("cache_format.storage.directory.LocalDirectory.remove_tree", die)
+        cf.remove_cache(tmp_path / "cache")
+    with pytest.raises(cf.FormatError, match="unfinished cache"):
+        cf.open_cache(tmp_path / "cache")
+    cf.remove_cache(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_claims_alone_are_no_cache_and_in_nobody_s_way(tmp_path):
+    plant(open_directory(tmp_path / "cache"), "all", pid=2**22 + 1, pid_started=1)
+    work(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
+    assert Claims(open_directory(tmp_path / "cache")).others() == []

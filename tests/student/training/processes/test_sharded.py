@@ -1,0 +1,191 @@
+"""Training on four processes, and with weights sharded over processes (FSDP2), gives the weights of one process.
+
+Processes are forks of one that has imported everything, over gloo on a CPU. accelerate shards on GPUs only, so the
+worker makes it believe that there are GPUs; everything after that is the same as on GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import cache_format as cf
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
+from runs import SGD, build_cache, distance, log_history, train, weights
+from tiny import LONGROPE, conversations, english, tiny_llama, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[4]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+LAUNCHER = """
+import json, os, signal, socket, sys, traceback
+from pathlib import Path
+import torch
+from accelerate import state as accelerate_state
+from accelerate.utils import DistributedType
+import pipeline.student.training.forward as forward
+from runs import train
+
+
+def shard_on_a_cpu():
+    begin = accelerate_state.PartialState.__init__
+
+    def as_if_on_gpus(self, *args, **options):
+        begin(self, *args, **options)
+        shared = accelerate_state.PartialState._shared_state
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+
+    accelerate_state.PartialState.__init__ = as_if_on_gpus
+
+
+def watch_the_head(seen):
+    fused_head = forward.fused_head
+
+    def watched(hidden, weight, *args, **options):
+        seen.append([type(weight).__name__, list(weight.shape)])
+        return fused_head(hidden, weight, *args, **options)
+
+    forward.fused_head = watched
+
+
+def rank(job, number):
+    torch.set_num_threads(1)
+    output, options = Path(job["output"]), job["options"]
+    seen = []
+    watch_the_head(seen)
+    if job["sharded"]:
+        shard_on_a_cpu()
+    train(output, Path(job["cache"]), student=Path(job["student"]), **options)
+    output.with_name(f"{output.name}-rank-{number}.json").write_text(json.dumps(seen))
+
+
+def launch(job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    count, children = job["processes"], []
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in names.items()})
+            try:
+                rank(job, number)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        children.append(pid)
+    while children:
+        pid, status = os.wait()
+        children.remove(pid)
+        if status:  # the others would wait forever
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"{job['output']} failed")
+
+
+for job in json.loads(sys.argv[1]):
+    launch(job)
+"""
+
+PROCESSES = {"four": 4, "sharded": 2, "sharded-untied": 2, "sharded-lora": 2, "sharded-lora-head": 2}
+ADAPTERS = {
+    "sharded-lora": {"lora_rank": 4, "merge_adapter": True},
+    "sharded-lora-head": {"lora_rank": 4, "lora_head": True},  # uses the model's own head; saved as an adapter
+}
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process (`one-…`) and the same steps on several processes, with 4 rows per batch in total."""
+    folder = tmp_path_factory.mktemp("sharded")
+    cache = build_cache(folder / "cache", teacher_dir, write_jsonl(folder / "chat.jsonl", conversations(18)))
+    (folder / "text.txt").write_text(english(16, seed=5))
+    held_out = build_cache(folder / "held-out", teacher_dir, folder / "text.txt")
+    assert len(cf.open_cache(held_out)) % 4 != 0
+    # Its rotary embeddings switch at 32 tokens: batches have documents on both sides, or on one.
+    factors = {name: LONGROPE[name][:4] for name in ("short_factor", "long_factor")}
+    switching = {"rope_parameters": {**LONGROPE, **factors}}
+    untied = tiny_llama(folder / "untied", tokenizer, layers=2, hidden=16, tie=False, seed=5, **switching)
+    options: dict[str, Any] = {"max_steps": 3, "gradient_accumulation_steps": 2, "logging_steps": 1, "kd_weight": 0.7}
+    options |= {"eval_cache": str(held_out), "eval_steps": 2, "save_steps": 2}
+    plain = {**SGD, "learning_rate": 0.5}
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    jobs = []
+    for name, processes in PROCESSES.items():
+        student = untied if "untied" in name else student_dir
+        adapter = ADAPTERS.get(name, {})
+        if not one(folder, name).exists():
+            train(one(folder, name), cache, student=student, batch_size=4,
+                  arguments=plain, **adapter, **options)  # fmt: skip
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps({**plain, **(fsdp if "sharded" in name else {})}))
+        given = {**options, **adapter, "training_args": str(file), "batch_size": 4 // processes}
+        paths = {"output": str(folder / name), "cache": str(cache), "student": str(student)}
+        jobs.append({"processes": processes, "options": given, "sharded": "sharded" in name, **paths})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}
+    command = [sys.executable, "-c", LAUNCHER, json.dumps(jobs)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=270)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def one(runs: Path, name: str) -> Path:
+    """The run of one process with the same options."""
+    return runs / f"one-{name.removeprefix('sharded').removeprefix('four').strip('-')}"
+
+
+def all_weights(directory: Path) -> dict:
+    """The weights, with a tied head under its own name too, as a sharded student is saved."""
+    if (directory / "adapter_model.safetensors").exists():
+        return load_file(directory / "adapter_model.safetensors")
+    found = weights(directory)
+    found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
+    return found
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_several_processes_give_the_weights_of_one(name: str, runs: Path, student_dir: Path):
+    expected = all_weights(one(runs, name))
+    if name == "sharded-lora-head":  # B is initialised to 0
+        assert max(float(tensor.abs().max()) for key, tensor in expected.items() if "lora_B" in key) > 0.02
+    else:
+        assert distance(expected, all_weights(runs / "untied" if "untied" in name else student_dir)) > 0.02
+    assert distance(expected, all_weights(runs / name)) < 2e-6
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_several_processes_log_the_metrics_of_one(name: str, runs: Path):
+    compared = 0
+    for entry, other in zip(log_history(one(runs, name)), log_history(runs / name), strict=True):
+        for number in {"kl", "ce", "agreement", "loss", "eval_kl", "eval_ce", "eval_loss"} & entry.keys():
+            assert other[number] == pytest.approx(entry[number], rel=2e-6), (entry["step"], number)
+            compared += 1
+    assert compared >= 15
+
+
+@pytest.mark.parametrize("name", ["sharded", "sharded-untied", "sharded-lora"])
+def test_loss_gets_the_full_head_weight_of_a_sharded_student(name: str, runs: Path):
+    for rank in range(PROCESSES[name]):
+        seen = json.loads((runs / f"{name}-rank-{rank}.json").read_text())
+        assert len(seen) >= 6
+        assert {(kind, *shape) for kind, shape in seen} == {("Parameter", 400, 16)}  # not a DTensor, not a shard
+
+
+def test_sharded_student_is_saved_complete(runs: Path):
+    result = evaluate(EvaluateConfig(cache=str(runs / "held-out"), student=str(runs / "sharded"), device="cpu"))
+    last = [entry for entry in log_history(one(runs, "sharded")) if "eval_kl" in entry]
+    assert min(abs(result.kl - entry["eval_kl"]) for entry in last) < 1e-5
