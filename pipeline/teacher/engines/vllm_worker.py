@@ -18,6 +18,7 @@ Shapes: D hidden width, n positions, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from pipeline.models.head_export import scaled_and_capped
 from pipeline.models.loading import weights_fingerprint
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
 
 CHUNK_POSITIONS = 256
 """Positions per chunk of the head."""
@@ -66,7 +67,7 @@ class Span(NamedTuple):
     offset: int
     first: int  # position of the first of them in the request
     tokens: int
-    prompt_tokens: int
+    prompt: Sequence[int]
 
 
 class Collected(NamedTuple):
@@ -76,11 +77,13 @@ class Collected(NamedTuple):
         targets: by rule.
         states: layer -> [m, D], at the positions whose states are stored.
         scales: layer -> [m], for int8.
+        label_logprobs: [n] of the next token of the prompt, if the collector is `timed`; otherwise empty.
     """
 
     targets: list[ChunkTargets]
     states: dict[int, Tensor]
     scales: dict[int, Tensor]
+    label_logprobs: Tensor
 
 
 @dataclass
@@ -102,6 +105,8 @@ class StepTargets:
         inner: layer -> [tokens, D], states of the current step that may be stored.
         last_layer: under which the states that `add` gets are stored; None: they are not.
         states_dtype: of stored states.
+        timed: measure, which makes the host wait for the device.
+        seconds: that the selection of targets has taken, by rule.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class StepTargets:
         self.inner: dict[int, Tensor] = {}
         self.last_layer: int | None = None
         self.states_dtype = "float16"
+        self.timed = False
+        self.seconds: list[float] = []
         self.gets_logits = True
         self._requests: dict[str, _Request] = {}
         self._scratch: Tensor | None = None
@@ -122,13 +129,13 @@ class StepTargets:
     @torch.inference_mode()
     def add(self, hidden: Tensor, spans: Iterable[Span]) -> None:
         """Collects what one step has computed. Args: hidden: [tokens, D]."""
-        rows, places, positions, counts, names, with_states = [], [], [], [], [], []
+        rows, places, positions, labels, counts, names, with_states = [], [], [], [], [], [], []
         for span in spans:
             wanted = Wanted(*span.wanted)
             request = self._requests.setdefault(wanted.name, _Request())
             here = np.arange(max(span.first, request.until), span.first + span.tokens)
             request.until = max(request.until, span.first + span.tokens)
-            here = here[_bits(wanted.stored, here, span.prompt_tokens, behind=True)]
+            here = here[_bits(wanted.stored, here, len(span.prompt), behind=True)]
             if not len(here):
                 continue
             rows.append(here - span.first + span.offset)
@@ -136,25 +143,34 @@ class StepTargets:
             positions.append(here + wanted.start)
             counts.append(len(here))
             names.append(wanted.name)
-            with_states.append(_bits(wanted.with_states, here, span.prompt_tokens, behind=False))
+            with_states.append(_bits(wanted.with_states, here, len(span.prompt), behind=False))
+            if self.timed:
+                labels.append(np.append(span.prompt, 0)[np.minimum(here + 1, len(span.prompt))])
         if not rows:
             return
         row = np.concatenate(rows)
-        targets = self._targets(hidden[_index(row, hidden)], np.concatenate(places), np.concatenate(positions))
-        if targets is None:
+        found = self._targets(
+            hidden[_index(row, hidden)],
+            np.concatenate(places),
+            np.concatenate(positions),
+            np.concatenate(labels) if labels else None,
+        )
+        if found is None:
             return
+        targets, label_logprobs = found
         states, scales = self._states(hidden, row[np.concatenate(with_states)])
         of_targets = np.cumsum(counts)[:-1].tolist()
         of_states = np.cumsum([each.sum() for each in with_states])[:-1].tolist()
         by_rule = [zip(*(tensor.tensor_split(of_targets) for tensor in each), strict=True) for each in targets]
-        for name, found, states_here, scales_here in zip(
+        for name, targets_here, *others in zip(
             names,
             zip(*by_rule, strict=True),
             _split(states, of_states, len(names)),
             _split(scales, of_states, len(names)),
+            label_logprobs.tensor_split(of_targets) if labels else [label_logprobs] * len(names),
             strict=True,
         ):
-            part = Collected([ChunkTargets(*each) for each in found], states_here, scales_here)
+            part = Collected([ChunkTargets(*each) for each in targets_here], *others)
             self._requests[name].parts.append(part)
 
     def _states(self, hidden: Tensor, rows: np.ndarray) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -171,10 +187,13 @@ class StepTargets:
                 scales[layer] = scale.cpu()
         return states, scales
 
-    def _targets(self, inputs: Tensor, places: np.ndarray, positions: np.ndarray) -> list[ChunkTargets] | None:
-        """By each rule, on the host; None on a rank that gets no logits."""
+    def _targets(
+        self, inputs: Tensor, places: np.ndarray, positions: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[list[ChunkTargets], Tensor] | None:
+        """Targets by each rule, and the labels' log-probabilities, on the host; None on a rank that gets no logits."""
         uniforms = [draws(rule, places, positions) for rule in self.rules]
         chunks: list[list[ChunkTargets]] = [[] for _ in self.rules]
+        label_logprobs = [torch.zeros(0)]
         for start in range(0, len(inputs), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
             logits = self.logits(inputs[here])
@@ -184,9 +203,20 @@ class StepTargets:
             logits = logits[:, : self.vocab_size]
             if self._scratch is None:
                 self._scratch = logits.new_empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32)
-            for rule, drawn, found in zip(self.rules, uniforms, chunks, strict=True):
-                found.append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self._scratch))
-        return [ChunkTargets.cat(found).cpu() for found in chunks] if chunks[0] else None
+            if labels is not None:
+                label_logprobs.append(label_scores(logits, torch.from_numpy(labels[here])))
+            for i, (rule, drawn) in enumerate(zip(self.rules, uniforms, strict=True)):
+                began = self._clock(logits)
+                chunks[i].append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self._scratch))
+                self.seconds[i] += self._clock(logits) - began
+        if not chunks[0]:
+            return None
+        return [ChunkTargets.cat(found).cpu() for found in chunks], torch.cat(label_logprobs).cpu()
+
+    def _clock(self, tensor: Tensor) -> float:
+        if self.timed and tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
+        return time.perf_counter()
 
     def take(self, names: Sequence[str]) -> list[Collected]:
         """Removes and returns what was collected for these requests."""
@@ -195,7 +225,8 @@ class StepTargets:
     def _nothing(self) -> Collected:
         """Of a request that wants no position."""
         none, logits = np.zeros(0, np.int64), torch.zeros((0, self.vocab_size))
-        return Collected([sparse_targets(logits, rule, draws(rule, none, none)) for rule in self.rules], {}, {})
+        targets = [sparse_targets(logits, rule, draws(rule, none, none)) for rule in self.rules]
+        return Collected(targets, {}, {}, torch.zeros(0))
 
 
 def _bits(packed: bytes, positions: np.ndarray, prompt_tokens: int, *, behind: bool) -> np.ndarray:
@@ -222,7 +253,8 @@ def _split(tensors: dict[int, Tensor], stops: list[int], parts: int) -> list[dic
 def join(parts: Sequence[Collected]) -> Collected:
     """The parts of one text, one behind the other."""
     by_rule = [ChunkTargets.cat(each) for each in zip(*(part.targets for part in parts), strict=True)]
-    return Collected(by_rule, _cat([part.states for part in parts]), _cat([part.scales for part in parts]))
+    states, scales = _cat([part.states for part in parts]), _cat([part.scales for part in parts])
+    return Collected(by_rule, states, scales, torch.cat([part.label_logprobs for part in parts]))
 
 
 def _cat(parts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
@@ -250,8 +282,14 @@ class TargetsExtension:
         collector.last_layer = last if last in layers else None
         self._hooks = hook_layers(self.model_runner.model, collector, [each for each in layers if each != last], last)
 
-    def distill_rules(self, rules: Sequence[dict[str, Any]]) -> None:
-        self._distill.rules = [TargetRule.from_json(rule) for rule in rules]
+    def distill_rules(self, rules: Sequence[dict[str, Any]], timed: bool) -> None:
+        self._distill.rules, self._distill.timed = [TargetRule.from_json(rule) for rule in rules], timed
+        self._distill.seconds = [0.0] * len(rules)
+
+    def distill_seconds(self) -> list[float]:
+        """Since it was asked last."""
+        seconds, self._distill.seconds = self._distill.seconds, [0.0] * len(self._distill.rules)
+        return seconds
 
     def distill_take(self, names: Sequence[str]) -> list[Collected] | None:
         found = self._distill.take(names)
@@ -342,4 +380,4 @@ def _spans_v1(runner: Any, num_scheduled_tokens: dict[str, int]) -> Iterable[Spa
         if wanted is None:
             continue
         offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]])
-        yield Span(wanted, offset, request.num_computed_tokens, tokens, len(request.prompt_token_ids))
+        yield Span(wanted, offset, request.num_computed_tokens, tokens, request.prompt_token_ids)
