@@ -136,8 +136,6 @@ class VllmEngine:
         timed: measure what the rows cost.
     """
 
-    libraries: Sequence[str] = ("torch", "transformers", "vllm")
-
     def __init__(
         self, arguments: dict[str, Any], *, vocab_size: int, store_head: bool = False, timed: bool = False
     ) -> None:
@@ -153,6 +151,7 @@ class VllmEngine:
         self._ready.result()
         self.batch_size: int = self.call(lambda engine: engine.vllm_config.scheduler_config.max_num_seqs)
         self.rows_in_flight = 2 * self.batch_size
+        self.libraries: Sequence[str] = ("torch", "transformers", *(installed() or ())[:1])
         self._rpc("distill_install", vocab_size)
         self.stored_head = self._head() if store_head else None
 
@@ -309,8 +308,8 @@ class VllmEngine:
         if not worst <= PROBE_TOLERANCE:
             raise ModelError(
                 f"`engine` vllm: log-probabilities differ from vLLM's own by {worst:.2g} nats (allowed "
-                f"{PROBE_TOLERANCE}), so distill does not see the hidden states that it expects of this model in vLLM "
-                f"{installed_version()}. Use `engine=transformers`."
+                f"{PROBE_TOLERANCE}), so distill does not see the hidden states that it expects of this model in "
+                f"{' '.join(installed() or ())}. Use `engine=transformers`."
             )
 
     # -- targets ------------------------------------------------------------------------------------------------------
@@ -479,7 +478,7 @@ def open_vllm(
     known = {each.name for each in fields(EngineArgs)}
     if unknown := sorted(set(engine_args) - known):
         raise ConfigError(
-            f"`engine_args`: {unknown[0]} is not an argument of vLLM {installed_version()}. Names are those of the "
+            f"`engine_args`: {unknown[0]} is not an argument of {' '.join(installed() or ())}. Names are those of the "
             "options of vllm serve, with underscores."
         )
     on_cpu = current_platform.is_cpu()
@@ -491,6 +490,7 @@ def open_vllm(
         "max_model_len": seq_len + 1,  # vLLM always generates a token
         "enforce_eager": on_cpu,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         **engine_args,
         "worker_extension_cls": EXTENSION,
         "enable_prefix_caching": False,  # a position whose state is not computed has no targets
@@ -503,20 +503,21 @@ def open_vllm(
     return engine
 
 
-def installed_version() -> str | None:
+def installed() -> tuple[str, str] | None:
+    """Name and version of the distribution of vLLM."""
     for name in DISTRIBUTIONS:
         with contextlib.suppress(PackageNotFoundError):
-            return version(name)
+            return name, version(name)
     return None
 
 
 def check_installed(*, allow_untested: bool = False) -> None:
     """Raises: ConfigError if vLLM is missing or of a version that was not tested."""
-    found = installed_version()
+    found = installed()
     if found is None:
         raise ConfigError("`engine` vllm: vLLM is not installed. Run: pip install 'distill[vllm]'.")
-    if not allow_untested and not found.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS)):
+    if not allow_untested and not found[1].startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS)):
         raise ConfigError(
-            f"`engine` vllm: found vLLM {found}, tested with {', '.join(TESTED_VERSIONS)}. The engine uses private "
-            "interfaces, which change. Install a tested version, or use `allow_untested`."
+            f"`engine` vllm: found {' '.join(found)}, tested with {', '.join(TESTED_VERSIONS)}. The engine uses "
+            "private interfaces, which change. Install a tested version, or use `allow_untested`."
         )
