@@ -19,7 +19,7 @@ Shapes: D hidden width, n positions, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,22 +109,19 @@ class StepTargets:
         seconds: that the selection of targets has taken, by rule.
     """
 
-    def __init__(
-        self,
-        logits: Callable[[Tensor], Tensor | None],
-        *,
-        vocab_size: int,
-        rules: Sequence[TargetRule] = (),
-    ) -> None:
-        self.logits, self.vocab_size, self.rules = logits, vocab_size, rules
+    def __init__(self, logits: Callable[[Tensor], Tensor | None], *, vocab_size: int) -> None:
+        self.logits, self.vocab_size = logits, vocab_size
+        self.set_rules([], timed=False)
         self.inner: dict[int, Tensor] = {}
         self.last_layer: int | None = None
         self.states_dtype = "float16"
-        self.timed = False
-        self.seconds: list[float] = []
         self.gets_logits = True
         self._requests: dict[str, _Request] = {}
         self._scratch: Tensor | None = None
+
+    def set_rules(self, rules: Sequence[TargetRule], *, timed: bool) -> None:
+        self.rules, self.timed = rules, timed
+        self.seconds = [0.0] * len(rules)
 
     @torch.inference_mode()
     def add(self, hidden: Tensor, spans: Iterable[Span]) -> None:
@@ -283,8 +280,7 @@ class TargetsExtension:
         self._hooks = hook_layers(self.model_runner.model, collector, [each for each in layers if each != last], last)
 
     def distill_rules(self, rules: Sequence[dict[str, Any]], timed: bool) -> None:
-        self._distill.rules, self._distill.timed = [TargetRule.from_json(rule) for rule in rules], timed
-        self._distill.seconds = [0.0] * len(rules)
+        self._distill.set_rules([TargetRule.from_json(rule) for rule in rules], timed=timed)
 
     def distill_seconds(self) -> list[float]:
         """Since it was asked last."""
@@ -314,7 +310,7 @@ def hook(runner: Any, collector: StepTargets) -> None:
 
     Raises: RuntimeError if the runner has neither of the two known forms.
     """
-    if hasattr(runner, "_get_prompt_logprobs_dict"):  # V1
+    if hasattr(runner, "_get_prompt_logprobs_dict"):  # V1, on CPUs
         original = runner._get_prompt_logprobs_dict
 
         def get_prompt_logprobs_dict(hidden: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
@@ -323,7 +319,47 @@ def hook(runner: Any, collector: StepTargets) -> None:
 
         runner._get_prompt_logprobs_dict = get_prompt_logprobs_dict
         return
-    raise RuntimeError(f"{type(runner).__name__}: found no step that computes prompt log-probabilities")
+    worker = getattr(runner, "prompt_logprobs_worker", None)
+    if not all(hasattr(worker, name) for name in ("add_request", "remove_request", "compute_prompt_token_id_logprobs")):
+        raise RuntimeError(f"{type(runner).__name__}: found no step that computes prompt log-probabilities")
+    _hook_v2(runner, worker, collector)
+
+
+def _hook_v2(runner: Any, worker: Any, collector: StepTargets) -> None:
+    wanted: dict[str, Any] = {}
+    add, remove, compute = worker.add_request, worker.remove_request, worker.compute_prompt_token_id_logprobs
+
+    def add_request(name: str, index: int, params: Any) -> None:
+        if params.extra_args and KEY in params.extra_args:
+            wanted[name] = params.extra_args[KEY]
+        add(name, index, params)
+
+    def remove_request(name: str) -> None:
+        wanted.pop(name, None)
+        remove(name)
+
+    def spans(batch: Any, prompt_lens: np.ndarray) -> Iterator[Span]:
+        for i, name in enumerate(batch.req_ids):
+            if name not in wanted:
+                continue
+            index = batch.idx_mapping_np[i]
+            length = int(prompt_lens[index])
+            # Only labels need the tokens themselves, which are on the device.
+            token_ids = (
+                runner.req_states.all_token_ids.gpu[index, :length].tolist() if collector.timed else range(length)
+            )
+            offset, first = int(batch.query_start_loc_np[i]), int(batch.num_computed_tokens_np[i])
+            yield Span(wanted[name], offset, first, int(batch.num_scheduled_tokens[i]), token_ids)
+
+    def compute_prompt_token_id_logprobs(
+        logits_fn: Any, hidden: Tensor, batch: Any, prompt_lens: np.ndarray
+    ) -> dict[str, Tensor]:
+        collector.add(hidden, spans(batch, prompt_lens))
+        found: dict[str, Tensor] = compute(logits_fn, hidden, batch, prompt_lens)
+        return found
+
+    worker.add_request, worker.remove_request = add_request, remove_request
+    worker.compute_prompt_token_id_logprobs = compute_prompt_token_id_logprobs
 
 
 def hook_layers(model: nn.Module, collector: StepTargets, layers: Sequence[int], count: int) -> list[RemovableHandle]:
@@ -367,7 +403,7 @@ def stored_head(model: Any, vocab_size: int) -> tuple[Tensor, Tensor | None, flo
         expected = scaled_and_capped(products, scale, softcap)
         if found is None or deviation(found[:, :vocab_size], expected) > tolerance(expected, roundings=8):
             raise RuntimeError(
-                f"{type(model).__name__}: its logits are not a matrix times a state, scaled and soft-capped"
+                f"{type(model).__name__}: its logits are not a matrix times a hidden state, scaled and soft-capped"
             )
     return weight.cpu(), None if bias is None else bias.cpu(), scale, softcap
 
