@@ -331,25 +331,9 @@ def read_config(file: str, config: type) -> dict[str, Any]:
     Raises: ConfigError naming the file and the key.
     """
     path = Path(file).expanduser()
-    if path.is_dir():
-        path = path / CONFIG_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"`config` {file}: {error.strerror or error}. Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"`config` {file}: not UTF-8 text. Give a TOML or JSON file.") from error
-    try:
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as error:
-        kind = "TOML" if path.suffix == ".toml" else "JSON"
-        raise ConfigError(f"`config` {file}: not {kind}: {error}. Correct it.") from error
-    if isinstance(values, dict) and isinstance(values.get("config"), dict):  # what a run has saved
+    values = read_table("config", str(path / CONFIG_FILE if path.is_dir() else path))
+    if isinstance(values.get("config"), dict):  # what a run has saved
         values = values["config"]
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"`config` {file}: found a {type(values).__name__}, expected names of options with their values."
-        )
     known = options_of(config)
     found = {}
     for key, value in values.items():
@@ -359,6 +343,25 @@ def read_config(file: str, config: type) -> dict[str, Any]:
             raise ConfigError(f"`config` {file}: {problem}")
         found[name] = _converted(value, known[name], file)
     return found
+
+
+def read_table(option_name: str, file: str) -> dict[str, Any]:
+    """The names and values in a TOML or JSON file. Raises: ConfigError naming the option and the file."""
+    path, where = Path(file).expanduser(), f"`{option_name}` {file}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not UTF-8 text. Give a TOML or JSON file.") from error
+    kind = "TOML" if path.suffix == ".toml" else "JSON"
+    try:
+        values = tomllib.loads(text) if kind == "TOML" else json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not {kind}: {error}. Correct it.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: found a {type(values).__name__}, expected names with their values.")
+    return values
 
 
 CONFIG_FILE = "distill_config.json"

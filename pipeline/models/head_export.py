@@ -84,18 +84,30 @@ class HeadExport:
 
     def file(self, layer: int) -> tuple[cf.HeadSpec, bytes]:
         """`spec` and `contents` for an x that is stored as the states of `layer`."""
-        weight, bias, dtype = _numbers(self.head)
-        contents = cf.head_contents(_array(weight), None if bias is None else _array(bias), dtype)
-        spec = cf.HeadSpec(
-            layer=layer,
-            dtype=dtype,
-            bias=bias is not None,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            bytes=len(contents),
-            sha256=cf.sha256(contents),
-        )
-        return spec, contents
+        return head_file(*_numbers(self.head), layer=layer, logit_scale=self.logit_scale, softcap=self.softcap)
+
+
+def head_file(
+    weight: Tensor, bias: Tensor | None, *, layer: int, logit_scale: float, softcap: float | None
+) -> tuple[cf.HeadSpec, bytes]:
+    """A head's entry in the manifest and the file that holds its weights.
+
+    Args:
+        weight: [V, D] on the CPU.
+        bias: [V] likewise.
+    """
+    weight, bias, dtype = narrowest(weight, bias)
+    contents = cf.head_contents(_array(weight), None if bias is None else _array(bias), dtype)
+    spec = cf.HeadSpec(
+        layer=layer,
+        dtype=dtype,
+        bias=bias is not None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        bytes=len(contents),
+        sha256=cf.sha256(contents),
+    )
+    return spec, contents
 
 
 @torch.no_grad()
@@ -119,7 +131,7 @@ def export_head(head: Head) -> HeadExport:
         export = HeadExport(
             head=head, logit_scale=scale, softcap=softcap, transforms=not same, width=found[0].shape[-1]
         )
-        weight, bias = (None if each is None else each.float() for each in _numbers(head)[:2])
+        weight, bias = (None if each is None else each.float() for each in _numbers(head))
         for factor in (1.0, LOUD_LOGIT / max(quiet.abs().max().item(), 1e-3)):
             expected, states = export.logits(hidden * factor)
             products = nn.functional.linear(states.float().cpu(), weight, bias)
@@ -177,13 +189,18 @@ def _inputs_of(head: Head) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _numbers(head: Head) -> tuple[Tensor, Tensor | None, str]:
-    """W [V, D] and b [V] on the CPU in the narrowest dtype that holds them exactly, and the name of that dtype."""
+def _numbers(head: Head) -> tuple[Tensor, Tensor | None]:
+    """W [V, D] and b [V] on the CPU."""
     output = head.model.get_output_embeddings()
     weight = values_of(output, "weight")
     assert weight is not None
-    weight, bias = weight[: head.vocab_size].cpu(), values_of(output, "bias")
-    both = [weight] if bias is None else [weight, bias[: head.vocab_size].cpu()]
+    bias = values_of(output, "bias")
+    return weight[: head.vocab_size].cpu(), None if bias is None else bias[: head.vocab_size].cpu()
+
+
+def narrowest(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, str]:
+    """Both in the narrowest dtype that holds them exactly, and the name of that dtype."""
+    both = [weight] if bias is None else [weight, bias]
     wide = torch.promote_types(both[0].dtype, both[-1].dtype)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if dtype == wide or all(torch.equal(each.to(dtype).to(wide), each.to(wide)) for each in both):

@@ -298,16 +298,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 def teacher_fingerprints(model: PreTrainedModel) -> dict[str, str]:
     """`weights_fingerprint` and `config_fingerprint`: which model this is, wherever its files are."""
-    return {"weights_fingerprint": weights_fingerprint(model), "config_fingerprint": config_fingerprint(model)}
+    return {"weights_fingerprint": weights_fingerprint(model), "config_fingerprint": config_fingerprint(model.config)}
 
 
-def config_fingerprint(model: PreTrainedModel) -> str:
+def config_fingerprint(config: PreTrainedConfig) -> str:
     """sha256 of the settings that differ from the defaults of the model's type.
 
     The same weights with other rotary embeddings or another attention window are another teacher. The path, the dtype
     and the version that saved the model are left out.
     """
-    text = json.dumps(_settings(model.config.to_diff_dict()), sort_keys=True, default=str)
+    text = json.dumps(_settings(config.to_diff_dict()), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

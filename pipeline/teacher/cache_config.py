@@ -23,6 +23,7 @@ from pipeline.models.loading_options import (
     Dtype,
 )
 from pipeline.options import Metadata, check_ranges, flat, option, options_of, part
+from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.targets.rules import TargetRule
 
 if TYPE_CHECKING:
@@ -342,6 +343,14 @@ WITHOUT_GENERATION = {
 }
 """Option that cannot be combined with `generate` -> why."""
 
+WITHOUT_VLLM = {
+    "batch_size": ", or set `max_num_seqs` in `engine_args`",
+    "device": "; vLLM runs on the device that it is built for",
+    "device_map": "",
+    "tensor_parallel": ", and set `tensor_parallel_size` in `engine_args`",
+}
+"""Option that cannot be combined with `engine=vllm` -> what to do instead."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheTeacherConfig:
@@ -359,6 +368,7 @@ class CacheTeacherConfig:
         group=TEACHER,
     )
     targets: TargetRule = part(TargetRule)
+    running: EngineConfig = part(EngineConfig)
     batch_size: int = option(
         8,
         help="Rows per forward pass; halved when out of memory.",
@@ -406,6 +416,8 @@ class CacheTeacherConfig:
         check_ranges(self)
         if self.generation is not None:
             self._check_generation()
+        if self.running.engine == "vllm":
+            self._check_vllm()
         self._check_hidden()
         self._check_workers()
 
@@ -442,6 +454,14 @@ class CacheTeacherConfig:
                 f"`worker_index` {index}: found no `num_workers`, expected the number of processes that write this "
                 "cache. Give it."
             )
+
+    def _check_vllm(self) -> None:
+        given = flat(self)
+        for name, instead in WITHOUT_VLLM.items():
+            if name in given:
+                raise ConfigError(f"`{name}`: cannot be combined with `engine=vllm`. Leave it out{instead}.")
+        if self.masking is not None or self.objective == "masked":
+            raise ConfigError("`engine` vllm: for causal teachers only. Use `engine=transformers`.")
 
     def _check_generation(self) -> None:
         given = flat(self)

@@ -157,7 +157,8 @@ class _Capture:
             requests = [row_request(self.config, self.corpus, row, self.metadata.hidden) for row in record_batch]
             running = self.engine.run(requests, [self.config.targets], self._report)
             pending.append(background.submit(self._write, running))
-            while len(pending) > RECORD_BATCHES_IN_FLIGHT:
+            in_flight = max(RECORD_BATCHES_IN_FLIGHT, -(-self.engine.rows_in_flight // len(record_batch)))
+            while len(pending) > in_flight:
                 pending.popleft().result()
 
     def _write(self, running: RunningRows) -> None:

@@ -5,6 +5,7 @@ Shared by everything that puts a text to a teacher: capture, and the plan of one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -20,12 +21,14 @@ from pipeline.models.head_export import export_head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
+from pipeline.models.paths import adapter_base
 from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
+from pipeline.teacher.engines.vllm_engine import VllmEngine, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths
@@ -141,7 +144,7 @@ def open_teacher(
         **_source(config),
     )
     head = open_head(model, real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0]), masked=masked)
-    _check_tokens(config, text, tokenizer, head)
+    _check_tokens(config, text, tokenizer, min(head.vocab_size, model.get_input_embeddings().weight.shape[0]))
     if masked:
         check_padding(model, head)
     else:
@@ -150,13 +153,47 @@ def open_teacher(
             check_packing(model, head, config.data.seq_len)
         elif config.batch_size > 1 and has_own_code(model):
             check_padding(model, head, config.data.seq_len)
-    limit = most_positions(model.config)
+    _check_length(config, model.config)
+    return head
+
+
+def _check_length(config: CacheTeacherConfig, teacher: PreTrainedConfig) -> None:
+    limit = most_positions(teacher)
     if limit is not None and config.data.seq_len > limit:
         raise ConfigError(
             f"`seq_len` {config.data.seq_len}: this teacher was trained on at most {limit} positions. "
             f"Use `seq_len` {limit} or less."
         )
-    return head
+
+
+def _open_vllm(
+    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, *, timed: bool
+) -> VllmEngine:
+    known = load_config(config.teacher, **_source(config))
+    if not isinstance(config.teacher, str | os.PathLike) or known is None or adapter_base(str(config.teacher)):
+        raise ConfigError(
+            f"`engine` vllm: {model_name(config.teacher)} is a .gguf file, an adapter or a loaded model, expected a "
+            "directory or hub name. Use `engine=transformers`."
+        )
+    if text.objective == "masked":
+        raise ConfigError(f"`engine` vllm: {model_name(config.teacher)} is a masked language model. Use transformers.")
+    rows = known.get_text_config().vocab_size
+    vocab_size = real_vocab_size(tokenizer, rows)
+    _check_tokens(config, text, tokenizer, vocab_size)
+    _check_length(config, known)
+    engine = open_vllm(
+        str(config.teacher),
+        vocab_size=vocab_size,
+        seq_len=config.data.seq_len,
+        dtype=config.dtype,
+        engine_args=config.running.arguments(),
+        store_head=config.targets.kind == "hidden",
+        allow_untested=config.running.allow_untested,
+        timed=timed,
+        **_source(config),
+    )
+    engine.hidden = states_spec(config.hidden, engine, engine.stored_head)
+    return engine
 
 
 def open_engine(
@@ -166,8 +203,16 @@ def open_engine(
     device: torch.device,
     *,
     timed: bool = False,
-) -> TransformersEngine:
-    """The engine that a run asks for targets or answers. Raises: as `open_teacher`."""
+) -> TransformersEngine | VllmEngine:
+    """The engine that a run asks for targets or answers.
+
+    Args:
+        timed: measure what the rows cost.
+
+    Raises: as `open_teacher` and `open_vllm`.
+    """
+    if config.running.engine == "vllm":
+        return _open_vllm(config, text, tokenizer, timed=timed)
     head = open_teacher(config, text, tokenizer, device)
     export = export_head(head) if config.targets.kind == "hidden" else None
     return TransformersEngine(
@@ -182,13 +227,15 @@ def open_engine(
 
 
 def _check_tokens(
-    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, head: Head
+    config: CacheTeacherConfig, text: TokenisedText, tokenizer: PreTrainedTokenizerBase, known: int
 ) -> None:
     """Raise DataError if the text has a token that the teacher has no embedding or no output row for.
 
     The tokens are read only if the tokenizer has such tokens at all.
+
+    Args:
+        known: ids below it are known to the teacher.
     """
-    known = min(head.vocab_size, head.model.get_input_embeddings().weight.shape[0])
     vocabulary = 1 + max(tokenizer.get_vocab().values())
     if vocabulary <= known or (found := text.first_token_beyond(known)) is None:
         return

@@ -27,8 +27,7 @@ import numpy as np
 import cache_format as cf
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
-from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, StoredHead, TeacherEngine
-from pipeline.teacher.engines.transformers_engine import RunningBatch, TransformersEngine
+from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
 from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_states import predicted_bytes
@@ -180,14 +179,14 @@ class _Sample:
     def __init__(
         self,
         config: CacheTeacherConfig,
-        engine: TransformersEngine,
+        engine: TeacherEngine,
         rules: Sequence[TargetRule],
         states: int,
     ) -> None:
         self.config, self.engine, self.rules, self.states = config, engine, rules, states
         self.rows: list[list[cf.CacheRow]] = []  # by rule
         self.tokens = 0
-        self.batches: Sequence[RunningBatch] = ()
+        self.measured: list[Measured] = []
 
     def run(self, requests: Sequence[RowRequest], on_progress: Callable[[int, int], None]) -> None:
         self.tokens = sum(request.tokens for request in requests)
@@ -201,21 +200,21 @@ class _Sample:
         longest_first = sorted(requests, key=lambda request: -request.tokens)
         self.engine.run(longest_first[: self.engine.batch_size], self.rules).rows()  # pays for allocations
         running = self.engine.run(requests, self.rules, on_batch)
-        self.batches = running.batches
         self.rows = [running.rows(i) for i in range(len(self.rules))]
+        self.measured = running.measured()
         # Only hidden targets, the first rule if any, consist of states.
         self.rows[1:] = [[replace(row, hidden=None) for row in rows] for rows in self.rows[1:]]
 
     def position_loss(self, corpus: TokenCorpus) -> PositionLoss:
         meter = PositionLossMeter(corpus)
-        for batch in self.batches:
+        for batch in self.measured:
             assert batch.label_logprobs is not None
-            meter.add(batch.requests, batch.label_logprobs.numpy())
+            meter.add(batch.requests, batch.label_logprobs)
         return meter.result()
 
     @property
     def forward_speeds(self) -> tuple[float, float]:
-        speeds = [each.timing.tokens / each.timing.forward for each in self.batches]
+        speeds = [each.timing.tokens / each.timing.forward for each in self.measured]
         return min(speeds), max(speeds)
 
     def plan(self, rule: TargetRule, corpus: Corpus, *, chosen: bool) -> RulePlan:
@@ -236,7 +235,7 @@ class _Sample:
             shards = -(-len(corpus) // per_shard)
             total[encoding] = round(columns / self.tokens * corpus.num_tokens + of_shard * shards + once) + self.states
             bytes_per_token[encoding] = total[encoding] / corpus.num_tokens
-        timings = [batch.timing for batch in self.batches]
+        timings = [batch.timing for batch in self.measured]
         computing = statistics.median((each.forward + each.selection[index]) / each.tokens for each in timings)
         per_token = max(computing, writing[self.config.encoding])
         counts = np.concatenate([row.targets.counts[row.loss_mask] for row in rows])

@@ -147,7 +147,7 @@ def _check_student(teacher: Path, cache: Path, output: Path, layers: int | None)
     shutil.rmtree(output, ignore_errors=True)
     train(output, cache, student=teacher, student_layers=layers, max_steps=2, batch_size=4, learning_rate=1e-3)
     trained, again = load_model(str(output)), load_model(str(output))
-    assert config_fingerprint(trained) == config_fingerprint(again)
+    assert config_fingerprint(trained.config) == config_fingerprint(again.config)
     with torch.no_grad():
         logits = trained(input_ids=torch.arange(3, 15)[None], use_cache=False).logits
     assert logits.isfinite().all(), "logits of the trained student are not finite"

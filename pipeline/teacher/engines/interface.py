@@ -10,7 +10,7 @@ Shapes: T tokens of a row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -55,6 +55,34 @@ class BatchSizeHalved(Exception):
     to have one batch size: a shard, a group of answers."""
 
 
+@dataclass(kw_only=True)
+class Timing:
+    """Seconds that a pass took.
+
+    Attributes:
+        tokens: of its rows.
+        forward: body and head.
+        selection: of the targets, for each rule.
+    """
+
+    tokens: int = 0
+    forward: float = 0.0
+    selection: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What a timed engine found out about some rows that it ran together.
+
+    Attributes:
+        label_logprobs: [n] float32 of the token that follows each stored position, row by row; None of a masked model.
+    """
+
+    requests: Sequence[RowRequest]
+    timing: Timing
+    label_logprobs: np.ndarray | None
+
+
 class RunningRows(Protocol):
     """Forward passes that have been started."""
 
@@ -63,6 +91,10 @@ class RunningRows(Protocol):
 
         Raises: ModelError if the teacher's logits or states are not finite.
         """
+        ...
+
+    def measured(self) -> list[Measured]:
+        """Of a timed engine, once `rows` has returned."""
         ...
 
 
@@ -98,14 +130,29 @@ class TeacherEngine(Protocol):
         batch_size: rows or answers per forward pass; smaller after it did not fit the memory.
         stored_head: for hidden targets.
         hidden: the hidden states that rows are to hold.
+        libraries: distributions whose versions decide the numbers.
+        rows_in_flight: rows that may be worked on at once, whichever record batch they belong to; 0: one batch after
+            the other.
     """
 
     vocab_size: int
     batch_size: int
-    hidden: cf.HiddenSpec | None
+    libraries: Sequence[str]
+    rows_in_flight: int
+
+    @property
+    def hidden(self) -> cf.HiddenSpec | None: ...
+
+    @hidden.setter
+    def hidden(self, spec: cf.HiddenSpec | None) -> None: ...
 
     @property
     def stored_head(self) -> StoredHead | None: ...
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """Tokens that end a text, by the model's own generation settings."""
+        ...
 
     def layers(self) -> tuple[int, int]:
         """The number of layers, and the width of their states. Raises: ModelError if it gives no states."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,12 +31,12 @@ from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs
 from pipeline.models.placement import device_names
 from pipeline.teacher.engines.answer_writer import AnswerWriter
-from pipeline.teacher.engines.interface import BatchSizeHalved, OnAnswers, OnBatch, RowRequest
+from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
 
 CHUNK_POSITIONS = 256
 """Positions per chunk of the head."""
@@ -45,21 +45,6 @@ OnLogits = Callable[[slice, Tensor], None]
 """Called with the positions of a chunk among the n of the batch, and their logits."""
 
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class Timing:
-    """Seconds that a pass took.
-
-    Attributes:
-        tokens: of its rows.
-        forward: body and head.
-        selection: of the targets, for each rule.
-    """
-
-    tokens: int = 0
-    forward: float = 0.0
-    selection: list[float] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -113,6 +98,16 @@ class RunningBatches:
         rows = {row.row: row for batch in self.batches for row in batch.rows(rule)}
         return [rows[request.index] for request in self.requests]
 
+    def measured(self) -> list[Measured]:
+        return [
+            Measured(
+                requests=batch.requests,
+                timing=batch.timing,
+                label_logprobs=None if batch.label_logprobs is None else batch.label_logprobs.numpy(),
+            )
+            for batch in self.batches
+        ]
+
 
 class LabelScores:
     """Log-probabilities of the tokens that follow in the rows of a batch; see `OnLogits`."""
@@ -123,8 +118,7 @@ class LabelScores:
         self._found: list[Tensor] = []
 
     def __call__(self, here: slice, logits: Tensor) -> None:
-        scores, label = logits.float(), self._labels[here].to(logits.device)
-        self._found.append(scores.gather(1, label[:, None])[:, 0] - torch.logsumexp(scores, dim=1))
+        self._found.append(label_scores(logits, self._labels[here]))
 
     def logprobs(self) -> Tensor:
         return torch.cat(self._found).cpu()
@@ -132,6 +126,9 @@ class LabelScores:
 
 class TransformersEngine:
     """Owns the buffers of one teacher; see `TeacherEngine`.
+
+    Attributes:
+        libraries, rows_in_flight: see `TeacherEngine`.
 
     Args:
         head: of the teacher.
@@ -142,6 +139,9 @@ class TransformersEngine:
         divisible: whether the batch size may be halved when out of memory.
         timed: measure every pass, which makes the host wait for the device.
     """
+
+    libraries: Sequence[str] = ("torch", "transformers")
+    rows_in_flight = 0
 
     def __init__(
         self,
@@ -155,6 +155,7 @@ class TransformersEngine:
         timed: bool = False,
     ) -> None:
         self.head, self.device, self.batch_size = head, device, batch_size
+        self._asked_batch_size = batch_size
         self.export, self.hidden = export, hidden
         self.divisible, self.timed = divisible, timed
         self.vocab_size = head.vocab_size
@@ -164,6 +165,12 @@ class TransformersEngine:
     @property
     def stored_head(self) -> HeadExport | None:
         return self.export
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        settings = self.head.model.generation_config
+        own = None if settings is None else settings.eos_token_id
+        return {int(token) for token in (own if isinstance(own, list) else [own]) if token is not None}
 
     def layers(self) -> tuple[int, int]:
         return self.head.layers()
@@ -184,7 +191,7 @@ class TransformersEngine:
             "device": device_names(self.head.model, self.device),
             # Elsewhere than on a CPU no sum is split over threads.
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "batch_size": self.batch_size,
+            "batch_size": self._asked_batch_size,  # that of a shard may be smaller: it is in its sidecar
             "head": "linear" if self.head.linear else "own",
             "chunk_positions": CHUNK_POSITIONS,
         }

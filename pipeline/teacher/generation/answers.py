@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.teacher.cache_config import GenerationConfig
@@ -65,10 +65,13 @@ def place_of(documents: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return np.asarray(documents, np.uint64) | np.asarray(indices, np.uint64) << np.uint64(40)
 
 
-def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
-    """End-of-text tokens of tokenizer and model and, for chats, the token that ends the assistant's turn."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+def find_stop_tokens(own: set[int], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
+    """End-of-text tokens of tokenizer and model and, for chats, the token that ends the assistant's turn.
+
+    Args:
+        own: those of the model's generation settings.
+    """
+    found = {tokenizer.eos_token_id, *own} - {None}
     if is_chat:
         ends = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
         # Only if it is a single token: the first of several may occur in the middle of an answer.

@@ -34,6 +34,7 @@ from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
 from pipeline.teacher.engines.decoding import check_decoding
 from pipeline.teacher.engines.interface import TeacherEngine
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
@@ -121,8 +122,9 @@ def generate_cache(
     on_stage(f"loading the teacher on {device}")
     engine = open_engine(config, prompts, tokenizer, device)
     config.targets.check_vocabulary(engine.vocab_size)
-    check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
-    stop_tokens = find_stop_tokens(engine.head.model, tokenizer, is_chat=prompts.columns.is_chat)
+    if isinstance(engine, TransformersEngine):
+        check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
+    stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     if manifest is not None:
         _check_same_things(config, manifest, settings)
@@ -261,7 +263,7 @@ def _settings(
         "generation": {**generation.to_json(), "stop_tokens": stop_tokens},
         "targets": config.targets.to_json(),
         "capture": engine.describe(),
-        "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "libraries": {name: importlib.metadata.version(name) for name in engine.libraries},
     }
 
 

@@ -124,6 +124,12 @@ def sparse_targets(
     )
 
 
+def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """[n] float32 log-probabilities of `labels` [n] int64 by logits [n, V]."""
+    scores, labels = logits.float(), labels.to(logits.device)
+    return scores.gather(1, labels[:, None])[:, 0] - torch.logsumexp(scores, dim=1)
+
+
 def in_head(probs: Tensor, rule: TargetRule) -> Tensor:
     """[n, C] bool: which of the candidates, most likely first, are exact entries."""
     if rule.kind in ("random", "hidden"):

@@ -31,7 +31,7 @@ def cache_metadata(
     """Args: tokenizer: its fingerprints."""
     rule, hidden = config.targets, engine.hidden
     rule.check_vocabulary(engine.vocab_size)
-    libraries = ("torch", "transformers", "datasets", "pyarrow", "numpy")
+    libraries = (*engine.libraries, "datasets", "pyarrow", "numpy")
     return cf.CacheMetadata(
         teacher={
             "name": model_name(config.teacher),
@@ -57,7 +57,6 @@ def cache_metadata(
         },
         capture={
             **engine.describe(),
-            "batch_size": config.batch_size,  # that of a shard may be smaller: it is in its sidecar
             **({"tensor_parallel": torch.distributed.get_world_size()} if config.tensor_parallel else {}),
         },
         codebooks={**cf.default_codebooks(engine.vocab_size), "target_logprobs": rule.codebook()},

@@ -1,0 +1,419 @@
+"""The part of the vLLM engine that runs inside vLLM's workers: targets from the hidden states of every step.
+
+vLLM computes the logits of the positions that it samples from, and of a prompt only when it is asked for prompt
+log-probabilities, as lists of the top K. `TargetsExtension` (vLLM mixes it into its worker class) is called with the
+hidden states of each step instead, whole prompts and parts of them alike, and runs the project's own selection on the
+positions that are wanted:
+
+    hidden states of a step [tokens, D] ─▶ wanted positions ─▶ a chunk at a time: vLLM's head, logits [n, V] ─▶ targets
+
+A request says in `SamplingParams.extra_args["distill"]` which positions it wants (see `Wanted`). What was computed
+stays here, on the host, until `distill_take` fetches it. A request that vLLM preempts is computed again from its start;
+what was collected before is not collected twice.
+
+Private interfaces of vLLM are used in `hook` alone, one function for each of its two model runners.
+
+Shapes: D hidden width, n positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pipeline.models.head import deviation, tolerance
+from pipeline.models.head_export import scaled_and_capped
+from pipeline.models.loading import weights_fingerprint
+from pipeline.teacher.targets import hidden_states
+from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
+
+CHUNK_POSITIONS = 256
+"""Positions per chunk of the head."""
+
+KEY = "distill"
+"""Of a request's `extra_args`."""
+
+
+class Wanted(NamedTuple):
+    """What a request wants. It travels as a list, since vLLM sends the arguments of a request as msgpack.
+
+    Attributes:
+        name: under which its targets are fetched.
+        place: key of its random numbers.
+        start: number of its first token among those that its random numbers count.
+        stored: bits of the prompt's positions that get targets, as `numpy.packbits`. All positions behind it get some.
+        with_states: bits of those whose hidden states are stored; empty: none.
+    """
+
+    name: str
+    place: int
+    start: int
+    stored: bytes
+    with_states: bytes = b""
+
+
+class Span(NamedTuple):
+    """The tokens of one request in a step: rows `offset` to `offset + tokens` of the hidden states."""
+
+    wanted: Sequence[Any]
+    offset: int
+    first: int  # position of the first of them in the request
+    tokens: int
+    prompt: Sequence[int]
+
+
+class Collected(NamedTuple):
+    """What the wanted positions of one request have, in their order, on the host.
+
+    Attributes:
+        targets: by rule.
+        states: layer -> [m, D], at the positions whose states are stored.
+        scales: layer -> [m], for int8.
+        label_logprobs: [n] of the next token of the prompt, if the collector is `timed`; otherwise empty.
+    """
+
+    targets: list[ChunkTargets]
+    states: dict[int, Tensor]
+    scales: dict[int, Tensor]
+    label_logprobs: Tensor
+
+
+@dataclass
+class _Request:
+    """Positions before `until` have been collected."""
+
+    until: int = 0
+    parts: list[Collected] = field(default_factory=list)
+
+
+class StepTargets:
+    """Collects the targets of requests, step by step.
+
+    Args:
+        logits: [n, D] → [n, ≥V], the model's own head; None on a rank that does not get them.
+        vocab_size: V.
+
+    Attributes:
+        inner: layer -> [tokens, D], states of the current step that may be stored.
+        last_layer: under which the states that `add` gets are stored; None: they are not.
+        states_dtype: of stored states.
+        timed: measure, which makes the host wait for the device.
+        seconds: that the selection of targets has taken, by rule.
+    """
+
+    def __init__(self, logits: Callable[[Tensor], Tensor | None], *, vocab_size: int) -> None:
+        self.logits, self.vocab_size = logits, vocab_size
+        self.set_rules([], timed=False)
+        self.inner: dict[int, Tensor] = {}
+        self.last_layer: int | None = None
+        self.states_dtype = "float16"
+        self.gets_logits = True
+        self._requests: dict[str, _Request] = {}
+        self._scratch: Tensor | None = None
+
+    def set_rules(self, rules: Sequence[TargetRule], *, timed: bool) -> None:
+        self.rules, self.timed = rules, timed
+        self.seconds = [0.0] * len(rules)
+
+    @torch.inference_mode()
+    def add(self, hidden: Tensor, spans: Iterable[Span]) -> None:
+        """Collects what one step has computed. Args: hidden: [tokens, D]."""
+        rows, places, positions, labels, counts, names, with_states = [], [], [], [], [], [], []
+        for span in spans:
+            wanted = Wanted(*span.wanted)
+            request = self._requests.setdefault(wanted.name, _Request())
+            here = np.arange(max(span.first, request.until), span.first + span.tokens)
+            request.until = max(request.until, span.first + span.tokens)
+            here = here[_bits(wanted.stored, here, len(span.prompt), behind=True)]
+            if not len(here):
+                continue
+            rows.append(here - span.first + span.offset)
+            places.append(np.full(len(here), wanted.place, np.uint64))
+            positions.append(here + wanted.start)
+            counts.append(len(here))
+            names.append(wanted.name)
+            with_states.append(_bits(wanted.with_states, here, len(span.prompt), behind=False))
+            if self.timed:
+                labels.append(np.append(span.prompt, 0)[np.minimum(here + 1, len(span.prompt))])
+        if not rows:
+            return
+        row = np.concatenate(rows)
+        found = self._targets(
+            hidden[_index(row, hidden)],
+            np.concatenate(places),
+            np.concatenate(positions),
+            np.concatenate(labels) if labels else None,
+        )
+        if found is None:
+            return
+        targets, label_logprobs = found
+        states, scales = self._states(hidden, row[np.concatenate(with_states)])
+        of_targets = np.cumsum(counts)[:-1].tolist()
+        of_states = np.cumsum([each.sum() for each in with_states])[:-1].tolist()
+        by_rule = [zip(*(tensor.tensor_split(of_targets) for tensor in each), strict=True) for each in targets]
+        for name, targets_here, *others in zip(
+            names,
+            zip(*by_rule, strict=True),
+            _split(states, of_states, len(names)),
+            _split(scales, of_states, len(names)),
+            label_logprobs.tensor_split(of_targets) if labels else [label_logprobs] * len(names),
+            strict=True,
+        ):
+            part = Collected([ChunkTargets(*each) for each in targets_here], *others)
+            self._requests[name].parts.append(part)
+
+    def _states(self, hidden: Tensor, rows: np.ndarray) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """States and scales of every layer to store, at some rows of the step, on the host."""
+        states: dict[int, Tensor] = {}
+        scales: dict[int, Tensor] = {}
+        if not len(rows):
+            return states, scales
+        last = {} if self.last_layer is None else {self.last_layer: hidden}
+        for layer, each in (self.inner | last).items():
+            kept, scale = hidden_states.quantised(each[_index(rows, each)], self.states_dtype)
+            states[layer] = kept.cpu()
+            if scale is not None:
+                scales[layer] = scale.cpu()
+        return states, scales
+
+    def _targets(
+        self, inputs: Tensor, places: np.ndarray, positions: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[list[ChunkTargets], Tensor] | None:
+        """Targets by each rule, and the labels' log-probabilities, on the host; None on a rank that gets no logits."""
+        uniforms = [draws(rule, places, positions) for rule in self.rules]
+        chunks: list[list[ChunkTargets]] = [[] for _ in self.rules]
+        label_logprobs = [torch.zeros(0)]
+        for start in range(0, len(inputs), CHUNK_POSITIONS):
+            here = slice(start, start + CHUNK_POSITIONS)
+            logits = self.logits(inputs[here])
+            if logits is None:
+                self.gets_logits = False
+                continue  # the others need this rank's part of the product
+            logits = logits[:, : self.vocab_size]
+            if self._scratch is None:
+                self._scratch = logits.new_empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32)
+            if labels is not None:
+                label_logprobs.append(label_scores(logits, torch.from_numpy(labels[here])))
+            for i, (rule, drawn) in enumerate(zip(self.rules, uniforms, strict=True)):
+                began = self._clock(logits)
+                chunks[i].append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self._scratch))
+                self.seconds[i] += self._clock(logits) - began
+        if not chunks[0]:
+            return None
+        return [ChunkTargets.cat(found).cpu() for found in chunks], torch.cat(label_logprobs).cpu()
+
+    def _clock(self, tensor: Tensor) -> float:
+        if self.timed and tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
+        return time.perf_counter()
+
+    def take(self, names: Sequence[str]) -> list[Collected]:
+        """Removes and returns what was collected for these requests."""
+        return [join(self._requests.pop(name).parts or [self._nothing()]) for name in names]
+
+    def _nothing(self) -> Collected:
+        """Of a request that wants no position."""
+        none, logits = np.zeros(0, np.int64), torch.zeros((0, self.vocab_size))
+        targets = [sparse_targets(logits, rule, draws(rule, none, none)) for rule in self.rules]
+        return Collected(targets, {}, {}, torch.zeros(0))
+
+
+def _bits(packed: bytes, positions: np.ndarray, prompt_tokens: int, *, behind: bool) -> np.ndarray:
+    """[n] bool: the bits of some positions; `behind` the prompt."""
+    found = np.full(len(positions), behind)
+    inside = positions < prompt_tokens
+    if not packed:
+        found[inside] = False
+        return found
+    found[inside] = np.unpackbits(np.frombuffer(packed, np.uint8), count=prompt_tokens)[positions[inside]] > 0
+    return found
+
+
+def _index(rows: np.ndarray, tensor: Tensor) -> Tensor:
+    return torch.from_numpy(rows).to(tensor.device)
+
+
+def _split(tensors: dict[int, Tensor], stops: list[int], parts: int) -> list[dict[int, Tensor]]:
+    """`tensor_split` of every layer, part by part."""
+    split = {layer: tensor.tensor_split(stops) for layer, tensor in tensors.items()}
+    return [{layer: each[i] for layer, each in split.items()} for i in range(parts)]
+
+
+def join(parts: Sequence[Collected]) -> Collected:
+    """The parts of one text, one behind the other."""
+    by_rule = [ChunkTargets.cat(each) for each in zip(*(part.targets for part in parts), strict=True)]
+    states, scales = _cat([part.states for part in parts]), _cat([part.scales for part in parts])
+    return Collected(by_rule, states, scales, torch.cat([part.label_logprobs for part in parts]))
+
+
+def _cat(parts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
+    layers = {layer for part in parts for layer in part}
+    return {layer: torch.cat([part[layer] for part in parts if layer in part]) for layer in sorted(layers)}
+
+
+class TargetsExtension:
+    """Mixed into vLLM's worker; every method is called on all ranks, `distill_take` answers on the one with logits."""
+
+    model_runner: Any
+
+    def distill_install(self, vocab_size: int) -> None:
+        runner = self.model_runner
+        self._distill = StepTargets(runner.model.compute_logits, vocab_size=vocab_size)
+        self._hooks: list[RemovableHandle] = []
+        hook(runner, self._distill)
+
+    def distill_states(self, layers: Sequence[int], last: int, dtype: str) -> None:
+        """Args: layers: whose hidden states are stored; last: the number of the last one."""
+        for each in self._hooks:
+            each.remove()
+        collector = self._distill
+        collector.inner, collector.states_dtype = {}, dtype
+        collector.last_layer = last if last in layers else None
+        self._hooks = hook_layers(self.model_runner.model, collector, [each for each in layers if each != last], last)
+
+    def distill_rules(self, rules: Sequence[dict[str, Any]], timed: bool) -> None:
+        self._distill.set_rules([TargetRule.from_json(rule) for rule in rules], timed=timed)
+
+    def distill_seconds(self) -> list[float]:
+        """Since it was asked last."""
+        seconds, self._distill.seconds = self._distill.seconds, [0.0] * len(self._distill.rules)
+        return seconds
+
+    def distill_take(self, names: Sequence[str]) -> list[Collected] | None:
+        found = self._distill.take(names)
+        return found if self._distill.gets_logits else None
+
+    def distill_head(self, vocab_size: int) -> tuple[Tensor, Tensor | None, float, float | None]:
+        """Weight [V, D] and bias [V] of the head on the CPU, the scale of its logits and its soft cap.
+
+        Raises: RuntimeError if its logits are not given by these.
+        """
+        return stored_head(self.model_runner.model, vocab_size)
+
+    def distill_weights(self) -> dict[str, Any]:
+        """Class, dtype and a fingerprint of this rank's part of the weights."""
+        model = self.model_runner.model
+        dtype = str(self.model_runner.dtype).removeprefix("torch.")
+        return {"architecture": type(model).__name__, "dtype": dtype, "weights": weights_fingerprint(model)}
+
+
+def hook(runner: Any, collector: StepTargets) -> None:
+    """Makes a model runner of vLLM hand the hidden states of every step to `collector`.
+
+    Raises: RuntimeError if the runner has neither of the two known forms.
+    """
+    if hasattr(runner, "_get_prompt_logprobs_dict"):  # V1, on CPUs
+        original = runner._get_prompt_logprobs_dict
+
+        def get_prompt_logprobs_dict(hidden: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+            collector.add(hidden, _spans_v1(runner, num_scheduled_tokens))
+            return original(hidden, num_scheduled_tokens)
+
+        runner._get_prompt_logprobs_dict = get_prompt_logprobs_dict
+        return
+    worker = getattr(runner, "prompt_logprobs_worker", None)
+    if not all(hasattr(worker, name) for name in ("add_request", "remove_request", "compute_prompt_token_id_logprobs")):
+        raise RuntimeError(f"{type(runner).__name__}: found no step that computes prompt log-probabilities")
+    _hook_v2(runner, worker, collector)
+
+
+def _hook_v2(runner: Any, worker: Any, collector: StepTargets) -> None:
+    wanted: dict[str, Any] = {}
+    add, remove, compute = worker.add_request, worker.remove_request, worker.compute_prompt_token_id_logprobs
+
+    def add_request(name: str, index: int, params: Any) -> None:
+        if params.extra_args and KEY in params.extra_args:
+            wanted[name] = params.extra_args[KEY]
+        add(name, index, params)
+
+    def remove_request(name: str) -> None:
+        wanted.pop(name, None)
+        remove(name)
+
+    def spans(batch: Any, prompt_lens: np.ndarray) -> Iterator[Span]:
+        for i, name in enumerate(batch.req_ids):
+            if name not in wanted:
+                continue
+            index = batch.idx_mapping_np[i]
+            length = int(prompt_lens[index])
+            # Only labels need the tokens themselves, which are on the device.
+            token_ids = (
+                runner.req_states.all_token_ids.gpu[index, :length].tolist() if collector.timed else range(length)
+            )
+            offset, first = int(batch.query_start_loc_np[i]), int(batch.num_computed_tokens_np[i])
+            yield Span(wanted[name], offset, first, int(batch.num_scheduled_tokens[i]), token_ids)
+
+    def compute_prompt_token_id_logprobs(
+        logits_fn: Any, hidden: Tensor, batch: Any, prompt_lens: np.ndarray
+    ) -> dict[str, Tensor]:
+        collector.add(hidden, spans(batch, prompt_lens))
+        found: dict[str, Tensor] = compute(logits_fn, hidden, batch, prompt_lens)
+        return found
+
+    worker.add_request, worker.remove_request = add_request, remove_request
+    worker.compute_prompt_token_id_logprobs = compute_prompt_token_id_logprobs
+
+
+def hook_layers(model: nn.Module, collector: StepTargets, layers: Sequence[int], count: int) -> list[RemovableHandle]:
+    """Makes the inputs of some layers, which are the states of those before them, the collector's `inner`.
+
+    Raises: RuntimeError if the model has not one list of `count` layers.
+    """
+    if not layers:
+        return []
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == count]
+    if len(lists) != 1:
+        raise RuntimeError(f"{type(model).__name__}: found {len(lists)} lists of {count} layers, expected one")
+
+    def keep(layer: int) -> Callable[..., None]:
+        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # positions, hidden states and, in most models, what is still to be added to them; later layers work in
+            # place, hence the copy.
+            states = [each for each in (*args, *kwargs.values()) if torch.is_tensor(each) and each.is_floating_point()]
+            collector.inner[layer] = states[0].clone() if len(states) == 1 else states[0] + states[1]
+
+        return pre_hook
+
+    return [lists[0][layer].register_forward_pre_hook(keep(layer), with_kwargs=True) for layer in layers]
+
+
+@torch.inference_mode()
+def stored_head(model: Any, vocab_size: int) -> tuple[Tensor, Tensor | None, float, float | None]:
+    """See `TargetsExtension.distill_head`."""
+    head, processor = model.lm_head, model.logits_processor
+    weight = head.weight[:vocab_size]
+    bias = getattr(head, "bias", None)
+    bias = None if bias is None else bias[:vocab_size]
+    scale, softcap = float(processor.scale), processor.soft_cap
+    generator = torch.Generator().manual_seed(2)
+    states = torch.randn((12, weight.shape[1]), generator=generator).to(weight)
+    for factor in (1.0, 1e3):
+        products = nn.functional.linear(
+            (states * factor).float(), weight.float(), None if bias is None else bias.float()
+        )
+        found = model.compute_logits(states * factor)
+        expected = scaled_and_capped(products, scale, softcap)
+        if found is None or deviation(found[:, :vocab_size], expected) > tolerance(expected, roundings=8):
+            raise RuntimeError(
+                f"{type(model).__name__}: its logits are not a matrix times a hidden state, scaled and soft-capped"
+            )
+    return weight.cpu(), None if bias is None else bias.cpu(), scale, softcap
+
+
+def _spans_v1(runner: Any, num_scheduled_tokens: dict[str, int]) -> Iterable[Span]:
+    for name, tokens in num_scheduled_tokens.items():
+        request = runner.requests[name]
+        params = request.sampling_params
+        wanted = None if params is None or not params.extra_args else params.extra_args.get(KEY)
+        if wanted is None:
+            continue
+        offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]])
+        yield Span(wanted, offset, request.num_computed_tokens, tokens, request.prompt_token_ids)
