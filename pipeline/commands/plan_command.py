@@ -16,7 +16,8 @@ from pipeline.commands.click_options import (
     here_with_flags,
     json_option,
 )
-from pipeline.teacher.cache_config import GENERATION, PROCESSES, CacheTeacherConfig
+from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+from pipeline.teacher.generation.generation_config import GENERATION
 
 # What only the writing of a cache needs.
 _WITHOUT_GROUPS = (GENERATION, PROCESSES)

@@ -32,7 +32,7 @@ from pipeline.teacher.engines.vllm_engine import VllmEngine, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths
-from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus
+from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus

@@ -10,7 +10,9 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.options import Option, build, options_of
 from pipeline.student.train_config import LORA, TrainStudentConfig
-from pipeline.teacher.cache_config import GENERATION, HIDDEN, MASKED, PROCESSES, TEXT, CacheTeacherConfig
+from pipeline.teacher.cache_config import HIDDEN, MASKED, PROCESSES, TEXT, WITHOUT_VLLM, CacheTeacherConfig
+from pipeline.teacher.engines.engine_config import VLLM
+from pipeline.teacher.generation.generation_config import GENERATION
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from runs import command as run
 
@@ -18,7 +20,8 @@ TEACHER = options_of(CacheTeacherConfig)
 BASE = {"teacher": "t", "data": "d", "output": "o"}
 # Options that are of use with generated text as well.
 ALSO_GENERATED = {"data_config", "split", "text_column", "sample_by", "max_documents", "seq_len"}
-ALSO_GENERATED |= {"allow_rounding", "stale_after"}
+ALSO_GENERATED |= {"chat_template_kwargs", "template_date", "allow_rounding", "stale_after"}
+VALUES = {"chat_template_kwargs": '{"enable_thinking": false}', "template_date": "2026-01-31", "device_map": "auto"}
 
 
 def names(group: str, options: dict[str, Option] = TEACHER) -> list[str]:
@@ -29,6 +32,8 @@ def names(group: str, options: dict[str, Option] = TEACHER) -> list[str]:
 
 def other_value(declared: Option) -> Any:
     """A value in range that is not the default."""
+    if declared.name in VALUES:
+        return VALUES[declared.name]
     if declared.type is bool:
         return declared.default is not True
     if declared.metadata.choices:
@@ -63,6 +68,18 @@ def test_options_of_given_text_with_generation(name: str):
 @pytest.mark.parametrize("name", sorted(ALSO_GENERATED))
 def test_options_of_both(name: str):
     build(CacheTeacherConfig, {**BASE, "generate": True, name: other_value(TEACHER[name])})
+
+
+@pytest.mark.parametrize("name", names(VLLM))
+def test_options_of_vllm_without_it(name: str):
+    value = {"tensor_parallel_size": 2} if name == "engine_args" else other_value(TEACHER[name])
+    assert refused(CacheTeacherConfig, {**BASE, name: value}).startswith(f"`{name}`: only with `engine=vllm`.")
+
+
+@pytest.mark.parametrize("name", sorted({*WITHOUT_VLLM, *names(MASKED)}))
+def test_options_that_vllm_does_not_have(name: str):
+    message = refused(CacheTeacherConfig, {**BASE, "engine": "vllm", name: other_value(TEACHER[name])})
+    assert message.startswith(f"`{'engine` vllm' if name in names(MASKED) else name + '`'}")
 
 
 def test_hidden_targets_with_generation():

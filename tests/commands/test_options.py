@@ -113,7 +113,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     [
         ("a.toml", "x = ", "not TOML"),
         ("a.json", "{", "not JSON"),
-        ("a.json", "[1]", "found a list, expected names of options"),
+        ("a.json", "[1]", "found a list, expected names with their values"),
         ("a.json", '{"learning_rat": 1}', "learning_rat: no such option. Did you mean learning_rate?"),
         ("a.json", '{"learning_rate": "fast"}', 'learning_rate is "fast", expected a number'),
         ("a.json", '{"max_steps": 1.5}', "max_steps is 1.5, expected a whole number"),

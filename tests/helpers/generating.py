@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
+from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 
 K = 16

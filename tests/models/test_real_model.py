@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import cache_format as cf
-from benchmarks.variance import drawn, threshold_of, variance
+from benchmarks.variance import sampled_error, threshold_of, variance
 from dense import Deviation, captured_for, check_row, document_logprobs
 from head_sums import fused_sums
 from pipeline.losses import TAIL_POLICIES, sparse_kl
 from pipeline.models.head import check_packing, open_head
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
+from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from tiny import conversations, english, write_jsonl
 
@@ -176,4 +177,4 @@ def test_threshold_has_less_variance_than_random_at_as_many_entries(model: PreTr
         assert variance(p, threshold) < 0.7 * variance(p, random)
         few = logits[::8]
         for rule in (random, threshold):
-            assert drawn(few, p[::8], rule) == pytest.approx(variance(p[::8], rule), rel=0.15)
+            assert sampled_error(few, p[::8], rule) == pytest.approx(variance(p[::8], rule), rel=0.15)

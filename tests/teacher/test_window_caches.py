@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 import cache_format as cf
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset
 from pipeline.student.data.dataset import CacheDataset
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, GenerationConfig, WorkerConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, WorkerConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
+from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text import packing
 from pipeline.teacher.text.windows import DocumentTokens

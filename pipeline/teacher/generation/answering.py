@@ -16,10 +16,10 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.errors import DataError
-from pipeline.teacher.cache_config import Keep
 from pipeline.teacher.engines.interface import BatchSizeHalved, TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
 from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerSettings, Request
+from pipeline.teacher.generation.generation_config import Keep
 from pipeline.teacher.generation.predicates import Predicate, choose
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.packing import add_row_to

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.teacher.cache_config import GenerationConfig
+from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.packing import TokenRow

@@ -31,13 +31,14 @@ from pipeline.errors import ConfigError
 from pipeline.models.loading import load_config, model_name
 from pipeline.models.objective import Objective, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
-from pipeline.teacher.cache_config import CacheTeacherConfig, GenerationConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
 from pipeline.teacher.engines.interface import TeacherEngine
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, Selection
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
+from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.text.data_paths import data_name

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.teacher.cache_config import Keep
 from pipeline.teacher.generation.answers import Answer
+from pipeline.teacher.generation.generation_config import Keep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text.corpus import tokenise_documents
-from pipeline.teacher.text.masked_corpus import build_masked_corpus
+from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts
 from tiny import tiny_sentencepiece, tiny_tokenizer, write_jsonl

@@ -74,7 +74,8 @@ def documents(
         row, "row 0", columns=Columns("messages", ("messages",)), loss_on=loss_on, turns=turns, template=template
     )
     found = []
-    for ids, targets in zip(*encode(examples, tokenizer), strict=True):
+    for each in encode(examples, tokenizer):
+        ids, targets = each.ids, each.targets
         edges = np.flatnonzero(np.diff(np.concatenate([[0], targets, [0]])))
         found.append((ids.tolist(), [ids[a:b].tolist() for a, b in edges.reshape(-1, 2)], tokenizer))
     return found

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.targets.philox import uniforms
-from pipeline.teacher.text.masked_corpus import MaskedCorpus, build_masked_corpus, cut_windows
-from pipeline.teacher.text.masking import Masker
+from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus, cut_windows
+from pipeline.teacher.text.masked.masking import Masker
 from tiny import completions, english, write_jsonl
 from tiny_masked import bpe_tokenizer, wordpiece_tokenizer
 

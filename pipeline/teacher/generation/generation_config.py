@@ -1,0 +1,75 @@
+"""Options of `cache-teacher --generate`. Standard library only (see `pipeline.options`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from pipeline.errors import ConfigError
+from pipeline.options import check_ranges, option
+
+GENERATION = "Generation"
+MAX_SEED = 2**64 - 1
+
+Keep = Literal["all", "first", "best"]
+KEEP: tuple[Keep, ...] = get_args(Keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How the teacher answers prompts, and which answers are kept."""
+
+    PREFIX: ClassVar = "gen_"
+
+    temperature: float = option(
+        1.0,
+        help="Sampling temperature; 0 is greedy. Does not affect the targets.",
+        group=GENERATION,
+        minimum=0,
+        below=float("inf"),
+    )
+    top_p: float = option(
+        1.0,
+        help="Sample from the smallest set of most likely tokens with this total probability.",
+        group=GENERATION,
+        above=0,
+        maximum=1,
+    )
+    top_k: int = option(
+        0, help="Sample from the N most likely tokens; 0: all.", group=GENERATION, minimum=0, maximum=2**31
+    )
+    seed: int = option(
+        0, help="Seed for sampling (combined with prompt and answer).", group=GENERATION, minimum=0, maximum=MAX_SEED
+    )
+    answers_per_prompt: int = option(1, help="Answers per prompt.", group=GENERATION, minimum=1, maximum=2**16)
+    max_new_tokens: int = option(
+        256, help="Maximum length of an answer in tokens.", group=GENERATION, minimum=1, maximum=2**24
+    )
+    stop: tuple[str, ...] = option(
+        (), help="String that ends an answer; may be given several times.", group=GENERATION, metavar="TEXT"
+    )
+    keep_if: str | None = option(
+        None,
+        help="Keep only answers that this function accepts: module:function or file.py:function.",
+        group=GENERATION,
+        metavar="FUNCTION",
+    )
+    keep: Keep = option(
+        "all", help="Which accepted answers to a prompt to keep: all, the first, or the most likely.", group=GENERATION
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, self.PREFIX)
+        if self.temperature == 0.0 and self.answers_per_prompt > 1:
+            raise ConfigError(
+                f"`gen_answers_per_prompt` {self.answers_per_prompt}: with `gen_temperature=0` all answers to a prompt "
+                "are the same. Use 1, or a higher temperature."
+            )
+        if "" in self.stop:
+            raise ConfigError("`gen_stop`: found an empty string, which every text contains. Leave it out.")
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the answers, as in the manifest."""
+        decides = asdict(self)
+        del decides["keep_if"], decides["keep"]
+        return {**decides, "stop": list(self.stop)}
