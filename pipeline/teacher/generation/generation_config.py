@@ -1,4 +1,4 @@
-"""Options of `cache-teacher --generate`. Standard library only (see `pipeline.options`)."""
+"""Options of a teacher that answers prompts. Standard library only (see `pipeline.options`)."""
 
 from __future__ import annotations
 

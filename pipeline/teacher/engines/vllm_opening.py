@@ -1,0 +1,91 @@
+"""Opens a teacher in vLLM: the version, the arguments, and a comparison with vLLM's own log-probabilities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models.loading import reason
+from pipeline.teacher.engines.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm_version import installed
+
+TESTED_VERSIONS = ("0.32",)
+EXTENSION = "pipeline.teacher.engines.vllm_worker.TargetsExtension"
+OWN_ARGUMENTS = {"model", "worker_extension_cls", "enable_prefix_caching", "logprobs_mode"}
+
+
+def open_vllm(
+    teacher: str,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    dtype: str,
+    engine_args: Mapping[str, Any],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    store_head: bool = False,
+    allow_untested: bool = False,
+    timed: bool = False,
+) -> VllmEngine:
+    """A teacher in vLLM, compared with vLLM's own prompt log-probabilities.
+
+    Args:
+        vocab_size: V.
+        seq_len: tokens of the longest document.
+        dtype: auto is float32 on a CPU, as in the other engine, and the checkpoint's own elsewhere.
+        engine_args: other arguments of vLLM's `EngineArgs`; they win over what is chosen here.
+
+    Raises:
+        ConfigError: vLLM is missing or of another version, or an argument is one that it does not know or that the
+            engine has to choose itself.
+        ModelError: vLLM cannot load the teacher, or the targets do not agree with its own log-probabilities.
+    """
+    check_installed(allow_untested=allow_untested)
+    if taken := sorted(set(engine_args) & OWN_ARGUMENTS):
+        raise ConfigError(f"`engine_args`: {taken[0]} is set by distill. Leave it out.")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, so that runs can be repeated
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+
+    known = {each.name for each in fields(EngineArgs)}
+    if unknown := sorted(set(engine_args) - known):
+        raise ConfigError(
+            f"`engine_args`: {unknown[0]} is not an argument of {' '.join(installed() or ())}. Names are those of the "
+            "options of vllm serve, with underscores."
+        )
+    on_cpu = current_platform.is_cpu()
+    arguments = {
+        "model": teacher,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
+        "max_model_len": seq_len + 1,  # vLLM always generates a token
+        "enforce_eager": on_cpu,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        **engine_args,
+        "worker_extension_cls": EXTENSION,
+        "enable_prefix_caching": False,  # a position whose state is not computed has no targets
+    }
+    try:
+        engine = VllmEngine(arguments, vocab_size=vocab_size, store_head=store_head, timed=timed)
+    except (ValueError, RuntimeError, OSError, NotImplementedError, AssertionError) as error:
+        raise ModelError(f"{teacher}: vLLM cannot load it: {reason(error)}. Use `engine=transformers`.") from error
+    engine.check()
+    return engine
+
+
+def check_installed(*, allow_untested: bool = False) -> None:
+    """Raises: ConfigError if vLLM is missing or of a version that was not tested."""
+    found = installed()
+    if found is None:
+        raise ConfigError("`engine` vllm: vLLM is not installed. Run: pip install 'distill[vllm]'.")
+    if not allow_untested and not found[1].startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS)):
+        raise ConfigError(
+            f"`engine` vllm: found {' '.join(found)}, tested with {', '.join(TESTED_VERSIONS)}. The engine uses "
+            "private interfaces, which change. Install a tested version, or use `allow_untested`."
+        )
