@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 
@@ -78,26 +79,28 @@ def cache_teacher(
         on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
-    engine = open_engine(config, corpus, tokenizer, device)
-    stored_head = engine.stored_head
-    metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))
+    with closing(open_engine(config, corpus, tokenizer, device)) as engine:
+        stored_head = engine.stored_head
+        metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))
 
-    states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
-    states += describe_head(stored_head, engine.vocab_size)
-    on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
-    if config.overwrite and not worker.follows:
-        # Not earlier: text and teacher have now been read successfully.
-        cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
-    metadata = as_begun(config, metadata)
-    options = {"head": None if stored_head is None else stored_head.contents}
-    with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options) as writer:
-        if not worker.follows:
-            save_config(config)
-        for holder in writer.taken_over:
-            on_warning(f"{config.output}: {holder} is gone; this run takes over")
-        capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
-        capture.run()
-    return capture.summary()
+        states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
+        states += describe_head(stored_head, engine.vocab_size)
+        on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
+        if config.overwrite and not worker.follows:
+            # Not earlier: text and teacher have now been read successfully.
+            cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
+        metadata = as_begun(config, metadata)
+        options = {"head": None if stored_head is None else stored_head.contents}
+        with worker.open_writer(
+            config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options
+        ) as writer:
+            if not worker.follows:
+                save_config(config)
+            for holder in writer.taken_over:
+                on_warning(f"{config.output}: {holder} is gone; this run takes over")
+            capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
+            capture.run()
+        return capture.summary()
 
 
 def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Corpus) -> str:

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,40 +127,40 @@ def plan_cache(
     for warning in corpus.warnings:
         on_warning(warning)
     on_stage(f"loading the teacher on {device}")
-    engine = open_engine(config, corpus, tokenizer, device, timed=True)
-    config.targets.check_vocabulary(engine.vocab_size)
-    others = [_beside(rule, config.targets) for rule in OTHERS if (rule.top_k or 0) <= engine.vocab_size]
-    rules = [config.targets, *(rule for rule in others if _main_part(rule) != _main_part(config.targets))]
+    with closing(open_engine(config, corpus, tokenizer, device, timed=True)) as engine:
+        config.targets.check_vocabulary(engine.vocab_size)
+        others = [_beside(rule, config.targets) for rule in OTHERS if (rule.top_k or 0) <= engine.vocab_size]
+        rules = [config.targets, *(rule for rule in others if _main_part(rule) != _main_part(config.targets))]
 
-    taken = min(sample_rows or rows_together(config), len(corpus))
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
-    on_stage(f"running the teacher on {len(chosen)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
-    stored_head = engine.stored_head
-    beside = None if engine.hidden is None else without_states_of(engine.hidden, stored_head)
-    states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
-    # Of other layers the bytes are known beforehand.
-    engine.hidden = None if stored_head is None else _states_of_targets(config, engine, stored_head)
-    requests = [row_request(config, corpus, index, engine.hidden) for index in chosen]
-    sample = _Sample(config, engine, rules, states)
-    while True:
-        try:
-            sample.run(requests, on_progress)
-            break
-        except BatchSizeHalved:
-            pass
-    return Plan(
-        rows=len(corpus),
-        tokens=corpus.num_tokens,
-        counted_tokens=corpus.num_loss_tokens,
-        sample_rows=len(requests),
-        sample_tokens=sample.tokens,
-        forward_tokens_per_s=sample.forward_speeds,
-        rules=tuple(sample.plan(rule, corpus, chosen=i == 0) for i, rule in enumerate(rules)),
-        encoding=config.encoding,
-        free_bytes=_free_bytes(config.output),
-        cost_per_hour=cost_per_hour,
-        position_loss=sample.position_loss(corpus) if isinstance(corpus, TokenCorpus) else None,
-    )
+        taken = min(sample_rows or rows_together(config), len(corpus))
+        chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
+        on_stage(f"running the teacher on {len(chosen)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
+        stored_head = engine.stored_head
+        beside = None if engine.hidden is None else without_states_of(engine.hidden, stored_head)
+        states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
+        # Of other layers the bytes are known beforehand.
+        engine.hidden = None if stored_head is None else _states_of_targets(config, engine, stored_head)
+        requests = [row_request(config, corpus, index, engine.hidden) for index in chosen]
+        sample = _Sample(config, engine, rules, states)
+        while True:
+            try:
+                sample.run(requests, on_progress)
+                break
+            except BatchSizeHalved:
+                pass
+        return Plan(
+            rows=len(corpus),
+            tokens=corpus.num_tokens,
+            counted_tokens=corpus.num_loss_tokens,
+            sample_rows=len(requests),
+            sample_tokens=sample.tokens,
+            forward_tokens_per_s=sample.forward_speeds,
+            rules=tuple(sample.plan(rule, corpus, chosen=i == 0) for i, rule in enumerate(rules)),
+            encoding=config.encoding,
+            free_bytes=_free_bytes(config.output),
+            cost_per_hour=cost_per_hour,
+            position_loss=sample.position_loss(corpus) if isinstance(corpus, TokenCorpus) else None,
+        )
 
 
 def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:

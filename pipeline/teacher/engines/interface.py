@@ -194,3 +194,7 @@ class TeacherEngine(Protocol):
         Raises: BatchSizeHalved. ModelError if the teacher's logits are not all finite.
         """
         ...
+
+    def close(self) -> None:
+        """Frees what outlives the object, such as other processes."""
+        ...

@@ -339,6 +339,9 @@ class TransformersEngine:
             on_answers(written)
         return answers
 
+    def close(self) -> None:
+        """Nothing to do: the model is freed with the object, unless it was given as one."""
+
     def _within_memory(self, compute: Callable[[], T]) -> T:
         """Raises: BatchSizeHalved; ConfigError where the batch size cannot be halved by one process alone."""
         try:

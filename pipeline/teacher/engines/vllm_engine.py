@@ -176,6 +176,7 @@ class VllmEngine:
                     document.failed(error)
                 with contextlib.suppress(Exception):
                     engine.abort_request([*engine.output_processor.request_states])
+        engine.engine_core.shutdown()
 
     def _step(self, engine: LLMEngine) -> None:
         finished = [output for output in engine.step() if output.finished]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,61 +122,61 @@ def generate_cache(
         on_warning(warning)
 
     on_stage(f"loading the teacher on {device}")
-    engine = open_engine(config, prompts, tokenizer, device)
-    config.targets.check_vocabulary(engine.vocab_size)
-    if isinstance(engine, TransformersEngine):
-        check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
-    stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
-    settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
-    if manifest is not None:
-        _check_same_things(config, manifest, settings)
-        return _summary_of(config.output, manifest)
-    with store:
-        store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
+    with closing(open_engine(config, prompts, tokenizer, device)) as engine:
+        config.targets.check_vocabulary(engine.vocab_size)
+        if isinstance(engine, TransformersEngine):
+            check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
+        stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
+        settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
+        if manifest is not None:
+            _check_same_things(config, manifest, settings)
+            return _summary_of(config.output, manifest)
+        with store:
+            store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
 
-        on_stage(f"writing {generation.answers_per_prompt} answers to each of {prompts.answerable.sum():,} prompts")
-        answering = Answering(
-            prompts,
-            store,
-            engine,
-            AnswerSettings(
-                tokenizer=tokenizer,
-                rule=config.targets,
-                sampling=generation,
-                stop_tokens=frozenset(stop_tokens),
-                max_length=config.data.seq_len,
-            ),
-            answers_per_prompt=generation.answers_per_prompt,
-            predicate=predicate,
-            keep=generation.keep,
-            on_progress=on_progress,
+            on_stage(f"writing {generation.answers_per_prompt} answers to each of {prompts.answerable.sum():,} prompts")
+            answering = Answering(
+                prompts,
+                store,
+                engine,
+                AnswerSettings(
+                    tokenizer=tokenizer,
+                    rule=config.targets,
+                    sampling=generation,
+                    stop_tokens=frozenset(stop_tokens),
+                    max_length=config.data.seq_len,
+                ),
+                answers_per_prompt=generation.answers_per_prompt,
+                predicate=predicate,
+                keep=generation.keep,
+                on_progress=on_progress,
+            )
+            selection = answering.run()
+
+            on_stage(f"caching {len(selection.chosen):,} of {selection.answers:,} answers")
+            corpus = _corpus(generation, prompts, stop_tokens, predicate, answering)
+            grouped = config
+            if config.rows_per_shard is None:
+                # Answers are shorter than their window, so size shards by the actual number of tokens.
+                together = rows_together(config)
+                per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
+                grouped = replace(config, rows_per_shard=max(together, per_shard))
+            metadata = cache_metadata(grouped, corpus, engine, tokenizer_fingerprint(tokenizer))
+            if config.overwrite:
+                # Not earlier: only now is there something to replace it.
+                cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
+            metadata = as_begun(config, metadata)
+            with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
+                save_config(config)
+                _write_cache(config.output, writer, answering)
+            store.remove()
+        return replace(
+            _summary_of(config.output, cf.open_cache(config.output).manifest),
+            exact_mass=1.0 - selection.outside_sum / selection.counted_tokens,
+            seconds=time.perf_counter() - started,
+            tokens_per_s=answering.tokens_written / (time.perf_counter() - answering.started),
+            resumed_answers=answering.resumed,
         )
-        selection = answering.run()
-
-        on_stage(f"caching {len(selection.chosen):,} of {selection.answers:,} answers")
-        corpus = _corpus(generation, prompts, stop_tokens, predicate, answering)
-        grouped = config
-        if config.rows_per_shard is None:
-            # Answers are shorter than their window, so size shards by the actual number of tokens.
-            together = rows_together(config)
-            per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
-            grouped = replace(config, rows_per_shard=max(together, per_shard))
-        metadata = cache_metadata(grouped, corpus, engine, tokenizer_fingerprint(tokenizer))
-        if config.overwrite:
-            # Not earlier: only now is there something to replace it.
-            cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
-        metadata = as_begun(config, metadata)
-        with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
-            save_config(config)
-            _write_cache(config.output, writer, answering)
-        store.remove()
-    return replace(
-        _summary_of(config.output, cf.open_cache(config.output).manifest),
-        exact_mass=1.0 - selection.outside_sum / selection.counted_tokens,
-        seconds=time.perf_counter() - started,
-        tokens_per_s=answering.tokens_written / (time.perf_counter() - answering.started),
-        resumed_answers=answering.resumed,
-    )
 
 
 def _check_writes(config: CacheTeacherConfig) -> None:
