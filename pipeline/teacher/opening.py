@@ -29,7 +29,7 @@ from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.engines.vllm_engine import VllmEngine
-from pipeline.teacher.engines.vllm_opening import open_vllm
+from pipeline.teacher.engines.vllm_opening import check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths
@@ -182,12 +182,14 @@ def _open_vllm(
     vocab_size = real_vocab_size(tokenizer, rows)
     _check_tokens(config, text, tokenizer, vocab_size)
     _check_length(config, known)
+    arguments = config.running.arguments()
+    check_rotary(known, model_name(config.teacher), arguments.get("max_model_len", config.data.seq_len + 1))
     engine = open_vllm(
         str(config.teacher),
         vocab_size=vocab_size,
         seq_len=config.data.seq_len,
         dtype=config.dtype,
-        engine_args=config.running.arguments(),
+        engine_args=arguments,
         store_head=config.targets.kind == "hidden",
         allow_untested=config.running.allow_untested,
         timed=timed,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import reason
 from pipeline.teacher.engines.vllm_engine import VllmEngine
@@ -89,3 +91,21 @@ def check_installed(*, allow_untested: bool = False) -> None:
             f"`engine` vllm: found {' '.join(found)}, tested with {', '.join(TESTED_VERSIONS)}. The engine uses "
             "private interfaces, which change. Install a tested version, or use `allow_untested`."
         )
+
+
+def check_rotary(config: PreTrainedConfig, name: str, max_model_len: int) -> None:
+    """Raises: ConfigError for rotary embeddings that vLLM fixes for all lengths; they depend on a document's length.
+
+    longrope (Phi-3): vLLM takes the long frequencies for every document if any may be long. dynamic NTK: it takes those
+    of the longest possible document.
+    """
+    given: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [given, *(each for each in given.values() if isinstance(each, dict))]
+    for each in kinds:
+        kind, limit = each.get("rope_type"), each.get("original_max_position_embeddings")
+        if kind == "dynamic" or (kind == "longrope" and limit is not None and max_model_len > limit):
+            use = f" or documents of at most {limit - 1:,} tokens" if kind == "longrope" else ""
+            raise ConfigError(
+                f"`engine` vllm: {name} has rotary embeddings of kind {kind}, which depend on the length of a "
+                f"document; vLLM uses those of long documents for all. Use `engine=transformers`{use}."
+            )
