@@ -193,6 +193,7 @@ def _open_vllm(
         store_head=config.targets.kind == "hidden",
         allow_untested=config.running.allow_untested,
         timed=timed,
+        generates=config.generation is not None,
         **_source(config),
     )
     engine.hidden = states_spec(config.hidden, engine, engine.stored_head)

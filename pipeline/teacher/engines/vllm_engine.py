@@ -22,7 +22,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,6 +74,7 @@ class _Row:
     parts: list[Collected | None]
     done: Future[list[cf.CacheRow]] = field(default_factory=Future)  # by rule
     ended: float = 0.0
+    reported: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,16 @@ class _RunningRows:
     pending: Sequence[_Row]
     engine: VllmEngine
     began: float
+    on_batch: OnBatch
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
-        return [row.done.result()[rule] for row in self.pending]
+        found = []
+        for row in self.pending:
+            found.append(row.done.result()[rule])
+            if not row.reported:  # here and not in vLLM's thread, so that what it raises reaches the caller
+                row.reported = True
+                self.on_batch([row.request])
+        return found
 
     def measured(self) -> list[Measured]:
         """As if all rows were one batch: what shares a step is up to the scheduler."""
@@ -318,15 +326,15 @@ class VllmEngine:
         began = time.perf_counter()
         if self.timed:
             self.selection_seconds()  # of what ran before
-        self._submit([each for row in rows for each in self._documents_of(row, on_batch)])
-        return _RunningRows(rows, self, began)
+        self._submit([each for row in rows for each in self._documents_of(row)])
+        return _RunningRows(rows, self, began, on_batch)
 
     def selection_seconds(self) -> list[float]:
         """That the selection of targets has taken since this was asked last, by rule."""
         ranks: list[list[float]] = self._rpc("distill_seconds")
         return [max(each) for each in zip(*ranks, strict=True)]
 
-    def _documents_of(self, row: _Row, on_batch: OnBatch) -> Iterator[tuple[str, _Document]]:
+    def _documents_of(self, row: _Row) -> Iterator[tuple[str, _Document]]:
         """A request for every segment of a row."""
         from vllm import SamplingParams
 
@@ -349,7 +357,6 @@ class VllmEngine:
                 if all(part is not None for part in row.parts):
                     row.ended = time.perf_counter()
                     _settle(row.done, lambda: self._rows(row))
-                    on_batch([row.request])
 
             token_ids = np.asarray(request.row.input_ids[here]).tolist()
             yield name, _Document(token_ids, params, done, partial(_fail, row.done))
@@ -374,7 +381,6 @@ class VllmEngine:
 
             def done(output: RequestOutput, collected: Collected, request: Request = request, answer=answer) -> None:
                 _settle(answer, lambda: _answer(request, output, collected, settings))
-                on_answers([] if answer.exception() else [answer.result()])
 
             params = _sampling(name, request, settings)
             documents.append(
@@ -382,6 +388,8 @@ class VllmEngine:
             )
             answers.append(answer)
         self._submit(documents)
+        for answer in as_completed(answers):
+            on_answers([answer.result()])
         return [answer.result() for answer in answers]
 
 

@@ -31,6 +31,7 @@ def open_vllm(
     store_head: bool = False,
     allow_untested: bool = False,
     timed: bool = False,
+    generates: bool = False,
 ) -> VllmEngine:
     """A teacher in vLLM, compared with vLLM's own prompt log-probabilities.
 
@@ -39,6 +40,7 @@ def open_vllm(
         seq_len: tokens of the longest document.
         dtype: auto is float32 on a CPU, as in the other engine, and the checkpoint's own elsewhere.
         engine_args: other arguments of vLLM's `EngineArgs`; they win over what is chosen here.
+        generates: the teacher will write answers.
 
     Raises:
         ConfigError: vLLM is missing or of another version, or an argument is one that it does not know or that the
@@ -69,6 +71,8 @@ def open_vllm(
         "enforce_eager": on_cpu,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        # On a CPU, vLLM fails on a part of a prompt whose answer has a seed.
+        **({"enable_chunked_prefill": False} if on_cpu and generates else {}),
         **engine_args,
         "worker_extension_cls": EXTENSION,
         "enable_prefix_caching": False,  # a position whose state is not computed has no targets

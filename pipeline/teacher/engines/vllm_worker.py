@@ -388,7 +388,7 @@ def hook_layers(model: nn.Module, collector: StepTargets, layers: Sequence[int],
 @torch.inference_mode()
 def stored_head(model: Any, vocab_size: int) -> tuple[Tensor, Tensor | None, float, float | None]:
     """See `TargetsExtension.distill_head`."""
-    head, processor = model.lm_head, model.logits_processor
+    head, processor = getattr(model, "lm_head", None) or model.model.embed_tokens, model.logits_processor  # if tied
     weight = head.weight[:vocab_size]
     bias = getattr(head, "bias", None)
     bias = None if bias is None else bias[:vocab_size]

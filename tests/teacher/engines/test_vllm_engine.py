@@ -60,7 +60,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**COMMON, tie_word_embeddings=True),
     "gemma3": Gemma3TextConfig(**COMMON, sliding_window=16),
     "mixture of experts": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
-    "soft-capping": Gemma2Config(**COMMON, sliding_window=16, final_logit_softcapping=6.0),
+    "soft-capping": Gemma2Config(**COMMON, sliding_window=16, final_logit_softcapping=6.0, attn_logit_softcapping=None),
 }
 TOP, TAIL = TargetRule(top_k=8), TargetRule(kind="threshold", tail_threshold=0.05)
 
@@ -135,7 +135,7 @@ def test_a_killed_run_is_continued(teachers: dict[str, Path], text: Path, tmp_pa
 
     def interrupt(progress: Any) -> None:
         seen.append(progress)
-        if progress.rows >= 40:
+        if progress.rows >= 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +143,7 @@ def test_a_killed_run_is_continued(teachers: dict[str, Path], text: Path, tmp_pa
     with pytest.raises(cf.MismatchError, match=r"capture\.engine"):
         cache_teacher(config_of(teachers["llama"], text, tmp_path / "cache", running=EngineConfig()))
     summary = cache_teacher(config)
-    assert summary.resumed_rows in (16, 32) and summary.finished
+    assert summary.resumed_rows == 16 and summary.finished
     rows = zip(
         cf.open_cache(tmp_path / "cache").iter_rows(), cf.open_cache(tmp_path / "whole").iter_rows(), strict=True
     )
@@ -172,6 +172,30 @@ def test_plan_measures_it(teachers: dict[str, Path], text: Path, tmp_path: Path)
     assert len(plan.rules) == 6 and all(rule.tokens_per_s > 0 for rule in plan.rules)
     assert plan.position_loss is not None and plan.position_loss.first.beginning is not None
     assert not (tmp_path / "cache").exists()
+
+
+def test_answers_do_not_depend_on_what_shares_the_steps(teachers: dict[str, Path]) -> None:
+    engine_args = {"max_num_batched_tokens": 128, "max_num_seqs": 4}
+    engine = open_vllm(
+        str(teachers["llama"]), vocab_size=V, seq_len=100, dtype="auto", engine_args=engine_args, generates=True
+    )
+    settings = AnswerSettings(
+        tokenizer=AutoTokenizer.from_pretrained(teachers["llama"]),
+        rule=TOP,
+        sampling=GenerationConfig(max_new_tokens=8),
+        stop_tokens=frozenset([0]),
+        max_length=128,
+    )
+    rng = np.random.default_rng(5)
+    requests = [Request(i, 0, rng.integers(3, V, 20 + i, dtype=np.int32)) for i in range(6)]
+    seen: list[int] = []
+    answers = engine.generate(requests, settings, lambda each: seen.extend(one.document for one in each))
+    together = {each.document: each.token_ids.tolist() for each in answers}
+    assert sorted(seen) == sorted(together) == list(range(6))
+    for request in requests[:3]:
+        (alone,) = engine.generate([request], settings)
+        assert alone.token_ids.tolist() == together[request.document]
+    engine.close()
 
 
 # -- one engine, used directly ----------------------------------------------------------------------------------------
@@ -211,22 +235,6 @@ def test_neither_steps_nor_preemption_change_targets(crowded: VllmEngine, teache
             start += length
     for one, other in zip(again.rows(1), running.rows(1)[:2], strict=True):
         np.testing.assert_array_equal(one.targets.ids, other.targets.ids)
-
-
-def test_answers_do_not_depend_on_what_shares_the_steps(crowded: VllmEngine, teachers: dict[str, Path]) -> None:
-    settings = AnswerSettings(
-        tokenizer=AutoTokenizer.from_pretrained(teachers["llama"]),
-        rule=TOP,
-        sampling=GenerationConfig(max_new_tokens=8),
-        stop_tokens=frozenset([0]),
-        max_length=128,
-    )
-    rng = np.random.default_rng(5)
-    requests = [Request(i, 0, rng.integers(3, V, 20 + i, dtype=np.int32)) for i in range(6)]
-    together = {each.document: each.token_ids.tolist() for each in crowded.generate(requests, settings)}
-    for request in requests[:3]:
-        (alone,) = crowded.generate([request], settings)
-        assert alone.token_ids.tolist() == together[request.document]
 
 
 def test_logits_that_are_not_finite_stop_the_row(crowded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
