@@ -135,8 +135,9 @@ def tokenise_documents(
     warnings = list(arguments.find_unused(config, chat_template, source, columns.names))
     if len(tokens) > len(rows):
         warnings.append(
-            f"{len(rows):,} chats became {len(tokens):,} documents, because the chat template renders earlier messages "
-            "differently once more follow, so that each answer needs a text of its own. `turns=last` keeps one."
+            f"{len(rows):,} chat{'s' if len(rows) > 1 else ''} became {len(tokens):,} documents: the chat template "
+            "renders earlier turns differently when more messages follow, so each answer gets a document of its own. "
+            "Use `turns=last` to keep only the last answer of each chat."
         )
     return replace(
         documents,

@@ -4,10 +4,10 @@
     tables          Arrow columns: Parquet, CSV, `save_to_disk`, hub datasets, given rows
 
 An Arrow column has one type, so that a struct has the keys of all rows and those that a row does not have are null.
-They are left out here, at any depth; what is null in a list, or in a column of JSON, stays. JSON files are not read as
-tables, because types that `datasets` infers for them change what is in them: absent keys become null, floats lose
-digits, a string that looks like a number, a date or JSON becomes one. JSON is parsed with the standard library for the
-same reason: the parser of `datasets` rounds floats.
+They are left out here, at any depth (but see `_arguments`); what is null in a list, or in a column of JSON, stays.
+JSON files are not read as tables, because types that `datasets` infers for them change what is in them: absent keys
+become null, floats lose digits, a string that looks like a number, a date or JSON becomes one. JSON is parsed with the
+standard library for the same reason: the parser of `datasets` rounds floats.
 """
 
 from __future__ import annotations
@@ -209,11 +209,30 @@ def _as_given(value: Any, feature: Any) -> Any:
     if isinstance(feature, datasets.Json):
         return json.loads(value) if isinstance(value, str) else value
     if isinstance(value, dict) and isinstance(feature, dict):
-        return {key: _as_given(item, feature.get(key)) for key, item in value.items() if item is not None}
+        return {
+            key: _arguments(item, kind) if key == "arguments" and isinstance(item, dict) else _as_given(item, kind)
+            for key, item, kind in ((key, item, feature.get(key)) for key, item in value.items())
+            if item is not None
+        }
     inner = _item_of(feature)
     if isinstance(value, list) and inner is not None and not isinstance(inner, datasets.Value):
         return [_as_given(item, inner) for item in value]
     return value
+
+
+def _arguments(value: dict[str, Any], feature: Any) -> dict[str, Any]:
+    """The arguments of a tool call. A key that is null in all rows has Arrow's null type; somebody has written it, and
+    Arrow appends keys in the order in which rows bring them: it belongs to the calls that have the key before it."""
+    found: dict[str, Any] = {}
+    before = None
+    for key, item in value.items():
+        kind = feature.get(key) if isinstance(feature, dict) else None
+        if item is not None:
+            found[key] = _as_given(item, kind)
+        elif before in found and kind == datasets.Value("null"):
+            found[key] = None
+        before = key
+    return found
 
 
 def _item_of(feature: Any) -> Any:

@@ -72,7 +72,7 @@ def documents_of(rows: list[dict[str, Any]], tmp_path: Path, tokenizer: Any, **o
 # ---- tables, whose columns have one type
 
 
-CALLS = [with_call(city="Graz"), with_call(left=2, right=3), with_call()]
+CALLS = [with_call(city="Graz"), with_call(left=2, right=3, unit=None), with_call()]  # a null that somebody wrote
 TOOLS = [
     [tool("forecast", city={"type": "string"})],
     [tool("add", left={"type": "number"}, right={"type": "string"})],
