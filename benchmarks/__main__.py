@@ -8,6 +8,7 @@ python -m benchmarks --quick                everything small, as a smoke test; r
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 
 import click
@@ -27,6 +28,7 @@ NAMES = (
     "variance",
     "reading",
     "shuffle",
+    "engines",
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,7 +52,8 @@ def main(names: tuple[str, ...], quick: bool, repetitions: int, teacher: Path, r
     logging.disable_progress_bar()
     settings = measure.Settings(quick=quick, repetitions=repetitions, teacher=teacher)
     directory = results or (None if quick else RESULTS)
-    for name in names or NAMES:
+    everything = [name for name in NAMES if name != "engines" or importlib.util.find_spec("vllm") is not None]
+    for name in names or everything:
         result = importlib.import_module(f"benchmarks.{name}").run(settings)
         measure.show(result)
         if directory is not None:

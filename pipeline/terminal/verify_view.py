@@ -43,7 +43,7 @@ def verify_view(
             f"{found.same_entries:.1%} are chosen again, at least {found.same_entries_allowed:.1%} expected "
             f"(rounding alone: {found.same_entries_rounding:.1%})",
         ),
-        ("weights", "the same" if found.same_weights else "another fingerprint (other weights, or another dtype)"),
+        ("weights", "the same" if found.same_weights else "another fingerprint (other weights, dtype or engine)"),
     ]
     why = Text(
         "Distances are beyond the rounding of stored values. Allowed is 2 to 4 times what random rounding errors of "
