@@ -282,10 +282,10 @@ WITHOUT_GENERATION = {
 """Option that cannot be combined with `generate` -> why."""
 
 WITHOUT_VLLM = {
-    "batch_size": ", or set `max_num_seqs` in `engine_args`",
+    "batch_size": ", or set max_num_seqs in `engine_args`",
     "device": "; vLLM runs on the device that it is built for",
     "device_map": "",
-    "tensor_parallel": ", and set `tensor_parallel_size` in `engine_args`",
+    "tensor_parallel": ", and set tensor_parallel_size in `engine_args`",
 }
 """Option that cannot be combined with `engine=vllm` -> what to do instead."""
 

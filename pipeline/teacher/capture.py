@@ -23,6 +23,7 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
+from pipeline.teacher.engines.vllm_version import installed
 from pipeline.teacher.opening import (
     Corpus,
     as_dated,
@@ -69,6 +70,9 @@ def cache_teacher(
     if not worker.follows:
         check_output(config, worker)
     device = worker.device(config.device)
+
+    if config.running.engine == "auto" and device.type == "cuda" and installed() is not None:
+        on_warning("vLLM is installed: `engine=vllm` is usually faster than transformers on a GPU")
 
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)

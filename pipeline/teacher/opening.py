@@ -29,7 +29,7 @@ from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.engines.vllm_engine import VllmEngine
-from pipeline.teacher.engines.vllm_opening import check_rotary, open_vllm
+from pipeline.teacher.engines.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths
@@ -76,7 +76,9 @@ class CachedText(Text, Protocol):
 
 
 def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
-    """Raises: ConfigError if an input of the run lies in one of the folders that it writes."""
+    """Raises: ConfigError if an input of the run lies in one of the folders that it writes, or vLLM is missing."""
+    if config.running.engine == "vllm":
+        check_installed(allow_untested=config.running.allow_untested)
     inputs = {
         "teacher": config.teacher,
         "tokenizer": config.tokenizer,

@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
 from pipeline.errors import ConfigError
+from pipeline.teacher import opening
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines import vllm_opening
@@ -71,7 +72,10 @@ def run(teacher: Any, data: Path, output: Path, **running: Any) -> None:
     )
 
 
-def test_files_of_engine_arguments(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_files_of_engine_arguments(
+    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "check_installed", lambda **_: None)
     (tmp_path / "args.toml").write_text("max_num_seqs = [")
     with pytest.raises(ConfigError, match=r"`engine_args` .*args.toml: not TOML"):
         run(teacher_dir, text_file, tmp_path / "cache", engine_args=str(tmp_path / "args.toml"))
