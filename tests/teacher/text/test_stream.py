@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing, windows
-from pipeline.teacher.text.masked import masked_corpus, windows
+from pipeline.teacher.text.masked import masked_corpus
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, add_row_to, build_corpus
 from tiny import completions, english, tiny_tokenizer, write_jsonl
