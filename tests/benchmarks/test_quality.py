@@ -104,6 +104,7 @@ def test_the_report_shows_the_runs_that_are_there_when_others_are_missing(finish
     assert data["summary"]["track2_runs_wanted"] == len(planned(TRACK_2.arms, range(3)))
 
 
+@pytest.mark.slow
 def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teacher_dir: Path):
     benchmark(
         tmp_path,

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,22 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(params=["local", "memory"])
 def directory(request, tmp_path) -> storage.Directory:
     return open_directory(tmp_path if request.param == "local" else f"memory://claims-{uuid.uuid4().hex}")
+
+
+@pytest.fixture(autouse=True)
+def no_heart_goes_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Claims that a test abandons would touch their files in the background of later tests."""
+    made: list[Claims] = []
+    begin = Claims.__init__
+
+    def remembered(self: Claims, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Claims, "__init__", remembered)
+    yield
+    for claims in made:
+        claims._closed.set()
 
 
 def plant(directory: storage.Directory, name: str, age_s: float = 0.0, **owner: Any) -> None:
