@@ -34,7 +34,7 @@ WAYS = ("transformers", "vllm", "vllm, top 64", "prompt_logprobs")
 
 
 def run(settings: Settings) -> Result:
-    rows, row_tokens = (4, 64) if settings.quick else (24, 512)
+    rows, row_tokens = (4, 64) if settings.quick else (8, 512)
     model, tokenizer = open_teacher(settings.teacher)
     vocab_size = real_vocab_size(tokenizer, model.get_output_embeddings().weight.shape[0])
     texts = itertools.islice(prose(500), 4 * rows)
