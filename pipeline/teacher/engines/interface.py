@@ -94,7 +94,7 @@ class RunningRows(Protocol):
         ...
 
     def measured(self) -> list[Measured]:
-        """Of a timed engine, once `rows` has returned."""
+        """What a timed engine measured; call it after `rows`."""
         ...
 
 
@@ -108,7 +108,7 @@ class StoredHead(Protocol):
 
     @property
     def width(self) -> int:
-        """Of these inputs."""
+        """Width of these inputs."""
         ...
 
     @property

@@ -32,7 +32,7 @@ from pipeline.models.padding import model_inputs
 from pipeline.models.placement import device_names
 from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest, Timing
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
+from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
@@ -169,8 +169,7 @@ class TransformersEngine:
     @property
     def eos_token_ids(self) -> set[int]:
         settings = self.head.model.generation_config
-        own = None if settings is None else settings.eos_token_id
-        return {int(token) for token in (own if isinstance(own, list) else [own]) if token is not None}
+        return token_set(None if settings is None else settings.eos_token_id)
 
     def layers(self) -> tuple[int, int]:
         return self.head.layers()

@@ -16,6 +16,7 @@ written.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import math
 import queue
@@ -35,29 +36,17 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head_export import head_file
 from pipeline.models.loading import config_fingerprint, reason
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing
+from pipeline.teacher.engines.vllm_answers import answer_of, sampling_params
 from pipeline.teacher.engines.vllm_version import installed
 from pipeline.teacher.engines.vllm_worker import CHUNK_POSITIONS, KEY, Collected, Wanted, join
-from pipeline.teacher.generation.answers import (
-    EOS,
-    LENGTH,
-    STOP_STRING,
-    Answer,
-    AnswerSettings,
-    Request,
-    answer_row,
-    complete_answer,
-    place_of,
-)
+from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_row
-from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, RequestOutput, SamplingParams
 
-STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 1e-3
@@ -240,8 +229,7 @@ class VllmEngine:
     @property
     def eos_token_ids(self) -> set[int]:
         settings = self.call(lambda engine: engine.model_config.try_get_generation_config())
-        own = settings.get("eos_token_id")
-        return {int(token) for token in (own if isinstance(own, list) else [own]) if token is not None}
+        return token_set(settings.get("eos_token_id"))
 
     @property
     def hidden(self) -> cf.HiddenSpec | None:
@@ -273,7 +261,7 @@ class VllmEngine:
         return {
             "architecture": ranks[0]["architecture"],
             "dtype": ranks[0]["dtype"],
-            "weights_fingerprint": "".join(rank["weights"] for rank in ranks)[:64],
+            "weights_fingerprint": _together([rank["weights"] for rank in ranks]),
             "config_fingerprint": config_fingerprint(config),
         }
 
@@ -330,7 +318,7 @@ class VllmEngine:
         return _RunningRows(rows, self, began, on_batch)
 
     def selection_seconds(self) -> list[float]:
-        """That the selection of targets has taken since this was asked last, by rule."""
+        """Seconds that the selection of targets took since the last call, by rule."""
         ranks: list[list[float]] = self._rpc("distill_seconds")
         return [max(each) for each in zip(*ranks, strict=True)]
 
@@ -380,9 +368,9 @@ class VllmEngine:
             name, answer = f"distill-{next(self._names)}", Future[Answer]()
 
             def done(output: RequestOutput, collected: Collected, request: Request = request, answer=answer) -> None:
-                _settle(answer, lambda: _answer(request, output, collected, settings))
+                _settle(answer, lambda: answer_of(request, output, collected, settings))
 
-            params = _sampling(name, request, settings)
+            params = sampling_params(name, request, settings)
             documents.append(
                 (name, _Document(np.asarray(request.prompt).tolist(), params, done, partial(_fail, answer)))
             )
@@ -393,44 +381,9 @@ class VllmEngine:
         return [answer.result() for answer in answers]
 
 
-def _sampling(name: str, request: Request, settings: AnswerSettings) -> SamplingParams:
-    """What vLLM is asked for an answer. Its seed depends on seed, prompt and index, as any other random number here."""
-    from vllm import SamplingParams
-
-    given, prompt = settings.sampling, len(request.prompt)
-    place = place_of(np.array([request.document]), np.array([request.index]))
-    stored = np.zeros(prompt, bool)
-    stored[-1] = True  # and all that are generated
-    wanted = Wanted(name=name, place=int(place[0]), start=0, stored=np.packbits(stored).tobytes())
-    return SamplingParams(
-        max_tokens=min(given.max_new_tokens, settings.max_length - prompt),
-        temperature=given.temperature,
-        top_p=given.top_p,
-        top_k=given.top_k,
-        seed=int(uniforms(given.seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31),
-        logprobs=0,
-        stop=list(given.stop),
-        stop_token_ids=sorted(settings.stop_tokens),
-        ignore_eos=True,  # unless it is one of these
-        skip_special_tokens=False,
-        spaces_between_special_tokens=False,
-        detokenize=bool(given.stop),
-        extra_args={KEY: list(wanted)},
-    )
-
-
-def _answer(request: Request, output: RequestOutput, collected: Collected, settings: AnswerSettings) -> Answer:
-    (found,) = output.outputs
-    token_ids = list(found.token_ids)
-    if found.finish_reason == "length":
-        stop_reason = LENGTH
-    else:
-        stop_reason = STOP_STRING if isinstance(found.stop_reason, str) else EOS
-    logprobs = [of_token[token].logprob for token, of_token in zip(token_ids, found.logprobs, strict=True)]
-    row = answer_row(request, token_ids)
-    targets = ChunkTargets(*(each[: len(token_ids)] for each in collected.targets[0]))
-    with_targets = cache_row(0, row, row.loss_mask, targets)
-    return complete_answer(request, with_targets, logprobs, stop_reason, settings)
+def _together(fingerprints: Sequence[str]) -> str:
+    """One fingerprint for the parts of a teacher that is spread over several workers."""
+    return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def _settle(future: Future[T], compute: Callable[[], T]) -> None:

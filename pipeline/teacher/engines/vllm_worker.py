@@ -39,7 +39,7 @@ CHUNK_POSITIONS = 256
 """Positions per chunk of the head."""
 
 KEY = "distill"
-"""Of a request's `extra_args`."""
+"""Key in a request's `extra_args`."""
 
 
 class Wanted(NamedTuple):
@@ -48,7 +48,7 @@ class Wanted(NamedTuple):
     Attributes:
         name: under which its targets are fetched.
         place: key of its random numbers.
-        start: number of its first token among those that its random numbers count.
+        start: position of its first token in the row, which keys its random numbers.
         stored: bits of the prompt's positions that get targets, as `numpy.packbits`. All positions behind it get some.
         with_states: bits of those whose hidden states are stored; empty: none.
     """
@@ -106,7 +106,7 @@ class StepTargets:
         last_layer: under which the states that `add` gets are stored; None: they are not.
         states_dtype: of stored states.
         timed: measure, which makes the host wait for the device.
-        seconds: that the selection of targets has taken, by rule.
+        seconds: time that the selection of targets has taken, by rule.
     """
 
     def __init__(self, logits: Callable[[Tensor], Tensor | None], *, vocab_size: int) -> None:
@@ -220,7 +220,7 @@ class StepTargets:
         return [join(self._requests.pop(name).parts or [self._nothing()]) for name in names]
 
     def _nothing(self) -> Collected:
-        """Of a request that wants no position."""
+        """The result for a request that wants no position."""
         none, logits = np.zeros(0, np.int64), torch.zeros((0, self.vocab_size))
         targets = [sparse_targets(logits, rule, draws(rule, none, none)) for rule in self.rules]
         return Collected(targets, {}, {}, torch.zeros(0))
@@ -283,7 +283,7 @@ class TargetsExtension:
         self._distill.set_rules([TargetRule.from_json(rule) for rule in rules], timed=timed)
 
     def distill_seconds(self) -> list[float]:
-        """Since it was asked last."""
+        """Seconds of selection since the last call, by rule."""
         seconds, self._distill.seconds = self._distill.seconds, [0.0] * len(self._distill.rules)
         return seconds
 

@@ -65,6 +65,11 @@ def place_of(documents: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return np.asarray(documents, np.uint64) | np.asarray(indices, np.uint64) << np.uint64(40)
 
 
+def token_set(given: int | list[int] | None) -> set[int]:
+    """A setting such as `eos_token_id`, which may be one token, several or none."""
+    return {int(token) for token in (given if isinstance(given, list) else [given]) if token is not None}
+
+
 def find_stop_tokens(own: set[int], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int]:
     """End-of-text tokens of tokenizer and model and, for chats, the token that ends the assistant's turn.
 
