@@ -23,7 +23,7 @@ from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, col
 from pipeline.teacher import opening
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.engines import transformers_engine
+from pipeline.teacher.engines import chunked_selection
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
@@ -199,7 +199,7 @@ def test_targets_one_position_late_are_detected(packed: Path, teacher_dir: Path)
 def test_padding_left_in_the_softmax_is_detected(
     padded_teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_logits, real_targets = Head.logits, transformers_engine.sparse_targets
+    real_logits, real_targets = Head.logits, chunked_selection.sparse_targets
 
     def all_rows(head: Head, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return real_logits(head, hidden) if out is None else hidden @ head.weight.T
@@ -210,7 +210,7 @@ def test_padding_left_in_the_softmax_is_detected(
         return found._replace(logprobs=found.logprobs + lost[:, None])
 
     monkeypatch.setattr(Head, "logits", all_rows)
-    monkeypatch.setattr(transformers_engine, "sparse_targets", softmax_then_cut)
+    monkeypatch.setattr(chunked_selection, "sparse_targets", softmax_then_cut)
     cache_teacher(settings(padded_teacher_dir, text_file, tmp_path / "cache"))
     with pytest.raises(AssertionError, match="target_logprobs off by"):
         check_cache(tmp_path / "cache", padded_teacher_dir)

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
-from pipeline.teacher.engines import transformers_engine
+from pipeline.teacher.engines import chunked_selection
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import sparse_targets
 from pipeline.teacher.verification import verify_against_teacher
@@ -112,7 +112,7 @@ WRONG = [
 def test_a_wrong_distribution_is_found_by_its_numbers_alone(
     tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, bug: Any, rule: Any, says: str
 ):
-    monkeypatch.setattr(transformers_engine, "sparse_targets", lambda *given: bug(sparse_targets(*given)))
+    monkeypatch.setattr(chunked_selection, "sparse_targets", lambda *given: bug(sparse_targets(*given)))
     path = build_cache(tmp_path / "cache", teacher_dir, text_file, targets=rule)
     assert "every checksum holds." in verify(path)
     output = verify(path, "--deep", status=1)
@@ -124,7 +124,7 @@ def test_another_temperature_shows_only_to_the_teacher(
 ):
     hot = TargetRule(top_k=16, temperature=1.3)
     monkeypatch.setattr(
-        transformers_engine, "sparse_targets", lambda logits, rule, *given: sparse_targets(logits, hot, *given)
+        chunked_selection, "sparse_targets", lambda logits, rule, *given: sparse_targets(logits, hot, *given)
     )
     path = build_cache(tmp_path / "cache", teacher_dir, text_file, top_k=16)
     verify(path, "--deep")

@@ -31,12 +31,13 @@ from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs
 from pipeline.models.placement import device_names
 from pipeline.teacher.engines.answer_writer import AnswerWriter
+from pipeline.teacher.engines.chunked_selection import ChunkedSelection
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
+from pipeline.teacher.targets.selection import ChunkTargets, label_scores
 
 CHUNK_POSITIONS = 256
 """Positions per chunk of the head."""
@@ -288,8 +289,7 @@ class TransformersEngine:
         timing: Timing,
     ) -> tuple[list[ChunkTargets], Tensor | None]:
         """Targets of n positions by each rule; and what the output matrix multiplies, if that is not `hidden`."""
-        drawn = [draws(rule, places, positions) for rule in rules]
-        chunks: list[list[ChunkTargets]] = [[] for _ in rules]
+        selection = ChunkedSelection(rules, places, positions, self._clock)
         multiplied = []
         for start in range(0, max(1, len(hidden)), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
@@ -302,14 +302,9 @@ class TransformersEngine:
             timing.forward += self._clock() - began
             if on_logits is not None:
                 on_logits(here, logits)
-            for i, rule in enumerate(rules):
-                began = self._clock()
-                uniforms = drawn[i]
-                chunks[i].append(
-                    sparse_targets(logits, rule, None if uniforms is None else uniforms[here], self._scratch)
-                )
-                timing.selection[i] += self._clock() - began
-        return [ChunkTargets.cat(each) for each in chunks], torch.cat(multiplied) if multiplied else None
+            selection.add(here, logits, self._scratch)
+        timing.selection = selection.seconds
+        return selection.targets(), torch.cat(multiplied) if multiplied else None
 
     def next_targets(
         self, hidden: Tensor, places: np.ndarray, positions: np.ndarray, rule: TargetRule

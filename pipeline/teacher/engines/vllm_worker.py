@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.models.head import deviation, tolerance
 from pipeline.models.head_export import scaled_and_capped
 from pipeline.models.loading import weights_fingerprint
+from pipeline.teacher.engines.chunked_selection import ChunkedSelection
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
@@ -188,8 +190,7 @@ class StepTargets:
         self, inputs: Tensor, places: np.ndarray, positions: np.ndarray, labels: np.ndarray | None
     ) -> tuple[list[ChunkTargets], Tensor] | None:
         """Targets by each rule, and the labels' log-probabilities, on the host; None on a rank that gets no logits."""
-        uniforms = [draws(rule, places, positions) for rule in self.rules]
-        chunks: list[list[ChunkTargets]] = [[] for _ in self.rules]
+        selection = ChunkedSelection(self.rules, places, positions, partial(self._clock, inputs))
         label_logprobs = [torch.zeros(0)]
         for start in range(0, len(inputs), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
@@ -202,13 +203,11 @@ class StepTargets:
                 self._scratch = logits.new_empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32)
             if labels is not None:
                 label_logprobs.append(label_scores(logits, torch.from_numpy(labels[here])))
-            for i, (rule, drawn) in enumerate(zip(self.rules, uniforms, strict=True)):
-                began = self._clock(logits)
-                chunks[i].append(sparse_targets(logits, rule, None if drawn is None else drawn[here], self._scratch))
-                self.seconds[i] += self._clock(logits) - began
-        if not chunks[0]:
+            selection.add(here, logits, self._scratch)
+        if not self.gets_logits:
             return None
-        return [ChunkTargets.cat(found).cpu() for found in chunks], torch.cat(label_logprobs).cpu()
+        self.seconds = [sum(each) for each in zip(self.seconds, selection.seconds, strict=True)]
+        return [found.cpu() for found in selection.targets()], torch.cat(label_logprobs).cpu()
 
     def _clock(self, tensor: Tensor) -> float:
         if self.timed and tensor.is_cuda:
