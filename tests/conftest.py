@@ -7,6 +7,7 @@ imported; nothing heavy is imported at the top, so that the tests of `cache_form
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -41,6 +42,13 @@ os.environ.update(
 settings.register_profile("distill", deadline=None, derandomize="CI" in os.environ, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("distill")
+
+
+def pytest_collection_finish() -> None:
+    """Trainer collects garbage at the end of every run, and would look at some million objects of libraries each time."""
+    gc.collect()
+    gc.freeze()
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
