@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
 from pipeline.models.body import body_returning, find_body
+from pipeline.models.document_attention import Documents
 from pipeline.models.isolation.length_limits import (
     LimitedRotary,
     by_document,
@@ -51,12 +52,14 @@ class Head:
         linear: the head is `weight` and `bias` and nothing else.
         vocab_size: V; rows of the output matrix beyond it are padding.
         masked: the model is a masked language model, which attends to both sides of a token.
+        padding_free: the model runs on the documents alone if it is told where they are (`isolation.padding_free`).
     """
 
     model: PreTrainedModel
     linear: bool
     vocab_size: int
     masked: bool = False
+    padding_free: bool = False
 
     @cached_property
     def body_name(self) -> str:
@@ -97,7 +100,13 @@ class Head:
         """Whether the states of a token differ between documents of `shorter` and of `longer` tokens."""
         return separated(self.rotaries, shorter, longer)
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: the states that the head is applied to.
 
         Packed documents are kept apart by position ids that restart at 0: transformers builds a block-diagonal mask
@@ -108,26 +117,51 @@ class Head:
         Args:
             attention_mask: [B, T] int64, 0 at padding and 1 elsewhere; used only if `reads_padding_mask`. Default:
                 all 1.
+            documents: of this batch; used only if `padding_free`, and then the states of padding are 0.
         """
-        return self._run(input_ids, position_ids, attention_mask)[0].to(self.device)
+        return self._run(input_ids, position_ids, attention_mask, documents)[0].to(self.device)
 
     def states(
-        self, layers: Sequence[int], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        layers: Sequence[int],
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """`hidden_states`, and the states [B, T, D] of some layers: 0 is the embeddings' output, i that of layer i.
 
         The last layer's states are those that the head is applied to, after the final norm that most models have.
         """
-        output = self._run(input_ids, position_ids, attention_mask, output_hidden_states=True)
-        return output[0], {layer: output.hidden_states[layer] for layer in layers}
+        last, states = self._run(input_ids, position_ids, attention_mask, documents, layers)
+        return last, dict(zip(layers, states, strict=True))
 
-    def _run(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **options: bool) -> Any:
-        """The output of the model's body."""
+    def _run(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        documents: Documents | None,
+        layers: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last states that the model's body returns, and those of some layers."""
+        options: dict[str, Any] = {"output_hidden_states": True} if layers else {}
+        if self.padding_free and documents is not None:
+            options |= documents.arguments(input_ids.device)
+            flat = documents.flat(input_ids), documents.flat(position_ids)
+            with by_document(self.rotaries, flat[1]):
+                output = self.body(**_inputs(False, *flat, None), **options)
+            last, *states = (
+                documents.padded(each, input_ids.shape)
+                for each in (output[0], *(output.hidden_states[layer] for layer in layers))
+            )
+            return last, states
         inputs = _inputs(self.masked, input_ids, position_ids, attention_mask)
         if self.masked:  # the positions that the model counts itself
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         with by_document(self.rotaries, position_ids, attention_mask):
-            return self.body(**inputs, **options)
+            output = self.body(**inputs, **options)
+        return output[0], [output.hidden_states[layer] for layer in layers]
 
     def layers(self) -> tuple[int, int]:
         """The number of layers L, which is the number of the last one, and the width D of their states.
