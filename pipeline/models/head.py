@@ -86,6 +86,21 @@ class Head:
         """Where the logits are computed."""
         return compute_device(self.model.get_output_embeddings())
 
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether the device can give the fp32 sums of a 16-bit product as they are, without rounding them first.
+
+        torch has this product for CUDA alone, since 2.8 (`aten::mm.dtype`; ROCm refuses it).
+        """
+        weight = self.weight
+        known = "dtype_out" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+        return self.linear and known and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The dtype of `logits` without gradients, if the head is linear."""
+        return torch.float32 if self.sums_in_fp32 else self.weight.dtype
+
     @functools.cached_property
     def rotaries(self) -> tuple[LimitedRotary, ...]:
         """Rotary embeddings that depend on the length of a document."""
@@ -134,7 +149,7 @@ class Head:
         The last layer's states are those that the head is applied to, after the final norm that most models have.
         """
         last, states = self._run(input_ids, position_ids, attention_mask, documents, layers)
-        return last, dict(zip(layers, states, strict=True))
+        return last.to(self.device), dict(zip(layers, states, strict=True))
 
     def _run(
         self,
@@ -185,20 +200,24 @@ class Head:
         return len(found) - 1, found[-1].shape[-1]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, D] → [n, V], in the dtype that the model computes them in.
+        """[n, D] → [n, V], in the dtype that the model computes them in; without gradients in `logits_dtype`.
 
         Args:
-            out: buffer [≥n, V] of that dtype to write into; used only by a linear head, and without gradients.
+            out: buffer [≥n, V] of `logits_dtype` to write into; used only by a linear head, and without gradients.
         """
         if not self.linear:
             return self.own_logits(hidden)
         weight = self.weight[: self.vocab_size]
+        bias = None if self.bias is None else self.bias[: self.vocab_size]
+        hidden = hidden.to(weight.dtype)
+        if self.sums_in_fp32 and not torch.is_grad_enabled():
+            out = hidden.new_empty((len(hidden), self.vocab_size), dtype=torch.float32) if out is None else out
+            out = torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out[: len(hidden)])
+            return out if bias is None else out.add_(bias)
         if out is not None:
-            out = torch.mm(hidden.to(weight.dtype), weight.T, out=out[: len(hidden)])
-            return out if self.bias is None else out.add_(self.bias[: self.vocab_size])
-        return nn.functional.linear(
-            hidden.to(weight.dtype), weight, self.bias if self.bias is None else self.bias[: self.vocab_size]
-        )
+            out = torch.mm(hidden, weight.T, out=out[: len(hidden)])
+            return out if bias is None else out.add_(bias)
+        return nn.functional.linear(hidden, weight, bias)
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """`logits` from the model's own forward pass, with its body replaced by `hidden`."""

@@ -5,29 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
+from pipeline.teacher.targets.selection import ChunkTargets, draws, precise_dtype, sparse_targets
+
+
+def random_numbers(
+    rules: Sequence[TargetRule], places: np.ndarray, positions: np.ndarray, device: torch.device
+) -> list[Tensor]:
+    """[n, rule.uniforms] by rule, on the host, in the dtype that `device` computes with.
+
+    Args:
+        places, positions: [n] keys of the random numbers.
+    """
+    drawn = [draws(rule, places, positions) for rule in rules]
+    return [torch.zeros(len(places), 0) if each is None else each.to(precise_dtype(device)) for each in drawn]
 
 
 class ChunkedSelection:
     """Selects targets of n positions.
 
     Args:
-        places, positions: [n] keys of the random numbers.
+        uniforms: `random_numbers` of these rules at the n positions, on the device of the logits.
         clock: seconds; waits for the device if selection is measured.
 
     Attributes:
         seconds: time that the selection has taken, by rule.
     """
 
-    def __init__(
-        self, rules: Sequence[TargetRule], places: np.ndarray, positions: np.ndarray, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, rules: Sequence[TargetRule], uniforms: Sequence[Tensor], clock: Callable[[], float]) -> None:
         self.rules, self.clock = rules, clock
         self.seconds = [0.0] * len(rules)
-        self._uniforms = [draws(rule, places, positions) for rule in rules]
+        self._uniforms = uniforms
         self._chunks: list[list[ChunkTargets]] = [[] for _ in rules]
 
     def add(self, here: slice, logits: Tensor, scratch: Tensor) -> None:
@@ -40,7 +51,7 @@ class ChunkedSelection:
         """
         for i, (rule, uniforms) in enumerate(zip(self.rules, self._uniforms, strict=True)):
             began = self.clock()
-            chunk = sparse_targets(logits, rule, None if uniforms is None else uniforms[here], scratch)
+            chunk = sparse_targets(logits, rule, uniforms[here], scratch)
             self._chunks[i].append(chunk)
             self.seconds[i] += self.clock() - began
 

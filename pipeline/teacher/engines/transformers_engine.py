@@ -1,11 +1,11 @@
 """Teachers in transformers, in this process: any architecture, exact repetition.
 
-    batch ─▶ body: hidden states [B, T, D] ─▶ a chunk of positions at a time: head, logits [n, V] ─▶ targets
-          ─▶ asynchronous copy to pinned memory
+    rows ─▶ one upload ─▶ body: hidden states [B, T, D] ─▶ a chunk of positions at a time: head, logits [n, V]
+         ─▶ targets ─▶ asynchronous copy to pinned memory
 
 The [B, T, V] logits never exist. Nothing here waits for the device, except with `timed`: `RunningRows.rows`, which
-capture calls in another thread, does. Cost on top of the bare forward pass, per position: softmax, top-K and entropy
-read V floats about five times (`benchmarks/capture.py`).
+capture calls in another thread, does, once for a record batch. Cost on top of the bare forward pass, per position:
+softmax, top-K and entropy read V floats about five times (`benchmarks/capture.py`, `benchmarks/stage_one_counts.py`).
 
 Shapes: B rows of T tokens, n positions that get targets, D hidden width, V vocabulary.
 """
@@ -27,11 +27,13 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
+from pipeline.models.isolation.packed_rows import hold_several_documents, packing_known
 from pipeline.models.loading import teacher_fingerprints
-from pipeline.models.padding import model_inputs
+from pipeline.models.padding import model_inputs, places
 from pipeline.models.placement import device_names
+from pipeline.models.transfer import download, recorded_event, upload
 from pipeline.teacher.engines.answer_writer import AnswerWriter
-from pipeline.teacher.engines.chunked_selection import ChunkedSelection
+from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.targets import hidden_states
@@ -40,7 +42,12 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, label_scores
 
 CHUNK_POSITIONS = 256
-"""Positions per chunk of the head."""
+"""Positions per chunk of the head on a CPU, whose caches hold no more of the logits."""
+
+CHUNK_BYTES = 2**28
+"""Size of a chunk's fp32 logits on a GPU, of which two are there: large enough to read the head's weights seldom."""
+
+CHUNK_STEP, MOST_CHUNK_POSITIONS = 128, 4096
 
 OnLogits = Callable[[slice, Tensor], None]
 """Called with the positions of a chunk among the n of the batch, and their logits."""
@@ -58,7 +65,6 @@ class RunningBatch:
         scales: layer -> [m], for int8.
         label_logprobs: [n] of the next token of the row, on the host; only of a timed causal teacher.
         inputs: [n, D] what the head was applied to, on the device; only if asked for.
-        source: keeps the device tensors alive until they are copied.
     """
 
     requests: Sequence[RowRequest]
@@ -68,7 +74,6 @@ class RunningBatch:
     copied: torch.cuda.Event | None
     label_logprobs: Tensor | None
     inputs: Tensor | None
-    source: object
     timing: Timing
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
@@ -85,7 +90,6 @@ class RunningBatch:
     def wait(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
-        self.source = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +164,9 @@ class TransformersEngine:
         self.export, self.hidden = export, hidden
         self.divisible, self.timed = divisible, timed
         self.vocab_size = head.vocab_size
-        self._logits = torch.empty((CHUNK_POSITIONS, self.vocab_size), dtype=head.weight.dtype, device=head.device)
-        self._scratch = torch.empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32, device=head.device)
+        self._chunk = chunk_positions(head.device, self.vocab_size)
+        self._logits = torch.empty((self._chunk, self.vocab_size), dtype=head.logits_dtype, device=head.device)
+        self._scratch = torch.empty((self._chunk, self.vocab_size), dtype=torch.float32, device=head.device)
 
     @property
     def stored_head(self) -> HeadExport | None:
@@ -193,7 +198,7 @@ class TransformersEngine:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "batch_size": self._asked_batch_size,  # that of a shard may be smaller: it is in its sidecar
             "head": "linear" if self.head.linear else "own",
-            "chunk_positions": CHUNK_POSITIONS,
+            "chunk_positions": self._chunk,
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
@@ -219,53 +224,48 @@ class TransformersEngine:
         device = self.head.device
         timing = Timing(tokens=sum(request.tokens for request in batch), selection=[0.0] * len(rules))
         inputs = model_inputs([request.row for request in batch], with_mask=self.head.reads_padding_mask)
-        mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
-        for i, request in enumerate(batch):
-            mask[i, : len(request.stored)] = torch.from_numpy(request.stored)
-        # Indices from the host: with a mask on the GPU, the host would wait to learn how many positions it selects.
-        index = mask.nonzero(as_tuple=True)
-        row, position = (each.numpy() for each in index)
-        places = np.array([request.place for request in batch])[row]
+        width = inputs[0].shape[1]
+        stored = places([request.stored for request in batch], width)
+        with_states = [request.with_states for request in batch if request.with_states is not None]
+        row, position = np.divmod(stored.numpy(), width)
+        uniforms = random_numbers(rules, np.array([each.place for each in batch])[row], position, device)
+        chosen = [places(with_states, width)] if with_states else []
+        there = upload([*inputs, stored, *uniforms, *chosen], device)
+        inputs, stored, uniforms = there[: len(inputs)], there[len(inputs)], there[len(inputs) + 1 :][: len(rules)]
 
         began = self._clock()
-        hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
-        hidden = hidden[tuple(each.to(device) for each in index)]  # [n, D]
+        with packing_known(hold_several_documents([request.row for request in batch])):
+            hidden, states, scales = self._body(inputs, there[-1] if with_states else None)
+        hidden = hidden.flatten(0, 1)[stored]  # [n, D]
         timing.forward += self._clock() - began
         labels = LabelScores(batch) if self.timed and not self.head.masked else None
-        targets, multiplied = self._head(hidden, places, position, rules, labels, timing)
+        targets, multiplied = self._head(hidden, uniforms, rules, labels, timing)
         if multiplied is not None and self.hidden is not None:
             last = self.hidden.layers[-1]
             states[last], scale = hidden_states.quantised(multiplied, self.hidden.dtype)
             scales |= {} if scale is None else {last: scale}
 
-        host = [ChunkTargets(*(_to_host(tensor) for tensor in each)) for each in targets]
-        host_states = {layer: _to_host(each) for layer, each in states.items()}
-        host_scales = {layer: _to_host(each) for layer, each in scales.items()}
-        copied = None
-        if device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
         return RunningBatch(
             requests=batch,
-            targets=host,
-            states=host_states,
-            scales=host_scales,
-            copied=copied,
+            targets=[ChunkTargets(*map(download, each)) for each in targets],
+            states={layer: download(each) for layer, each in states.items()},
+            scales={layer: download(each) for layer, each in scales.items()},
+            copied=recorded_event(device),
             label_logprobs=None if labels is None else labels.logprobs(),
             inputs=hidden if keep_inputs else None,
-            source=(targets, states, scales),
             timing=timing,
         )
 
-    def _body(
-        self, inputs: list[Tensor], batch: Sequence[RowRequest]
-    ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
-        """What the head is applied to [B, T, D], and the hidden states to store with their scales."""
-        masks = [request.with_states for request in batch if request.with_states is not None]
-        if self.hidden is None or not masks:
+    def _body(self, inputs: list[Tensor], chosen: Tensor | None) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """What the head is applied to [B, T, D], and the hidden states to store with their scales.
+
+        Args:
+            chosen: places of the positions whose states are stored; None: none are.
+        """
+        if self.hidden is None or chosen is None:
             return self.head.hidden_states(*inputs), {}, {}
         hidden, by_layer = self.layer_states(inputs)
-        states, scales = hidden_states.of_batch(by_layer, masks, self.hidden.dtype) if by_layer else ({}, {})
+        states, scales = hidden_states.of_batch(by_layer, chosen, self.hidden.dtype) if by_layer else ({}, {})
         return hidden, states, scales
 
     def layer_states(self, inputs: list[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -282,17 +282,16 @@ class TransformersEngine:
     def _head(
         self,
         hidden: Tensor,
-        places: np.ndarray,
-        positions: np.ndarray,
+        uniforms: Sequence[Tensor],
         rules: Sequence[TargetRule],
         on_logits: OnLogits | None,
         timing: Timing,
     ) -> tuple[list[ChunkTargets], Tensor | None]:
         """Targets of n positions by each rule; and what the output matrix multiplies, if that is not `hidden`."""
-        selection = ChunkedSelection(rules, places, positions, self._clock)
+        selection = ChunkedSelection(rules, uniforms, self._clock)
         multiplied = []
-        for start in range(0, max(1, len(hidden)), CHUNK_POSITIONS):
-            here = slice(start, start + CHUNK_POSITIONS)
+        for start in range(0, max(1, len(hidden)), self._chunk):
+            here = slice(start, start + self._chunk)
             began = self._clock()
             if self.export is not None and self.export.transforms:
                 logits, inner = self.export.logits(hidden[here])
@@ -311,12 +310,13 @@ class TransformersEngine:
     ) -> tuple[Tensor, ChunkTargets]:
         """Logits [b, V] float32 and targets on the host of the next token of b growing texts."""
         kept: list[Tensor] = []
-        several = len(hidden) > CHUNK_POSITIONS  # then the next chunk overwrites the buffer
+        several = len(hidden) > self._chunk  # then the next chunk overwrites the buffer
 
         def keep(_: slice, logits: Tensor) -> None:
             kept.append(logits.float().clone() if several else logits.float())
 
-        (targets,), _ = self._head(hidden, places, positions, [rule], keep, Timing(selection=[0.0]))
+        uniforms = upload(random_numbers([rule], places, positions, hidden.device), hidden.device)
+        (targets,), _ = self._head(hidden, uniforms, [rule], keep, Timing(selection=[0.0]))
         return torch.cat(kept) if several else kept[0], targets.cpu()
 
     def generate(
@@ -361,8 +361,9 @@ class TransformersEngine:
         return time.perf_counter()
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+def chunk_positions(device: torch.device, vocab_size: int) -> int:
+    """Positions per chunk of the head."""
+    if device.type != "cuda":
+        return CHUNK_POSITIONS
+    fit = CHUNK_BYTES // (4 * vocab_size) // CHUNK_STEP * CHUNK_STEP
+    return min(max(CHUNK_STEP, fit), MOST_CHUNK_POSITIONS)

@@ -32,7 +32,8 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.models.head import deviation, tolerance
 from pipeline.models.head_export import scaled_and_capped
 from pipeline.models.loading import weights_fingerprint
-from pipeline.teacher.engines.chunked_selection import ChunkedSelection
+from pipeline.models.transfer import upload
+from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
@@ -190,7 +191,8 @@ class StepTargets:
         self, inputs: Tensor, places: np.ndarray, positions: np.ndarray, labels: np.ndarray | None
     ) -> tuple[list[ChunkTargets], Tensor] | None:
         """Targets by each rule, and the labels' log-probabilities, on the host; None on a rank that gets no logits."""
-        selection = ChunkedSelection(self.rules, places, positions, partial(self._clock, inputs))
+        uniforms = upload(random_numbers(self.rules, places, positions, inputs.device), inputs.device)
+        selection = ChunkedSelection(self.rules, uniforms, partial(self._clock, inputs))
         label_logprobs = [torch.zeros(0)]
         for start in range(0, len(inputs), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
@@ -237,7 +239,7 @@ def _bits(packed: bytes, positions: np.ndarray, prompt_tokens: int, *, behind: b
 
 
 def _index(rows: np.ndarray, tensor: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(tensor.device)
+    return upload([torch.from_numpy(rows)], tensor.device)[0]
 
 
 def _split(tensors: dict[int, Tensor], stops: list[int], parts: int) -> list[dict[int, Tensor]]:

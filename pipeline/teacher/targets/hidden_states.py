@@ -63,23 +63,16 @@ def quantised(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     return integers.nan_to_num_(0.0).clamp_(-127, 127).to(torch.int8), scales
 
 
-def of_batch(
-    states: Mapping[int, Tensor], masks: Sequence[np.ndarray], dtype: str
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def of_batch(states: Mapping[int, Tensor], places: Tensor, dtype: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """States [n, D] and scales [n] of every layer at the chosen positions, on the device.
 
     Args:
         states: layer -> [B, T, D].
-        masks: bool [≤T] of each row.
+        places: [n] int64, `models.padding.places` of the positions.
     """
-    first = next(iter(states.values()))
-    where = torch.zeros(first.shape[:2], dtype=torch.bool)
-    for i, mask in enumerate(masks):
-        where[i, : len(mask)] = torch.from_numpy(mask)
-    index = tuple(each.to(first.device) for each in where.nonzero(as_tuple=True))  # indexing by mask would wait
     kept, scales = {}, {}
     for layer, each in states.items():
-        kept[layer], scale = quantised(each[index], dtype)
+        kept[layer], scale = quantised(each.flatten(0, 1)[places.to(each.device, non_blocking=True)], dtype)
         if scale is not None:
             scales[layer] = scale
     return kept, scales

@@ -124,6 +124,11 @@ def sparse_targets(
     )
 
 
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype that a device computes sums and random numbers in: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
     """[n] float32 log-probabilities of `labels` [n] int64 by logits [n, V]."""
     scores, labels = logits.float(), labels.to(logits.device)
@@ -151,7 +156,7 @@ def sample(
     if uniforms is None or uniforms.shape != (len(outside), rule.uniforms):
         found = None if uniforms is None else tuple(uniforms.shape)
         raise ValueError(f"uniforms are {found}, expected [n, {rule.uniforms}]")
-    precise = torch.float64 if outside.device.type != "mps" else torch.float32  # MPS has no float64
+    precise = precise_dtype(outside.device)
     uniforms = uniforms.to(device=outside.device, dtype=precise)
     ends = blocks.cumsum(dim=1, dtype=precise)  # [n, V/BLOCK]
     # By the sums that the points are compared with: by any other, a draw next to 1 may fall behind the last token.
