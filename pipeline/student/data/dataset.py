@@ -198,13 +198,7 @@ def _hidden_states(rows: Sequence[CacheRow], labels: Tensor) -> Batch:
         return {}
     places = [i * labels.shape[1] + np.flatnonzero(hidden.mask) for i, hidden in enumerate(found)]
     index = torch.from_numpy(np.concatenate(places))
-    counted = labels != IGNORE_INDEX
-    in_rows = counted.any(dim=1, keepdim=True).expand_as(counted)
-    batch: Batch = {
-        "hidden_index": index,
-        "hidden_loss_tokens": counted.flatten()[index].nonzero().squeeze(1),
-        "hidden_loss_rows": in_rows.flatten()[index].nonzero().squeeze(1),
-    }
+    batch: Batch = {"hidden_index": index} | states_in_loss(labels, index)
     for layer in found[0].states:
         states = torch.from_numpy(np.concatenate([hidden.states[layer] for hidden in found]))
         scales = None
@@ -212,6 +206,16 @@ def _hidden_states(rows: Sequence[CacheRow], labels: Tensor) -> Batch:
             scales = torch.from_numpy(np.concatenate([hidden.scales[layer] for hidden in found]))
         batch |= _named(layer, states, scales)
     return batch
+
+
+def states_in_loss(labels: Tensor, index: Tensor) -> Batch:
+    """Which of the states at places `index` are of loss tokens, or of rows [B, T] that have any."""
+    counted = labels != IGNORE_INDEX
+    in_rows = counted.any(dim=1, keepdim=True).expand_as(counted)
+    return {
+        "hidden_loss_tokens": counted.flatten()[index].nonzero().squeeze(1),
+        "hidden_loss_rows": in_rows.flatten()[index].nonzero().squeeze(1),
+    }
 
 
 def _named(layer: int, states: Tensor, scales: Tensor | None) -> Batch:
