@@ -67,6 +67,11 @@ class TargetEntries:
         return self.labels != IGNORE_INDEX
 
     @property
+    def loss_tokens(self) -> Tensor | None:
+        """Unknown, see `Targets`."""
+        return None
+
+    @property
     def exact(self: Entries) -> Entries:
         """The exact entries alone: what every loss reads that is not linear in the teacher's probabilities."""
         place = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)

@@ -36,10 +36,13 @@ class FullTargets:
         entropy: [N] float, nats, of the teacher's distribution.
         head: [n, D] → [n, V] logits of the teacher, in the dtype of its argument. Default: that of the loss.
         layer: number under which a cache stores the states.
+        loss_tokens: [n] int64, see `Targets`.
     """
 
     CHUNK_POSITIONS: ClassVar[int] = 128
     """The tensors of that many rows that autograd keeps take 300 MB at V = 49,152."""
+    GPU_CHUNK_POSITIONS: ClassVar[int] = 1024
+    """Fewer would not fill a GPU; these take 2.4 GB at V = 49,152."""
 
     states: Tensor
     scales: Tensor | None
@@ -48,6 +51,7 @@ class FullTargets:
     entropy: Tensor
     head: Callable[[Tensor], Tensor] | None = None
     layer: int = -1
+    loss_tokens: Tensor | None = None
 
     @property
     def loss_mask(self) -> Tensor:
@@ -64,7 +68,8 @@ class FullTargets:
         return self.labels.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> FullTargets:
-        return replace(self, **{name: getattr(self, name)[index] for name in ("place", "labels", "entropy")})
+        found = {name: getattr(self, name)[index] for name in ("place", "labels", "entropy")}
+        return replace(self, **found, loss_tokens=None)
 
     def to(
         self,
@@ -82,7 +87,7 @@ class FullTargets:
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
     def with_labels(self, labels: Tensor) -> FullTargets:
-        return replace(self, labels=labels)
+        return replace(self, labels=labels, loss_tokens=None)
 
     def prepare(self, loss: DistillLoss) -> FullTargets:
         """With the teacher's head: batches come from data loader workers, which do not hold it."""
@@ -125,5 +130,5 @@ class FullTargets:
         return sums, d_logits
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("states", "scales", "place", "labels", "entropy")
+        names = ("states", "scales", "place", "labels", "entropy", "loss_tokens")
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}

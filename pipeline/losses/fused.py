@@ -4,7 +4,8 @@ The plain way to a loss holds logits, their log-softmax and their gradient: thre
 larger than chunk·V ever exists. Each chunk's logits go to `Targets.loss_and_dlogits`, which returns the sums and the
 gradient; from dlogits come dHidden = dlogits·W and dWeight += dlogitsᵀ·h. The backward pass only scales them.
 
-Cost per position, forward and backward: 6·D·V FLOPs in three matrix products, as in plain cross-entropy.
+Cost per position, forward and backward: 6·D·V FLOPs in three matrix products, as in plain cross-entropy. Nothing in it
+waits for a GPU if the targets know their `loss_tokens`.
 Sources: Liger Kernel's fused linear cross-entropy (https://arxiv.org/abs/2410.10989) and Cut Cross-Entropy
 (https://arxiv.org/abs/2411.09009) compute the gradient of head and loss in chunks.
 
@@ -21,10 +22,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum
+from pipeline.losses.products import add_product, product
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import TailPolicy
 from pipeline.losses.targets import Targets
 from pipeline.losses.weighting import PositionWeighting
+
+
+GENERAL_GPU_CHUNK_POSITIONS = 1024
+"""For heads that are not linear, whose own code keeps several tensors of chunk·V."""
 
 
 class HeadOutput(NamedTuple):
@@ -99,7 +105,8 @@ def fused_head(
             and not multiplied afterwards, the backward pass has nothing left to do.
         chunk_size: positions at a time; the result depends on it only by rounding.
     """
-    hidden, targets, chunk_size = _loss_tokens(hidden, targets, loss, chunk_size)
+    vocab_size = vocab_size or weight.shape[0]
+    hidden, targets = _loss_tokens(hidden, targets, loss)
     device_type = hidden.device.type
     matmul_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     sums = _FusedHead.apply(
@@ -109,8 +116,8 @@ def fused_head(
         targets,
         loss,
         scale,
-        vocab_size or weight.shape[0],
-        chunk_size,
+        vocab_size,
+        chunk_size or chunk_positions(targets, hidden.device, vocab_size),
         matmul_dtype,
         torch.is_grad_enabled(),
     )
@@ -132,7 +139,8 @@ def general_head(
     The head's logits and their gradient are recomputed chunk by chunk in the backward pass (activation
     checkpointing), so here too nothing larger than chunk·V is kept. Costs one more matrix product than `fused_head`.
     """
-    hidden, targets, chunk_size = _loss_tokens(hidden, targets, loss, chunk_size)
+    hidden, targets = _loss_tokens(hidden, targets, loss)
+    chunk_size = chunk_size or min(GENERAL_GPU_CHUNK_POSITIONS, chunk_positions(targets, hidden.device))
 
     def chunk_sums(states: Tensor, chunk: Targets) -> tuple[Tensor, Tensor]:
         logits = head(states)[:, :vocab_size]
@@ -149,16 +157,24 @@ def general_head(
     return HeadOutput(torch.stack(losses).sum() * scale, *total[1:].unbind())
 
 
-def _loss_tokens(
-    hidden: Tensor, targets: Targets, loss: DistillLoss, chunk_size: int | None
-) -> tuple[Tensor, Targets, int]:
-    """States [n, D] and targets of the loss tokens alone, and the number of positions in a chunk."""
+def chunk_positions(targets: Targets, device: torch.device, vocab_size: int = 2**17) -> int:
+    """Number of positions in a chunk. On a GPU about 1 GiB of float32 logits, but at least 2,048 positions, so that the
+    passes over the head's gradient, one per chunk, stay few."""
+    if device.type == "cpu":
+        return targets.CHUNK_POSITIONS
+    return min(targets.GPU_CHUNK_POSITIONS, max(2048, 2**28 // vocab_size))
+
+
+def _loss_tokens(hidden: Tensor, targets: Targets, loss: DistillLoss) -> tuple[Tensor, Targets]:
+    """States [n, D] and targets of the loss tokens alone."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets = targets.prepare(loss)
-    kept = targets.loss_mask.nonzero().squeeze(1)
+    kept = targets.loss_tokens
+    if kept is None:
+        kept = targets.loss_mask.nonzero().squeeze(1)
     if len(kept) < len(targets):
-        hidden, targets = hidden[kept], targets[kept]
-    return hidden, targets, chunk_size or targets.CHUNK_POSITIONS
+        # Unlike that of hidden[kept], the gradient of index_select needs no sorting.
+        hidden, targets = hidden.index_select(0, kept), targets[kept]
+    return hidden, targets.prepare(loss)
 
 
 def _chunks(positions: int, chunk_size: int) -> Iterator[slice]:
@@ -194,10 +210,10 @@ class _FusedHead(torch.autograd.Function):
         sums = torch.zeros(len(HeadOutput._fields), dtype=accumulate, device=hidden.device)
 
         # One buffer for all chunks: on a CPU, fresh memory of this size costs more in page faults than its arithmetic.
-        buffer = torch.empty((min(chunk_size, len(hidden)), vocab_size), dtype=matmul_dtype, device=hidden.device)
+        buffer = torch.empty((min(chunk_size, len(hidden)), vocab_size), dtype=accumulate, device=hidden.device)
         for here in _chunks(len(hidden), chunk_size):
             states = hidden[here].to(matmul_dtype)  # [n, D]
-            logits = torch.mm(states, head.T, out=buffer[: len(states)]).to(accumulate)  # [n, V]
+            logits = product(states, head.T, buffer[: len(states)])  # [n, V]
             if head_bias is not None:
                 logits += head_bias
             chunk_sums, d_logits = targets[here].loss_and_dlogits(logits, loss, scale if want_any else None)
@@ -210,10 +226,7 @@ class _FusedHead(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[here] = d_logits @ head
             if d_weight is not None:
-                if matmul_dtype == accumulate:
-                    d_weight[:vocab_size].addmm_(d_logits.T, states)
-                else:
-                    d_weight[:vocab_size] += d_logits.T @ states
+                add_product(d_weight[:vocab_size], d_logits.T, states)
 
         ctx.save_for_backward(
             d_hidden,
@@ -227,7 +240,9 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = ctx.saved_tensors
-        if grad_loss != 1.0:  # usually it is 1, and a [V, D] product is saved
+        # Usually it is 1, and a [V, D] product is saved. On a GPU asking for it would wait for the whole forward pass,
+        # longer than the product takes.
+        if grad_loss.device.type != "cpu" or grad_loss != 1.0:
             gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
         return (*gradients, *[None] * 7)
 

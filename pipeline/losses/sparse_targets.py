@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -36,6 +36,9 @@ class SparseTargetBatch(TargetEntries):
 
     CHUNK_POSITIONS: ClassVar[int] = 512
     """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
+    GPU_CHUNK_POSITIONS: ClassVar[int] = 4096
+    """Each chunk reads and writes the head's gradient once: 8·D bytes per token of the vocabulary, beside 46 bytes for
+    each logit (benchmarks/results/loss_counts.md)."""
 
     def prepare(self, loss: DistillLoss) -> SparseTargetBatch:
         """Without the sampled entries, unless the loss or the reported KL reads them.
@@ -123,35 +126,9 @@ class SparseTargetBatch(TargetEntries):
 
         If rows have several samples of the tail, all of them are used together.
         """
-        rows = [
-            row if row.targets.sample_counts is None else replace(row, targets=row.targets.merged()) for row in rows
-        ]
-        length = length or max(len(row.input_ids) for row in rows)
-        width = max(1, max(int(row.targets.counts.max(initial=0)) for row in rows))
-        n = len(rows) * length
-        ids = np.zeros((n, width), np.int64)
-        logprobs = np.full((n, width), -np.inf, np.float32)
-        exact_counts = np.zeros(n, np.int64)
-        residual, entropy = np.zeros((2, n), np.float32)
-        labels = np.full(n, IGNORE_INDEX, np.int64)
-        for i, row in enumerate(rows):
-            here = slice(i * length, i * length + len(row.input_ids))
-            filled = np.arange(width) < np.asarray(row.targets.counts)[:, None]  # [T, K]
-            ids[here][filled] = row.targets.ids
-            logprobs[here][filled] = row.targets.logprobs
-            exact_counts[here] = row.targets.exact_counts
-            residual[here] = row.targets.residual_logprob
-            entropy[here] = row.targets.entropy
-            labels[here] = row.label_ids
-        return cls(
-            ids=torch.from_numpy(ids),
-            logprobs=torch.from_numpy(logprobs),
-            exact_counts=torch.from_numpy(exact_counts),
-            residual_logprob=torch.from_numpy(residual),
-            entropy=torch.from_numpy(entropy),
-            labels=torch.from_numpy(labels),
-            temperature=temperature,
-        )
+        from pipeline.losses.ragged_targets import RaggedTargets  # which makes these
+
+        return RaggedTargets.from_rows(rows, length, temperature).rectangular()
 
     @classmethod
     def from_sparse(

@@ -3,6 +3,7 @@
 Three implementations, each with its own loss and gradient:
 
     SparseTargetBatch   entries of a cache                          `sparse_targets.py`
+    (RaggedTargets      the same on the way to the device           `ragged_targets.py`)
     FullTargets         all V probabilities, from stored states     `full_targets.py`
     SortedTargets       sorted probabilities, for a student with another tokenizer   `uld.py`
 
@@ -23,7 +24,9 @@ class Targets(Protocol):
     """The teacher's side of N positions."""
 
     CHUNK_POSITIONS: ClassVar[int]
-    """Default number of positions that the walk handles at a time."""
+    """Default number of positions that the walk handles at a time on a CPU."""
+    GPU_CHUNK_POSITIONS: ClassVar[int]
+    """The same on any other device, at most; see `fused.chunk_positions`."""
 
     @property
     def labels(self) -> Tensor:
@@ -33,6 +36,12 @@ class Targets(Protocol):
     @property
     def loss_mask(self) -> Tensor:
         """[N] bool, true for loss tokens."""
+        ...
+
+    @property
+    def loss_tokens(self) -> Tensor | None:
+        """[n] int64, the places of the loss tokens in ascending order, where they were found before the labels went to
+        a device: reading them back from there waits for all its work. None if unknown."""
         ...
 
     def __len__(self) -> int: ...

@@ -36,14 +36,17 @@ class SortedTargets:
         residual_logprob: [N] float, log of the tail mass.
         aligned: [N] bool, false where no position of the teacher ends at the same place in the text: D is 0.
         entries: labels, and the entries that have a counterpart in the student's vocabulary, for the reported KL.
+        loss_tokens: [n] int64, see `Targets`.
     """
 
     CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.CHUNK_POSITIONS
+    GPU_CHUNK_POSITIONS: ClassVar[int] = 1024
 
     logprobs: Tensor
     residual_logprob: Tensor
     aligned: Tensor
     entries: TargetEntries
+    loss_tokens: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -79,6 +82,7 @@ class SortedTargets:
             residual_logprob=self.residual_logprob.to(device, dtype, non_blocking=non_blocking),
             aligned=self.aligned.to(device, non_blocking=non_blocking),
             entries=self.entries.to(device, dtype, non_blocking=non_blocking),
+            loss_tokens=None if self.loss_tokens is None else self.loss_tokens.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> SortedTargets:
@@ -87,10 +91,11 @@ class SortedTargets:
             residual_logprob=self.residual_logprob.pin_memory(),
             aligned=self.aligned.pin_memory(),
             entries=self.entries.pin_memory(),
+            loss_tokens=None if self.loss_tokens is None else self.loss_tokens.pin_memory(),
         )
 
     def with_labels(self, labels: Tensor) -> SortedTargets:
-        return replace(self, entries=self.entries.with_labels(labels))
+        return replace(self, entries=self.entries.with_labels(labels), loss_tokens=None)
 
     def prepare(self, loss: DistillLoss) -> SortedTargets:
         """Without sampled entries. Raises: ValueError for entries captured at a temperature other than 1."""

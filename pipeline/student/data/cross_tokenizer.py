@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format import Cache, CacheRow, SparseTargets
 from pipeline.errors import ConfigError
-from pipeline.losses import SortedTargets, SparseTargetBatch, TailPolicy
+from pipeline.losses import RaggedTargets, SortedTargets, TailPolicy
 from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.data.document_pieces import LOST, documents_of
 from pipeline.student.data.retokenise import Retokeniser, TokenText, same_tokens
@@ -295,7 +295,7 @@ def for_foreign_student(
     return dataset_of, vocab_size
 
 
-def _sorted_targets(rows: Sequence[ConvertedRow], entries: SparseTargetBatch, length: int) -> SortedTargets:
+def _sorted_targets(rows: Sequence[ConvertedRow], targets: RaggedTargets, length: int) -> SortedTargets:
     """Targets for uld of rows padded to `length`, flattened to N = len(rows) · length."""
     width = max(1, max(int(np.max(row.teacher.exact_counts, initial=0)) for row in rows))
     logprobs = np.full((len(rows), length, width), -np.inf, np.float32)
@@ -313,5 +313,6 @@ def _sorted_targets(rows: Sequence[ConvertedRow], entries: SparseTargetBatch, le
         logprobs=torch.from_numpy(logprobs).flatten(0, 1),
         residual_logprob=torch.from_numpy(residual).flatten(),
         aligned=torch.from_numpy(aligned).flatten(),
-        entries=entries,
+        entries=targets.rectangular(),
+        loss_tokens=targets.loss_tokens,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cache_format import Cache, CacheRow
-from pipeline.losses import IGNORE_INDEX, FullTargets, SparseTargetBatch
+from pipeline.losses import IGNORE_INDEX, FullTargets, RaggedTargets, SparseTargetBatch
 from pipeline.models.padding import pad_rows, padding_mask
 from pipeline.student.data.row_index import RowIndex
 
@@ -67,12 +67,14 @@ class CacheDataset(Dataset[CacheRow]):
         return [self[index] for index in indices]
 
     def collate(self, rows: Sequence[CacheRow]) -> Batch:
-        """`collate` with the cache's temperature, and with full targets if the cache has hidden targets."""
+        """`collate` with the cache's temperature, and with full targets if the cache has hidden targets, else
+        `RaggedTargets`."""
         about = self.cache.metadata
         return collate(
             rows,
             temperature=float(about.targets["temperature"]),
             target_layer=None if about.head is None else about.head.layer,
+            ragged=True,
         )
 
     def sampler(self, *, seed: int, resample: bool = False, multiple_of: int = 1) -> LocalShuffle:
@@ -130,12 +132,16 @@ class LocalShuffle(Sampler[int]):
             yield from generator.permutation(rows).tolist()
 
 
-def collate(rows: Sequence[CacheRow], *, temperature: float = 1.0, target_layer: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[CacheRow], *, temperature: float = 1.0, target_layer: int | None = None, ragged: bool = False
+) -> Batch:
     """Rows padded to the longest one. Everything shares the index t of the prediction made *from* t.
 
     input_ids, position_ids, labels [B, T] int64; targets, an object with the B·T positions; attention_mask [B, T]
     int64, 0 at padding; num_tokens [] int64 without padding. With hidden states hidden_index [n] int64, their places
-    among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n] float32 if they are int8.
+    among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n] float32 if they are int8; and which of the n
+    are of loss tokens (hidden_loss_tokens, int64) or of rows that have any (hidden_loss_rows), because a device would
+    have to wait to find out.
 
     `labels` are aligned with the predictions, so they are also given as `shift_labels`, which tells transformers not to
     shift them when it counts the tokens of an optimizer step.
@@ -143,13 +149,15 @@ def collate(rows: Sequence[CacheRow], *, temperature: float = 1.0, target_layer:
     Args:
         temperature: at which the targets were captured.
         target_layer: number of the stored states that the teacher's head multiplies, for `FullTargets`. Default:
-            `SparseTargetBatch`.
+            sparse targets.
+        ragged: `RaggedTargets` instead of `SparseTargetBatch`; `prepare` of either gives the same.
     """
     input_ids, position_ids = pad_rows(rows)
     length = input_ids.shape[1]
-    sparse = SparseTargetBatch.from_rows(rows, length, temperature)
+    kind = RaggedTargets if ragged or target_layer is not None else SparseTargetBatch
+    sparse = kind.from_rows(rows, length, temperature)
     labels = sparse.labels.view(len(rows), length)
-    states = _hidden_states(rows, length)
+    states = _hidden_states(rows, labels)
     targets = sparse if target_layer is None else _full_targets(sparse, states, target_layer)
     return states | {
         "input_ids": input_ids,
@@ -171,7 +179,8 @@ def without_loss_tokens(batch: Batch) -> Batch:
     """The same batch with an empty loss mask: fills up a process that has run out of rows."""
     ignored = torch.full_like(batch["labels"], IGNORE_INDEX)
     targets = batch["targets"].with_labels(ignored.flatten())
-    return {**batch, "labels": ignored, "shift_labels": ignored, "targets": targets}
+    none = {name: batch[name][:0] for name in ("hidden_loss_tokens", "hidden_loss_rows") if name in batch}
+    return {**batch, "labels": ignored, "shift_labels": ignored, "targets": targets, **none}
 
 
 def with_target_states(batch: Batch) -> Batch:
@@ -182,13 +191,14 @@ def with_target_states(batch: Batch) -> Batch:
     return batch | _named(targets.layer, targets.states, targets.scales)
 
 
-def _hidden_states(rows: Sequence[CacheRow], length: int) -> Batch:
-    """The states of all rows, concatenated."""
+def _hidden_states(rows: Sequence[CacheRow], labels: Tensor) -> Batch:
+    """The states of all rows, concatenated, for labels [B, T]."""
     found = [row.hidden for row in rows if row.hidden is not None]
     if len(found) < len(rows):
         return {}
-    places = [i * length + np.flatnonzero(hidden.mask) for i, hidden in enumerate(found)]
-    batch: Batch = {"hidden_index": torch.from_numpy(np.concatenate(places))}
+    places = [i * labels.shape[1] + np.flatnonzero(hidden.mask) for i, hidden in enumerate(found)]
+    index = torch.from_numpy(np.concatenate(places))
+    batch: Batch = {"hidden_index": index} | states_in_loss(labels, index)
     for layer in found[0].states:
         states = torch.from_numpy(np.concatenate([hidden.states[layer] for hidden in found]))
         scales = None
@@ -198,12 +208,22 @@ def _hidden_states(rows: Sequence[CacheRow], length: int) -> Batch:
     return batch
 
 
+def states_in_loss(labels: Tensor, index: Tensor) -> Batch:
+    """Which of the states at places `index` are of loss tokens, or of rows [B, T] that have any."""
+    counted = labels != IGNORE_INDEX
+    in_rows = counted.any(dim=1, keepdim=True).expand_as(counted)
+    return {
+        "hidden_loss_tokens": counted.flatten()[index].nonzero().squeeze(1),
+        "hidden_loss_rows": in_rows.flatten()[index].nonzero().squeeze(1),
+    }
+
+
 def _named(layer: int, states: Tensor, scales: Tensor | None) -> Batch:
     named = {f"hidden_{layer}": states}
     return named if scales is None else named | {f"hidden_{layer}_scale": scales}
 
 
-def _full_targets(sparse: SparseTargetBatch, states: Batch, layer: int) -> FullTargets:
+def _full_targets(sparse: RaggedTargets | SparseTargetBatch, states: Batch, layer: int) -> FullTargets:
     """Takes the layer's states out of `states`: a batch moves them to the device once."""
     index = states["hidden_index"]
     place = torch.full_like(sparse.labels, -1)
@@ -215,4 +235,5 @@ def _full_targets(sparse: SparseTargetBatch, states: Batch, layer: int) -> FullT
         labels=sparse.labels,
         entropy=sparse.entropy,
         layer=layer,
+        loss_tokens=sparse.loss_tokens,
     )

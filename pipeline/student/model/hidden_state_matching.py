@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.losses import IGNORE_INDEX
 from pipeline.losses.feature_losses import FEATURE_LOSSES, FeatureLoss, feature_losses
 from pipeline.models.head import Head
 
@@ -246,17 +245,14 @@ class HiddenStateMatching(nn.Module):
             batch: a collated batch with the teacher's states.
         """
         labels = batch["labels"]
-        index = batch["hidden_index"]
-        selected = labels != IGNORE_INDEX
-        if self.everywhere:
-            selected = selected.any(dim=1, keepdim=True).expand_as(selected)
-        selected = selected.flatten()[index]
-        index = index[selected]
+        selected = batch["hidden_loss_rows" if self.everywhere else "hidden_loss_tokens"]
+        index = batch["hidden_index"][selected]
         total = None
         with torch.autocast(labels.device.type, enabled=False):
             for pair in self.pairs:
                 student, teacher = pair
-                mine, theirs = states[student].flatten(0, 1)[index], batch[f"hidden_{teacher}"][selected]
+                mine = states[student].flatten(0, 1).index_select(0, index)
+                theirs = batch[f"hidden_{teacher}"][selected]
                 theirs = theirs.to(torch.promote_types(mine.dtype, torch.float32))
                 if (scale := batch.get(f"hidden_{teacher}_scale")) is not None:
                     theirs = theirs * scale[selected][:, None]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.losses import DistillLoss, HeadOutput, fused_head, general_head
+from pipeline.losses import DistillLoss, HeadOutput, Targets, fused_head, general_head
 from pipeline.models.head import Head
 from pipeline.student.data.dataset import Batch, with_target_states
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
@@ -59,18 +59,18 @@ def distillation_output(
         hidden, states = head.states(matching.student_layers, *inputs)
     hidden, targets = hidden.flatten(0, 1), batch["targets"]
 
-    def sums(here: slice) -> HeadOutput:
+    def sums(hidden: Tensor, targets: Targets) -> HeadOutput:
         if head.linear:
-            weights = head.weight, head.bias
-            return fused_head(hidden[here], *weights, targets[here], loss, scale=scale, vocab_size=head.vocab_size)
-        return general_head(hidden[here], head.own_logits, targets[here], loss, scale=scale, vocab_size=head.vocab_size)
+            return fused_head(hidden, head.weight, head.bias, targets, loss, scale=scale, vocab_size=head.vocab_size)
+        return general_head(hidden, head.own_logits, targets, loss, scale=scale, vocab_size=head.vocab_size)
 
     rows, length = batch["labels"].shape
     if by_row:
-        outputs = [sums(slice(i * length, (i + 1) * length)) for i in range(rows)]
+        places = [slice(i * length, (i + 1) * length) for i in range(rows)]
+        outputs = [sums(hidden[here], targets[here]) for here in places]
         output = HeadOutput(*map(torch.stack, zip(*outputs, strict=True)))
     else:
-        output = sums(slice(None))
+        output = sums(hidden, targets)
     if matching is None:
         return output
     distance = matching(states, batch)  # [B]

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.losses.feature_losses import FEATURE_LOSSES, feature_losses
 from pipeline.models.head import open_head
-from pipeline.student.data.dataset import CacheDataset, collate
+from pipeline.student.data.dataset import CacheDataset, collate, states_in_loss
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
@@ -113,7 +113,8 @@ def batch_of(states: Tensor, mask: np.ndarray, counted: np.ndarray, layer: int =
     """A collated batch with one layer of teacher states [B, T, D], stored at `mask`, with loss tokens at `counted`."""
     labels = torch.where(torch.from_numpy(counted), 1, -100)
     index = torch.from_numpy(np.flatnonzero(mask))
-    return {"labels": labels, "hidden_index": index, f"hidden_{layer}": states.flatten(0, 1)[index]}
+    batch = {"labels": labels, "hidden_index": index, f"hidden_{layer}": states.flatten(0, 1)[index]}
+    return batch | states_in_loss(labels, index)
 
 
 def test_known_projections_are_recovered() -> None:
