@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.models.loading_options import DEVICE, DTYPE, REVISION, TRUST_REMOTE_CODE, Dtype
+from pipeline.models.loading_options import DEVICE, DTYPE, PADDING_FREE, REVISION, TRUST_REMOTE_CODE, Dtype
 from pipeline.options import check_ranges, option
 
 IO, STUDENT, READING, HARDWARE = "Input", "Student", "Reading the cache", "Hardware"
@@ -35,6 +35,7 @@ class EvaluateConfig:
     )
     cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=READING, minimum=0.001)
     batch_size: int = option(8, help="Rows per forward pass.", group=HARDWARE, minimum=1, common=True)
+    padding_free: bool | None = PADDING_FREE(group=HARDWARE)
     device: str = DEVICE(group=HARDWARE)
     dtype: Dtype = DTYPE(group=HARDWARE)
 

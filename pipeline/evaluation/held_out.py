@@ -11,6 +11,7 @@ import cache_format as cf
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.metrics import Evaluation, sum_over
 from pipeline.models.head import evaluating, open_head
+from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.loading import load_model, resolve_device
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
@@ -63,6 +64,8 @@ def evaluate(
     )
     head = open_head(model, vocab_size, masked=objective == "masked")
     check_isolation(cache, head, batch_size=config.batch_size)
+    longest = cache.metadata.corpus.get("window_length") or 0
+    head = without_padding(head, longest, wanted=config.padding_free, device=model.device)
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
     loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)

@@ -3,7 +3,7 @@
     rows [B, T] ─▶ the tokens of all documents [1, N] ─▶ body; its attention layers are told where documents begin
                 ─▶ states [B, T, D]
 
-A mask that keeps the documents of a row apart has T² entries, and flash attention takes none. Here attention is computed
+A mask that keeps the documents of a row apart has T² entries, and flash attention takes none. Attention is computed
 
     in one kernel         `torch.nn.attention.varlen`, on CUDA in float16 and bfloat16
     document by document  elsewhere, by `scaled_dot_product_attention`; windows, soft caps and attention sinks by blocks
@@ -61,6 +61,7 @@ class Documents:
         """Of rows that are padded to the longest one."""
         longest = max(len(row.input_ids) for row in rows)
         lengths = np.concatenate([np.asarray(row.segment_lengths, np.int64) for row in rows])
+        lengths = lengths[lengths > 0]
         places = [i * longest + np.arange(len(row.input_ids)) for i, row in enumerate(rows)]
         return cls(
             lengths=tuple(lengths.tolist()),
@@ -150,7 +151,9 @@ def attention(
         return otherwise(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     window, softcap, sinks = (options.get(name) for name in ("sliding_window", "softcap", "s_aux"))
     causal = options.get("is_causal")
-    if options.get("position_bias") is not None or not (getattr(module, "is_causal", True) if causal is None else causal):
+    if options.get("position_bias") is not None or not (
+        getattr(module, "is_causal", True) if causal is None else causal
+    ):
         raise NotImplementedError("attention that is not causal, or has a position bias")
     if torch.is_autocast_enabled(query.device.type):  # as for scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -168,8 +171,9 @@ def attention(
 
 def _takes_kernel(query: Tensor, value: Tensor) -> bool:
     width = query.shape[-1]
-    halves = (torch.float16, torch.bfloat16)
-    return query.is_cuda and query.dtype in halves and width == value.shape[-1] <= 256 and not width % 8
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or width % 8:
+        return False
+    return width == value.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _in_one_kernel(
@@ -230,7 +234,9 @@ def _blocks(
     for start in range(0, query.shape[1], QUERIES):
         stop = min(start + QUERIES, query.shape[1])
         first = 0 if window is None else max(0, start + 1 - window)
-        behind = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(first, stop, device=query.device)
+        behind = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
+            first, stop, device=query.device
+        )
         seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         part = query[:, start:stop], key[:, first:stop], value[:, first:stop], seen
         if softcap is None and sinks is None:

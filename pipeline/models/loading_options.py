@@ -18,6 +18,12 @@ DEVICE = partial(option, "auto", help="auto (CUDA, MPS, CPU), cpu, cuda, cuda:1 
 DTYPE = partial(option, "auto", help="auto: float32 on a CPU, the checkpoint's own dtype elsewhere.", common=True)
 REVISION = partial(option, None, help="Branch, tag or commit of a hub model.")
 TRUST_REMOTE_CODE = partial(option, False, help="Run code that comes with a hub model.")
+PADDING_FREE = partial(
+    option,
+    None,
+    help="Run the model on documents laid end to end, without padding and masks (variable-length attention).",
+    default_text="on CUDA, where the model allows it",
+)
 DEVICE_MAP = partial(
     option,
     None,

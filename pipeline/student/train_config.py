@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
-from pipeline.models.loading_options import REVISION, TRUST_REMOTE_CODE
+from pipeline.models.loading_options import PADDING_FREE, REVISION, TRUST_REMOTE_CODE
 from pipeline.options import check_ranges, option
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class TrainStudentConfig:
     bf16: bool | None = option(
         None, help="bfloat16 autocast; weights stay float32.", group=HARDWARE, default_text="off", common=True
     )
+    padding_free: bool | None = PADDING_FREE(group=HARDWARE)
     gradient_checkpointing: bool | None = option(
         None, help="Trade time for memory by recomputing activations.", group=HARDWARE, default_text="off"
     )

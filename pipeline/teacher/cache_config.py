@@ -17,6 +17,7 @@ from pipeline.models.loading_options import (
     DEVICE,
     DEVICE_MAP,
     DTYPE,
+    PADDING_FREE,
     REVISION,
     TENSOR_PARALLEL,
     TRUST_REMOTE_CODE,
@@ -286,6 +287,7 @@ WITHOUT_VLLM = {
     "device": "; vLLM runs on the device that it is built for",
     "device_map": "",
     "tensor_parallel": ", and set tensor_parallel_size in `engine_args`",
+    "padding_free": "",
 }
 """Option that cannot be combined with `engine=vllm` -> what to do instead."""
 
@@ -314,6 +316,7 @@ class CacheTeacherConfig:
         minimum=1,
         common=True,
     )
+    padding_free: bool | None = PADDING_FREE(group=TEACHER)
     device: str = DEVICE(group=TEACHER)
     dtype: Dtype = DTYPE(group=TEACHER)
     device_map: str | None = DEVICE_MAP(group=TEACHER)

@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.models.head import Head, check_packing, check_padding, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.isolation.causality import check_causal
+from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.paths import adapter_base
@@ -157,7 +158,7 @@ def open_teacher(
         elif config.batch_size > 1 and has_own_code(model):
             check_padding(model, head, config.data.seq_len)
     _check_length(config, model.config)
-    return head
+    return without_padding(head, config.data.seq_len, wanted=config.padding_free, device=head.device)
 
 
 def _check_length(config: CacheTeacherConfig, teacher: PreTrainedConfig) -> None:

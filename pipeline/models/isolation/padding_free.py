@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from pipeline.errors import ConfigError
 from pipeline.models.document_attention import Documents, attends_by_document, forget_documents, longest_reach
 from pipeline.models.head import Head, deviation, evaluating, tolerance
 from pipeline.models.padding import pad_rows
@@ -16,6 +17,29 @@ from pipeline.models.padding import pad_rows
 class _Row:
     input_ids: np.ndarray
     segment_lengths: np.ndarray
+
+
+def without_padding(head: Head, longest: int, *, wanted: bool | None, device: torch.device) -> Head:
+    """The head as the option `padding_free` asks for it.
+
+    Args:
+        longest: tokens of the longest row.
+        wanted: the option; None: on CUDA, where the model allows it.
+        device: that the model will run on.
+
+    Raises:
+        ConfigError: it is wanted, and the model cannot.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return head
+    free = padding_free(head, longest)
+    if free is None and wanted:
+        raise ConfigError(
+            f"`padding_free`: {type(head.model).__name__} gives documents that lie end to end other states than "
+            "they have by themselves: its layers do not use transformers' attention interface, or mix tokens in "
+            "another way. Leave it out."
+        )
+    return free or head
 
 
 def padding_free(head: Head, longest: int) -> Head | None:
@@ -36,7 +60,9 @@ def padding_free(head: Head, longest: int) -> Head | None:
     documents = [torch.randint(head.vocab_size, (1, n), generator=generator) for n in lengths]
     rows = [_Row(torch.cat(documents[i : i + 2], dim=1)[0].numpy(), np.array(lengths[i : i + 2])) for i in (0, 2)]
     with evaluating(model), torch.no_grad():
-        alone = [head.hidden_states(ids.to(device), torch.arange(ids.shape[1], device=device)[None]) for ids in documents]
+        alone = [
+            head.hidden_states(ids.to(device), torch.arange(ids.shape[1], device=device)[None]) for ids in documents
+        ]
         expected = torch.cat(alone, dim=1)[0]
         if not attends_by_document(model):
             return None

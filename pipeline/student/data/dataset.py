@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cache_format import Cache, CacheRow
 from pipeline.losses import IGNORE_INDEX, FullTargets, RaggedTargets, SparseTargetBatch
+from pipeline.models.document_attention import Documents
 from pipeline.models.padding import pad_rows, padding_mask
 from pipeline.student.data.row_index import RowIndex
 
@@ -138,7 +139,8 @@ def collate(
     """Rows padded to the longest one. Everything shares the index t of the prediction made *from* t.
 
     input_ids, position_ids, labels [B, T] int64; targets, an object with the B·T positions; attention_mask [B, T]
-    int64, 0 at padding; num_tokens [] int64 without padding. With hidden states hidden_index [n] int64, their places
+    int64, 0 at padding; num_tokens [] int64 without padding; documents, where
+    they are in the batch. With hidden states hidden_index [n] int64, their places
     among the B·T positions, hidden_6 [n, D] of layer 6, hidden_6_scale [n] float32 if they are int8; and which of the n
     are of loss tokens (hidden_loss_tokens, int64) or of rows that have any (hidden_loss_rows), because a device would
     have to wait to find out.
@@ -166,6 +168,7 @@ def collate(
         "labels": labels,
         "shift_labels": labels,
         "targets": targets,
+        "documents": Documents.of_rows(rows),
         "num_tokens": torch.tensor(sum(len(row.input_ids) for row in rows)),
     }
 

@@ -49,7 +49,7 @@ def distillation_output(
         matching: the hidden-state loss, used if the batch has the teacher's states.
         by_row: sums of each row, [B] instead of scalars: the head runs on one row at a time.
     """
-    inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
+    inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask"), batch.get("documents")
     states: dict[int, Tensor] = {}
     if matching is not None:
         batch = with_target_states(batch)

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import attach, merged
 from pipeline.models.head import Head, evaluating, open_head
+from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.loading import model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.models.teacher_head import TeacherHead
@@ -260,6 +261,8 @@ def _load(run: CheckedRun, data: _Data, on_stage: Callable[[str], None]) -> _Stu
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     for cache in run.mix.caches:
         check_isolation(cache, head, batch_size=together)
+    longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in run.mix.caches)
+    head = without_padding(head, longest, wanted=config.padding_free, device=arguments.device)
     return _Student(model, head, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 
 

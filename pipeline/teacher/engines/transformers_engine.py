@@ -25,6 +25,7 @@ from torch import Tensor
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.models.document_attention import Documents
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
 from pipeline.models.isolation.packed_rows import hold_several_documents, packing_known
@@ -199,6 +200,7 @@ class TransformersEngine:
             "batch_size": self._asked_batch_size,  # that of a shard may be smaller: it is in its sidecar
             "head": "linear" if self.head.linear else "own",
             "chunk_positions": self._chunk,
+            **({"padding_free": True} if self.head.padding_free else {}),
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
@@ -230,12 +232,14 @@ class TransformersEngine:
         row, position = np.divmod(stored.numpy(), width)
         uniforms = random_numbers(rules, np.array([each.place for each in batch])[row], position, device)
         chosen = [places(with_states, width)] if with_states else []
-        there = upload([*inputs, stored, *uniforms, *chosen], device)
-        inputs, stored, uniforms = there[: len(inputs)], there[len(inputs)], there[len(inputs) + 1 :][: len(rules)]
+        documents = Documents.of_rows([request.row for request in batch])
+        there = upload([*inputs, documents.starts, documents.places, stored, *uniforms, *chosen], device)
+        inputs, (starts, tokens, stored, *uniforms) = there[: len(inputs)], there[len(inputs) :][: 3 + len(rules)]
+        documents = replace(documents, starts=starts, places=tokens)
 
         began = self._clock()
         with packing_known(hold_several_documents([request.row for request in batch])):
-            hidden, states, scales = self._body(inputs, there[-1] if with_states else None)
+            hidden, states, scales = self._body(inputs, documents, there[-1] if with_states else None)
         hidden = hidden.flatten(0, 1)[stored]  # [n, D]
         timing.forward += self._clock() - began
         labels = LabelScores(batch) if self.timed and not self.head.masked else None
@@ -256,27 +260,29 @@ class TransformersEngine:
             timing=timing,
         )
 
-    def _body(self, inputs: list[Tensor], chosen: Tensor | None) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    def _body(
+        self, inputs: list[Tensor], documents: Documents, chosen: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """What the head is applied to [B, T, D], and the hidden states to store with their scales.
 
         Args:
             chosen: places of the positions whose states are stored; None: none are.
         """
         if self.hidden is None or chosen is None:
-            return self.head.hidden_states(*inputs), {}, {}
-        hidden, by_layer = self.layer_states(inputs)
+            return self.head.hidden_states(*inputs, documents=documents), {}, {}
+        hidden, by_layer = self.layer_states(inputs, documents)
         states, scales = hidden_states.of_batch(by_layer, chosen, self.hidden.dtype) if by_layer else ({}, {})
         return hidden, states, scales
 
-    def layer_states(self, inputs: list[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    def layer_states(self, inputs: list[Tensor], documents: Documents) -> tuple[Tensor, dict[int, Tensor]]:
         """What the head is applied to, and the states of the layers to store, in their order, [B, T, D] each."""
         assert self.hidden is not None
         last = self.hidden.teacher_layers
         inner = [layer for layer in self.hidden.of_layers if layer < last]
         if inner:
-            hidden, states = self.head.states(inner, *inputs)
+            hidden, states = self.head.states(inner, *inputs, documents=documents)
         else:  # without keeping the states of all layers
-            hidden, states = self.head.hidden_states(*inputs), {}
+            hidden, states = self.head.hidden_states(*inputs, documents=documents), {}
         return hidden, states | ({last: hidden} if last in self.hidden.layers else {})
 
     def _head(
