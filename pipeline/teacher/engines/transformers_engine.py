@@ -198,7 +198,7 @@ class TransformersEngine:
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
         """Longest first, so that little is padded and out of memory shows at once."""
-        order = sorted(requests, key=lambda request: (-request.tokens, request.index))
+        order = sorted(requests, key=lambda request: (-len(request.read.input_ids), request.index))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
@@ -218,21 +218,18 @@ class TransformersEngine:
         """Starts one forward pass."""
         device = self.head.device
         timing = Timing(tokens=sum(request.tokens for request in batch), selection=[0.0] * len(rules))
-        inputs = model_inputs([request.row for request in batch], with_mask=self.head.reads_padding_mask)
-        mask = torch.zeros(inputs[0].shape, dtype=torch.bool)
-        for i, request in enumerate(batch):
-            mask[i, : len(request.stored)] = torch.from_numpy(request.stored)
+        inputs = model_inputs([request.read for request in batch], with_mask=self.head.reads_padding_mask)
         # Indices from the host: with a mask on the GPU, the host would wait to learn how many positions it selects.
-        index = mask.nonzero(as_tuple=True)
-        row, position = (each.numpy() for each in index)
-        places = np.array([request.place for request in batch])[row]
+        index = _index([request.places(request.stored) for request in batch])
+        positions = np.concatenate([np.flatnonzero(request.stored) for request in batch])
+        places = np.array([request.place for request in batch])[index[0].numpy()]
 
         began = self._clock()
         hidden, states, scales = self._body([tensor.to(device) for tensor in inputs], batch)
         hidden = hidden[tuple(each.to(device) for each in index)]  # [n, D]
         timing.forward += self._clock() - began
         labels = LabelScores(batch) if self.timed and not self.head.masked else None
-        targets, multiplied = self._head(hidden, places, position, rules, labels, timing)
+        targets, multiplied = self._head(hidden, places, positions, rules, labels, timing)
         if multiplied is not None and self.hidden is not None:
             last = self.hidden.layers[-1]
             states[last], scale = hidden_states.quantised(multiplied, self.hidden.dtype)
@@ -261,11 +258,12 @@ class TransformersEngine:
         self, inputs: list[Tensor], batch: Sequence[RowRequest]
     ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """What the head is applied to [B, T, D], and the hidden states to store with their scales."""
-        masks = [request.with_states for request in batch if request.with_states is not None]
-        if self.hidden is None or not masks:
+        places = [request.places(request.with_states) for request in batch if request.with_states is not None]
+        if self.hidden is None or not places:
             return self.head.hidden_states(*inputs), {}, {}
         hidden, by_layer = self.layer_states(inputs)
-        states, scales = hidden_states.of_batch(by_layer, masks, self.hidden.dtype) if by_layer else ({}, {})
+        index = _index(places)
+        states, scales = hidden_states.of_batch(by_layer, index, self.hidden.dtype) if by_layer else ({}, {})
         return hidden, states, scales
 
     def layer_states(self, inputs: list[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -359,6 +357,12 @@ class TransformersEngine:
         if self.head.device.type == "cuda":
             torch.cuda.synchronize(self.head.device)
         return time.perf_counter()
+
+
+def _index(places: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Row and position of each place in a batch. Args: places: int64, of each row."""
+    rows = np.repeat(np.arange(len(places)), [len(each) for each in places])
+    return torch.from_numpy(rows), torch.from_numpy(np.concatenate(places))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -64,19 +64,16 @@ def quantised(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
 
 def of_batch(
-    states: Mapping[int, Tensor], masks: Sequence[np.ndarray], dtype: str
+    states: Mapping[int, Tensor], index: tuple[Tensor, Tensor], dtype: str
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """States [n, D] and scales [n] of every layer at the chosen positions, on the device.
 
     Args:
         states: layer -> [B, T, D].
-        masks: bool [≤T] of each row.
+        index: row and position of each chosen one, on the host.
     """
     first = next(iter(states.values()))
-    where = torch.zeros(first.shape[:2], dtype=torch.bool)
-    for i, mask in enumerate(masks):
-        where[i, : len(mask)] = torch.from_numpy(mask)
-    index = tuple(each.to(first.device) for each in where.nonzero(as_tuple=True))  # indexing by mask would wait
+    index = (index[0].to(first.device), index[1].to(first.device))
     kept, scales = {}, {}
     for layer, each in states.items():
         kept[layer], scale = quantised(each[index], dtype)
