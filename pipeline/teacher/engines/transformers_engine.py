@@ -322,7 +322,7 @@ class TransformersEngine:
     ) -> list[Answer]:
         writer = AnswerWriter(self, settings)
         # Longest first: running out of memory shows at once, and there is little padding.
-        order = sorted(requests, key=lambda request: (-len(request.prompt), request.document, request.index))
+        order = sorted(requests, key=lambda request: (-len(request.read), request.document, request.index))
         answers: list[Answer] = []
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]

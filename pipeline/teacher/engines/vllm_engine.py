@@ -379,9 +379,7 @@ class VllmEngine:
                 _settle(answer, lambda: answer_of(request, output, collected, settings))
 
             params = sampling_params(name, request, settings)
-            documents.append(
-                (name, _Document(np.asarray(request.prompt).tolist(), params, done, partial(_fail, answer)))
-            )
+            documents.append((name, _Document(np.asarray(request.read).tolist(), params, done, partial(_fail, answer))))
             answers.append(answer)
         self._submit(documents)
         for answer in as_completed(answers):

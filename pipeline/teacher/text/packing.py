@@ -33,7 +33,7 @@ from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.teacher_prompts import TeacherPrompts, TeacherText
+from pipeline.teacher.text.teacher_prompts import TeacherPrompts, TeacherText, with_length
 from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
 from pipeline.teacher.text.windows import DocumentTokens, Pieces
 
@@ -293,10 +293,6 @@ def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
     }
 
 
-TEACHER_SEQ_LENS = 4
-"""`teacher_seq_len` by default, as a multiple of `seq_len`."""
-
-
 def build_corpus(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, positions: int | None = None
 ) -> TokenCorpus:
@@ -309,20 +305,10 @@ def build_corpus(
         DataError, ModelError, ConfigError: as `tokenise_documents`, or no loss tokens.
     """
     documents = tokenise_documents(config, tokenizer)
-    teacher_seq_len = config.teacher_seq_len
-    if documents.columns.teacher is None and teacher_seq_len is not None:
-        raise ConfigError(
-            f"`teacher_seq_len` {teacher_seq_len}: only for data with a prompt for the teacher, such as a column "
-            "'teacher_prompt'. Leave it out."
-        )
-    if documents.columns.teacher is not None and teacher_seq_len is None:
-        teacher_seq_len = TEACHER_SEQ_LENS * config.seq_len
-        teacher_seq_len = teacher_seq_len if positions is None else min(teacher_seq_len, positions)
     config = replace(
-        config,
+        with_length(config, documents.columns, positions),
         packing=config.packing is not False,
         append_eos=config.append_eos is not False and not documents.columns.is_ids,
-        teacher_seq_len=teacher_seq_len,
     )
     return TokenCorpus(documents, config)
 

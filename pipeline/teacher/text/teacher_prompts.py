@@ -25,9 +25,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
+from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text.columns import Columns
 from pipeline.teacher.text.encoding import Tokens
 from pipeline.teacher.text.windows import DocumentTokens, Pieces
+
+SEQ_LENS = 4
+"""`teacher_seq_len` by default, as a multiple of `seq_len`."""
 
 FEATURES = {"teacher_prompt": datasets.Sequence(datasets.Value("int32")), "completion_start": datasets.Value("int32")}
 
@@ -45,6 +50,26 @@ class TeacherText:
     input_ids: np.ndarray
     segment_lengths: np.ndarray
     positions: np.ndarray
+
+
+def with_length(config: DataConfig, columns: Columns, positions: int | None) -> DataConfig:
+    """The options with the length of what the teacher reads, if it has prompts of its own.
+
+    Args:
+        positions: the longest text that the teacher can read, if there is a limit.
+
+    Raises:
+        ConfigError: a length for data without such prompts.
+    """
+    if columns.teacher is None:
+        if config.teacher_seq_len is not None:
+            raise ConfigError(
+                f"`teacher_seq_len` {config.teacher_seq_len}: only for data with a prompt for the teacher, such as a "
+                "column 'teacher_prompt'. Leave it out."
+            )
+        return config
+    default = SEQ_LENS * config.seq_len if positions is None else min(SEQ_LENS * config.seq_len, positions)
+    return replace(config, teacher_seq_len=config.teacher_seq_len or default)
 
 
 def with_teacher_prompt(student: Tokens, teacher: Tokens, where: str) -> Tokens:
