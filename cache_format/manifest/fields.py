@@ -152,6 +152,8 @@ METADATA = {
         "window_prefix?": list_of(COUNT),
         "overlap?": whole(1, MOST_TOKENS),
         "token_stream_sha256?": DIGEST,
+        "teacher_window_length?": whole(1, MOST_TOKENS),
+        "teacher_stream_sha256?": DIGEST,
         "packing?": FLAG,
         "generation?": GENERATION,
     },

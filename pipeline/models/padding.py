@@ -46,16 +46,16 @@ def padding_mask(rows: Sequence[PackedRow]) -> Tensor:
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-def places(masks: Sequence[np.ndarray], width: int) -> Tensor:
-    """int64 [n]: where the chosen positions of a batch are among its B·T.
+def places(positions: Sequence[np.ndarray], width: int) -> Tensor:
+    """int64 [n]: where positions of the rows of a batch are among its B·T.
 
     Computed on the host: a device would have to tell it how many positions a mask selects, and the host would wait.
 
     Args:
-        masks: bool [≤T] of each row.
+        positions: int64, those of each row.
         width: T.
     """
-    return torch.from_numpy(np.concatenate([i * width + np.flatnonzero(mask) for i, mask in enumerate(masks)]))
+    return torch.from_numpy(np.concatenate([i * width + each for i, each in enumerate(positions)]))
 
 
 def model_inputs(rows: Sequence[PackedRow], *, with_mask: bool) -> list[Tensor]:

@@ -52,18 +52,18 @@ class DataConfig:
     split: str = option("train", help="Split of the dataset, or a slice such as train[:10%].", group=TEXT)
     text_column: str | None = option(
         None,
-        help="Column of strings or chat messages.",
+        help="Column of strings, chat messages or token ids.",
         group=TEXT,
-        default_text="messages, prompt with completion, or text",
+        default_text="messages, prompt with completion, text, or input_ids",
         common=True,
     )
     sample_by: Literal["document", "paragraph", "line"] = option(
         "document", help="Unit of text in a .txt file that becomes one document.", group=TEXT
     )
-    loss_on: Literal["auto", "all", "assistant", "completion"] = option(
+    loss_on: Literal["auto", "all", "assistant", "completion", "labels"] = option(
         "auto",
-        help="Tokens in the loss. auto: all tokens of plain text, assistant messages in a chat, or the completion of a "
-        "prompt.",
+        help="Tokens in the loss. auto: all tokens of plain text, assistant messages in a chat, the completion of a "
+        "prompt, or what the labels or masks beside token ids say.",
         group=TEXT,
     )
     turns: Literal["all", "last"] = option(
@@ -93,6 +93,13 @@ class DataConfig:
         None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
     )
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
+    teacher_seq_len: int | None = option(
+        None,
+        help="Maximum number of tokens that the teacher reads for a row, in data with a prompt for the teacher.",
+        group=TEXT,
+        minimum=2,
+        default_text="4 times seq_len, at most the teacher's positions",
+    )
     overlap: int = option(
         1,
         help="Tokens that each later window of a long document repeats as context, outside the loss.",
@@ -114,15 +121,23 @@ class DataConfig:
         """What decides the rows, besides the text itself, as in the manifest."""
         # Not asdict: it would copy `data`, which may be a generator.
         left_out = {"data", "num_proc", *_OF_CHATS} | (set() if self.overlap > 1 else {"overlap"})
+        left_out |= {"teacher_seq_len"} if self.teacher_seq_len is None else set()
         names = [field.name for field in fields(self) if field.name not in left_out]
-        recorded_as = {"seq_len": "window_length"}
-        return {recorded_as.get(name, name): getattr(self, name) for name in names} | self.chat_options()
+        return {_RECORDED_AS.get(name, name): getattr(self, name) for name in names} | self.chat_options()
+
+    @classmethod
+    def from_json(cls, recorded: Mapping[str, Any], data: Any) -> DataConfig:
+        """The options that a manifest records, for the text itself."""
+        names = [field.name for field in fields(cls) if field.name not in ("data", "num_proc")]
+        given = {name: recorded.get(_RECORDED_AS.get(name, name)) for name in names}
+        return cls(data=data, **{name: value for name, value in given.items() if value is not None})
 
     def chat_options(self) -> dict[str, Any]:
         """The options of chats that are not at their default, as in the manifest."""
         return {name: value for name in _OF_CHATS if (value := getattr(self, name)) not in (None, "all", {})}
 
 
+_RECORDED_AS = {"seq_len": "window_length", "teacher_seq_len": "teacher_window_length"}
 _OF_CHATS = ("turns", "chat_template_kwargs", "template_date")
 # What the messages of a row and the rendering itself set.
 _NOT_ARGUMENTS = {"messages", "conversation", "conversations", "chat_template", "add_generation_prompt"} | {

@@ -53,6 +53,16 @@ class Text(Protocol):
 class TokenisedText(Text, Protocol):
     """What a teacher is to read: a corpus, or prompts."""
 
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher reads other prompts than the student."""
+        ...
+
+    @property
+    def longest_read(self) -> int:
+        """Tokens that the teacher reads for a row, at most."""
+        ...
+
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
         """(row of the source, id) of the first token with an id of `limit` or more."""
         ...
@@ -108,7 +118,13 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
             f"{config.given('masking')}: {model_name(config.teacher)} is a causal language model, whose input is not "
             "masked. Leave it out."
         )
-    return build_corpus(config.data, tokenizer)
+    corpus = build_corpus(config.data, tokenizer, positions=most_positions(found))
+    if config.all_positions and corpus.has_teacher_prompts:
+        raise ConfigError(
+            "`all_positions`: the teacher reads another prompt than the student, so that positions of the student's "
+            "prompt have no targets. Leave it out."
+        )
+    return corpus
 
 
 def as_dated(config: CacheTeacherConfig, description: Mapping[str, Any] | None) -> CacheTeacherConfig:
@@ -154,19 +170,20 @@ def open_teacher(
     else:
         check_causal(head)
         if text.description["packing"]:
-            check_packing(model, head, config.data.seq_len)
+            check_packing(model, head, text.longest_read)
         elif config.batch_size > 1 and has_own_code(model):
-            check_padding(model, head, config.data.seq_len)
-    _check_length(config, model.config)
-    return without_padding(head, config.data.seq_len, wanted=config.padding_free, device=head.device)
+            check_padding(model, head, text.longest_read)
+    _check_length(text, model.config)
+    return without_padding(head, text.longest_read, wanted=config.padding_free, device=head.device)
 
 
-def _check_length(config: CacheTeacherConfig, teacher: PreTrainedConfig) -> None:
+def _check_length(text: TokenisedText, teacher: PreTrainedConfig) -> None:
     limit = most_positions(teacher)
-    if limit is not None and config.data.seq_len > limit:
+    if limit is not None and text.longest_read > limit:
+        name = "teacher_seq_len" if text.has_teacher_prompts else "seq_len"
         raise ConfigError(
-            f"`seq_len` {config.data.seq_len}: this teacher was trained on at most {limit} positions. "
-            f"Use `seq_len` {limit} or less."
+            f"`{name}` {text.longest_read}: this teacher was trained on at most {limit} positions. "
+            f"Use `{name}` {limit} or less."
         )
 
 
@@ -184,13 +201,13 @@ def _open_vllm(
     rows = known.get_text_config().vocab_size
     vocab_size = real_vocab_size(tokenizer, rows)
     _check_tokens(config, text, tokenizer, vocab_size)
-    _check_length(config, known)
+    _check_length(text, known)
     arguments = config.running.arguments()
-    check_rotary(known, model_name(config.teacher), arguments.get("max_model_len", config.data.seq_len + 1))
+    check_rotary(known, model_name(config.teacher), arguments.get("max_model_len", text.longest_read + 1))
     engine = open_vllm(
         str(config.teacher),
         vocab_size=vocab_size,
-        seq_len=config.data.seq_len,
+        seq_len=text.longest_read,
         dtype=config.dtype,
         engine_args=arguments,
         store_head=config.targets.kind == "hidden",
@@ -244,9 +261,15 @@ def _check_tokens(
         known: ids below it are known to the teacher.
     """
     vocabulary = 1 + max(tokenizer.get_vocab().values())
-    if vocabulary <= known or (found := text.first_token_beyond(known)) is None:
+    given = text.description["format"] == "token-ids"
+    if (vocabulary <= known and not given) or (found := text.first_token_beyond(known)) is None:
         return
     row, token = found
+    if token >= vocabulary:
+        raise DataError(
+            f"{data_name(config.data.data)}, row {row}: found token id {token}, expected ids below {known:,}, the "
+            f"vocabulary of {model_name(config.teacher)}. Use the teacher whose tokenizer made these ids."
+        )
     raise DataError(
         f"{data_name(config.data.data)}, row {row}: found token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, "
         f"expected ids below {known:,}: {model_name(config.teacher)} has no embedding for it, although its tokenizer "
@@ -263,7 +286,7 @@ def row_request(config: CacheTeacherConfig, corpus: Corpus, index: int, hidden: 
     row = corpus[index]
     stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
     states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
-    return RowRequest(index=index, row=row, place=index, stored=stored, with_states=states)
+    return RowRequest(index=index, row=row, place=index, stored=stored, with_states=states, teacher=row.teacher)
 
 
 def _source(config: CacheTeacherConfig) -> dict[str, Any]:

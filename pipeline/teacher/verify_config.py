@@ -36,6 +36,13 @@ class TeacherCheckConfig:
     rows: int = option(
         8, help="Number of rows to compute, spread evenly over the cache.", group=TEACHER, minimum=1, common=True
     )
+    # A path or hub name; or (Python only) several paths, a datasets.Dataset or rows.
+    data: Any = option(
+        None,
+        help="Data that the cache was made from, if its teacher read prompts that the student does not see.",
+        group=TEACHER,
+        default_text="that named in the manifest",
+    )
     device: str = DEVICE(group=TEACHER)
     dtype: Dtype = DTYPE(group=TEACHER, help="auto: the dtype that the cache was computed in.")
     revision: str | None = REVISION(group=TEACHER)

@@ -219,7 +219,7 @@ def test_padding_left_in_the_softmax_is_detected(
 def test_packed_documents_that_see_one_another_are_refused_and_detected(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_a_mask(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def with_a_mask(head: Head, input_ids: Tensor, position_ids: Tensor, **_: object) -> Tensor:
         mask = torch.ones_like(input_ids)
         return head.model.model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)[0]
 

@@ -55,19 +55,19 @@ class AnswerWriter:
     def __init__(self, engine: TransformersEngine, settings: AnswerSettings) -> None:
         self.engine, self.settings, self.rule = engine, settings, settings.rule
         self.generation = settings.sampling
-        self.stop_tokens, self.max_length = settings.stop_tokens, settings.max_length
+        self.stop_tokens = settings.stop_tokens
         # A string of n bytes has at most n tokens; 4 more for tokens that are only part of a character.
         self.tail_tokens = 4 + max((len(stop.encode()) for stop in settings.sampling.stop), default=0)
 
     @torch.inference_mode()
     def write(self, requests: Sequence[Request]) -> list[Answer]:
         """One batch, in the order given. Raises: ModelError if the teacher's logits are not all finite."""
-        prompts = {request.document: request.prompt for request in requests}
+        prompts = {request.document: request.read for request in requests}
         decoding = Decoding(self.engine.head, list(prompts.values()))
         if len(prompts) < len(requests):  # several answers per prompt share one pass over it
             order = {document: i for i, document in enumerate(prompts)}
             decoding.select([order[request.document] for request in requests])
-        drafts = [_Draft(request, self._limit(request)) for request in requests]
+        drafts = [_Draft(request, self.settings.most_tokens(request)) for request in requests]
         active = drafts
         for step in range(self.generation.max_new_tokens):
             tokens = self._next(decoding, active, step)
@@ -111,9 +111,6 @@ class AnswerWriter:
             active[i].targets.append(ChunkTargets(*(part[i] for part in targets)))
         return tokens
 
-    def _limit(self, request: Request) -> int:
-        return min(self.generation.max_new_tokens, self.max_length - len(request.prompt))
-
     def _stop_reason(self, draft: _Draft) -> str | None:
         if draft.token_ids[-1] in self.stop_tokens:
             return EOS
@@ -125,9 +122,9 @@ class AnswerWriter:
 
     def _answer(self, draft: _Draft) -> Answer:
         request, row = draft.request, answer_row(draft.request, draft.token_ids)
-        if self.engine.head.separates(len(request.prompt), len(row.input_ids)):
+        if self.engine.head.separates(len(request.read), len(request.read) + len(draft.token_ids)):
             place = int(place_of(np.array([request.document]), np.array([request.index]))[0])
-            whole = RowRequest(index=0, row=row, place=place, stored=row.loss_mask)
+            whole = RowRequest(index=0, row=row, place=place, stored=row.loss_mask, teacher=row.teacher)
             (with_targets,) = self.engine.run_batch([whole], [self.rule]).rows()
         else:
             targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 import cache_format as cf
+from pipeline.models.padding import PackedRow
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.packing import TokenRow
+from pipeline.teacher.text.teacher_prompts import TeacherText
 
 if TYPE_CHECKING:
     from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
@@ -37,6 +39,7 @@ class RowRequest:
         place: key of the row's random numbers: its number, or the place of an answer.
         stored: bool [T], positions that get targets.
         with_states: bool [T], positions whose hidden states are stored; None: none.
+        teacher: what the teacher reads, if that is not the row.
     """
 
     index: int
@@ -44,10 +47,24 @@ class RowRequest:
     place: int
     stored: np.ndarray
     with_states: np.ndarray | None = None
+    teacher: TeacherText | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.row.input_ids)
+
+    @property
+    def read(self) -> PackedRow:
+        """What the teacher reads."""
+        return self.row if self.teacher is None else self.teacher
+
+    def places(self, mask: np.ndarray) -> np.ndarray:
+        """Where the teacher, in what it reads, makes the predictions of some of the row's positions, int64, in order.
+
+        Args:
+            mask: bool [T].
+        """
+        return np.flatnonzero(mask) if self.teacher is None else self.teacher.positions[mask]
 
 
 class BatchSizeHalved(Exception):

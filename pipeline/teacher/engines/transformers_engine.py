@@ -205,7 +205,7 @@ class TransformersEngine:
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
         """Longest first, so that little is padded and out of memory shows at once."""
-        order = sorted(requests, key=lambda request: (-request.tokens, request.index))
+        order = sorted(requests, key=lambda request: (-len(request.read.input_ids), request.index))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
@@ -225,20 +225,22 @@ class TransformersEngine:
         """Starts one forward pass."""
         device = self.head.device
         timing = Timing(tokens=sum(request.tokens for request in batch), selection=[0.0] * len(rules))
-        inputs = model_inputs([request.row for request in batch], with_mask=self.head.reads_padding_mask)
+        read = [request.read for request in batch]
+        inputs = model_inputs(read, with_mask=self.head.reads_padding_mask)
         width = inputs[0].shape[1]
-        stored = places([request.stored for request in batch], width)
-        with_states = [request.with_states for request in batch if request.with_states is not None]
-        row, position = np.divmod(stored.numpy(), width)
-        uniforms = random_numbers(rules, np.array([each.place for each in batch])[row], position, device)
+        stored = places([request.places(request.stored) for request in batch], width)
+        positions = np.concatenate([np.flatnonzero(request.stored) for request in batch])
+        rows = np.repeat([request.place for request in batch], [np.count_nonzero(each.stored) for each in batch])
+        uniforms = random_numbers(rules, rows, positions, device)
+        with_states = [request.places(request.with_states) for request in batch if request.with_states is not None]
         chosen = [places(with_states, width)] if with_states else []
-        documents = Documents.of_rows([request.row for request in batch])
+        documents = Documents.of_rows(read)
         there = upload([*inputs, documents.starts, documents.places, stored, *uniforms, *chosen], device)
         inputs, (starts, tokens, stored, *uniforms) = there[: len(inputs)], there[len(inputs) :][: 3 + len(rules)]
         documents = replace(documents, starts=starts, places=tokens)
 
         began = self._clock()
-        with packing_known(hold_several_documents([request.row for request in batch])):
+        with packing_known(hold_several_documents(read)):
             hidden, states, scales = self._body(inputs, documents, there[-1] if with_states else None)
         hidden = hidden.flatten(0, 1)[stored]  # [n, D]
         timing.forward += self._clock() - began
@@ -330,7 +332,7 @@ class TransformersEngine:
     ) -> list[Answer]:
         writer = AnswerWriter(self, settings)
         # Longest first: running out of memory shows at once, and there is little padding.
-        order = sorted(requests, key=lambda request: (-len(request.prompt), request.document, request.index))
+        order = sorted(requests, key=lambda request: (-len(request.read), request.document, request.index))
         answers: list[Answer] = []
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]

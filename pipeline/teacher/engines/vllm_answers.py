@@ -31,13 +31,13 @@ def sampling_params(name: str, request: Request, settings: AnswerSettings) -> Sa
     """What vLLM is asked for an answer. Its seed depends on seed, prompt and index, as any other random number here."""
     from vllm import SamplingParams
 
-    given, prompt = settings.sampling, len(request.prompt)
+    given, prompt = settings.sampling, len(request.read)
     place = place_of(np.array([request.document]), np.array([request.index]))
     stored = np.zeros(prompt, bool)
     stored[-1] = True  # and all that are generated
-    wanted = Wanted(name=name, place=int(place[0]), start=0, stored=np.packbits(stored).tobytes())
+    wanted = Wanted(name=name, place=int(place[0]), start=-request.ahead, stored=np.packbits(stored).tobytes())
     return SamplingParams(
-        max_tokens=min(given.max_new_tokens, settings.max_length - prompt),
+        max_tokens=settings.most_tokens(request),
         temperature=given.temperature,
         top_p=given.top_p,
         top_k=given.top_k,

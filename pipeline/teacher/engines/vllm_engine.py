@@ -310,7 +310,7 @@ class VllmEngine:
         self, requests: Sequence[RowRequest], rules: Sequence[TargetRule], on_batch: OnBatch = lambda _: None
     ) -> _RunningRows:
         self._use(rules)
-        rows = [_Row(request, [None] * len(request.row.segment_lengths)) for request in requests]
+        rows = [_Row(request, [None] * len(request.read.segment_lengths)) for request in requests]
         began = time.perf_counter()
         if self.timed:
             self.selection_seconds()  # of what ran before
@@ -323,19 +323,28 @@ class VllmEngine:
         return [max(each) for each in zip(*ranks, strict=True)]
 
     def _documents_of(self, row: _Row) -> Iterator[tuple[str, _Document]]:
-        """A request for every segment of a row."""
+        """A request for every segment of what the teacher reads for a row."""
         from vllm import SamplingParams
 
         request, start = row.request, 0
-        states = request.with_states
-        for i, length in enumerate(np.asarray(request.row.segment_lengths).tolist()):
+        token_ids = np.asarray(request.read.input_ids)
+        positions, places = np.flatnonzero(request.stored), request.places(request.stored)
+        stored, states = np.zeros(len(token_ids), bool), None
+        stored[places] = True
+        if request.with_states is not None:
+            states = np.zeros(len(token_ids), bool)
+            states[request.places(request.with_states)] = True
+        for i, length in enumerate(np.asarray(request.read.segment_lengths).tolist()):
             here = slice(start, start + length)
             name = f"distill-{next(self._names)}"
+            # Within a segment, the teacher's places are the row's positions plus a constant.
+            first = int(np.searchsorted(places, start))
+            ahead = int(places[first] - positions[first]) if first < len(places) else 0
             wanted = Wanted(
                 name=name,
                 place=request.place,
-                start=start,
-                stored=np.packbits(request.stored[here]).tobytes(),
+                start=start - ahead,
+                stored=np.packbits(stored[here]).tobytes(),
                 with_states=b"" if states is None else np.packbits(states[here]).tobytes(),
             )
             params = SamplingParams(max_tokens=1, detokenize=False, extra_args={KEY: list(wanted)})
@@ -346,8 +355,7 @@ class VllmEngine:
                     row.ended = time.perf_counter()
                     _settle(row.done, lambda: self._rows(row))
 
-            token_ids = np.asarray(request.row.input_ids[here]).tolist()
-            yield name, _Document(token_ids, params, done, partial(_fail, row.done))
+            yield name, _Document(token_ids[here].tolist(), params, done, partial(_fail, row.done))
             start += length
 
     def _rows(self, row: _Row) -> list[cf.CacheRow]:
@@ -371,9 +379,7 @@ class VllmEngine:
                 _settle(answer, lambda: answer_of(request, output, collected, settings))
 
             params = sampling_params(name, request, settings)
-            documents.append(
-                (name, _Document(np.asarray(request.prompt).tolist(), params, done, partial(_fail, answer)))
-            )
+            documents.append((name, _Document(np.asarray(request.read).tolist(), params, done, partial(_fail, answer))))
             answers.append(answer)
         self._submit(documents)
         for answer in as_completed(answers):

@@ -51,7 +51,7 @@ class Wanted(NamedTuple):
     Attributes:
         name: under which its targets are fetched.
         place: key of its random numbers.
-        start: position of its first token in the row, which keys its random numbers.
+        start: position of its first token in the row, which keys its random numbers; below 0 if the row begins later.
         stored: bits of the prompt's positions that get targets, as `numpy.packbits`. All positions behind it get some.
         with_states: bits of those whose hidden states are stored; empty: none.
     """

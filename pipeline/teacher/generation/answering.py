@@ -133,8 +133,8 @@ class Answering:
 
     def _write(self, documents: range) -> Group:
         requests = [
-            Request(document, index, prompt)
-            for document, prompt in zip(documents, self.prompts.tokens(documents), strict=True)
+            Request(document, index, prompt.ids, prompt.teacher_prompt)
+            for document, prompt in zip(documents, self.prompts.read(documents), strict=True)
             if self.prompts.answerable[document]
             for index in range(self.answers_per_prompt)
         ]

@@ -18,6 +18,7 @@ from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.packing import TokenRow
+from pipeline.teacher.text.teacher_prompts import behind_prompts
 
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
 
@@ -28,7 +29,18 @@ class Request:
 
     document: int  # row of the source
     index: int  # among the answers to it
-    prompt: np.ndarray  # [P] int32, P ≥ 1
+    prompt: np.ndarray  # [P] int32, P ≥ 1, in the row
+    teacher_prompt: np.ndarray | None = None  # what the teacher reads, if that is not the prompt
+
+    @property
+    def read(self) -> np.ndarray:
+        """What the teacher answers."""
+        return self.prompt if self.teacher_prompt is None else self.teacher_prompt
+
+    @property
+    def ahead(self) -> int:
+        """How far the teacher is ahead of the row."""
+        return len(self.read) - len(self.prompt)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,6 +105,7 @@ class AnswerSettings:
         sampling: how tokens are sampled.
         stop_tokens: an answer ends with any of these.
         max_length: maximum number of tokens of prompt and answer.
+        longest_read: the same for what the teacher reads; default: `max_length`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -100,6 +113,13 @@ class AnswerSettings:
     sampling: GenerationConfig
     stop_tokens: frozenset[int]
     max_length: int
+    longest_read: int | None = None
+
+    def most_tokens(self, request: Request) -> int:
+        """Maximum number of tokens of an answer."""
+        room = self.max_length - len(request.prompt)
+        room_for_teacher = (self.longest_read or self.max_length) - len(request.read)
+        return min(self.sampling.max_new_tokens, room, room_for_teacher)
 
 
 def answer_row(request: Request, token_ids: Sequence[int]) -> TokenRow:
@@ -108,7 +128,13 @@ def answer_row(request: Request, token_ids: Sequence[int]) -> TokenRow:
     loss_mask = np.zeros(len(all_ids), bool)
     # Position t predicts token t + 1, so the last prompt token predicts the first answer token.
     loss_mask[len(request.prompt) - 1 : -1] = True
-    return TokenRow(all_ids, loss_mask, np.array([len(all_ids)], np.int32))
+    other = request.teacher_prompt
+    return TokenRow(
+        all_ids,
+        loss_mask,
+        np.array([len(all_ids)], np.int32),
+        teacher=None if other is None else behind_prompts(request.prompt, other, token_ids),
+    )
 
 
 def complete_answer(

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.loading import load_config, model_name
-from pipeline.models.objective import Objective, objective_of
+from pipeline.models.objective import Objective, most_positions, objective_of
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
@@ -112,11 +112,11 @@ def generate_cache(
 
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
-    _check_writes(config)
+    positions = _check_writes(config)
     earlier: Mapping[str, Any] | None = None
     if not config.overwrite:
         earlier = store.prompts() if manifest is None else manifest.metadata.corpus
-    prompts = open_prompts(as_dated(config, earlier).data, tokenizer)
+    prompts = open_prompts(as_dated(config, earlier).data, tokenizer, positions=positions)
     config = as_dated(config, prompts.description)
     for warning in prompts.warnings:
         on_warning(warning)
@@ -125,7 +125,7 @@ def generate_cache(
     with closing(open_engine(config, prompts, tokenizer, device)) as engine:
         config.targets.check_vocabulary(engine.vocab_size)
         if isinstance(engine, TransformersEngine):
-            check_decoding(engine.head, padding=config.batch_size > 1, longest=config.data.seq_len)
+            check_decoding(engine.head, padding=config.batch_size > 1, longest=prompts.longest_read)
         stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
         settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
         if manifest is not None:
@@ -145,6 +145,7 @@ def generate_cache(
                     sampling=generation,
                     stop_tokens=frozenset(stop_tokens),
                     max_length=config.data.seq_len,
+                    longest_read=prompts.longest_read,
                 ),
                 answers_per_prompt=generation.answers_per_prompt,
                 predicate=predicate,
@@ -179,14 +180,15 @@ def generate_cache(
         )
 
 
-def _check_writes(config: CacheTeacherConfig) -> None:
-    """Raises: ConfigError for a masked language model, which cannot generate."""
+def _check_writes(config: CacheTeacherConfig) -> int | None:
+    """The teacher's positions, if there is a limit. Raises: ConfigError for a masked model, which cannot generate."""
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
             f"`generate`: {model_name(config.teacher)} is a masked language model, which cannot continue "
             "a text. Use a causal one."
         )
+    return None if found is None else most_positions(found)
 
 
 def _finished(
@@ -207,6 +209,8 @@ def _finished(
     data = {name: getattr(config.data, name) for name in compared_options}
     if config.data.template_date is not None:
         data["template_date"] = config.data.template_date
+    if config.data.teacher_seq_len is not None:
+        data["teacher_window_length"] = config.data.teacher_seq_len
     compared = [
         ("targets", recorded["targets"], config.targets.to_json()),
         ("corpus", corpus, {"window_length": config.data.seq_len, **data}),
@@ -314,8 +318,8 @@ def _corpus(
     }
     report: dict[str, int | float] = {
         "documents": len(prompts),
-        "empty_prompts": int(np.count_nonzero(prompts.lengths == 0)),
-        "long_prompts": int(np.count_nonzero(prompts.lengths >= prompts.config.seq_len)),
+        "empty_prompts": int(np.count_nonzero(prompts.empty)),
+        "long_prompts": int(np.count_nonzero(prompts.too_long)),
         **counts,
         "rows": len(selection.chosen),
         "tokens": selection.tokens,

@@ -27,12 +27,14 @@ from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import encoding, examples, records
+from pipeline.teacher.text import columns as columns_module
+from pipeline.teacher.text import encoding, examples, records, teacher_prompts, token_ids
 from pipeline.teacher.text.chat import arguments, messages, template, turns
 from pipeline.teacher.text.chat.template import ChatTemplate
+from pipeline.teacher.text.columns import IDS, Columns, check_chat_options, find_columns
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes
-from pipeline.teacher.text.examples import Columns, check_chat_options, find_columns, read_examples
+from pipeline.teacher.text.examples import Example, read_examples
 from pipeline.teacher.text.records import RecordReader, reading
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
 
@@ -46,6 +48,7 @@ WITH_SPECIAL_TOKENS, SPLIT, ONLY_EOS = _FINDINGS = (
     "documents_with_split_tokens",
     "documents_with_only_eos",
 )
+_UNUSED_IDS = f"the text is used, not the column {IDS!r}. To use that, name it as `text_column`."
 # Documents in memory at once; one may be a whole book.
 _DOCUMENTS_PER_BATCH = 64
 _DOCUMENTS_PER_RECORD_BATCH = 256
@@ -56,8 +59,8 @@ class Documents:
     """The tokenised text, in the order of the source."""
 
     tokens: datasets.Dataset  # input_ids list<int32>, is_target list<bool> (in the loss); both empty for empty text
-    columns: Columns
-    loss_on: str  # all, assistant or completion
+    columns: Columns  # with a prompt for the teacher: `tokens` has the columns of `teacher_prompts.FEATURES` too
+    loss_on: str  # all, assistant, completion or labels
     source: Source
     prefix: tuple[int, ...] = ()  # special tokens that the tokenizer puts before a text
     findings: Mapping[str, int] = field(default_factory=dict)  # name -> number of documents, where there are any
@@ -65,16 +68,18 @@ class Documents:
     warnings: tuple[str, ...] = ()
 
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
-        """(document, id) of the first token with an id of `limit` or more; reads up to there."""
+        """(document, id) of the first token with an id of `limit` or more, of student or teacher; reads up to there."""
+        names = ("input_ids",) if self.columns.teacher is None else ("input_ids", "teacher_prompt")
         before = 0  # documents
         for batch in self.tokens.data.to_batches():
-            column = batch.column("input_ids")
-            ids = column.flatten()
-            if len(ids) and pc.max(ids).as_py() >= limit:
-                place = int((ids.to_numpy() >= limit).argmax())
-                ends = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
-                return before + int(np.searchsorted(ends, place, side="right")), ids[place].as_py()
-            before += len(column)
+            for name in names:
+                column = batch.column(name)
+                ids = column.flatten()
+                if len(ids) and pc.max(ids).as_py() >= limit:
+                    place = int((ids.to_numpy() >= limit).argmax())
+                    ends = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
+                    return before + int(np.searchsorted(ends, place, side="right")), ids[place].as_py()
+            before += len(batch)
         return None
 
 
@@ -100,15 +105,21 @@ def tokenise_documents(
     columns = find_columns(source, config.text_column, name)
     loss_on = columns.loss_choices[0] if config.loss_on == "auto" else config.loss_on
     if loss_on not in columns.loss_choices:
+        reason = "" if columns.teacher is None else ": the student does not see what the teacher reads before it"
         raise ConfigError(
             f"{name}: `loss_on` {loss_on} does not go with {columns.format} data "
-            f"(column {', '.join(columns.names)}), expected {' or '.join(columns.loss_choices)}."
+            f"(column {', '.join(columns.all_names)}), expected {' or '.join(columns.loss_choices)}{reason}."
         )
+    if columns.is_ids:
+        _check_id_options(config, name, special_tokens=special_tokens)
+    elif columns.teacher is not None and not special_tokens:
+        raise ConfigError(f"{name}: {columns.teacher!r} is for causal teachers. Remove this column.")
     check_chat_options(config, columns, name)
     if config.turns == "last" and loss_on == "all":
         raise ConfigError("`turns=last`: the loss is on all tokens with `loss_on=all`. Leave one of them out.")
-    append_eos = special_tokens and config.append_eos is not False and not columns.is_chat
-    _check_tokenizer(tokenizer, loss_on, append_eos)
+    append_eos = config.append_eos is not False and special_tokens and not (columns.is_chat or columns.is_ids)
+    if not columns.is_ids:
+        _check_tokenizer(tokenizer, loss_on, append_eos)
     chat_template = arguments.open_template(config, tokenizer) if columns.is_chat else None
     affixes = _affixes(tokenizer, columns, append_eos=append_eos, special_tokens=special_tokens)
     tokens = _map_cached(
@@ -122,7 +133,7 @@ def tokenise_documents(
             turns=config.turns,
             template=chat_template,
             affixes=affixes,
-            tokenizer=tokenizer if loss_on == "all" else encoding.with_exact_offsets(tokenizer),
+            tokenizer=tokenizer if loss_on in ("all", "labels") else encoding.with_exact_offsets(tokenizer),
         ),
         _fingerprint(rows, columns, loss_on, append_eos, special_tokens, tokenizer, config, chat_template),
         config.num_proc,
@@ -131,7 +142,8 @@ def tokenise_documents(
     findings = {name: count for name, count in counts.items() if count}
     documents = Documents(tokens, columns, loss_on, source, affixes.prefix, findings)
     if chat_template is None:
-        return documents
+        unused = IDS in source.reader.names and not columns.is_ids
+        return replace(documents, warnings=(f"{name}: {_UNUSED_IDS}",)) if unused else documents
     warnings = list(arguments.find_unused(config, chat_template, source, columns.names))
     if len(tokens) > len(rows):
         warnings.append(
@@ -139,11 +151,24 @@ def tokenise_documents(
             "renders earlier turns differently when more messages follow, so each answer gets a document of its own. "
             "Use `turns=last` to keep only the last answer of each chat."
         )
+    if IDS in source.reader.names:
+        warnings.append(_UNUSED_IDS)
     return replace(
         documents,
         options=arguments.describe_options(config, chat_template),
         warnings=tuple(f"{name}: {each}" for each in warnings),
     )
+
+
+def _check_id_options(config: DataConfig, data: str, *, special_tokens: bool) -> None:
+    """Raises: ConfigError for what would change token ids."""
+    if not special_tokens:
+        raise ConfigError(
+            f"{data}: found token ids, which are for causal teachers only: the text of a masked one gets its special "
+            "tokens window by window. Give it text."
+        )
+    if config.append_eos:
+        raise ConfigError("`append_eos=True`: token ids are scored as they are. Leave it out.")
 
 
 def _affixes(
@@ -188,14 +213,17 @@ def _tokenise_batch(
     """Rows of the source to the columns of `_FEATURES` and `_FINDINGS`; a row may become several documents."""
     with reading(data, indices):
         rows = reader.read(batch, columns.to_read(reader.names))
-    texts = [
-        example
-        for index, row in zip(indices, rows, strict=True)
-        for example in read_examples(
-            row, f"{data}, row {index}", columns=columns, loss_on=loss_on, turns=turns, template=template
-        )
-    ]
-    documents = encoding.encode(texts, tokenizer, affixes)
+    places = [f"{data}, row {index}" for index in indices]
+    if columns.is_ids:
+        options = {"names": columns.names, "all_in_loss": loss_on == "all", "teacher": columns.teacher}
+        documents = [token_ids.read_token_ids(row, where, **options) for row, where in zip(rows, places, strict=True)]
+    else:
+        texts = [
+            (example, where)
+            for row, where in zip(rows, places, strict=True)
+            for example in read_examples(row, where, columns=columns, loss_on=loss_on, turns=turns, template=template)
+        ]
+        documents = _encode(texts, tokenizer, affixes)
     ends = {*affixes.suffix, tokenizer.eos_token_id} - {None}
     findings = (
         [each.had_affixes for each in documents],
@@ -205,8 +233,21 @@ def _tokenise_batch(
     return {
         "input_ids": [each.ids for each in documents],
         "is_target": [each.targets for each in documents],
+        **({} if columns.teacher is None else teacher_prompts.columns_of(documents)),
         **dict(zip(_FINDINGS, findings, strict=True)),
     }
+
+
+def _encode(
+    texts: Sequence[tuple[Example, str]], tokenizer: PreTrainedTokenizerBase, affixes: Affixes
+) -> list[encoding.Tokens]:
+    """Args: texts: each with the row that it is from."""
+    documents = encoding.encode([example for example, _ in texts], tokenizer, affixes)
+    with_own = [(place, example.teacher) for place, (example, _) in enumerate(texts) if example.teacher is not None]
+    read = encoding.encode([teacher for _, teacher in with_own], tokenizer, affixes)
+    for (place, _), teacher in zip(with_own, read, strict=True):
+        documents[place] = teacher_prompts.with_teacher_prompt(documents[place], teacher, texts[place][1])
+    return documents
 
 
 def _only_ends(document: encoding.Tokens, ends: Iterable[int]) -> bool:
@@ -218,19 +259,26 @@ def _only_ends(document: encoding.Tokens, ends: Iterable[int]) -> bool:
 def _map_cached(
     rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None
 ) -> datasets.Dataset:
+    of_teacher = teacher_prompts.FEATURES if function.keywords["columns"].teacher is not None else {}
+    features = datasets.Features({**_FEATURES, **of_teacher, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))})
     # An explicit file: the default is next to the source, which may be the user's own folder.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "distill"
     cache.mkdir(parents=True, exist_ok=True)
     claims = Claims(open_directory(cache))
     try:
         wait_for(claims, f"documents-{fingerprint}")
-        return _map(rows, function, fingerprint, num_proc, cache)
+        return _map(rows, function, features, fingerprint, num_proc, cache)
     finally:
         claims.close()
 
 
 def _map(
-    rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None, cache: Path
+    rows: datasets.Dataset,
+    function: partial[Any],
+    features: datasets.Features,
+    fingerprint: str,
+    num_proc: int | None,
+    cache: Path,
 ) -> datasets.Dataset:
     with quiet_datasets():
         return rows.map(
@@ -240,7 +288,7 @@ def _map(
             batch_size=_DOCUMENTS_PER_BATCH,
             writer_batch_size=_DOCUMENTS_PER_RECORD_BATCH,
             remove_columns=rows.column_names,
-            features=datasets.Features({**_FEATURES, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))}),
+            features=features,
             num_proc=num_proc,
             cache_file_name=str(cache / f"documents-{fingerprint}.arrow"),
             load_from_cache_file=True,
@@ -260,11 +308,12 @@ def _fingerprint(
 ) -> str:
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
-    of_text = (__file__, examples.__file__, records.__file__, encoding.__file__)
+    of_text = (__file__, columns_module.__file__, examples.__file__, records.__file__, encoding.__file__)
+    of_text += (token_ids.__file__, teacher_prompts.__file__)
     of_chats = (arguments.__file__, messages.__file__, template.__file__, turns.__file__)
     decides = {
         "rows": rows._fingerprint,
-        "columns": [columns.format, *columns.names],
+        "columns": [columns.format, *columns.all_names],
         "loss_on": loss_on,
         "append_eos": append_eos,
         "special_tokens": special_tokens,

@@ -61,12 +61,15 @@ class Tokens:
         targets: bool [T], whether the token is in the loss.
         had_affixes: the text brought special tokens that it would have got, and has them once now.
         split: a token across the start of a loss span was split there.
+        teacher_prompt: int32, what the teacher reads before the first token in the loss instead of what is there; None:
+            the same as the student (see `teacher_prompts`).
     """
 
     ids: np.ndarray
     targets: np.ndarray
     had_affixes: bool = False
     split: bool = False
+    teacher_prompt: np.ndarray | None = None
 
 
 def encode(

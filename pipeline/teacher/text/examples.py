@@ -1,106 +1,34 @@
 """One row of a dataset as text, and the character spans of it that are in the loss.
 
-The columns decide the format:
+The columns decide the format (see `columns`). Beside messages, the columns `tools`, `documents` and
+`chat_template_kwargs` are passed to the template. A conversation whose template drops earlier thoughts becomes several
+texts, one for each answer (see `chat.turns`).
 
-    messages                    a list of {role, content}: rendered with the teacher's chat template
-    prompt-completion           two strings, joined
-    prompt-completion-messages  the same two columns holding lists of messages
-    text                        a string
-
-Beside messages, the columns `tools`, `documents` and `chat_template_kwargs` are passed to the template. A conversation
-whose template drops earlier thoughts becomes several texts, one for each answer (see `chat.turns`).
-
-Prompts for the teacher to answer (`find_prompt`, `read_prompt`) come from the same columns without the answer: the last
-message is dropped if it is the assistant's, and `completion` is not used.
+Prompts for the teacher to answer (`read_prompt`) come from the same columns without the answer: the last message is
+dropped if it is the assistant's, and `completion` is not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text.chat import arguments
+from pipeline.errors import DataError
 from pipeline.teacher.text.chat.arguments import read_arguments
 from pipeline.teacher.text.chat.messages import check_messages, read_conversation, wrong_type
 from pipeline.teacher.text.chat.template import ChatTemplate, Span
 from pipeline.teacher.text.chat.turns import render_turns
-from pipeline.teacher.text.sources import Source
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The format of the rows, and the one or two columns that hold it."""
-
-    format: Literal["text", "messages", "prompt-completion", "prompt-completion-messages", "prompt", "prompt-messages"]
-    names: tuple[str, ...]
-
-    def to_read(self, existing: Sequence[str]) -> list[str]:
-        """These columns and, of a chat, the existing ones that its template gets."""
-        further = [name for name in arguments.COLUMNS if name in existing] if self.is_chat else []
-        return [*self.names, *further]
-
-    @property
-    def is_chat(self) -> bool:
-        return self.format.endswith("messages")
-
-    @property
-    def loss_choices(self) -> tuple[str, ...]:
-        """Values of `loss_on` that this format allows; the first is the default."""
-        return {
-            "text": ("all",),
-            "messages": ("assistant", "all"),
-            "prompt-completion": ("completion", "all"),
-            "prompt-completion-messages": ("completion", "assistant", "all"),
-        }[self.format]
+from pipeline.teacher.text.columns import Columns
 
 
 @dataclass(frozen=True)
 class Example:
+    """Attributes: teacher: of a row with a prompt for the teacher, the text that it reads."""
+
     text: str
     spans: list[Span] | None = None  # characters [start, stop) in the loss; None: all
-
-
-def find_columns(source: Source, text_column: str | None, data: str) -> Columns:
-    """The columns with the text: `text_column`, else `messages`, else `prompt` and `completion`, else `text`, else the
-    only column of strings.
-
-    Raises:
-        DataError: no such column, or none of these.
-    """
-    names = source.reader.names
-    if text_column is not None and text_column not in names:
-        raise DataError(
-            f"{data}: no column {text_column!r}, found {', '.join(names)}. Choose one of them as `text_column`."
-        )
-    if text_column is not None:
-        return Columns("messages" if _is_list(source, text_column) else "text", (text_column,))
-    if "messages" in names:
-        return Columns("messages", ("messages",))
-    if "prompt" in names and "completion" in names:
-        pair = ("prompt", "completion")
-        lists = _is_list(source, "prompt")
-        return Columns("prompt-completion-messages" if lists else "prompt-completion", pair)
-    if "text" in names:
-        return Columns("text", ("text",))
-    strings = source.reader.string_columns(source.rows)
-    if len(strings) == 1:
-        return Columns("text", (strings[0],))
-    raise DataError(
-        f"{data}: found columns {', '.join(names)}, expected 'text', 'messages', 'prompt' with 'completion', or one "
-        "column of strings. Name the column with the text as `text_column`."
-    )
-
-
-def check_chat_options(config: DataConfig, columns: Columns, data: str) -> None:
-    """Raises: ConfigError for an option of chats with other data."""
-    if not columns.is_chat and (unused := config.chat_options()):
-        raise ConfigError(
-            f"{data}: `{min(unused)}` is for chats, found {columns.format} data (column {', '.join(columns.names)}). "
-            "Leave it out."
-        )
+    teacher: Example | None = None
 
 
 def read_examples(
@@ -124,8 +52,12 @@ def read_examples(
         return [Example(_string(row, columns.names[0], where, null_is_empty=True))]
     if columns.format == "prompt-completion":
         prompt, completion = (_string(row, name, where) for name in columns.names)
-        text = prompt + completion
-        return [Example(text, None if loss_on == "all" else [(len(prompt), len(text))])]
+        example = _behind(prompt, completion)
+        if loss_on == "all":
+            return [replace(example, spans=None)]
+        if columns.teacher is None or row[columns.teacher] is None:
+            return [example]
+        return [replace(example, teacher=_behind(_string(row, columns.teacher, where), completion))]
 
     assert template is not None  # of a chat
     parts = [check_messages(row[name], f"{where}, column {name!r}") for name in columns.names]
@@ -135,20 +67,48 @@ def read_examples(
     conversation = read_conversation(template, messages, read_arguments(row, where), where)
     if loss_on == "all":
         return [Example(conversation.text())]
-    first = len(parts[0]) if loss_on == "completion" else 0
-    return [Example(*each) for each in render_turns(conversation, first=first, last_only=turns == "last")]
+    first, last_only = len(parts[0]) if loss_on == "completion" else 0, turns == "last"
+    rendered = [Example(*each) for each in render_turns(conversation, first=first, last_only=last_only)]
+    if columns.teacher is None or row[columns.teacher] is None:
+        return rendered
+    answers = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
+    begin = first if loss_on == "completion" else (answers or [0])[-1 if last_only else 0]
+    prompt = check_messages(row[columns.teacher], f"{where}, column {columns.teacher!r}")
+    _check_teacher_messages(prompt, 1 if last_only else len(answers), f"{where}, column {columns.teacher!r}")
+    theirs = read_conversation(template, [*prompt, *messages[begin:]], read_arguments(row, where), where)
+    read = [Example(*each) for each in render_turns(theirs, first=len(prompt), last_only=last_only)]
+    if len(read) != len(rendered):
+        raise DataError(
+            f"{where}: the chat template makes {len(rendered)} documents of the conversation with the student's prompt "
+            f"and {len(read)} with the teacher's. Use `turns=last`, or one answer in each row."
+        )
+    return [replace(ours, teacher=teacher) for ours, teacher in zip(rendered, read, strict=True)]
 
 
-def find_prompt(source: Source, text_column: str | None, data: str) -> Columns:
-    """The column with the prompts: `messages`, else `prompt` (text or messages), else as in `find_columns`."""
-    names = source.reader.names
-    if text_column is None and "messages" not in names and "prompt" in names:
-        return Columns("prompt-messages" if _is_list(source, "prompt") else "prompt", ("prompt",))
-    return find_columns(source, text_column, data)
+def _check_teacher_messages(prompt: Sequence[Mapping[str, Any]], answers: int, where: str) -> None:
+    """Raises: DataError for messages that the answers cannot follow."""
+    roles = [message["role"] for message in prompt]
+    if roles and roles[-1] == "assistant":
+        raise DataError(
+            f"{where}: the last message is the assistant's, expected the messages before the answer, which is taken "
+            "from the student's row. Remove it."
+        )
+    if "assistant" in roles and answers > 1:
+        raise DataError(
+            f"{where}: found an assistant's message, and {answers} answers in the loss: these follow the teacher's "
+            "prompt from the first one on, so that the conversation would be repeated. Use `turns=last` for the last "
+            "answer alone, or give the teacher the messages before the first one."
+        )
+
+
+def _behind(prompt: str, completion: str) -> Example:
+    """With the loss on the completion."""
+    text = prompt + completion
+    return Example(text, [(len(prompt), len(text))])
 
 
 def read_prompt(row: Mapping[str, Any], where: str, *, columns: Columns, template: ChatTemplate | None) -> str:
-    """The text that the teacher is to continue.
+    """The text that the student is to continue, and the teacher too if there is no other prompt for it.
 
     Raises:
         DataError: as `read_examples`.
@@ -156,10 +116,31 @@ def read_prompt(row: Mapping[str, Any], where: str, *, columns: Columns, templat
     (name,) = columns.names
     if not columns.is_chat:
         return _string(row, name, where, null_is_empty=True)
-    assert template is not None  # of a chat
     messages = check_messages(row[name], f"{where}, column {name!r}")
     if columns.format == "messages" and messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    return _opened(messages, row, where, template)
+
+
+def read_teacher_prompt(
+    row: Mapping[str, Any], where: str, *, columns: Columns, template: ChatTemplate | None
+) -> str | None:
+    """The text that the teacher is to continue, if it has a prompt of its own in this row. Raises: DataError."""
+    if columns.teacher is None or row[columns.teacher] is None:
+        return None
+    if not columns.is_chat:
+        return _string(row, columns.teacher, where)
+    here = f"{where}, column {columns.teacher!r}"
+    messages = check_messages(row[columns.teacher], here)
+    _check_teacher_messages(messages, 1, here)
+    return _opened(messages, row, where, template)
+
+
+def _opened(
+    messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any], where: str, template: ChatTemplate | None
+) -> str:
+    """The conversation up to the assistant's turn."""
+    assert template is not None  # of a chat
     if not messages:
         return ""
     return read_conversation(template, messages, read_arguments(row, where), where).text(open_turn=True)
@@ -175,8 +156,3 @@ def _string(row: Mapping[str, Any], name: str, where: str, *, null_is_empty: boo
             "Correct the row, or choose another `text_column`."
         )
     return value
-
-
-def _is_list(source: Source, name: str) -> bool:
-    """Decided by the first value: `datasets` has several types for lists of objects."""
-    return isinstance(source.reader.first_value(source.rows, name), list)

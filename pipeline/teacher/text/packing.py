@@ -33,6 +33,7 @@ from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.teacher_prompts import TeacherPrompts, TeacherText, with_length
 from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
 from pipeline.teacher.text.windows import DocumentTokens, Pieces
 
@@ -56,7 +57,13 @@ class RowPlan:
 
 
 def plan_rows(
-    lengths: np.ndarray, pieces: Pieces, *, seq_len: int, packing: bool, kept: np.ndarray | None = None
+    lengths: np.ndarray,
+    pieces: Pieces,
+    *,
+    seq_len: int,
+    packing: bool,
+    kept: np.ndarray | None = None,
+    read: tuple[np.ndarray, int] | None = None,
 ) -> RowPlan:
     """Assign pieces of documents to rows.
 
@@ -65,11 +72,15 @@ def plan_rows(
         pieces: windows of the documents, of at most `seq_len` tokens.
         packing: several pieces per row instead of one.
         kept: which pieces to keep, bool [P]; default: all. The others are counted in the report.
+        read: tokens that the teacher reads for each piece, int64 [P], and for a row at most; default: those of the row.
     """
     windows = len(pieces)
-    if kept is not None:
-        pieces = pieces[kept]
-    rows = pack_pieces(pieces.lengths, seq_len) if packing else np.arange(len(pieces))
+    kept = np.ones(windows, bool) if kept is None else kept
+    pieces = pieces[kept]
+    if packing:
+        rows = pack_pieces(pieces.lengths, seq_len, None if read is None else (read[0][kept], read[1]))
+    else:
+        rows = np.arange(len(pieces))
     order = np.argsort(rows, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
     report = {
@@ -85,19 +96,27 @@ def plan_rows(
     return RowPlan(pieces[order], offsets, report)
 
 
-def pack_pieces(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """The row of each piece, int64 [P]: the fullest open row with room for it, or a new one."""
+def pack_pieces(lengths: np.ndarray, seq_len: int, read: tuple[np.ndarray, int] | None = None) -> np.ndarray:
+    """The row of each piece, int64 [P]: the fullest open row with room for it, or a new one.
+
+    Args:
+        read: as in `plan_rows`.
+    """
     rows = np.empty(len(lengths), dtype=np.int64)
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    next_row = 0
-    for piece, length in enumerate(lengths.tolist()):
+    reads, most = (lengths, seq_len) if read is None else read
+    left: list[int] = []  # tokens that the teacher may still read, by row
+    for piece, (length, more) in enumerate(zip(lengths.tolist(), reads.tolist(), strict=True)):
         fit = bisect_left(open_rows, (length, 0))
+        while fit < len(open_rows) and left[open_rows[fit][1]] < more:
+            fit += 1
         if fit < len(open_rows):
             free, row = open_rows.pop(fit)
         else:
-            free, row = seq_len, next_row
-            next_row += 1
+            free, row = seq_len, len(left)
+            left.append(most)
         rows[piece] = row
+        left[row] -= more
         insort(open_rows, (free - length, row))
         if len(open_rows) > _OPEN_ROWS:
             del open_rows[0]  # the fullest
@@ -112,6 +131,7 @@ class TokenRow:
     loss_mask: np.ndarray  # bool [T]; at t: whether the prediction made from t, of token t + 1, is in the loss
     segment_lengths: np.ndarray  # int32 [S], sum T
     labels: np.ndarray | None = None  # int32 [T]; masked rows only: the true token at t, -100 outside the loss mask
+    teacher: TeacherText | None = None  # what the teacher reads, if that is not the row
 
 
 class TokenCorpus:
@@ -120,6 +140,7 @@ class TokenCorpus:
     Attributes:
         num_tokens: tokens of all rows.
         num_loss_tokens: loss tokens of all rows.
+        longest_read: tokens that the teacher reads for a row, at most.
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut, dropped and packed.
         description: the source of the text and all options that shaped it, for the cache's metadata.
@@ -138,13 +159,20 @@ class TokenCorpus:
                 "besides. Use a larger `seq_len`, or a smaller `overlap`."
             )
         self._tokens = DocumentTokens(documents.tokens, documents.prefix)
-        pieces = self._tokens.cut(config.seq_len, config.overlap)
+        self._teacher: TeacherPrompts | None = None
+        self.longest_read = config.teacher_seq_len or config.seq_len
+        lengths = self._tokens.lengths
+        if documents.columns.teacher is not None:
+            self._teacher = TeacherPrompts(documents.tokens, self.longest_read)
+            lengths = self._teacher.fitting(lengths)
+        pieces = self._tokens.cut(lengths, config.seq_len, config.overlap)
         plan = plan_rows(
-            self._tokens.lengths,
+            lengths,
             pieces,
             seq_len=config.seq_len,
             packing=config.packing is not False,
             kept=self._tokens.count_targets(pieces) > 0,
+            read=None if self._teacher is None else (self._teacher.read_lengths(pieces), self.longest_read),
         )
         if plan.num_rows == 0:
             raise DataError(
@@ -165,6 +193,28 @@ class TokenCorpus:
         if plan.pieces.special.any():
             self.description["window_prefix"] = list(documents.prefix)
         self.warnings = documents.warnings
+        if self._teacher is not None:
+            self._add_facts_of_teacher(np.flatnonzero(lengths < self._tokens.lengths))
+
+    def _add_facts_of_teacher(self, cut: np.ndarray) -> None:
+        """Args: cut: documents that the teacher does not read to the end."""
+        assert self._teacher is not None
+        self.description["teacher_stream_sha256"] = self._teacher.sha256
+        if not len(cut):
+            return
+        self.report["documents_cut_for_teacher"] = len(cut)
+        first, name = int(cut[0]), data_name(self._config.data)
+        needed = self._teacher.lengths[first] + self._tokens.lengths[first] - self._teacher.starts[first]
+        self.warnings += (
+            f"{name}: {len(cut):,} document{'s are' if len(cut) > 1 else ' is'} cut, because the teacher's prompt and "
+            f"the completion are longer than `teacher_seq_len` {self.longest_read:,}: the first is document {first} "
+            f"with {needed:,} tokens. What is behind the cut is left out.",
+        )
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher reads other prompts than the student."""
+        return self._teacher is not None
 
     def __len__(self) -> int:
         return self._plan.num_rows
@@ -175,7 +225,8 @@ class TokenCorpus:
         row %= len(self)
         pieces = self._plan.pieces[slice(self._plan.offsets[row], self._plan.offsets[row + 1])]
         ids, masks = zip(*self._tokens.read_predictions(pieces), strict=True)
-        return TokenRow(np.concatenate(ids), np.concatenate(masks), pieces.lengths.astype(np.int32))
+        teacher = None if self._teacher is None else self._teacher.read(pieces, self._tokens)
+        return TokenRow(np.concatenate(ids), np.concatenate(masks), pieces.lengths.astype(np.int32), teacher=teacher)
 
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[row] for row in range(len(self)))
@@ -196,6 +247,7 @@ class TokenCorpus:
             "overlap": self._config.overlap,
             "prefix": list(self._documents.prefix),
             "packing": self._config.packing is not False,
+            **({} if self._teacher is None else {"teacher_window_length": self.longest_read}),
         }
         code = (__file__, windows.__file__)
         return load_or_compute(self._documents.tokens, options, code, self._fingerprint).sha256
@@ -234,21 +286,31 @@ def describe(documents: Documents, config: DataConfig) -> dict[str, Any]:
         "source": data_name(config.data),
         "files": documents.source.describe_files(),
         "format": documents.columns.format,
-        "columns": list(documents.columns.names),
+        "columns": list(documents.columns.all_names),
         **config.to_json(),
         **documents.options,
         "loss_on": documents.loss_on,
     }
 
 
-def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenCorpus:
+def build_corpus(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, positions: int | None = None
+) -> TokenCorpus:
     """Text to rows for a causal model.
+
+    Args:
+        positions: the longest text that the teacher can read, if there is a limit.
 
     Raises:
         DataError, ModelError, ConfigError: as `tokenise_documents`, or no loss tokens.
     """
-    config = replace(config, packing=config.packing is not False, append_eos=config.append_eos is not False)
-    return TokenCorpus(tokenise_documents(config, tokenizer), config)
+    documents = tokenise_documents(config, tokenizer)
+    config = replace(
+        with_length(config, documents.columns, positions),
+        packing=config.packing is not False,
+        append_eos=config.append_eos is not False and not documents.columns.is_ids,
+    )
+    return TokenCorpus(documents, config)
 
 
 def format_counts(report: Mapping[str, int | float]) -> str:

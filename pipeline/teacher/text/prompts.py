@@ -5,12 +5,13 @@
     text        a text to continue
 
 All prompts are read once at the start, so that a row that cannot be used is reported before the first answer is
-written. Only their lengths are kept.
+written. Only their lengths are kept. A row may hold another prompt for the teacher, which answers that one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,12 +25,14 @@ from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.chat.template import ChatTemplate
+from pipeline.teacher.text.columns import Columns, check_chat_options, find_prompt
 from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes, Tokens
-from pipeline.teacher.text.examples import Columns, Example, check_chat_options, find_prompt, read_prompt
+from pipeline.teacher.text.examples import Example, read_prompt, read_teacher_prompt
 from pipeline.teacher.text.records import reading
 from pipeline.teacher.text.sources import Source, load_source
+from pipeline.teacher.text.teacher_prompts import with_length
 
 _PROMPTS_PER_BATCH = 64
 
@@ -49,6 +52,16 @@ class Prompts:
         return len(self.rows)
 
     @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher reads other prompts than the student."""
+        return self.columns.teacher is not None
+
+    @property
+    def longest_read(self) -> int:
+        """Tokens that the teacher reads, at most: its prompt and the answer."""
+        return self.config.teacher_seq_len or self.config.seq_len
+
+    @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt, int64 [prompts].
 
@@ -60,20 +73,38 @@ class Prompts:
     @property
     def findings(self) -> dict[str, int]:
         """Name -> number of prompts, where there are any."""
-        brought = self._read[1]
+        brought = self._read[2]
         return {WITH_SPECIAL_TOKENS: brought} if brought else {}
 
     @cached_property
-    def _read(self) -> tuple[np.ndarray, int]:
-        """Number of tokens of each prompt, and of prompts that brought special tokens."""
-        parts = (range(start, start + _PROMPTS_PER_BATCH) for start in range(0, len(self), _PROMPTS_PER_BATCH))
-        prompts = [(len(prompt.ids), prompt.had_affixes) for part in parts for prompt in self._encode(part)]
-        return np.array([length for length, _ in prompts]), sum(brought for _, brought in prompts)
+    def _read(self) -> tuple[np.ndarray, np.ndarray, int, str]:
+        """Number of tokens of each prompt, and of what the teacher reads of it; number of prompts that brought special
+        tokens; sha256 of the teacher's prompts: the tokens of each as little-endian int64, then the ids int32."""
+        lengths, read, brought, digest = [], [], 0, hashlib.sha256()
+        for start in range(0, len(self), _PROMPTS_PER_BATCH):
+            for prompt in self.read(range(start, start + _PROMPTS_PER_BATCH)):
+                ids = prompt.ids if prompt.teacher_prompt is None else prompt.teacher_prompt
+                lengths.append(len(prompt.ids))
+                read.append(len(ids))
+                brought += prompt.had_affixes
+                digest.update(np.array([len(ids)], "<i8"))
+                digest.update(ids.astype("<i4"))
+        return np.array(lengths), np.array(read), brought, digest.hexdigest()
+
+    @property
+    def empty(self) -> np.ndarray:
+        """bool [prompts]: there is nothing to continue."""
+        return (self.lengths == 0) | (self._read[1] == 0)
+
+    @property
+    def too_long(self) -> np.ndarray:
+        """bool [prompts]: the prompt, or the teacher's, leaves no room for an answer."""
+        return (self.lengths >= self.config.seq_len) | (self._read[1] >= self.longest_read)
 
     @cached_property
     def answerable(self) -> np.ndarray:
         """bool [prompts]: the prompt is not empty and leaves room for an answer."""
-        return (self.lengths > 0) & (self.lengths < self.config.seq_len)
+        return ~self.empty & ~self.too_long
 
     def example(self, document: int) -> dict[str, Any]:
         """A row of the source with all its columns."""
@@ -85,18 +116,24 @@ class Prompts:
         Raises:
             DataError: a row cannot be used; names it.
         """
-        return [prompt.ids for prompt in self._encode(documents)]
+        return [prompt.ids for prompt in self.read(documents)]
 
-    def _encode(self, documents: range) -> list[Tokens]:
+    def read(self, documents: range) -> list[Tokens]:
+        """The prompts, with those of the teacher where they are others. Raises: DataError."""
         data, reader = data_name(self.config.data), self.source.reader
         with reading(data, documents):
             batch = self.rows[documents.start : documents.stop]
         rows = reader.read(batch, self.columns.to_read(reader.names))
-        texts = [
-            read_prompt(row, f"{data}, row {index}", columns=self.columns, template=self.template)
-            for index, row in enumerate(rows, start=documents.start)
+        places = [f"{data}, row {index}" for index in range(documents.start, documents.start + len(rows))]
+        how: dict[str, Any] = {"columns": self.columns, "template": self.template}
+        texts = [read_prompt(row, where, **how) for row, where in zip(rows, places, strict=True)]
+        prompts = encoding.encode([Example(text) for text in texts], self.tokenizer, self._affixes)
+        theirs = [read_teacher_prompt(row, where, **how) for row, where in zip(rows, places, strict=True)]
+        read = encoding.encode([Example(text or "") for text in theirs], self.tokenizer, self._affixes)
+        return [
+            prompt if text is None else replace(prompt, teacher_prompt=teacher.ids)
+            for prompt, text, teacher in zip(prompts, theirs, read, strict=True)
         ]
-        return encoding.encode([Example(text) for text in texts], self.tokenizer, self._affixes)
 
     @cached_property
     def _affixes(self) -> Affixes:
@@ -107,9 +144,10 @@ class Prompts:
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
         """(row of the source, id) of the first token with an id of `limit` or more; tokenises up to there."""
         for start in range(0, len(self), _PROMPTS_PER_BATCH):
-            for row, ids in enumerate(self.tokens(range(start, start + _PROMPTS_PER_BATCH)), start):
-                if len(ids) and (beyond := ids >= limit).any():
-                    return row, int(ids[beyond.argmax()])
+            for row, prompt in enumerate(self.read(range(start, start + _PROMPTS_PER_BATCH)), start):
+                for ids in (prompt.ids, prompt.teacher_prompt):
+                    if ids is not None and (beyond := ids >= limit).any():
+                        return row, int(ids[beyond.argmax()])
         return None
 
     @cached_property
@@ -132,7 +170,7 @@ class Prompts:
             "source": data_name(config.data),
             "files": self.source.describe_files(),
             "format": self.columns.format,
-            "columns": list(self.columns.names),
+            "columns": list(self.columns.all_names),
             "data_config": config.data_config,
             "split": config.split,
             "text_column": config.text_column,
@@ -141,11 +179,19 @@ class Prompts:
             **({} if self.template is None else arguments.describe_options(config, self.template)),
             "loss_on": "answer",
             "packing": False,
+            **(
+                {"teacher_window_length": self.longest_read, "teacher_stream_sha256": self._read[3]}
+                if self.has_teacher_prompts
+                else {}
+            ),
         }
 
 
-def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, positions: int | None = None) -> Prompts:
     """Load the prompts of `config.data`.
+
+    Args:
+        positions: the longest text that the teacher can read, if there is a limit.
 
     Raises:
         DataError: they cannot be read, or none can be answered.
@@ -159,12 +205,13 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     columns = find_prompt(source, config.text_column, name)
     check_chat_options(config, columns, name)
     template = arguments.open_template(config, tokenizer) if columns.is_chat else None
-    prompts = Prompts(config, rows, columns, source, tokenizer, template)
+    prompts = Prompts(with_length(config, columns, positions), rows, columns, source, tokenizer, template)
     if not prompts.answerable.any():
-        empty, long = np.count_nonzero(prompts.lengths == 0), np.count_nonzero(prompts.lengths >= config.seq_len)
+        empty, long = np.count_nonzero(prompts.empty), np.count_nonzero(prompts.too_long)
+        for_teacher = f" (for the teacher {prompts.longest_read:,})" if prompts.has_teacher_prompts else ""
         raise DataError(
             f"{data_name(config.data)}: no prompt to answer: {empty:,} are empty, {long:,} have "
-            f"{config.seq_len:,} tokens or more and leave no room. Check `text_column`, or use a larger "
-            "`seq_len`."
+            f"{config.seq_len:,} tokens or more{for_teacher} and leave no room. Check `text_column`, or use a larger "
+            f"`seq_len`{' or `teacher_seq_len`' if for_teacher else ''}."
         )
     return prompts

@@ -93,9 +93,9 @@ class DocumentTokens:
         self._prefix = np.asarray(prefix, dtype=np.int32)
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
-    def cut(self, seq_len: int, overlap: int) -> Pieces:
-        """Windows of all documents."""
-        return cut_documents(self.lengths, seq_len, overlap=overlap, special=self._special(self.lengths > seq_len))
+    def cut(self, lengths: np.ndarray, seq_len: int, overlap: int) -> Pieces:
+        """Windows of the first `lengths` tokens, int64 [documents], of all documents."""
+        return cut_documents(lengths, seq_len, overlap=overlap, special=self._special(lengths > seq_len))
 
     def _special(self, which: np.ndarray) -> np.ndarray:
         """int64 [documents]: the length of the prefix where a document begins with it, else 0.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError
@@ -28,6 +28,7 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification.criterion import TeacherCheck, mean, worst
 from pipeline.teacher.verification.rounding import Rounding
 from pipeline.teacher.verification.row_check import RowCheck, RowChecker, TeacherRun
+from pipeline.teacher.verification.teacher_reading import Reading, open_reading
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from pipeline.teacher.writing.workers import this_worker
 
@@ -52,7 +53,13 @@ def verify_against_teacher(
             f"{config.cache}: its values were rounded a second time by distill convert, which would look like another "
             "teacher. Check the cache that it was made from."
         )
-    same_template = _check_tokenizer(config, metadata)
+    tokenizer = load_tokenizer(
+        config.tokenizer or config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    same_template = _check_tokenizer(config, metadata, tokenizer)
+    if metadata.corpus.get("teacher_stream_sha256") is not None:
+        on_stage("reading the prompts of the teacher again")
+    reading = open_reading(cache, config.cache, tokenizer, config.data)
     on_stage("loading the teacher")
     device = worker.device(config.device)
     objective = objective_for(metadata.alignment)
@@ -69,7 +76,7 @@ def verify_against_teacher(
         trust_remote_code=config.trust_remote_code,
     )
     head = open_head(model, metadata.vocab_size, masked=objective == "masked")
-    teacher = _Teacher(cache, head, device)
+    teacher = _Teacher(cache, head, device, reading)
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(config.rows, len(cache))).round().astype(int)).tolist()
     on_stage(f"computing {len(chosen)} of {len(cache):,} rows again, three times")
     found = []
@@ -104,14 +111,13 @@ def _share(part: int, whole: int) -> float:
     return float(part / whole) if whole else 1.0
 
 
-def _check_tokenizer(config: TeacherCheckConfig, metadata: cf.CacheMetadata) -> bool:
+def _check_tokenizer(
+    config: TeacherCheckConfig, metadata: cf.CacheMetadata, tokenizer: PreTrainedTokenizerBase
+) -> bool:
     """Whether chats in the cache were written with this tokenizer's template.
 
     Raises: MismatchError for another vocabulary.
     """
-    tokenizer = load_tokenizer(
-        config.tokenizer or config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
     found, recorded = tokenizer_fingerprint(tokenizer), metadata.tokenizer
     if found["vocabulary"] != recorded.get("vocabulary"):
         raise cf.MismatchError(
@@ -128,11 +134,12 @@ class _Teacher:
 
     Args:
         device: the one that was asked for.
+        reading: what the teacher of the cache read.
     """
 
-    def __init__(self, cache: cf.Cache, head: Head, device: torch.device) -> None:
+    def __init__(self, cache: cf.Cache, head: Head, device: torch.device, reading: Reading) -> None:
         metadata, model = cache.metadata, head.model
-        self.metadata, self.model = metadata, model
+        self.metadata, self.model, self.reading = metadata, model, reading
         self.rule = TargetRule.from_json(metadata.targets)
         export: HeadExport | None = None if metadata.head is None else export_head(head)
         self.engine = TransformersEngine(
@@ -169,6 +176,7 @@ class _Teacher:
                 place=int(self.places[row.row]),
                 stored=self.checker.stored(row),
                 with_states=None if row.hidden is None else np.array(row.hidden.mask),
+                teacher=self.reading(row),
             )
             for row in rows
         ]

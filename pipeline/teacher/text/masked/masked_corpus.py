@@ -50,6 +50,7 @@ class MaskedCorpus:
     Attributes:
         num_tokens: tokens of all rows.
         num_loss_tokens: loss tokens of all rows, which are the masked ones.
+        longest_read: tokens of a row, at most.
         objective: the objective of the models that these rows are for.
         report: counts by name of what was cut and dropped.
         description: the source of the text and all options that shaped it, for the cache's metadata.
@@ -57,11 +58,13 @@ class MaskedCorpus:
     """
 
     objective: Objective = "masked"
+    has_teacher_prompts = False
 
     def __init__(
         self, documents: Documents, config: DataConfig, masker: Masker, around: tuple[list[int], list[int]]
     ) -> None:
         self._masker, self._around = masker, around
+        self.longest_read = config.seq_len
         self._tokens = DocumentTokens(documents.tokens)
         most = config.seq_len - sum(map(len, around))
         if most < 1:
@@ -164,6 +167,11 @@ def build_masked_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, 
         raise ConfigError(
             f"`overlap` {config.overlap}: windows of a masked language model do not overlap, because each token is "
             "predicted at its own position. Leave it out."
+        )
+    if config.teacher_seq_len is not None:
+        raise ConfigError(
+            f"`teacher_seq_len` {config.teacher_seq_len}: only for causal teachers, which may read other prompts than "
+            "the student. Leave it out."
         )
     config = replace(config, packing=False, append_eos=False)
     masker = Masker(rule, tokenizer)
