@@ -8,7 +8,7 @@ shard exists once its sidecar does.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,9 +78,9 @@ class UnfinishedCache:
         self._allow_rounding = allow_rounding
         self._promised: dict[int, str] = {}  # sidecar sha256 by shard, from a finished manifest
 
-    @property
-    def size(self) -> CacheSize:
-        shards = self.complete.values()
+    def size(self, without: Collection[int] = ()) -> CacheSize:
+        """Size of the complete shards, some of them left out. Another thread may complete shards meanwhile."""
+        shards = [shard for index, shard in list(self.complete.items()) if index not in without]
         head, answers = self.metadata.head, answers_file(self.metadata)
         beside = sum(file.bytes for file in (head, answers, self.lexicon_file) if file is not None)
         return CacheSize(
