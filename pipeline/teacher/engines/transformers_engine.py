@@ -100,7 +100,8 @@ class RunningBatches:
     batches: Sequence[RunningBatch]
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
-        rows = {row.row: row for batch in self.batches for row in batch.rows(rule)}
+        # The last one first: once it has been copied, the others have been too.
+        rows = {row.row: row for batch in reversed(self.batches) for row in batch.rows(rule)}
         return [rows[request.index] for request in self.requests]
 
     def measured(self) -> list[Measured]:
