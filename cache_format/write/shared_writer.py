@@ -111,7 +111,8 @@ class SharedCacheWriter(CacheWriter):
         """
         said, since = "", time.monotonic()
         for pause in pauses():
-            self._cache.find_complete()
+            # Without our own: if another writer has taken one over, writing it fails with that reason.
+            self._cache.find_complete(without=tuple(self._begun))
             share = self._share.shards(self._metadata.num_shards)
             if all(shard in self._cache.complete for shard in share):
                 return None
@@ -178,8 +179,11 @@ class SharedCacheWriter(CacheWriter):
         """Claims the next free shard, if there is one. Returns: it, and the holders of the shards that are taken."""
         busy: list[Holder] = []
         with self._guard:
-            if self._abandoned:
-                return self._abandoned.pop(0), busy
+            while self._abandoned:
+                shard = self._abandoned.pop(0)
+                if shard not in self._cache.complete:
+                    return shard, busy
+                self._claims.release(claim_name(shard))
             ours = set(self._begun)
         only_the_first = self._cache.codec.needs_lexicon
         for shard in self._share.in_order(self._metadata.num_shards):

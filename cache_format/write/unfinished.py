@@ -164,13 +164,15 @@ class UnfinishedCache:
             raise ValueError("hidden targets need the contents of their head")
         write_bytes(self.directory, HEAD, contents)
 
-    def find_complete(self) -> None:
-        """Looks for shards that have been completed since the last call."""
+    def find_complete(self, without: Collection[int] = ()) -> None:
+        """Looks for shards that have been completed since the last call, except some."""
         if self.codec.needs_lexicon and not self._load_lexicon():
             return  # without it the shards cannot be read
         names = set(self.directory.names("shards"))
         for index in range(self.metadata.num_shards):
-            if index not in self.complete and {_plain(shard_name(index)), _plain(sidecar_name(index))} <= names:
+            if index in self.complete or index in without:
+                continue
+            if {_plain(shard_name(index)), _plain(sidecar_name(index))} <= names:
                 self.look_for(index)
 
     def look_for(self, index: int) -> bool:

@@ -266,7 +266,7 @@ class CacheWriter:
         self._after_shard(index)
 
     def _lost(self, index: int) -> ClaimLostError:
-        self.abandon_shard()
+        CacheWriter.abandon_shard(self)  # what was begun beyond it is the caller's to abandon
         return ClaimLostError(
             f"{self._directory.path()}: shard {index} was taken over by another writer, because this process gave "
             f"no sign of life for {self._claims.stale_after_s:.0f} seconds. Nothing is lost: run the command again."
