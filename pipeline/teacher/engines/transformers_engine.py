@@ -27,7 +27,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
-from pipeline.models.isolation.packed_rows import hold_several_documents, packing_known
+from pipeline.models.isolation.mask_shortcuts import mask_shortcuts
 from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs, places
 from pipeline.models.placement import device_names
@@ -235,7 +235,7 @@ class TransformersEngine:
         inputs, stored, uniforms = there[: len(inputs)], there[len(inputs)], there[len(inputs) + 1 :][: len(rules)]
 
         began = self._clock()
-        with packing_known(hold_several_documents([request.row for request in batch])):
+        with mask_shortcuts([request.row for request in batch], device):
             hidden, states, scales = self._body(inputs, there[-1] if with_states else None)
         hidden = hidden.flatten(0, 1)[stored]  # [n, D]
         timing.forward += self._clock() - began

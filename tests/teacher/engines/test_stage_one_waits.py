@@ -9,19 +9,29 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    masking_utils,
+)
 
 import cache_format as cf
 from benchmarks.simulated_gpu import DEVICE, SimulatedGpu, simulated_gpu
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_export import export_head
-from pipeline.models.isolation.packed_rows import hold_several_documents
+from pipeline.models.isolation.mask_shortcuts import document_numbers, holds_packed
+from pipeline.models.padding import pad_rows
 from pipeline.models.transfer import download, recorded_event, upload
 from pipeline.teacher.engines import transformers_engine
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.packing import TokenRow
+from tiny_masked import masked_config
 
 V, D = 700, 16
 RULES = {
@@ -229,9 +239,34 @@ def test_chunks_on_a_gpu_have_a_size_in_bytes() -> None:
     assert chunk(DEVICE, 10**7) == 128
 
 
-def test_what_transformers_would_have_asked_the_device() -> None:
+def test_packed_rows_are_found_as_transformers_finds_them() -> None:
     rows = [request.row for request in row_requests(packed=False)]
-    assert not hold_several_documents(rows)
-    assert hold_several_documents([*rows, row_requests()[0].row])
     empty = TokenRow(rows[0].input_ids, rows[0].loss_mask, np.array([0, len(rows[0].input_ids)], np.int32))
-    assert not hold_several_documents([empty])
+    packed = [request.row for request in row_requests()]
+    for given, expected in ((rows, False), ([empty], False), (packed, True), ([*rows, packed[0]], True)):
+        _, positions = pad_rows(given)
+        found = masking_utils.find_packed_sequence_indices(positions)
+        assert holds_packed(given) == expected == (found is not None)
+        if found is not None:
+            assert torch.equal(document_numbers(positions), found)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_masked_teachers_are_queued_too(padded: bool) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(masked_config("bert", vocab_size=V, attn_implementation="sdpa")).eval()
+    requests = [
+        RowRequest(index=r.index, row=r.row, place=r.index, stored=r.stored)
+        for r in row_requests(packed=False)
+        if padded or len(r.row.input_ids) == 30
+    ]
+    cpu_head = open_head(model, V, masked=True)
+    options = {"batch_size": 5}
+    cpu = TransformersEngine(cpu_head, device=torch.device("cpu"), **options).run(requests, [RULES["top-k"]]).rows()
+    with simulated_gpu() as gpu:
+        head = Head(model=gpu.to_device(model), linear=cpu_head.linear, vocab_size=V, masked=True)
+        there = TransformersEngine(head, device=DEVICE, **options)
+        gpu.reset()
+        rows = there.run(requests, [RULES["top-k"]]).rows()
+        assert gpu.synchronisations == [] and gpu.uploads == 1
+    check_same(rows, cpu)
