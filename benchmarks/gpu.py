@@ -8,8 +8,8 @@
     loader       batches from the cache without a model
 
 Random weights cost what trained ones do, except that sampled targets have nearly the same number of entries at every
-position. Results are written after every part, so that an interrupted run leaves those that it has. About ten minutes on
-an H100 or faster; `--quick` runs everything tiny on any device, as a smoke test.
+position. Results are written after every part, so that an interrupted run leaves those that it has. About ten minutes
+on an H100 or faster; `--quick` runs everything tiny on any device, as a smoke test.
 
     python -m benchmarks.gpu
 """
@@ -288,8 +288,9 @@ def head(bench: Bench) -> list[Table]:
         plain = float("nan")
         for name, loss in _losses(hidden, weight, targets).items():
 
-            def step(loss: Callable[[], Tensor] = loss) -> None:
-                hidden.grad = weight.grad = None
+            def step(loss: Callable[[], Tensor] = loss, given: tuple[Tensor, ...] = (hidden, weight)) -> None:
+                for each in given:
+                    each.grad = None
                 loss().backward()
 
             with bench.peak_memory() as peak:
@@ -344,7 +345,8 @@ def loader(bench: Bench) -> list[Table]:
     shape, row_tokens = bench.sizes.students[0], bench.sizes.row_tokens[0]
     source, _ = _cache_for(bench, shape, row_tokens)
     packed = bench.scratch / "packed"
-    cf.convert_cache(str(source), str(packed), encoding="packed")
+    for _ in cf.convert_cache(source, packed, cf.Conversion(encoding="packed")):
+        pass
     batch = max(1, bench.sizes.step_tokens // row_tokens)
     for encoding, path in (("columns", source), ("packed", packed)):
         for workers in (0, 2, 4, 8):

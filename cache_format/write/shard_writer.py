@@ -26,7 +26,11 @@ from cache_format.storage.directory import Directory, write_bytes
 
 
 class ShardWriter:
-    """Owns the file of the shard that is being written. Call `finish` or `abandon` at the end."""
+    """Owns the file of the shard that is being written. Call `finish` or `abandon` at the end.
+
+    Attributes:
+        bytes_written: so far; another thread may read it.
+    """
 
     def __init__(
         self,
@@ -43,10 +47,7 @@ class ShardWriter:
         self._sink = pa.OSFile(self._path, "wb")
         self._arrow = pa.ipc.new_file(self._sink, codec.schema, options=options)
         self._counts: list[dict[str, Any]] = []  # of each record batch
-
-    @property
-    def bytes_written(self) -> int:
-        return int(self._sink.tell())
+        self.bytes_written = int(self._sink.tell())
 
     @property
     def tokens_written(self) -> int:
@@ -64,6 +65,7 @@ class ShardWriter:
                 "entries": batch.num_entries,
             }
         )
+        self.bytes_written = int(self._sink.tell())
 
     def finish(self, annotations: Mapping[str, Any]) -> tuple[Sidecar, str]:
         """Rename the shard to its final name, then write its sidecar. Returns the sidecar and its sha256."""

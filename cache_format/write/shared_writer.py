@@ -76,7 +76,9 @@ class SharedCacheWriter(CacheWriter):
         on_wait: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._share, self._on_wait = share, on_wait
-        self._current: int | None = None  # claimed and not complete
+        # Claimed and incomplete: begun, in the order of writing; and abandoned, to be begun again.
+        self._begun: list[int] = []
+        self._abandoned: list[int] = []
         super().__init__(
             path,
             metadata,
@@ -99,21 +101,29 @@ class SharedCacheWriter(CacheWriter):
     def wrote_manifest(self) -> bool:
         return self._cache.wrote_manifest
 
-    def begin_shard(self) -> int | None:
-        """Claims and returns the next free shard of this writer's share, or the current one if it was abandoned. None
-        once all are complete. Waits while others write the remaining shards, in case they die."""
+    def begin_shard(self, *, wait: bool = True) -> int | None:
+        """Claims and returns the next free shard of this writer's share, first those that it has abandoned. None once
+        all are complete.
+
+        Args:
+            wait: while others write the remaining shards, in case they die. Write the shards that were begun before:
+                this writer would wait for itself.
+        """
         said, since = "", time.monotonic()
         for pause in pauses():
-            if self._current is not None:
-                return self._current
-            self._cache.find_complete()
+            # Without our own: if another writer has taken one over, writing it fails with that reason.
+            self._cache.find_complete(without=tuple(self._begun))
             share = self._share.shards(self._metadata.num_shards)
             if all(shard in self._cache.complete for shard in share):
                 return None
-            busy = self._claim_next()
-            if self._current is not None:
-                self.next_row = self._metadata.shard_rows(self._current).start
-                return self._current
+            shard, busy = self._claim_next()
+            if shard is not None:
+                with self._guard:
+                    self._begun.append(shard)
+                    self._go_on()
+                return shard
+            if not wait:
+                return None
             self._check_lexicon_will_come(busy, time.monotonic() - since)
             waiting_for = f"waiting for {_few(busy)}"
             if busy and waiting_for != said:
@@ -144,27 +154,40 @@ class SharedCacheWriter(CacheWriter):
 
     def _after_shard(self, shard: int) -> None:
         self._claims.release(claim_name(shard))
-        self._current = None
-        self.next_row = self._metadata.num_rows
+        self._begun.remove(shard)
+        self._go_on()
 
     def abandon_shard(self) -> None:
         with self._guard:
             super().abandon_shard()
-            if self._current is None:
-                return
-            if self._claims.lost(claim_name(self._current)):
-                self._claims.release(claim_name(self._current))
-                self._current = None
-                self.next_row = self._metadata.num_rows
-            else:
-                self.next_row = self._metadata.shard_rows(self._current).start
+            for shard in self._begun:
+                if self._claims.lost(claim_name(shard)):
+                    self._claims.release(claim_name(shard))
+                else:
+                    self._abandoned.append(shard)
+            self._begun.clear()
+            self._go_on()
 
-    def _claim_next(self) -> list[Holder]:
-        """Claims the next free shard, if there is one. Returns: the holders of the shards that are taken."""
-        busy = []
+    def _go_on(self) -> None:
+        """Sets `next_row` for the first shard that was begun, unless some of its rows have been written."""
+        if not self._begun:
+            self.next_row = self._metadata.num_rows
+        elif self.next_row not in self._metadata.shard_rows(self._begun[0]):
+            self.next_row = self._metadata.shard_rows(self._begun[0]).start
+
+    def _claim_next(self) -> tuple[int | None, list[Holder]]:
+        """Claims the next free shard, if there is one. Returns: it, and the holders of the shards that are taken."""
+        busy: list[Holder] = []
+        with self._guard:
+            while self._abandoned:
+                shard = self._abandoned.pop(0)
+                if shard not in self._cache.complete:
+                    return shard, busy
+                self._claims.release(claim_name(shard))
+            ours = set(self._begun)
         only_the_first = self._cache.codec.needs_lexicon
         for shard in self._share.in_order(self._metadata.num_shards):
-            if shard in self._cache.complete or (only_the_first and shard > 0):
+            if shard in self._cache.complete or shard in ours or (only_the_first and shard > 0):
                 continue
             name = claim_name(shard)
             if (holder := self._claims.take(name)) is not None:
@@ -179,11 +202,10 @@ class SharedCacheWriter(CacheWriter):
                 self._claims.release(name)
                 raise
             self._cache.remove_temporary(f"{name}.")
-            self._current = shard
-            break
+            return shard, busy
         if only_the_first and 0 not in self._share.shards(self._metadata.num_shards):
             busy = [holder for holder in self._claims.others() if holder.name == claim_name(0)]
-        return busy
+        return None, busy
 
     def _check_nobody_alone(self) -> None:
         for holder in self._claims.others():

@@ -8,7 +8,7 @@ shard exists once its sidecar does.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,9 +78,9 @@ class UnfinishedCache:
         self._allow_rounding = allow_rounding
         self._promised: dict[int, str] = {}  # sidecar sha256 by shard, from a finished manifest
 
-    @property
-    def size(self) -> CacheSize:
-        shards = self.complete.values()
+    def size(self, without: Collection[int] = ()) -> CacheSize:
+        """Size of the complete shards, some of them left out. Another thread may complete shards meanwhile."""
+        shards = [shard for index, shard in list(self.complete.items()) if index not in without]
         head, answers = self.metadata.head, answers_file(self.metadata)
         beside = sum(file.bytes for file in (head, answers, self.lexicon_file) if file is not None)
         return CacheSize(
@@ -164,13 +164,15 @@ class UnfinishedCache:
             raise ValueError("hidden targets need the contents of their head")
         write_bytes(self.directory, HEAD, contents)
 
-    def find_complete(self) -> None:
-        """Looks for shards that have been completed since the last call."""
+    def find_complete(self, without: Collection[int] = ()) -> None:
+        """Looks for shards that have been completed since the last call, except some."""
         if self.codec.needs_lexicon and not self._load_lexicon():
             return  # without it the shards cannot be read
         names = set(self.directory.names("shards"))
         for index in range(self.metadata.num_shards):
-            if index not in self.complete and {_plain(shard_name(index)), _plain(sidecar_name(index))} <= names:
+            if index in self.complete or index in without:
+                continue
+            if {_plain(shard_name(index)), _plain(sidecar_name(index))} <= names:
                 self.look_for(index)
 
     def look_for(self, index: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +29,8 @@ class CacheWriter:
     """Writes a cache directory as its only writer. Use it as a context manager.
 
     Leaving the block normally writes the manifest. Leaving it by an exception keeps the complete shards, and a writer
-    with `resume=True` continues from there. One thread may write while another reads properties or abandons the shard.
+    with `resume=True` continues from there. One thread may write while another begins shards, reads properties, or
+    abandons what is unfinished.
 
     Args:
         path: a local directory or an fsspec URL; must not exist, or be empty, unless resuming.
@@ -85,21 +86,28 @@ class CacheWriter:
             self._claims.close()
             raise
         self.next_row = self._first_missing(0)
+        self._ahead = 0  # the first shard that `begin_shard` has not returned
 
     @property
     def bytes_written(self) -> int:
         """Bytes of shards written by this writer, the unfinished shard included."""
-        return self._finished_bytes + (self._shard.bytes_written if self._shard else 0)
+        shard = self._shard  # read once: another thread may be finishing it
+        return self._finished_bytes + (shard.bytes_written if shard else 0)
 
     @property
     def tokens_written(self) -> int:
         """Tokens in `bytes_written`, without rows that wait for their record batch."""
-        return self._finished_tokens + (self._shard.tokens_written if self._shard else 0)
+        shard = self._shard
+        return self._finished_tokens + (shard.tokens_written if shard else 0)
 
     @property
     def complete(self) -> CacheSize:
         """Size of the complete shards, whoever wrote them."""
-        return self._cache.size
+        return self._cache.size()
+
+    def complete_without(self, shards: Collection[int]) -> CacheSize:
+        """`complete`, with some shards left out."""
+        return self._cache.size(without=shards)
 
     @property
     def is_finished(self) -> bool:
@@ -116,9 +124,21 @@ class CacheWriter:
         """Dead writers whose claims were taken over."""
         return self._claims.taken_over
 
-    def begin_shard(self) -> int | None:
-        """The next shard to write, whose first row is `next_row`; None if none is left."""
-        return None if self.next_row >= self._metadata.num_rows else self.next_row // self._metadata.rows_per_shard
+    def begin_shard(self, *, wait: bool = True) -> int | None:
+        """The next shard to compute; None if none is left.
+
+        Several shards may be begun before the first of them is written; they must be written in this order.
+
+        Args:
+            wait: for other writers, where there are any; False: None means that no shard is free now.
+        """
+        with self._guard:
+            while self._ahead in self._cache.complete:
+                self._ahead += 1
+            if self._ahead >= self._metadata.num_shards:
+                return None
+            self._ahead += 1
+            return self._ahead - 1
 
     def write(self, rows: Sequence[CacheRow]) -> None:
         """Append rows, in order, any number at a time.
@@ -141,11 +161,12 @@ class CacheWriter:
                 self._flush_if_full()
 
     def annotate(self, **facts: Any) -> None:
-        """Record facts in the sidecar of the shard being written and of those after it."""
+        """Record facts in the sidecar of the shard being written and of those after it; for the thread that writes."""
         self._annotations.update(facts)
 
     def abandon_shard(self) -> None:
-        """Drop the unfinished shard and set `next_row` to its first row."""
+        """Drop the unfinished shard and set `next_row` to its first row. All shards that were begun and are incomplete
+        are to be begun again."""
         with self._guard:
             if self._shard or self._pending or self._waiting:
                 last_row = self.next_row - 1
@@ -153,6 +174,7 @@ class CacheWriter:
             shard, self._shard = self._shard, None
             self._pending.clear()
             self._waiting.clear()
+            self._ahead = self.next_row // self._metadata.rows_per_shard
             if shard:
                 shard.abandon()
 
@@ -237,14 +259,14 @@ class CacheWriter:
             if self._claims.lost(self._claim_of(index)):
                 raise self._lost(index) from error
             raise
+        self._shard = None
         self._finished_bytes += sidecar.file_bytes
         self._finished_tokens += sidecar.tokens
-        self._shard = None
         self._cache.complete[index] = shard_info(index, sidecar, digest)
         self._after_shard(index)
 
     def _lost(self, index: int) -> ClaimLostError:
-        self.abandon_shard()
+        CacheWriter.abandon_shard(self)  # what was begun beyond it is the caller's to abandon
         return ClaimLostError(
             f"{self._directory.path()}: shard {index} was taken over by another writer, because this process gave "
             f"no sign of life for {self._claims.stale_after_s:.0f} seconds. Nothing is lost: run the command again."

@@ -3,19 +3,22 @@
     corpus ─▶ rows of a record batch ─▶ engine: batches of similar length ─▶ targets on their way to the host
            ─▶ one background thread: wait, check, encode, write ─▶ shard ─▶ manifest
 
-The main thread only computes; the background thread is at most two record batches behind. The contents of a shard
-depend on the corpus, the teacher, the batch size and the device, but not on timing or on which process computes it
-(`writing.workers`): batches never cross record batches, and record batches never cross shards. When a batch runs out of
-memory, the batch size is halved, the shard is restarted, and the size is recorded in the shard's sidecar.
+The main thread only computes; the background thread is at most two record batches behind, also across the end of a
+shard: the next one is claimed and computed while the last record batches of this one are written. The contents of a
+shard depend on the corpus, the teacher, the batch size and the device, but not on timing or on which process computes
+it (`writing.workers`): batches never cross record batches, and record batches never cross shards. When a batch runs out
+of memory, the batch size is halved, the shard is restarted, and the size is recorded in the shard's sidecar.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -114,8 +117,33 @@ def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Co
     return f"hidden states of {positions:,} positions × {layers} × {spec.width} × {spec.dtype} = {size:,.1f} MB"
 
 
+@dataclass
+class _Progress:
+    """What this run has computed, of one shard or in all of its finished ones; mass: exact mass of the loss tokens."""
+
+    rows: int = 0
+    tokens: int = 0
+    mass_sum: float = 0.0
+    mass_count: int = 0
+
+    def add(self, other: _Progress) -> None:
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.mass_sum += other.mass_sum
+        self.mass_count += other.mass_count
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A record batch on its way through the background thread. The future gives its exact mass and loss tokens."""
+
+    shard: int
+    last: bool  # of its shard
+    future: Future[tuple[float, int]]
+
+
 class _Capture:
-    """One run: owns the buffers, the background thread and the running sums."""
+    """One run: owns the background thread and the running sums, which the main thread alone changes."""
 
     def __init__(
         self,
@@ -130,79 +158,130 @@ class _Capture:
         self.writer, self.on_progress = writer, on_progress
         self.alone = not isinstance(writer, cf.SharedCacheWriter)
         self.resumed_rows, self.resumed_tokens = writer.complete.rows, writer.complete.tokens
-        self.rows_done, self.tokens_done = self.resumed_rows, self.resumed_tokens
-        # Exact mass, summed over the loss tokens written so far, and their number.
-        self.mass_sum, self.mass_count = 0.0, 0
-        self.mass_before_shard = 0.0, 0
+        self.begun: set[int] = set()  # shards that this run has begun and not abandoned
+        self.unfinished: dict[int, _Progress] = {}  # those of them that are not completely written
+        self.finished = _Progress()
+        self.others = writer.complete  # the shards that this run has not begun
+        self.current: int | None = None  # the shard that is being computed
+        self.pending: deque[_Written] = deque()
+        self.broken = False  # a record batch could not be written, so those behind it must not be
         self.started = time.perf_counter()
 
     def run(self) -> None:
         with ThreadPoolExecutor(1, thread_name_prefix="cache-writer") as background:
-            pending: deque[Future[None]] = deque()
-            while (shard := self.writer.begin_shard()) is not None:
+            while True:
                 try:
-                    self._shard(shard, background, pending)
-                    _drain(pending)
+                    shard = self.writer.begin_shard(wait=not self.pending)
+                    if shard is not None:
+                        self._shard(shard, background)
+                    elif self.pending:
+                        self._drain()  # before waiting for other processes: one of these may fail
+                    else:
+                        return
                 except BaseException as error:
-                    for future in pending:
-                        future.cancel()
-                    if not isinstance(error, Exception):  # Ctrl-C: the writer waits for the current record batch
-                        raise
-                    _drain(pending, ignore=True)
+                    self._give_up(error)
                     if isinstance(error, BatchSizeHalved) or (isinstance(error, cf.ClaimLostError) and not self.alone):
-                        self._forget_shard()
+                        self._forget_unfinished()
                     else:
                         raise
 
-    def _shard(self, shard: int, background: ThreadPoolExecutor, pending: deque[Future[None]]) -> None:
-        self.writer.annotate(batch_size=self.engine.batch_size)
-        self.mass_before_shard = self.mass_sum, self.mass_count
+    def _shard(self, shard: int, background: ThreadPoolExecutor) -> None:
+        self.current = shard
+        self.begun.add(shard)
+        self.unfinished[shard] = _Progress()
         # Include the shards that other processes have written in the meantime.
-        complete = self.writer.complete
-        self.rows_done, self.tokens_done = complete.rows, complete.tokens
-        for record_batch in self.metadata.record_batch_rows(shard):
+        self.others = self.writer.complete_without(self.begun)
+        record_batches = list(self.metadata.record_batch_rows(shard))
+        for i, record_batch in enumerate(record_batches):
             requests = [row_request(self.config, self.corpus, row, self.metadata.hidden) for row in record_batch]
             running = self.engine.run(requests, [self.config.targets], self._report)
-            pending.append(background.submit(self._write, running))
+            written = background.submit(self._write, running, self.engine.batch_size)
+            self.pending.append(_Written(shard, i == len(record_batches) - 1, written))
             in_flight = max(RECORD_BATCHES_IN_FLIGHT, -(-self.engine.rows_in_flight // len(record_batch)))
-            while len(pending) > in_flight:
-                pending.popleft().result()
+            self._drain(in_flight)
+        self.current = None
 
-    def _write(self, running: RunningRows) -> None:
+    def _write(self, running: RunningRows, batch_size: int) -> tuple[float, int]:
         """Background thread: waits for the targets of one record batch and hands its rows to the writer."""
-        rows = running.rows()
-        self.writer.write(rows)
+        if self.broken:
+            raise CancelledError
+        try:
+            rows = running.rows()
+            self.writer.annotate(batch_size=batch_size)
+            self.writer.write(rows)
+        except BaseException:
+            self.broken = True
+            raise
         if self.metadata.head is not None:
-            return  # hidden targets have no tail
+            return 0.0, 0  # hidden targets have no tail
         tail = np.concatenate([row.targets.residual_logprob[row.loss_mask] for row in rows], dtype=np.float64)
-        self.mass_sum += len(tail) - np.exp(tail).sum()
-        self.mass_count += len(tail)
+        return len(tail) - np.exp(tail).sum(), len(tail)
 
-    def _forget_shard(self) -> None:
+    def _drain(self, in_flight: int = 0) -> None:
+        """Waits until at most `in_flight` record batches are left to write."""
+        while len(self.pending) > in_flight:
+            written = self.pending.popleft()
+            progress = self.unfinished[written.shard]
+            mass_sum, mass_count = written.future.result()
+            progress.mass_sum += mass_sum
+            progress.mass_count += mass_count
+            if written.last:
+                self.finished.add(self.unfinished.pop(written.shard))
+
+    def _give_up(self, error: BaseException) -> None:
+        """Finishes what can be finished after an error: the shards before the one that was being computed. Not after
+        Ctrl-C: then the writer waits for the current record batch alone."""
+        finishing = isinstance(error, Exception)
+        for written in self.pending:
+            if not finishing or written.shard == self.current:
+                written.future.cancel()
+        while finishing and self.pending:
+            with contextlib.suppress(Exception):
+                self._drain(len(self.pending) - 1)
+        self.pending.clear()
+
+    def _forget_unfinished(self) -> None:
         self.writer.abandon_shard()
-        self.mass_sum, self.mass_count = self.mass_before_shard
+        self.begun -= self.unfinished.keys()
+        self.unfinished.clear()
+        self.broken = False
 
     def _report(self, batch: Sequence[RowRequest]) -> None:
-        self.rows_done += len(batch)
-        self.tokens_done += sum(request.tokens for request in batch)
-        speed = (self.tokens_done - self.resumed_tokens) / (time.perf_counter() - self.started)
+        assert self.current is not None
+        progress = self.unfinished[self.current]
+        progress.rows += len(batch)
+        progress.tokens += sum(request.tokens for request in batch)
+        tokens_done = self.others.tokens + self._own().tokens
+        speed = (tokens_done - self.resumed_tokens) / (time.perf_counter() - self.started)
         written = self.writer.tokens_written
         self.on_progress(
             CaptureProgress(
                 rows=self.rows_done,
                 total_rows=len(self.corpus),
-                tokens=self.tokens_done,
+                tokens=tokens_done,
                 total_tokens=self.corpus.num_tokens,
                 tokens_per_s=speed,
                 bytes_per_token=self.writer.bytes_written / written if written else float("nan"),
                 exact_mass=self._exact_mass(),
-                seconds_left=(self.corpus.num_tokens - self.tokens_done) / speed,
+                seconds_left=(self.corpus.num_tokens - tokens_done) / speed,
                 batch_size=self.engine.batch_size,
             )
         )
 
+    @property
+    def rows_done(self) -> int:
+        return self.others.rows + self._own().rows
+
+    def _own(self) -> _Progress:
+        """Of this run."""
+        total = _Progress()
+        for each in (self.finished, *self.unfinished.values()):
+            total.add(each)
+        return total
+
     def _exact_mass(self) -> float:
-        return self.mass_sum / self.mass_count if self.mass_count else float("nan")
+        own = self._own()
+        return own.mass_sum / own.mass_count if own.mass_count else float("nan")
 
     def summary(self) -> CaptureSummary:
         seconds = time.perf_counter() - self.started
@@ -213,7 +292,7 @@ class _Capture:
             tokens=size.tokens,
             counted_tokens=size.counted_tokens,
             bytes=size.bytes,
-            exact_mass=self._exact_mass() if self.mass_count == self.corpus.num_loss_tokens else None,
+            exact_mass=self._exact_mass() if self._own().mass_count == self.corpus.num_loss_tokens else None,
             seconds=seconds,
             tokens_per_s=(size.tokens - self.resumed_tokens) / seconds,
             resumed_rows=self.resumed_rows,
@@ -221,10 +300,3 @@ class _Capture:
             wrote_manifest=self.writer.wrote_manifest,
             finished=self.writer.is_finished,
         )
-
-
-def _drain(pending: deque[Future[None]], ignore: bool = False) -> None:
-    while pending:
-        future = pending.popleft()
-        if not (ignore and (future.cancelled() or future.exception())):
-            future.result()

@@ -28,7 +28,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.document_attention import Documents
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
-from pipeline.models.isolation.packed_rows import hold_several_documents, packing_known
+from pipeline.models.isolation.mask_shortcuts import mask_shortcuts
 from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs, places
 from pipeline.models.placement import device_names
@@ -101,7 +101,8 @@ class RunningBatches:
     batches: Sequence[RunningBatch]
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
-        rows = {row.row: row for batch in self.batches for row in batch.rows(rule)}
+        # The last one first: once it has been copied, the others have been too.
+        rows = {row.row: row for batch in reversed(self.batches) for row in batch.rows(rule)}
         return [rows[request.index] for request in self.requests]
 
     def measured(self) -> list[Measured]:
@@ -240,7 +241,7 @@ class TransformersEngine:
         documents = replace(documents, starts=starts, places=tokens)
 
         began = self._clock()
-        with packing_known(hold_several_documents(read)):
+        with mask_shortcuts(read, device):
             hidden, states, scales = self._body(inputs, documents, there[-1] if with_states else None)
         hidden = hidden.flatten(0, 1)[stored]  # [n, D]
         timing.forward += self._clock() - began

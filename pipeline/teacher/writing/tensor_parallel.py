@@ -6,7 +6,7 @@ processes run the same batches in the same order, because the layers of the teac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,8 +27,8 @@ class Leader:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
-    def begin_shard(self) -> int | None:
-        shard = self._writer.begin_shard()
+    def begin_shard(self, *, wait: bool = True) -> int | None:
+        shard = self._writer.begin_shard(wait=wait)
         _broadcast(NONE_LEFT if shard is None else shard, self._device)
         return shard
 
@@ -52,9 +52,13 @@ class Follower:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def begin_shard(self) -> int | None:
+    def begin_shard(self, *, wait: bool = True) -> int | None:
+        """The shard that the first process begins, which asks in the same way."""
         shard = _broadcast(NONE_LEFT, self._device)
         return None if shard == NONE_LEFT else shard
+
+    def complete_without(self, shards: Collection[int]) -> cf.CacheSize:
+        return self.complete
 
     def annotate(self, **_: Any) -> None:
         """Does nothing: the first process writes."""

@@ -261,6 +261,30 @@ def test_suspended_writer_that_was_overtaken_in_the_last_moment_drops_its_shard(
     assert contents(tmp_path / "cache") == alone(tmp_path / "whole")
 
 
+def test_shards_begun_ahead_are_written_in_order_and_begun_again_once_abandoned(tmp_path):
+    expected = alone(tmp_path / "whole")
+    with shared(tmp_path / "cache", cf.Share(index=1, count=2)) as writer:
+        assert [writer.begin_shard(wait=False) for _ in range(3)] == [1, 3, 5]
+        writer.write([sample_row(row) for row in (*range(4, 8), *range(12, 14))])
+        assert writer.complete.shards == 1 and writer.complete_without({1}).shards == 0
+        writer.abandon_shard()
+        with pytest.raises(ValueError, match="row 12 given"):
+            writer.write([sample_row(12)])
+        assert [writer.begin_shard() for _ in range(2)] == [3, 5]
+        writer.write([sample_row(row) for row in (*range(12, 16), *range(20, 24))])
+        while write_shard(writer) is not None:
+            pass
+    assert contents(tmp_path / "cache") == expected
+
+
+def test_without_waiting_no_shard_is_free_while_another_writes_the_last(tmp_path):
+    with shared(tmp_path / "cache") as writer:
+        assert writer.begin_shard() == 0
+        with shared(tmp_path / "cache", cf.Share(stop=1)) as other:
+            assert other.begin_shard(wait=False) is None
+        writer.write([sample_row(row) for row in range(4)])
+
+
 def test_interrupted_writer_gives_its_shard_back(tmp_path):
     with pytest.raises(KeyboardInterrupt), shared(tmp_path / "cache") as writer:
         assert write_shard(writer) == 0

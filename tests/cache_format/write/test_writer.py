@@ -344,3 +344,15 @@ def test_a_token_that_is_exact_and_sampled_is_refused(tmp_path):
     with cf.CacheWriter(tmp_path / "other", sample_metadata(1, targets=targets)) as writer:
         writer.write([apart])
     cf.verify_cache(tmp_path / "other", deep=True)
+
+
+def test_shards_begun_ahead(tmp_path):
+    metadata = sample_metadata(10)
+    with cf.CacheWriter(tmp_path / "cache", metadata) as writer:
+        assert [writer.begin_shard(), writer.begin_shard()] == [0, 1]
+        writer.write([sample_row(row) for row in range(6)])
+        writer.abandon_shard()
+        assert writer.next_row == 4
+        assert [writer.begin_shard() for _ in range(3)] == [1, 2, None]
+        writer.write([sample_row(row) for row in range(4, 10)])
+    assert cf.verify_cache(tmp_path / "cache").rows == 10

@@ -279,9 +279,9 @@ def test_a_cache_has_one_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         cache_teacher(config, on_warning=warnings.append)
 
     on(1, monkeypatch)
-    begin = cf.CacheWriter.begin_shard
+    begun = iter([0])
     with monkeypatch.context() as patch:
-        patch.setattr(cf.CacheWriter, "begin_shard", lambda writer: None if writer.complete.shards else begin(writer))
+        patch.setattr(cf.CacheWriter, "begin_shard", lambda writer, **_: next(begun, None))
         with pytest.raises(cf.CacheError, match="2 shards are incomplete"):
             run("resumed")
     assert ["here 2026-01-01. Give `template_date=2026-01-01`" in warning for warning in warnings] == [True]

@@ -127,11 +127,9 @@ class _Event:
         self.reaches = self.gpu.queued
 
     def synchronize(self) -> None:
-        if self.reaches is not None:
+        if self.reaches is not None and self.gpu.flying(self.reaches):
+            self.gpu.event_waits += 1
             self.gpu.arrive(self.reaches)
-
-    def query(self) -> bool:
-        return False
 
 
 class SimulatedGpu(TorchDispatchMode):
@@ -141,6 +139,7 @@ class SimulatedGpu(TorchDispatchMode):
         synchronisations: what made the host wait, and from which line of the project.
         operations: kernels in their order.
         uploads, downloads: number of copies from and to the host.
+        event_waits: number of times that the host waited for an event that had not happened yet.
     """
 
     def __init__(self) -> None:
@@ -154,7 +153,7 @@ class SimulatedGpu(TorchDispatchMode):
         """Forgets what was counted."""
         self.synchronisations: list[str] = []
         self.operations: list[Operation] = []
-        self.uploads = self.downloads = 0
+        self.uploads = self.downloads = self.event_waits = 0
 
     @property
     def kernels(self) -> int:
@@ -176,6 +175,10 @@ class SimulatedGpu(TorchDispatchMode):
                         each._buffers[name] = DeviceTensor(buffer)
         getattr(module, "tie_weights", lambda: None)()
         return module
+
+    def flying(self, reaches: int) -> bool:
+        """Whether a copy before number `reaches` has not arrived."""
+        return any(number < reaches for number, _ in self._flying)
 
     @torch.inference_mode()
     def arrive(self, reaches: int | None = None) -> None:
