@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-real test-architectures test-vllm test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-lowest torture faults fuzz lint format bench bench-methods bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ format: $(STAMP) ## let ruff rewrite what lint would complain of
 
 bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 	$(PY) -m benchmarks
+
+bench-gpu: $(STAMP)  ## both stages on one CUDA device, beside what its products and memory can do: ten minutes
+	$(PY) -m benchmarks.gpu
 
 bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
 	$(PY) -m benchmarks.methods

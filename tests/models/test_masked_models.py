@@ -109,7 +109,7 @@ def test_a_shift_at_capture_is_detected(masked_dir: Path, tmp_path: Path, monkey
     states = Head.hidden_states
 
     def shift_from_here_on(model: PreTrainedModel, head: Head) -> None:
-        monkeypatch.setattr(Head, "hidden_states", lambda head, *inputs: states(head, *inputs).roll(1, 1))
+        monkeypatch.setattr(Head, "hidden_states", lambda head, *inputs, **_: states(head, *inputs).roll(1, 1))
 
     monkeypatch.setattr(opening, "check_padding", shift_from_here_on)
     cache_teacher(settings(masked_dir, "bert", tmp_path / "cache"))
@@ -211,7 +211,7 @@ def test_a_model_that_sees_its_padding_is_refused(masked_dir: Path, monkeypatch:
     model = load(masked_dir / "bert")
     head = open_head(model, VOCAB, masked=True)
     states = Head.hidden_states
-    monkeypatch.setattr(Head, "hidden_states", lambda head, ids, positions, *_: states(head, ids, positions))
+    monkeypatch.setattr(Head, "hidden_states", lambda head, ids, positions, *_, **__: states(head, ids, positions))
     with pytest.raises(ModelError, match="it sees the padding"):
         check_padding(model, head)
 

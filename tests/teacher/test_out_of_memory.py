@@ -30,7 +30,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, *, above: int, after_call
     states = Head.hidden_states
     tried: list[int] = []
 
-    def limited(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def limited(head: Head, input_ids: Tensor, position_ids: Tensor, **_: object) -> Tensor:
         if input_ids.shape[1] > 12:  # not the probes at the start
             tried.append(len(input_ids))
             if len(input_ids) > above and len(tried) > after_calls:

@@ -159,7 +159,7 @@ class Memory:
         self.held: weakref.WeakSet[Tensor] = weakref.WeakSet()
         states = Head.hidden_states
 
-        def limited(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        def limited(head: Head, input_ids: Tensor, position_ids: Tensor, **_: object) -> Tensor:
             self.held.add(input_ids)
             if len(input_ids) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
