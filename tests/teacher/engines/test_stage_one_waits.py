@@ -155,8 +155,8 @@ def test_several_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wait_put_in_by_hand_is_counted(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = Head.hidden_states
 
-    def waiting(head: Head, *inputs: Tensor) -> Tensor:
-        hidden = states(head, *inputs)
+    def waiting(head: Head, *inputs: Tensor, **options: object) -> Tensor:
+        hidden = states(head, *inputs, **options)
         if wait == "item":
             hidden.sum().item()
         elif wait == "mask":

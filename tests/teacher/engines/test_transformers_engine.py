@@ -208,7 +208,7 @@ def test_one_of_several_processes_does_not_halve_alone(model: PreTrainedModel, m
 
 
 def test_other_errors_are_left_alone(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> cf.CacheRow:
+    def broken(*_: object, **__: object) -> cf.CacheRow:
         raise ZeroDivisionError
 
     found = engine(model, batch_size=2)

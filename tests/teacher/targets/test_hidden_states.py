@@ -206,8 +206,8 @@ def test_states_too_large_for_a_half_float_are_not_stored(
     """Real models have a few states of tens of thousands in their middle layers."""
     states = Head.states
 
-    def large(head: Head, layers: Any, *inputs: Any) -> Any:
-        last, found = states(head, layers, *inputs)
+    def large(head: Head, layers: Any, *inputs: Any, **options: Any) -> Any:
+        last, found = states(head, layers, *inputs, **options)
         return last, {layer: each * 1e5 for layer, each in found.items()}
 
     monkeypatch.setattr(Head, "states", large)
