@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LEFT_OUT = {
     "documents_cut": "documents cut into windows",
+    "documents_cut_for_teacher": "documents cut because the teacher's prompt and the completion are too long for it",
     "documents_with_special_tokens": "documents that already had their special tokens, which were not repeated",
     "documents_with_split_tokens": "documents with a token across prompt and answer, which was split",
     "documents_with_only_eos": "documents whose only loss token is EOS",

@@ -97,6 +97,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/stopping.md": causal_models,
     "docs/students.md": models_and_config,
     "docs/targets.md": new_caches,
+    "docs/teacher-prompts.md": models_and_texts,
     "docs/training-data.md": causal_models,
     "docs/troubleshooting.md": causal_models,
 }

@@ -215,7 +215,7 @@ def _tokenise_batch(
         rows = reader.read(batch, columns.to_read(reader.names))
     places = [f"{data}, row {index}" for index in indices]
     if columns.is_ids:
-        options = {"names": columns.names, "all_in_loss": loss_on == "all", "teacher": columns.teacher}
+        options: dict[str, Any] = {"names": columns.names, "all_in_loss": loss_on == "all", "teacher": columns.teacher}
         documents = [token_ids.read_token_ids(row, where, **options) for row, where in zip(rows, places, strict=True)]
     else:
         texts = [
@@ -309,8 +309,9 @@ def _fingerprint(
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
     of_text = (__file__, columns_module.__file__, examples.__file__, records.__file__, encoding.__file__)
-    of_text += (token_ids.__file__, teacher_prompts.__file__)
+    of_ids_and_prompts = (token_ids.__file__, teacher_prompts.__file__)
     of_chats = (arguments.__file__, messages.__file__, template.__file__, turns.__file__)
+    code = (*of_text, *of_ids_and_prompts, *of_chats)
     decides = {
         "rows": rows._fingerprint,
         "columns": [columns.format, *columns.all_names],
@@ -319,6 +320,6 @@ def _fingerprint(
         "special_tokens": special_tokens,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat": {} if chat_template is None else arguments.describe_options(config, chat_template),
-        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (*of_text, *of_chats)],
+        "code": [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in code],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

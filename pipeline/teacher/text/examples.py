@@ -73,10 +73,10 @@ def read_examples(
         return rendered
     answers = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
     begin = first if loss_on == "completion" else (answers or [0])[-1 if last_only else 0]
-    prompt = check_messages(row[columns.teacher], f"{where}, column {columns.teacher!r}")
-    _check_teacher_messages(prompt, 1 if last_only else len(answers), f"{where}, column {columns.teacher!r}")
-    theirs = read_conversation(template, [*prompt, *messages[begin:]], read_arguments(row, where), where)
-    read = [Example(*each) for each in render_turns(theirs, first=len(prompt), last_only=last_only)]
+    before = check_messages(row[columns.teacher], f"{where}, column {columns.teacher!r}")
+    _check_teacher_messages(before, 1 if last_only else len(answers), f"{where}, column {columns.teacher!r}")
+    theirs = read_conversation(template, [*before, *messages[begin:]], read_arguments(row, where), where)
+    read = [Example(*each) for each in render_turns(theirs, first=len(before), last_only=last_only)]
     if len(read) != len(rendered):
         raise DataError(
             f"{where}: the chat template makes {len(rendered)} documents of the conversation with the student's prompt "

@@ -87,8 +87,8 @@ class Prompts:
                 lengths.append(len(prompt.ids))
                 read.append(len(ids))
                 brought += prompt.had_affixes
-                digest.update(np.array([len(ids)], "<i8"))
-                digest.update(ids.astype("<i4"))
+                digest.update(np.array([len(ids)], "<i8").tobytes())
+                digest.update(ids.astype("<i4").tobytes())
         return np.array(lengths), np.array(read), brought, digest.hexdigest()
 
     @property

@@ -39,7 +39,7 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.packing import TokenRow
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
-from tiny import english, write_jsonl
+from tiny import completions, english, write_jsonl
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -125,6 +125,29 @@ def test_hidden_states_and_the_head_are_those_of_transformers(
     cache_teacher(config_of(teachers[architecture], text, tmp_path / "full", targets=TargetRule(kind="hidden")))
     assert agrees(tmp_path / "states", teachers[architecture])
     assert agrees(tmp_path / "full", teachers[architecture])
+
+
+def test_a_teacher_with_prompts_of_its_own(teachers: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["completion"], "teacher_prompt": hint + row["prompt"]}
+        for row, hint in zip(completions(24), english(60).splitlines(), strict=False)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options: dict[str, Any] = {
+        "of_data": {"sample_by": "document", "teacher_seq_len": 400},
+        "hidden": HiddenRule(layers="1,3", every=2),
+        "targets": TAIL,
+    }
+    cache_teacher(config_of(teachers["llama"], data, tmp_path / "cache", **options))
+    cache = cf.open_cache(tmp_path / "cache")
+    assert any(len(row.segment_lengths) > 1 for row in cache.iter_rows())
+    assert agrees(tmp_path / "cache", teachers["llama"])
+
+    options = {"of_data": {"sample_by": "document", "seq_len": 200, "teacher_seq_len": 400}}
+    generate_cache(
+        config_of(teachers["llama"], data, tmp_path / "answers", **options), GenerationConfig(max_new_tokens=8)
+    )
+    assert agrees(tmp_path / "answers", teachers["llama"])
 
 
 def test_a_killed_run_is_continued(teachers: dict[str, Path], text: Path, tmp_path: Path) -> None:
