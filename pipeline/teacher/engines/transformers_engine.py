@@ -200,6 +200,7 @@ class TransformersEngine:
             "batch_size": self._asked_batch_size,  # that of a shard may be smaller: it is in its sidecar
             "head": "linear" if self.head.linear else "own",
             "chunk_positions": self._chunk,
+            **({"logits": "float32"} if self.head.sums_in_fp32 else {}),
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
