@@ -19,6 +19,7 @@ from benchmarks import measure
 NAMES = (
     "fused_loss",
     "capture",
+    "stage_one_counts",
     "scaling",
     "decode",
     "sizes",

@@ -16,6 +16,8 @@ What makes the host wait, by the sources of torch (ATen/native/cuda/Copy.cu, Ind
 a value or a size that depends on values (`.item()`, `.tolist()`, `bool(tensor)`, `nonzero`, indexing by a mask,
 `unique`, `masked_select`, `equal`, …), and copies between host and device that are blocking or use pageable memory.
 
+With `shapes_only` nothing is computed: models and logits of any size, at no cost, with the same counts.
+
 Counts of bytes follow the eager kernels: every operation reads its inputs and writes its outputs once; what selects by
 an index reads what it selects. Views are free.
 """
@@ -142,8 +144,9 @@ class SimulatedGpu(TorchDispatchMode):
         event_waits: number of times that the host waited for an event that had not happened yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shapes_only: bool) -> None:
         super().__init__()
+        self._place = torch.device("meta" if shapes_only else "cpu")  # of the values
         self._pinned: dict[int, Tensor] = {}  # storage address -> the tensor that keeps it alive
         self._flying: list[tuple[int, _Copy]] = []
         self.queued = 0
@@ -187,6 +190,8 @@ class SimulatedGpu(TorchDispatchMode):
         for number, copy in self._flying:
             if reaches is not None and number >= reaches:
                 staying.append((number, copy))
+            elif self._place.type == "meta":
+                continue
             elif copy.target is not None:
                 copy.target.copy_(copy.contents)
             elif not torch.equal(copy.source, copy.contents):
@@ -215,7 +220,7 @@ class SimulatedGpu(TorchDispatchMode):
         if packet is aten.copy_ and len({type(each) is DeviceTensor for each in args[:2]}) == 2:
             return self._copy(*args)
         if wanted is not None:
-            kwargs["device"] = torch.device("cpu")
+            kwargs["device"] = self._place if here else torch.device("cpu")
         if packet is aten.mm and "dtype" in func._overloadname:
             found = self._product(func, args, kwargs)
         else:
@@ -243,7 +248,7 @@ class SimulatedGpu(TorchDispatchMode):
         left, right, dtype = (each.values if isinstance(each, DeviceTensor) else each for each in args)
         if dtype != torch.float32 or left.dtype not in (torch.bfloat16, torch.float16) or right.dtype != left.dtype:
             raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
-        product = torch.mm(left.float(), right.float())
+        product = torch.mm(left.float(), right.float())  # fp32 sums
         if (out := kwargs.get("out")) is None:
             return product
         if out.shape != product.shape or out.dtype != dtype:
@@ -265,7 +270,7 @@ class SimulatedGpu(TorchDispatchMode):
             self._operation("_to_copy", [source], [found], source.numel())
             return DeviceTensor(found)
         if to_device:
-            values = aten._to_copy.default(source, **kwargs)
+            values = aten._to_copy.default(source, **kwargs).to(self._place)
             self._upload(source, non_blocking)
             return DeviceTensor(values)
         found = torch.empty(source.shape, dtype=dtype)
@@ -294,7 +299,8 @@ class SimulatedGpu(TorchDispatchMode):
         self.downloads += 1
         if not (non_blocking and self._is_pinned(target)):
             self.arrive()
-            target.copy_(source.values)
+            if self._place.type != "meta":
+                target.copy_(source.values)
             self._wait("copy to the host: " + ("blocking" if self._is_pinned(target) else "pageable memory"))
             return
         self._flying.append((self.queued, _Copy(source, target, source.values.to(target.dtype, copy=True))))
@@ -346,9 +352,9 @@ def _by_mask(indices: Any) -> bool:
 
 
 @contextlib.contextmanager
-def simulated_gpu() -> Iterator[SimulatedGpu]:
+def simulated_gpu(*, shapes_only: bool = False) -> Iterator[SimulatedGpu]:
     """Inside the block `cuda` is a simulated device; at its end everything has arrived."""
-    gpu = SimulatedGpu()
+    gpu = SimulatedGpu(shapes_only=shapes_only)
     event = type("Event", (_Event,), {"gpu": gpu})
 
     def synchronize(device: object = None) -> None:

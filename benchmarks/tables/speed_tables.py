@@ -129,3 +129,29 @@ def loader_workers() -> list[list[str]]:
         column = f"loader workers: {workers}"
         table.append([str(workers), significant(one[column]), significant(eight[column])])
     return table
+
+
+def stage_one_waits() -> list[list[str]]:
+    """How often the host waits for the GPU in a batch of stage one, and how often it uploads something."""
+    counts = rows("stage_one_counts", "Counts for a batch")
+    table = [["targets, a batch of 8 rows of 1,024", "waits before", "waits", "uploads before", "uploads"]]
+    table += [[row["targets"], *(str(row[name]) for name in table[0][1:])] for row in counts]
+    return table
+
+
+def stage_one_bytes() -> list[list[str]]:
+    """Kernels and bytes of head and selection."""
+    columns = ("kernels per 1,024 positions before", "kernels per 1,024 positions", "bytes/logit before", "bytes/logit")
+    table = [["targets", *columns]]
+    for row in rows("stage_one_counts", "Head and selection"):
+        table.append([row["targets"], *(f"{row[name]:.0f}" for name in columns)])
+    return table
+
+
+def stage_one_predicted() -> list[list[str]]:
+    """Bounds on an H100."""
+    columns = ("body, µs/token", "head, µs/token", "selection, µs/token")
+    table = [["teacher, `threshold`, V = 128,256", *columns, "tokens/s"]]
+    for row in rows("stage_one_counts", "Predicted bounds"):
+        table.append([row["teacher"], *(f"{row[name]:.2f}" for name in columns), about(row["tokens/s"])])
+    return table

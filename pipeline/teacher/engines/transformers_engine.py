@@ -202,6 +202,7 @@ class TransformersEngine:
             "head": "linear" if self.head.linear else "own",
             "chunk_positions": self._chunk,
             **({"padding_free": True} if self.head.padding_free else {}),
+            **({"logits": "float32"} if self.head.sums_in_fp32 else {}),
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:

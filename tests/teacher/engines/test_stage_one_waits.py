@@ -226,9 +226,12 @@ def test_only_16_bit_products_without_gradients_are_fp32() -> None:
     assert head.logits_dtype == torch.float32 and not head.sums_in_fp32
     model.to(torch.bfloat16)
     assert head.logits_dtype == torch.bfloat16 and not head.sums_in_fp32  # on a CPU
+    assert "logits" not in engine(model, head, torch.device("cpu")).describe()
     with simulated_gpu() as gpu:
         gpu.to_device(model)
         assert head.sums_in_fp32
+        facts = engine(model, head, DEVICE).describe()
+        assert facts["logits"] == "float32" and facts["chunk_positions"] == 4096
         assert not Head(model=model, linear=False, vocab_size=V).sums_in_fp32
 
 
