@@ -172,7 +172,7 @@ def collate(
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch on a device."""
-    return {name: value.to(device) for name, value in batch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def without_loss_tokens(batch: Batch) -> Batch:

@@ -280,7 +280,13 @@ class DistillTrainer(Trainer):
         rows = share_of(len(dataset), processes, rank)
         batches = math.ceil(len(share_of(len(dataset), processes, 0)) / size)
         shares = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-        loader = DataLoader(dataset, batch_sampler=shares, collate_fn=dataset.collate)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=shares,
+            collate_fn=dataset.collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
         batch = None
         for batch in loader:
             batch = to_device(batch, self.args.device)
