@@ -160,8 +160,9 @@ class Cache(Sequence[CacheRow]):
             list(pool.map(lambda place: self._record_batch(*place), places))
 
     def expect(self, rows: Iterator[int], record_batches: int) -> None:
-        """Decode ahead in a thread for a reader that will read exactly `rows`, in this order and one at a time. The first
-        other row ends it. Does nothing for a remote cache, which has `fetch`.
+        """Decode ahead in a thread for a reader that will read exactly `rows`, in this order and one at a time.
+
+        The first other row ends it. Does nothing for a remote cache, which has `fetch`.
 
         Args:
             rows: iterated as far as needed.

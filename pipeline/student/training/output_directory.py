@@ -184,7 +184,7 @@ def begin_output(
 
 
 def recorded_arithmetic(config: TrainStudentConfig) -> dict[str, Any] | None:
-    """`used_arithmetic` of the run in `output`; None without a readable record, which `check_output` refuses to continue.
+    """`used_arithmetic` of the run in `output`; None without a readable record, which `check_output` refuses later.
 
     Earlier versions did not record it: they used bfloat16 only if it was asked for.
     """
