@@ -18,6 +18,8 @@ from benchmarks import measure
 
 NAMES = (
     "fused_loss",
+    "loss_counts",
+    "loader",
     "capture",
     "stage_one_counts",
     "scaling",

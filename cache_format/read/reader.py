@@ -28,6 +28,7 @@ from cache_format.manifest.manifest import (
 )
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import HEAD, StoredHead
+from cache_format.read.read_ahead import ReadAhead
 from cache_format.read.shard_reader import ShardReader, repair
 from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow
@@ -85,6 +86,7 @@ class Cache(Sequence[CacheRow]):
         self._read_cache = read_cache
         self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
         self._record_batch = lru_cache(cached_record_batches)(self._read_record_batch)
+        self._ahead: ReadAhead | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = self._cached_record_batches, self._hidden_layers, self._read_cache
@@ -156,6 +158,19 @@ class Cache(Sequence[CacheRow]):
         with ThreadPoolExecutor(FETCHES, thread_name_prefix="cache-fetch") as pool:
             list(pool.map(self._shard, sorted({shard for shard, _ in places})))
             list(pool.map(lambda place: self._record_batch(*place), places))
+
+    def expect(self, rows: Iterator[int], record_batches: int) -> None:
+        """Decode ahead in a thread for a reader that will read exactly `rows`, in this order and one at a time.
+
+        The first other row ends it. Does nothing for a remote cache, which has `fetch`.
+
+        Args:
+            rows: iterated as far as needed.
+            record_batches: number of decoded record batches to keep, those in use included.
+        """
+        if isinstance(self._directory, LocalDirectory):
+            _ = self._codec
+            self._ahead = ReadAhead(rows, self._place, self._read_record_batch, record_batches)
 
     def iter_rows(self) -> Iterator[CacheRow]:
         """All rows in order, without the cache of decoded record batches."""
@@ -292,6 +307,11 @@ class Cache(Sequence[CacheRow]):
         return shard, *divmod(inside, self.metadata.rows_per_record_batch)
 
     def _row(self, row: int) -> CacheRow:
+        if self._ahead is not None:
+            if (found := self._ahead.row(row)) is not None:
+                return found
+            self._ahead.close()
+            self._ahead = None
         shard, batch, index = self._place(row)
         return self._record_batch(shard, batch).row(index)
 

@@ -28,7 +28,6 @@ from pipeline.losses.tails import TailPolicy
 from pipeline.losses.targets import Targets
 from pipeline.losses.weighting import PositionWeighting
 
-
 GENERAL_GPU_CHUNK_POSITIONS = 1024
 """For heads that are not linear, whose own code keeps several tensors of chunk·V."""
 

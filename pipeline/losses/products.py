@@ -2,7 +2,7 @@
 
 A GPU sums such a product in float32 anyway. `aten::mm.dtype_out` and `aten::addmm.dtype_out` write that sum as it is,
 or add it to what is there: no rounding to bfloat16, and no further pass over memory. torch has them for CUDA only;
-elsewhere the product is rounded to the dtype of its factors and then widened, which gives the same within that rounding.
+elsewhere the product is rounded to the dtype of its factors and then widened: the same within that rounding.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from cache_format import CacheRow
 from pipeline.losses.entries import IGNORE_INDEX
-from pipeline.losses.spec import DistillLoss
 from pipeline.losses.sparse_targets import SparseTargetBatch
+from pipeline.losses.spec import DistillLoss
 
 PER_ENTRY = ("ids", "logprobs")
 PER_POSITION = ("starts", "counts", "exact_counts", "residual_logprob", "entropy", "labels")

@@ -185,14 +185,22 @@ class TrainStudentConfig:
 
     device: str = option("auto", help="auto or cpu. Choose GPUs with CUDA_VISIBLE_DEVICES.", group=HARDWARE)
     bf16: bool | None = option(
-        None, help="bfloat16 autocast; weights stay float32.", group=HARDWARE, default_text="off", common=True
+        None,
+        help="bfloat16 autocast; weights stay float32.",
+        group=HARDWARE,
+        default_text="on for GPUs that have it, else off",
+        common=True,
     )
     padding_free: bool | None = PADDING_FREE(group=HARDWARE)
     gradient_checkpointing: bool | None = option(
         None, help="Trade time for memory by recomputing activations.", group=HARDWARE, default_text="off"
     )
     dataloader_num_workers: int | None = option(
-        None, help="Processes that read the cache.", group=HARDWARE, minimum=0, default_text="0; 1 for a URL"
+        None,
+        help="Processes that read the cache.",
+        group=HARDWARE,
+        minimum=0,
+        default_text="0; 1 on a GPU or for a URL",
     )
     # A JSON file, or (in Python and in a config file) its contents.
     training_args: Any = option(

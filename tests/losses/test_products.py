@@ -75,9 +75,13 @@ def sums(dtype: torch.dtype, chunk_size: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(N, D, generator=generator).bfloat16()
     weight = (0.5 * torch.randn(V, D, generator=generator)).bfloat16()
-    leaves = [x.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_() for x in (hidden, weight)]
+    leaves = [
+        x.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_() for x in (hidden, weight)
+    ]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = fused_sums(*leaves, None, random_targets(N, V, K), scale=1 / N, kd_weight=0.5, chunk_size=chunk_size).loss
+        loss = fused_sums(
+            *leaves, None, random_targets(N, V, K), scale=1 / N, kd_weight=0.5, chunk_size=chunk_size
+        ).loss
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 

@@ -161,11 +161,17 @@ def _identity(cache: cf.Cache) -> dict[str, Any]:
 
 
 def begin_output(
-    config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, base_weights: str | None = None
+    config: TrainStudentConfig,
+    mix: Mix,
+    budget: Budget,
+    loss: DistillLoss,
+    arithmetic: dict[str, Any],
+    base_weights: str | None = None,
 ) -> None:
     """Empties the directory, which `check_output` has allowed, and writes the record of the run.
 
     Args:
+        arithmetic: `used_arithmetic`.
         base_weights: `weights_fingerprint` of the model that adapters are trained on; checkpoints of adapters do not
             contain it.
     """
@@ -173,8 +179,20 @@ def begin_output(
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    record = _record(config, mix, budget, loss)
+    record = {**_record(config, mix, budget, loss), "arithmetic": arithmetic}
     _write(output, record if base_weights is None else {**record, "adapted_weights": base_weights})
+
+
+def recorded_arithmetic(config: TrainStudentConfig) -> dict[str, Any] | None:
+    """`used_arithmetic` of the run in `output`; None without a readable record, which `check_output` refuses later.
+
+    Earlier versions did not record it: they used bfloat16 only if it was asked for.
+    """
+    try:
+        record = json.loads((Path(config.output) / CONFIG_FILE).read_text())
+        return dict(record.get("arithmetic", {"bf16": bool(record["config"]["bf16"])}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def check_base_weights(config: TrainStudentConfig, base_weights: str) -> None:
@@ -214,7 +232,8 @@ def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillL
     cache            identity of the cache; a list for several caches
     mixture          for several caches, the planned use of each (`Mix.seen`)
 
-    A run adds adapted_weights (fingerprint of the base model of adapters) and seen (the actual use of several caches).
+    A run adds arithmetic (`used_arithmetic`), adapted_weights (fingerprint of the base model of adapters) and seen (the
+    actual use of several caches).
     """
     record: dict[str, Any] = {
         "config": _settings(config),

@@ -33,6 +33,7 @@ from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
 from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output, check_base_weights, record_seen
@@ -131,12 +132,13 @@ def train_student(
         ConfigError, ModelError: the options or the student cannot be used. `output` has not been changed.
         DivergedError: the loss or the weights became NaN or Inf.
     """
-    run = check_run(config)
-    for warning in run.warnings:
-        on_warning(warning)
-    student = run.config.student
-    with evaluating(student) if isinstance(student, PreTrainedModel) else nullcontext():
-        return _train_student(run, on_stage, on_step, on_log)
+    with precision_restored():
+        run = check_run(config)
+        for warning in run.warnings:
+            on_warning(warning)
+        student = run.config.student
+        with evaluating(student) if isinstance(student, PreTrainedModel) else nullcontext():
+            return _train_student(run, on_stage, on_step, on_log)
 
 
 def _train_student(
@@ -161,7 +163,7 @@ def _train_student(
     # The old output is deleted only now, when everything has been loaded.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget, run.loss, student.base_weights)
+        begin_output(config, mix, budget, run.loss, used_arithmetic(arguments), student.base_weights)
     callbacks: list[TrainerCallback] = [_Report(on_step, on_log)]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], config.early_stopping_mode))
@@ -293,7 +295,7 @@ def _training_stage(run: CheckedRun, data: _Data, student: _Student, matching: H
     portions = zip(run.mix.portions, data.parts, strict=True)
     loss_tokens = sum(each.passes(each.rows) * part.counted_tokens for each, part in portions)
     text = f"{run.mix.rows:,} rows, {loss_tokens:,.0f} loss tokens{repeats}"
-    return f"training {trained / 1e6:.1f}{total} M parameters on {text}"
+    return f"training {trained / 1e6:.1f}{total} M parameters on {text}, {describe_arithmetic(run.arguments)}"
 
 
 def _with_checkpointing(model: nn.Module) -> list[Any]:

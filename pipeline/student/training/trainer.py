@@ -27,6 +27,7 @@ from pipeline.losses import DistillLoss, HeadOutput
 from pipeline.models.head import Head, evaluating
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device, without_loss_tokens
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
+from pipeline.student.data.upcoming import Upcoming
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.early_stopping import EarlyStopping
 from pipeline.student.training.forward import FeatureOutput, install_distillation_forward
@@ -280,7 +281,14 @@ class DistillTrainer(Trainer):
         rows = share_of(len(dataset), processes, rank)
         batches = math.ceil(len(share_of(len(dataset), processes, 0)) / size)
         shares = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-        loader = DataLoader(dataset, batch_sampler=shares, collate_fn=dataset.collate)
+        dataset.upcoming = Upcoming(shares)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=shares,
+            collate_fn=dataset.collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
         batch = None
         for batch in loader:
             batch = to_device(batch, self.args.device)
@@ -304,6 +312,11 @@ class DistillTrainer(Trainer):
         super()._load_best_model()
         if self.matching is not None:
             self.matching.load(self.state.best_model_checkpoint)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        self.train_dataset.upcoming = Upcoming(loader.batch_sampler)
+        return loader
 
     def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
         dataset = train_dataset or self.train_dataset

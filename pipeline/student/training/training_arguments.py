@@ -1,6 +1,7 @@
 """From the options of a run to transformers' TrainingArguments.
 
-Options that were given win over `training_args`, which wins over the defaults of the other options.
+Options that were given win over `training_args`, which wins over the defaults of the other options. A run that is
+continued keeps the precision it began with, on whatever device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import TrainingArguments
 from pipeline.errors import ConfigError
 from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.arithmetic import default_arithmetic
 
 # Decided by the run itself; `training_args` may not set them.
 RESERVED = {
@@ -28,7 +30,7 @@ RESERVED = {
     "average_tokens_across_devices": "always true: the loss is a mean over the tokens of all processes",
     "remove_unused_columns": "always false: the targets are columns",
     "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
-    "fp16": "use `bf16`: gradients divided by the tokens of a step underflow in float16",
+    "fp16": "use `bf16`: gradients divided by the tokens of a step underflow in float16 (see `training.arithmetic`)",
     "label_names": "the labels are in the cache",
     "label_smoothing_factor": "the loss is set by `kd_weight`, `divergence`, `temperature` and `tail`",
     "use_liger_kernel": "head and loss are fused already",
@@ -49,16 +51,33 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "logging_nan_inf_filter": False,  # would log an average instead of a loss that is NaN
     "log_level_replica": "passive",  # else the other processes repeat what the first one does not say
-    "dataloader_pin_memory": torch.cuda.is_available(),
+    "dataloader_pin_memory": False,
+}
+
+# The same on a GPU: a worker decodes the next batches, which are copied to the device while it computes.
+GPU_DEFAULTS: dict[str, Any] = {
+    "dataloader_pin_memory": True,
+    "dataloader_num_workers": 1,
+    "accelerator_config": {"non_blocking": True},
 }
 
 
-def training_arguments(config: TrainStudentConfig) -> TrainingArguments:
-    """Raises: ConfigError for an unreadable file, an unknown or reserved argument, or a value that
-    TrainingArguments refuses."""
+def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] | None = None) -> TrainingArguments:
+    """
+    Args:
+        recorded: `used_arithmetic` of the run that is continued.
+
+    Raises: ConfigError for an unreadable file, an unknown or reserved argument, or a value that TrainingArguments
+        refuses.
+    """
     known = {field.name for field in fields(TrainingArguments)}
     given = read_training_args(config.training_args)
-    values = {**DEFAULTS, **_options(config, known), **given, **_options(config, known, explicit=True)}
+    defaults = DEFAULTS
+    if config.device != "cpu" and not given.get("use_cpu") and torch.cuda.is_available():
+        defaults = {**DEFAULTS, **GPU_DEFAULTS, **default_arithmetic()}
+    if recorded is not None:
+        defaults = {**defaults, "bf16": recorded["bf16"]}
+    values = {**defaults, **_options(config, known), **given, **_options(config, known, explicit=True)}
     if config.eval_cache is not None:
         # The best checkpoint can only be kept if every evaluation has one.
         values |= {"eval_strategy": "steps", "load_best_model_at_end": True}

@@ -21,7 +21,7 @@ from pipeline.student.model.initialization import check_one_origin
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
 from pipeline.student.training.early_stopping import Condition, check_conditions, too_few_evaluations
-from pipeline.student.training.output_directory import check_output, processes_of
+from pipeline.student.training.output_directory import check_output, processes_of, recorded_arithmetic
 from pipeline.student.training.trainer import held_out_metrics
 from pipeline.student.training.training_arguments import training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
@@ -87,7 +87,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     warnings += _target_warnings(config, mix, held_out, loss, eval_loss)
     if held_out is not None and eval_loss is not None:
         warnings += _held_out_warnings(mix, held_out, loss, eval_loss, hidden_loss)
-    arguments = training_arguments(config)
+    arguments = training_arguments(config, recorded_arithmetic(config) if config.resume else None)
     if arguments.n_gpu > 1:
         warnings.append(
             f"{arguments.n_gpu} GPUs are visible, one is used. To use all, start {arguments.n_gpu} processes with "

@@ -36,12 +36,16 @@ IN_TRANSFORMERS = {"aten._local_scalar_dense.default at masking_utils.py:find_pa
 def folder(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("step")
     (folder / "text.txt").write_text(english(12))
-    build_cache(folder / "sparse", teacher_dir, folder / "text.txt", hidden=HiddenRule(layers="1,2"), targets=TargetRule())
+    build_cache(
+        folder / "sparse", teacher_dir, folder / "text.txt", hidden=HiddenRule(layers="1,2"), targets=TargetRule()
+    )
     build_full(teacher_dir, folder / "text.txt", folder / "full")
     return folder
 
 
-def synchronisations(cache: cf.Cache, student_dir: Path, output: Path, loss: DistillLoss, **options: object) -> set[str]:
+def synchronisations(
+    cache: cf.Cache, student_dir: Path, output: Path, loss: DistillLoss, **options: object
+) -> set[str]:
     """Those of the second of two steps: from the batch on the host to clipped gradients."""
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     head, dataset = open_head(model, VOCAB), CacheDataset(cache)

@@ -263,6 +263,7 @@ def test_mixture_of_one_cache_equals_the_cache(folder: Path, tmp_path: Path, stu
     plain, weighted = (json.loads((tmp_path / n / "distill_config.json").read_text()) for n in ("plain", "weighted"))
     assert distance(weights(tmp_path / "plain"), weights(tmp_path / "weighted")) == 0.0
     assert plain["cache"] == weighted["cache"] and plain.keys() == weighted.keys() == {
+        "arithmetic",
         "cache",
         "config",
         "resolved",

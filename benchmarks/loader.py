@@ -1,0 +1,147 @@
+"""How long training waits for its batches: steps that only sleep, fed by the data loader of stage two.
+
+    0 workers      the training process decodes and pads
+    1 worker       a worker does, when it is asked for a batch; every window of record batches begins with a pause
+    ahead          the same, and a thread of the worker decodes the next window meanwhile: the default on a GPU
+
+A step of 14 ms is what a student of 0.1 B parameters would take on an H100 for 8 rows of 1,024 tokens. The targets are
+synthetic, and every record batch holds the same rows. Each loader reads in a new process, after its first two batches.
+On a machine with other work on it, or with fewer cores than decoding needs, ratios are larger.
+
+    python -m benchmarks loader
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import BatchSampler, DataLoader
+
+import cache_format as cf
+from benchmarks.measure import Result, Settings, Table
+from benchmarks.reading import in_a_process
+from pipeline.losses import RaggedTargets, SparseTargetBatch
+from pipeline.student.data.dataset import WINDOW, CacheDataset
+from pipeline.student.data.upcoming import Upcoming
+
+VOCAB, TOKENS, BATCH_ROWS, ROWS_PER_RECORD_BATCH = 49_152, 1024, 8, 32
+SLEEP_S, TARGET = 0.014, 1.02
+LOADERS = {"0 workers": (0, False), "1 worker": (1, False), "ahead": (1, True)}
+CACHES = {
+    "columns, 64 entries": ("columns", 64),
+    "packed, 8 entries": ("packed", 8),
+    "packed, 64 entries": ("packed", 64),
+}
+
+
+def run(settings: Settings) -> Result:
+    record_batches = WINDOW if settings.quick else 3 * WINDOW
+    rows, sizes, summary = [], [], {}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
+        for name, (encoding, entries) in CACHES.items():
+            path = Path(scratch) / f"{encoding}-{entries}"
+            made = write_cache(path, encoding, entries, record_batches)
+            ragged, padded = (_bytes(kind.from_rows(made[:BATCH_ROWS])) for kind in (RaggedTargets, SparseTargetBatch))
+            decoding = _decoding_seconds(path)
+            sizes.append([name, ragged / 1e6, padded / 1e6, decoding * 1e3, BATCH_ROWS * TOKENS / decoding])
+            found: dict[str, list[float]] = {loader: [] for loader in LOADERS}
+            for _ in range(settings.rounds):
+                for loader, options in LOADERS.items():
+                    steps = 20 if settings.quick else min(160, 20 * record_batches // 5)
+                    found[loader].append(in_a_process(wait, path, *options, steps)["step_s"] / SLEEP_S)
+            for loader, ratios in found.items():
+                middle = statistics.median(ratios)
+                rows.append([name, loader, middle, f"{min(ratios):.2f} to {max(ratios):.2f}"])
+                summary[f"{encoding}_{entries}_{loader.replace(' ', '_')}"] = round(middle, 3)
+    return Result(
+        name="loader",
+        question=f"Time of a step that sleeps {SLEEP_S * 1e3:g} ms, with its batch from the loader, ÷ the sleep.",
+        bound=f"1; the target is {TARGET}. One worker cannot be faster than it decodes a batch (second table).",
+        settings={"rows": BATCH_ROWS, "tokens_per_row": TOKENS, "rounds": settings.rounds},
+        tables=[
+            Table("Steps", ["targets", "loader", "step/sleep", "range"], rows),
+            Table(
+                "A batch",
+                ["targets", "ragged, MB", "padded, MB", "decoding, processor ms", "tokens/s per core"],
+                sizes,
+            ),
+        ],
+        summary=summary,
+    )
+
+
+def write_cache(path: Path, encoding: str, entries: int, record_batches: int) -> list[cf.CacheRow]:
+    """Record batches of the same rows, which are returned."""
+    metadata = cf.CacheMetadata(
+        teacher={"name": "synthetic"},
+        tokenizer={},
+        vocab_size=VOCAB,
+        alignment="next",
+        targets={"kind": "top-k", "k": entries, "temperature": 1.0},
+        corpus={"rows": record_batches * ROWS_PER_RECORD_BATCH},
+        rows_per_record_batch=ROWS_PER_RECORD_BATCH,
+        encoding=encoding,
+    )
+    rows = [_row(entries, np.random.default_rng(i)) for i in range(ROWS_PER_RECORD_BATCH)]
+    with cf.CacheWriter(path, metadata) as writer:
+        for number in range(record_batches * ROWS_PER_RECORD_BATCH):
+            writer.write([replace(rows[number % len(rows)], row=number)])
+    return rows
+
+
+def wait(path: Path, workers: int, ahead: bool, steps: int) -> dict[str, float]:
+    """Mean seconds of a step."""
+    dataset = CacheDataset(cf.open_cache(path, cached_record_batches=WINDOW + 1))
+    batches = BatchSampler(dataset.sampler(seed=0), BATCH_ROWS, drop_last=False)
+    if ahead:
+        dataset.upcoming = Upcoming(batches)
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate, num_workers=workers))
+    for _ in range(2):
+        next(loader)
+    start = time.perf_counter()
+    for _ in range(steps):
+        time.sleep(SLEEP_S)
+        next(loader)
+    return {"step_s": (time.perf_counter() - start) / steps}
+
+
+def _row(entries: int, rng: np.random.Generator) -> cf.CacheRow:
+    """Entries at random places: harder to decode in packed form than a teacher's."""
+    block = VOCAB // entries
+    ids = rng.integers(0, block, (TOKENS, entries)) + block * np.arange(entries)
+    probs = rng.dirichlet(np.full(entries, 0.3), TOKENS) * 0.9 + 1e-6
+    counts = np.full(TOKENS, entries)
+    return cf.CacheRow(
+        row=0,
+        input_ids=rng.integers(0, VOCAB, TOKENS),
+        loss_mask=np.arange(TOKENS) < TOKENS - 1,
+        segment_lengths=np.array([TOKENS]),
+        targets=cf.SparseTargets(
+            counts=counts,
+            ids=ids.ravel(),
+            logprobs=np.log(probs).ravel().astype(np.float32),
+            exact_counts=counts,
+            residual_logprob=np.full(TOKENS, np.log(0.1), np.float32),
+            entropy=np.full(TOKENS, 2.0, np.float32),
+        ),
+    )
+
+
+def _decoding_seconds(path: Path) -> float:
+    """Processor time of a batch's share of a record batch."""
+    cache = cf.open_cache(path, cached_record_batches=1)
+    _ = cache[0]
+    start = time.process_time()
+    for record_batch in (1, 2, 3):
+        _ = cache[record_batch * ROWS_PER_RECORD_BATCH]
+    return (time.process_time() - start) / 3 * BATCH_ROWS / ROWS_PER_RECORD_BATCH
+
+
+def _bytes(targets: RaggedTargets | SparseTargetBatch) -> int:
+    tensors = [x for x in vars(targets).values() if hasattr(x, "element_size")]
+    return sum(x.numel() * x.element_size() for x in tensors)

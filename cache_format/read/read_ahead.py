@@ -1,0 +1,94 @@
+"""Record batches decoded before their rows are asked for, in a thread.
+
+A shuffled pass reads the rows of a few record batches, then those of the next few, so decoding comes in bursts: the
+first rows of a window need all its record batches at once. Who knows which rows will be read spreads that work over the
+time in which the window before is used.
+
+Memory: at most `limit` record batches, of which none is kept longer than its known rows are wanted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+from cache_format.rows.row_batch import RowBatch
+from cache_format.rows.types import CacheRow
+
+Key = tuple[int, int]  # shard, record batch in it
+
+
+class ReadAhead:
+    """The rows of a cache in an order that is known beforehand.
+
+    Args:
+        rows: those that will be read, in order.
+        place: row -> (shard, record batch, row in the record batch).
+        decode: reads a record batch; called from the thread.
+        limit: number of record batches, at least 1.
+    """
+
+    def __init__(
+        self,
+        rows: Iterator[int],
+        place: Callable[[int], tuple[int, int, int]],
+        decode: Callable[[int, int], RowBatch],
+        limit: int,
+    ) -> None:
+        self._coming, self._place, self._limit = rows, place, limit
+        self._seen: deque[int] = deque()  # rows whose record batches are decoded or queued
+        self._beyond: int | None = None  # the next one, whose record batch has no room yet
+        self._batches: dict[Key, Future[RowBatch]] = {}
+        self._wanted: Counter[Key] = Counter()  # rows of `_seen` in each
+        self._todo: queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None] = queue.SimpleQueue()
+        # A daemon: a process that ends does not wait for record batches that nobody reads.
+        threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True).start()
+
+    def row(self, row: int) -> CacheRow | None:
+        """The row; None if another one was expected. Raises: as `decode`."""
+        self._look_ahead()
+        if not self._seen or self._seen.popleft() != row:
+            return None
+        *key, index = self._place(row)
+        shard, batch = key
+        found = self._batches[shard, batch].result().row(index)
+        self._wanted[shard, batch] -= 1
+        if not self._wanted[shard, batch]:
+            del self._wanted[shard, batch], self._batches[shard, batch]
+        return found
+
+    def close(self) -> None:
+        """Ends the thread after the record batch that it is decoding."""
+        while not self._todo.empty():
+            self._todo.get_nowait()
+        self._todo.put(None)
+
+    def _look_ahead(self) -> None:
+        while True:
+            row = next(self._coming, None) if self._beyond is None else self._beyond
+            self._beyond = row
+            if row is None:
+                return
+            shard, batch, _ = self._place(row)
+            if (shard, batch) not in self._batches:
+                if len(self._batches) == self._limit:
+                    return
+                self._batches[shard, batch] = Future()
+                self._todo.put(((shard, batch), self._batches[shard, batch]))
+            self._wanted[shard, batch] += 1
+            self._seen.append(row)
+            self._beyond = None
+
+
+def _decode_all(
+    todo: queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None], decode: Callable[[int, int], RowBatch]
+) -> None:
+    while (next_one := todo.get()) is not None:
+        key, future = next_one
+        try:
+            future.set_result(decode(*key))
+        except BaseException as error:  # for whoever reads the row
+            future.set_exception(error)
