@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
 from pipeline.teacher.engines.vllm_version import installed
 from pipeline.teacher.opening import (
+    CachedText,
     Corpus,
     as_dated,
     check_inputs,
@@ -102,7 +104,8 @@ def cache_teacher(
                 save_config(config)
             for holder in writer.taken_over:
                 on_warning(f"{config.output}: {holder} is gone; this run takes over")
-            capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
+            request = partial(row_request, config, corpus, hidden=metadata.hidden)
+            capture = Capture(config, corpus, engine, metadata, writer, request, on_progress)
             capture.run()
         return capture.summary()
 
@@ -114,20 +117,25 @@ def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Co
     return f"hidden states of {positions:,} positions × {layers} × {spec.width} × {spec.dtype} = {size:,.1f} MB"
 
 
-class _Capture:
-    """One run: owns the buffers, the background thread and the running sums."""
+class Capture:
+    """One run: owns the buffers, the background thread and the running sums.
+
+    Args:
+        request: what the engine is asked about a row.
+    """
 
     def __init__(
         self,
         config: CacheTeacherConfig,
-        corpus: Corpus,
+        corpus: CachedText,
         engine: TeacherEngine,
         metadata: cf.CacheMetadata,
         writer: cf.CacheWriter,
+        request: Callable[[int], RowRequest],
         on_progress: Callable[[CaptureProgress], None],
     ) -> None:
         self.config, self.corpus, self.engine, self.metadata = config, corpus, engine, metadata
-        self.writer, self.on_progress = writer, on_progress
+        self.writer, self.request, self.on_progress = writer, request, on_progress
         self.alone = not isinstance(writer, cf.SharedCacheWriter)
         self.resumed_rows, self.resumed_tokens = writer.complete.rows, writer.complete.tokens
         self.rows_done, self.tokens_done = self.resumed_rows, self.resumed_tokens
@@ -161,7 +169,7 @@ class _Capture:
         complete = self.writer.complete
         self.rows_done, self.tokens_done = complete.rows, complete.tokens
         for record_batch in self.metadata.record_batch_rows(shard):
-            requests = [row_request(self.config, self.corpus, row, self.metadata.hidden) for row in record_batch]
+            requests = [self.request(row) for row in record_batch]
             running = self.engine.run(requests, [self.config.targets], self._report)
             pending.append(background.submit(self._write, running))
             in_flight = max(RECORD_BATCHES_IN_FLIGHT, -(-self.engine.rows_in_flight // len(record_batch)))

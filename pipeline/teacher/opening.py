@@ -34,7 +34,7 @@ from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
-from pipeline.teacher.text.packing import TokenCorpus, build_corpus
+from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus
 
@@ -55,6 +55,12 @@ class TokenisedText(Text, Protocol):
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
         """(row of the source, id) of the first token with an id of `limit` or more."""
         ...
+
+
+class Rows(Protocol):
+    """Rows that an engine is asked about."""
+
+    def __getitem__(self, index: int) -> TokenRow | cf.CacheRow: ...
 
 
 class CachedText(Text, Protocol):
@@ -84,6 +90,7 @@ def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
         "tokenizer": config.tokenizer,
         "data": local_paths(config.data.data),
         "device_map": config.device_map,
+        "writer": None if config.generation is None else config.generation.writer,
         "gen_keep_if": None if config.generation is None else (config.generation.keep_if or "").rpartition(":")[0],
     }
     for folder in folders:
@@ -253,16 +260,19 @@ def _check_tokens(
     )
 
 
-def row_request(config: CacheTeacherConfig, corpus: Corpus, index: int, hidden: cf.HiddenSpec | None) -> RowRequest:
+def row_request(
+    config: CacheTeacherConfig, corpus: Rows, index: int, hidden: cf.HiddenSpec | None, *, place: int | None = None
+) -> RowRequest:
     """What an engine is asked about a row of the corpus.
 
     Args:
         hidden: the states to store, if any.
+        place: key of the row's random numbers; default: its number.
     """
     row = corpus[index]
     stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
     states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
-    return RowRequest(index=index, row=row, place=index, stored=stored, with_states=states)
+    return RowRequest(index=index, row=row, place=index if place is None else place, stored=stored, with_states=states)
 
 
 def _source(config: CacheTeacherConfig) -> dict[str, Any]:

@@ -127,6 +127,8 @@ def drawn_from_teacher(cache: Cache) -> bool | None:
     written = cache.metadata.corpus.get("generation")
     if written is None:
         return None
+    if written.get("writer") is not None:
+        return False
     settings = tuple(written.get(name) for name in ("temperature", "top_p", "top_k"))
     return None if None in settings else settings == (1.0, 1.0, 0)
 
