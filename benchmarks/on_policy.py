@@ -136,7 +136,7 @@ def trained_teacher(work: Path, data: Mapping[str, Path], sizes: Sizes) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(new)
         tokenizer.save_pretrained(new)
-        text = cache(new, data["teacher"], work / "caches/labels", loss_on="all")  # only its labels are used
+        text = cache(new, data["teacher"], work / "caches/labels", loss_on="all", top_k=1)  # only its labels are used
         say(f"training the teacher on {sizes.teacher} problems")
         options = {"kd_weight": 0.0, "epochs": sizes.teacher_epochs, "learning_rate": 3e-3, "batch_size": 8}
         distill.train_student(text, new, teacher, **options, device="cpu", overwrite=True)

@@ -171,7 +171,7 @@ def _check_length(config: CacheTeacherConfig, teacher: PreTrainedConfig) -> None
     limit = most_positions(teacher)
     if limit is not None and config.data.seq_len > limit:
         raise ConfigError(
-            f"`seq_len` {config.data.seq_len}: this teacher was trained on at most {limit} positions. "
+            f"`seq_len` {config.data.seq_len}: {model_name(config.teacher)} was trained on at most {limit} positions. "
             f"Use `seq_len` {limit} or less."
         )
 

@@ -149,6 +149,17 @@ def realized_warnings(cache: Cache) -> list[str]:
     return []
 
 
+def label_warnings(cache: Cache) -> list[str]:
+    """Warnings about labels that are the tokens of another model than the teacher."""
+    writer = (cache.metadata.corpus.get("generation") or {}).get("writer")
+    if writer is None:
+        return []
+    return [
+        f"{cache.path}: its labels are tokens that {writer['name']} wrote, mistakes included, and with `kd_weight` "
+        "below 1 the student learns them too. Use `kd_weight=1` to learn from the teacher only."
+    ]
+
+
 # ---- several samples of the tail
 
 

@@ -26,6 +26,7 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from runs import command as run
+from runs import train
 from sampled import threshold
 from tiny import completions, tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -92,6 +93,14 @@ def test_the_manifest_names_the_writer_and_the_text_is_no_sample_of_the_teacher(
     assert saved["writer"] == str(student_dir)
     with pytest.raises(ConfigError, match="`tail` realized: the text of .* was written by .*student"):
         loss_for_cache(opened, kd_weight=0.5, tail="realized")
+
+
+@pytest.mark.parametrize("kd_weight, warnings", [(1.0, 0), (0.9, 1)])
+def test_labels_that_the_teacher_did_not_write_are_warned_about(
+    kd_weight: float, warnings: int, cache: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    summary = train(tmp_path / "student", cache, student=student_dir, kd_weight=kd_weight, max_steps=1)
+    assert len(summary.warnings) == warnings and all("its labels are tokens" in each for each in summary.warnings)
 
 
 def test_the_writer_leaves_before_the_teacher_comes(
