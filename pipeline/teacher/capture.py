@@ -24,7 +24,7 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
-from pipeline.teacher.engines.vllm_version import installed
+from pipeline.teacher.engines.vllm.vllm_version import installed
 from pipeline.teacher.opening import (
     CachedText,
     Corpus,

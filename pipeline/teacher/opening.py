@@ -28,8 +28,8 @@ from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.engines.vllm_engine import VllmEngine
-from pipeline.teacher.engines.vllm_opening import check_installed, check_rotary, open_vllm
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths

@@ -231,7 +231,7 @@ def _writer_config(config: CacheTeacherConfig, writer: str) -> CacheTeacherConfi
         tokenizer=None,
         revision=None,
         device_map=None,
-        running=replace(config.running, quantization=None),
+        running=replace(config.running, quantization=None, tensor_parallel_size=None),
         targets=TargetRule(kind="top-k", top_k=1),
     )
 

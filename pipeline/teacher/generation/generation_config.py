@@ -60,6 +60,7 @@ class GenerationConfig:
         help="Model that answers instead of the teacher, such as a student; the teacher scores its answers.",
         group=GENERATION,
         metavar="MODEL",
+        common=True,
     )
     keep: Keep = option(
         "all", help="Which accepted answers to a prompt to keep: all, the first, or the most likely.", group=GENERATION
