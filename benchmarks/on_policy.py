@@ -47,10 +47,10 @@ class Sizes:
     teacher: int = 1500
     teacher_epochs: float = 4
     before: int = 300
-    round: int = 300
+    round: int = 200
     round_epochs: float = 2
-    held_out: int = 64
-    new_tokens: int = 160
+    held_out: int = 48
+    new_tokens: int = 128
     vocabulary: int = 1024
     width: int = 128
 

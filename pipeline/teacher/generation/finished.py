@@ -72,20 +72,20 @@ def check_same_contents(
 ) -> None:
     """Loads the models. Raises: CacheError if a finished cache was made by others, or from other prompts."""
     recorded = manifest.metadata.to_json()
-    given = {
+    of_prompts = {name: prompts.description[name] for name in ("source", "files")}
+    given: dict[str, dict[str, Any]] = {
         "teacher": _facts(teacher, prompts, tokenizer, device),
-        "writer": None if writer is None else _facts(writer, prompts, tokenizer, device),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompts": {name: prompts.description[name] for name in ("source", "files")},
+        "prompts": of_prompts,
     }
     was = {
         "teacher": {name: recorded["teacher"].get(name) for name in given["teacher"]},
-        "writer": None
-        if given["writer"] is None
-        else {name: recorded["corpus"]["generation"]["writer"].get(name) for name in given["writer"]},
         "tokenizer": recorded["tokenizer"],
-        "prompts": {name: recorded["corpus"].get(name) for name in given["prompts"]},
+        "prompts": {name: recorded["corpus"].get(name) for name in of_prompts},
     }
+    if writer is not None:
+        given["writer"] = _facts(writer, prompts, tokenizer, device)
+        was["writer"] = {name: recorded["corpus"]["generation"]["writer"].get(name) for name in given["writer"]}
     if found := cf.ignoring_names(cf.differences(was, given), was):
         raise cf.finished_already(teacher.output, manifest, f" made with other settings ({cf.listed(found)})")
 
