@@ -1,4 +1,4 @@
-"""answers.jsonl: one line per row of a cache whose text the teacher generated.
+"""answers.jsonl: one line per row of a cache whose text was generated.
 
     {"row": 0, "document": 7, "answer": 2, "prompt_tokens": 31, "stop_reason": "eos", "mean_logprob": -0.41,
      "text": "…", "token_logprobs": [-0.02, …]}

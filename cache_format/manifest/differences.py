@@ -26,6 +26,8 @@ NAMES = {
     "teacher.revision": TEACHER_FACTS,
     "corpus.source": TEXT_FACTS,
     "corpus.files": TEXT_FACTS,
+    "corpus.generation.writer.name": TEXT_FACTS,
+    "corpus.generation.writer.revision": TEXT_FACTS,
     "prompts.source": ("prompts.files",),  # with their checksums, or sizes and times
 }
 LIBRARIES = "another version may round or compress differently"

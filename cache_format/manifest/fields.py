@@ -131,6 +131,12 @@ GENERATION = {
     "answers?": COUNT,
     "passed?": COUNT,
     "keep?": TEXT,
+    "writer?": {
+        "name": TEXT,
+        "revision?": TEXT,
+        "weights_fingerprint?": TEXT,
+        "config_fingerprint?": TEXT,
+    },
     "answers_file?": FILE,
 }
 METADATA = {

@@ -29,6 +29,8 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
         "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --seq-len 512",
         "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/answers \\",
         "    --generate --gen-answers-per-prompt 4 --gen-keep-if checks.py:is_correct",
+        "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/round-1 \\",
+        "    --generate --writer students/first",
     ),
 )
 @config_options(CacheTeacherConfig)
@@ -42,7 +44,7 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
     distill cache-teacher …
 
     With --generate, the data contains prompts: a prompt column, messages (a final answer is dropped), or text to
-    continue.
+    continue. With --writer, another model answers them, and the teacher scores its answers.
     """
     config = build_config(CacheTeacherConfig, given, config_file)
     if push_to_hub is not None:
@@ -63,6 +65,8 @@ def check_inputs(config: CacheTeacherConfig) -> None:
 
         open_directory(config.output)
     check_model_path(config.teacher)
+    if config.generation is not None and config.generation.writer is not None:
+        check_model_path(config.generation.writer)
     local_paths(config.data.data)
 
 

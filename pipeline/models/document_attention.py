@@ -213,9 +213,14 @@ def _document(
     length, groups = query.shape[1], len(query) // len(key)
     within = window is None or length <= window
     if within and softcap is None and sinks is None:
-        batch = (each[None] for each in (query, key, value))
         return scaled_dot_product_attention(
-            *batch, dropout_p=dropout, is_causal=length > 1, scale=scale, enable_gqa=groups > 1
+            query[None],
+            key[None],
+            value[None],
+            dropout_p=dropout,
+            is_causal=length > 1,
+            scale=scale,
+            enable_gqa=groups > 1,
         )[0]
     key, value = (each.repeat_interleave(groups, dim=0) for each in (key, value))
     return torch.cat([*_blocks(query, key, value, scale, dropout, None if within else window, softcap, sinks)], dim=1)
@@ -238,12 +243,12 @@ def _blocks(
             first, stop, device=query.device
         )
         seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-        part = query[:, start:stop], key[:, first:stop], value[:, first:stop], seen
+        q, k, v = query[:, start:stop], key[:, first:stop], value[:, first:stop]
         if softcap is None and sinks is None:
-            batch = (each[None] for each in part[:3])
+            batch = q[None], k[None], v[None]
             yield scaled_dot_product_attention(*batch, attn_mask=seen, dropout_p=dropout, scale=scale)[0]
         else:  # its scores are computed again for the gradient instead of being kept
-            yield checkpoint(_scored, *part, scale, dropout, softcap, sinks, use_reentrant=False)
+            yield checkpoint(_scored, q, k, v, seen, scale, dropout, softcap, sinks, use_reentrant=False)
 
 
 def _scored(

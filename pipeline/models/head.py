@@ -120,6 +120,7 @@ class Head:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
+        *,
         documents: Documents | None = None,
     ) -> Tensor:
         """[B, T], [B, T] → [B, T, D]: the states that the head is applied to.
@@ -142,6 +143,7 @@ class Head:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
+        *,
         documents: Documents | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """`hidden_states`, and the states [B, T, D] of some layers: 0 is the embeddings' output, i that of layer i.

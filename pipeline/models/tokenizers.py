@@ -62,51 +62,53 @@ def check_same_tokenizer(
     student: PreTrainedTokenizerBase,
     *,
     vocab_size: int | None = None,
+    role: str = "student",
 ) -> list[str]:
     """Check that vocabulary and segmentation are the same; return warnings about other differences.
 
     Args:
         vocab_size: ids from here on are not compared; default: the teacher's last token + 1.
+        role: of the other model, as messages call it.
 
     Raises:
         MismatchError: they differ.
     """
     size = 1 + max(teacher.get_vocab().values())
     size = min(size, vocab_size or size)
-    _check_vocabulary(_by_id(teacher, size), _by_id(student, size))
+    _check_vocabulary(_by_id(teacher, size), _by_id(student, size), role)
     ours, theirs = _segmentation(teacher, size), _segmentation(student, size)
     differing = [part for part in sorted(ours | theirs) if ours.get(part) != theirs.get(part)]
     if differing:
         raise MismatchError(
-            "the student's tokenizer has the teacher's vocabulary but splits text differently: "
-            f"{', '.join(differing)} differ, expected the same. Give the student the teacher's "
-            "tokenizer files, or choose a student of the teacher's family."
+            f"the {role}'s tokenizer has the teacher's vocabulary but splits text differently: "
+            f"{', '.join(differing)} differ, expected the same. Give the {role} the teacher's "
+            f"tokenizer files, or choose a {role} of the teacher's family."
         )
     warnings = []
     if extra := [token for token, id_ in student.get_vocab().items() if id_ >= size]:
         warnings.append(
-            f"the student's tokenizer has {len(extra)} tokens beyond the teacher's {size:,}, such "
+            f"the {role}'s tokenizer has {len(extra)} tokens beyond the teacher's {size:,}, such "
             f"as {min(extra)!r}: they are not trained."
         )
     ours, theirs = _special_tokens(teacher), _special_tokens(student)
     for name in sorted(ours | theirs):
         if ours.get(name) != theirs.get(name):
             warnings.append(
-                f"{name} is {_token(theirs.get(name))} for the student, {_token(ours.get(name))} for the teacher."
+                f"{name} is {_token(theirs.get(name))} for the {role}, {_token(ours.get(name))} for the teacher."
             )
     if teacher.chat_template != student.chat_template:
-        warnings.append("the student's chat template differs from the teacher's.")
+        warnings.append(f"the {role}'s chat template differs from the teacher's.")
     return warnings
 
 
-def _check_vocabulary(teacher: dict[int, str], student: dict[int, str]) -> None:
+def _check_vocabulary(teacher: dict[int, str], student: dict[int, str], role: str) -> None:
     differing = [i for i in sorted(teacher | student) if teacher.get(i) != student.get(i)]
     if differing:
         shown = ", ".join(f"{i} is {student.get(i)!r} instead of {teacher.get(i)!r}" for i in differing[:3])
         raise MismatchError(
-            f"the student's tokenizer is not the teacher's: found {len(student):,} tokens, "
+            f"the {role}'s tokenizer is not the teacher's: found {len(student):,} tokens, "
             f"expected {len(teacher):,}; {len(differing):,} ids differ (id {shown}), but "
-            "soft targets are over the teacher's ids. Choose a student of the teacher's family, or build one with the "
+            f"soft targets are over the teacher's ids. Choose a {role} of the teacher's family, or build one with the "
             "teacher's tokenizer."
         )
 

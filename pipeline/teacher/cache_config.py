@@ -301,7 +301,7 @@ WITHOUT_VLLM = {
     "batch_size": ", or set max_num_seqs in `engine_args`",
     "device": "; vLLM runs on the device that it is built for",
     "device_map": "",
-    "tensor_parallel": ", and set tensor_parallel_size in `engine_args`",
+    "tensor_parallel": ", and use `tensor_parallel_size`",
     "padding_free": "",
 }
 """Option that cannot be combined with `engine=vllm` -> what to do instead."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -26,8 +27,9 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
-from pipeline.teacher.engines.vllm_version import installed
+from pipeline.teacher.engines.vllm.vllm_version import installed
 from pipeline.teacher.opening import (
+    CachedText,
     Corpus,
     as_dated,
     check_inputs,
@@ -105,7 +107,8 @@ def cache_teacher(
                 save_config(config)
             for holder in writer.taken_over:
                 on_warning(f"{config.output}: {holder} is gone; this run takes over")
-            capture = _Capture(config, corpus, engine, metadata, writer, on_progress)
+            request = partial(row_request, config, corpus, hidden=metadata.hidden)
+            capture = Capture(config, corpus, engine, metadata, writer, request, on_progress)
             capture.run()
         return capture.summary()
 
@@ -142,20 +145,25 @@ class _Written:
     future: Future[tuple[float, int]]
 
 
-class _Capture:
-    """One run: owns the background thread and the running sums, which the main thread alone changes."""
+class Capture:
+    """One run: owns the background thread and the running sums, which the main thread alone changes.
+
+    Args:
+        request: what the engine is asked about a row.
+    """
 
     def __init__(
         self,
         config: CacheTeacherConfig,
-        corpus: Corpus,
+        corpus: CachedText,
         engine: TeacherEngine,
         metadata: cf.CacheMetadata,
         writer: cf.CacheWriter,
+        request: Callable[[int], RowRequest],
         on_progress: Callable[[CaptureProgress], None],
     ) -> None:
         self.config, self.corpus, self.engine, self.metadata = config, corpus, engine, metadata
-        self.writer, self.on_progress = writer, on_progress
+        self.writer, self.request, self.on_progress = writer, request, on_progress
         self.alone = not isinstance(writer, cf.SharedCacheWriter)
         self.resumed_rows, self.resumed_tokens = writer.complete.rows, writer.complete.tokens
         self.begun: set[int] = set()  # shards that this run has begun and not abandoned
@@ -193,7 +201,7 @@ class _Capture:
         self.others = self.writer.complete_without(self.begun)
         record_batches = list(self.metadata.record_batch_rows(shard))
         for i, record_batch in enumerate(record_batches):
-            requests = [row_request(self.config, self.corpus, row, self.metadata.hidden) for row in record_batch]
+            requests = [self.request(row) for row in record_batch]
             running = self.engine.run(requests, [self.config.targets], self._report)
             written = background.submit(self._write, running, self.engine.batch_size)
             self.pending.append(_Written(shard, i == len(record_batches) - 1, written))

@@ -29,13 +29,13 @@ from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.engines.vllm_engine import VllmEngine
-from pipeline.teacher.engines.vllm_opening import check_installed, check_rotary, open_vllm
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
 from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
-from pipeline.teacher.text.packing import TokenCorpus, build_corpus
+from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus
 
@@ -68,6 +68,12 @@ class TokenisedText(Text, Protocol):
         ...
 
 
+class Rows(Protocol):
+    """Rows that an engine is asked about."""
+
+    def __getitem__(self, index: int) -> TokenRow | cf.CacheRow: ...
+
+
 class CachedText(Text, Protocol):
     """The text of a cache: a corpus, or the answers that were kept."""
 
@@ -95,6 +101,7 @@ def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
         "tokenizer": config.tokenizer,
         "data": local_paths(config.data.data),
         "device_map": config.device_map,
+        "writer": None if config.generation is None else config.generation.writer,
         "gen_keep_if": None if config.generation is None else (config.generation.keep_if or "").rpartition(":")[0],
     }
     for folder in folders:
@@ -173,16 +180,16 @@ def open_teacher(
             check_packing(model, head, text.longest_read)
         elif config.batch_size > 1 and has_own_code(model):
             check_padding(model, head, text.longest_read)
-    _check_length(text, model.config)
+    _check_length(config, text, model.config)
     return without_padding(head, text.longest_read, wanted=config.padding_free, device=head.device)
 
 
-def _check_length(text: TokenisedText, teacher: PreTrainedConfig) -> None:
+def _check_length(config: CacheTeacherConfig, text: TokenisedText, teacher: PreTrainedConfig) -> None:
     limit = most_positions(teacher)
     if limit is not None and text.longest_read > limit:
         name = "teacher_seq_len" if text.has_teacher_prompts else "seq_len"
         raise ConfigError(
-            f"`{name}` {text.longest_read}: this teacher was trained on at most {limit} positions. "
+            f"`{name}` {text.longest_read}: {model_name(config.teacher)} was trained on at most {limit} positions. "
             f"Use `{name}` {limit} or less."
         )
 
@@ -201,7 +208,7 @@ def _open_vllm(
     rows = known.get_text_config().vocab_size
     vocab_size = real_vocab_size(tokenizer, rows)
     _check_tokens(config, text, tokenizer, vocab_size)
-    _check_length(text, known)
+    _check_length(config, text, known)
     arguments = config.running.arguments()
     check_rotary(known, model_name(config.teacher), arguments.get("max_model_len", text.longest_read + 1))
     engine = open_vllm(
@@ -277,16 +284,26 @@ def _check_tokens(
     )
 
 
-def row_request(config: CacheTeacherConfig, corpus: Corpus, index: int, hidden: cf.HiddenSpec | None) -> RowRequest:
+def row_request(
+    config: CacheTeacherConfig, corpus: Rows, index: int, hidden: cf.HiddenSpec | None, *, place: int | None = None
+) -> RowRequest:
     """What an engine is asked about a row of the corpus.
 
     Args:
         hidden: the states to store, if any.
+        place: key of the row's random numbers; default: its number.
     """
     row = corpus[index]
     stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
     states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
-    return RowRequest(index=index, row=row, place=index, stored=stored, with_states=states, teacher=row.teacher)
+    return RowRequest(
+        index=index,
+        row=row,
+        place=index if place is None else place,
+        stored=stored,
+        with_states=states,
+        teacher=row.teacher if isinstance(row, TokenRow) else None,
+    )
 
 
 def _source(config: CacheTeacherConfig) -> dict[str, Any]:

@@ -212,15 +212,15 @@ def test_interrupted_capture_is_continued_to_the_same_bytes(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(*cache_command(teacher_dir, text_file, whole))
-    report = capture._Capture._report
+    report = capture.Capture._report
 
-    def interrupt(self: capture._Capture, indices: list[int]) -> None:
+    def interrupt(self: capture.Capture, indices: list[int]) -> None:
         report(self, indices)
         if self.rows_done == 7:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture._Capture, "_report", interrupt)
+        patch.setattr(capture.Capture, "_report", interrupt)
         result = run(*cache_command(teacher_dir, text_file, parts), status=130)
     assert result.stderr.splitlines()[-1] == (
         f"Interrupted: complete shards are kept in {parts}. Run the same command again to continue."

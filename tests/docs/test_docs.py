@@ -90,6 +90,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/getting-started.md": causal_models,
     "docs/hidden-states.md": causal_models,
     "docs/masked.md": masked_models,
+    "docs/on-policy.md": questions,
     "docs/other-tokenizers.md": causal_models,
     "docs/python.md": new_caches,
     RECIPES: everything,

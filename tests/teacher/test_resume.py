@@ -128,9 +128,9 @@ def test_second_interrupt_during_the_first_one_harms_nothing(
 def test_signals_one_after_the_other(teacher_dir: Path, text_file: Path, tmp_path: Path, second: int, monkeypatch):
     """As torchrun and impatient people send them."""
     config = settings(teacher_dir, text_file, tmp_path / "cache")
-    report, abandon = capture._Capture._report, cf.CacheWriter.abandon_shard
+    report, abandon = capture.Capture._report, cf.CacheWriter.abandon_shard
 
-    def first_signal(self: capture._Capture, indices: list[int]) -> None:
+    def first_signal(self: capture.Capture, indices: list[int]) -> None:
         report(self, indices)
         if self.rows_done > 40:  # the first shard of eight rows is complete
             os.kill(os.getpid(), signal.SIGTERM)
@@ -140,7 +140,7 @@ def test_signals_one_after_the_other(teacher_dir: Path, text_file: Path, tmp_pat
         abandon(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture._Capture, "_report", first_signal)
+        patch.setattr(capture.Capture, "_report", first_signal)
         patch.setattr(cf.CacheWriter, "abandon_shard", second_signal)
         result = run(*words_of(config), status=130)
     assert result.stderr.splitlines()[-1].endswith("Run the same command again to continue.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -35,7 +36,7 @@ def mask_shortcuts(rows: Sequence[PackedRow], device: torch.device) -> Iterator[
             local_attention_size is None or kv_length < local_attention_size
         )
 
-    answers = {
+    answers: dict[str, Any] = {
         "find_packed_sequence_indices": document_numbers if packed else lambda position_ids: None,
         "_ignore_bidirectional_mask_sdpa": nothing_to_hide,
     }

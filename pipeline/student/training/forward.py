@@ -49,14 +49,15 @@ def distillation_output(
         matching: the hidden-state loss, used if the batch has the teacher's states.
         by_row: sums of each row, [B] instead of scalars: the head runs on one row at a time.
     """
-    inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask"), batch.get("documents")
+    inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
+    documents = batch.get("documents")
     states: dict[int, Tensor] = {}
     if matching is not None:
         batch = with_target_states(batch)
     if matching is None or not matching.are_in(batch):
-        matching, hidden = None, head.hidden_states(*inputs)
+        matching, hidden = None, head.hidden_states(*inputs, documents=documents)
     else:
-        hidden, states = head.states(matching.student_layers, *inputs)
+        hidden, states = head.states(matching.student_layers, *inputs, documents=documents)
     hidden, targets = hidden.flatten(0, 1), batch["targets"]
 
     def sums(hidden: Tensor, targets: Targets) -> HeadOutput:

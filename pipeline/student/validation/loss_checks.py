@@ -132,6 +132,11 @@ def _check_tail(cache: Cache, loss: DistillLoss) -> None:
         )
     if drawn_from_teacher(cache) is False:
         generation = cache.metadata.corpus["generation"]
+        if (writer := generation.get("writer")) is not None:
+            raise ConfigError(
+                f"`tail` realized: the text of {cache.path} was written by {writer['name']}, so its tokens are not "
+                "draws from the teacher's distribution. Use another `tail`."
+            )
         raise ConfigError(
             f"`tail` realized: the text of {cache.path} was generated with `gen_temperature` "
             f"{generation['temperature']:g}, `gen_top_p` {generation['top_p']:g} and `gen_top_k` "

@@ -29,6 +29,7 @@ from pipeline.student.validation.loss_checks import loss_for_held_out
 from pipeline.student.validation.suitability import (
     check_resample,
     exact_entry_warnings,
+    label_warnings,
     realized_warnings,
     resample_warnings,
 )
@@ -195,6 +196,8 @@ def _target_warnings(
     for each, its_loss in (*((cache, loss) for cache in mix.caches), (held_out, eval_loss)):
         if each is not None and its_loss is not None and its_loss.tail == "realized":
             warnings += realized_warnings(each)
+    if min(loss.kd_weights) < 1.0:
+        warnings += [warning for cache in mix.caches for warning in label_warnings(cache)]
     foreign = config.cross_tokenizer is not None
     if any(loss.kd_weights) and not loss.full and (foreign or "sampled" not in loss.divergence.tails):
         name = f"`cross_tokenizer` {config.cross_tokenizer}" if foreign else f"`divergence` {loss.divergence}"

@@ -127,6 +127,8 @@ def drawn_from_teacher(cache: Cache) -> bool | None:
     written = cache.metadata.corpus.get("generation")
     if written is None:
         return None
+    if written.get("writer") is not None:
+        return False
     settings = tuple(written.get(name) for name in ("temperature", "top_p", "top_k"))
     return None if None in settings else settings == (1.0, 1.0, 0)
 
@@ -145,6 +147,17 @@ def realized_warnings(cache: Cache) -> list[str]:
             "exactly draws from the teacher's own distribution."
         ]
     return []
+
+
+def label_warnings(cache: Cache) -> list[str]:
+    """Warnings about labels that are the tokens of another model than the teacher."""
+    writer = (cache.metadata.corpus.get("generation") or {}).get("writer")
+    if writer is None:
+        return []
+    return [
+        f"{cache.path}: its labels are tokens that {writer['name']} wrote, mistakes included, and with `kd_weight` "
+        "below 1 the student learns them too. Use `kd_weight=1` to learn from the teacher only."
+    ]
 
 
 # ---- several samples of the tail

@@ -10,6 +10,8 @@ from pipeline.errors import ConfigError
 from pipeline.options import check_ranges, option, read_table
 
 TEACHER, VLLM = "Teacher", "vLLM"
+PASSED_ON = ("quantization", "tensor_parallel_size", "max_model_len", "gpu_memory_utilization")
+"""Options that are arguments of vLLM's `EngineArgs` under the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class EngineConfig:
         common=True,
     )
     quantization: str | None = option(None, help="Quantization method, as vLLM names it.", group=VLLM)
+    tensor_parallel_size: int | None = option(
+        None, help="Number of GPUs that vLLM splits the teacher across.", group=VLLM, minimum=1, default_text="1"
+    )
     max_model_len: int | None = option(
         None, help="Maximum number of tokens per document.", group=VLLM, minimum=2, default_text="seq-len and one more"
     )
@@ -32,7 +37,7 @@ class EngineConfig:
     # A file, or (Python only) a mapping.
     engine_args: Any = option(
         None,
-        help="TOML or JSON file with other arguments of vLLM's EngineArgs, such as tensor_parallel_size.",
+        help="TOML or JSON file with other arguments of vLLM's EngineArgs, such as max_num_seqs.",
         group=VLLM,
         metavar="FILE",
     )
@@ -56,4 +61,4 @@ class EngineConfig:
         return named | more
 
     def _named(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("quantization", "max_model_len", "gpu_memory_utilization")}
+        return {name: getattr(self, name) for name in PASSED_ON}

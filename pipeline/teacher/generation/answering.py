@@ -6,23 +6,18 @@ only then passed to the predicate, which may fail.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-import numpy as np
-
-import cache_format as cf
 from pipeline.errors import DataError
 from pipeline.teacher.engines.interface import BatchSizeHalved, TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
-from pipeline.teacher.generation.answers import STOP_REASONS, Answer, AnswerSettings, Request
+from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.generation.generation_config import Keep
+from pipeline.teacher.generation.kept_answers import KeptAnswers, Selection
 from pipeline.teacher.generation.predicates import Predicate, choose
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.packing import add_row_to
 from pipeline.teacher.text.prompts import Prompts
 
 BATCHES_PER_GROUP = 4  # sorted by length; at most this much is lost when killed
@@ -41,33 +36,8 @@ class GenerationProgress:
     batch_size: int
 
 
-@dataclass
-class Selection:
-    """The answers that become rows, with sums over them, and counts over all answers."""
-
-    chosen: set[tuple[int, int]] = field(default_factory=set)  # document and index
-    answers: int = 0
-    passed: int = 0  # answers that passed the predicate
-    prompts_kept: int = 0  # prompts with a chosen answer
-    stop_reasons: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(STOP_REASONS, 0)))  # of all
-    tokens: int = 0
-    counted_tokens: int = 0
-    logprob_sum: float = 0.0  # nats, of all tokens of the chosen answers
-    outside_sum: float = 0.0  # tail mass, summed over loss tokens
-    stream: hashlib._Hash = field(default_factory=hashlib.sha256)
-
-    def add(self, answer: Answer) -> None:
-        row = answer.row
-        self.chosen.add((answer.document, answer.index))
-        self.tokens += len(row.input_ids)
-        self.counted_tokens += int(row.loss_mask.sum())
-        self.logprob_sum += float(answer.logprobs.sum(dtype=np.float64))
-        self.outside_sum += float(np.exp(row.targets.residual_logprob[row.loss_mask].astype(np.float64)).sum())
-        add_row_to(self.stream, row)
-
-
 class Answering:
-    """All answers of a run: generates the missing ones, and iterates over them afterwards.
+    """All answers of a run: generates the missing ones, and judges them.
 
     Args:
         engine: generates the answers; halves its batch size when out of memory.
@@ -96,7 +66,7 @@ class Answering:
         self.tokens_written = 0
         self.started = time.perf_counter()
 
-    def run(self) -> Selection:
+    def run(self) -> KeptAnswers:
         """Raises: ConfigError if the predicate fails; DataError if no answer passes it."""
         for number, documents in enumerate(self._documents()):
             group = self.store.load(number)
@@ -113,19 +83,7 @@ class Answering:
                 f"`gen_keep_if` {self.predicate.name}: nothing to cache, and nothing was changed. The answers are in "
                 f"{self.store.location}: correct the function, and the same command judges them again."
             )
-        return self.selection
-
-    def groups(self) -> Iterator[Group]:
-        """The groups of answers, with only the chosen answers."""
-        for number, _ in enumerate(self._documents()):
-            group = self.store.load(number)
-            if group is None:
-                raise cf.CacheError(
-                    f"{self.store.location}: group {number} of the answers was changed or removed during the run. Run "
-                    "the same command again."
-                )
-            chosen = [answer for answer in group.answers if (answer.document, answer.index) in self.selection.chosen]
-            yield replace(group, answers=chosen)
+        return KeptAnswers(self.store, self.selection)
 
     def _documents(self) -> Iterator[range]:
         for start in range(0, len(self.prompts), self.prompts_per_group):
@@ -160,6 +118,7 @@ class Answering:
     def _judge(self, group: Group) -> None:
         selection = self.selection
         selection.answers += len(group.answers)
+        selection.rows_of_group.append(0)
         passed: dict[int, list[Answer]] = {}  # by document
         for answer in group.answers:
             selection.stop_reasons[answer.stop_reason] += 1

@@ -50,8 +50,8 @@ class Answer:
     Attributes:
         stop_reason: eos (or the end of a turn), stop-string, or length.
         text: without the token or stop string that ended it.
-        logprobs: [n] float32, of the generated tokens: natural logs of the teacher's own probabilities, at temperature
-            1, without truncation or quantisation.
+        logprobs: [n] float32, of the generated tokens: natural logs of the probabilities of the model that wrote
+            them, at temperature 1, without truncation or quantisation.
     """
 
     document: int

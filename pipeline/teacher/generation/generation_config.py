@@ -1,4 +1,4 @@
-"""Options of a teacher that answers prompts. Standard library only (see `pipeline.options`)."""
+"""Options of a teacher, or another writer, that answers prompts. Standard library only (see `pipeline.options`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEEP: tuple[Keep, ...] = get_args(Keep)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How the teacher answers prompts, and which answers are kept."""
+    """How prompts are answered, by whom, and which answers are kept."""
 
     PREFIX: ClassVar = "gen_"
 
@@ -54,6 +54,14 @@ class GenerationConfig:
         group=GENERATION,
         metavar="FUNCTION",
     )
+    writer: str | None = option(
+        None,
+        name="writer",
+        help="Model that answers instead of the teacher, such as a student; the teacher scores its answers.",
+        group=GENERATION,
+        metavar="MODEL",
+        common=True,
+    )
     keep: Keep = option(
         "all", help="Which accepted answers to a prompt to keep: all, the first, or the most likely.", group=GENERATION
     )
@@ -71,5 +79,5 @@ class GenerationConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the answers, as in the manifest."""
         decides = asdict(self)
-        del decides["keep_if"], decides["keep"]
+        del decides["keep_if"], decides["keep"], decides["writer"]  # the manifest has the writer's fingerprints
         return {**decides, "stop": list(self.stop)}

@@ -34,7 +34,7 @@ class Answered:
     text: str  # without the token or stop string that ended it
     token_ids: tuple[int, ...]  # including it
     stop_reason: str  # eos, stop-string or length
-    mean_logprob: float  # natural log, per token, by the teacher's own probabilities
+    mean_logprob: float  # natural log, per token, by the probabilities of the model that wrote it
     index: int  # among the answers to this prompt, from 0
 
 

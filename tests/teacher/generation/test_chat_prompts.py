@@ -10,7 +10,7 @@ import pytest
 import cache_format as cf
 from chat_templates import FORMATS
 from generating import generate
-from pipeline.teacher.generation import generate as generation
+from pipeline.teacher.generation import caching
 from pipeline.teacher.text.chat import arguments
 from tiny import tiny_llama, write_jsonl
 
@@ -43,7 +43,7 @@ def test_answers_to_chats_have_one_date_and_the_arguments_they_began_with(
 
     on(1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(generation, "cache_metadata", _killed)
+        patch.setattr(caching, "cache_metadata", _killed)
         generate(teacher, data, tmp_path / "cache", on_warning=warnings.append, **options)
     assert ["here 2026-01-01" in warning for warning in warnings] == [True]
     on(2)

@@ -369,7 +369,7 @@ def test_an_interrupt_says_where_the_answers_are(
             "all answers to a prompt are the same",
         ),
         (["--generate", "--top-k", 401], 1, "--top-k 401: the vocabulary has 400 tokens"),
-        (["--generate", "--seq-len", 4096], 1, "--seq-len 4096: this teacher was trained on at most 2048"),
+        (["--generate", "--seq-len", 4096], 1, "was trained on at most 2048"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import reason
-from pipeline.teacher.engines.vllm_engine import VllmEngine
-from pipeline.teacher.engines.vllm_version import installed
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm.vllm_version import installed
 
 TESTED_VERSIONS = ("0.32",)
-EXTENSION = "pipeline.teacher.engines.vllm_worker.TargetsExtension"
+EXTENSION = "pipeline.teacher.engines.vllm.vllm_worker.TargetsExtension"
 OWN_ARGUMENTS = {"model", "worker_extension_cls", "enable_prefix_caching", "logprobs_mode"}
 
 

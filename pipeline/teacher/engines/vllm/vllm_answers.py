@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.teacher.engines.answer_writer import STREAM
-from pipeline.teacher.engines.vllm_worker import KEY, Collected, Wanted
+from pipeline.teacher.engines.vllm.vllm_collector import Collected
 from pipeline.teacher.generation.answers import (
     EOS,
     LENGTH,
@@ -24,33 +24,28 @@ from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.selection import ChunkTargets
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import RequestOutput
 
 
-def sampling_params(name: str, request: Request, settings: AnswerSettings) -> SamplingParams:
-    """What vLLM is asked for an answer. Its seed depends on seed, prompt and index, as any other random number here."""
-    from vllm import SamplingParams
-
-    given, prompt = settings.sampling, len(request.read)
+def sampling_options(request: Request, settings: AnswerSettings) -> dict[str, Any]:
+    """Arguments of vLLM's `SamplingParams` for an answer. Its seed depends on seed, prompt and index, as any other
+    random number here."""
+    given = settings.sampling
     place = place_of(np.array([request.document]), np.array([request.index]))
-    stored = np.zeros(prompt, bool)
-    stored[-1] = True  # and all that are generated
-    wanted = Wanted(name=name, place=int(place[0]), start=-request.ahead, stored=np.packbits(stored).tobytes())
-    return SamplingParams(
-        max_tokens=settings.most_tokens(request),
-        temperature=given.temperature,
-        top_p=given.top_p,
-        top_k=given.top_k,
-        seed=int(uniforms(given.seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31),
-        logprobs=0,
-        stop=list(given.stop),
-        stop_token_ids=sorted(settings.stop_tokens),
-        ignore_eos=True,  # unless it is one of these
-        skip_special_tokens=False,
-        spaces_between_special_tokens=False,
-        detokenize=bool(given.stop),
-        extra_args={KEY: list(wanted)},
-    )
+    return {
+        "max_tokens": settings.most_tokens(request),
+        "temperature": given.temperature,
+        "top_p": given.top_p,
+        "top_k": given.top_k,
+        "seed": int(uniforms(given.seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31),
+        "logprobs": 0,
+        "stop": list(given.stop),
+        "stop_token_ids": sorted(settings.stop_tokens),
+        "ignore_eos": True,  # unless it is one of these
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "detokenize": bool(given.stop),
+    }
 
 
 def answer_of(request: Request, output: RequestOutput, collected: Collected, settings: AnswerSettings) -> Answer:

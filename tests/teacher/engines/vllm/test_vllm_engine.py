@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, Hidden
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.engines.interface import RowRequest
-from pipeline.teacher.engines.vllm_engine import VllmEngine
-from pipeline.teacher.engines.vllm_opening import open_vllm
-from pipeline.teacher.engines.vllm_worker import StepTargets
+from pipeline.teacher.engines.vllm.vllm_collector import StepTargets
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm.vllm_opening import open_vllm
 from pipeline.teacher.generation.answers import AnswerSettings, Request
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
@@ -190,6 +192,26 @@ def test_answers_and_their_targets(teachers: dict[str, Path], tmp_path: Path) ->
         np.testing.assert_allclose(line["token_logprobs"], expected[at, row.input_ids[at + 1]], atol=1e-3)
 
 
+def test_a_student_writes_and_the_teacher_scores(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Two engines in one process, one after the other; the first leaves no model behind."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The miller " * n} for n in range(1, 5)])
+    config = config_of(teachers["qwen3"], prompts, tmp_path / "cache", of_data={"sample_by": "document"})
+    generation = GenerationConfig(max_new_tokens=12, answers_per_prompt=2, writer=str(teachers["llama"]))
+    models: list[int] = []
+
+    def stage(name: str) -> None:
+        if name.startswith("scoring"):
+            gc.collect()
+            models.append(sum(type(each).__name__ == "LlamaForCausalLM" for each in gc.get_objects()))
+
+    assert generate_cache(config, generation, on_stage=stage).rows == 8
+    assert models == [0] and agrees(tmp_path / "cache", teachers["qwen3"])
+    model, cache = load(teachers["llama"]), cf.open_cache(tmp_path / "cache")
+    for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
+        expected, at = logprobs_of(model, row.input_ids, V), np.flatnonzero(row.loss_mask)
+        np.testing.assert_allclose(line["token_logprobs"], expected[at, row.input_ids[at + 1]], atol=1e-3)
+
+
 def test_plan_measures_it(teachers: dict[str, Path], text: Path, tmp_path: Path) -> None:
     plan = plan_cache(config_of(teachers["llama"], text, tmp_path / "cache"), sample_rows=8)
     assert len(plan.rules) == 6 and all(rule.tokens_per_s > 0 for rule in plan.rules)
@@ -272,6 +294,44 @@ def test_logits_that_are_not_finite_stop_the_row(crowded: VllmEngine, monkeypatc
 def test_a_document_that_does_not_fit_is_an_error(crowded: VllmEngine) -> None:
     with pytest.raises(ModelError, match="a document of 400 tokens"):
         crowded.run(requests_of([[400]]), [TOP]).rows()
+
+
+def test_the_sampled_tail_is_unbiased(teachers: dict[str, Path]) -> None:
+    """Σw = 1 and Σw·f = Σp·f on average over 10^5 positions, within four standard errors."""
+    length, texts, rows = 128, 16, 800
+    engine_args = {"max_num_batched_tokens": 2048}
+    engine = open_vllm(str(teachers["llama"]), vocab_size=V, seq_len=length, dtype="auto", engine_args=engine_args)
+    rng, stored = np.random.default_rng(6), np.ones(length, bool)
+    ids = rng.integers(3, V, (texts, length), dtype=np.int32)
+    segments = np.array([length], np.int32)
+    requests = [
+        RowRequest(index=i, row=TokenRow(ids[i % texts], stored, segments), place=i, stored=stored) for i in range(rows)
+    ]
+    f = rng.normal(size=V)
+    model = load(teachers["llama"])
+    expected = np.stack([np.exp(logprobs_of(model, each, V)) @ f for each in ids])
+    sums, errors = [], []
+    for row in engine.run(requests, [TAIL]).rows():
+        position = np.repeat(np.arange(length), row.targets.counts)
+        weights = np.exp(row.targets.logprobs.astype(np.float64))
+        sums.append(np.bincount(position, weights, length) - 1.0)
+        errors.append(np.bincount(position, weights * f[row.targets.ids], length) - expected[row.row % texts])
+    engine.close()
+    for found in (np.concatenate(sums), np.concatenate(errors)):
+        assert len(found) > 10**5 and found.std() > 0.01
+        assert abs(found.mean()) < 4 * found.std() / np.sqrt(len(found))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_teacher_on_two_ranks(
+    teachers: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")  # else vLLM wants a NUMA node for each rank
+    running = EngineConfig(engine="vllm", tensor_parallel_size=2)
+    cache_teacher(config_of(teachers["soft-capping"], text, tmp_path / "cache", running=running))
+    assert cf.open_cache(tmp_path / "cache").metadata.capture["tensor_parallel"] == 2
+    assert agrees(tmp_path / "cache", teachers["soft-capping"])
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

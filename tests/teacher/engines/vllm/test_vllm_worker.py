@@ -11,16 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.teacher.engines.vllm_worker import (
-    KEY,
-    Collected,
-    Span,
-    StepTargets,
-    Wanted,
-    hook,
-    hook_layers,
-    stored_head,
-)
+from pipeline.teacher.engines.vllm.vllm_collector import KEY, Collected, Span, StepTargets, Wanted
+from pipeline.teacher.engines.vllm.vllm_worker import hook, hook_layers, stored_head
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 

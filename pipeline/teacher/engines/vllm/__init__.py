@@ -1,0 +1,1 @@
+"""Teachers in vLLM, in this process; see `vllm_engine`."""
