@@ -121,7 +121,7 @@ def generate_cache(
     for warning in prompts.warnings:
         on_warning(warning)
 
-    on_stage(f"loading the teacher on {device}")
+    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
     with closing(open_engine(config, prompts, tokenizer, device)) as engine:
         config.targets.check_vocabulary(engine.vocab_size)
         if isinstance(engine, TransformersEngine):
@@ -181,6 +181,8 @@ def generate_cache(
 
 def _check_writes(config: CacheTeacherConfig) -> None:
     """Raises: ConfigError for a masked language model, which cannot generate."""
+    if config.on_server:
+        return
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(
@@ -232,7 +234,7 @@ def _check_same_things(config: CacheTeacherConfig, manifest: cf.Manifest, settin
     """Raises: CacheError if a finished cache was made by another teacher, or from other prompts."""
     recorded = manifest.metadata.to_json()
     of_prompts = {name: settings["prompts"][name] for name in ("source", "files")}
-    of_teacher = {name: settings["teacher"][name] for name in ("dtype", *cf.FINGERPRINTS)}
+    of_teacher = {name: settings["teacher"].get(name) for name in ("dtype", *cf.FINGERPRINTS)}
     given = {"teacher": of_teacher, "tokenizer": settings["tokenizer"], "prompts": of_prompts}
     was = {
         "teacher": {name: recorded["teacher"].get(name) for name in of_teacher},
