@@ -131,6 +131,7 @@ class FakeServer:
 
     Args:
         cap: most log-probabilities of a position.
+        tempered: give log-probabilities at the temperature of sampling.
         change: an answer to a prompt, and the body of its request, to what is sent instead.
     """
 
@@ -144,11 +145,12 @@ class FakeServer:
         max_length: int = 512,
         api_key: str | None = None,
         tokenizer: Path | None = None,
+        tempered: bool = False,
         change: Callable[[Answer, Answer], Answer] = lambda answer, body: answer,
         port: int = 0,
     ) -> None:
         self.kind, self.cap, self.max_length, self.api_key = kind, cap, max_length, api_key
-        self.faults, self.change, self.port = faults, change, port
+        self.faults, self.change, self.port, self.tempered = faults, change, port, tempered
         self.model: AutoModelForCausalLM = load(model)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
         self.answered: Counter[tuple[int, ...]] = Counter()
@@ -236,13 +238,13 @@ class FakeServer:
                 self.in_work -= 1
 
     @torch.inference_mode()
-    def logprobs(self, token_ids: list[int]) -> Tensor:
+    def logprobs(self, token_ids: list[int], temperature: float) -> Tensor:
         """[T, V]"""
         if not all(0 <= token < len(self.tokenizer) for token in token_ids):
             raise Status(400, {"error": {"message": "Token id is out of vocabulary"}})
         with self.lock:
             logits = self.model(input_ids=torch.tensor([token_ids])).logits[0, :, : len(self.tokenizer)]
-        return logits.float().log_softmax(dim=1)
+        return (logits.float() / (temperature if self.tempered else 1.0)).log_softmax(dim=1)
 
     def vllm(self, body: Answer) -> Answer:
         prompt, k = body["prompt"], body["prompt_logprobs"]
@@ -253,7 +255,7 @@ class FakeServer:
             raise Status(400, {"error": {"message": text, "type": "BadRequestError", "code": 400}})
         if len(prompt) + body["max_tokens"] > self.max_length:
             raise Status(400, {"error": {"message": f"maximum context length is {self.max_length} tokens"}})
-        logprobs = self.logprobs(prompt)
+        logprobs = self.logprobs(prompt, body["temperature"])
         entries: list[Any] = [None]
         for t, token in enumerate(prompt[1:]):
             top = logprobs[t].topk(k)
@@ -274,7 +276,7 @@ class FakeServer:
 
     def sglang(self, body: Answer) -> Answer:
         token_ids, k = body["input_ids"], body["top_logprobs_num"]
-        logprobs = self.logprobs(token_ids)
+        logprobs = self.logprobs(token_ids, body["sampling_params"]["temperature"])
         own: list[Any] = [[None, token_ids[0], None]]
         own += [[float(logprobs[t, token]), token, None] for t, token in enumerate(token_ids[1:])]
         lists: list[Any] = [None]

@@ -9,6 +9,7 @@ temperature    the same for requests at temperature 1 and 2: the model's own dis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -52,9 +53,8 @@ def check_tokenizer(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedT
         )
 
 
-def check_answers(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedTokenizerBase, k: int, size: int) -> None:
-    """Sends a short prompt twice. Args: size: V. Raises: ConfigError, ModelError."""
-    token_ids = local_tokens(tokenizer)
+def check_answers(client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int) -> None:
+    """Sends a prompt twice. Args: size: V. Raises: ConfigError, ModelError."""
     prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=k)
     at_one = _ask(client, dialect, prompt, size)
     at_two = _ask(client, dialect, replace(prompt, temperature=2.0), size)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.engines.server.http_client import HttpClient
-from pipeline.teacher.engines.server.preflight import check_answers, check_length, check_tokenizer
+from pipeline.teacher.engines.server.preflight import check_answers, check_length, check_tokenizer, local_tokens
 from pipeline.teacher.engines.server.server_config import ServerConfig, server_root
 from pipeline.teacher.engines.server.server_engine import ServerEngine, entries
 from pipeline.teacher.engines.server.server_kinds import dialect_of, find_server
@@ -58,7 +58,7 @@ def open_server(
         rule.check_vocabulary(vocab_size)
         check_length(facts, dialect, seq_len, seq_len + (2 if all_positions else 1))
         check_tokenizer(client, dialect, tokenizer)
-        check_answers(client, dialect, tokenizer, entries(rule, vocab_size), vocab_size)
+        check_answers(client, dialect, local_tokens(tokenizer)[:seq_len], entries(rule, vocab_size), vocab_size)
     except BaseException:
         client.close()
         raise
