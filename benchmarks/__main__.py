@@ -32,7 +32,9 @@ NAMES = (
     "reading",
     "shuffle",
     "engines",
+    "servers",
 )
+NEED_VLLM = {"engines", "servers"}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -55,7 +57,7 @@ def main(names: tuple[str, ...], quick: bool, repetitions: int, teacher: Path, r
     logging.disable_progress_bar()
     settings = measure.Settings(quick=quick, repetitions=repetitions, teacher=teacher)
     directory = results or (None if quick else RESULTS)
-    everything = [name for name in NAMES if name != "engines" or importlib.util.find_spec("vllm") is not None]
+    everything = [name for name in NAMES if name not in NEED_VLLM or importlib.util.find_spec("vllm") is not None]
     for name in names or everything:
         result = importlib.import_module(f"benchmarks.{name}").run(settings)
         measure.show(result)

@@ -164,8 +164,9 @@ def test_nothing_imports_what_is_above_it():
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
 
-# The README.md that every cache gets is a page for people who use the command line.
-PAGES = {ROOT / "cache_format/manifest/card.py"}
+# The README.md that every cache gets is a page for people who use the command line. Dialects name flags of servers.
+DIALECTS = {ROOT / f"pipeline/teacher/engines/server/{kind}_dialect.py" for kind in ("vllm", "sglang")}
+PAGES = {ROOT / "cache_format/manifest/card.py", *DIALECTS}
 
 
 @pytest.mark.parametrize("path", [path for path in [*CACHE_FORMAT, *LIBRARY] if path not in PAGES], ids=relative)
@@ -249,7 +250,7 @@ def test_nothing_unpickles():
 
 def test_imports_are_declared():
     runtime = {name.replace("-", "_") for name in requirements()} | BROUGHT_BY_OTHERS
-    optional = {name.replace("-", "_") for name in requirements("gguf", "peft", "vllm")}
+    optional = {name.replace("-", "_") for name in requirements("gguf", "peft", "server", "vllm")}
     for path in SHIPPED:
         undeclared = third_party(path) - runtime - optional
         assert undeclared == set(), f"{relative(path)} imports what pyproject.toml does not list"

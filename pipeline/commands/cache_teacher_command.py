@@ -57,14 +57,16 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
 
 def check_inputs(config: CacheTeacherConfig) -> None:
     """Finds a wrong path in a fraction of a second, before torch is imported."""
-    from pipeline.models.paths import check_model_path
+    from pipeline.models.paths import TOKENIZER_FILES, check_model_path
     from pipeline.teacher.text.data_paths import local_paths
 
     if "://" in config.output:
         from cache_format.storage.directory import open_directory
 
         open_directory(config.output)
-    check_model_path(config.teacher)
+    if not config.on_server:
+        check_model_path(config.teacher)
+    check_model_path(config.tokenizer, TOKENIZER_FILES)
     if config.generation is not None and config.generation.writer is not None:
         check_model_path(config.generation.writer)
     local_paths(config.data.data)

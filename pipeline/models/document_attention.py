@@ -161,7 +161,7 @@ def attention(
     heads = [each[0] for each in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and sinks is None and not dropout and _takes_kernel(query, value):
-        found = _in_one_kernel(*heads, documents, scale, window)
+        found = _in_one_kernel((heads[0], heads[1], heads[2]), documents, scale, window)
     else:
         compute = partial(_document, scale=scale, dropout=dropout, window=window, softcap=softcap, sinks=sinks)
         pieces = zip(*(each.split(documents.lengths, dim=1) for each in heads), strict=True)
@@ -177,18 +177,24 @@ def _takes_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def _in_one_kernel(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None
+    heads: tuple[Tensor, Tensor, Tensor], documents: Documents, scale: float, window: int | None
 ) -> Tensor:
-    """[H, N, C] → [N, H, C]"""
+    """Queries, keys and values [H, N, C] → [N, H, C]"""
     from torch.nn.attention.varlen import varlen_attn
 
+    query, key, value = (each.transpose(0, 1) for each in heads)
     starts, longest = documents.starts.to(query.device), max(documents.lengths)
     return varlen_attn(
-        *(each.transpose(0, 1) for each in (query, key, value)),
-        *(starts, starts, longest, longest),
+        query,
+        key,
+        value,
+        starts,
+        starts,
+        longest,
+        longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=len(query) != len(key),
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.adapters import with_adapter
 from pipeline.models.objective import NAMES, Objective, auto_class
-from pipeline.models.paths import adapter_base, locate_model
+from pipeline.models.paths import TOKENIZER_FILES, adapter_base, locate_model
 from pipeline.models.placement import (
     begin_tensor_parallel,
     check_split,
@@ -80,7 +80,7 @@ def load_tokenizer(
             f"`tokenizer`: found none, expected one because {name} is given as a loaded model. Pass its tokenizer, "
             "for example AutoTokenizer.from_pretrained(NAME)."
         )
-    place, gguf_file = locate_model(name)
+    place, gguf_file = locate_model(name, TOKENIZER_FILES)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **_gguf(gguf_file)}
     try:
         return AutoTokenizer.from_pretrained(place, **options)

@@ -15,24 +15,39 @@ from pathlib import Path
 from pipeline.errors import ModelError
 
 ADAPTER_FILE = "adapter_config.json"
+MODEL_FILES = ("config.json",)
+TOKENIZER_FILES = (*MODEL_FILES, "tokenizer_config.json", "tokenizer.json")
 
 
-def check_model_path(model: object) -> None:
+def is_url(model: object) -> bool:
+    """Whether a teacher is given as the URL of a server."""
+    return isinstance(model, str) and model.startswith(("http://", "https://"))
+
+
+def check_model_path(model: object, files: tuple[str, ...] = MODEL_FILES) -> None:
     """Check that a model which is clearly meant to be on this disk is there. Loaded models pass.
+
+    Args:
+        files: what a directory has to hold one of.
 
     Raises:
         ModelError: no such file or directory, or it holds no model.
     """
     if isinstance(model, str | os.PathLike):
-        locate_model(os.fspath(model))
+        locate_model(os.fspath(model), files)
 
 
-def locate_model(name: str) -> tuple[str, str | None]:
+def locate_model(name: str, files: tuple[str, ...] = MODEL_FILES) -> tuple[str, str | None]:
     """What `from_pretrained` takes: the directory or hub name, and the name of the .gguf file if it is one.
 
     Raises:
         ModelError: no such file or directory, it holds no model, or the package that reads it is missing.
     """
+    if is_url(name):
+        raise ModelError(
+            f"{name}: found the URL of a server, expected a model directory, hub name or .gguf file. Only a teacher "
+            "whose targets are cached may be on a server."
+        )
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -41,9 +56,9 @@ def locate_model(name: str) -> tuple[str, str | None]:
             raise ModelError(f"{name}: reading GGUF needs the gguf package: pip install 'distill[gguf]'")
         return str(path.parent), path.name
     if path.exists():
-        if not (path / "config.json").is_file() and adapter_base(name) is None:
+        if not any((path / file).is_file() for file in files) and adapter_base(name) is None:
             raise ModelError(
-                f"{name}: no config.json in it, expected a model directory of transformers or a .gguf file. "
+                f"{name}: no {' or '.join(files)} in it, expected a model directory of transformers or a .gguf file. "
                 "Check the path."
             )
         return str(path), None

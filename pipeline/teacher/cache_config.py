@@ -23,8 +23,10 @@ from pipeline.models.loading_options import (
     TRUST_REMOTE_CODE,
     Dtype,
 )
+from pipeline.models.paths import is_url
 from pipeline.options import Metadata, check_ranges, flat, option, options_of, part
 from pipeline.teacher.engines.engine_config import EngineConfig
+from pipeline.teacher.engines.server.server_config import ServerConfig, check_served
 from pipeline.teacher.generation.generation_config import GENERATION, GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 
@@ -312,7 +314,9 @@ class CacheTeacherConfig:
     """One run of stage one."""
 
     # A directory, hub name or .gguf file; or (Python only) a loaded model.
-    teacher: Any = option(help="Teacher: transformers directory, hub name, or .gguf file.", group=IO, common=True)
+    teacher: Any = option(
+        help="Teacher: transformers directory, hub name, .gguf file, or the URL of a server.", group=IO, common=True
+    )
     data: DataConfig = part(DataConfig)
     output: str = option(
         help="Cache directory or fsspec URL. An unfinished run in it is continued.", group=IO, common=True
@@ -324,6 +328,7 @@ class CacheTeacherConfig:
     )
     targets: TargetRule = part(TargetRule)
     running: EngineConfig = part(EngineConfig)
+    server: ServerConfig = part(ServerConfig, prefix=ServerConfig.PREFIX)
     batch_size: int = option(
         8,
         help="Rows per forward pass; halved when out of memory.",
@@ -338,9 +343,13 @@ class CacheTeacherConfig:
     tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
     revision: str | None = REVISION(group=TEACHER)
     trust_remote_code: bool = TRUST_REMOTE_CODE(group=TEACHER)
-    # Python only: a tokenizer object, for a teacher that is one too.
+    # A directory or hub name, or (Python only) a tokenizer.
     tokenizer: Any = option(
-        None, help="Tokenizer of a teacher that is given as an object.", group=TEACHER, python_only=True
+        None,
+        help="Tokenizer of the teacher: directory or hub name. A teacher on a server needs it.",
+        group=TEACHER,
+        metavar="DIR",
+        default_text="the teacher's own",
     )
     masking: MaskRule | None = part(MaskRule, prefix=MaskRule.PREFIX, optional=True)
     hidden: HiddenRule | None = part(HiddenRule, prefix=HiddenRule.PREFIX, optional=True)
@@ -374,6 +383,7 @@ class CacheTeacherConfig:
             self._check_generation()
         if self.running.engine == "vllm":
             self._check_vllm()
+        check_served(self)
         self._check_hidden()
         self._check_workers()
 
@@ -418,6 +428,11 @@ class CacheTeacherConfig:
                 raise ConfigError(f"`{name}`: cannot be combined with `engine=vllm`. Leave it out{instead}.")
         if self.masking is not None or self.objective == "masked":
             raise ConfigError("`engine` vllm: for causal teachers only. Use `engine=transformers`.")
+
+    @property
+    def on_server(self) -> bool:
+        """Whether the teacher is the URL of a server."""
+        return is_url(self.teacher)
 
     def _check_generation(self) -> None:
         given = flat(self)

@@ -87,7 +87,7 @@ def cache_teacher(
     for warning in corpus.warnings:
         on_warning(warning)
 
-    on_stage(f"loading the teacher on {device}")
+    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
     with closing(open_engine(config, corpus, tokenizer, device)) as engine:
         stored_head = engine.stored_head
         metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))

@@ -28,6 +28,8 @@ from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
 from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.engines.server.server_engine import ServerEngine
+from pipeline.teacher.engines.server.server_opening import check_client, open_server
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
@@ -93,9 +95,14 @@ class CachedText(Text, Protocol):
 
 
 def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
-    """Raises: ConfigError if an input of the run lies in one of the folders that it writes, or vLLM is missing."""
+    """Checks where the inputs of a run lie, and that its engine is installed.
+
+    Raises: ConfigError.
+    """
     if config.running.engine == "vllm":
         check_installed(allow_untested=config.running.allow_untested)
+    if config.on_server:
+        check_client()
     inputs = {
         "teacher": config.teacher,
         "tokenizer": config.tokenizer,
@@ -113,6 +120,8 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
 
     Raises: DataError, ModelError, ConfigError, each with the next step.
     """
+    if config.on_server:
+        return build_corpus(config.data, tokenizer)
     # What llama.cpp runs, and hence what a .gguf file holds, predicts the next token.
     known = load_config(config.teacher, **_source(config))
     found = known or PreTrainedConfig()
@@ -234,14 +243,25 @@ def open_engine(
     device: torch.device,
     *,
     timed: bool = False,
-) -> TransformersEngine | VllmEngine:
+) -> TransformersEngine | VllmEngine | ServerEngine:
     """The engine that a run asks for targets or answers.
 
     Args:
         timed: measure what the rows cost.
 
-    Raises: as `open_teacher` and `open_vllm`.
+    Raises: as `open_teacher`, `open_vllm` and `open_server`.
     """
+    if config.on_server:
+        if timed:
+            raise ConfigError(f"`teacher` {config.teacher}: a plan needs a teacher in this process, found a server.")
+        return open_server(
+            config.teacher,
+            config.server,
+            tokenizer,
+            rule=config.targets,
+            seq_len=text.longest_read,
+            all_positions=config.all_positions,
+        )
     if config.running.engine == "vllm":
         return _open_vllm(config, text, tokenizer, timed=timed)
     head = open_teacher(config, text, tokenizer, device)

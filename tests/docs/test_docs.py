@@ -155,6 +155,8 @@ def test_every_option_in_the_pages_exists() -> None:
     others = {"--nproc-per-node", "--no-python", "--max-restarts"}  # torchrun
     others |= {"--array", "--gres", "--cpus-per-task", "--requeue"}  # Slurm
     others |= {"--count"}  # benchmarks
+    others |= {"--max-logprobs", "--logprobs-mode", "--no-enable-prefix-caching"}  # vllm serve
+    others |= {"--context-length", "--disable-radix-cache"}  # SGLang
     for page in ["README.md", *PAGES]:
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text(page)))
         assert found - known - others == set(), page

@@ -16,11 +16,12 @@ PASSED_ON = ("quantization", "tensor_parallel_size", "max_model_len", "gpu_memor
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Transformers or vLLM, and the arguments of vLLM."""
+    """Transformers, vLLM or a server, and the arguments of vLLM."""
 
-    engine: Literal["auto", "transformers", "vllm"] = option(
+    engine: Literal["auto", "transformers", "vllm", "server"] = option(
         "auto",
-        help="What runs the teacher. auto: transformers. vllm: vLLM in this process; causal teachers only.",
+        help="What runs the teacher. auto: transformers, or server if `teacher` is a URL. vllm: vLLM in this process; "
+        "causal teachers only.",
         group=TEACHER,
         common=True,
     )

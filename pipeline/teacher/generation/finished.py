@@ -104,7 +104,7 @@ def _writer_name(manifest: cf.Manifest) -> str | None:
 
 def _facts(
     config: CacheTeacherConfig, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> dict[str, str]:
+) -> dict[str, str | None]:
     with closing(open_engine(config, prompts, tokenizer, device)) as engine:
         described = engine.describe_teacher()
-        return {name: described[name] for name in ("dtype", *cf.FINGERPRINTS)}
+        return {name: described.get(name) for name in ("dtype", *cf.FINGERPRINTS)}

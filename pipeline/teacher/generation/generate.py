@@ -31,6 +31,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +42,9 @@ from pipeline.models.objective import most_positions, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
+from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.engines.interface import TeacherEngine
+from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress
@@ -146,7 +149,7 @@ def generate_cache(
 
     cache = partial(cache_answers, config, worker, tokenizer=tokenizer, device=device, on_stage=on_stage)
     with store:
-        on_stage(f"loading the {'teacher' if writer is None else 'writer'} on {device}")
+        on_stage(_opening("teacher" if writer is None else "writer", writer or config, device))
         with closing(open_engine(writer or config, prompts, tokenizer, device)) as engine:
             corpus, answering = _answer(
                 writer or config, generation, prompts, store, engine, tokenizer, predicate, on_stage, on_progress
@@ -160,7 +163,7 @@ def generate_cache(
         if writer is not None:
             del engine, answering  # the device has room for the teacher
             clear_device_cache(garbage_collection=True)
-            on_stage(f"loading the teacher on {device}")
+            on_stage(_opening("teacher", config, device))
             with closing(open_engine(replace(config, generation=None), corpus, tokenizer, device)) as engine:
                 on_stage(f"scoring {len(corpus):,} of {selection.answers:,} answers")
                 exact_mass = cache(corpus, engine, scored=lambda state: on_progress(_scored(state)))
@@ -218,6 +221,10 @@ def _answer(
     return _corpus(generation, prompts, stop_tokens, predicate, kept, writer), answering
 
 
+def _opening(role: str, config: CacheTeacherConfig, device: torch.device) -> str:
+    return f"asking {config.teacher}" if config.on_server else f"loading the {role} on {device}"
+
+
 def _scored(state: CaptureProgress) -> GenerationProgress:
     return GenerationProgress(
         answers=state.rows,
@@ -232,13 +239,15 @@ def _scored(state: CaptureProgress) -> GenerationProgress:
 def _writer_config(config: CacheTeacherConfig, writer: str) -> CacheTeacherConfig:
     """What the writer is opened with: without what is about the teacher's weights, and with the cheapest targets, which
     nobody reads."""
+    running = config.running
     return replace(
         config,
         teacher=writer,
         tokenizer=None,
         revision=None,
         device_map=None,
-        running=replace(config.running, quantization=None, tensor_parallel_size=None),
+        running=EngineConfig() if config.on_server else replace(running, quantization=None, tensor_parallel_size=None),
+        server=ServerConfig(),
         targets=TargetRule(kind="top-k", top_k=1),
     )
 
@@ -256,6 +265,8 @@ def _check_causal(config: CacheTeacherConfig) -> int | None:
 
     Raises: ConfigError for a masked language model, which cannot generate.
     """
+    if config.on_server:
+        return None
     found = load_config(config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code)
     if config.objective == "masked" or (found is not None and objective_of(found) == "masked"):
         raise ConfigError(

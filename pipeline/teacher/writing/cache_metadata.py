@@ -44,6 +44,7 @@ def cache_metadata(
         targets={
             **with_head(rule.to_json(), engine.stored_head),
             "positions": "all" if config.all_positions else "counted",
+            **({"entropy": "lower-bound"} if config.on_server else {}),
             **({} if hidden is None else {"hidden": hidden.to_json()}),
         },
         corpus={

@@ -31,6 +31,8 @@ def save_config(config: CacheTeacherConfig) -> None:
     options["teacher"] = model_name(config.teacher)
     if not isinstance(config.data.data, str | tuple):
         options.pop("data", None)
+    if not isinstance(config.tokenizer, str):
+        options.pop("tokenizer", None)
     contents = json.dumps({"config": options}, indent=2, sort_keys=True) + "\n"
     try:
         write_bytes(directory, CONFIG_FILE, contents.encode())

@@ -1,0 +1,124 @@
+"""Options of a teacher behind an HTTP API. Standard library only (see `pipeline.options`)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from urllib.parse import urlsplit
+
+from pipeline.errors import ConfigError
+from pipeline.options import check_ranges, flat, option, options_of
+
+if TYPE_CHECKING:
+    from pipeline.teacher.cache_config import CacheTeacherConfig
+
+SERVER = "Server"
+
+ServerKind = Literal["vllm", "sglang"]
+KINDS: tuple[ServerKind, ...] = get_args(ServerKind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Which model of a server is asked, and how patiently."""
+
+    PREFIX: ClassVar = "server_"
+
+    model: str | None = option(
+        None,
+        name="model",
+        help="Name of the model on the server, if `teacher` is the URL of one.",
+        group=SERVER,
+        default_text="the only one that it serves",
+        common=True,
+    )
+    kind: Literal["auto", "vllm", "sglang"] = option(
+        "auto", help="What the server is. auto: ask the server.", group=SERVER
+    )
+    concurrency: int = option(
+        16, help="Number of requests that the server works on at once.", group=SERVER, minimum=1, maximum=4096
+    )
+    timeout: float = option(600.0, help="Seconds to wait for an answer before asking again.", group=SERVER, above=0)
+    patience: float = option(
+        600.0,
+        help="Seconds to go on asking a server that is down, loading or overloaded before the run ends.",
+        group=SERVER,
+        minimum=0,
+    )
+    api_key_env: str = option(
+        "OPENAI_API_KEY",
+        help="Environment variable that holds the API key, if the server wants one. The key is never recorded.",
+        group=SERVER,
+        metavar="NAME",
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, self.PREFIX)
+
+    def api_key(self) -> str | None:
+        return os.environ.get(self.api_key_env) or None
+
+
+def server_root(url: str) -> str:
+    """The URL without the path /v1 and a slash at its end.
+
+    Raises: ConfigError if it names no host, or holds a password or key, which would be recorded.
+    """
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise ConfigError(f"`teacher` {url}: found no host, expected a URL such as http://localhost:8000/v1.")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise ConfigError(
+            f"`teacher` {shown}: found a user name, password or parameters in the URL, which would be recorded with "
+            "the cache. Leave them out, and put an API key into the environment variable that `server_api_key_env` "
+            "names."
+        )
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+WITHOUT_SERVER = {
+    "batch_size": ", and set `server_concurrency`",
+    **dict.fromkeys(("device", "dtype", "device_map", "tensor_parallel", "revision"), "; the server has its own"),
+    "hidden_states": "; servers give no hidden states",
+}
+"""Option that cannot be combined with a teacher on a server -> what to do instead."""
+
+SERVED_KINDS = ("top-k", "top-p")
+"""Kinds of targets that lists of the most likely tokens are enough for."""
+
+
+def check_served(config: CacheTeacherConfig) -> None:
+    """Checks options against where the teacher is. Raises: ConfigError."""
+    given, engine, teacher = flat(config), config.running.engine, config.teacher
+    if not config.on_server:
+        if engine == "server":
+            raise ConfigError(f"`engine` server: found `teacher` {teacher}, expected a URL: http://localhost:8000/v1.")
+        for name, declared in options_of(type(config)).items():
+            if declared.metadata.group == SERVER and name in given:
+                raise ConfigError(f"`{name}`: only if `teacher` is the URL of a server. Leave it out.")
+        return
+    server_root(teacher)
+    if engine not in ("auto", "server"):
+        raise ConfigError(f"`engine` {engine}: `teacher` {teacher} is the URL of a server. Leave it out.")
+    for name, instead in WITHOUT_SERVER.items():
+        if name in given:
+            raise ConfigError(f"`{name}`: cannot be combined with a teacher on a server. Leave it out{instead}.")
+    if config.masking is not None or config.objective == "masked":
+        raise ConfigError(f"`teacher` {teacher}: a server has no masked language models. Give a directory.")
+    if config.tokenizer is None:
+        raise ConfigError(
+            f"`tokenizer`: missing, and `teacher` {teacher} is the URL of a server, which takes token ids. Give the "
+            "directory or hub name of the tokenizer of its model."
+        )
+    if config.targets.kind not in SERVED_KINDS:
+        raise ConfigError(
+            f"`targets` {config.targets.kind}: a server gives lists of its most likely tokens, expected "
+            f"{' or '.join(SERVED_KINDS)}. Use `top_k`, such as `top_k=20`, or run the teacher in this process."
+        )
+    if config.targets.temperature != 1.0:
+        raise ConfigError(
+            f"`temperature` {config.targets.temperature:g}: a server gives log-probabilities at temperature 1. "
+            "Leave it out."
+        )

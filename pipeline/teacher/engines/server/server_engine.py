@@ -1,0 +1,152 @@
+"""Teachers behind an HTTP API, as an engine: documents are requests, and lists of the K most likely tokens come back.
+
+    row ─▶ its documents that have targets ─▶ requests, as many at once as the server may work on ─▶ lists ─▶ targets
+
+A request holds the tokens of a document up to the one behind the last position that has targets: what follows cannot
+change an earlier prediction, and padding is never sent. If that position is the last one of the document, a token is
+added behind it, because servers give a distribution only beside the token that it was to predict. Equal to the
+transformers engine within rounding: what shares a batch with a document is up to the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import cache_format as cf
+from pipeline.errors import ModelError
+from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest
+from pipeline.teacher.engines.server.dialect import Dialect, Prompt
+from pipeline.teacher.engines.server.http_client import HttpClient
+from pipeline.teacher.engines.server.server_kinds import ServerFacts
+from pipeline.teacher.engines.server.top_lists import TopLists
+from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
+from pipeline.teacher.targets.cache_rows import cache_row
+from pipeline.teacher.targets.rules import TargetRule
+
+
+@dataclass
+class _Row:
+    """A row in progress: the lists of its documents, in their order."""
+
+    request: RowRequest
+    parts: Sequence[Future[TopLists]]
+    reported: bool = field(default=False)
+
+
+@dataclass(frozen=True)
+class _RunningRows:
+    """See `RunningRows`."""
+
+    pending: Sequence[_Row]
+    rule: TargetRule
+    vocab_size: int
+    on_batch: OnBatch
+
+    def rows(self, rule: int = 0) -> list[cf.CacheRow]:
+        found = []
+        for row in self.pending:
+            found.append(self._row(row))
+            if not row.reported:
+                row.reported = True
+                self.on_batch([row.request])
+        return found
+
+    def _row(self, row: _Row) -> cf.CacheRow:
+        request = row.request
+        try:
+            lists = [part.result() for part in row.parts]
+        except ModelError as error:
+            raise ModelError(f"row {request.index}: {error}") from error
+        together = TopLists.cat([TopLists.empty(entries(self.rule, self.vocab_size)), *lists])
+        targets = together.targets(self.rule, self.vocab_size)
+        return cache_row(request.index, request.row, request.stored, targets)
+
+    def measured(self) -> list[Measured]:
+        """Nothing: the time is the server's."""
+        return []
+
+
+def entries(rule: TargetRule, vocab_size: int) -> int:
+    """K: how many of the most likely tokens a rule needs."""
+    return min(rule.candidates, vocab_size)
+
+
+class ServerEngine:
+    """See `TeacherEngine`. Owns the client.
+
+    Args:
+        concurrency: requests that the server works on at once.
+        vocab_size: V of the tokenizer; a server does not say how many rows its output matrix has.
+    """
+
+    libraries: Sequence[str] = ("transformers",)
+    stored_head = None
+    revision = None
+    hidden: cf.HiddenSpec | None = None
+
+    def __init__(
+        self, client: HttpClient, dialect: Dialect, facts: ServerFacts, *, concurrency: int, vocab_size: int
+    ) -> None:
+        self.client, self.dialect, self.facts, self.vocab_size = client, dialect, facts, vocab_size
+        self.batch_size, self.rows_in_flight = concurrency, 2 * concurrency
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        return set()  # those of the tokenizer are used
+
+    def layers(self) -> tuple[int, int]:
+        raise ModelError(f"{self.client.root}: a server gives no hidden states. Leave `hidden_states` out.")
+
+    def describe_teacher(self) -> dict[str, str]:
+        return {"name": self.facts.model}
+
+    def describe(self) -> dict[str, Any]:
+        """The address is not recorded: a server may be started again elsewhere."""
+        return {
+            "engine": "server",
+            "server": self.facts.kind,
+            "server_version": self.facts.version,
+            "batch_size": self.batch_size,
+        }
+
+    def run(
+        self, requests: Sequence[RowRequest], rules: Sequence[TargetRule], on_batch: OnBatch = lambda _: None
+    ) -> _RunningRows:
+        (rule,) = rules
+        rows = [_Row(request, list(self._started(request, rule))) for request in requests]
+        return _RunningRows(rows, rule, self.vocab_size, on_batch)
+
+    def _started(self, request: RowRequest, rule: TargetRule) -> Iterator[Future[TopLists]]:
+        """A request for every document that the teacher reads for a row and that has targets."""
+        start, k, read = 0, entries(rule, self.vocab_size), request.read
+        stored = np.zeros(len(read.input_ids), bool)
+        stored[request.places(request.stored)] = True
+        for length in np.asarray(read.segment_lengths).tolist():
+            here = slice(start, start + length)
+            start += length
+            positions = np.flatnonzero(stored[here]).tolist()
+            if not positions:
+                continue
+            tokens = np.asarray(read.input_ids[here]).tolist()
+            prompt = Prompt(token_ids=[*tokens, tokens[-1]][: positions[-1] + 2], positions=positions, k=k)
+            yield self._lists(prompt)
+
+    def _lists(self, prompt: Prompt) -> Future[TopLists]:
+        dialect, vocab_size = self.dialect, self.vocab_size
+        body = dialect.prompt_body(prompt)
+        return self.client.post(
+            dialect.prompt_path, body, lambda answer: dialect.read_prompt(answer, prompt, vocab_size)
+        )
+
+    def generate(
+        self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
+    ) -> list[Answer]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.client.close()

@@ -1,0 +1,82 @@
+"""Which server answers at a URL: its kind, version, model and longest document, found by asking it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.teacher.engines.server.dialect import Dialect
+from pipeline.teacher.engines.server.http_client import HttpClient
+from pipeline.teacher.engines.server.server_config import ServerConfig, ServerKind
+from pipeline.teacher.engines.server.sglang_dialect import SglangDialect
+from pipeline.teacher.engines.server.vllm_dialect import VllmDialect
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFacts:
+    """What a server says of itself.
+
+    Attributes:
+        version: None if it does not say.
+        model: name on the server.
+        max_length: tokens of prompt and answer; None if it does not say.
+    """
+
+    kind: ServerKind
+    version: str | None
+    model: str
+    max_length: int | None
+
+
+def find_server(client: HttpClient, config: ServerConfig) -> ServerFacts:
+    """Raises: ConfigError if it does not have the model; ModelError if it is of no known kind, or does not answer."""
+    card = _model_card(client, config.model)
+    kind, said = _kind(client, config)
+    version, length = said.get("version"), card.get("max_model_len") or said.get("context_length")
+    return ServerFacts(
+        kind=kind,
+        version=None if version is None else str(version),
+        model=str(card["id"]),
+        max_length=length if isinstance(length, int) else None,
+    )
+
+
+def dialect_of(facts: ServerFacts) -> Dialect:
+    return VllmDialect(facts.model) if facts.kind == "vllm" else SglangDialect()
+
+
+def _model_card(client: HttpClient, wanted: str | None) -> dict[str, Any]:
+    found = client.get("/v1/models")
+    cards = found.get("data") if isinstance(found, dict) else None
+    if not isinstance(cards, list) or not cards or not all(isinstance(c, dict) and "id" in c for c in cards):
+        raise ModelError(
+            f"{client.root}/v1/models: found no list of models, expected an OpenAI-compatible server. Check the URL."
+        )
+    names = [str(card["id"]) for card in cards]
+    if wanted is None and len(names) > 1:
+        raise ConfigError(f"`model`: missing, and {client.root} has {len(names)} models: {_listed(names)}. Name one.")
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"`model` {wanted}: {client.root} has only {_listed(names)}. Name one of them.")
+    return dict(cards[0 if wanted is None else names.index(wanted)])
+
+
+def _kind(client: HttpClient, config: ServerConfig) -> tuple[ServerKind, dict[str, Any]]:
+    """The kind, and what the server says of itself besides."""
+    if config.kind in ("auto", "sglang") and isinstance(client.get("/get_model_info"), dict):
+        said = client.get("/get_server_info")
+        return "sglang", said if isinstance(said, dict) else {}
+    if config.kind in ("auto", "vllm"):
+        said = client.get("/version")
+        if isinstance(said, dict) and "version" in said:
+            return "vllm", said
+    if config.kind != "auto":
+        return config.kind, {}
+    raise ModelError(
+        f"{client.root}: found neither vLLM nor SGLang (no /version, no /get_model_info). Other servers give no "
+        "log-probabilities of a prompt. If it is one of them behind a proxy, name it with `server_kind`."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
