@@ -327,8 +327,9 @@ def import_cache(
     Returns: what was imported, left out and adjusted.
 
     Raises:
-        DataError: the source cannot be read, or a row of it cannot be right. ConfigError, ModelError: the options or the
-        tokenizer cannot be used. CacheError, MismatchError: `output` holds something else.
+        DataError: the source cannot be read, or a row of it cannot be right.
+        ConfigError, ModelError: the options or the tokenizer cannot be used.
+        CacheError, MismatchError: `output` holds something else.
     """
     from pipeline.importing.import_cache import import_cache as run_import
 

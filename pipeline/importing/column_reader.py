@@ -1,12 +1,16 @@
 """Columns of tokens and entries under any names: the generic format, and tools whose files are just such columns.
 
-    ids=tokens top_ids=top.token_ids … is written `column=("ids=tokens", …)`. Roles:
+`column=("ids=tokens", "top_ids=top_tokens", …)` gives each role a column:
 
-    ids            [T] tokens                                 attention   [T] 0 for padding, else a document's number
-    top_ids        [P][K] tokens of the entries, or flat      mask        [T] whether the token is to be predicted
-    values         [P][K] their values, or flat               position_mask  [T] whether the prediction from here counts
-    normaliser     [P] log-sum-exp of all logits              labels      [T] the token, negative where it is not in the loss
+    ids            [T] tokens
+    top_ids        [P][K] tokens of the entries, or flat [P·K] with `flat_k`
+    values         [P][K] their values, likewise
     entry_mask     [P][K] 0 for padding of a list
+    normaliser     [P] log-sum-exp of all logits
+    mask           [T] whether the token is to be predicted
+    labels         [T] the token, negative where it is not to be predicted
+    position_mask  [T] whether the prediction made from the position is in the loss
+    attention      [T] 0 for padding, else the number of a document
 
 NAME[i] takes item i of each position, for lists that are [P][parts][K].
 """

@@ -1,4 +1,4 @@
-"""DistillKit's compressed columns: `compressed_logprobs` and `bytepacked_indices`, described by compression_config.yaml.
+"""DistillKit's columns `compressed_logprobs` and `bytepacked_indices`, which compression_config.yaml describes.
 
 Bytes of a position, in order: `exact_k` values; coefficients of the terms; for each bin of residuals a scale and packed
 integers. The values after the exact ones are Σ coefficient·term(t) + residual, t = 0, 1, … (or 0 to 1). With

@@ -90,9 +90,9 @@ def _schema(format: str, metadata: cf.CacheMetadata) -> pa.Schema:
     else:
         columns = {"input_ids": ids, "labels": ids, "attention_mask": ids}
         columns |= {"target_token_ids": lists, "target_logprobs": value, "target_mask": lists}
-    facts = {b"teacher": str(metadata.teacher["name"]).encode(), b"temperature": b"%g" % metadata.targets["temperature"]}
+    facts = {"teacher": metadata.teacher["name"], "temperature": str(metadata.targets["temperature"])}
     if metadata.renormalised:
-        facts[b"renormalised"] = b"true"
+        facts["renormalised"] = "true"
     return pa.schema(columns, facts)
 
 

@@ -58,7 +58,8 @@ class ForeignRow:
 class Reader(Protocol):
     """How one format is read; `values` says what the numbers of its entries are."""
 
-    values: Values
+    @property
+    def values(self) -> Values: ...
 
     @property
     def renormalised(self) -> bool:

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import cache_format as cf
 from cache_format.storage.directory import open_directory, write_bytes
@@ -162,8 +161,8 @@ def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]
     warnings, evidence = [], survey.evidence
     if (repeated := survey.changed["documents that begin with two BOS tokens"]) and not config.drop_repeated_bos:
         warnings.append(
-            f"{repeated:,} documents begin with two BOS tokens, as if the teacher's text had been tokenised with special "
-            "tokens twice. `drop_repeated_bos=True` removes one of them"
+            f"{repeated:,} documents begin with two BOS tokens, as if special tokens had been added to the text twice. "
+            "`drop_repeated_bos=True` removes one of them"
         )
     if evidence.unrelated:
         warnings.append(

@@ -37,8 +37,8 @@ class ImportConfig:
     )
     values: Literal["logprobs", "probabilities", "logits", "renormalised"] | None = option(
         None,
-        help="What the values are. logits and renormalised (sum 1 over the list) have lost the tail mass, except logits "
-        "with a normaliser.",
+        help="What the values are. renormalised: their sum over the list is 1, so that the tail mass is lost. logits: "
+        "likewise, unless there is a normaliser.",
         group=SOURCE,
         default_text="that of the format; required for columns",
         common=True,

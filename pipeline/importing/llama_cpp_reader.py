@@ -1,6 +1,6 @@
 """Base files of llama-perplexity's KL divergence: log-probabilities of the whole vocabulary, 16 bits each.
 
-    "_logits_", int32 n_ctx, n_vocab, n_chunk, int32 tokens [n_chunk · n_ctx], then for each chunk n_ctx − 1 − n_ctx/2 rows:
+    "_logits_", int32 n_ctx, n_vocab, n_chunk, int32 tokens [n_chunk · n_ctx], then n_ctx − 1 − n_ctx/2 rows per chunk:
     float32 scale, float32 min_logprob, uint16 [V], one more if V is odd       log p = scale · value + min_logprob
 
 Row j of a chunk is the prediction from position n_ctx/2 + j: the first half is context only. Values more than 16 below
@@ -38,7 +38,9 @@ class _Base:
         with path.open("rb") as stream:
             start = stream.read(HEADER)
         if len(start) < HEADER or start[: len(MAGIC)] != MAGIC:
-            raise DataError(f"{path}: it does not begin with _logits_, as the files of llama-perplexity do. Check `format`.")
+            raise DataError(
+                f"{path}: it does not begin with _logits_, as files of llama-perplexity do. Check `format`."
+            )
         base = cls(path, *(int(each) for each in np.frombuffer(start, "<i4", offset=len(MAGIC))))
         if base.n_ctx < 4 or base.n_vocab < 2 or base.n_chunk < 1:
             numbers = f"n_ctx {base.n_ctx}, n_vocab {base.n_vocab}, n_chunk {base.n_chunk}"

@@ -186,7 +186,9 @@ class RowMapper:
         logprobs, tail = self._normalised(position, logprobs, counts, changed)
         return _Entries(position, ids, logprobs, counts, tail)
 
-    def _normalised(self, position: Ints, logprobs: Floats, counts: Ints, changed: Counter[str]) -> tuple[Floats, Floats]:
+    def _normalised(
+        self, position: Ints, logprobs: Floats, counts: Ints, changed: Counter[str]
+    ) -> tuple[Floats, Floats]:
         """Log-probabilities, rescaled where their sum is a little above 1, and the log of the tail mass [T]."""
         number = len(counts)
         mass = np.bincount(position, np.exp(logprobs), number)

@@ -5,8 +5,8 @@ A line is one response as it came over HTTP, with the request's fields beside it
     prompt           `prompt_token_ids` of the response or the line, `input_ids`, `prompt` as tokens or text, `messages`
     prompt lists     `prompt_logprobs` (vLLM), `meta_info.input_top_logprobs` (SGLang); optional
     answer           `token_ids` of a choice or the tokens of its lists, `meta_info.output_token_logprobs`
-    answer lists     `choices[].logprobs.content[].top_logprobs` (chat), `choices[].logprobs.top_logprobs` (completions),
-                     `meta_info.output_top_logprobs`
+    answer lists     `choices[].logprobs.content[].top_logprobs` of chats, `choices[].logprobs.top_logprobs` of
+                     completions, `meta_info.output_top_logprobs`
 
 Every choice is a row. Lists are about their own token. A token of an answer must be known, because everything after it
 depends on it; an entry whose token is not known joins the tail.

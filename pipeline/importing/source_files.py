@@ -87,8 +87,8 @@ def _refuse_pickle(path: Path) -> None:
             pickled = any(name.endswith(".pkl") for name in archive.namelist())
     if pickled:
         raise DataError(
-            f"{path}: a pickle, which runs code of its author when it is read. Save the arrays as Parquet or JSON lines "
-            "where you trust them, and import those."
+            f"{path}: a pickle, which can run its author's code when it is read. Save the arrays as Parquet or JSON "
+            "lines on a machine where that may happen, and import those."
         )
 
 

@@ -24,7 +24,8 @@ BASE_FILES = (".kld", ".logits", ".dat", ".bin")
 def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Reader:
     """The reader of `config.source`. Raises: DataError, ConfigError."""
     files = find_files(config.source, endings=BASE_FILES if config.format == "llama-cpp" else DATA_FILES)
-    name, columns = config.format, set[str]()
+    name: str = config.format
+    columns: set[str] = set()
     if name in ("auto", "distillkit", "axolotl"):
         columns = set() if _is_base(files) else first_columns(files)
     if name == "auto":

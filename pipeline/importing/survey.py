@@ -102,7 +102,7 @@ def mapped(reader: Reader, mapper: RowMapper, record: Any) -> MappedRow:
     try:
         return mapper.map(reader.decode(record))
     except BadRow as error:
-        raise DataError(f"{record.where}: {error}. Nothing can be learned from a wrong row: correct the source.") from error
+        raise DataError(f"{record.where}: {error}. Correct the source, or the options that describe it.") from error
 
 
 def check_shift(evidence: ShiftEvidence, source: str) -> None:

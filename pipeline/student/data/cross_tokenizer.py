@@ -280,8 +280,8 @@ def check_cross_tokenizer(
     default: TailPolicy = "renormalise" if cache.metadata.renormalised else "bucket"
     if default not in allowed:
         raise ConfigError(
-            f"{option}: {cache.path} has renormalised targets, whose tail mass is unknown, and this method compares it. "
-            "Use `cross_tokenizer=project`."
+            f"{option}: {cache.path} has renormalised targets, whose tail mass is unknown, and this method compares "
+            "it. Use `cross_tokenizer=project`."
         )
     return tail or default
 
