@@ -152,7 +152,7 @@ class Compression:
         approximate = residual.to(self.exact_dtype)
         if fit is not None:
             approximate = fit + approximate
-        joined = torch.cat([values, approximate.to(self.exact_dtype)], dim=1)
+        joined = torch.cat([values, approximate], dim=1)  # in the wider of the two dtypes
         return joined.float().cumsum(dim=1).to(self.exact_dtype) if self.delta else joined
 
     def ids(self, data: NDArray[np.uint8]) -> Ints:

@@ -169,7 +169,7 @@ def _to_range(steps: np.ndarray, bits: int) -> np.ndarray:
 def _floats(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":  # the upper half of a float32, rounded to nearest
         whole = values.astype("<f4").view("<u4") + 0x7FFF
-        return (whole >> 16).astype("<u2").view(np.uint8).reshape(len(values), -1)
+        return np.ascontiguousarray((whole >> 16).astype("<u2")).view(np.uint8).reshape(len(values), -1)
     data = np.ascontiguousarray(values.astype(np.dtype(dtype).newbyteorder("<")))
     return data.view(np.uint8).reshape(len(values), -1)
 
