@@ -1,7 +1,9 @@
-"""Conversations with the log-probabilities of their completion, as axolotl's first format for distillation has them:
-for each position a list of `{"logprob": …, "token": "token_id:123"}`.
+"""Conversations with the log-probabilities of their completion, as axolotl takes them before it prepares a data set.
 
-The lists are about the last tokens of the text, each about its own token, as servers return them. The text is
+    first form     for each token a list of {"logprob": …, "token": "token_id:123"}
+    second form    `target_token_ids` [L][K] and `target_logprobs` [L][K]
+
+The L lists are about the last L tokens of the text, each about its own token, as servers return them. The text is
 `input_ids`, or `messages` through the tokenizer's chat template.
 """
 
@@ -16,18 +18,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.importing.foreign_rows import BadRow, ForeignRow, Ints, Values
-from pipeline.importing.nested_values import integers, plain
+from pipeline.importing.nested_values import integers, lists, numbers, plain
 from pipeline.importing.source_files import Record, count_records, records
 from pipeline.importing.token_names import token_of
 
-LISTS = ("logprobs", "llm_text_generation_vllm_logprobs", "target_logprobs")
+LISTS = ("logprobs", "llm_text_generation_vllm_logprobs")
+IDS, LOGPROBS = "target_token_ids", "target_logprobs"
 
 
 @dataclass(frozen=True)
 class AxolotlReader:
+    """Args: column: that of the first form; None for the second."""
+
     files: Sequence[Path]
     tokenizer: PreTrainedTokenizerBase
-    column: str
+    column: str | None
     shift: int = 1
     values: Values = field(default="logprobs", init=False)
     renormalised: bool = field(default=False, init=False)
@@ -45,11 +50,26 @@ class AxolotlReader:
 
     def decode(self, record: Record) -> ForeignRow:
         input_ids = self._text(record)
+        entries = self._two_columns(record) if self.column is None else self._one_column(record)
+        before = len(input_ids) - len(entries["counts"])
+        if before < 0:
+            raise BadRow(f"{len(entries['counts'])} lists of entries for {len(input_ids)} tokens of text")
+        entries["counts"] = np.concatenate([np.zeros(before, np.int64), entries["counts"]])
+        return ForeignRow(input_ids=input_ids, shift=self.shift, **entries)
+
+    def _one_column(self, record: Record) -> dict[str, Any]:
+        assert self.column is not None
         positions = plain(record.column(self.column))
-        if not isinstance(positions, list) or len(positions) > len(input_ids):
-            raise BadRow(f"column {self.column!r}: {len(positions)} positions for {len(input_ids)} tokens of text")
-        before = len(input_ids) - len(positions)
-        return ForeignRow(input_ids=input_ids, shift=self.shift, **joined([[]] * before + positions))
+        if not isinstance(positions, list):
+            raise BadRow(f"column {self.column!r}: {type(positions).__name__}, expected a list of lists")
+        return joined(positions)
+
+    def _two_columns(self, record: Record) -> dict[str, Any]:
+        counts, ids = lists(record.column(IDS), IDS)
+        value_counts, values = lists(record.column(LOGPROBS), LOGPROBS)
+        if counts.tolist() != value_counts.tolist():
+            raise BadRow(f"columns {IDS!r} and {LOGPROBS!r} have lists of different lengths")
+        return {"counts": counts, "ids": integers(ids, IDS), "values": numbers(values, LOGPROBS)}
 
     def _text(self, record: Record) -> Ints:
         if record.get("input_ids") is not None:

@@ -43,7 +43,6 @@ class Preset:
     values: Values
     shift: int = 0
     optional: frozenset[str] = frozenset()
-    at_the_end: bool = False  # lists belong to the last tokens: P may be less than T
 
 
 PRESETS: dict[str, Preset] = {
@@ -53,7 +52,7 @@ PRESETS: dict[str, Preset] = {
         "logprobs",
         optional=frozenset({"attention"}),
     ),
-    "axolotl": Preset(
+    "axolotl-prepared": Preset(
         {
             **{"ids": "input_ids", "top_ids": "target_token_ids", "values": "target_logprobs"},
             **{"entry_mask": "target_mask", "labels": "labels", "attention": "attention_mask"},

@@ -1,4 +1,4 @@
-"""From a name of a format to the reader of a source, and from the columns of a source to the name of its format."""
+"""From the name of a format, or the columns of a source, to its reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.importing.axolotl_reader import LISTS, AxolotlReader
-from pipeline.importing.column_reader import PRESETS, REQUIRED, ColumnReader, Preset, first_columns, parse_columns
+from pipeline.importing.column_reader import PRESETS, REQUIRED, ColumnReader, first_columns, parse_columns
 from pipeline.importing.distillkit_reader import INDICES, LOGPROBS, Compression, DistillKitReader, find_layout
 from pipeline.importing.foreign_rows import Reader
 from pipeline.importing.import_config import ImportConfig
@@ -20,73 +20,73 @@ from pipeline.importing.source_files import DATA_FILES, find_files
 LLAMA_CPP_TOP_K = 64
 BASE_FILES = (".kld", ".logits", ".dat", ".bin")
 
+# Form of a format -> columns that it has and no other form does; the first that is there counts.
+FORMS: tuple[tuple[str, set[str]], ...] = (
+    ("distillkit", {LOGPROBS, INDICES}),
+    ("distillkit-raw", {"input_ids", "token_ids", "top_values"}),
+    ("axolotl-prepared", {"target_token_ids", "target_logprobs", "target_mask"}),
+    ("axolotl", {"target_token_ids", "target_logprobs"}),
+    ("nemo-aligner", {"topk_logits", "topk_token_ids"}),
+    *(("responses", {name}) for name in ("choices", "meta_info", "response")),
+    *(("axolotl", {name}) for name in LISTS),
+)
+
 
 def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Reader:
     """The reader of `config.source`. Raises: DataError, ConfigError."""
     files = find_files(config.source, endings=BASE_FILES if config.format == "llama-cpp" else DATA_FILES)
-    name: str = config.format
-    columns: set[str] = set()
-    if name in ("auto", "distillkit", "axolotl"):
-        columns = set() if _is_base(files) else first_columns(files)
-    if name == "auto":
-        name = _recognised(config, files, columns)
-    _check_options(config, name)
-    if name == "columns":
-        return _columns(config, files, None)
-    if name == "llama-cpp":
-        return LlamaCppReader(files, config.top_k or LLAMA_CPP_TOP_K)
-    if name == "responses":
-        return ServerReader(files, tokenizer, **_shift(config))
-    if name == "nemo-aligner":
-        return _columns(config, files, PRESETS[name])
-    if name == "axolotl":
-        lists = next((each for each in LISTS if each in columns), None)
-        if lists is not None and "target_token_ids" not in columns:
-            return AxolotlReader(files, tokenizer, lists, **_shift(config))
-        return _columns(config, files, PRESETS[name])
-    if {"token_ids", "top_values"} <= columns:
-        return _columns(config, files, PRESETS["distillkit-raw"])
-    return DistillKitReader(files, Compression.from_yaml(find_layout(config.layout, files)), **_shift(config))
+    form = _form(config, files)
+    _check_options(config, form)
+    shift = {} if config.shift is None else {"shift": config.shift}
+    if form == "columns" or form in PRESETS:
+        return _columns(config, files, form)
+    if form == "distillkit":
+        return DistillKitReader(files, Compression.from_yaml(find_layout(config.layout, files)), **shift)
+    if form == "axolotl":
+        columns = first_columns(files)
+        return AxolotlReader(files, tokenizer, next((each for each in LISTS if each in columns), None), **shift)
+    if form == "responses":
+        return ServerReader(files, tokenizer, **shift)
+    return LlamaCppReader(files, config.top_k or LLAMA_CPP_TOP_K)
 
 
-def _recognised(config: ImportConfig, files: Sequence[Path], columns: set[str]) -> str:
-    if config.column and {each.partition("=")[0] for each in config.column} >= set(REQUIRED):
+def _form(config: ImportConfig, files: Sequence[Path]) -> str:
+    """The form of the given format that the source has; of any format if it is `auto`."""
+    if config.format in ("columns", "llama-cpp", "responses", "nemo-aligner"):
+        return config.format
+    if config.format == "auto" and set(REQUIRED) <= set(parse_columns(config.column)):
         return "columns"
-    if _is_base(files):
+    if config.format == "auto" and _is_base(files):
         return "llama-cpp"
-    for name, needed in (
-        ("distillkit", {LOGPROBS, INDICES}),
-        ("distillkit", {"input_ids", "token_ids", "top_values"}),
-        ("axolotl", {"target_token_ids", "target_logprobs"}),
-        ("nemo-aligner", {"topk_logits", "topk_token_ids"}),
-        ("responses", {"choices"}),
-        ("responses", {"meta_info"}),
-        ("responses", {"response"}),
-        *(("axolotl", {each}) for each in LISTS),
-    ):
-        if needed <= columns:
-            return name
+    columns = first_columns(files)
+    for form, needed in FORMS:
+        if needed <= columns and config.format in ("auto", form.partition("-")[0]):
+            return form
     there = ", ".join(sorted(columns)) or "none"
+    whose = "no known tool writes" if config.format == "auto" else f"{config.format} does not write"
     raise DataError(
-        f"{config.source}: found columns {there}, which no known tool writes. Name them with `format=columns` and "
-        "`column`, for example ids=tokens top_ids=ids values=logprobs."
+        f"{config.source}: found columns {there}, which {whose}. Name them with `format=columns` and `column`, for "
+        "example ids=tokens top_ids=ids values=logprobs."
     )
 
 
-def _check_options(config: ImportConfig, name: str) -> None:
+def _check_options(config: ImportConfig, form: str) -> None:
+    columns = ("columns", *PRESETS)
     for option, given, takers in (
-        ("column", config.column, ("columns", "distillkit", "axolotl", "nemo-aligner")),
-        ("flat_k", config.flat_k, ("columns",)),
+        ("column", config.column, columns),
+        ("values", config.values, columns),
+        ("flat_k", config.flat_k, columns),
         ("layout", config.layout, ("distillkit",)),
-        ("values", config.values, ("columns", "distillkit", "axolotl", "nemo-aligner")),
-        ("shift", config.shift, ("columns", "distillkit", "axolotl", "nemo-aligner", "responses")),
+        ("shift", config.shift, (*columns, "distillkit", "axolotl", "responses")),
     ):
-        if given not in (None, ()) and name not in takers:
-            raise ConfigError(f"`{option}`: format {name} does not have this option. Leave it out.")
+        if given not in (None, ()) and form not in takers:
+            raise ConfigError(
+                f"`{option}`: the source has the form {form}, which does not have this option. Leave it out."
+            )
 
 
-def _columns(config: ImportConfig, files: Sequence[Path], preset: Preset | None) -> ColumnReader:
-    given = parse_columns(config.column)
+def _columns(config: ImportConfig, files: Sequence[Path], form: str) -> ColumnReader:
+    preset, given = PRESETS.get(form), parse_columns(config.column)
     columns = {**(preset.columns if preset else {}), **given}
     if missing := [role for role in REQUIRED if role not in columns]:
         raise ConfigError(f"`column`: {missing[0]} is missing, expected {', '.join(REQUIRED)}. Add {missing[0]}=NAME.")
@@ -104,10 +104,6 @@ def _columns(config: ImportConfig, files: Sequence[Path], preset: Preset | None)
         flat_k=config.flat_k,
         optional=(preset.optional if preset else frozenset()) - set(given),
     )
-
-
-def _shift(config: ImportConfig) -> dict[str, int]:
-    return {} if config.shift is None else {"shift": config.shift}
 
 
 def _is_base(files: Sequence[Path]) -> bool:
