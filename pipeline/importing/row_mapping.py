@@ -191,7 +191,8 @@ class RowMapper:
     ) -> tuple[Floats, Floats]:
         """Log-probabilities, rescaled where their sum is a little above 1, and the log of the tail mass [T]."""
         number = len(counts)
-        mass = np.bincount(position, np.exp(logprobs), number)
+        with np.errstate(over="ignore"):  # of logits given as log-probabilities
+            mass = np.bincount(position, np.exp(logprobs), number)
         if (bad := mass > MOST_MASS).any():
             place = int(bad.argmax())
             hint = ""

@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.importing.axolotl_reader import chat_tokens
-from pipeline.importing.foreign_rows import BadRow, ForeignRow, Values
+from pipeline.importing.foreign_rows import BadRow, ForeignRow, UnusableRow, Values
 from pipeline.importing.nested_values import integers, plain
 from pipeline.importing.source_files import Record, count_records, records
 from pipeline.importing.token_names import TokenNames, token_of
@@ -59,7 +59,7 @@ class ServerReader:
             if isinstance(inner := data.get("response"), Mapping):
                 data = {**data, **inner}
             choices = data.get("choices")
-            if not isinstance(choices, list):
+            if not isinstance(choices, list) or not choices:
                 yield Record(record.where, data)
                 continue
             for i, choice in enumerate(choices):
@@ -72,6 +72,8 @@ class ServerReader:
             prompt, prompt_lists, answer, answer_lists = self._sglang(data)
         elif isinstance(choice := data.get("choice"), Mapping):
             prompt, prompt_lists, answer, answer_lists = self._openai(data, choice)
+        elif data.get("choices") == []:
+            raise UnusableRow("no choices")
         else:
             raise BadRow("found neither `choices` nor `meta_info`, expected the response of a server")
         lists = [*(prompt_lists or [[]] * len(prompt)), *answer_lists]
