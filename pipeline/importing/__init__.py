@@ -1,7 +1,6 @@
 """Caches that other tools made: `distill import` reads them, `distill export` writes two of their formats.
 
-    files ─▶ Record ─▶ ForeignRow ─▶ cf.CacheRow
-    (source_files) (one reader per format) (row_mapping)
+    files ──readers──▶ ForeignRow ──row_mapping──▶ cf.CacheRow
 
 A reader knows how one tool writes tokens and lists of entries. Everything else exists once, in `row_mapping`: shift,
 normalisation, loss mask, documents, checks. `survey` reads the source once before anything is written.

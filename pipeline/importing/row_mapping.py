@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cache_format as cf
-from pipeline.importing.foreign_rows import BadRow, Floats, ForeignRow, Ints, UnusableRow, Values
+from pipeline.importing.readers.foreign_rows import BadRow, Floats, ForeignRow, Ints, UnusableRow, Values
 from pipeline.importing.shift_evidence import ShiftEvidence
 
 MOST_MASS = 1.02

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.importing.foreign_rows import Floats, Ints
+from pipeline.importing.readers.foreign_rows import Floats, Ints
 
 OFFSETS = (-1, 0, 1)  # of the token, relative to the one that the list is to predict
 FLOOR = -20.0  # nats; -inf of an empty tail would decide everything

@@ -22,7 +22,7 @@ from foreign_files import (
     write_parquet,
 )
 from pipeline.errors import ConfigError, DataError
-from pipeline.importing.distillkit_reader import Bin, Compression, unpack_integers
+from pipeline.importing.readers.distillkit_reader import Bin, Compression, unpack_integers
 
 ROWS = made_up_rows(2)
 PUBLIC = Kit(k=128, exact_k=32, terms=(0, 1, 2))  # of the packed data sets of arcee-ai

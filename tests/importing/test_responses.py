@@ -10,7 +10,7 @@ import pytest
 
 from foreign_files import MadeUp, import_rows, made_up_rows, write_lines
 from pipeline.errors import DataError
-from pipeline.importing.token_names import TokenNames
+from pipeline.importing.readers.token_names import TokenNames
 
 K = 8
 PROMPT = 12  # tokens of each row that are the prompt

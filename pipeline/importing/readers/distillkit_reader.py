@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.importing.foreign_rows import BadRow, ForeignRow, Ints, Values
-from pipeline.importing.nested_values import integers, rectangle
-from pipeline.importing.source_files import Record, count_records, records
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints, Values
+from pipeline.importing.readers.nested_values import integers, rectangle
+from pipeline.importing.readers.source_files import Record, count_records, records
 
 CONFIG = "compression_config.yaml"
 LOGPROBS, INDICES = "compressed_logprobs", "bytepacked_indices"

@@ -8,14 +8,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.importing.axolotl_reader import LISTS, AxolotlReader
-from pipeline.importing.column_reader import PRESETS, REQUIRED, ColumnReader, first_columns, parse_columns
-from pipeline.importing.distillkit_reader import INDICES, LOGPROBS, Compression, DistillKitReader, find_layout
-from pipeline.importing.foreign_rows import Reader
 from pipeline.importing.import_config import ImportConfig
-from pipeline.importing.llama_cpp_reader import MAGIC, LlamaCppReader
-from pipeline.importing.server_reader import ServerReader
-from pipeline.importing.source_files import DATA_FILES, find_files
+from pipeline.importing.readers.axolotl_reader import LISTS, AxolotlReader
+from pipeline.importing.readers.column_reader import PRESETS, REQUIRED, ColumnReader, first_columns, parse_columns
+from pipeline.importing.readers.distillkit_reader import INDICES, LOGPROBS, Compression, DistillKitReader, find_layout
+from pipeline.importing.readers.foreign_rows import Reader
+from pipeline.importing.readers.llama_cpp_reader import MAGIC, LlamaCppReader
+from pipeline.importing.readers.server_reader import ServerReader
+from pipeline.importing.readers.source_files import DATA_FILES, find_files
 
 LLAMA_CPP_TOP_K = 64
 BASE_FILES = (".kld", ".logits", ".dat", ".bin")

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.importing.foreign_rows import BadRow, ForeignRow, Ints, Values
-from pipeline.importing.nested_values import integers, lists, numbers, plain
-from pipeline.importing.source_files import Record, count_records, records
-from pipeline.importing.token_names import token_of
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints, Values
+from pipeline.importing.readers.nested_values import integers, lists, numbers, plain
+from pipeline.importing.readers.source_files import Record, count_records, records
+from pipeline.importing.readers.token_names import token_of
 
 LISTS = ("logprobs", "llm_text_generation_vllm_logprobs")
 IDS, LOGPROBS = "target_token_ids", "target_logprobs"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.importing.foreign_rows import BadRow, Floats, Ints
+from pipeline.importing.readers.foreign_rows import BadRow, Floats, Ints
 
 
 def integers(value: Any, name: str) -> Ints:

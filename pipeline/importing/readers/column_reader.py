@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.importing.foreign_rows import BadRow, ForeignRow, Values
-from pipeline.importing.nested_values import integers, lists, numbers, plain, take_part
-from pipeline.importing.source_files import Record, count_records, records
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Values
+from pipeline.importing.readers.nested_values import integers, lists, numbers, plain, take_part
+from pipeline.importing.readers.source_files import Record, count_records, records
 
 REQUIRED = ("ids", "top_ids", "values")
 ROLES = (*REQUIRED, "mask", "position_mask", "labels", "attention", "normaliser", "entry_mask")

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.importing.foreign_rows import BadRow
+from pipeline.importing.readers.foreign_rows import BadRow
 
 _NUMBERED = re.compile(r"token_id:(\d+)")
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from pipeline.importing.source_files import Record
+    from pipeline.importing.readers.source_files import Record
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.importing.foreign_rows import BadRow, ForeignRow, Values
-from pipeline.importing.source_files import Record
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Values
+from pipeline.importing.readers.source_files import Record
 
 MAGIC = b"_logits_"
 HEADER = len(MAGIC) + 3 * 4
