@@ -48,8 +48,8 @@ SUMMARIES = {
     "verify": "Check a cache: bytes, values, and some rows against the teacher.",
     "convert": "Rewrite a cache: other encoding, other shards, fewer entries.",
     "merge": "Finish a cache whose shards were written separately.",
-    "import": "Make a cache from log-probabilities of another tool or a server.",
-    "export": "Write a cache as files of another tool.",
+    "import": "Make a cache from another tool's log-probabilities.",
+    "export": "Write a cache as another tool's files.",
     "push": "Upload a cache to the Hugging Face hub.",
 }
 

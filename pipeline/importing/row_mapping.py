@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cache_format as cf
+from cache_format.rows.types import joint_index
 from pipeline.importing.readers.foreign_rows import BadRow, Floats, ForeignRow, Ints, UnusableRow, Values
 from pipeline.importing.shift_evidence import ShiftEvidence
 
@@ -156,7 +157,7 @@ class RowMapper:
             raise BadRow(f"position {position[place]}: value {values[place]} of token {ids[place]}, expected a number")
         if (bad := ids < 0).any():
             raise BadRow(f"position {position[bad.argmax()]}: entry {ids[bad.argmax()]}, expected a token")
-        order = np.lexsort((ids, position))
+        order = np.argsort(joint_index(position, ids, int(ids.max(initial=0)) + 1), kind="stable")
         position, ids, values = position[order], ids[order], values[order]
         twice = (position[1:] == position[:-1]) & (ids[1:] == ids[:-1])
         if twice.any():
