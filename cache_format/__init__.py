@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from cache_format.read.reader import Cache, open_cache
     from cache_format.read.verify import VerifySummary, verify_cache
     from cache_format.rows.hidden import HiddenSpec, HiddenStates, find_invalid_state
+    from cache_format.rows.plausibility import entropy_lower_bound
     from cache_format.rows.rebuilt import rebuilt_targets
     from cache_format.rows.row_batch import RowBatch
     from cache_format.rows.types import IGNORE_INDEX, CacheRow, SparseTargets
@@ -99,6 +100,7 @@ __all__ = [
     "default_codebooks",
     "differences",
     "entropy_codebook",
+    "entropy_lower_bound",
     "find_invalid_state",
     "finish_cache",
     "finished_already",
@@ -139,6 +141,7 @@ _LAZY = {
         "read.reader": ("Cache", "open_cache"),
         "read.verify": ("VerifySummary", "verify_cache"),
         "rows.hidden": ("HiddenSpec", "HiddenStates", "find_invalid_state"),
+        "rows.plausibility": ("entropy_lower_bound",),
         "rows.rebuilt": ("rebuilt_targets",),
         "rows.row_batch": ("RowBatch",),
         "rows.types": ("IGNORE_INDEX", "CacheRow", "SparseTargets"),

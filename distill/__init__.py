@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         Verification,
         cache_teacher,
         evaluate,
+        export_cache,
+        import_cache,
         plan,
         train_student,
         verify,
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "distill.functions": (
-        *("cache_teacher", "train_student", "evaluate", "plan", "verify"),
+        *("cache_teacher", "train_student", "evaluate", "plan", "verify", "import_cache", "export_cache"),
         *("Progress", "Verification", "DistillWarning"),
     ),
     "cache_format": (
@@ -77,7 +79,9 @@ __all__ = [
     "__version__",
     "cache_teacher",
     "evaluate",
+    "export_cache",
     "fused_head_loss",
+    "import_cache",
     "open_cache",
     "plan",
     "sparse_kl",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.importing.import_config import ImportConfig
 from pipeline.options import Option, build, options_of, read_config
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     import cache_format as cf
     from pipeline.evaluation.held_out import Evaluation
+    from pipeline.importing.export_cache import ExportSummary
+    from pipeline.importing.import_cache import ImportSummary
     from pipeline.student.training.train import TrainSummary
     from pipeline.teacher.capture import CaptureSummary
     from pipeline.teacher.generation.generate import GenerationSummary
@@ -302,6 +305,63 @@ def evaluate(
     report = _Reporter(on_progress)
     with _quiet(student):
         return run_evaluation(run, on_stage=report.stage, on_progress=report.step)
+
+
+@_takes_options(ImportConfig)
+def import_cache(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> ImportSummary:
+    """Make a cache from log-probabilities that another tool or a server wrote, as `distill import` does.
+
+    Args:
+        source: file, directory or glob pattern.
+        output: cache directory or fsspec URL.
+        config: TOML or JSON file of options; keyword arguments win over it.
+        on_progress: called with a `Progress`.
+
+    Returns: what was imported, left out and adjusted.
+
+    Raises:
+        DataError: the source cannot be read, or a row of it cannot be right.
+        ConfigError, ModelError: the options or the tokenizer cannot be used.
+        CacheError, MismatchError: `output` holds something else.
+    """
+    from pipeline.importing.import_cache import import_cache as run_import
+
+    run = _config(ImportConfig, config, {"source": source, "output": output, **options})
+    report = _Reporter(on_progress)
+    with _quiet():
+        return run_import(run, on_stage=report.stage, on_step=report.step, on_warning=report.warn)
+
+
+def export_cache(
+    cache: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str = "parquet",
+    on_progress: OnProgress | None = None,
+) -> ExportSummary:
+    """Write a cache as Parquet files that other tools read, as `distill export` does.
+
+    Args:
+        cache: cache directory or URL, with exact entries only.
+        output: directory to write; must not exist, or be empty.
+        format: parquet or axolotl.
+        on_progress: called with a `Progress`.
+
+    Raises: CacheError: the cache cannot be read, or `output` is not empty. MismatchError: its targets are sampled or
+        hidden. ConfigError: an unknown `format`.
+    """
+    from pipeline.importing.export_cache import export_cache as run_export
+
+    report = _Reporter(on_progress)
+    report.stage(f"exporting {cache}")
+    return run_export(str(cache), str(output), format, on_step=report.step)
 
 
 @dataclass(frozen=True)

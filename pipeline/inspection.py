@@ -22,6 +22,8 @@ def describe_targets(targets: Mapping[str, Any]) -> str:
     ]
     if "head" in targets and "hidden" in targets:
         parts.insert(0, f"D = {targets['hidden']['width']}, {targets['hidden']['dtype']}")
+    if targets.get("renormalised"):
+        parts.append("renormalised: tail mass unknown")
     return ", ".join([targets["kind"], *parts])
 
 

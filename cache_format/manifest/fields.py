@@ -77,6 +77,7 @@ LEVEL = Kind(
 
 MOST_VOCABULARY = MOST_TOKENS = 2**24  # MOST_TOKENS: of a row
 KINDS = ("top-k", "top-p", "threshold", "random", "hidden")
+LOWER_BOUND = "lower-bound"  # of targets.entropy
 CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
 
 COUNTS: dict[str, Any] = {"rows": COUNT, "tokens": COUNT, "counted_tokens": COUNT, "entries": COUNT}
@@ -121,6 +122,8 @@ TARGETS = {
     "samples?": whole(1, 255),
     "seed?": whole(0, 2**64 - 1),
     "positions?": TEXT,
+    "entropy?": one_of(LOWER_BOUND),
+    "renormalised?": FLAG,
     "hidden?": HIDDEN,
     "head?": HEAD,
 }

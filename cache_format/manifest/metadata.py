@@ -104,6 +104,16 @@ class CacheMetadata:
         return self.targets.get("samples") is not None
 
     @property
+    def entropy_known(self) -> bool:
+        """Whether stored entropies are those of the teacher's full distributions, and not only lower bounds."""
+        return self.targets.get("entropy") is None
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether the exact entries were rescaled to sum to 1, so that the teacher's tail mass is unknown."""
+        return bool(self.targets.get("renormalised"))
+
+    @property
     def rounded_once(self) -> bool:
         """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
         changes = self.capture.get("converted") or ()

@@ -65,6 +65,23 @@ def find_implausible(batch: RowBatch, rows: range, metadata: CacheMetadata) -> s
     return None
 
 
+def entropy_lower_bound(
+    position: NDArray[np.integer], logprobs: NDArray[np.floating], residual_logprob: NDArray[np.floating]
+) -> NDArray[np.float32]:
+    """[N] -Σ p·log p over the exact entries and the tail as one outcome: the least entropy that these numbers admit.
+
+    Args:
+        position: [E] position of each exact entry. logprobs: [E]. residual_logprob: [N], may be -inf.
+    """
+    least = -np.bincount(position, _p_log_p(logprobs), len(residual_logprob)) - _p_log_p(residual_logprob)
+    return np.maximum(least, 0.0).astype(np.float32)
+
+
+def _p_log_p(logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+    logs = np.where(np.isneginf(logprobs), 0.0, logprobs).astype(np.float64)
+    return np.where(np.isneginf(logprobs), 0.0, np.exp(logs) * logs)
+
+
 def _surprise(low: NDArray[np.float64], high: NDArray[np.float64]) -> Bounds:
     """Smallest and largest -p·log p for p between two bounds; the maximum is at 1/e."""
     low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)

@@ -5,6 +5,7 @@
     distill evaluate        held-out cache + student         distill verify    checksums, values, teacher
     distill plan            bytes and time in advance        distill convert   other encoding, fewer entries
     distill merge           shards of several machines       distill push      cache ─▶ hub
+    distill import          another tool's files ─▶ cache    distill export    cache ─▶ another tool's files
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and exit status 1,
 wrong usage 2, an interrupt 130; a bug keeps its traceback. A command is imported when it is called, and what it needs
@@ -31,6 +32,8 @@ COMMANDS = {
     "verify": "verify_command",
     "convert": "convert_command",
     "merge": "merge_command",
+    "import": "import_command",
+    "export": "export_command",
     "push": "push_command",
 }
 """Command -> module of this package that defines it as `command`, in the order of the flow."""
@@ -45,6 +48,8 @@ SUMMARIES = {
     "verify": "Check a cache: bytes, values, and some rows against the teacher.",
     "convert": "Rewrite a cache: other encoding, other shards, fewer entries.",
     "merge": "Finish a cache whose shards were written separately.",
+    "import": "Make a cache from another tool's log-probabilities.",
+    "export": "Write a cache as another tool's files.",
     "push": "Upload a cache to the Hugging Face hub.",
 }
 

@@ -19,7 +19,7 @@ from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum
 from pipeline.losses.tails import TailPolicy
 from pipeline.losses.weighting import PositionWeighting, check_weighting
 
-KlEstimateKind = Literal["full", "estimate", "lower bound"]
+KlEstimateKind = Literal["full", "estimate", "lower bound", "entries only"]
 
 
 class Schedule(Protocol):
@@ -100,6 +100,8 @@ class DistillLoss:
         """How the reported KL relates to that of the full distributions."""
         if self.full:
             return "full"
+        if self.kl_tail == "renormalise":
+            return "entries only"
         return "estimate" if self.kl_tail == "sampled" else "lower bound"
 
     @property

@@ -19,6 +19,7 @@ def statistics_view(stats: dict[str, Any]) -> RenderableType:
     entries = f"{stats['entries']:,}, {stats['entries'] / stats['tokens']:.1f} per token"
     kept = f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}"
     weights, error = stats["weight_sum_mean"], stats["weight_sum_standard_error"]
+    at_least = "" if targets.get("entropy") is None else "at least "  # only lower bounds are stored
     once = ""
     if targets["kind"] == "hidden":
         entries, kept = "none: states, from which the head computes the full distribution", "all"
@@ -34,7 +35,7 @@ def statistics_view(stats: dict[str, Any]) -> RenderableType:
             ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token{once}"),
             ("exact mass", kept),
             *([] if weights is None else [("sum of weights", f"mean {weights:.5f} ± {error:.5f} (standard error)")]),
-            ("entropy", f"mean {_number(stats['entropy_mean_nats'], 2)} nats"),
+            ("entropy", f"mean {at_least}{_number(stats['entropy_mean_nats'], 2)} nats"),
         ],
     )
     histogram = Table(title="teacher entropy, nats", title_justify="left", box=None, show_header=False)

@@ -35,7 +35,11 @@ def _states(name: str, logs: Mapping[str, Any]) -> str:
     return f" · hidden states {logs[name]:.4f}" if name in logs else ""
 
 
-LOWER_BOUND = "a lower bound: all tokens outside the cache count as one class"
+KL_NOTES = {
+    "lower bound": "a lower bound: all tokens outside the cache count as one class",
+    "entries only": "over the cached entries alone: the teacher's tail mass is unknown",
+}
+"""What to say of a KL, by `kl_estimate_kind`."""
 
 
 def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> RenderableType:
@@ -57,8 +61,8 @@ def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) ->
             f"{values['agreement']:.1%}",
             f"{values['tokens']:,}",
         )
-    lower_bound = any(values.get("kl_estimate_kind") == "lower bound" for values in evaluations.values())
-    notes = [f"KL: {LOWER_BOUND}"] if lower_bound else []
+    kinds = {values.get("kl_estimate_kind") for values in evaluations.values()}
+    notes = [f"KL: {note}" for kind, note in KL_NOTES.items() if kind in kinds]
     if crossed:
         notes.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
     return Group(titled(title, table), *map(Text, notes))
@@ -96,7 +100,7 @@ def training_view(summary: Mapping[str, Any]) -> RenderableType:
                 f"agreement {found['agreement']:.1%}"
                 + (f" · hidden states {found['features']:.4f}" if "features" in found else ""),
             ),
-            *([("KL", LOWER_BOUND)] if summary["kl_estimate_kind"] == "lower bound" else []),
+            *([("KL", note)] if (note := KL_NOTES.get(summary["kl_estimate_kind"])) else []),
         ]
     view = pairs(f"Trained {summary['output']}", rows)
     if len(summary["evaluations"]) < 2:

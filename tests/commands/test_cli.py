@@ -49,6 +49,8 @@ def test_commands_stand_in_the_order_of_the_flow():
         "verify",
         "convert",
         "merge",
+        "import",
+        "export",
         "push",
     ]
     assert main.list_commands(click.Context(main)) == list(COMMANDS) == list(SUMMARIES) == names

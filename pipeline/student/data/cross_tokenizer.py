@@ -277,7 +277,13 @@ def check_cross_tokenizer(
                 f"{option}: it compares probabilities at temperature 1, with uniform weights. Use targets captured at "
                 f"temperature 1 (found {captured:g}), and neither `temperature` nor `position_weighting`."
             )
-    return tail or "bucket"
+    default: TailPolicy = "renormalise" if cache.metadata.renormalised else "bucket"
+    if default not in allowed:
+        raise ConfigError(
+            f"{option}: {cache.path} has renormalised targets, whose tail mass is unknown, and this method compares "
+            "it. Use `cross_tokenizer=project`."
+        )
+    return tail or default
 
 
 def for_foreign_student(

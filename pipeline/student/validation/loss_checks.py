@@ -63,7 +63,17 @@ def loss_for_cache(
             )
         schedule = Schedule.parse(temperature_schedule, "`temperature_schedule`")
         temperature = schedule.at(1, 1)
-    sampled = tail == "sampled" or (cache.metadata.sampled and not exact_only)
+    kl_tail: TailPolicy = "bucket"
+    if tail == "sampled" or (cache.metadata.sampled and not exact_only):
+        kl_tail = "sampled"
+    elif cache.metadata.renormalised:
+        _check_renormalised(cache, tail)
+        kl_tail = "renormalise"
+    if position_weighting == "teacher-entropy" and not cache.metadata.entropy_known:
+        raise ConfigError(
+            f"`position_weighting` teacher-entropy: {cache.path} has only lower bounds of the teacher's entropies, "
+            "because it was made from lists of entries. Use `position_weighting=student-entropy` or leave it out."
+        )
     try:
         loss = DistillLoss(
             kd_weight=kd_weight if kd is None else kd.at(1, 1),
@@ -71,7 +81,7 @@ def loss_for_cache(
             tail=tail,
             divergence=parsed,
             position_weighting=position_weighting,
-            kl_tail="sampled" if sampled else "bucket",
+            kl_tail=kl_tail,
             kd_schedule=kd,
             temperature_schedule=schedule,
             teacher_head=None if cache.metadata.head is None else TeacherHead(cache),
@@ -95,6 +105,7 @@ def loss_for_held_out(loss: DistillLoss, cache: Cache, *, exact_only: bool = Fal
     else:
         serves = cache.metadata.sampled if loss.tail == "sampled" else exact_entries(cache)[0] > 0
     serves = serves and not loss.full and cache.metadata.head is None  # full distributions have no tail
+    serves = serves and (loss.tail == "renormalise" or not cache.metadata.renormalised)
     return loss_for_cache(
         cache,
         kd_weight=loss.kd_weight,
@@ -109,10 +120,20 @@ def loss_for_held_out(loss: DistillLoss, cache: Cache, *, exact_only: bool = Fal
 def loss_for_all(losses: list[DistillLoss]) -> DistillLoss:
     """One loss for rows of several caches, which agree except for their sampled entries.
 
-    Rows of all caches share a batch, so the reported KL uses the sampled entries only if every cache has them.
+    Rows of all caches share a batch, so the reported KL uses the sampled entries only if every cache has them, and the
+    tail mass only if every cache has it.
     """
-    sampled = all(loss.kl_tail == "sampled" for loss in losses)
-    return replace(losses[0], kl_tail="sampled" if sampled else "bucket")
+    kl_tails: set[TailPolicy] = {loss.kl_tail for loss in losses}
+    kl_tail = kl_tails.pop() if len(kl_tails) == 1 else "renormalise" if "renormalise" in kl_tails else "bucket"
+    return replace(losses[0], kl_tail=kl_tail)
+
+
+def _check_renormalised(cache: Cache, tail: TailPolicy) -> None:
+    if tail != "renormalise":
+        raise ConfigError(
+            f"`tail` {tail}: the entries of {cache.path} were rescaled to sum to 1 before they were imported, so the "
+            "teacher's tail mass is unknown, and this policy would teach that it is 0. Use `tail=renormalise`."
+        )
 
 
 def _check_tail(cache: Cache, loss: DistillLoss) -> None:

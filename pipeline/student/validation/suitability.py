@@ -21,7 +21,8 @@ PROBED_RECORD_BATCHES = 4
 
 
 def default_tail(cache: Cache, divergence: str) -> TailPolicy:
-    """ "sampled" if the cache has a sample of the tail and the divergence can use it, else "bucket".
+    """ "sampled" if the cache has a sample of the tail and the divergence can use it, "renormalise" if the tail mass is
+    unknown, else "bucket".
 
     Raises: ConfigError for a divergence that cannot be parsed, or that these targets cannot serve.
     """
@@ -33,7 +34,7 @@ def default_tail(cache: Cache, divergence: str) -> TailPolicy:
             f"`divergence` {parsed}: {cache.path} has {without_exact(cache)}, and only forward-kl is unbiased on a "
             "sample. Use `divergence=forward-kl`, or cache the text with `targets=top-k`."
         )
-    return "bucket"
+    return "renormalise" if cache.metadata.renormalised else "bucket"
 
 
 def parse_divergence(divergence: str) -> DivergenceSum:

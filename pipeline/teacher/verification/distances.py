@@ -105,6 +105,8 @@ class StoredTargets:
         self.logprobs = Bounds(*(_rectangle(bound, counts[:, 0], width, -np.inf) for bound in (low, high)))
         self.tail = _bounds(metadata, "residual_logprob", targets.residual_logprob[stored])
         self.entropy = _bounds(metadata, "entropy", targets.entropy[stored])
+        if not metadata.entropy_known:
+            self.entropy = Bounds(self.entropy.low, torch.full_like(self.entropy.high, torch.inf))
         self.drawn = torch.cat(  # [n, P], the token of each point, -1: none
             [_drawn(targets, groups, sample, counts, rule) for sample in range(1, counts.shape[1])], dim=1
         )

@@ -1,0 +1,44 @@
+"""`distill export`: a cache in, Parquet files of another tool out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from pipeline.commands.click_options import DistillCommand, examples, here_with_flags, interrupted, json_option
+
+
+@click.command(
+    "export",
+    cls=DistillCommand,
+    epilog=examples(
+        "distill export caches/train --output train-parquet",
+        "distill export caches/train --output train-axolotl --format axolotl",
+    ),
+)
+@click.argument("cache")
+@click.option("--output", required=True, help="Directory to write; must not exist, or be empty. [required]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["parquet", "axolotl"]),
+    default="parquet",
+    help="parquet: lists of ids and log-probabilities. axolotl: its prepared columns. [default: parquet]",
+)
+@json_option()
+def command(cache: str, output: str, format_: str, json_file: str | None) -> None:
+    """Write a cache with exact entries as Parquet files that other tools read.
+
+    distill import takes both formats back.
+    """
+    from pipeline.importing.export_cache import export_cache
+    from pipeline.terminal.console import Status, show_result
+    from pipeline.terminal.import_view import export_view
+
+    with Status(here_with_flags) as status:
+        try:
+            summary = export_cache(cache, output, format_, on_step=lambda done, of: status.step(done, of, "rows"))
+        except KeyboardInterrupt:
+            interrupted(f"{output} is incomplete. Remove it before you try again.")
+    show_result(lambda: export_view(summary), lambda: asdict(summary), json_file)

@@ -1,0 +1,188 @@
+"""Import: a source of another tool ─▶ a cache, in two passes (`survey`), resumed as any cache is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import cache_format as cf
+from cache_format.storage.directory import open_directory, write_bytes
+from pipeline.importing.import_config import ImportConfig
+from pipeline.importing.readers.foreign_rows import Reader
+from pipeline.importing.readers.source_formats import open_source
+from pipeline.importing.row_mapping import RowMapper
+from pipeline.importing.survey import Survey, survey_source, usable_rows
+from pipeline.models.loading import load_tokenizer
+from pipeline.models.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
+from pipeline.options import CONFIG_FILE, flat
+from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS, SHARD_TOKENS
+
+LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
+NOT_SAVED = ("output", "overwrite", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """What was imported.
+
+    Attributes:
+        unusable: reason -> number of records that were left out; `examples`: reason -> the first of them.
+        changed: what was adjusted or left out in the other rows -> how often.
+        label_logprob: mean log-probability of the next token, nats; one that is not listed counts with its upper bound.
+        label_listed: fraction of positions whose next token is among the entries.
+    """
+
+    output: str
+    rows: int
+    tokens: int
+    loss_tokens: int
+    entries: int
+    bytes: int
+    renormalised: bool
+    label_logprob: float | None
+    label_listed: float | None
+    unusable: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+
+
+def import_cache(
+    config: ImportConfig,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[float, float], None] = lambda done, total: None,
+    on_warning: Callable[[str], None] = lambda _: None,
+) -> ImportSummary:
+    """Reads the source twice: to check and count, and to write. Continues an unfinished import with the same options,
+    and leaves a finished one alone.
+
+    Raises:
+        DataError: the source cannot be read, or a row of it cannot be right; the message names the row.
+        ConfigError, ModelError: the options or the tokenizer cannot be used.
+        CacheError: `output` holds something else; MismatchError: it holds a cache with other settings.
+    """
+    cf.check_writable(config.output, replace=True)
+    tokenizer = load_tokenizer(config.tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    reader = open_source(config, tokenizer)
+    mapper = RowMapper(
+        vocab_size=real_vocab_size(tokenizer, 2**24),
+        values=reader.values,
+        renormalised=reader.renormalised,
+        top_k=config.top_k,
+        bos_id=tokenizer.bos_token_id,
+        drop_repeated_bos=config.drop_repeated_bos,
+    )
+    on_stage(f"reading and checking {config.source}")
+    survey = survey_source(reader, mapper, config.source, on_step)
+    for warning in _warnings(config, reader, survey):
+        on_warning(warning)
+
+    if config.overwrite:
+        cf.remove_cache(config.output)
+    metadata = import_metadata(config, reader, mapper, survey, tokenizer_fingerprint(tokenizer))
+    on_stage(f"writing {config.output}")
+    files = tokenizer_files(tokenizer)
+    with cf.CacheWriter(config.output, metadata, tokenizer_files=files, resume=True, allow_finished=True) as writer:
+        _save_config(config)
+        if writer.begin_shard() is not None:
+            for number, row in usable_rows(reader, mapper, survey, writer.next_row):
+                writer.write([row.numbered(number)])
+                on_step(number + 1, survey.rows)
+    manifest, evidence = cf.open_cache(config.output).manifest, survey.evidence
+    return ImportSummary(
+        output=config.output,
+        rows=survey.rows,
+        tokens=survey.tokens,
+        loss_tokens=survey.loss_tokens,
+        entries=manifest.num_entries,
+        bytes=manifest.stored_bytes,
+        renormalised=mapper.renormalised,
+        label_logprob=None if evidence.mean_logprob is None else float(evidence.mean_logprob[1]),
+        label_listed=evidence.listed / evidence.positions if evidence.positions else None,
+        unusable=dict(survey.unusable),
+        examples=survey.examples,
+        changed=dict(survey.changed),
+    )
+
+
+def import_metadata(
+    config: ImportConfig, reader: Reader, mapper: RowMapper, survey: Survey, tokenizer: dict[str, str]
+) -> cf.CacheMetadata:
+    """Args: tokenizer: its fingerprint."""
+    together = max(1, RECORD_BATCH_TOKENS // survey.longest)
+    whole = -(-max(1, SHARD_TOKENS // survey.longest) // together) * together
+    alike = survey.most_entries == survey.fewest_entries
+    return cf.CacheMetadata(
+        teacher={"name": config.teacher},
+        tokenizer=tokenizer,
+        vocab_size=mapper.vocab_size,
+        alignment="next",
+        targets={
+            "kind": "top-k",
+            "temperature": config.temperature,
+            **({"k": survey.most_entries} if alike else {}),
+            "max_entries": survey.most_entries,
+            "positions": "counted",
+            "entropy": "lower-bound",
+            **({"renormalised": True} if mapper.renormalised else {}),
+        },
+        corpus={
+            "source": config.source,
+            "rows": survey.rows,
+            "tokens": survey.tokens,
+            "counted_tokens": survey.loss_tokens,
+            "window_length": survey.longest,
+            "token_stream_sha256": survey.token_stream_sha256,
+            "packing": survey.packed,
+        },
+        capture={
+            "imported": {
+                "reader": type(reader).__name__.removesuffix("Reader"),
+                "values": reader.values,
+                **reader.description,
+                "top_k": config.top_k,
+                "drop_repeated_bos": config.drop_repeated_bos,
+                "unusable": dict(sorted(survey.unusable.items())),
+                "changed": dict(sorted(survey.changed.items())),
+            }
+        },
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        rows_per_record_batch=together,
+        rows_per_shard=config.rows_per_shard or whole,
+        encoding=config.encoding,
+        compression={"codec": "zstd", "level": config.compression_level},
+    )
+
+
+def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]:
+    """What a user should look at although the import can go on."""
+    warnings, evidence = [], survey.evidence
+    if (repeated := survey.changed["documents that begin with two BOS tokens"]) and not config.drop_repeated_bos:
+        warnings.append(
+            f"{repeated:,} documents begin with two BOS tokens, as if special tokens had been added to the text twice. "
+            "`drop_repeated_bos=True` removes one of them"
+        )
+    if evidence.unrelated:
+        warnings.append(
+            f"only {evidence.listed / evidence.positions:.1%} of the next tokens are among the entries, expected most: "
+            "the lists may be of another text, or the `tokenizer` may not be the teacher's"
+        )
+    if reader.renormalised:
+        warnings.append(
+            "the values sum to 1 over the listed tokens, so the teacher's tail mass is unknown. Training compares "
+            "teacher and student on the listed tokens only (`tail=renormalise`)"
+        )
+    return warnings
+
+
+def _save_config(config: ImportConfig) -> None:
+    """Writes distill_config.json, which names the options that made the cache, unless it is there."""
+    directory = open_directory(config.output)
+    if CONFIG_FILE in directory.names():
+        return
+    options = {name: value for name, value in flat(config).items() if name not in NOT_SAVED}
+    if not isinstance(config.tokenizer, str):
+        options.pop("tokenizer", None)
+    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())

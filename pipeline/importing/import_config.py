@@ -1,0 +1,91 @@
+"""Options of `distill import` and `distill.import_cache`. Standard library only (see `pipeline.options`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.models.loading_options import REVISION, TRUST_REMOTE_CODE
+from pipeline.options import check_ranges, option
+
+IO, SOURCE, TARGETS, OUTPUT = "Input and output", "What the source holds", "Targets", "Cache"
+
+Format = Literal["auto", "columns", "distillkit", "responses", "axolotl", "nemo-aligner", "llama-cpp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """One import of a cache that another tool made."""
+
+    source: str = option(help="File, directory or glob pattern to import.", group=IO, common=True)
+    output: str = option(help="Cache directory or URL to write.", group=IO, common=True)
+    # A directory or hub name; or (Python only) a tokenizer.
+    tokenizer: Any = option(help="The teacher's tokenizer: directory or hub name.", group=IO, common=True)
+    format: Format = option(
+        "auto",
+        help="The tool that wrote the source. columns: any columns, named with `column`. auto: by the columns there.",
+        group=SOURCE,
+        common=True,
+    )
+    column: tuple[str, ...] = option(
+        (),
+        help="columns: ROLE=NAME for ids, top_ids, values, and where there are any mask, position_mask, labels, "
+        "attention, normaliser, entry_mask. For other formats, replaces a column's name.",
+        group=SOURCE,
+        metavar="ROLE=NAME",
+        common=True,
+    )
+    values: Literal["logprobs", "probabilities", "logits", "renormalised"] | None = option(
+        None,
+        help="What the values are. renormalised: their sum over the list is 1, so that the tail mass is lost. logits: "
+        "likewise, unless there is a normaliser.",
+        group=SOURCE,
+        default_text="that of the format; required for columns",
+        common=True,
+    )
+    shift: int | None = option(
+        None,
+        help="0: list t predicts token t + 1. 1: list t is about token t.",
+        group=SOURCE,
+        minimum=0,
+        maximum=1,
+        default_text="that of the format; required for columns",
+        common=True,
+    )
+    flat_k: int | None = option(
+        None, help="columns: entries per position, if lists are flat.", group=SOURCE, minimum=1, maximum=65535
+    )
+    layout: str | None = option(
+        None,
+        help="distillkit: compression_config.yaml.",
+        group=SOURCE,
+        default_text="the one beside the files",
+        metavar="FILE",
+    )
+    temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0)
+    drop_repeated_bos: bool = option(
+        False, help="Remove the first of two BOS tokens at the beginning of a document.", group=SOURCE
+    )
+    teacher: str = option("unknown", help="Name of the teacher, to record.", group=TARGETS, common=True)
+    top_k: int | None = option(
+        None,
+        help="Keep only the most likely entries of each position; the others join the tail mass.",
+        group=TARGETS,
+        minimum=1,
+        maximum=65535,
+        default_text="all; 64 for llama-cpp",
+        common=True,
+    )
+    encoding: Literal["columns", "packed"] = option(
+        "columns", help="packed takes about four fifths of the bytes.", group=OUTPUT
+    )
+    compression_level: int = option(9, help="zstd level.", group=OUTPUT, minimum=1, maximum=22)
+    rows_per_shard: int | None = option(
+        None, help="Rows per shard file.", group=OUTPUT, minimum=1, default_text="about 262,144 tokens"
+    )
+    overwrite: bool = option(False, help="Replace the cache in `output`.", group=OUTPUT)
+    revision: str | None = REVISION(group=OUTPUT)
+    trust_remote_code: bool = TRUST_REMOTE_CODE(group=OUTPUT)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

@@ -1,0 +1,202 @@
+"""Responses of servers, to the letter of their schemas: OpenAI chat and completions, vLLM, SGLang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foreign_files import MadeUp, import_rows, made_up_rows, write_lines
+from pipeline.errors import DataError
+from pipeline.importing.readers.token_names import TokenNames
+
+K = 8
+PROMPT = 12  # tokens of each row that are the prompt
+ROWS = made_up_rows(3)
+
+
+def numbered(row: MadeUp, t: int) -> dict[str, float]:
+    """The list about token t, by token_id:N; the token itself is always there, as servers add it."""
+    ids, values = row.top(K)
+    entries = {f"token_id:{i}": float(v) for i, v in zip(ids[t - 1], values[t - 1], strict=True)}
+    return entries | {f"token_id:{row.ids[t]}": float(row.logprobs[t - 1, row.ids[t]])}
+
+
+def vllm_prompt(row: MadeUp, stop: int) -> list[Any]:
+    lists = [
+        {
+            name.removeprefix("token_id:"): {"logprob": v, "rank": r, "decoded_token": "x"}
+            for r, (name, v) in enumerate(numbered(row, t).items(), 1)
+        }
+        for t in range(1, stop)
+    ]
+    return [None, *lists]
+
+
+def chat_content(row: MadeUp, start: int = PROMPT) -> list[dict[str, Any]]:
+    return [
+        {
+            "token": f"token_id:{row.ids[t]}",
+            "logprob": float(row.logprobs[t - 1, row.ids[t]]),
+            "bytes": None,
+            "top_logprobs": [{"token": name, "logprob": v, "bytes": None} for name, v in numbered(row, t).items()],
+        }
+        for t in range(start, len(row.ids))
+    ]
+
+
+def check(cache: Any, rows: list[MadeUp], first: int) -> None:
+    """Each list holds the K most likely tokens and the true one."""
+    assert len(cache) == len(rows)
+    for row, made in zip(cache, rows, strict=True):
+        assert row.input_ids.tolist() == made.ids.tolist()
+        assert np.flatnonzero(row.loss_mask).tolist() == list(range(first, len(made.ids) - 1))
+        for t in np.flatnonzero(row.loss_mask):
+            ids, logprobs = row.targets.at(t)
+            assert set(ids.tolist()) == set(made.top(K)[0][t].tolist()) | {made.ids[t + 1]}
+            np.testing.assert_allclose(np.exp(logprobs / 2), np.exp(made.logprobs[t, ids] / 2), atol=0.02)
+
+
+def test_chat_of_openai(tmp_path: Path, tokenizer: Any):
+    """A response with the prompt's tokens beside it."""
+    lines = [
+        {
+            "prompt_token_ids": row.ids[:PROMPT].tolist(),
+            "choices": [{"index": 0, "logprobs": {"content": chat_content(row)}}],
+        }
+        for row in ROWS
+    ]
+    cache, summary = import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", tokenizer)
+    check(cache, ROWS, PROMPT - 1)
+    assert cache.metadata.capture["imported"]["reader"] == "Server" and summary.label_listed == 1.0
+
+
+def test_several_choices_are_several_rows(tmp_path: Path, tokenizer: Any):
+    choices = [{"index": i, "logprobs": {"content": chat_content(row)}} for i, row in enumerate(ROWS)]
+    line = {"request": {}, "prompt_token_ids": ROWS[0].ids[:PROMPT].tolist(), "response": {"choices": choices}}
+    cache, _ = import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+    same_prompt = [MadeUp(np.concatenate([ROWS[0].ids[:PROMPT], row.ids[PROMPT:]]), row.logprobs) for row in ROWS]
+    check(cache, same_prompt, PROMPT - 1)
+
+
+def test_prompt_logprobs_of_vllm(tmp_path: Path, tokenizer: Any):
+    lines = [
+        {
+            "choices": [
+                {
+                    "prompt_token_ids": row.ids[:PROMPT].tolist(),
+                    "prompt_logprobs": vllm_prompt(row, PROMPT),
+                    "token_ids": row.ids[PROMPT:].tolist(),
+                    "logprobs": {
+                        "tokens": [f"token_id:{i}" for i in row.ids[PROMPT:]],
+                        "top_logprobs": [numbered(row, t) for t in range(PROMPT, len(row.ids))],
+                    },
+                }
+            ]
+        }
+        for row in ROWS
+    ]
+    cache, _ = import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", tokenizer)
+    check(cache, ROWS, 0)
+
+
+def test_prompt_only(tmp_path: Path, tokenizer: Any):
+    """max_tokens=1 and no lists for the answer: the prompt is the text."""
+    lines = [
+        {
+            "prompt": row.ids.tolist(),
+            "choices": [{"text": " x", "logprobs": None, "prompt_logprobs": vllm_prompt(row, len(row.ids))}],
+        }
+        for row in ROWS
+    ]
+    check(import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", tokenizer)[0], ROWS, 0)
+
+
+def test_sglang(tmp_path: Path, tokenizer: Any):
+    def entries(row: MadeUp, t: int) -> list[list[Any]]:
+        return [[v, int(name.removeprefix("token_id:")), None] for name, v in numbered(row, t).items()]
+
+    def own(row: MadeUp, t: int) -> list[Any]:
+        return [None if t == 0 else float(row.logprobs[t - 1, row.ids[t]]), int(row.ids[t]), None]
+
+    lines = [
+        {
+            "input_ids": row.ids[:PROMPT].tolist(),
+            "text": "…",
+            "meta_info": {
+                "input_token_logprobs": [own(row, t) for t in range(PROMPT)],
+                "input_top_logprobs": [None, *(entries(row, t) for t in range(1, PROMPT))],
+                "output_token_logprobs": [own(row, t) for t in range(PROMPT, len(row.ids))],
+                "output_top_logprobs": [entries(row, t) for t in range(PROMPT, len(row.ids))],
+            },
+        }
+        for row in ROWS
+    ]
+    check(import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", tokenizer)[0], ROWS, 0)
+    lines[1]["input_ids"][3] += 1
+    with pytest.raises(DataError, match="a.jsonl, line 2: .*the server changed the prompt"):
+        import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "other", tokenizer)
+
+
+# ---- tokens by text
+
+
+def texts(tokenizer: Any) -> list[int]:
+    names = TokenNames(tokenizer)
+    return [i for i in range(5, len(tokenizer)) if names.find(tokenizer.decode([i])) == i]
+
+
+def test_names_that_belong_to_several_tokens_are_not_tokens(tokenizer: Any):
+    names = TokenNames(tokenizer)
+    known = texts(tokenizer)
+    assert 100 < len(known) < len(tokenizer)  # bytes of several characters have no text of their own
+    assert names.find("\ufffd") is None and names.find(None) is None and names.find("no such token") is None
+    euro = tokenizer("é", add_special_tokens=False)["input_ids"]
+    if len(euro) == 1:
+        assert names.find("x", list("é".encode())) == euro[0]
+
+
+def test_tokens_by_text_with_messages(tmp_path: Path, tokenizer: Any):
+    """A hosted API: no token ids at all. Entries without a name of their own join the tail."""
+    known = np.array(texts(tokenizer))
+    messages = [{"role": "user", "content": "Count to ten."}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = known[:20]
+    lists = [[(int(token), -0.2), (int(known[(i + 50) % len(known)]), -3.0)] for i, token in enumerate(answer)]
+    content = [
+        {
+            "token": tokenizer.decode([entries[0][0]]),
+            "logprob": entries[0][1],
+            "bytes": list(tokenizer.decode([entries[0][0]]).encode()),
+            "top_logprobs": [
+                *({"token": tokenizer.decode([i]), "logprob": v, "bytes": None} for i, v in entries),
+                {"token": "\ufffd", "logprob": -4.0, "bytes": [0xE2]},
+            ],
+        }
+        for entries in lists
+    ]
+    line = {"messages": messages, "choices": [{"logprobs": {"content": content}}]}
+    cache, summary = import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+    row = cache[0]
+    assert row.input_ids.tolist() == [*prompt, *answer.tolist()]
+    assert np.flatnonzero(row.loss_mask).tolist() == list(range(len(prompt) - 1, len(prompt) + 19))
+    assert row.targets.at(len(prompt) - 1)[0].tolist() == sorted(i for i, _ in lists[0])
+    tail = 1 - np.exp(-0.2) - np.exp(-3.0)  # with the entry whose token is not known
+    assert abs(np.exp(row.targets.residual_logprob[len(prompt) - 1]) - tail) < 0.02
+    assert summary.changed == {"entries whose token is not known": 20}
+
+
+def test_an_answer_of_unknown_tokens_is_refused(tmp_path: Path, tokenizer: Any):
+    content = [{"token": "\ufffd", "logprob": -0.1, "bytes": [0xE2], "top_logprobs": []}]
+    line = {"prompt_token_ids": [7, 8], "choices": [{"logprobs": {"content": content}}]}
+    with pytest.raises(DataError, match="line 1: token 0 of the answer.*return_tokens_as_token_ids"):
+        import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+
+
+def test_an_answer_without_its_prompt_is_refused(tmp_path: Path, tokenizer: Any):
+    line = {"choices": [{"logprobs": {"content": chat_content(ROWS[0])}}]}
+    with pytest.raises(DataError, match="line 1: no prompt"):
+        import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
