@@ -5,7 +5,7 @@ Pure numpy; every bin has its number of tokens, since a mean over few says littl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +28,15 @@ class Bins:
     """B bins.
 
     Attributes:
-        names: [B]
+        names, edges: [B] the range of each, and its lower end.
         counts: [B] loss tokens.
         means: name of a quantity -> [B] its mean over them; NaN without any.
     """
 
     names: tuple[str, ...]
+    edges: tuple[str, ...]
     counts: NDArray[np.int64]
     means: Mapping[str, NDArray[np.float64]]
-
-    @property
-    def occupied(self) -> NDArray[np.bool_]:
-        return self.counts > 0
 
 
 def level(nats: NDArray[Any]) -> NDArray[np.int64]:
@@ -49,7 +46,7 @@ def level(nats: NDArray[Any]) -> NDArray[np.int64]:
 
 def by_entropy(entropy: NDArray[Any], values: Mapping[str, NDArray[Any]]) -> Bins:
     """Means of `values` [L] by the teacher's entropy [L]."""
-    return _means(LEVEL_NAMES, level(entropy), values)
+    return _means(LEVEL_NAMES, ["0", *(f"{edge:g}" for edge in LEVELS)], level(entropy), values)
 
 
 def by_frequency(labels: NDArray[np.int64], values: Mapping[str, NDArray[Any]]) -> Bins:
@@ -59,8 +56,9 @@ def by_frequency(labels: NDArray[np.int64], values: Mapping[str, NDArray[Any]]) 
     """
     occurrences = np.bincount(labels)[labels] if len(labels) else labels
     index = np.log2(occurrences).astype(np.int64)
-    names = [f"{2**i:,}–{2 ** (i + 1) - 1:,}" if i else "1" for i in range(int(index.max(initial=0)) + 1)]
-    return _means(tuple(names), index, values)
+    edges = [2**i for i in range(int(index.max(initial=0)) + 1)]
+    names = [f"{edge:,}–{2 * edge - 1:,}" if edge > 1 else "1" for edge in edges]
+    return _means(names, [f"{edge:,}" for edge in edges], index, values)
 
 
 def by_confidence(confidence: NDArray[Any], right: NDArray[np.bool_]) -> Bins:
@@ -68,13 +66,15 @@ def by_confidence(confidence: NDArray[Any], right: NDArray[np.bool_]) -> Bins:
     known = ~np.isnan(confidence)
     confidence, right = confidence[known], right[known]
     index = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-    edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
-    names = tuple(f"{a:.1f}–{b:.1f}" for a, b in zip(edges, edges[1:], strict=False))
-    return _means(names, index, {"confidence": confidence, "right": right})
+    edges = [f"{i / CONFIDENCE_BINS:.1f}" for i in range(CONFIDENCE_BINS + 1)]
+    names = [f"{a}–{b}" for a, b in zip(edges, edges[1:], strict=False)]
+    return _means(names, edges[:-1], index, {"confidence": confidence, "right": right})
 
 
-def _means(names: tuple[str, ...], index: NDArray[np.int64], values: Mapping[str, NDArray[Any]]) -> Bins:
+def _means(
+    names: Sequence[str], edges: Sequence[str], index: NDArray[np.int64], values: Mapping[str, NDArray[Any]]
+) -> Bins:
     counts = np.bincount(index, minlength=len(names))
     with np.errstate(invalid="ignore"):
         means = {name: np.bincount(index, value, len(names)) / counts for name, value in values.items()}
-    return Bins(names=names, counts=counts, means=means)
+    return Bins(names=tuple(names), edges=tuple(edges), counts=counts, means=means)

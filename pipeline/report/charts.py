@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 232
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 44
@@ -91,12 +91,16 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
 
 
 def category_chart(
-    names: Sequence[str], counts: Sequence[int], series: Sequence[Series], *, title: str, x_label: str, y_label: str
+    edges: Sequence[str], counts: Sequence[int], series: Sequence[Series], *, title: str, x_label: str, y_label: str
 ) -> Markup:
-    """Values by bin, whose number is the x of a point, with the number of tokens in each as grey bars behind them."""
-    x = Axis(-0.5, len(names) - 0.5)
+    """Values by bin, whose number is the x of a point, with the number of tokens in each as grey bars behind them.
+
+    Args:
+        edges: lower end of each bin.
+    """
+    x = Axis(-0.5, len(edges) - 0.5)
     y = Axis.around([value for each in series for _, value in each.points], zero=True)
-    wide = (WIDTH - LEFT - RIGHT) / max(1, len(names))
+    wide = (WIDTH - LEFT - RIGHT) / max(1, len(edges))
     most = max(max(counts, default=0), 1)
     bottom = HEIGHT - BOTTOM
     parts = []
@@ -104,9 +108,8 @@ def category_chart(
         tall = (bottom - TOP) * count / most
         parts.append(_tag("rect", "count", x=LEFT + wide * (i + 0.1), y=bottom - tall, width=wide * 0.8, height=tall))
     parts.append(_axes(x_label, y_label, y))
-    turned = max(map(len, names), default=0) * 6 > wide
-    for i, name in enumerate(names):
-        parts.append(_text(name, LEFT + wide * (i + 0.5), bottom + 13, "tick x", turned=turned))
+    for i, edge in enumerate(edges):
+        parts.append(_text(edge, LEFT + wide * i, bottom + 14, "tick x"))
     return _svg(title, [*parts, *_curves(series, x, y)])
 
 
@@ -153,7 +156,7 @@ def _x_ticks(x: Axis) -> Markup:
     parts = []
     for tick in x.ticks:
         at = LEFT + x.share(tick) * (WIDTH - LEFT - RIGHT)
-        parts.append(_text(number(tick), at, HEIGHT - BOTTOM + 13, "tick x"))
+        parts.append(_text(number(tick), at, HEIGHT - BOTTOM + 14, "tick x"))
     return Markup("").join(parts)
 
 
@@ -188,8 +191,5 @@ def _tag(name: str, kind: str, **numbers: float) -> Markup:
     return Markup('<{} class="{}"{}/>').format(Markup(name), kind, attributes)
 
 
-def _text(text: str, x: float, y: float, kind: str, *, turned: bool = False) -> Markup:
-    if turned:
-        at = Markup('transform="translate({:.1f} {:.1f}) rotate(-32)"').format(x + 4, y - 3)
-        return Markup('<text class="{} turned" {}>{}</text>').format(kind, at, escape(text))
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, escape(text))
+def _text(text: str, x: float, y: float, kind: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)

@@ -36,75 +36,74 @@ class Figure:
 def difference_figures(
     teacher: TeacherPositions, students: Mapping[str, StudentPositions], *, at_one: bool
 ) -> list[Figure]:
-    """Where students differ from the teacher; without students where the teacher is uncertain.
+    """Where students differ from the teacher; without students where the teacher is uncertain, and how often right.
 
     Args:
         students: by label, in the order of their colours.
         at_one: the teacher's probabilities are at temperature 1, so its calibration can be judged.
     """
-    kl = {label: each.kl for label, each in students.items()}
-    entropies = f"nats, mean {teacher.entropy.mean():.3f}" if len(teacher.entropy) else "nats"
-    figures = [
-        _binned(
-            by_entropy(teacher.entropy, kl),
-            title="KL by teacher entropy" if kl else "Teacher entropy",
-            note="Where the teacher is certain (left), a student can be right or wrong; where it is not, only near or far."
-            if kl
-            else "How uncertain the teacher is about the next token.",
-            x_label=f"teacher entropy ({entropies})",
-            y_label="mean KL (nats)" if kl else "share of loss tokens",
-        ),
-        _binned(
-            by_frequency(teacher.labels, kl or {"teacher entropy": teacher.entropy}),
-            title="KL by token frequency" if kl else "Teacher entropy by token frequency",
-            note="Frequency of the true token in the text that was read.",
-            x_label="occurrences of the true token",
-            y_label="mean KL (nats)" if kl else "mean entropy (nats)",
-        ),
-    ]
+    entropy, labels = teacher.entropy, teacher.labels
+    mean = f", mean {entropy.mean():.3f}" if len(entropy) else ""
+    by_nats = {"x_label": f"teacher entropy (nats{mean})"}
+    by_count = {"x_label": "occurrences of the true token"}
+    if students:
+        kl = {label: each.kl for label, each in students.items()}
+        colours = range(TEACHER + 1, TEACHER + 1 + len(kl))
+        by_nats |= {"title": "KL by teacher entropy", "y_label": "mean KL (nats)"}
+        by_count |= {"title": "KL by token frequency", "y_label": "mean KL (nats)"}
+        figures = [
+            _binned(by_entropy(entropy, kl), colours, **by_nats),
+            _binned(by_frequency(labels, kl), colours, **by_count),
+        ]
+    else:
+        by_nats |= {"title": "Teacher right by its entropy", "y_label": "share of tokens"}
+        by_count |= {"title": "Teacher entropy by token frequency", "y_label": "mean entropy (nats)"}
+        right = {} if np.isnan(teacher.confidence).all() else {"teacher right": teacher.right}
+        figures = [
+            _binned(by_entropy(entropy, right), [TEACHER], **by_nats),
+            _binned(by_frequency(labels, {"teacher entropy": entropy}), [TEACHER], **by_count),
+        ]
     sides = {label: by_confidence(each.confidence, each.right) for label, each in students.items()}
     if at_one:
         sides = {"teacher": by_confidence(teacher.confidence, teacher.right), **sides}
-    if any(bins.occupied.any() for bins in sides.values()):
+    if any(bins.counts.any() for bins in sides.values()):
         figures.append(_reliability(sides, first=TEACHER if at_one else TEACHER + 1))
     return figures
 
 
-def _binned(bins: Bins, *, title: str, note: str, x_label: str, y_label: str) -> Figure:
-    total = max(1, int(bins.counts.sum()))
-    shares = bins.counts / total
-    curves = bins.means or {"": np.where(bins.occupied, shares, np.nan)}
-    first = TEACHER if len(curves) == 1 and not bins.means else TEACHER + 1
+def _binned(bins: Bins, colours: Sequence[int], *, title: str, x_label: str, y_label: str) -> Figure:
     series = [
-        Series(name, [(i, float(v)) for i, v in enumerate(values) if math.isfinite(v)], first + k)
-        for k, (name, values) in enumerate(curves.items())
+        Series(name, [(i, float(value)) for i, value in enumerate(values) if math.isfinite(value)], colour)
+        for (name, values), colour in zip(bins.means.items(), colours, strict=False)
     ]
+    total, most = max(1, int(bins.counts.sum())), int(bins.counts.max(initial=0))
     return Figure(
         title=title,
-        note=f"{note} Grey bars: number of loss tokens.",
+        note=f"Grey bars: number of loss tokens, at most {most:,}.",
         chart=category_chart(
-            bins.names, bins.counts.tolist(), series, title=f"{title}. See the table.", x_label=x_label, y_label=y_label
+            bins.edges, bins.counts.tolist(), series, title=f"{title}. See the table.", x_label=x_label, y_label=y_label
         ),
         columns=["bin", "loss tokens", "share", *bins.means],
         rows=[
-            [name, f"{bins.counts[i]:,}", f"{shares[i]:.1%}", *(_number(values[i]) for values in bins.means.values())]
-            for i, name in enumerate(bins.names)
+            [name, f"{count:,}", f"{count / total:.1%}", *(_number(values[i]) for values in bins.means.values())]
+            for i, (name, count) in enumerate(zip(bins.names, bins.counts.tolist(), strict=True))
         ],
     )
 
 
 def _reliability(sides: Mapping[str, Bins], first: int) -> Figure:
-    title = "Reliability"
-    series = []
+    title, series = "Reliability", []
+    columns, rows = ["confidence"], [[name] for name in next(iter(sides.values())).names]
     for k, (name, bins) in enumerate(sides.items()):
-        points = zip(bins.means["confidence"][bins.occupied], bins.means["right"][bins.occupied], strict=True)
-        series.append(Series(name, [(float(a), float(b)) for a, b in points], first + k))
-    columns = ["confidence"]
-    for name in sides:
+        confidence, right = bins.means["confidence"].tolist(), bins.means["right"].tolist()
+        points = [pair for pair, count in zip(zip(confidence, right, strict=True), bins.counts, strict=True) if count]
+        series.append(Series(name, points, first + k))
         columns += [f"{name}: loss tokens", f"{name}: mean confidence", f"{name}: share right"]
+        for row, count, mean, share in zip(rows, bins.counts.tolist(), confidence, right, strict=True):
+            row += [f"{count:,}", _number(mean), _number(share)]
     return Figure(
         title=title,
-        note="Predictions by confidence, against the text. Above the diagonal a model is right more often than it says.",
+        note="Most likely tokens against the text. Above the diagonal a model is right more often than it says.",
         chart=reliability_chart(
             series,
             title=f"{title} diagram. See the table.",
@@ -112,21 +111,7 @@ def _reliability(sides: Mapping[str, Bins], first: int) -> Figure:
             y_label="share of top tokens that are true",
         ),
         columns=columns,
-        rows=[
-            [
-                name,
-                *(
-                    cell
-                    for bins in sides.values()
-                    for cell in (
-                        f"{bins.counts[i]:,}",
-                        _number(bins.means["confidence"][i]),
-                        _number(bins.means["right"][i]),
-                    )
-                ),
-            ]
-            for i, name in enumerate(next(iter(sides.values())).names)
-        ],
+        rows=rows,
     )
 
 
@@ -145,10 +130,8 @@ def training_figures(students: Sequence[Student]) -> list[Figure]:
         series, rows = [], []
         for i, student in enumerate(students):
             history = () if student.run is None else student.run.history
-            for name, what, faint in (
-                (metric, "training", metric != "learning_rate"),
-                (f"eval_{metric}", "held out", False),
-            ):
+            learning = metric == "learning_rate"
+            for name, what, faint in ((metric, "training", not learning), (f"eval_{metric}", "held out", False)):
                 points = [(each["step"], each[name]) for each in history if name in each]
                 if points:
                     series.append(Series(student.label, points, TEACHER + 1 + i, faint))

@@ -52,7 +52,7 @@ def run_facts(run: Run) -> Pairs:
     given = {
         name: value
         for name, value in (options.items() if isinstance(options, Mapping) else ())
-        if value not in (None, [], {}) and (name not in declared or value != declared[name].default)
+        if (name not in declared or value != declared[name].default)
     }
     last = max((each["step"] for each in run.history), default=0)
     planned = "" if run.max_steps is None else f" of {run.max_steps:,}"
@@ -75,13 +75,17 @@ def column_sizes(cache: cf.Cache) -> list[tuple[str, int]]:
     return sorted(sizes.items(), key=lambda item: -item[1])
 
 
-def _pairs(values: Mapping[str, Any]) -> Pairs:
-    """Names and values as text; those without a value are left out."""
-    return [
-        (
-            name.replace("_", " "),
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
-        )
-        for name, value in values.items()
-        if value not in (None, [], {})
-    ]
+def _pairs(values: Mapping[str, Any], prefix: str = "") -> Pairs:
+    """Names and values as text, nested ones under joined names; those without a value are left out."""
+    found: Pairs = []
+    for name, value in values.items():
+        name = prefix + name.replace("_", " ")
+        if isinstance(value, Mapping):
+            found += _pairs(value, f"{name} ")
+        elif isinstance(value, str):
+            found.append((name, value))
+        elif isinstance(value, list | tuple) and all(isinstance(item, str | int) for item in value):
+            found += [(name, ", ".join(map(str, value)))] if value else []
+        elif value is not None:
+            found.append((name, json.dumps(value, ensure_ascii=False, default=str)))
+    return found

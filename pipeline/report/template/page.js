@@ -8,7 +8,8 @@
   let active = null; // the token that is shown
 
   const data = () => (columns ??= JSON.parse(document.getElementById("data").textContent));
-  const percent = (value) => (value > 0 && value < 10 ? "<0.1%" : `${(value / 100).toFixed(1)}%`);
+  const percent = (value) => `${(value / 100).toFixed(1)}%`;
+  const below = (value) => `<${percent(Math.max(value, 10))}`;
   const nats = (value) => (value / 1000).toFixed(3);
 
   function element(name, text, kind) {
@@ -58,10 +59,10 @@
       }
     });
     for (const probs of known.values()) {
-      probs[0] ??= { text: least === null ? "in the tail" : `<${percent(least).replace("<", "")}` };
+      probs[0] ??= { text: least === null ? "in the tail" : below(least) };
       students.forEach((student, s) => {
         const own = student.top.length / label.length;
-        probs[s + 1] ??= { text: `<${percent(student.topProbs[(n + 1) * own - 1]).replace("<", "")}` };
+        probs[s + 1] ??= { text: below(student.topProbs[(n + 1) * own - 1]) };
       });
     }
     const largest = (probs) => Math.max(...probs.map((each) => each.value ?? each.sampled ?? 0));
@@ -106,9 +107,9 @@
     tip.replaceChildren(...describe(place(token)));
     tip.hidden = false;
     const [at, size] = [token.getClientRects()[0] ?? token.getBoundingClientRect(), tip.getBoundingClientRect()];
-    const below = at.bottom + 8;
+    const under = at.bottom + 8;
     tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - size.width - 8))}px`;
-    tip.style.top = `${below + size.height < innerHeight ? below : Math.max(8, at.top - size.height - 8)}px`;
+    tip.style.top = `${under + size.height < innerHeight ? under : Math.max(8, at.top - size.height - 8)}px`;
   }
 
   function hide() {
