@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         cache_teacher,
         evaluate,
         plan,
+        report,
         train_student,
         verify,
     )
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "distill.functions": (
-        *("cache_teacher", "train_student", "evaluate", "plan", "verify"),
+        *("cache_teacher", "train_student", "evaluate", "report", "plan", "verify"),
         *("Progress", "Verification", "DistillWarning"),
     ),
     "cache_format": (
@@ -80,6 +81,7 @@ __all__ = [
     "fused_head_loss",
     "open_cache",
     "plan",
+    "report",
     "sparse_kl",
     "train_student",
     "verify",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 232
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
 MARKERS = ("circle", "square", "triangle", "diamond")
 
 Points = Sequence[tuple[float, float]]
@@ -31,11 +31,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values on a line of pixels; the logarithm of them if `log`."""
+    """A range of values on a line of pixels, with a tick every `step`; the logarithm of the values without a step."""
 
     low: float
     high: float
-    log: bool = False
+    step: float | None = None
 
     @classmethod
     def around(cls, values: Sequence[float], *, zero: bool = False, log: bool = False) -> Axis:
@@ -43,27 +43,28 @@ class Axis:
         finite = [value for value in values if math.isfinite(value) and (value > 0 or not log)] or [1.0]
         low, high = min(finite), max(finite)
         if log:
-            return cls(low / 1.15, high * 1.15, True)
+            return cls(low / 1.15, high * 1.15)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
         if low == high:
-            low, high = low - 0.5, high + 0.5
+            half = max(0.5, abs(low) / 2)
+            low, high = low - half, high + half
         step = _round_step(high - low)
-        return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+        return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step)
 
     def share(self, value: float) -> float:
         """Where `value` lies, from 0 to 1."""
-        if self.log:
+        if self.step is None:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     @property
     def ticks(self) -> list[float]:
-        if not self.log:
-            step = _round_step(self.high - self.low)
-            return [self.low + i * step for i in range(round((self.high - self.low) / step) + 1)]
+        if self.step is not None:
+            return [self.low + i * self.step + 0.0 for i in range(round((self.high - self.low) / self.step) + 1)]
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        found = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+        digits = (1, 2, 5) if len(powers) <= 4 else (1,)
+        found = [digit * 10.0**power for power in powers[:: max(1, len(powers) // 8)] for digit in digits]
         return [value for value in found if self.low <= value <= self.high]
 
 
@@ -98,7 +99,7 @@ def category_chart(
     Args:
         edges: lower end of each bin.
     """
-    x = Axis(-0.5, len(edges) - 0.5)
+    x = Axis(-0.5, len(edges) - 0.5, 1.0)
     y = Axis.around([value for each in series for _, value in each.points], zero=True)
     wide = (WIDTH - LEFT - RIGHT) / max(1, len(edges))
     most = max(max(counts, default=0), 1)
@@ -115,7 +116,7 @@ def category_chart(
 
 def reliability_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> Markup:
     """Share of right predictions over confidence, with the diagonal of a calibrated model."""
-    x = y = Axis(0.0, 1.0)
+    x = y = Axis(0.0, 1.0, 0.2)
     (x0, y0), (x1, y1) = _place(x, y, 0.0, 0.0), _place(x, y, 1.0, 1.0)
     parts = [_axes(x_label, y_label, y), _x_ticks(x), _tag("line", "diagonal", x1=x0, y1=y0, x2=x1, y2=y1)]
     return _svg(title, [*parts, *_curves(series, x, y)])

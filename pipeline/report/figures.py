@@ -108,7 +108,7 @@ def _reliability(sides: Mapping[str, Bins], first: int) -> Figure:
             series,
             title=f"{title} diagram. See the table.",
             x_label="confidence (probability of the top token)",
-            y_label="share of top tokens that are true",
+            y_label="share that is true",
         ),
         columns=columns,
         rows=rows,

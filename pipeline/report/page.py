@@ -1,14 +1,14 @@
 """The HTML file of a report: what its template is given, and how it is filled.
 
-Text from caches, records and names is escaped by the template engine; the data behind the tokens is JSON inside an inert
-script element. A content security policy allows the page's own script, by its hash, and nothing else.
+Text from caches, records and names is escaped by the template engine; the data behind the tokens is JSON inside an
+inert script element. A content security policy allows the page's own script, by its hash, and nothing else.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,7 @@ class Contents:
         facts: what the report is about, in a few words each.
         positions: by label, of the students that were run.
         chosen: the passages that are shown; `details` has the data of their tokens, in this order.
-        token_text: [N] text of each token.
-        masked: the teacher predicts tokens that were masked.
+        token_text: text of a token by its id.
     """
 
     title: str
@@ -55,7 +54,7 @@ class Contents:
     text: TextPositions
     teacher: TeacherPositions
     chosen: Chosen
-    token_text: Any
+    token_text: Callable[[int], str]
     details: Mapping[str, Any]
     differences: Sequence[Figure]
     training: Sequence[Figure]
@@ -96,7 +95,9 @@ def render(contents: Contents) -> bytes:
 
 def _groups(contents: Contents) -> list[dict[str, Any]]:
     """Headings with their passages."""
-    of = "mean KL of the students" if contents.positions else "mean teacher entropy"
+    of = "mean entropy"
+    if contents.positions:
+        of = "mean KL" if len(contents.positions) == 1 else "mean KL of the students"
     far, near = ("Farthest from the teacher", "Nearest to the teacher")
     if not contents.positions:
         far, near = "Where the teacher is least certain", "Where the teacher is most certain"

@@ -141,15 +141,18 @@ def details(
         teacher.top_ids[chosen],
         *(each.top_ids[chosen] for each in students.values()),
     ]
-    ids = np.unique(np.concatenate([[-1], *map(np.ravel, candidates)]))[1:]
+    every = np.concatenate([np.ravel(each) for each in candidates])
+    ids, counts = np.unique(every[every >= 0], return_counts=True)
+    by_count = np.argsort(-counts, kind="stable")  # frequent ones first: their indices are short
+    places = np.append(np.argsort(by_count), UNKNOWN)
 
-    def index(tokens: NDArray[Any]) -> list[int]:
-        return np.where(tokens < 0, UNKNOWN, np.searchsorted(ids, tokens)).ravel().tolist()  # type: ignore[no-any-return]
+    def index(tokens: NDArray[Any]) -> Any:
+        return places[np.where(tokens < 0, len(ids), np.searchsorted(ids, tokens))].ravel().tolist()
 
     sampled = teacher.sampled[chosen]
     top_probs = _scaled(teacher.top_probs[chosen], PROBABILITY)
     return {
-        "texts": [text(int(i)) for i in ids],
+        "texts": [text(int(i)) for i in ids[by_count]],
         "label": index(teacher.labels[chosen]),
         "entropy": _scaled(teacher.entropy[chosen], NATS).tolist(),
         "tail": _scaled(teacher.tail[chosen], PROBABILITY).tolist(),

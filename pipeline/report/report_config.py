@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,5 +45,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         for name in ("source", "student"):  # in Python a single one needs no tuple
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, tuple | list) else (value,))
+            several = value if isinstance(value, tuple | list) else (value,)
+            plain = tuple(os.fspath(each) if isinstance(each, os.PathLike) else each for each in several)
+            object.__setattr__(self, name, plain)
         check_ranges(self)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,7 @@ def _step(state: Path) -> int:
 
 
 def _students(models: list[Any]) -> tuple[Student, ...]:
-    names = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in models]
+    names = [each if isinstance(each, str) else None for each in models]
     if all(name is not None for name in names):
         shown = names
     else:
