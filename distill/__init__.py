@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         export_cache,
         import_cache,
         plan,
+        report,
         train_student,
         verify,
     )
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "distill.functions": (
-        *("cache_teacher", "train_student", "evaluate", "plan", "verify", "import_cache", "export_cache"),
+        *("cache_teacher", "train_student", "evaluate", "report", "plan", "verify", "import_cache", "export_cache"),
         *("Progress", "Verification", "DistillWarning"),
     ),
     "cache_format": (
@@ -84,6 +85,7 @@ __all__ = [
     "import_cache",
     "open_cache",
     "plan",
+    "report",
     "sparse_kl",
     "train_student",
     "verify",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.importing.import_config import ImportConfig
 from pipeline.options import Option, build, options_of, read_config
+from pipeline.report.report_config import ReportConfig
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.held_out import Evaluation
     from pipeline.importing.export_cache import ExportSummary
     from pipeline.importing.import_cache import ImportSummary
+    from pipeline.report.report import ReportSummary
     from pipeline.student.training.train import TrainSummary
     from pipeline.teacher.capture import CaptureSummary
     from pipeline.teacher.generation.generate import GenerationSummary
@@ -362,6 +364,38 @@ def export_cache(
     report = _Reporter(on_progress)
     report.stage(f"exporting {cache}")
     return run_export(str(cache), str(output), format, on_step=report.step)
+
+
+@_takes_options(ReportConfig)
+def report(
+    source: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    student: Any = None,
+    config: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> ReportSummary:
+    """Write an HTML page that shows where students and their teacher disagree, as `distill report` does.
+
+    Args:
+        source: cache directory or URL, or the directory of a training run, which names its held-out cache; or several:
+            a cache and runs.
+        output: HTML file. Default: report.html.
+        student: transformers directory, hub name, .gguf file or loaded transformers model; or several.
+        config: TOML or JSON file of options; keyword arguments win over it.
+        on_progress: called with a `Progress`.
+
+    Returns: what was written, and the numbers of each student as in `evaluate`.
+
+    Raises: ConfigError: `source` or `output` cannot be used; otherwise as `evaluate`.
+    """
+    from pipeline.report.report import write_report
+
+    run = _config(ReportConfig, config, {"source": source, "output": output, "student": student, **options})
+    report = _Reporter(on_progress)
+    with _quiet():
+        return write_report(run, on_stage=report.stage, on_progress=report.step)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
     distill plan            bytes and time in advance        distill convert   other encoding, fewer entries
     distill merge           shards of several machines       distill push      cache ─▶ hub
     distill import          another tool's files ─▶ cache    distill export    cache ─▶ another tool's files
+    distill report          cache + students ─▶ HTML page
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and exit status 1,
 wrong usage 2, an interrupt 130; a bug keeps its traceback. A command is imported when it is called, and what it needs
@@ -27,6 +28,7 @@ COMMANDS = {
     "plan": "plan_command",
     "train-student": "train_student_command",
     "evaluate": "evaluate_command",
+    "report": "report_command",
     "inspect": "inspect_command",
     "stats": "stats_command",
     "verify": "verify_command",
@@ -43,6 +45,7 @@ SUMMARIES = {
     "plan": "Predict size and time of a cache.",
     "train-student": "Train a student on a cache.",
     "evaluate": "Compare students with their teacher on a held-out cache.",
+    "report": "Write an HTML page that shows where students and teacher disagree.",
     "inspect": "Show one row of a cache, token by token.",
     "stats": "Show sizes and distributions of a cache.",
     "verify": "Check a cache: bytes, values, and some rows against the teacher.",

@@ -44,6 +44,7 @@ def test_commands_stand_in_the_order_of_the_flow():
         "plan",
         "train-student",
         "evaluate",
+        "report",
         "inspect",
         "stats",
         "verify",

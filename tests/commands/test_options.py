@@ -16,6 +16,7 @@ from pipeline.commands.click_options import DistillCommand, with_flags
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.options import RENAMED, build, check_ranges, flat, option, options_of, part, read_config
+from pipeline.report.report_config import ReportConfig
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -25,8 +26,12 @@ CONFIGS = {
     "cache-teacher": CacheTeacherConfig,
     "train-student": TrainStudentConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
     "verify": TeacherCheckConfig,
 }
+
+ARGUMENTS = {("verify", "cache"), ("report", "source")}
+"""Options that the command takes without a flag."""
 
 
 def parameters(name: str) -> dict[str, click.Option]:
@@ -39,7 +44,7 @@ def parameters(name: str) -> dict[str, click.Option]:
 def test_every_option_is_a_flag_with_its_help(name: str) -> None:
     given = parameters(name)
     for each in options_of(CONFIGS[name]).values():
-        if each.metadata.python_only or (name == "verify" and each.name == "cache"):
+        if each.metadata.python_only or (name, each.name) in ARGUMENTS:
             assert each.name not in given
             continue
         parameter = given[each.name]
@@ -56,12 +61,12 @@ def test_help_says_one_thing_once(name: str) -> None:
         everything = run(name, "--help-all").stdout
         assert len(everything) > len(text) and "--help-all" in text
         for each in options_of(CONFIGS[name]).values():
-            if not each.metadata.python_only and not (name == "verify" and each.name == "cache"):
+            if not each.metadata.python_only and (name, each.name) not in ARGUMENTS:
                 assert f"{each.flag} " in everything.replace("/", " ").replace("\n", " ").replace(",", " ")
             common = f" {each.flag} " in text.partition("Example:")[0].replace("/", " ").replace("\n", " ").replace(
                 ",", " "
             )
-            if not each.metadata.python_only and not (name == "verify" and each.name == "cache"):
+            if not each.metadata.python_only and (name, each.name) not in ARGUMENTS:
                 assert common == each.metadata.common, each.name
 
 

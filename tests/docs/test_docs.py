@@ -94,6 +94,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/other-tokenizers.md": causal_models,
     "docs/python.md": new_caches,
     RECIPES: everything,
+    "docs/report.md": causal_models,
     "docs/scaling.md": causal_models,
     "docs/stopping.md": causal_models,
     "docs/students.md": models_and_config,

@@ -1,0 +1,54 @@
+"""`distill report`: one HTML file that shows where students and their teacher disagree."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pipeline.commands.click_options import (
+    DistillCommand,
+    build_config,
+    config_options,
+    examples,
+    here_with_flags,
+    json_option,
+)
+from pipeline.report.report_config import ReportConfig
+
+
+@click.command(
+    "report",
+    cls=DistillCommand,
+    config=ReportConfig,
+    epilog=examples(
+        "distill report caches/heldout --student students/first --student students/second",
+        "distill report students/first --output first.html",
+    ),
+)
+@click.argument("source", nargs=-1, required=True, metavar="CACHE|RUN...")
+@config_options(ReportConfig, without=("source",))
+@json_option()
+def command(source: tuple[str, ...], config_file: str | None, json_file: str | None, **given: Any) -> None:
+    """Write an HTML page that shows where students and their teacher disagree.
+
+    Give a cache, with students to compare; or the output directory of a training run, which names its held-out cache.
+    """
+    config = build_config(ReportConfig, {**given, "source": source}, config_file)
+    from pipeline.report.sources import find_sources
+
+    find_sources(config)  # wrong paths, before seconds of imports
+    from pipeline.terminal.console import Status, quiet_libraries, show_result
+
+    quiet_libraries()
+    from pipeline.report.report import write_report
+    from pipeline.terminal.report_view import report_view
+
+    with Status(here_with_flags) as status:
+        summary = write_report(
+            config,
+            on_stage=status.stage,
+            on_progress=lambda done, total: status.step(done, total, "rows"),
+        )
+    show_result(lambda: report_view(summary), lambda: asdict(summary), json_file)

@@ -1,0 +1,187 @@
+"""Make a report: find what was named, read the cache, run the students, write the file."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import cache_format as cf
+from pipeline.errors import ConfigError
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.models.head import evaluating, open_head
+from pipeline.models.loading import load_model, resolve_device
+from pipeline.models.objective import objective_for
+from pipeline.report.figures import difference_figures, training_figures
+from pipeline.report.page import Contents, render
+from pipeline.report.passages import choose, cut, details, token_texts
+from pipeline.report.provenance import cache_facts, column_sizes, run_facts
+from pipeline.report.report_config import ReportConfig
+from pipeline.report.sources import Sources, Student, find_sources
+from pipeline.report.student_positions import StudentPositions, student_positions
+from pipeline.report.teacher_positions import OnProgress, TeacherPositions, read_positions
+from pipeline.student.data.dataset import Batch, CacheDataset, to_device
+from pipeline.student.validation.compatibility import check_isolation, check_student
+from pipeline.student.validation.loss_checks import loss_for_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSummary:
+    """A report that was written.
+
+    Attributes:
+        rows, tokens, loss_tokens: read from the cache.
+        passages, passages_shown: of those rows; in the page.
+        students: by name, as `evaluate` gives them for these rows.
+    """
+
+    output: str
+    bytes: int
+    cache: str
+    rows: int
+    tokens: int
+    loss_tokens: int
+    passages: int
+    passages_shown: int
+    students: dict[str, Evaluation]
+
+
+def write_report(
+    config: ReportConfig,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> ReportSummary:
+    """Writes the file of `config.output`; nothing is written before everything is computed.
+
+    Raises:
+        ConfigError: what was named is neither a cache nor a run, or the file cannot be written.
+        MismatchError: a student's tokenizer is not the cache's.
+        ModelError, CacheError: a student or the cache cannot be read.
+    """
+    sources = find_sources(config)
+    _check_output(config.output)
+    copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
+    cache = cf.open_cache(sources.cache, hidden_layers=[], read_cache=copies).with_states()
+    for student in sources.students:
+        _check_student(cache, student, config)
+    rows = min(len(cache), config.max_rows or len(cache))
+    device = resolve_device(config.device)
+    on_stage(f"reading {rows:,} rows of {sources.cache}")
+    text, teacher = read_positions(cache, rows, device, batch_size=config.batch_size, on_progress=on_progress)
+    positions = {}
+    for student in sources.students:
+        on_stage(f"running {student.name} on {rows:,} rows")
+        positions[student.label] = _run_student(cache, student, teacher, rows, config, on_progress)
+    on_stage("writing the report")
+    passages = cut(text)
+    kl = [each.kl for each in positions.values()]
+    chosen = choose(passages, np.mean(kl, axis=0) if kl else teacher.entropy, config.passages)
+    texts = functools.cache(token_texts(cache))
+    shown = chosen.all
+    page = render(
+        Contents(
+            title=f"{'Students of ' if positions else 'Targets of '}{cache.metadata.teacher.get('name')}",
+            facts=_facts(cache, sources, rows, len(text.input_ids), len(teacher.labels), len(shown), len(passages)),
+            students=sources.students,
+            positions=positions,
+            text=text,
+            teacher=teacher,
+            chosen=chosen,
+            token_text=texts,
+            details=details(shown, teacher, positions, texts),
+            differences=difference_figures(teacher, positions, at_one=cache.metadata.targets["temperature"] == 1.0),
+            training=training_figures(sources.students),
+            sizes=column_sizes(cache),
+            tokens_in_cache=cache.num_tokens,
+            cache_facts=cache_facts(cache),
+            run_facts={each.label: run_facts(each.run) for each in sources.students if each.run is not None},
+            version=importlib.metadata.version("distill"),
+        )
+    )
+    scratch = Path(f"{config.output}.tmp")
+    scratch.write_bytes(page)
+    scratch.replace(config.output)
+    return ReportSummary(
+        output=config.output,
+        bytes=len(page),
+        cache=sources.cache,
+        rows=rows,
+        tokens=len(text.input_ids),
+        loss_tokens=len(teacher.labels),
+        passages=len(passages),
+        passages_shown=len(shown),
+        students={each.name: positions[each.label].evaluation for each in sources.students},
+    )
+
+
+def _check_output(output: str) -> None:
+    folder = Path(output).parent
+    if Path(output).is_dir():
+        raise ConfigError(f"`output` {output}: found a directory, expected the name of an HTML file.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"`output` {output}: {folder} is no directory that can be written to. Choose another one.")
+
+
+def _check_student(cache: cf.Cache, student: Student, config: ReportConfig) -> None:
+    check_student(
+        [cache],
+        student.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        otherwise="A report compares token by token; `distill evaluate` can compare across tokenizers.",
+    )
+
+
+def _run_student(
+    cache: cf.Cache,
+    student: Student,
+    teacher: TeacherPositions,
+    rows: int,
+    config: ReportConfig,
+    on_progress: OnProgress,
+) -> StudentPositions:
+    objective = objective_for(cache.metadata.alignment)
+    model = load_model(
+        student.model,
+        objective=objective,
+        dtype=config.dtype,
+        device=resolve_device(config.device),
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
+    check_isolation(cache, head, batch_size=config.batch_size)
+    dataset = CacheDataset(cache)
+    loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)
+
+    def batches(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+        for i, batch in enumerate(loader):
+            yield to_device(batch, device)
+            on_progress(min(rows, (i + 1) * config.batch_size), rows)
+
+    with evaluating(model):
+        return student_positions(head, batches(loader, model.device), teacher, loss_for_cache(cache, kd_weight=1.0))
+
+
+def _facts(
+    cache: cf.Cache, sources: Sources, rows: int, tokens: int, loss_tokens: int, shown: int, passages: int
+) -> list[str]:
+    total = "" if rows == len(cache) else f" of {len(cache):,}"
+    facts = [
+        f"cache {sources.cache}",
+        f"{rows:,}{total} rows, {tokens:,} tokens, {loss_tokens:,} of them loss tokens",
+        f"{shown:,} of {passages:,} passages shown",
+    ]
+    if sources.trained_on:
+        facts.append("the text that a student was trained on: its numbers are better than on other text")
+    if (temperature := float(cache.metadata.targets["temperature"])) != 1.0:
+        facts.append(f"distributions at temperature {temperature:g}")
+    return facts

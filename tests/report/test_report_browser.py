@@ -1,0 +1,249 @@
+"""The report in a real browser: no errors, pointing, keyboard, without JavaScript, every width, both colour schemes.
+
+Skipped where playwright or Chromium is missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import distill
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.report.figures import difference_figures
+from pipeline.report.page import Contents, render
+from pipeline.report.passages import choose, cut, details
+from pipeline.report.sources import Student
+from pipeline.report.student_positions import StudentPositions
+from pipeline.report.teacher_positions import TeacherPositions, TextPositions
+from runs import build_cache, train
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+Browser, Page = Any, Any
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def file(teacher_dir: Path, student_dir: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with two students, one of them with curves of its training."""
+    folder = tmp_path_factory.mktemp("browser")
+    build_cache(folder / "cache", teacher_dir, chat_file)
+    options = {"eval_cache": str(folder / "cache"), "eval_steps": 1, "logging_steps": 1, "max_steps": 2}
+    train(folder / "run", folder / "cache", student=student_dir, **options)
+    distill.report([folder / "cache", folder / "run"], folder / "report.html", student=student_dir, device="cpu")
+    return folder / "report.html"
+
+
+def opened(browser: Browser, file: Path, **options: Any) -> Page:
+    """A page that fails the test if it logs anything or asks for anything but itself."""
+    page = browser.new_page(**options)
+    page.problems = []
+    page.on("console", lambda message: page.problems.append(message.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: request.url == file.as_uri() or page.problems.append(request.url))
+    page.goto(file.as_uri())
+    return page
+
+
+def test_pointing_at_a_token_shows_both_distributions(browser: Browser, file: Path):
+    page = opened(browser, file)
+    assert not page.locator("#tip").is_visible()
+    token = page.locator(".tokens b").nth(5)
+    token.hover()
+    shown = page.locator("#tip").inner_text()
+    data = page.evaluate("JSON.parse(document.getElementById('data').textContent)")
+    passage = page.locator(".tokens").first
+    n = int(passage.locator("xpath=..").get_attribute("data-first")) + 5
+    assert f"teacher entropy {data['entropy'][n] / 1000:.3f} nats" in shown
+    assert f"tail mass {data['tail'][n] / 100:.1f}%" in shown
+    for student in data["students"]:
+        assert f"{student['name']}: KL {student['kl'][n] / 1000:.3f}" in shown
+    name, _, *true = page.locator("#tip tr.true").locator("th, td").all_inner_texts()
+    assert name.endswith("◀ true") and "all other tokens" in shown
+    expected = [student["labelProbs"][n] / 100 for student in data["students"]]
+    assert [float(each.strip().removesuffix("%")) for each in true] == pytest.approx(expected, abs=0.051)
+    likeliest = page.locator("#tip tbody tr").first.locator("td").first.inner_text()
+    assert float(likeliest.strip().removesuffix("%")) == pytest.approx(data["topProbs"][n * 5] / 100, abs=0.051)
+    box, tip = token.bounding_box(), page.locator("#tip").bounding_box()
+    assert tip["y"] >= box["y"] + box["height"] or tip["y"] + tip["height"] <= box["y"]  # not over the token
+    page.mouse.move(1, 1)
+    assert not page.locator("#tip").is_visible()
+    assert page.problems == []
+
+
+def test_keyboard_reaches_every_token(browser: Browser, file: Path):
+    page = opened(browser, file)
+    active = "[...document.querySelector('.tokens').querySelectorAll('b')].findIndex(b => b.matches('.active'))"
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('.tokens')"):
+            break
+    assert page.evaluate(active) == 0 and page.locator("#tip").is_visible()
+    first = page.locator("#tip").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(active) == 1 and page.locator("#tip").inner_text() != first
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(active) == 0 and page.locator("#tip").inner_text() == first
+    page.keyboard.press("End")
+    last = page.locator(".tokens").first.locator("b").count() - 1
+    assert page.evaluate(active) == last
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(active) == last
+    page.keyboard.press("Escape")
+    assert not page.locator("#tip").is_visible()
+    page.keyboard.press("Home")
+    assert page.evaluate(active) == 0 and page.locator("#tip").is_visible()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.querySelectorAll('.active').length") == 1  # in the next passage
+    assert page.evaluate(active) == -1 and page.problems == []
+
+
+def test_views_and_text_work_without_javascript(browser: Browser, file: Path):
+    page = opened(browser, file, java_script_enabled=False)
+    assert page.locator(".tokens").first.is_visible() and not page.locator(".hint").is_visible()
+    assert "KL run" in page.locator("h4").first.text_content()
+    token = page.locator(".tokens b[class*='k0-']").first
+    color = "element => getComputedStyle(element).backgroundColor"
+    assert token.evaluate(color) != "rgba(0, 0, 0, 0)"
+    page.get_by_label("student disagrees").check()
+    assert page.locator(".tokens b:not(.d1)").first.evaluate(color) == "rgba(0, 0, 0, 0)"
+    assert page.locator(".tokens b.d1").first.evaluate(color) != "rgba(0, 0, 0, 0)"
+    assert page.problems == []
+
+
+CONTRASTS = """() => {
+  const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
+  const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+  const behind = (element) => {
+    for (let each = element; each; each = each.parentElement) {
+      const color = parse(getComputedStyle(each).backgroundColor);
+      if (color.length < 4 || color[3] > 0) return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  const all = "h1,h2,h3,h4,p,li,a,td,th,dt,dd,small,label,summary,legend,figcaption,.scale span,b,i,svg text";
+  for (const element of document.querySelectorAll(all)) {
+    const style = getComputedStyle(element);
+    const [a, b] = [light(parse(element.tagName === "text" ? style.fill : style.color)), light(behind(element))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < 4.5) found.push([element.tagName, element.className, ratio]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_width_fits_and_every_text_has_contrast(browser: Browser, file: Path, scheme: str):
+    for width in (400, 1000, 1600):
+        page = opened(browser, file, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("figure > svg").first.bounding_box()["width"] > 300
+        page.locator(".tokens b").nth(3).hover()
+        tip = page.locator("#tip").bounding_box()
+        assert tip["x"] >= 0 and tip["x"] + tip["width"] <= width and tip["y"] + tip["height"] <= 900
+        assert page.evaluate(CONTRASTS) == [] and page.problems == []
+        page.close()
+
+
+def test_chart_text_stays_inside_its_chart(browser: Browser, file: Path):
+    page = opened(browser, file)
+    outside = """() => [...document.querySelectorAll("figure > svg text")].filter(text => {
+      const [a, b] = [text.getBoundingClientRect(), text.closest("svg").getBoundingClientRect()];
+      return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
+    }).map(text => text.textContent)"""
+    assert page.evaluate(outside) == []
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens_open_in_two_seconds(browser: Browser, tmp_path: Path):
+    """Measured in seconds of the page's thread, which other processes on the machine do not change."""
+    file = tmp_path / "large.html"
+    file.write_bytes(render(made_up_contents(100_000, students=2)))
+    page = browser.new_page()
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto(file.as_uri())
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.locator(".tokens b").nth(3).hover()
+    assert page.locator("#tip").is_visible()
+    metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+    assert page.locator(".tokens b").count() == 100_000
+    print(f"{metrics['TaskDuration']:.2f} s, {file.stat().st_size / 1e6:.1f} MB")
+    assert metrics["TaskDuration"] < 2.0
+
+
+def made_up_contents(tokens: int, students: int) -> Contents:
+    """Random numbers for documents of 200 tokens."""
+    rng = np.random.default_rng(0)
+    documents = np.arange(0, tokens + 1, 200)
+    ids = rng.zipf(1.3, tokens) % 20_000
+    text = TextPositions(
+        input_ids=ids, documents=documents, rows=np.arange(len(documents) - 1), predictions=np.arange(tokens)
+    )
+
+    def probabilities(width: int) -> Any:
+        return np.sort(rng.dirichlet(np.ones(width + 1), tokens)[:, :width].astype(np.float32))[:, ::-1]
+
+    def some() -> Any:
+        return rng.exponential(1.0, tokens).astype(np.float32)
+
+    teacher = TeacherPositions(
+        labels=ids,
+        entropy=some(),
+        tail=np.full(tokens, 0.1, np.float32),
+        top_ids=rng.zipf(1.3, (tokens, 5)) % 20_000,
+        top_probs=probabilities(5),
+        sampled=np.zeros((tokens, 5), bool),
+        label_probs=probabilities(1)[:, 0],
+    )
+    positions = {
+        f"student {i}": StudentPositions(
+            kl=some(),
+            ce=some(),
+            agrees=rng.random(tokens) < 0.5,
+            confidence=probabilities(1)[:, 0],
+            right=rng.random(tokens) < 0.5,
+            top_ids=rng.zipf(1.3, (tokens, 3)) % 20_000,
+            top_probs=probabilities(3),
+            at_teacher=probabilities(5),
+            label_probs=probabilities(1)[:, 0],
+            evaluation=Evaluation.from_sums(1.0, 1.0, 1.0, 1.0, "full"),
+        )
+        for i in range(students)
+    }
+    passages = cut(text)
+    chosen = choose(passages, teacher.entropy, len(passages))
+    names = [f" {i}" for i in range(20_000)]
+    return Contents(
+        title="Made up",
+        facts=[],
+        students=[Student(name=label, label=label, model=None, run=None) for label in positions],
+        positions=positions,
+        text=text,
+        teacher=teacher,
+        chosen=chosen,
+        token_text=names.__getitem__,
+        details=details(chosen.all, teacher, positions, names.__getitem__),
+        differences=difference_figures(teacher, positions, at_one=True),
+        training=[],
+        sizes=[("column", 1)],
+        tokens_in_cache=tokens,
+        cache_facts={},
+        run_facts={},
+        version="0",
+    )
