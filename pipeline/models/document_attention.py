@@ -18,6 +18,8 @@ Shapes: N tokens of S documents, H heads of queries, G heads of keys and values,
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,9 +171,20 @@ def attention(
     return found[None], None
 
 
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """torch's kernel for documents that lie end to end, if this version has one with windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
+
+
 def _takes_kernel(query: Tensor, value: Tensor) -> bool:
     width = query.shape[-1]
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or width % 8:
+    if _kernel() is None or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or width % 8:
         return False
     return width == value.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
@@ -180,11 +193,11 @@ def _in_one_kernel(
     heads: tuple[Tensor, Tensor, Tensor], documents: Documents, scale: float, window: int | None
 ) -> Tensor:
     """Queries, keys and values [H, N, C] → [N, H, C]"""
-    from torch.nn.attention.varlen import varlen_attn
-
+    kernel = _kernel()
+    assert kernel is not None
     query, key, value = (each.transpose(0, 1) for each in heads)
     starts, longest = documents.starts.to(query.device), max(documents.lengths)
-    return varlen_attn(
+    return kernel(
         query,
         key,
         value,

@@ -172,6 +172,16 @@ class TrainStudentConfig:
     save_steps: int | None = option(
         None, help="Steps between checkpoints.", group=LOGGING, minimum=1, default_text="as for evaluations, or 500"
     )
+    report_to: tuple[str, ...] = option(
+        (),
+        help="Experiment tracker: tensorboard, trackio, wandb, mlflow, or another that transformers knows; repeat for "
+        "several.",
+        group=LOGGING,
+        metavar="NAME",
+    )
+    run_name: str | None = option(
+        None, help="Name of the run in experiment trackers.", group=LOGGING, default_text="the output directory"
+    )
     early_stopping: tuple[str, ...] = option(
         (),
         help="Stop when a held-out metric has not improved by MIN_DELTA (0.01, 0.5% or noise) in PATIENCE evaluations; "

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pipeline.errors import ConfigError
 from pipeline.options import options_of
@@ -110,6 +112,7 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
             f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the options{where}."
         ) from error
     _check_accelerate(config, arguments)
+    _check_trackers(arguments.report_to)
     return arguments
 
 
@@ -119,9 +122,18 @@ def _options(config: TrainStudentConfig, known: set[str], *, explicit: bool = Fa
     for name, declared in options_of(TrainStudentConfig).items():
         argument, value = ARGUMENTS.get(name, name), getattr(config, name)
         was_given = name in config.explicit or value != declared.default
-        if argument in known and value is not None and (was_given or not explicit):
-            found[argument] = value
+        if argument in known and value not in (None, ()) and (was_given or not explicit):
+            found[argument] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises: ConfigError for a tracker that transformers does not know, or that is not installed."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"`report_to` {name}: expected none, {', '.join(INTEGRATION_TO_CALLBACK)}. Correct it.")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"`report_to` {name}: this tracker is not installed. Run: pip install {name}")
 
 
 def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
