@@ -27,8 +27,14 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 
+def answer_seed(request: Request, seed: int) -> int:
+    """The seed of an answer: of the run's seed, the prompt and the index, as any other random number here."""
+    place = place_of(np.array([request.document]), np.array([request.index]))
+    return int(uniforms(seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31)
+
+
 def sampling_params(name: str, request: Request, settings: AnswerSettings) -> SamplingParams:
-    """What vLLM is asked for an answer. Its seed depends on seed, prompt and index, as any other random number here."""
+    """What vLLM is asked for an answer."""
     from vllm import SamplingParams
 
     given, prompt = settings.sampling, len(request.prompt)
@@ -41,7 +47,7 @@ def sampling_params(name: str, request: Request, settings: AnswerSettings) -> Sa
         temperature=given.temperature,
         top_p=given.top_p,
         top_k=given.top_k,
-        seed=int(uniforms(given.seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31),
+        seed=answer_seed(request, given.seed),
         logprobs=0,
         stop=list(given.stop),
         stop_token_ids=sorted(settings.stop_tokens),
