@@ -144,8 +144,9 @@ async def bare_loop(engine: ServerEngine, requests: list[RowRequest]) -> int:
         async def ask(request: RowRequest) -> int:
             token_ids = request.row.input_ids.tolist()
             prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=TOP_K)
+            query = engine.dialect.prompt(prompt, engine.vocab_size)
             async with slots:
-                response = await client.post(engine.dialect.prompt_path, json=engine.dialect.prompt_body(prompt))
+                response = await client.post(query.path, json=query.body)
             return len(response.raise_for_status().content)
 
         return sum(await asyncio.gather(*map(ask, requests)))

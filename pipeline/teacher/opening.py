@@ -261,6 +261,7 @@ def open_engine(
             rule=config.targets,
             seq_len=text.longest_read,
             all_positions=config.all_positions,
+            generates=config.generation is not None,
         )
     if config.running.engine == "vllm":
         return _open_vllm(config, text, tokenizer, timed=timed)

@@ -247,7 +247,7 @@ class FakeServer:
         return (logits.float() / (temperature if self.tempered else 1.0)).log_softmax(dim=1)
 
     def vllm(self, body: Answer) -> Answer:
-        prompt, k = body["prompt"], body["prompt_logprobs"]
+        prompt, k = body["prompt"], body.get("prompt_logprobs", body.get("logprobs"))
         if body["model"] != MODEL:
             raise Status(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
         if k > self.cap:
@@ -255,6 +255,8 @@ class FakeServer:
             raise Status(400, {"error": {"message": text, "type": "BadRequestError", "code": 400}})
         if len(prompt) + body["max_tokens"] > self.max_length:
             raise Status(400, {"error": {"message": f"maximum context length is {self.max_length} tokens"}})
+        if "prompt_logprobs" not in body:
+            return self.vllm_answer(body)
         logprobs = self.logprobs(prompt, body["temperature"])
         entries: list[Any] = [None]
         for t, token in enumerate(prompt[1:]):
@@ -274,8 +276,66 @@ class FakeServer:
         echoed = {"prompt_token_ids": prompt} if body.get("return_token_ids") else {}
         return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [{**choice, **echoed}]}
 
+    def vllm_answer(self, body: Answer) -> Answer:
+        prompt, k = body["prompt"], body["logprobs"]
+        token_ids, logprobs, stop = self.write(prompt, body, body["max_tokens"])
+        lists = []
+        for token, row in zip(token_ids, logprobs, strict=True):
+            top = row.topk(k)
+            listed = [token, *top.indices.tolist()]
+            lists.append({f"token_id:{i}": float(row[i]) for i in listed})
+        found = {
+            "text_offset": [0] * len(token_ids),
+            "tokens": [f"token_id:{token}" for token in token_ids],
+            "token_logprobs": [float(row[token]) for token, row in zip(token_ids, logprobs, strict=True)],
+            "top_logprobs": lists,
+        }
+        choice = {"index": 0, "text": "?", "logprobs": found, "prompt_logprobs": None, "token_ids": token_ids}
+        reasons = {"finish_reason": "length" if stop is None else "stop", "stop_reason": stop}
+        choice |= {"prompt_token_ids": prompt, **reasons}
+        return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice]}
+
+    def sglang_answer(self, body: Answer) -> Answer:
+        prompt, k, sampling = body["input_ids"], body["top_logprobs_num"], body["sampling_params"]
+        body = {**sampling, "seed": sampling["sampling_seed"]}
+        token_ids, logprobs, stop = self.write(prompt, body, sampling["max_new_tokens"])
+        own = [[float(row[token]), token, None] for token, row in zip(token_ids, logprobs, strict=True)]
+        tops = [row.topk(k) for row in logprobs]
+        finish = {"type": "length", "length": len(token_ids)} if stop is None else {"type": "stop", "matched": stop}
+        info = {
+            "finish_reason": finish,
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(token_ids),
+            "output_token_logprobs": own,
+            "output_top_logprobs": [
+                [[p, i, None] for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)] for top in tops
+            ],
+        }
+        return {"text": "?", "output_ids": token_ids, "meta_info": info}
+
+    def write(self, prompt: list[int], body: Answer, most: int) -> tuple[list[int], list[Tensor], int | str | None]:
+        """Tokens, the distributions that they were drawn from, and what ended them."""
+        generator = torch.Generator().manual_seed(body["seed"])
+        temperature, token_ids, found = body["temperature"], [], []
+        while len(token_ids) < most:
+            found.append(self.logprobs([*prompt, *token_ids], temperature or 1.0)[-1])
+            if temperature == 0.0:
+                token_ids.append(int(found[-1].argmax()))
+            else:
+                probs = (found[-1] / temperature).softmax(dim=0)
+                token_ids.append(int(torch.multinomial(probs, 1, generator=generator)))
+            if token_ids[-1] in body["stop_token_ids"]:
+                return token_ids, found, token_ids[-1]
+            text = self.tokenizer.decode(token_ids)
+            for stop in body["stop"]:
+                if stop in text:
+                    return token_ids, found, stop
+        return token_ids, found, None
+
     def sglang(self, body: Answer) -> Answer:
         token_ids, k = body["input_ids"], body["top_logprobs_num"]
+        if body["logprob_start_len"] == -1:
+            return self.sglang_answer(body)
         logprobs = self.logprobs(token_ids, body["sampling_params"]["temperature"])
         own: list[Any] = [[None, token_ids[0], None]]
         own += [[float(logprobs[t, token]), token, None] for t, token in enumerate(token_ids[1:])]

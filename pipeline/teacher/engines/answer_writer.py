@@ -26,6 +26,7 @@ from pipeline.teacher.generation.answers import (
     EOS,
     LENGTH,
     STOP_STRING,
+    STREAM,
     Answer,
     AnswerSettings,
     Request,
@@ -41,8 +42,6 @@ from pipeline.teacher.targets.selection import ChunkTargets
 
 if TYPE_CHECKING:
     from pipeline.teacher.engines.transformers_engine import TransformersEngine
-
-STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 
 
 class AnswerWriter:

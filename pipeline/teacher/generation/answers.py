@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.teacher.generation.generation_config import GenerationConfig
+from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.packing import TokenRow
 from pipeline.teacher.text.teacher_prompts import behind_prompts
 
+STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
 
 
@@ -75,6 +77,12 @@ class Answer:
 def place_of(documents: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Random-generator keys of answers, [n] uint64; caches of given text use the row number instead."""
     return np.asarray(documents, np.uint64) | np.asarray(indices, np.uint64) << np.uint64(40)
+
+
+def answer_seed(request: Request, seed: int) -> int:
+    """The seed of an answer: of the run's seed, the prompt and the index, as any other random number here."""
+    place = place_of(np.array([request.document]), np.array([request.index]))
+    return int(uniforms(seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31)
 
 
 def token_set(given: int | list[int] | None) -> set[int]:

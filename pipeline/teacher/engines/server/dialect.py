@@ -5,13 +5,15 @@ A distribution that is predicted *from* position t stands in an answer beside to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.teacher.engines.server.http_client import UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import TopLists
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Advice:
     cap: str  # for more log-probabilities of a position; {k}
     length: str  # for longer documents; {length}
     raw: str  # for log-probabilities of the model's own distribution
+    raw_answers: str  # the same, of tokens that it generates
     whole: str  # for those of every token of a prompt
     ids: str  # for token ids that are taken as they are
 
@@ -42,22 +45,76 @@ class Prompt:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """An answer that is asked for.
+
+    Attributes:
+        token_ids: of the prompt.
+        k: number of most likely tokens at each position of the answer.
+        max_tokens: length of the answer at most.
+        top_k: 0: all tokens.
+        stop: strings that end it.
+        stop_tokens: tokens that end it; no others do.
+    """
+
+    token_ids: Sequence[int]
+    k: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
+    stop_tokens: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Written:
+    """An answer.
+
+    Attributes:
+        token_ids: including the one that ended it.
+        logprobs: of these tokens.
+        lists: at the positions that they were drawn from.
+        stop_reason: one of `STOP_REASONS`.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    lists: TopLists
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class Query(Generic[T]):
+    """A request.
+
+    Attributes:
+        path: below the root of the server.
+        read: makes the result of an answer; raises UnusableAnswer.
+    """
+
+    path: str
+    body: dict[str, Any]
+    read: Callable[[Any], T]
+
+
 class Dialect(Protocol):
-    """Attributes: prompt_path: where prompts are sent, below the root of the server."""
+    """How one kind of server is talked to."""
 
     kind: ServerKind
-    prompt_path: str
     advice: Advice
 
-    def tokenize_body(self, text: str) -> dict[str, Any]:
-        """For the path /tokenize, without special tokens."""
+    def tokenize(self, text: str) -> Query[Any]:
+        """The tokens of a text, without special tokens."""
         ...
 
-    def prompt_body(self, prompt: Prompt) -> dict[str, Any]: ...
-
-    def read_prompt(self, answer: Any, prompt: Prompt, vocab_size: int) -> TopLists:
-        """The lists of the wanted positions. Raises: UnusableAnswer."""
+    def prompt(self, prompt: Prompt, vocab_size: int) -> Query[TopLists]:
+        """The lists of the wanted positions."""
         ...
+
+    def answer(self, sampling: Sampling, vocab_size: int) -> Query[Written]: ...
 
 
 def check_echo(found: Any, sent: Sequence[int]) -> None:

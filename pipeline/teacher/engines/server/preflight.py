@@ -9,17 +9,19 @@ temperature    the same for requests at temperature 1 and 2: the model's own dis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.teacher.engines.server.dialect import Dialect, Prompt
+from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Query, Sampling
 from pipeline.teacher.engines.server.http_client import HttpClient, Refused, Unusable
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
 from pipeline.teacher.engines.server.top_lists import TopLists
+
+T = TypeVar("T")
 
 PROBE = "The café, built in 1923, cost 1,450 €;\n  people said: “it's far too small”. Then 東京 came."
 MOST_UNUSABLE = 3
@@ -29,20 +31,21 @@ TEMPERED_NATS = 0.1
 
 def check_length(facts: ServerFacts, dialect: Dialect, seq_len: int, longest: int) -> None:
     """Args: longest: tokens of the longest request, including one that is generated. Raises: ConfigError."""
-    if facts.max_length is not None and longest > facts.max_length:
-        raise ConfigError(
-            f"`seq_len` {seq_len}: the server takes at most {facts.max_length:,} tokens, expected {longest:,}, "
-            f"since it generates one more. {dialect.advice.length.format(length=longest)}, or use `seq_len` "
-            f"{facts.max_length - (longest - seq_len)} or less."
-        )
+    if facts.max_length is None or longest <= facts.max_length:
+        return
+    more = longest - seq_len
+    raise ConfigError(
+        f"`seq_len` {seq_len}: the server takes at most {facts.max_length:,} tokens, expected {longest:,}"
+        f"{', since it generates one more' if more else ''}. {dialect.advice.length.format(length=longest)}, or use "
+        f"`seq_len` {facts.max_length - more} or less."
+    )
 
 
 def check_tokenizer(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compares the tokens of a text, where the server splits texts at all. Raises: ConfigError."""
     ours = local_tokens(tokenizer)
     try:
-        body = dialect.tokenize_body(PROBE)
-        theirs = client.post("/tokenize", body, lambda answer: answer, most_unusable=MOST_UNUSABLE).result()
+        theirs = _result(client, dialect.tokenize(PROBE))
     except Refused:
         return
     theirs = theirs.get("tokens") if isinstance(theirs, dict) else theirs
@@ -53,17 +56,34 @@ def check_tokenizer(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedT
         )
 
 
+def check_prompts(client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int) -> None:
+    """Asks twice for the distributions of a text. Args: size: V. Raises: ConfigError, ModelError."""
+
+    def lists(k: int, temperature: float) -> TopLists:
+        prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=k, temperature=temperature)
+        return _result(client, dialect.prompt(prompt, size))
+
+    _check(client, dialect, lists, k, dialect.advice.raw)
+
+
 def check_answers(client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int) -> None:
-    """Sends a prompt twice. Args: size: V. Raises: ConfigError, ModelError."""
-    prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=k)
-    at_one = _ask(client, dialect, prompt, size)
-    at_two = _ask(client, dialect, replace(prompt, temperature=2.0), size)
-    difference = float(np.abs(at_one.logprobs - at_two.logprobs).mean())
-    if difference > TEMPERED_NATS:
-        raise ModelError(
-            f"{client.root}: its log-probabilities depend on the temperature of sampling (by {difference:.2f} nats at "
-            f"2 instead of 1), so they are not the teacher's own. {dialect.advice.raw}"
+    """Asks twice for the next token of a text. Args: size: V. Raises: ConfigError, ModelError."""
+
+    def lists(k: int, temperature: float) -> TopLists:
+        sampling = Sampling(
+            token_ids=token_ids,
+            k=k,
+            max_tokens=1,
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=0,
+            stop=(),
+            stop_tokens=(),
         )
+        return _result(client, dialect.answer(sampling, size)).lists
+
+    _check(client, dialect, lists, k, dialect.advice.raw_answers)
 
 
 def local_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -71,33 +91,38 @@ def local_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(token) for token in tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
 
 
-def _ask(client: HttpClient, dialect: Dialect, prompt: Prompt, size: int) -> TopLists:
+def _check(client: HttpClient, dialect: Dialect, lists: Callable[[int, float], TopLists], k: int, advice: str) -> None:
+    """Args: lists: those of K entries at a temperature of sampling, which must not matter."""
     try:
-        return _lists(client, dialect, prompt, size)
+        at_one, at_two = lists(k, 1.0), lists(k, 2.0)
     except Unusable as error:
-        advice = "Use another server." if error.advice is None else getattr(dialect.advice, error.advice)
-        raise ModelError(f"{error} {advice.format(k=prompt.k)}") from error
+        hint = "Use another server." if error.advice is None else getattr(dialect.advice, error.advice)
+        hint = advice if error.advice == "raw" else hint
+        raise ModelError(f"{error} {hint.format(k=k)}") from error
     except Refused as error:
-        if error.status not in (400, 422) or prompt.k == 1 or not _answers(client, dialect, prompt, size):
+        if error.status not in (400, 422) or k == 1 or not _gives(lists, 1):
             raise
         raise ConfigError(
-            f"`top_k` {prompt.k}: more than this server gives: {error} {dialect.advice.cap.format(k=prompt.k)}"
+            f"`top_k` {k}: more than this server gives: {error} {dialect.advice.cap.format(k=k)}"
         ) from error
+    difference = float(np.abs(at_one.logprobs - at_two.logprobs).mean())
+    if difference > TEMPERED_NATS:
+        raise ModelError(
+            f"{client.root}: its log-probabilities depend on the temperature of sampling (by {difference:.2f} nats at "
+            f"2 instead of 1), so they are not the teacher's own. {advice}"
+        )
 
 
-def _answers(client: HttpClient, dialect: Dialect, prompt: Prompt, size: int) -> bool:
-    """Whether the server answers if it is asked for one entry of each position."""
+def _gives(lists: Callable[[int, float], TopLists], k: int) -> bool:
     try:
-        _lists(client, dialect, replace(prompt, k=1), size)
+        lists(k, 1.0)
     except Refused:
         return False
     return True
 
 
-def _lists(client: HttpClient, dialect: Dialect, prompt: Prompt, size: int) -> TopLists:
-    body = dialect.prompt_body(prompt)
-    read = lambda answer: dialect.read_prompt(answer, prompt, size)  # noqa: E731
-    return client.post(dialect.prompt_path, body, read, most_unusable=MOST_UNUSABLE).result()
+def _result(client: HttpClient, query: Query[T]) -> T:
+    return client.post(query.path, query.body, query.read, most_unusable=MOST_UNUSABLE).result()
 
 
 def _shown(tokens: object) -> str:

@@ -11,7 +11,7 @@ transformers engine within rounding: what shares a batch with a document is up t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,18 @@ import numpy as np
 import cache_format as cf
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest
-from pipeline.teacher.engines.server.dialect import Dialect, Prompt
+from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import HttpClient
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
 from pipeline.teacher.engines.server.top_lists import TopLists
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
+from pipeline.teacher.generation.answers import (
+    Answer,
+    AnswerSettings,
+    Request,
+    answer_row,
+    answer_seed,
+    complete_answer,
+)
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
 
@@ -74,6 +81,22 @@ class _RunningRows:
 def entries(rule: TargetRule, vocab_size: int) -> int:
     """K: how many of the most likely tokens a rule needs."""
     return min(rule.candidates, vocab_size)
+
+
+def sampling_of(request: Request, settings: AnswerSettings, k: int) -> Sampling:
+    """What a server is asked for an answer."""
+    given = settings.sampling
+    return Sampling(
+        token_ids=np.asarray(request.read).tolist(),
+        k=k,
+        max_tokens=settings.most_tokens(request),
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=given.top_k,
+        seed=answer_seed(request, given.seed),
+        stop=given.stop,
+        stop_tokens=sorted(settings.stop_tokens),
+    )
 
 
 class ServerEngine:
@@ -137,16 +160,32 @@ class ServerEngine:
             yield self._lists(prompt)
 
     def _lists(self, prompt: Prompt) -> Future[TopLists]:
-        dialect, vocab_size = self.dialect, self.vocab_size
-        body = dialect.prompt_body(prompt)
-        return self.client.post(
-            dialect.prompt_path, body, lambda answer: dialect.read_prompt(answer, prompt, vocab_size)
-        )
+        query = self.dialect.prompt(prompt, self.vocab_size)
+        return self.client.post(query.path, query.body, query.read)
 
     def generate(
         self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
     ) -> list[Answer]:
-        raise NotImplementedError
+        pending: dict[Future[Written], Request] = {}
+        for request in requests:
+            sampling = sampling_of(request, settings, entries(settings.rule, self.vocab_size))
+            query = self.dialect.answer(sampling, self.vocab_size)
+            pending[self.client.post(query.path, query.body, query.read)] = request
+        answers = []
+        for done in as_completed(pending):
+            answers.append(self._answer(pending[done], done, settings))
+            on_answers(answers[-1:])
+        return answers
+
+    def _answer(self, request: Request, done: Future[Written], settings: AnswerSettings) -> Answer:
+        try:
+            written = done.result()
+        except ModelError as error:
+            raise ModelError(f"row {request.document}, answer {request.index}: {error}") from error
+        row = answer_row(request, written.token_ids)
+        targets = written.lists.targets(settings.rule, self.vocab_size)
+        with_targets = cache_row(0, row, row.loss_mask, targets)
+        return complete_answer(request, with_targets, written.logprobs, written.stop_reason, settings)
 
     def close(self) -> None:
         self.client.close()

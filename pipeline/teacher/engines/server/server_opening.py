@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import ConfigError
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.engines.server.http_client import HttpClient
-from pipeline.teacher.engines.server.preflight import check_answers, check_length, check_tokenizer, local_tokens
+from pipeline.teacher.engines.server.preflight import (
+    check_answers,
+    check_length,
+    check_prompts,
+    check_tokenizer,
+    local_tokens,
+)
 from pipeline.teacher.engines.server.server_config import ServerConfig, server_root
 from pipeline.teacher.engines.server.server_engine import ServerEngine, entries
 from pipeline.teacher.engines.server.server_kinds import dialect_of, find_server
@@ -32,6 +38,7 @@ def open_server(
     rule: TargetRule,
     seq_len: int,
     all_positions: bool,
+    generates: bool = False,
 ) -> ServerEngine:
     """A teacher on a server.
 
@@ -40,6 +47,7 @@ def open_server(
         rule: of a kind that lists of the most likely tokens are enough for.
         seq_len: tokens of the longest document.
         all_positions: whether the last position of a document gets targets too.
+        generates: the teacher will write answers.
 
     Raises: ConfigError, ModelError, each with what to change, on the server or here.
     """
@@ -56,9 +64,11 @@ def open_server(
         facts = find_server(client, config)
         dialect = dialect_of(facts)
         rule.check_vocabulary(vocab_size)
-        check_length(facts, dialect, seq_len, seq_len + (2 if all_positions else 1))
+        more = 0 if generates else 2 if all_positions else 1  # tokens of a request beyond its document
+        check_length(facts, dialect, seq_len, seq_len + more)
         check_tokenizer(client, dialect, tokenizer)
-        check_answers(client, dialect, local_tokens(tokenizer)[:seq_len], entries(rule, vocab_size), vocab_size)
+        check = check_answers if generates else check_prompts
+        check(client, dialect, local_tokens(tokenizer)[: seq_len - 1], entries(rule, vocab_size), vocab_size)
     except BaseException:
         client.close()
         raise

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pipeline.teacher.engines.answer_writer import STREAM
 from pipeline.teacher.engines.vllm.vllm_collector import Collected
 from pipeline.teacher.generation.answers import (
     EOS,
@@ -16,11 +13,10 @@ from pipeline.teacher.generation.answers import (
     AnswerSettings,
     Request,
     answer_row,
+    answer_seed,
     complete_answer,
-    place_of,
 )
 from pipeline.teacher.targets.cache_rows import cache_row
-from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.selection import ChunkTargets
 
 if TYPE_CHECKING:
@@ -28,16 +24,14 @@ if TYPE_CHECKING:
 
 
 def sampling_options(request: Request, settings: AnswerSettings) -> dict[str, Any]:
-    """Arguments of vLLM's `SamplingParams` for an answer. Its seed depends on seed, prompt and index, as any other
-    random number here."""
+    """Arguments of vLLM's `SamplingParams` for an answer."""
     given = settings.sampling
-    place = place_of(np.array([request.document]), np.array([request.index]))
     return {
         "max_tokens": settings.most_tokens(request),
         "temperature": given.temperature,
         "top_p": given.top_p,
         "top_k": given.top_k,
-        "seed": int(uniforms(given.seed, place, np.zeros(1, np.int64), 1, stream=STREAM)[0, 0] * 2**31),
+        "seed": answer_seed(request, given.seed),
         "logprobs": 0,
         "stop": list(given.stop),
         "stop_token_ids": sorted(settings.stop_tokens),

@@ -1,0 +1,110 @@
+"""Answers of a teacher on a server, with their targets, against the same model in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cache_format as cf
+from fake_servers import FakeServer, Faults
+from generating import load, logprobs_of
+from pipeline.errors import ModelError
+from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.engines.server import http_client
+from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
+from pipeline.teacher.generation.generation_config import GenerationConfig
+from pipeline.teacher.targets.rules import TargetRule
+from tiny import write_jsonl
+
+KINDS = ("vllm", "sglang")
+V = 400
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.001)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    return write_jsonl(path, [{"prompt": "The miller " * n} for n in range(1, 4)])
+
+
+def generate(teacher: str, tokenizer: Path, prompts: Path, output: Path, **options: Any) -> GenerationSummary:
+    here = {} if teacher.startswith("http") else {"device": "cpu"}
+    config = CacheTeacherConfig(
+        teacher=teacher,
+        tokenizer=str(tokenizer),
+        data=DataConfig(data=str(prompts), seq_len=64),
+        output=str(output),
+        targets=TargetRule(top_k=8),
+        **here,
+    )
+    return generate_cache(config, GenerationConfig(**{"max_new_tokens": 8, **options}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_answers_are_those_of_the_model_in_this_process(
+    kind: str, teacher_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"temperature": 0.0, "stop": ("e",)}
+    here = generate(str(teacher_dir), teacher_dir, prompts, tmp_path / "here", **options)
+    with FakeServer(teacher_dir, kind, faults=Faults(0.2, kinds=("500", "truncated JSON", "another object"))) as server:
+        there = generate(server.url, teacher_dir, prompts, tmp_path / "there", **options)
+    assert there.stop_reasons == here.stop_reasons and there.answers == 3
+    one, other = (cf.open_cache(tmp_path / name) for name in ("there", "here"))
+    assert [line["text"] for line in one.answers()] == [line["text"] for line in other.answers()]
+    for row, expected in zip(one.iter_rows(), other.iter_rows(), strict=True):
+        np.testing.assert_array_equal(row.input_ids, expected.input_ids)
+        np.testing.assert_array_equal(row.loss_mask, expected.loss_mask)
+        np.testing.assert_array_equal(row.targets.ids, expected.targets.ids)
+        np.testing.assert_allclose(row.targets.logprobs, expected.targets.logprobs, atol=0.1)  # as stored
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_answers_have_the_models_own_log_probabilities(
+    kind: str, teacher_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"temperature": 0.7, "answers_per_prompt": 2}
+    with FakeServer(teacher_dir, kind) as server:
+        summary = generate(server.url, teacher_dir, prompts, tmp_path / "cache", **options)
+        generate(server.url, teacher_dir, prompts, tmp_path / "again", **options)
+    assert summary.answers == 6
+    cache, again = (cf.open_cache(tmp_path / name) for name in ("cache", "again"))
+    model = load(teacher_dir)
+    texts = set()
+    for line, row, other in zip(cache.answers(), cache.iter_rows(), again.iter_rows(), strict=True):
+        np.testing.assert_array_equal(row.input_ids, other.input_ids)  # the same seeds
+        expected = logprobs_of(model, row.input_ids, V)
+        at = np.flatnonzero(row.loss_mask)
+        np.testing.assert_allclose(line["token_logprobs"], expected[at, row.input_ids[at + 1]], atol=1e-4)
+        texts.add(line["text"])
+    assert len(texts) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"), [("vllm", "--logprobs-mode"), ("sglang", "SGLANG_RETURN_ORIGINAL_LOGPROB")]
+)
+def test_log_probabilities_of_the_sampler_are_refused(
+    kind: str, advice: str, teacher_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with FakeServer(teacher_dir, kind, tempered=True) as server, pytest.raises(ModelError, match=advice):
+        generate(server.url, teacher_dir, prompts, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bos_that_the_server_adds_is_refused(kind: str, teacher_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    def add_bos(answer: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        if kind == "sglang":
+            answer["meta_info"]["prompt_tokens"] += 1
+        else:
+            answer["choices"][0]["prompt_token_ids"] = [1, *body["prompt"]]
+        return answer
+
+    with FakeServer(teacher_dir, kind, change=add_bos) as server:
+        with pytest.raises(ModelError, match="the server (scored other tokens|read 6[0-9] tokens)"):
+            generate(server.url, teacher_dir, prompts, tmp_path / "cache")
