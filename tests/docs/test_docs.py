@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
+from foreign_files import made_up_rows, nested, write_distillkit, write_llama_cpp, write_parquet
 from pages import ROOT, anchors, blocks, commands, linked_anchors, linked_files, play, sections, text
 from pipeline.commands import main
 from pipeline.teacher.targets.rules import TargetRule
@@ -78,6 +79,21 @@ def new_caches(root: Path) -> None:
     write_questions(root)
 
 
+def files_of_other_tools(root: Path) -> None:
+    models_and_texts(root)
+    rows = made_up_rows(4)
+    write_distillkit(root / "data/distillkit", rows)
+    (root / "data/layout.yaml").write_bytes((root / "data/distillkit/compression_config.yaml").read_bytes())
+    write_llama_cpp(root / "data/base.kld", rows)
+    write_parquet(root / "data/rows.parquet", nested(rows, 8))
+    content = [{"token": f"token_id:{i}", "logprob": -0.1, "top_logprobs": []} for i in (7, 8, 9)]
+    content = [{**each, "top_logprobs": [{"token": each["token"], "logprob": -0.1}]} for each in content]
+    write_jsonl(
+        root / "data/responses.jsonl",
+        [{"prompt_token_ids": [5, 6], "choices": [{"logprobs": {"content": content}}]}],
+    )
+
+
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/caches.md": causal_models,
     "docs/choosing.md": everything,
@@ -89,6 +105,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/generation.md": questions,
     "docs/getting-started.md": causal_models,
     "docs/hidden-states.md": causal_models,
+    "docs/import.md": files_of_other_tools,
     "docs/masked.md": masked_models,
     "docs/on-policy.md": questions,
     "docs/other-tokenizers.md": causal_models,
