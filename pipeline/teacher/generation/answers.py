@@ -17,8 +17,8 @@ import cache_format as cf
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat.turns import end_of_turn
+from pipeline.teacher.text.formats.teacher_prompts import behind_prompts
 from pipeline.teacher.text.packing import TokenRow
-from pipeline.teacher.text.teacher_prompts import behind_prompts
 
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
 
