@@ -18,8 +18,8 @@ import numpy as np
 import cache_format as cf
 from pipeline.models.padding import PackedRow
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.formats.teacher_prompts import TeacherText
 from pipeline.teacher.text.packing import TokenRow
-from pipeline.teacher.text.teacher_prompts import TeacherText
 
 if TYPE_CHECKING:
     from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request

@@ -18,8 +18,8 @@ from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat.turns import end_of_turn
+from pipeline.teacher.text.formats.teacher_prompts import behind_prompts
 from pipeline.teacher.text.packing import TokenRow
-from pipeline.teacher.text.teacher_prompts import behind_prompts
 
 STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")

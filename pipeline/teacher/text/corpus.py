@@ -27,14 +27,14 @@ from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import columns as columns_module
-from pipeline.teacher.text import encoding, examples, records, teacher_prompts, token_ids
+from pipeline.teacher.text import encoding, records
 from pipeline.teacher.text.chat import arguments, messages, template, turns
 from pipeline.teacher.text.chat.template import ChatTemplate
-from pipeline.teacher.text.columns import IDS, Columns, check_chat_options, find_columns
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes
-from pipeline.teacher.text.examples import Example, read_examples
+from pipeline.teacher.text.formats import examples, row_format, teacher_prompts, token_ids
+from pipeline.teacher.text.formats.examples import Example, read_examples
+from pipeline.teacher.text.formats.row_format import IDS, Columns, check_chat_options, find_columns
 from pipeline.teacher.text.records import RecordReader, reading
 from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
 
@@ -308,7 +308,7 @@ def _fingerprint(
 ) -> str:
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
-    of_text = (__file__, columns_module.__file__, examples.__file__, records.__file__, encoding.__file__)
+    of_text = (__file__, row_format.__file__, examples.__file__, records.__file__, encoding.__file__)
     of_ids_and_prompts = (token_ids.__file__, teacher_prompts.__file__)
     of_chats = (arguments.__file__, messages.__file__, template.__file__, turns.__file__)
     code = (*of_text, *of_ids_and_prompts, *of_chats)

@@ -23,7 +23,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.teacher.text.chat.template import Span
-from pipeline.teacher.text.examples import Example
+from pipeline.teacher.text.formats.examples import Example
 
 # Four blocks are one group, which is shared by the tokenizer's threads.
 _BLOCK_CHARACTERS = 1 << 18
@@ -62,7 +62,7 @@ class Tokens:
         had_affixes: the text brought special tokens that it would have got, and has them once now.
         split: a token across the start of a loss span was split there.
         teacher_prompt: int32, what the teacher reads before the first token in the loss instead of what is there; None:
-            the same as the student (see `teacher_prompts`).
+            the same as the student (see `formats.teacher_prompts`).
     """
 
     ids: np.ndarray

@@ -25,14 +25,14 @@ from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.chat.template import ChatTemplate
-from pipeline.teacher.text.columns import Columns, check_chat_options, find_prompt
 from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes, Tokens
-from pipeline.teacher.text.examples import Example, read_prompt, read_teacher_prompt
+from pipeline.teacher.text.formats.examples import Example, read_prompt, read_teacher_prompt
+from pipeline.teacher.text.formats.row_format import Columns, check_chat_options, find_prompt
+from pipeline.teacher.text.formats.teacher_prompts import with_length
 from pipeline.teacher.text.records import reading
 from pipeline.teacher.text.sources import Source, load_source
-from pipeline.teacher.text.teacher_prompts import with_length
 
 _PROMPTS_PER_BATCH = 64
 

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.teacher.text.encoding import Tokens
+from pipeline.teacher.text.formats.teacher_prompts import behind_prompts, with_teacher_prompt
 from pipeline.teacher.text.packing import pack_pieces
-from pipeline.teacher.text.teacher_prompts import behind_prompts, with_teacher_prompt
 
 
 def tokens(ids: list[int], learned: list[int]) -> Tokens:

@@ -187,6 +187,12 @@ def test_an_id_beyond_the_vocabulary_is_reported_before_anything_is_computed(tmp
         cache_teacher(config)
 
 
+def test_an_id_that_only_the_teacher_reads_is_checked_too() -> None:
+    rows = [{"input_ids": [5, 6], "loss_mask": [0, 1], "teacher_input_ids": ids} for ids in ([7, 8], [7, 399])]
+    corpus = corpus_of(rows)
+    assert corpus.first_token_beyond(399) == (1, 399) and corpus.first_token_beyond(400) is None
+
+
 def test_options_that_would_change_the_ids(tmp_path: Path) -> None:
     data = as_jsonl(rows_of(2), tmp_path).as_posix()
     with pytest.raises(ConfigError, match="`append_eos=True`: token ids are scored as they are"):

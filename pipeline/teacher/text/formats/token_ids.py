@@ -21,9 +21,9 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.teacher.text.chat.messages import wrong_type
-from pipeline.teacher.text.columns import LABELS, PACKED_LENGTHS, PACKED_POSITIONS, PADDING, SPANS
 from pipeline.teacher.text.encoding import Tokens
-from pipeline.teacher.text.teacher_prompts import with_prompt
+from pipeline.teacher.text.formats.row_format import LABELS, PACKED_LENGTHS, PACKED_POSITIONS, PADDING, SPANS
+from pipeline.teacher.text.formats.teacher_prompts import with_prompt
 
 IGNORED = -100  # label of a token outside the loss
 _LARGEST = 2**31 - 1

@@ -27,8 +27,8 @@ import numpy as np
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text.columns import Columns
 from pipeline.teacher.text.encoding import Tokens
+from pipeline.teacher.text.formats.row_format import Columns
 from pipeline.teacher.text.windows import DocumentTokens, Pieces
 
 SEQ_LENS = 4

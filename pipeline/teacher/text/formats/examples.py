@@ -1,6 +1,6 @@
 """One row of a dataset as text, and the character spans of it that are in the loss.
 
-The columns decide the format (see `columns`). Beside messages, the columns `tools`, `documents` and
+The columns decide the format (see `row_format`). Beside messages, the columns `tools`, `documents` and
 `chat_template_kwargs` are passed to the template. A conversation whose template drops earlier thoughts becomes several
 texts, one for each answer (see `chat.turns`).
 
@@ -19,7 +19,7 @@ from pipeline.teacher.text.chat.arguments import read_arguments
 from pipeline.teacher.text.chat.messages import check_messages, read_conversation, wrong_type
 from pipeline.teacher.text.chat.template import ChatTemplate, Span
 from pipeline.teacher.text.chat.turns import render_turns
-from pipeline.teacher.text.columns import Columns
+from pipeline.teacher.text.formats.row_format import Columns
 
 
 @dataclass(frozen=True)
