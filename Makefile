@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-real test-architectures test-vllm test-servers test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ bench-gpu: $(STAMP)  ## both stages on one CUDA device, beside what its products
 
 bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
 	$(PY) -m benchmarks.methods
+
+bench-on-policy: $(STAMP)  ## a round on the student's own text against the teacher's: fifteen minutes, resumable
+	$(PY) -m benchmarks.on_policy
 
 docs: $(STAMP)  ## the tables of README.md and docs/, written from benchmarks/results
 	$(PY) -m benchmarks.tables

@@ -38,7 +38,7 @@ from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.targets.rules import TargetRule
 from tiny import english, tiny_tokenizer
 
-SEQ_LEN, ROWS_PER_SHARD, SENTENCES = 64, 16, 4000
+SEQ_LEN, ROWS_PER_SHARD, SENTENCES = 64, 16, 1000
 DEADLINE_S = 600.0
 FORK = multiprocessing.get_context("fork")
 

@@ -206,10 +206,11 @@ class VllmEngine:
         """Compares targets with vLLM's own prompt log-probabilities of the same pass. Raises: ModelError."""
         rule = TargetRule(top_k=min(8, self.vocab_size))
         self._use([rule])
+        tokens = min(PROBE_TOKENS, self.call(lambda engine: engine.model_config.max_model_len) - 1)
         result: Future[tuple[RequestOutput, Collected]] = Future()
         document = self._vllm.document(
-            np.random.default_rng(3).integers(self.vocab_size, size=PROBE_TOKENS),
-            np.ones(PROBE_TOKENS, bool),
+            np.random.default_rng(3).integers(self.vocab_size, size=tokens),
+            np.ones(tokens, bool),
             lambda *found: result.set_result(found),
             partial(fail, result),
             place=0,
@@ -218,7 +219,7 @@ class VllmEngine:
         self._vllm.submit([document])
         output, collected = result.result()
         targets, theirs = collected.targets[0], output.prompt_logprobs or []
-        worst = 0.0 if len(targets.ids) == len(theirs) == PROBE_TOKENS else math.inf
+        worst = 0.0 if len(targets.ids) == len(theirs) == tokens else math.inf
         # Theirs begin with that of the second token; the last position has none.
         for ids, logprobs, own in zip(targets.ids.tolist(), targets.logprobs.tolist(), theirs[1:], strict=False):
             for token, logprob in zip(ids, logprobs, strict=True):

@@ -243,6 +243,12 @@ def test_answers_do_not_depend_on_what_shares_the_steps(teachers: dict[str, Path
     engine.close()
 
 
+def test_documents_shorter_than_the_probe(teachers: dict[str, Path]) -> None:
+    engine = open_vllm(str(teachers["llama"]), vocab_size=V, seq_len=6, dtype="auto", engine_args={})
+    assert [len(row.targets.counts) for row in engine.run(requests_of([[6], [2, 3]]), [TOP]).rows()] == [6, 5]
+    engine.close()
+
+
 # -- one engine, used directly ----------------------------------------------------------------------------------------
 
 
