@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Result, Settings, Table
-from pipeline.losses import DistillLoss, RaggedTargets, SparseTargetBatch, fused_head, products
+from pipeline import products
+from pipeline.losses import DistillLoss, RaggedTargets, SparseTargetBatch, fused_head
 from pipeline.losses.fused import chunk_positions
 
 ENTRIES, CHUNKS, OLD_CHUNK = 64, 4, 512
@@ -92,8 +93,8 @@ def run(settings: Settings) -> Result:
     return Result(
         name="loss_counts",
         question="Bytes that head and loss move on a GPU under bfloat16 autocast; counted on the meta device.",
-        bound=f"{BOUND} bytes per logit: the product writes float32 (4), the log-sum-exp reads it (4), the gradient reads "
-        "it and writes bfloat16 (4 + 2), two products read that (2 + 2); 8 per weight and chunk.",
+        bound=f"{BOUND} bytes per logit: the product writes float32 (4), the log-sum-exp reads it (4), the gradient "
+        "reads it and writes bfloat16 (4 + 2), two products read that (2 + 2); 8 per weight and chunk.",
         settings={"entries K": ENTRIES, "chunks": CHUNKS, "FLOP/s": FLOPS, "bytes/s": BANDWIDTH},
         tables=[
             Table(
@@ -112,7 +113,7 @@ def run(settings: Settings) -> Result:
 
 
 def traffic(width: int, vocab: int, chunk: int, *, wide: bool, options: dict[str, Any]) -> Traffic:
-    """Of `CHUNKS` chunks of loss tokens, forward and backward, without the pass that multiplies by the loss's gradient."""
+    """Of `CHUNKS` chunks of loss tokens, both ways, without the pass that multiplies by the gradient of the loss."""
     n = CHUNKS * chunk
     hidden = torch.empty(n, width, device="meta", requires_grad=True)
     weight = torch.empty(vocab, width, device="meta", requires_grad=True)
