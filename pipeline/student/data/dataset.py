@@ -182,7 +182,7 @@ def without_loss_tokens(batch: Batch) -> Batch:
     """The same batch with an empty loss mask: fills up a process that has run out of rows."""
     ignored = torch.full_like(batch["labels"], IGNORE_INDEX)
     targets = batch["targets"].with_labels(ignored.flatten())
-    none = {name: batch[name][:0] for name in ("hidden_loss_tokens", "hidden_loss_rows") if name in batch}
+    none: Batch = {name: batch[name][:0] for name in ("hidden_loss_tokens", "hidden_loss_rows") if name in batch}
     return {**batch, "labels": ignored, "shift_labels": ignored, "targets": targets, **none}
 
 
