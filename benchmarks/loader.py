@@ -100,7 +100,9 @@ def wait(path: Path, workers: int, ahead: bool, steps: int) -> dict[str, float]:
     batches = BatchSampler(dataset.sampler(seed=0), BATCH_ROWS, drop_last=False)
     if ahead:
         dataset.upcoming = Upcoming(batches)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate, num_workers=workers))
+    context = "fork" if workers else None  # as in training on Linux
+    options = {"num_workers": workers, "multiprocessing_context": context}
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate, **options))
     for _ in range(2):
         next(loader)
     start = time.perf_counter()

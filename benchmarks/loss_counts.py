@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Result, Settings, Table
-from pipeline.losses import DistillLoss, RaggedTargets, SparseTargetBatch, fused_head, products
+from pipeline import products
+from pipeline.losses import DistillLoss, RaggedTargets, SparseTargetBatch, fused_head
 from pipeline.losses.fused import chunk_positions
 
 ENTRIES, CHUNKS, OLD_CHUNK = 64, 4, 512
@@ -112,7 +113,7 @@ def run(settings: Settings) -> Result:
 
 
 def traffic(width: int, vocab: int, chunk: int, *, wide: bool, options: dict[str, Any]) -> Traffic:
-    """Of `CHUNKS` chunks of loss tokens, forward and backward, without the multiplication by the loss's gradient."""
+    """Of `CHUNKS` chunks of loss tokens, both ways, without the pass that multiplies by the gradient of the loss."""
     n = CHUNKS * chunk
     hidden = torch.empty(n, width, device="meta", requires_grad=True)
     weight = torch.empty(vocab, width, device="meta", requires_grad=True)

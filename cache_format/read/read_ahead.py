@@ -9,16 +9,20 @@ Memory: at most `limit` record batches, of which none is kept longer than its kn
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import TypeAlias
 
 from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow
 
 Key = tuple[int, int]  # shard, record batch in it
+Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the thread
 
 
 class ReadAhead:
@@ -43,9 +47,11 @@ class ReadAhead:
         self._beyond: int | None = None  # the next one, whose record batch has no room yet
         self._batches: dict[Key, Future[RowBatch]] = {}
         self._wanted: Counter[Key] = Counter()  # rows of `_seen` in each
-        self._todo: queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None] = queue.SimpleQueue()
-        # A daemon: a process that ends does not wait for record batches that nobody reads.
-        threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True).start()
+        self._todo: Todo = queue.SimpleQueue()
+        # A daemon, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
+        thread = threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _stop, self._todo, thread)
 
     def row(self, row: int) -> CacheRow | None:
         """The row; None if another one was expected. Raises: as `decode`."""
@@ -61,16 +67,15 @@ class ReadAhead:
         return found
 
     def close(self) -> None:
-        """Ends the thread after the record batch that it is decoding."""
-        while not self._todo.empty():
-            self._todo.get_nowait()
-        self._todo.put(None)
+        """Ends the thread, after the record batch that it is decoding."""
+        self._end()
 
     def _look_ahead(self) -> None:
         while True:
             row = next(self._coming, None) if self._beyond is None else self._beyond
             self._beyond = row
             if row is None:
+                self._todo.put(None)
                 return
             shard, batch, _ = self._place(row)
             if (shard, batch) not in self._batches:
@@ -83,9 +88,15 @@ class ReadAhead:
             self._beyond = None
 
 
-def _decode_all(
-    todo: queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None], decode: Callable[[int, int], RowBatch]
-) -> None:
+def _stop(todo: Todo, thread: threading.Thread) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            todo.get_nowait()
+    todo.put(None)
+    thread.join()
+
+
+def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
     while (next_one := todo.get()) is not None:
         key, future = next_one
         try:

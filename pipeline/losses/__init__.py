@@ -6,10 +6,8 @@ builds all logits, and equals it within rounding.
     spec.py              DistillLoss: what is minimised
     targets.py           Targets: what the walk needs of the teacher
     entries.py, sparse_targets.py, full_targets.py, uld.py    its implementations
-    ragged_targets.py    sparse targets on their way to the device
     tails.py, divergences.py, divergence_sum.py, weighting.py  the parts of the loss
     fused.py, reference.py   the walk over chunks, and the definition
-    products.py          matrix products with wide results
     feature_losses.py    distances of hidden states
 """
 
@@ -17,9 +15,8 @@ from pipeline.losses.divergence_sum import DIVERGENCES, DivergenceSum
 from pipeline.losses.entries import IGNORE_INDEX
 from pipeline.losses.full_targets import FullTargets
 from pipeline.losses.fused import HeadOutput, fused_head, fused_head_loss, general_head
-from pipeline.losses.ragged_targets import RaggedTargets
 from pipeline.losses.reference import sparse_kl
-from pipeline.losses.sparse_targets import SparseTargetBatch
+from pipeline.losses.sparse_targets import RaggedTargets, SparseTargetBatch
 from pipeline.losses.spec import DistillLoss, KlEstimateKind
 from pipeline.losses.tails import TAIL_POLICIES, UNBIASED, TailPolicy
 from pipeline.losses.targets import Targets

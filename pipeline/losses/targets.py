@@ -3,7 +3,7 @@
 Three implementations, each with its own loss and gradient:
 
     SparseTargetBatch   entries of a cache                          `sparse_targets.py`
-    (RaggedTargets      the same on the way to the device           `ragged_targets.py`)
+    (RaggedTargets      the same on the way to the device           likewise)
     FullTargets         all V probabilities, from stored states     `full_targets.py`
     SortedTargets       sorted probabilities, for a student with another tokenizer   `uld.py`
 

@@ -4,8 +4,8 @@
 
 It is not part of any model, so a student in training is neither wrapped nor saved nor sharded with it. W keeps its
 stored dtype, V·D numbers on the device, and is widened one block of the vocabulary at a time. Products are fp32 even if
-the student computes in bfloat16, where logits of 30 would be off by 0.1. TF32, the default on GPUs with it, changes no
-factor of a float16 or bfloat16 W and float16 states: their significands fit into its 11 bits, and sums are fp32. All
+the student computes in bfloat16, where logits of 30 would be off by 0.1. TF32, the default on GPUs with it, changes
+no factor of a float16 or bfloat16 W and float16 states, whose significands fit into its 11 bits; sums are fp32. All
 users of a head in one process share it, and if the student's own head is the teacher's and frozen, that tensor is used.
 
 Shapes: n positions, D width of x, V vocabulary.

@@ -90,6 +90,18 @@ def test_an_error_reaches_who_reads_the_row() -> None:
     ahead.close()
 
 
+def test_the_thread_ends_with_the_order_and_before_the_interpreter() -> None:
+    """A spawned loader process whose thread was in C++ code when the interpreter went away was killed by SIGABRT."""
+    threads = set(threading.enumerate())
+    whole, part = (ReadAhead(iter(range(ROWS)), place, batch_of, 4) for _ in range(2))
+    (thread, other) = set(threading.enumerate()) - threads
+    assert all(whole.row(row) is not None for row in range(ROWS))
+    wait_for(lambda: not (thread.is_alive() and other.is_alive()))
+    assert part._end.atexit and part.row(0) is not None
+    part.close()
+    assert not thread.is_alive() and not other.is_alive()
+
+
 @pytest.fixture()
 def cache(tmp_path: Path) -> Iterator[cf.Cache]:
     write_sample(tmp_path / "cache")

@@ -88,7 +88,7 @@ def _choice(answer: Any, sent: Sequence[int]) -> dict[str, Any]:
 
 
 def _read_prompt(answer: Any, prompt: Prompt, vocab_size: int) -> TopLists:
-    logprobs = _choice(answer, prompt.token_ids).get("prompt_logprobs")
+    logprobs: Any = _choice(answer, prompt.token_ids).get("prompt_logprobs")
     check_length(logprobs, len(prompt.token_ids), "prompt_logprobs")
     lists = [_entries(logprobs[t + 1], prompt.token_ids[t + 1], prompt.k) for t in prompt.positions]
     return TopLists.read(lists, prompt.k, vocab_size)
