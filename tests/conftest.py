@@ -45,7 +45,7 @@ settings.load_profile("distill")
 
 
 def pytest_collection_finish() -> None:
-    """Trainer collects garbage at the end of each run, which would look at a million objects of libraries every time."""
+    """Trainer collects garbage at the end of a run; without this it would look at a million objects of libraries."""
     gc.collect()
     gc.freeze()
 
