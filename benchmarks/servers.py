@@ -23,16 +23,20 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+import torch
 
+import cache_format as cf
 from benchmarks.measure import Result, Settings, Table, interleave, ratio, spread
+from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import prose
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.head import open_head
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.server.dialect import Prompt
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.server.server_engine import ServerEngine
 from pipeline.teacher.engines.server.server_opening import open_server
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.packing import build_corpus
 
@@ -84,8 +88,8 @@ def stop_server(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(settings: Settings) -> Result:
-    rows, row_tokens = (4, 64) if settings.quick else (24, 256)
-    tokenizer = load_tokenizer(str(settings.teacher))
+    rows, row_tokens = (4, 64) if settings.quick else (32, 64)
+    model, tokenizer = open_teacher(settings.teacher)
     texts = itertools.islice(prose(500), 4 * rows)
     data = DataConfig(data=[{"text": text} for text in texts], seq_len=row_tokens, packing=False)
     corpus = build_corpus(data, tokenizer)
@@ -102,6 +106,7 @@ def run(settings: Settings) -> Result:
             config = ServerConfig(concurrency=concurrency)
             engine = open_server(url, config, tokenizer, rule=rule, seq_len=row_tokens, all_positions=False)
             with contextlib.closing(engine):
+                found = engine.run(requests, [rule]).rows()
                 times = interleave(
                     {
                         "cache-teacher": lambda engine=engine: engine.run(requests, [rule]).rows(),
@@ -112,12 +117,15 @@ def run(settings: Settings) -> Result:
             ratios[concurrency] = ratio(times, "bare loop", "cache-teacher")
             speeds = [tokens / min(times[way]) for way in ("cache-teacher", "bare loop")]
             table.append([concurrency, *speeds, ratios[concurrency], spread(times, "bare loop", "cache-teacher")])
+    head = open_head(model, engine.vocab_size)
+    alone = TransformersEngine(head, device=torch.device("cpu"), batch_size=8)
+    worst, listed = difference(found, alone.run(requests, [rule]).rows())
     return Result(
         name="servers",
         question="Targets of the same rows through a server, beside what the server gives to a bare loop.",
         bound="the bare loop: the same requests, whose answers are thrown away.",
         settings={
-            "teacher": settings.teacher.name,
+            "teacher": describe(model),
             "rows": len(requests),
             "row_tokens": row_tokens,
             "tokens": tokens,
@@ -132,8 +140,24 @@ def run(settings: Settings) -> Result:
                 table,
             )
         ],
-        summary={f"server_speed_ratio_{n}": round(value, 3) for n, value in ratios.items()},
+        summary={
+            **{f"server_speed_ratio_{n}": round(value, 3) for n, value in ratios.items()},
+            "largest_difference_nats": float(f"{worst:.2g}"),
+            "same_entries": round(listed, 5),
+        },
     )
+
+
+def difference(rows: list[cf.CacheRow], others: list[cf.CacheRow]) -> tuple[float, float]:
+    """Largest difference of log-probabilities from the transformers engine, and the share of entries both have."""
+    worst, common, total = 0.0, 0, 0
+    for row, other in zip(rows, others, strict=True):
+        for t in np.flatnonzero(row.loss_mask):
+            (ids, logprobs), (other_ids, other_logprobs) = row.targets.at(t), other.targets.at(t)
+            _, here, there = np.intersect1d(ids, other_ids, return_indices=True)
+            worst = max(worst, float(np.abs(logprobs[here] - other_logprobs[there]).max()))
+            common, total = common + len(here), total + len(ids)
+    return worst, common / total
 
 
 async def bare_loop(engine: ServerEngine, requests: list[RowRequest]) -> int:

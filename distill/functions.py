@@ -175,7 +175,8 @@ def cache_teacher(
     Continues an unfinished run with the same settings, and does nothing to a finished one.
 
     Args:
-        teacher: transformers directory, hub name or .gguf file; or a loaded transformers model, with `tokenizer`.
+        teacher: transformers directory, hub name or .gguf file; or a loaded transformers model or the URL of a server,
+            with `tokenizer`.
         data: a path, glob or hub name; several paths; a `datasets.Dataset`; or an iterable of dicts.
         output: cache directory or fsspec URL.
         config: TOML or JSON file of options; keyword arguments win over it.

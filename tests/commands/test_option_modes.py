@@ -12,6 +12,7 @@ from pipeline.options import Option, build, options_of
 from pipeline.student.train_config import LORA, TrainStudentConfig
 from pipeline.teacher.cache_config import HIDDEN, MASKED, PROCESSES, TEXT, WITHOUT_VLLM, CacheTeacherConfig
 from pipeline.teacher.engines.engine_config import VLLM
+from pipeline.teacher.engines.server.server_config import SERVER, WITHOUT_SERVER
 from pipeline.teacher.generation.generation_config import GENERATION
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from runs import command as run
@@ -80,6 +81,28 @@ def test_options_of_vllm_without_it(name: str):
 def test_options_that_vllm_does_not_have(name: str):
     message = refused(CacheTeacherConfig, {**BASE, "engine": "vllm", name: other_value(TEACHER[name])})
     assert message.startswith(f"`{'engine` vllm' if name in names(MASKED) else name + '`'}")
+
+
+SERVED = {**BASE, "teacher": "http://host:8000/v1", "tokenizer": "t", "top_k": 8}
+
+
+@pytest.mark.parametrize("name", names(SERVER))
+def test_options_of_a_server_without_one(name: str):
+    message = refused(CacheTeacherConfig, {**BASE, name: other_value(TEACHER[name])})
+    assert message.startswith(f"`{name}`: only if `teacher` is the URL of a server")
+
+
+@pytest.mark.parametrize("name", sorted({*WITHOUT_SERVER, *names(MASKED), *names(VLLM)}))
+def test_options_that_a_server_does_not_have(name: str):
+    value = {"hidden_states": "last", "engine_args": {"tensor_parallel_size": 2}}.get(name, other_value(TEACHER[name]))
+    message = refused(CacheTeacherConfig, {**SERVED, name: value})
+    assert message.startswith("`teacher` http" if name in names(MASKED) else f"`{name}`: ")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_engines_that_are_no_server(engine: str):
+    assert refused(CacheTeacherConfig, {**SERVED, "engine": engine}).startswith(f"`engine` {engine}: `teacher` http")
+    assert refused(CacheTeacherConfig, {**BASE, "engine": "server"}).startswith("`engine` server: found `teacher` t")
 
 
 def test_hidden_targets_with_generation():

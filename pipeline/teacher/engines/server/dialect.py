@@ -133,8 +133,9 @@ def _beginning(token_ids: Sequence[Any]) -> str:
     return ", ".join(map(str, token_ids[:4])) + (", …" if len(token_ids) > 4 else "")
 
 
-def check_length(found: Any, expected: int, what: str) -> None:
-    """Raises: UnusableAnswer."""
+def list_of(found: Any, expected: int, what: str) -> list[Any]:
+    """What was found. Raises: UnusableAnswer if it is not a list of the expected length."""
     if not isinstance(found, list) or len(found) != expected:
         number = len(found) if isinstance(found, list) else "no"
         raise UnusableAnswer(f"found {number} {what}, expected {expected}", "whole")
+    return found

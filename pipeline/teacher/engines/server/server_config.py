@@ -57,7 +57,14 @@ class ServerConfig:
         check_ranges(self, self.PREFIX)
 
     def api_key(self) -> str | None:
-        return os.environ.get(self.api_key_env) or None
+        """Raises: ConfigError if it cannot be sent; the error does not show it."""
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"`server_api_key_env` {self.api_key_env}: the variable holds line breaks or letters that no HTTP "
+                "header may have, expected an API key. Set it again."
+            )
+        return key or None
 
 
 def server_root(url: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Query, Sampling, Written, check_echo, check_length
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Query, Sampling, Written, check_echo, list_of
 from pipeline.teacher.engines.server.http_client import UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
@@ -76,7 +76,7 @@ def _read_prompt(answer: Any, prompt: Prompt, vocab_size: int) -> TopLists:
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableAnswer(f"found no input_top_logprobs in the answer ({error!r})") from None
     check_echo(echoed, prompt.token_ids)
-    check_length(lists, len(prompt.token_ids), "input_top_logprobs")
+    list_of(lists, len(prompt.token_ids), "input_top_logprobs")
     found = TopLists.read([_entries(lists[t + 1]) for t in prompt.positions], prompt.k, vocab_size)
     found.check_own([own[t + 1] for t in prompt.positions])
     return found
@@ -97,7 +97,7 @@ def _read_answer(answer: Any, sampling: Sampling, vocab_size: int) -> Written:
         raise UnusableAnswer(text, "ids")
     if finish["type"] not in ("length", "stop") or not token_ids:
         raise UnusableAnswer(f"the server ended an answer of {len(token_ids)} tokens by {finish['type']}")
-    check_length(lists, len(token_ids), "output_top_logprobs")
+    list_of(lists, len(token_ids), "output_top_logprobs")
     found = TopLists.read([_entries(each) for each in lists], sampling.k, vocab_size)
     found.check_own(own)
     return Written(token_ids=token_ids, logprobs=[each[0] for each in own], lists=found, stop_reason=reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Query, Sampling, Written, check_echo, check_length
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Query, Sampling, Written, check_echo, list_of
 from pipeline.teacher.engines.server.http_client import UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
@@ -88,8 +88,8 @@ def _choice(answer: Any, sent: Sequence[int]) -> dict[str, Any]:
 
 
 def _read_prompt(answer: Any, prompt: Prompt, vocab_size: int) -> TopLists:
-    logprobs: Any = _choice(answer, prompt.token_ids).get("prompt_logprobs")
-    check_length(logprobs, len(prompt.token_ids), "prompt_logprobs")
+    found = _choice(answer, prompt.token_ids).get("prompt_logprobs")
+    logprobs = list_of(found, len(prompt.token_ids), "prompt_logprobs")
     lists = [_entries(logprobs[t + 1], prompt.token_ids[t + 1], prompt.k) for t in prompt.positions]
     return TopLists.read(lists, prompt.k, vocab_size)
 
@@ -106,8 +106,8 @@ def _read_answer(answer: Any, sampling: Sampling, vocab_size: int) -> Written:
         raise UnusableAnswer(f"found no token_ids with logprobs of {PREFIX}N in the answer ({error!r})") from None
     if not token_ids:
         raise UnusableAnswer("found no token in the answer, expected at least the one that ends it")
-    check_length(by_id, len(token_ids), "top_logprobs")
-    check_length(logprobs, len(token_ids), "token_logprobs")
+    list_of(by_id, len(token_ids), "top_logprobs")
+    list_of(logprobs, len(token_ids), "token_logprobs")
     k = sampling.k
     lists = [
         [(token, p) for token, p in each.items() if len(each) == k or token != own]

@@ -206,6 +206,16 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     assert message in str(error.value) and "pw" not in str(error.value) and "sk-1" not in str(error.value)
 
 
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", " sk-1\n")
+    assert ServerConfig(api_key_env="MY_KEY").api_key() == "sk-1"
+    for key in ("sk-secret\nX-Other: 1", "sk-secré"):
+        monkeypatch.setenv("MY_KEY", key)
+        with pytest.raises(ConfigError, match="`server_api_key_env` MY_KEY") as error:
+            ServerConfig(api_key_env="MY_KEY").api_key()
+        assert "secr" not in str(error.value)
+
+
 @pytest.mark.parametrize("url", ["http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/"])
 def test_the_url_may_end_with_v1(url: str) -> None:
     assert server_root(url) == "http://h:8000"
