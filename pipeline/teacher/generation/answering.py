@@ -91,7 +91,7 @@ class Answering:
 
     def _write(self, documents: range) -> Group:
         requests = [
-            Request(document, index, prompt.ids, prompt.teacher_prompt)
+            Request(document, index, prompt.ids, prompt.teacher_prompt, self.settings.sampling.writer is None)
             for document, prompt in zip(documents, self.prompts.read(documents), strict=True)
             if self.prompts.answerable[document]
             for index in range(self.answers_per_prompt)

@@ -33,11 +33,12 @@ class Request:
     index: int  # among the answers to it
     prompt: np.ndarray  # [P] int32, P ≥ 1, in the row
     teacher_prompt: np.ndarray | None = None  # what the teacher reads, if that is not the prompt
+    by_teacher: bool = True  # the teacher answers; another writer reads the prompt, and the teacher scores
 
     @property
     def read(self) -> np.ndarray:
-        """What the teacher answers."""
-        return self.prompt if self.teacher_prompt is None else self.teacher_prompt
+        """What is answered."""
+        return self.teacher_prompt if self.teacher_prompt is not None and self.by_teacher else self.prompt
 
     @property
     def ahead(self) -> int:
@@ -126,7 +127,8 @@ class AnswerSettings:
     def most_tokens(self, request: Request) -> int:
         """Maximum number of tokens of an answer."""
         room = self.max_length - len(request.prompt)
-        room_for_teacher = (self.longest_read or self.max_length) - len(request.read)
+        read = request.prompt if request.teacher_prompt is None else request.teacher_prompt
+        room_for_teacher = (self.longest_read or self.max_length) - len(read)
         return min(self.sampling.max_new_tokens, room, room_for_teacher)
 
 

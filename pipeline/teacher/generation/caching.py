@@ -67,7 +67,8 @@ def cache_answers(
         def request(row: int) -> RowRequest:
             answer = corpus.kept[row]
             (place,) = place_of(np.array([answer.document]), np.array([answer.index])).tolist()
-            return row_request(config, corpus, row, metadata.hidden, place=place)
+            read = corpus.prompts.teacher_text(answer.document, answer.row.input_ids, answer.prompt_tokens)
+            return replace(row_request(config, corpus, row, metadata.hidden, place=place), teacher=read)
 
         capture = Capture(config, corpus, engine, metadata, writer, request, scored)
         capture.run()

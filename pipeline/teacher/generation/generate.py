@@ -57,7 +57,6 @@ from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.workers import this_worker
 
@@ -137,11 +136,6 @@ def generate_cache(
     config = as_dated(config, prompts.description)
     for warning in prompts.warnings:
         on_warning(warning)
-    if writer is not None and prompts.has_teacher_prompts:
-        raise ConfigError(
-            f"`writer`: {data_name(config.data.data)} has prompts for the teacher alone (column "
-            f"{prompts.columns.teacher!r}), which cannot be combined with answers of another model. Leave either out."
-        )
     if manifest is not None:
         on_stage("comparing with the finished cache")
         check_same_contents(config, writer, manifest, prompts, tokenizer, device)
@@ -332,7 +326,7 @@ def _corpus(
         **prompts.findings,
     }
     description = {**prompts.description, "generation": written}
-    return AnswerCorpus(kept, description, report, longest_read=prompts.longest_read)
+    return AnswerCorpus(kept, prompts, description, report)
 
 
 def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:

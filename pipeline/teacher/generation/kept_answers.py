@@ -19,6 +19,7 @@ from pipeline.models.objective import Objective
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
 from pipeline.teacher.generation.answers import STOP_REASONS, Answer
 from pipeline.teacher.text.packing import add_row_to
+from pipeline.teacher.text.prompts import Prompts
 
 DECIMALS = 6  # of log-probabilities in answers.jsonl
 
@@ -112,17 +113,24 @@ class AnswerCorpus:
     """The text of the future cache, as `cache_metadata` and a teacher that scores it expect it."""
 
     kept: KeptAnswers
+    prompts: Prompts
     description: dict[str, Any]
     report: Mapping[str, float]
-    longest_read: int  # tokens of prompt and answer, at most
     objective: Objective = "causal"
-    has_teacher_prompts: bool = False
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, row: int) -> cf.CacheRow:
         return self.kept[row].row
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        return self.prompts.has_teacher_prompts
+
+    @property
+    def longest_read(self) -> int:
+        return self.prompts.longest_read
 
     @property
     def num_tokens(self) -> int:

@@ -30,7 +30,7 @@ from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes, Tokens
 from pipeline.teacher.text.formats.examples import Example, read_prompt, read_teacher_prompt
 from pipeline.teacher.text.formats.row_format import Columns, check_chat_options, find_prompt
-from pipeline.teacher.text.formats.teacher_prompts import with_length
+from pipeline.teacher.text.formats.teacher_prompts import TeacherText, behind_prompts, with_length
 from pipeline.teacher.text.records import reading
 from pipeline.teacher.text.sources import Source, load_source
 
@@ -90,6 +90,18 @@ class Prompts:
                 digest.update(np.array([len(ids)], "<i8").tobytes())
                 digest.update(ids.astype("<i4").tobytes())
         return np.array(lengths), np.array(read), brought, digest.hexdigest()
+
+    def teacher_text(self, document: int, ids: np.ndarray, prompt_tokens: int) -> TeacherText | None:
+        """What the teacher reads for the row of an answer; None: the row itself.
+
+        Args:
+            ids: of the row, the first `prompt_tokens` of them being the prompt.
+        """
+        (prompt,) = self.read(range(document, document + 1))
+        if prompt.teacher_prompt is None:
+            return None
+        own, answer = np.split(ids, [prompt_tokens])
+        return behind_prompts(own, prompt.teacher_prompt, answer.tolist())
 
     @property
     def empty(self) -> np.ndarray:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.data_paths import data_name
-from pipeline.teacher.text.formats.teacher_prompts import TeacherText, behind_prompts
+from pipeline.teacher.text.formats.teacher_prompts import TeacherText
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts
 
@@ -71,10 +70,6 @@ def _read(cache: cf.Cache, data: Any, tokenizer: PreTrainedTokenizerBase) -> tup
 
     def reading(row: cf.CacheRow) -> TeacherText | None:
         document, prompt_tokens = answers[row.row]
-        (prompt,) = prompts.read(range(document, document + 1))
-        if prompt.teacher_prompt is None:
-            return None
-        own, answer = np.split(row.input_ids, [prompt_tokens])
-        return behind_prompts(own, prompt.teacher_prompt, answer.tolist())
+        return prompts.teacher_text(document, row.input_ids, prompt_tokens)
 
     return {"teacher_stream_sha256": prompts.description.get("teacher_stream_sha256")}, reading

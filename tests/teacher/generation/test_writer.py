@@ -79,6 +79,22 @@ def test_the_writer_writes_and_the_teacher_gives_the_targets(
     assert sorted(path.name for path in cache.parent.iterdir()) == ["cache"]
 
 
+def test_the_writer_reads_the_prompt_of_the_student_and_the_teacher_its_own(
+    teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    hints = [{**record, "teacher_prompt": f"Read this first. {record['prompt']}"} for record in records]
+    with_hints = write_jsonl(tmp_path / "hints.jsonl", hints)
+    generate(teacher_dir, with_hints, tmp_path / "hinted", writer=str(student_dir), **OPTIONS)
+    generate(student_dir, data, tmp_path / "own", **OPTIONS)
+    assert token_ids(tmp_path / "hinted") == token_ids(tmp_path / "own")
+    assert "teacher_stream_sha256" in cf.open_cache(tmp_path / "hinted").metadata.corpus
+    check = verify_against_teacher(
+        TeacherCheckConfig(cache=str(tmp_path / "hinted"), teacher=str(teacher_dir), rows=12)
+    )
+    assert check.agrees and check.same_entries == 1.0
+
+
 def test_the_cache_holds_against_the_teacher_its_sample_included(cache: Path, teacher_dir: Path) -> None:
     check = verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=str(teacher_dir), rows=12))
     assert check.agrees and check.same_entries == 1.0
