@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
-from pipeline.models.head import Head, check_packing, check_padding, open_head
+from pipeline.models.head import Head, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.isolation.padding_free import without_padding
+from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.paths import adapter_base

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, check_packing, evaluating, open_head
+from pipeline.models.head import Head, evaluating, open_head
+from pipeline.models.isolation.shared_rows import check_packing
 
 V, PADDED = 101, 108
 

@@ -32,8 +32,9 @@ from transformers import (
 
 from pipeline.errors import ModelError
 from pipeline.models import head as head_module
-from pipeline.models.head import Head, check_packing, check_padding, open_head
+from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.length_limits import LengthLimit, document_lengths
+from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.padding import pad_rows, padding_mask
 from tiny import LONGROPE
 

@@ -18,7 +18,8 @@ from dense import check_row, document_logprobs
 from masked_runs import load, settings
 from pipeline.errors import ConfigError, ModelError
 from pipeline.losses import DistillLoss, sparse_kl
-from pipeline.models.head import Head, check_padding, open_head
+from pipeline.models.head import Head, open_head
+from pipeline.models.isolation.shared_rows import check_padding
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.objective import check_objective, most_positions, objective_of
 from pipeline.student.data.dataset import CacheDataset, collate

@@ -23,7 +23,8 @@ from benchmarks.variance import sampled_error, threshold_of, variance
 from dense import Deviation, captured_for, check_row, document_logprobs
 from head_sums import fused_sums
 from pipeline.losses import TAIL_POLICIES, sparse_kl
-from pipeline.models.head import check_packing, open_head
+from pipeline.models.head import open_head
+from pipeline.models.isolation.shared_rows import check_packing
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
 from pipeline.teacher.capture import cache_teacher

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import cache_format as cf
 from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.head import Head, check_packing, open_head
+from pipeline.models.head import Head, open_head
+from pipeline.models.isolation.shared_rows import check_packing
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate
 from pipeline.teacher import opening
 from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head, check_packing, check_padding
+from pipeline.models.head import Head
 from pipeline.models.isolation.causality import check_causal
+from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.loading import has_own_code, load_config, load_tokenizer, model_name, reason
 from pipeline.models.objective import NAMES, most_positions, objective_for, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer
