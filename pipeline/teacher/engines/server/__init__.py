@@ -1,6 +1,8 @@
-"""Teachers behind an HTTP API: `vllm serve`, SGLang, and, for answers, llama.cpp's server and hosted APIs.
+"""Teachers behind an HTTP API: `vllm serve` and SGLang.
 
-server_config ─▶ server_opening ─▶ server_kinds: which server is it?  preflight: is it usable?  ─▶ server_engine
-server_engine: documents as requests ─▶ http_client: retries ─▶ a dialect: request and answer of one kind of server
-               ─▶ top_lists: K tokens with log-probabilities, checked ─▶ targets of a row
+    server_opening   server_kinds: which server is it?  preflight: can it be a teacher?
+    server_engine    documents or prompts ─▶ a dialect: requests and answers of one kind of server ─▶ http_client: retries
+                     ─▶ top_lists: K tokens with log-probabilities, checked ─▶ targets of a row
+
+Options are in `server_config`.
 """
