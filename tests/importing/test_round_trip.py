@@ -32,15 +32,6 @@ from runs import SGD, build_cache, command, distance, train, weights
 from torture import contents
 
 K = 6
-PARQUET: dict[str, Any] = {
-    "format": "columns",
-    "column": ("ids=input_ids top_ids=top_ids values=logprobs mask=loss_mask attention=segment_ids",),
-    "values": "logprobs",
-    "shift": 0,
-}
-"""Options that import what `export` writes as parquet."""
-
-
 # ---- import: stops and repetitions
 
 
@@ -115,9 +106,7 @@ def test_export_and_import_give_the_same_entries(
     own = cf.open_cache(build_cache(tmp_path / "own", teacher_dir, text_file, rows_per_shard=8))
     summary = export_cache(own.path, str(tmp_path / "files"), format)
     assert summary.rows == len(own) and summary.files == own.metadata.num_shards > 1
-    again, _ = import_rows(
-        tmp_path / "files", tmp_path / "cache", tokenizer, **(PARQUET if format == "parquet" else {})
-    )
+    again, _ = import_rows(tmp_path / "files", tmp_path / "cache", tokenizer)
     assert len(again) == len(own) and again.metadata.targets["k"] == 16
     for theirs, ours in zip(again, own, strict=True):
         for name in ("input_ids", "loss_mask", "segment_lengths"):
