@@ -214,13 +214,33 @@ def test_renormalised_targets_train_on_their_entries_only(renormalised: cf.Cache
     assert distance(weights(tmp_path / "default"), weights(tmp_path / "explicit")) == 0.0
 
 
-@pytest.mark.parametrize("options", [{"tail": "bucket"}, {"tail": "label"}, {"position_weighting": "teacher-entropy"}])
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"tail": "bucket"}, "tail mass is unknown"),
+        ({"tail": "label"}, "tail mass is unknown"),
+        ({"position_weighting": "teacher-entropy"}, "only lower bounds of the teacher's entropies"),
+    ],
+)
 def test_losses_that_need_what_is_unknown_are_refused(
-    options: dict[str, str], renormalised: cf.Cache, student_dir: Path, tmp_path: Path
+    options: dict[str, str], reason: str, renormalised: cf.Cache, student_dir: Path, tmp_path: Path
 ):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=reason) as caught:
         train(tmp_path / "student", Path(renormalised.path), student=student_dir, **options)
     assert caught.value.field == next(iter(options))
+
+
+def test_targets_that_no_rule_chooses_are_not_compared_with_a_teacher(
+    renormalised: cf.Cache, teacher_dir: Path, tmp_path: Path, tokenizer: Any
+):
+    columns = nested(made_up_rows(2), K)
+    columns["top"][1][3].pop()
+    columns["logprobs"][1][3].pop()
+    uneven, _ = import_rows(write_parquet(tmp_path / "a.parquet", columns), tmp_path / "cache", tokenizer, **NESTED)
+    assert uneven.metadata.targets.get("k") is None and uneven.metadata.max_entries == K
+    for cache, what in ((uneven, "lists of different lengths"), (renormalised, "renormalised values")):
+        with pytest.raises(ConfigError, match=what):
+            distill.verify(cache.path, against_teacher=teacher_dir, device="cpu")
 
 
 # ---- command line and functions
