@@ -40,6 +40,8 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     OpenAI-compatible servers, base files of llama-perplexity, and any columns with --format columns. The source is read
     twice: first everything is checked. After an interruption, the same command continues.
     """
+    if given["source"] is None and config_file is None:
+        raise click.UsageError("Missing argument 'SOURCE'.")
     config = build_config(ImportConfig, given, config_file)
     from pipeline.models.paths import check_model_path
     from pipeline.terminal.console import Status, quiet_libraries, show_result

@@ -29,7 +29,7 @@ class ImportSummary:
 
     Attributes:
         unusable: reason -> number of records that were left out; `examples`: reason -> the first of them.
-        changed: what was adjusted or left out in the other rows -> how often.
+        changed: what was adjusted, left out or noticed in the other rows -> how often.
         label_logprob: mean log-probability of the next token, nats; one that is not listed counts with its upper bound.
         label_listed: fraction of positions whose next token is among the entries.
     """

@@ -10,7 +10,7 @@ from pipeline.options import check_ranges, option
 
 IO, SOURCE, TARGETS, OUTPUT = "Input and output", "What the source holds", "Targets", "Cache"
 
-Format = Literal["auto", "columns", "distillkit", "responses", "axolotl", "nemo-aligner", "llama-cpp"]
+Format = Literal["auto", "columns", "parquet", "distillkit", "responses", "axolotl", "nemo-aligner", "llama-cpp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class ImportConfig:
     tokenizer: Any = option(help="The teacher's tokenizer: directory or hub name.", group=IO, common=True)
     format: Format = option(
         "auto",
-        help="The tool that wrote the source. columns: any columns, named with `column`. auto: by the columns there.",
+        help="The tool that wrote the source. parquet: distill export. columns: any, named with `column`. auto: by the "
+        "columns there.",
         group=SOURCE,
         common=True,
     )

@@ -73,7 +73,7 @@ def survey_source(
         if not probed and found.evidence.positions >= PROBED_POSITIONS:
             probed = True
             check_shift(found.evidence, source)
-        if total and number % REPORT_EVERY == 0:
+        if total and (number + 1) % REPORT_EVERY == 0:
             on_record(number + 1, total)
     check_shift(found.evidence, source)
     if not found.rows:

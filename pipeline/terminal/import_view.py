@@ -29,7 +29,7 @@ def import_view(summary: ImportSummary) -> RenderableType:
     for reason, count in summary.unusable.items():
         more = f" and {count - len(summary.examples[reason]):,} more" if count > len(summary.examples[reason]) else ""
         rows.append(("left out", f"{count:,} records, {reason}: {'; '.join(summary.examples[reason])}{more}"))
-    rows += [("adjusted", f"{count:,} {what}") for what, count in summary.changed.items()]
+    rows += [("noted", f"{count:,} {what}") for what, count in summary.changed.items()]
     return pairs(f"Imported {summary.output}", rows)
 
 

@@ -32,15 +32,6 @@ from runs import SGD, build_cache, command, distance, train, weights
 from torture import contents
 
 K = 6
-PARQUET: dict[str, Any] = {
-    "format": "columns",
-    "column": ("ids=input_ids top_ids=top_ids values=logprobs mask=loss_mask attention=segment_ids",),
-    "values": "logprobs",
-    "shift": 0,
-}
-"""Options that import what `export` writes as parquet."""
-
-
 # ---- import: stops and repetitions
 
 
@@ -115,9 +106,7 @@ def test_export_and_import_give_the_same_entries(
     own = cf.open_cache(build_cache(tmp_path / "own", teacher_dir, text_file, rows_per_shard=8))
     summary = export_cache(own.path, str(tmp_path / "files"), format)
     assert summary.rows == len(own) and summary.files == own.metadata.num_shards > 1
-    again, _ = import_rows(
-        tmp_path / "files", tmp_path / "cache", tokenizer, **(PARQUET if format == "parquet" else {})
-    )
+    again, _ = import_rows(tmp_path / "files", tmp_path / "cache", tokenizer)
     assert len(again) == len(own) and again.metadata.targets["k"] == 16
     for theirs, ours in zip(again, own, strict=True):
         for name in ("input_ids", "loss_mask", "segment_lengths"):
@@ -225,13 +214,33 @@ def test_renormalised_targets_train_on_their_entries_only(renormalised: cf.Cache
     assert distance(weights(tmp_path / "default"), weights(tmp_path / "explicit")) == 0.0
 
 
-@pytest.mark.parametrize("options", [{"tail": "bucket"}, {"tail": "label"}, {"position_weighting": "teacher-entropy"}])
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"tail": "bucket"}, "tail mass is unknown"),
+        ({"tail": "label"}, "tail mass is unknown"),
+        ({"position_weighting": "teacher-entropy"}, "only lower bounds of the teacher's entropies"),
+    ],
+)
 def test_losses_that_need_what_is_unknown_are_refused(
-    options: dict[str, str], renormalised: cf.Cache, student_dir: Path, tmp_path: Path
+    options: dict[str, str], reason: str, renormalised: cf.Cache, student_dir: Path, tmp_path: Path
 ):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=reason) as caught:
         train(tmp_path / "student", Path(renormalised.path), student=student_dir, **options)
     assert caught.value.field == next(iter(options))
+
+
+def test_targets_that_no_rule_chooses_are_not_compared_with_a_teacher(
+    renormalised: cf.Cache, teacher_dir: Path, tmp_path: Path, tokenizer: Any
+):
+    columns = nested(made_up_rows(2), K)
+    columns["top"][1][3].pop()
+    columns["logprobs"][1][3].pop()
+    uneven, _ = import_rows(write_parquet(tmp_path / "a.parquet", columns), tmp_path / "cache", tokenizer, **NESTED)
+    assert uneven.metadata.targets.get("k") is None and uneven.metadata.max_entries == K
+    for cache, what in ((uneven, "lists of different lengths"), (renormalised, "renormalised values")):
+        with pytest.raises(ConfigError, match=what):
+            distill.verify(cache.path, against_teacher=teacher_dir, device="cpu")
 
 
 # ---- command line and functions

@@ -46,6 +46,15 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
+    # What `export_cache` writes.
+    "parquet": Preset(
+        {
+            **{"ids": "input_ids", "top_ids": "top_ids", "values": "logprobs"},
+            **{"mask": "loss_mask", "attention": "segment_ids"},
+        },
+        "logprobs",
+        optional=frozenset({"mask", "attention"}),
+    ),
     # Raw lists of DistillKit; older ones hold the logits.
     "distillkit-raw": Preset(
         {"ids": "input_ids", "top_ids": "token_ids", "values": "top_values", "attention": "attention_mask"},

@@ -26,9 +26,10 @@ FORMS: tuple[tuple[str, set[str]], ...] = (
     ("distillkit-raw", {"input_ids", "token_ids", "top_values"}),
     ("axolotl-prepared", {"target_token_ids", "target_logprobs", "target_mask"}),
     ("axolotl", {"target_token_ids", "target_logprobs"}),
+    ("parquet", {"input_ids", "top_ids", "logprobs"}),
     ("nemo-aligner", {"topk_logits", "topk_token_ids"}),
     *(("responses", {name}) for name in ("choices", "meta_info", "response")),
-    *(("axolotl", {name}) for name in LISTS),
+    *(("axolotl", {name, text}) for name in LISTS for text in ("input_ids", "messages")),
 )
 
 
@@ -52,7 +53,7 @@ def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
 
 def _form(config: ImportConfig, files: Sequence[Path]) -> str:
     """The form of the given format that the source has; of any format if it is `auto`."""
-    if config.format in ("columns", "llama-cpp", "responses", "nemo-aligner"):
+    if config.format in ("columns", "parquet", "llama-cpp", "responses", "nemo-aligner"):
         return config.format
     if config.format == "auto" and set(REQUIRED) <= set(parse_columns(config.column)):
         return "columns"

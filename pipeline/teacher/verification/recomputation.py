@@ -53,6 +53,13 @@ def verify_against_teacher(
             f"{config.cache}: its values were rounded a second time by distill convert, which would look like another "
             "teacher. Check the cache that it was made from."
         )
+    listed = metadata.targets["kind"] == "top-k" and metadata.targets.get("k") is None
+    if listed or metadata.renormalised:
+        what = "lists of different lengths" if listed else "renormalised values"
+        raise ConfigError(
+            f"{config.cache}: it was imported and has {what}, which no rule chooses from a teacher's distribution, so "
+            "they cannot be computed again. Check it without a teacher."
+        )
     tokenizer = load_tokenizer(
         config.tokenizer or config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
