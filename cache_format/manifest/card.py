@@ -26,7 +26,7 @@ For each token of a tokenised corpus: {expected}. Written for knowledge distilla
 |---|---|
 | teacher | {teacher}, {precision} |
 | data | {source} |
-| targets | {targets} |
+{prompts}| targets | {targets} |
 | encoding | {encoding} |
 | hidden states | {hidden} |
 {head}| alignment | {alignment} |
@@ -98,6 +98,8 @@ sample of the tail, whose `logprobs` are the logs of weights: over all entries Î
 estimate of Î£ p f(i) over the vocabulary.
 """
 
+PROMPTS = "| prompts | the teacher read others, which are not here, before the tokens that count |\n"
+
 EXPECTED = {
     "next": "the most likely next tokens of the teacher, with their\nlog-probabilities",
     "same": "the tokens that the teacher, a masked model, expects in its place, with their\nlog-probabilities",
@@ -123,6 +125,7 @@ def card(manifest: Manifest) -> str:
         teacher=metadata.teacher["name"],
         precision=metadata.teacher.get("dtype", "unknown precision"),
         source=metadata.corpus.get("source", "not recorded"),
+        prompts="" if metadata.corpus.get("teacher_stream_sha256") is None else PROMPTS,
         targets=", ".join(f"{k} {v}" for k, v in sorted(metadata.targets.items()) if v is not None and k not in hidden),
         hidden="none"
         if metadata.hidden is None

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
+from cache_format.manifest.card import card
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
@@ -134,6 +135,13 @@ def test_a_teacher_that_reads_the_rows_needs_no_data(teacher: Path, tmp_path: Pa
     config = TeacherCheckConfig(cache=str(tmp_path / "cache"), teacher=str(teacher), data="cache.jsonl")
     with pytest.raises(ConfigError, match="`data`: the teacher of this cache read what its rows hold"):
         verify_against_teacher(config)
+
+
+def test_the_card_says_that_the_teacher_read_something_else(teacher: Path, tmp_path: Path) -> None:
+    for name, row in (("own", PAIR | {"teacher_prompt": "Why?"}), ("plain", PAIR)):
+        cache_teacher(settings(teacher, [row], tmp_path / name, teacher_seq_len=None))
+        text = card(cf.open_cache(tmp_path / name).manifest)
+        assert ("| prompts | the teacher read others" in text) == (name == "own")
 
 
 def test_plan(teacher: Path, tmp_path: Path) -> None:

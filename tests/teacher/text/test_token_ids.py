@@ -119,7 +119,8 @@ def test_sources(form: Callable[[list[dict[str, Any]], Path], Any], tmp_path: Pa
 
 def test_padding_is_left_out() -> None:
     ids, mask = [0, 0, 5, 6, 7, 0], [0, 0, 1, 1, 1, 0]
-    (found,) = corpus_of([{"input_ids": ids, "attention_mask": mask, "labels": [-100, -100, -100, 6, 7, -100]}])
+    row = {"input_ids": ids, "attention_mask": mask, "position_ids": [1, 1, 0, 1, 2, 1]}
+    (found,) = corpus_of([row | {"labels": [-100, -100, -100, 6, 7, -100]}])
     assert found.input_ids.tolist() == [5, 6, 7] and found.loss_mask.tolist() == [True, True, False]
 
 

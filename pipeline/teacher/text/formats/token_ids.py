@@ -47,8 +47,8 @@ def read_token_ids(
     learned = np.ones(len(ids), bool)
     for name in () if all_in_loss else loss_columns:
         learned &= _learned(row, name, ids, where)
-    _check_one_document(row, where)
     kept = _without_padding(row, len(ids), where)
+    _check_one_document(row, kept, where)
     tokens = Tokens(ids[kept], learned[kept])
     if teacher is None or row[teacher] is None:
         return tokens
@@ -138,11 +138,11 @@ def _without_padding(row: Mapping[str, Any], length: int, where: str) -> slice:
     return slice(int(places[0]), int(places[-1]) + 1)
 
 
-def _check_one_document(row: Mapping[str, Any], where: str) -> None:
+def _check_one_document(row: Mapping[str, Any], kept: slice, where: str) -> None:
     """Raises: DataError for a row of several packed documents, which would attend to one another."""
     if row.get(PACKED_LENGTHS) is not None and len(row[PACKED_LENGTHS]) > 1:
         name, found = PACKED_LENGTHS, f"{len(row[PACKED_LENGTHS])} lengths"
-    elif row.get(PACKED_POSITIONS) is not None and (np.diff(np.asarray(row[PACKED_POSITIONS])) < 0).any():
+    elif row.get(PACKED_POSITIONS) is not None and (np.diff(row[PACKED_POSITIONS][kept]) < 0).any():
         name, found = PACKED_POSITIONS, "positions that begin again"
     else:
         return
