@@ -147,7 +147,7 @@ class CacheWriter:
         after it. Do not change the arrays until their record batch is full.
 
         Raises: ValueError for a row out of order, or one that breaks a rule of the format; ClaimLostError if another
-            writer has taken over; the shard is then dropped.
+            writer has taken over; the shard is then dropped. Call `abandon_shard` before the next shard is begun.
         """
         num_rows = self._metadata.num_rows
         with self._guard:

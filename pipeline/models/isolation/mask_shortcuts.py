@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -40,9 +39,14 @@ def mask_shortcuts(rows: Sequence[PackedRow], device: torch.device) -> Iterator[
         "find_packed_sequence_indices": document_numbers if packed else lambda position_ids: None,
         "_ignore_bidirectional_mask_sdpa": nothing_to_hide,
     }
-    known = {name: answer for name, answer in answers.items() if hasattr(masking_utils, name)}
-    with mock.patch.multiple(masking_utils, **known):
+    originals = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+    for name in originals:
+        setattr(masking_utils, name, answers[name])
+    try:
         yield
+    finally:
+        for name, original in originals.items():
+            setattr(masking_utils, name, original)
 
 
 def holds_packed(rows: Sequence[PackedRow]) -> bool:

@@ -167,8 +167,9 @@ class TransformersEngine:
         self.divisible, self.timed = divisible, timed
         self.vocab_size = head.vocab_size
         self._chunk = chunk_positions(head.device, self.vocab_size)
-        self._logits = torch.empty((self._chunk, self.vocab_size), dtype=head.logits_dtype, device=head.device)
-        self._scratch = torch.empty((self._chunk, self.vocab_size), dtype=torch.float32, device=head.device)
+        shape, where = (self._chunk, self.vocab_size), head.device
+        self._logits = torch.empty(shape, dtype=head.logits_dtype, device=where) if head.linear else None
+        self._scratch = torch.empty(shape, dtype=torch.float32, device=where)
 
     @property
     def stored_head(self) -> HeadExport | None:

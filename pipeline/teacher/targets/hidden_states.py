@@ -64,7 +64,7 @@ def quantised(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
 
 def of_batch(states: Mapping[int, Tensor], places: Tensor, dtype: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """States [n, D] and scales [n] of every layer at the chosen positions, on the device.
+    """States [n, D] and scales [n] of every layer at the chosen positions, on the device of `places`.
 
     Args:
         states: layer -> [B, T, D].
@@ -72,9 +72,10 @@ def of_batch(states: Mapping[int, Tensor], places: Tensor, dtype: str) -> tuple[
     """
     kept, scales = {}, {}
     for layer, each in states.items():
-        kept[layer], scale = quantised(each.flatten(0, 1)[places.to(each.device, non_blocking=True)], dtype)
+        state, scale = quantised(each.flatten(0, 1)[places.to(each.device, non_blocking=True)], dtype)
+        kept[layer] = state.to(places.device)  # layers may be spread over devices, and one of them is waited for
         if scale is not None:
-            scales[layer] = scale
+            scales[layer] = scale.to(places.device)
     return kept, scales
 
 

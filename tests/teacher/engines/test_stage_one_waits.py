@@ -169,7 +169,8 @@ def test_a_wait_put_in_by_hand_is_counted(wait: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Head, "hidden_states", waiting)
     _, _, gpu = on_both(llama, RULES["top-k"], row_requests())
-    assert len(gpu.synchronisations) == 3, gpu.synchronisations
+    assert len(gpu.synchronisations) == 3
+    assert all("(pipeline/teacher/engines/" in each for each in gpu.synchronisations), gpu.synchronisations
 
 
 def test_memory_of_copies_on_their_way_is_neither_read_nor_changed() -> None:
