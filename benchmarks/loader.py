@@ -40,19 +40,20 @@ CACHES = {
 
 
 def run(settings: Settings) -> Result:
-    record_batches = WINDOW if settings.quick else 3 * WINDOW
+    record_batches = 4 if settings.quick else 3 * WINDOW
     rows, sizes, summary = [], [], {}
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         for name, (encoding, entries) in CACHES.items():
             path = Path(scratch) / f"{encoding}-{entries}"
-            made = write_cache(path, encoding, entries, record_batches)
-            ragged, padded = (_bytes(kind.from_rows(made[:BATCH_ROWS])) for kind in (RaggedTargets, SparseTargetBatch))
+            write_cache(path, encoding, entries, record_batches)
+            read = cf.open_cache(path)[:BATCH_ROWS]
+            ragged, padded = (_bytes(kind.from_rows(read)) for kind in (RaggedTargets, SparseTargetBatch))
             decoding = _decoding_seconds(path)
             sizes.append([name, ragged / 1e6, padded / 1e6, decoding * 1e3, BATCH_ROWS * TOKENS / decoding])
             found: dict[str, list[float]] = {loader: [] for loader in LOADERS}
             for _ in range(settings.rounds):
                 for loader, options in LOADERS.items():
-                    steps = 20 if settings.quick else min(160, 20 * record_batches // 5)
+                    steps = 10 if settings.quick else 150
                     found[loader].append(in_a_process(wait, path, *options, steps)["step_s"] / SLEEP_S)
             for loader, ratios in found.items():
                 middle = statistics.median(ratios)
@@ -75,8 +76,8 @@ def run(settings: Settings) -> Result:
     )
 
 
-def write_cache(path: Path, encoding: str, entries: int, record_batches: int) -> list[cf.CacheRow]:
-    """Record batches of the same rows, which are returned."""
+def write_cache(path: Path, encoding: str, entries: int, record_batches: int) -> None:
+    """Record batches of the same rows."""
     metadata = cf.CacheMetadata(
         teacher={"name": "synthetic"},
         tokenizer={},
@@ -91,7 +92,6 @@ def write_cache(path: Path, encoding: str, entries: int, record_batches: int) ->
     with cf.CacheWriter(path, metadata) as writer:
         for number in range(record_batches * ROWS_PER_RECORD_BATCH):
             writer.write([replace(rows[number % len(rows)], row=number)])
-    return rows
 
 
 def wait(path: Path, workers: int, ahead: bool, steps: int) -> dict[str, float]:

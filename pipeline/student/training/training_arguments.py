@@ -91,7 +91,8 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         values.pop("eval_steps", None)
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
-    values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False)
+    # Said even if there is nothing else: otherwise TrainingArguments refuses bfloat16, which CPUs have.
+    values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False) or not torch.accelerator.is_available()
     for name in ("learning_rate", "weight_decay", "warmup_steps"):
         if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
             raise ConfigError(

@@ -23,6 +23,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A GPU with and one without bfloat16, as far as TrainingArguments ask."""
     name, modern = request.param, request.param == "NVIDIA H100"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or modern)
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
@@ -69,6 +70,8 @@ def test_on_a_cpu_nothing_changes(tmp_path: Path) -> None:
     found = arguments(tmp_path, device="cpu")
     assert used_arithmetic(found) == {"bf16": False, "tf32": False, "optim": "adamw_torch_fused"}
     assert describe_arithmetic(found) == "in float32 on cpu"
+    for device in ("auto", "cpu"):
+        assert describe_arithmetic(arguments(tmp_path, device=device, bf16=True)) == "in bfloat16 on cpu"
     assert not found.dataloader_pin_memory and not found.accelerator_config.non_blocking
 
 
