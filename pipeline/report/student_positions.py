@@ -78,8 +78,10 @@ def student_positions(
             found.append({name: each.cpu() for name, each in _chunk(logits, targets[here], ids, loss).items()})
             seen += len(here)
     joined = {name: torch.cat([each[name] for each in found]).numpy() for name in found[0]} if found else _nothing()
-    sums = (float(joined[name].sum(dtype=np.float64)) for name in ("kl", "ce", "agrees"))
-    return StudentPositions(**joined, evaluation=Evaluation.from_sums(*sums, float(seen), loss.kl_estimate_kind))
+    kl, ce, agreed = (float(joined[name].sum(dtype=np.float64)) for name in ("kl", "ce", "agrees"))
+    return StudentPositions(
+        **joined, evaluation=Evaluation.from_sums(kl, ce, agreed, float(seen), loss.kl_estimate_kind)
+    )
 
 
 def _chunk(logits: Tensor, targets: Any, candidates: Tensor, loss: DistillLoss) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pipeline.evaluation.metrics import Evaluation
 from pipeline.report.figures import difference_figures
 from pipeline.report.page import Contents, render
 from pipeline.report.passages import choose, cut, details
-from pipeline.report.sources import Student
+from pipeline.report.report_sources import Student
 from pipeline.report.student_positions import StudentPositions
 from pipeline.report.teacher_positions import TeacherPositions, TextPositions
 from runs import build_cache, train
