@@ -34,7 +34,7 @@ LIBRARY = [path for path in PIPELINE if path not in COMMANDS and path not in TER
 SHIPPED = [*CACHE_FORMAT, *PIPELINE, *DISTILL]
 
 # What transformers and torch cannot do without; their versions are theirs to decide.
-BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "safetensors", "tokenizers", "yaml"}
+BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "markupsafe", "safetensors", "tokenizers", "yaml"}
 
 
 def relative(path: Path) -> str:

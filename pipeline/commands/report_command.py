@@ -36,7 +36,7 @@ def command(source: tuple[str, ...], config_file: str | None, json_file: str | N
     Give a cache, with students to compare; or the output directory of a training run, which names its held-out cache.
     """
     config = build_config(ReportConfig, {**given, "source": source}, config_file)
-    from pipeline.report.sources import find_sources
+    from pipeline.report.report_sources import find_sources
 
     find_sources(config)  # wrong paths, before seconds of imports
     from pipeline.terminal.console import Status, quiet_libraries, show_result

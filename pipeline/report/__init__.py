@@ -1,6 +1,6 @@
 """One HTML file that shows where students and their teacher disagree.
 
-sources.py             what was named: a cache, students, the logs of training runs
+report_sources.py      what was named: a cache, students, the logs of training runs
 teacher_positions.py   text and teacher's distribution at every loss token, from the cache
 student_positions.py   KL, CE, agreement and distribution of a student at the same positions, in one pass
 bins.py                means over bins: teacher entropy, token frequency, confidence

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from pipeline.report.bins import Bins, by_confidence, by_entropy, by_frequency
 from pipeline.report.charts import Series, category_chart, line_chart, reliability_chart
-from pipeline.report.sources import Student
+from pipeline.report.report_sources import Student
 from pipeline.report.student_positions import StudentPositions
 from pipeline.report.teacher_positions import TeacherPositions
 

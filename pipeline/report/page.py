@@ -23,7 +23,7 @@ from pipeline.report.charts import key
 from pipeline.report.figures import TEACHER, Figure
 from pipeline.report.passages import Chosen, Passage
 from pipeline.report.provenance import Pairs
-from pipeline.report.sources import Student
+from pipeline.report.report_sources import Student
 from pipeline.report.student_positions import StudentPositions
 from pipeline.report.teacher_positions import TeacherPositions, TextPositions
 

@@ -9,7 +9,7 @@ from typing import Any
 import cache_format as cf
 from pipeline.inspection import describe_targets
 from pipeline.options import options_of
-from pipeline.report.sources import Run
+from pipeline.report.report_sources import Run
 from pipeline.student.train_config import TrainStudentConfig
 
 Pairs = list[tuple[str, str]]

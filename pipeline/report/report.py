@@ -24,7 +24,7 @@ from pipeline.report.page import Contents, render
 from pipeline.report.passages import choose, cut, details, token_texts
 from pipeline.report.provenance import cache_facts, column_sizes, run_facts
 from pipeline.report.report_config import ReportConfig
-from pipeline.report.sources import Sources, Student, find_sources
+from pipeline.report.report_sources import Sources, Student, find_sources
 from pipeline.report.student_positions import StudentPositions, student_positions
 from pipeline.report.teacher_positions import OnProgress, TeacherPositions, read_positions
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device

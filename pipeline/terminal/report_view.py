@@ -1,4 +1,4 @@
-"""What `report` prints."""
+"""What `report` prints when the page is written."""
 
 from __future__ import annotations
 
