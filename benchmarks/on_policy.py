@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from benchmarks.files import write_json, write_text
 BENCHMARKS = Path(__file__).parent
 EOS = "<|endoftext|>"
 SUFFIX = " Give the result as your final answer"
+FINISHED = "trainer_state.json"  # the last file that training writes
 SEQ_LEN = 512
 TOP_K = 256  # of 1,024 tokens: the mass outside is below a thousandth
 BEFORE, OWN, TEACHERS, MIXED = "before the round", "the student's text", "the teacher's text", "half of each"
@@ -50,6 +50,7 @@ class Sizes:
     round: int = 200
     round_epochs: float = 2
     held_out: int = 48
+    held_out_answers: int = 3  # to each
     new_tokens: int = 128
     vocabulary: int = 1024
     width: int = 128
@@ -78,7 +79,7 @@ def run(work: Path, seeds: int, sizes: Sizes) -> measure.Result:
     teacher = trained_teacher(work, data, sizes)
     fixed = {
         "given": cache(teacher, data["before"], work / "caches/given"),
-        "heldout": cache(teacher, data["heldout"], work / "caches/heldout", **writing(sizes, seed=1)),
+        "heldout": cache(teacher, data["heldout"], work / "caches/heldout", **held_out(sizes, seed=1)),
     }
     runs: dict[str, list[dict[str, float]]] = {}
     tokens: list[int] = []
@@ -119,7 +120,7 @@ def write_problems(folder: Path, sizes: Sizes) -> dict[str, Path]:
 def trained_teacher(work: Path, data: Mapping[str, Path], sizes: Sizes) -> Path:
     """A small Llama that learns the problems from their labels, and its tokenizer."""
     teacher = work / "teacher"
-    if not (teacher / "distill_config.json").exists():
+    if not (teacher / FINISHED).exists():
         new = work / "untrained"
         tokenizer = byte_pairs(data["teacher"], sizes.vocabulary)
         config = LlamaConfig(
@@ -160,6 +161,10 @@ def writing(sizes: Sizes, *, seed: int) -> dict[str, Any]:
     return {"generate": True, "gen_max_new_tokens": sizes.new_tokens, "gen_seed": seed, "batch_size": 64}
 
 
+def held_out(sizes: Sizes, *, seed: int) -> dict[str, Any]:
+    return {**writing(sizes, seed=seed), "gen_answers_per_prompt": sizes.held_out_answers}
+
+
 def cache(teacher: Path, data: Path, output: Path, **options: Any) -> Path:
     """A finished cache is checked and left as it is."""
     say(f"{output.parent.parent.name}: caching {data.stem} in {output.name}")
@@ -171,7 +176,7 @@ def cache(teacher: Path, data: Path, output: Path, **options: Any) -> Path:
 def train(place: Path, name: str, caches: list[Path], start: Path, seed: int, **options: Any) -> Path:
     """Trained once. On text that a student has written, labels are its own tokens: only the targets are learned."""
     student = place / "students" / name.replace(" ", "-").replace("'", "")
-    if not (place / "runs" / f"{name}.json").exists():
+    if not (student / FINISHED).exists():
         say(f"{place.name}: training {name}")
         options = {"kd_weight": 1.0, "learning_rate": 1e-3, "batch_size": 8, "seed": seed, **options}
         distill.train_student(tuple(map(str, caches)), start, student, **options, device="cpu", overwrite=True)
@@ -191,12 +196,11 @@ def measured(
     file = place / "runs" / f"{name}.json"
     if not file.exists():
         output = place / "caches" / f"heldout-{student.name}"
-        shutil.rmtree(output, ignore_errors=True)  # by an earlier student of this name
-        own = cache(teacher, problems, output, writer=student, **writing(sizes, seed=2))
+        own = cache(teacher, problems, output, writer=student, **held_out(sizes, seed=2))
         on_own, on_teachers = (distill.evaluate(each, student, device="cpu") for each in (own, heldout))
-        ended = cf.open_cache(own).metadata.corpus["generation"]["stop_reasons"]["eos"]
+        generation = cf.open_cache(own).metadata.corpus["generation"]
         values = {"own": on_own.kl, "teacher's": on_teachers.kl, "agreement": on_own.agreement}
-        write_json(file, {**values, "ended": ended / sizes.held_out})
+        write_json(file, {**values, "ended": generation["stop_reasons"]["eos"] / generation["answers"]})
     return dict(json.loads(file.read_text()))
 
 
@@ -224,7 +228,7 @@ def report(runs: Mapping[str, list[dict[str, float]]], sizes: Sizes, tokens: lis
             "student_layers": 2,
             "width": sizes.width,
             "problems_in_the_round": sizes.round,
-            "held_out_problems": sizes.held_out,
+            "held_out_answers": sizes.held_out * sizes.held_out_answers,
             "loss_tokens_per_epoch": round(mean(tokens)),
             "epochs": sizes.round_epochs,
             "seeds": max(map(len, runs.values())),
