@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -59,7 +58,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
                 on_stage=lambda text, student=config.student: status.stage(f"{student}: {text}"),  # type: ignore[misc]
                 on_progress=lambda done, total: status.step(done, total, "rows"),
             )
-            results[config.student] = asdict(result)
+            results[config.student] = result.to_json()
     cache = configs[0].cache
     show_result(
         lambda: evaluation_view(f"Held out: {cache}", results),

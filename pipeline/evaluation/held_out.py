@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 import cache_format as cf
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.metrics import Evaluation, sum_over
+from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of
+from pipeline.evaluation.measures import row_sums
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.losses import DistillLoss
 from pipeline.models.head import evaluating, open_head
 from pipeline.models.loading import load_model, resolve_device
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
-from pipeline.student.training.forward import distillation_output
 from pipeline.student.validation.compatibility import check_isolation, check_student, student_limits
 from pipeline.student.validation.loss_checks import loss_for_cache
 
@@ -80,6 +83,28 @@ def evaluate(
 
     loss = loss_for_cache(cache, kd_weight=1.0, tail=tail, exact_only=config.cross_tokenizer is not None)
     with evaluating(model):
-        _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, loss), batches())
-    found = Evaluation.from_sums(kl, ce, agreement, count, loss.kl_estimate_kind)
+        table = np.concatenate([row_sums(head, batch, loss) for batch in batches()])
+    totals = table.sum(axis=0)
+    supported = _supported(cache, loss, crossed=config.cross_tokenizer is not None)
+    kl, ce, agreement, count = (float(totals[COLUMN[name]]) for name in ("kl", "ce", "agreement", "count"))
+    found = replace(
+        Evaluation.from_sums(kl, ce, agreement, count, loss.kl_estimate_kind),
+        metrics=metrics_of(table, supported),
+        rows=table,
+        supported=supported,
+    )
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
+
+
+def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supported:
+    """Converted to another tokenizer, positions without a teacher would count as disagreement: only KL and agreement
+    are defined there. A masked model drafts nothing."""
+    about = cache.metadata
+    ranks = not crossed and about.targets["kind"] != "random"  # weights of a sample do not rank tokens
+    return Supported(
+        kl=loss.kl_estimate_kind,
+        sampled=about.sampled,
+        ranks=ranks,
+        calibrates=not crossed and (loss.full or float(about.targets["temperature"]) == 1.0),
+        accepts=ranks and about.alignment == "next",
+    )

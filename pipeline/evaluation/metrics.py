@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.intervals import Metric, Supported, Table
 from pipeline.losses import HeadOutput, KlEstimateKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over `tokens` loss tokens; nats."""
+    """Means over `tokens` loss tokens; nats.
+
+    `metrics` has every metric by name with its confidence interval (`intervals.py`), in an evaluation of a whole cache.
+    """
 
     kl: float
     ce: float
@@ -33,6 +37,15 @@ class Evaluation:
     tokens: int
     kl_estimate_kind: KlEstimateKind  # relation of `kl` to the KL of the full distributions
     compared: float | None = None  # with another tokenizer: share of tokens with teacher targets; others add no KL
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    rows: Table | None = field(default=None, repr=False, compare=False)  # sums by row, [R, columns]
+    supported: Supported | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the sums by row."""
+        hidden = ("rows", "supported")
+        plain = {name: value for name, value in vars(self).items() if name not in hidden}
+        return plain | {"metrics": {name: asdict(metric) for name, metric in self.metrics.items()}}
 
     @classmethod
     def from_sums(cls, kl: float, ce: float, agreement: float, count: float, kind: KlEstimateKind) -> Evaluation:
