@@ -13,9 +13,10 @@ from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of
 from pipeline.evaluation.measures import row_sums
 from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.tasks import TaskScore, check_tasks, task_scores
 from pipeline.losses import DistillLoss
 from pipeline.models.head import evaluating, open_head
-from pipeline.models.loading import load_model, resolve_device
+from pipeline.models.loading import load_model, load_tokenizer, resolve_device
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
@@ -35,6 +36,7 @@ def evaluate(
         MismatchError: the student's tokenizer is not the cache's.
         ModelError, CacheError: student or cache cannot be read.
     """
+    check_tasks(config.tasks)
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies).with_states()
     tokenizer, _ = check_student(
@@ -84,16 +86,39 @@ def evaluate(
     loss = loss_for_cache(cache, kd_weight=1.0, tail=tail, exact_only=config.cross_tokenizer is not None)
     with evaluating(model):
         table = np.concatenate([row_sums(head, batch, loss) for batch in batches()])
+        if config.tasks:
+            on_stage(f"scoring {', '.join(config.tasks)}")
+        scores = task_scores(model, tokenizer, config.tasks, batch_size=config.batch_size)
     totals = table.sum(axis=0)
     supported = _supported(cache, loss, crossed=config.cross_tokenizer is not None)
     kl, ce, agreement, count = (float(totals[COLUMN[name]]) for name in ("kl", "ce", "agreement", "count"))
     found = replace(
         Evaluation.from_sums(kl, ce, agreement, count, loss.kl_estimate_kind),
         metrics=metrics_of(table, supported),
+        tasks=scores,
         rows=table,
         supported=supported,
     )
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
+
+
+def teacher_scores(config: EvaluateConfig) -> dict[str, TaskScore]:
+    """Scores of `config.teacher` on the tasks; empty without one.
+
+    Raises: ConfigError, ModelError as `evaluate`.
+    """
+    if config.teacher is None:
+        return {}
+    check_tasks(config.tasks)
+    tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.teacher,
+        dtype=config.dtype,
+        device=resolve_device(config.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    with evaluating(model):
+        return task_scores(model, tokenizer, config.tasks, batch_size=config.batch_size)
 
 
 def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supported:

@@ -1,7 +1,7 @@
 """From sums by row to metrics with confidence intervals, and the paired comparison of two students.
 
-Positions of a row are correlated, so rows are the units: the intervals come from a bootstrap over rows (1,000 samples of
-all R rows with replacement, fixed seed), as ± 1.96 standard deviations of the metric over the samples. Two students are
+Positions of a row are correlated, so rows are the units: intervals come from a bootstrap over rows (1,000 samples of all R
+rows with replacement, fixed seed), as ± 1.96 standard deviations of the metric over the samples. Two students are
 compared on the same samples, which cancels what makes a row hard for both.
 
 Cost: 1,000 products [R] · [R, columns].
@@ -44,8 +44,12 @@ class Metric:
 class Supported:
     """Which metrics the targets of a cache can give.
 
-    kl: relation of the KL. sampled: whether entries are a sample. ranks: whether the teacher's most likely token is
-    known. calibrates: whether its probability of one token is, at temperature 1. accepts: whether acceptance is bounded.
+    Attributes:
+        kl: relation of the KL.
+        sampled: whether entries are a sample.
+        ranks: whether the teacher's most likely token is known.
+        calibrates: whether its probability of one token at temperature 1 is.
+        accepts: whether the acceptance can be bounded.
     """
 
     kl: KlEstimateKind

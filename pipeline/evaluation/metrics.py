@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.evaluation import intervals
 from pipeline.evaluation.intervals import Metric, Supported, Table
+from pipeline.evaluation.tasks import TaskScore
 from pipeline.losses import HeadOutput, KlEstimateKind
 
 
@@ -38,6 +40,7 @@ class Evaluation:
     kl_estimate_kind: KlEstimateKind  # relation of `kl` to the KL of the full distributions
     compared: float | None = None  # with another tokenizer: share of tokens with teacher targets; others add no KL
     metrics: dict[str, Metric] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)  # by "task metric", if tasks were asked for
     rows: Table | None = field(default=None, repr=False, compare=False)  # sums by row, [R, columns]
     supported: Supported | None = field(default=None, repr=False, compare=False)
 
@@ -45,7 +48,10 @@ class Evaluation:
         """Everything but the sums by row."""
         hidden = ("rows", "supported")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
-        return plain | {"metrics": {name: asdict(metric) for name, metric in self.metrics.items()}}
+        return plain | {
+            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+            "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+        }
 
     @classmethod
     def from_sums(cls, kl: float, ce: float, agreement: float, count: float, kind: KlEstimateKind) -> Evaluation:
@@ -58,6 +64,18 @@ class Evaluation:
             tokens=0 if math.isnan(count) else int(count),
             kl_estimate_kind=kind,
         )
+
+
+def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
+    """b − a by metric: value, error (half width of the 95 % interval, paired over rows) and which is better.
+
+    Empty for evaluations that were not made by `evaluate`.
+
+    Raises: ValueError for evaluations on different rows.
+    """
+    if a.rows is None or b.rows is None or a.supported is None:
+        return {}
+    return {name: asdict(each) for name, each in intervals.compare(a.rows, b.rows, a.supported).items()}
 
 
 @torch.no_grad()
