@@ -61,6 +61,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
             found[config.student] = evaluate(
                 config,
                 on_stage=lambda text, student=config.student: status.stage(f"{student}: {text}"),  # type: ignore[misc]
+                on_warning=status.warn,
                 on_progress=lambda done, total: status.step(done, total, "rows"),
             )
         teacher = teacher_scores(configs[0])

@@ -21,6 +21,9 @@ class EvaluateConfig:
     student: Any = option(help="Student: transformers directory, hub name, or .gguf file.", group=IO, common=True)
     # Python only: a tokenizer object, for a student that is one too.
     tokenizer: Any = option(None, help="Tokenizer of a student that is given as an object.", group=IO, python_only=True)
+    card: bool = option(
+        False, help="Write the metrics into the README.md of the student's directory, unless it was edited.", group=IO
+    )
     tasks: tuple[str, ...] = option(
         (),
         help="Task of lm-eval to score as well: its name or a YAML file (needs distill[tasks]); may be given several "

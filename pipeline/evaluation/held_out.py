@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 import cache_format as cf
+from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of
 from pipeline.evaluation.measures import row_sums
@@ -20,6 +22,7 @@ from pipeline.models.loading import load_model, load_tokenizer, resolve_device
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
+from pipeline.student.model_card import add_metrics
 from pipeline.student.validation.compatibility import check_isolation, check_student, student_limits
 from pipeline.student.validation.loss_checks import loss_for_cache
 
@@ -29,6 +32,7 @@ def evaluate(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Means over the loss tokens of a cache.
 
@@ -37,6 +41,8 @@ def evaluate(
         ModelError, CacheError: student or cache cannot be read.
     """
     check_tasks(config.tasks)
+    if config.card and not (isinstance(config.student, str) and Path(config.student).is_dir()):
+        raise ConfigError("`card`: the student is not a local directory, so it has no README.md. Leave it out.")
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies).with_states()
     tokenizer, _ = check_student(
@@ -99,6 +105,10 @@ def evaluate(
         rows=table,
         supported=supported,
     )
+    if config.card:
+        values = {name: metric.value for name, metric in found.metrics.items()}
+        if not add_metrics(Path(config.student), values, config.cache):
+            on_warning(f"{config.student}: found no README.md of distill's own that is unchanged, nothing was written")
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
 
 

@@ -1,7 +1,7 @@
 """From sums by row to metrics with confidence intervals, and the paired comparison of two students.
 
-Positions of a row are correlated, so rows are the units: intervals come from a bootstrap over rows (1,000 samples of all R
-rows with replacement, fixed seed), as ± 1.96 standard deviations of the metric over the samples. Two students are
+Positions of a row are correlated, so rows are the units: intervals come from a bootstrap over rows (1,000 samples of R
+out of R with replacement, fixed seed), as ± 1.96 standard deviations of the metric over the samples. Two students are
 compared on the same samples, which cancels what makes a row hard for both.
 
 Cost: 1,000 products [R] · [R, columns].

@@ -94,8 +94,8 @@ def _open_tasks(tasks: Sequence[str]) -> tuple[Any, list[str]]:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(
-            f"`tasks` {unknown[0]}: lm-eval has no task of this name. `lm-eval ls tasks` lists them; a task of your own "
-            "is a YAML file."
+            f"`tasks` {unknown[0]}: lm-eval has no task of this name. `lm-eval ls tasks` lists them; a task of "
+            "your own is a YAML file."
         )
     return manager, names
 

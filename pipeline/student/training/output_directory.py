@@ -4,6 +4,7 @@ OUTPUT/
   distill_config.json    configuration and caches of the run, written before the first step (`_record`)
   checkpoint-N/          written by Trainer: weights, optimizer, random state; trainer_state.json last
   config.json, …         the trained student, a plain transformers directory
+  README.md              model card (`pipeline.student.model_card`)
   trainer_state.json     written last of all
 """
 
