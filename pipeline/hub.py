@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import cache_format as cf
+from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from pipeline.errors import ConfigError, DataError
 from pipeline.options import CONFIG_FILE
 
@@ -97,7 +98,10 @@ def push_cache(
 
 def is_student(path: str | os.PathLike[str]) -> bool:
     """Whether a directory is the output of a training run rather than a cache."""
-    return (Path(path) / CONFIG_FILE).is_file() and not (Path(path) / FILES[0]).exists()
+    folder = Path(path)
+    return (folder / CONFIG_FILE).is_file() and not any(
+        (folder / name).exists() for name in (MANIFEST, PARTIAL_MANIFEST)
+    )
 
 
 def push_student(
