@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from pipeline.terminal.tables import titled
 from pipeline.terminal.training_views import LOWER_BOUND
 
 Values = Mapping[str, Any]
+COLUMNS = 4  # that fit 80 characters
 
 # Metric, title, format. Metrics that a cache cannot give have no row.
 NATS, SHARE, COUNT = "{:.4f}", "{:.1%}", "{:,.2f}"
@@ -26,53 +27,65 @@ ROWS = (
     ("ece", "calibration error", SHARE),
     ("ece_teacher", "… to teacher", SHARE),
     ("acceptance", "acceptance", SHARE),
-    *((f"tokens_{k}", f"tokens per run, {k} drafted", COUNT) for k in (1, 2, 4, 8)),
+    *((f"tokens_{k}", f"tokens/run, γ = {k}", COUNT) for k in (1, 2, 4, 8)),
 )
 
 
 def evaluation_view(
-    title: str, students: Mapping[str, Values], comparisons: Mapping[str, Values], teacher_tasks: Values
+    title: str,
+    students: Mapping[str, Values],
+    comparisons: Mapping[str, Values] | None = None,
+    teacher_tasks: Values | None = None,
 ) -> RenderableType:
-    """Students side by side, each value with the half width of its 95 % confidence interval.
+    """Students side by side; up to two with the half width of each 95 % confidence interval.
 
     Args:
         comparisons: with the first student, by the name of each other one.
         teacher_tasks: the teacher's scores on the tasks; it has no column without them.
     """
+    letters = [f"student {chr(65 + i)}" if len(students) > 1 else "student" for i in range(len(students))]
+    columns = list(zip(letters, students.values(), strict=True))
+    if teacher_tasks:
+        columns.append(("teacher", {"metrics": {}, "tasks": teacher_tasks}))
     crossed = any(values.get("compared") is not None for values in students.values())
-    names = [f"student {chr(65 + i)}" if len(students) > 1 else "student" for i in range(len(students))]
+    with_error = len(students) <= 2
+    tables = [
+        _table(columns[i : i + COLUMNS], crossed=crossed, with_error=with_error)
+        for i in range(0, len(columns), COLUMNS)
+    ]
+    lines = [f"{letter}: {student}" for letter, student in zip(letters, students, strict=True)]
+    for letter, student in zip(letters, students, strict=True):
+        line = comparison_line(letters[0], letter, (comparisons or {}).get(student, {}))
+        lines += [] if line is None else [line]
+    if any(values.get("kl_estimate_kind") == "lower bound" for values in students.values()):
+        lines.append(f"KL: {LOWER_BOUND}")
+    if any(metric.endswith("_high") for values in students.values() for metric in values["metrics"]):
+        lines.append("low–high: bounds, because the cache does not have the full distribution")
+    if any(metric["error"] is not None for values in students.values() for metric in values["metrics"].values()):
+        lines.append("±: 95 % confidence, rows as units" + ("" if with_error else "; --json has that of each value"))
+    if crossed:
+        lines.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
+    return Group(titled(title, tables[0]), *tables[1:], *map(Text, lines))
+
+
+def _table(columns: Sequence[tuple[str, Values]], *, crossed: bool, with_error: bool) -> Table:
     table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    if teacher_tasks:
-        table.add_column("teacher", justify="right")
+    for name, _ in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    students = [values for _, values in columns]
     for metric, label, form in ROWS:
         if crossed and metric == "perplexity":  # not comparable across tokenizers
             continue
-        cells = [_cell(values["metrics"], metric, form) for values in students.values()]
+        cells = [_cell(values["metrics"], metric, form, with_error) for values in students]
         if any(cells):
             table.add_row(label, *cells)
     if crossed:
-        table.add_row("compared", *(f"{values['compared']:.1%}" for values in students.values()))
-    for task in dict.fromkeys(task for values in students.values() for task in values.get("tasks", {})):
-        scores = [values.get("tasks", {}).get(task) for values in students.values()]
-        table.add_row(task, *map(_task, [*scores, *([teacher_tasks.get(task)] if teacher_tasks else [])]))
-    table.add_row("loss tokens", *(f"{values['tokens']:,}" for values in students.values()))
-    lines = [f"{name}: {student}" for name, student in zip(names, students, strict=True)]
-    lines += [
-        line
-        for name, compared in zip(names[1:], comparisons.values(), strict=True)
-        if (line := comparison_line(names[0], name, compared)) is not None
-    ]
-    if any(values["kl_estimate_kind"] == "lower bound" for values in students.values()):
-        lines.append(f"KL: {LOWER_BOUND}")
-    if any(metric.endswith("_high") for values in students.values() for metric in values["metrics"]):
-        lines.append("low – high: bounds, because the cache does not have the full distribution")
-    lines.append("±: 95 % confidence over rows")
-    if crossed:
-        lines.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
-    return Group(titled(title, table), *map(Text, lines))
+        table.add_row("compared", *(f"{values['compared']:.1%}" if "compared" in values else "" for values in students))
+    table.add_row("loss tokens", *(f"{values['tokens']:,}" if "tokens" in values else "" for values in students))
+    for task in dict.fromkeys(task for values in students for task in values.get("tasks", {})):
+        table.add_row(task, *(_task(values.get("tasks", {}).get(task), with_error) for values in students))
+    return table
 
 
 def comparison_line(first: str, second: str, differences: Values) -> str | None:
@@ -87,17 +100,17 @@ def comparison_line(first: str, second: str, differences: Values) -> str | None:
     return f"{better} is better than {worse} by {by}"
 
 
-def _cell(metrics: Values, name: str, form: str) -> str:
+def _cell(metrics: Values, name: str, form: str, with_error: bool) -> str:
     if name not in metrics:
         return ""
-    show: Callable[[float], str] = form.format
-    low, high = metrics[name], metrics.get(f"{name}_high")
+    value, error = metrics[name]["value"], metrics[name]["error"]
+    high = metrics.get(f"{name}_high")
     if high is not None:
-        return f"{show(low['value'])} – {show(high['value'])}"
-    return show(low["value"]) + ("" if low["error"] is None else f" ± {show(low['error']).rstrip('%')}")
+        return f"{form.format(value).rstrip('%')}–{form.format(high['value'])}"
+    return form.format(value) + (f" ± {form.format(error).rstrip('%')}" if with_error and error is not None else "")
 
 
-def _task(score: Values | None) -> str:
+def _task(score: Values | None, with_error: bool) -> str:
     if score is None:
         return ""
-    return f"{score['value']:.4f}" + ("" if score["error"] is None else f" ± {score['error']:.4f}")
+    return f"{score['value']:.4f}" + (f" ± {score['error']:.4f}" if with_error and score["error"] is not None else "")
