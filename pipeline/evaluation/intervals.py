@@ -76,7 +76,7 @@ def values(sums: Table, supported: Supported) -> dict[str, tuple[Table, Relation
             "kl": (column("kl") / count, supported.kl),
             "ce": (ce, "full"),
             "perplexity": (np.exp(np.minimum(ce, 700.0)), "full"),
-            "agreement": (column("agreement") / count, "full"),
+            "agreement": (column("agreement") / count, "full" if supported.ranks else "estimate"),
         }
         if supported.ranks:
             found["top5_agreement"] = (column("top5_agreement") / count, "full")
@@ -134,12 +134,17 @@ class Difference:
     better: Literal["a", "b", ""]
 
 
+def same_rows(a: Table, b: Table) -> bool:
+    """Whether two students were evaluated on the same loss tokens; not if their tokenizers differ."""
+    return a.shape == b.shape and np.array_equal(a[:, COLUMN["count"]], b[:, COLUMN["count"]])
+
+
 def compare(a: Table, b: Table, supported: Supported) -> dict[str, Difference]:
     """Paired comparison of two students on the same rows, by metric; bounds are not compared with each other.
 
     Raises: ValueError for tables of different rows.
     """
-    if a.shape != b.shape or not np.array_equal(a[:, 0], b[:, 0]):
+    if not same_rows(a, b):
         raise ValueError(f"found {len(a)} and {len(b)} rows with different loss tokens, expected the same rows.")
     whole = [values(table.sum(axis=0, keepdims=True), supported) for table in (a, b)]
     spread = [values(sums, supported) for sums in resampled(a, b)] if len(a) > 1 else None

@@ -93,7 +93,7 @@ def _sums_of_row(
             chunk = replace(chunk, head=lambda _, known=teacher: known)  # the loss need not compute it again
         else:
             parts.append(_against_entries(chunk, logits))
-        totals += chunk.loss_and_dlogits(logits, loss, None)[0].double().cpu()  # last: it overwrites the logits
+        totals += chunk.loss_and_dlogits(logits, loss, None)[0].cpu().double()  # last: it overwrites the logits
     if not parts:
         return np.zeros(len(column_names()))
     found = Measured(*(torch.cat([getattr(part, name) for part in parts]) for name in Measured.__annotations__))
@@ -159,4 +159,4 @@ def _against_entries(targets: SparseTargetBatch, logits: Tensor) -> Measured:
 
 
 def _measured(*values: Tensor) -> Measured:
-    return Measured(*(value.double().cpu() for value in values))
+    return Measured(*(value.cpu().double() for value in values))  # not on the device: MPS has no float64

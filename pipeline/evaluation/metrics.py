@@ -69,11 +69,9 @@ class Evaluation:
 def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
     """b − a by metric: value, error (half width of the 95 % interval, paired over rows) and which is better.
 
-    Empty for evaluations that were not made by `evaluate`.
-
-    Raises: ValueError for evaluations on different rows.
+    Empty for evaluations that were not made by `evaluate`, or of students whose tokenizers differ.
     """
-    if a.rows is None or b.rows is None or a.supported is None:
+    if a.rows is None or b.rows is None or a.supported is None or not intervals.same_rows(a.rows, b.rows):
         return {}
     return {name: asdict(each) for name, each in intervals.compare(a.rows, b.rows, a.supported).items()}
 
