@@ -298,7 +298,8 @@ def evaluate(
         config: TOML or JSON file of options; keyword arguments win over it.
         on_progress: called with a `Progress`.
 
-    Returns: KL to the teacher and cross-entropy in nats per loss token, perplexity, and top-1 agreement.
+    Returns: KL to the teacher and cross-entropy in nats per loss token, perplexity, and top-1 agreement; in `metrics`
+        these, calibration and acceptance with 95 % confidence intervals; in `tasks` the scores on tasks.
 
     Raises: MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
@@ -307,7 +308,7 @@ def evaluate(
     run = _config(EvaluateConfig, config, {"cache": cache, "student": student, **options})
     report = _Reporter(on_progress)
     with _quiet(student):
-        return run_evaluation(run, on_stage=report.stage, on_progress=report.step)
+        return run_evaluation(run, on_stage=report.stage, on_progress=report.step, on_warning=report.warn)
 
 
 @_takes_options(ImportConfig)

@@ -1,4 +1,4 @@
-"""Upload a finished cache to a dataset repository on the Hugging Face hub.
+"""Upload a finished cache to a dataset repository on the Hugging Face hub, or a trained student to a model repository.
 
 The card of a cache lists its shards, so `datasets.load_dataset("OWNER/NAME")` opens it, and a student trains from
 hf://datasets/OWNER/NAME.
@@ -6,8 +6,9 @@ hf://datasets/OWNER/NAME.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -15,7 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import cache_format as cf
+from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from pipeline.errors import ConfigError, DataError
+from pipeline.options import CONFIG_FILE
 
 FILES = (
     "manifest.json",
@@ -28,6 +31,8 @@ FILES = (
     "shards/*.json",
     "tokenizer/**",
 )
+# Of a student: what only continues or watches its training, or has paths of this machine.
+NOT_PUSHED = ("checkpoint-*/**", "runs/**", "training_args.bin", "*.tmp")
 CONNECTION = (
     "httpx",
     "httpx2",
@@ -78,7 +83,7 @@ def push_cache(
     cf.verify_cache(path, on_progress)
     on_stage(f"uploading to {repository}")
     api, folder = HfApi(), Path(path)
-    try:
+    with _refusals(path, repository, "cache"):
         address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         for patterns, message in ((FILES[1:], "shards"), (FILES[:1], "manifest")):
             api.upload_folder(
@@ -88,13 +93,59 @@ def push_cache(
                 allow_patterns=list(patterns),
                 commit_message=f"distill cache: {message}",
             )
+    return str(address)
+
+
+def is_student(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory is the output of a training run rather than a cache."""
+    folder = Path(path)
+    return (folder / CONFIG_FILE).is_file() and not any(
+        (folder / name).exists() for name in (MANIFEST, PARTIAL_MANIFEST)
+    )
+
+
+def push_student(
+    path: str | os.PathLike[str],
+    repository: str,
+    *,
+    private: bool = False,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Upload a trained student with its card, without checkpoints and logs; returns the address of its repository.
+
+    Raises:
+        ConfigError: `repository` is not the name of a repository, or the run has not finished.
+        DataError: the hub refuses, or cannot be reached.
+    """
+    check_push(path, repository)
+    folder = Path(path)
+    if not (folder / "trainer_state.json").is_file():  # written last
+        raise ConfigError(f"{path}: the training run has not finished. Continue it with `resume=True`, then push it.")
+    on_stage(f"uploading to {repository}")
+    api = HfApi()
+    with _refusals(path, repository, "student"):
+        address = api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            repo_type="model",
+            folder_path=folder,
+            ignore_patterns=list(NOT_PUSHED),
+            commit_message="distill student",
+        )
+    return str(address)
+
+
+@contextlib.contextmanager
+def _refusals(path: str | os.PathLike[str], repository: str, what: str) -> Iterator[None]:
+    """Errors of the hub and of the connection as `DataError`."""
+    try:
+        yield
     except Exception as error:
         expected = isinstance(error, (HfHubHTTPError, OSError, ValueError))
         if not expected and type(error).__module__.partition(".")[0] not in CONNECTION:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"{repository}: the hub did not accept the cache: {lines[0].rstrip('.')}. {path} is complete and "
+            f"{repository}: the hub did not accept the {what}: {lines[0].rstrip('.')}. {path} is complete and "
             f"unchanged; log in (hf auth login) or check the connection, then: distill push {path} {repository}"
         ) from error
-    return str(address)

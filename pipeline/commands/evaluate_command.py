@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from pipeline.commands.click_options import (
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.options import build
 
+if TYPE_CHECKING:
+    from pipeline.evaluation.metrics import Evaluation
+
 
 @click.command(
     "evaluate",
@@ -30,7 +33,7 @@ from pipeline.options import build
 def command(config_file: str | None, json_file: str | None, **given: Any) -> None:
     """Compare students with their teacher on a held-out cache.
 
-    Give --student several times to compare several.
+    Give --student several times to compare the others with the first, row by row.
     """
     values = read_values(EvaluateConfig, given, config_file)
     students = values.pop("student")
@@ -43,26 +46,32 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
 
     if "://" not in configs[0].cache:
         cf.open_cache(configs[0].cache)
-    for config in configs:
-        check_model_path(config.student)
+    for model in (*(config.student for config in configs), *filter(None, [configs[0].teacher])):
+        check_model_path(model)
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
-    from pipeline.evaluation.held_out import evaluate
-    from pipeline.terminal.training_views import evaluation_view
+    from pipeline.evaluation.held_out import evaluate, teacher_scores
+    from pipeline.evaluation.metrics import compare
+    from pipeline.terminal.evaluation_view import evaluation_view
 
-    results: dict[str, dict[str, Any]] = {}
+    found: dict[str, Evaluation] = {}
     with Status(here_with_flags) as status:
         for config in configs:
-            result = evaluate(
+            found[config.student] = evaluate(
                 config,
                 on_stage=lambda text, student=config.student: status.stage(f"{student}: {text}"),  # type: ignore[misc]
+                on_warning=status.warn,
                 on_progress=lambda done, total: status.step(done, total, "rows"),
             )
-            results[config.student] = asdict(result)
+        teacher = teacher_scores(configs[0])
+    results = {student: evaluation.to_json() for student, evaluation in found.items()}
+    scores = {name: asdict(score) for name, score in teacher.items()}
+    first, *others = found
+    comparisons = {other: compare(found[first], found[other]) for other in others}
     cache = configs[0].cache
     show_result(
-        lambda: evaluation_view(f"Held out: {cache}", results),
-        lambda: {"cache": cache, "students": results},
+        lambda: evaluation_view(f"Held out: {cache}", results, comparisons, scores),
+        lambda: {"cache": cache, "students": results, "compared_with_first": comparisons, "teacher_tasks": scores},
         json_file,
     )

@@ -1,4 +1,4 @@
-"""`distill push`: a cache becomes a dataset on the Hugging Face hub."""
+"""`distill push`: a cache becomes a dataset on the Hugging Face hub, a student a model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import click
 from pipeline.commands.click_options import DistillCommand, examples, here_with_flags, json_option
 
 
-@click.command("push", cls=DistillCommand, epilog=examples("distill push caches/train owner/name --private"))
-@click.argument("cache")
+@click.command(
+    "push",
+    cls=DistillCommand,
+    epilog=examples("distill push caches/train owner/name --private", "distill push students/first owner/student"),
+)
+@click.argument("directory")
 @click.argument("repository")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
 @json_option()
-def command(cache: str, repository: str, private: bool, json_file: str | None) -> None:
-    """Upload a cache to the Hugging Face hub, as a dataset.
+def command(directory: str, repository: str, private: bool, json_file: str | None) -> None:
+    """Upload a cache (as a dataset) or a trained student (as a model) to the Hugging Face hub.
 
-    REPOSITORY is OWNER/NAME. Every byte is checked first. Read the cache as hf://datasets/OWNER/NAME, or with
-    datasets.load_dataset.
+    REPOSITORY is OWNER/NAME. Every byte of a cache is checked first. Read it as hf://datasets/OWNER/NAME, or with
+    datasets.load_dataset. Checkpoints of a student stay here.
     """
+    from pipeline.hub import is_student
     from pipeline.terminal.console import show_result
 
-    address = push(cache, repository, private)
+    kind = "student" if is_student(directory) else "cache"
+    address = (_push_student if kind == "student" else push)(directory, repository, private)
     if json_file is not None:
-        show_result(lambda: "", lambda: {"cache": cache, "repository": repository, "address": address}, json_file)
+        show_result(lambda: "", lambda: {kind: directory, "repository": repository, "address": address}, json_file)
 
 
 def push(cache: str, repository: str, private: bool) -> str:
@@ -37,6 +43,16 @@ def push(cache: str, repository: str, private: bool) -> str:
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows checked"),
         )
+    err.print(f"Pushed to {address}")
+    return address
+
+
+def _push_student(student: str, repository: str, private: bool) -> str:
+    from pipeline.hub import push_student
+    from pipeline.terminal.console import Status, err
+
+    with Status(here_with_flags) as status:
+        address = push_student(student, repository, private=private, on_stage=status.stage)
     err.print(f"Pushed to {address}")
     return address
 

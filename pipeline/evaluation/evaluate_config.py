@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.errors import ConfigError
 from pipeline.models.loading_options import DEVICE, DTYPE, PADDING_FREE, REVISION, TRUST_REMOTE_CODE, Dtype
 from pipeline.options import check_ranges, option
 
-IO, STUDENT, READING, HARDWARE = "Input", "Student", "Reading the cache", "Hardware"
+IO, TASKS, STUDENT, READING, HARDWARE = "Input", "Tasks", "Student", "Reading the cache", "Hardware"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,19 @@ class EvaluateConfig:
     student: Any = option(help="Student: transformers directory, hub name, or .gguf file.", group=IO, common=True)
     # Python only: a tokenizer object, for a student that is one too.
     tokenizer: Any = option(None, help="Tokenizer of a student that is given as an object.", group=IO, python_only=True)
+    card: bool = option(
+        False, help="Write the metrics into the README.md of the student's directory, unless it was edited.", group=IO
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        help="Task of lm-eval to score as well: its name or a YAML file (needs distill[tasks]); may be given several "
+        "times.",
+        group=TASKS,
+        metavar="NAME|YAML",
+        common=True,
+    )
+    # A directory, hub name or .gguf file; or (Python only) a loaded model.
+    teacher: Any = option(None, help="Teacher whose scores on the tasks are shown beside the students'.", group=TASKS)
     max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
     cross_tokenizer: Literal["project", "uld"] | None = option(
         None,
@@ -41,3 +55,5 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.teacher is not None and not self.tasks:
+            raise ConfigError("`teacher`: only with `tasks`, because its targets are in the cache. Leave it out.")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 import cache_format as cf
+from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.metrics import Evaluation, sum_over
+from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of
+from pipeline.evaluation.measures import row_sums
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.tasks import TaskScore, check_tasks, task_scores
+from pipeline.losses import DistillLoss
 from pipeline.models.head import evaluating, open_head
 from pipeline.models.isolation.padding_free import without_padding
-from pipeline.models.loading import load_model, resolve_device
+from pipeline.models.loading import load_model, load_tokenizer, resolve_device
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
-from pipeline.student.training.forward import distillation_output
+from pipeline.student.model_card import add_metrics
 from pipeline.student.validation.compatibility import check_isolation, check_student, student_limits
 from pipeline.student.validation.loss_checks import loss_for_cache
 
@@ -26,6 +33,7 @@ def evaluate(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Means over the loss tokens of a cache.
 
@@ -33,6 +41,9 @@ def evaluate(
         MismatchError: the student's tokenizer is not the cache's.
         ModelError, CacheError: student or cache cannot be read.
     """
+    check_tasks(config.tasks)
+    if config.card and not (isinstance(config.student, str) and Path(config.student).is_dir()):
+        raise ConfigError("`card`: the student is not a local directory, so it has no README.md. Leave it out.")
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies).with_states()
     tokenizer, _ = check_student(
@@ -83,6 +94,55 @@ def evaluate(
 
     loss = loss_for_cache(cache, kd_weight=1.0, tail=tail, exact_only=config.cross_tokenizer is not None)
     with evaluating(model):
-        _, kl, ce, agreement, count = sum_over(lambda batch: distillation_output(head, batch, loss), batches())
-    found = Evaluation.from_sums(kl, ce, agreement, count, loss.kl_estimate_kind)
+        table = np.concatenate([row_sums(head, batch, loss) for batch in batches()])
+        if config.tasks:
+            on_stage(f"scoring {', '.join(config.tasks)}")
+        scores = task_scores(model, tokenizer, config.tasks, batch_size=config.batch_size)
+    totals = table.sum(axis=0)
+    supported = _supported(cache, loss, crossed=config.cross_tokenizer is not None)
+    kl, ce, agreement, count = (float(totals[COLUMN[name]]) for name in ("kl", "ce", "agreement", "count"))
+    found = replace(
+        Evaluation.from_sums(kl, ce, agreement, count, loss.kl_estimate_kind),
+        metrics=metrics_of(table, supported),
+        tasks=scores,
+        rows=table,
+        supported=supported,
+    )
+    if config.card:
+        values = {name: metric.value for name, metric in found.metrics.items()}
+        if not add_metrics(Path(config.student), values, config.cache):
+            on_warning(f"{config.student}: found no README.md of distill's own that is unchanged, nothing was written")
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
+
+
+def teacher_scores(config: EvaluateConfig) -> dict[str, TaskScore]:
+    """Scores of `config.teacher` on the tasks; empty without one.
+
+    Raises: ConfigError, ModelError as `evaluate`.
+    """
+    if config.teacher is None:
+        return {}
+    check_tasks(config.tasks)
+    tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.teacher,
+        dtype=config.dtype,
+        device=resolve_device(config.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    with evaluating(model):
+        return task_scores(model, tokenizer, config.tasks, batch_size=config.batch_size)
+
+
+def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supported:
+    """Converted to another tokenizer, positions without a teacher would count as disagreement: only KL and agreement
+    are defined there. A masked model drafts nothing."""
+    about = cache.metadata
+    ranks = not crossed and about.targets["kind"] != "random"  # weights of a sample do not rank tokens
+    return Supported(
+        kl=loss.kl_estimate_kind,
+        sampled=about.sampled,
+        ranks=ranks,
+        calibrates=not crossed and (loss.full or float(about.targets["temperature"]) == 1.0),
+        accepts=ranks and about.alignment == "next",
+    )

@@ -13,18 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.evaluation import intervals
+from pipeline.evaluation.intervals import Metric, Supported, Table
+from pipeline.evaluation.tasks import TaskScore
 from pipeline.losses import HeadOutput, KlEstimateKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over `tokens` loss tokens; nats."""
+    """Means over `tokens` loss tokens; nats.
+
+    `metrics` has every metric by name with its confidence interval (`intervals.py`), in an evaluation of a whole cache.
+    """
 
     kl: float
     ce: float
@@ -33,6 +39,19 @@ class Evaluation:
     tokens: int
     kl_estimate_kind: KlEstimateKind  # relation of `kl` to the KL of the full distributions
     compared: float | None = None  # with another tokenizer: share of tokens with teacher targets; others add no KL
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)  # by "task metric", if tasks were asked for
+    rows: Table | None = field(default=None, repr=False, compare=False)  # sums by row, [R, columns]
+    supported: Supported | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the sums by row."""
+        hidden = ("rows", "supported")
+        plain = {name: value for name, value in vars(self).items() if name not in hidden}
+        return plain | {
+            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+            "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+        }
 
     @classmethod
     def from_sums(cls, kl: float, ce: float, agreement: float, count: float, kind: KlEstimateKind) -> Evaluation:
@@ -45,6 +64,16 @@ class Evaluation:
             tokens=0 if math.isnan(count) else int(count),
             kl_estimate_kind=kind,
         )
+
+
+def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
+    """b − a by metric: value, error (half width of the 95 % interval, paired over rows) and which is better.
+
+    Empty for evaluations that were not made by `evaluate`, or of students whose tokenizers differ.
+    """
+    if a.rows is None or b.rows is None or a.supported is None or not intervals.same_rows(a.rows, b.rows):
+        return {}
+    return {name: asdict(each) for name, each in intervals.compare(a.rows, b.rows, a.supported).items()}
 
 
 @torch.no_grad()

@@ -318,11 +318,15 @@ def agreement(targets: TargetEntries, z: Tensor, largest: Tensor) -> Tensor:
     Args:
         z: [n, K] the student's logits at the entries. largest: [n] its largest logit.
     """
+    return (likeliest_entries(targets) & (z >= largest[:, None])).any(dim=1)
+
+
+def likeliest_entries(targets: TargetEntries) -> Tensor:
+    """[n, K] bool: the most likely entries of the teacher; several if they were rounded to the same value."""
     # Weights of sampled entries do not rank tokens, but they are all there is at a position without exact entries.
     some_exact = targets.exact_counts > 0
     known = torch.where(some_exact[:, None], targets.exact.logprobs, targets.logprobs)
-    likeliest = (known >= known.amax(dim=1, keepdim=True)) & (known > -torch.inf)
-    return (likeliest & (z >= largest[:, None])).any(dim=1)
+    return (known >= known.amax(dim=1, keepdim=True)) & (known > -torch.inf)
 
 
 def _ids_and_label(targets: TargetEntries) -> Tensor:

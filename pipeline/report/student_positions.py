@@ -70,7 +70,7 @@ def student_positions(
         inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
         targets = batch["targets"].prepare(loss)
         kept = targets.loss_mask.nonzero().squeeze(1)
-        states = head.hidden_states(*inputs).flatten(0, 1)
+        states = head.hidden_states(*inputs, documents=batch.get("documents")).flatten(0, 1)
         for start in range(0, len(kept), CHUNK_POSITIONS):
             here = kept[start : start + CHUNK_POSITIONS]
             logits = head.logits(states[here]).float()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IO, STUDENT, LORA, LOSS = "Input and output", "Student", "Adapters (LoRA, DoRA)", "Loss"
 HIDDEN, OPTIMIZATION, STOPPING = "Hidden-state distillation", "Optimization", "Early stopping"
 LOGGING, HARDWARE = "Logging and checkpoints", "Hardware"
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +175,14 @@ class TrainStudentConfig:
     )
     report_to: tuple[str, ...] = option(
         (),
-        help="Experiment tracker: tensorboard, trackio, wandb, mlflow, or another that transformers knows; repeat for "
-        "several.",
+        help="Tracker of the metrics: tensorboard (in OUTPUT/runs), trackio, wandb, mlflow or none; may be given "
+        "several times.",
         group=LOGGING,
-        metavar="NAME",
+        metavar="TRACKER",
+        default_text="none",
     )
     run_name: str | None = option(
-        None, help="Name of the run in experiment trackers.", group=LOGGING, default_text="the output directory"
+        None, help="Name of the run in the trackers.", group=LOGGING, default_text="chosen by the tracker"
     )
     early_stopping: tuple[str, ...] = option(
         (),
@@ -229,6 +231,11 @@ class TrainStudentConfig:
             self.check_explicit("kd_weight")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"`device` {self.device}: expected auto or cpu. Choose GPUs with CUDA_VISIBLE_DEVICES.")
+        unknown = [name for name in self.report_to if name not in TRACKERS]
+        if unknown:
+            raise ConfigError(f"`report_to` {unknown[0]}: expected {', '.join(TRACKERS)}. Correct the name.")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ConfigError("`report_to` none: found other trackers as well. Leave none out.")
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_dropout", "lora_targets", "dora", "lora_head", "merge_adapter"):
                 if getattr(self, name) not in (None, False, "auto"):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from pipeline.terminal.evaluation_view import evaluation_view
 from pipeline.terminal.tables import pairs, size
-from pipeline.terminal.training_views import evaluation_view
 
 if TYPE_CHECKING:
     from pipeline.report.report import ReportSummary

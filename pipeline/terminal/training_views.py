@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from pipeline.terminal.tables import bar, duration, pairs, titled
 
@@ -40,32 +38,6 @@ KL_NOTES = {
     "entries only": "over the cached entries alone: the teacher's tail mass is unknown",
 }
 """What to say of a KL, by `kl_estimate_kind`."""
-
-
-def evaluation_view(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """Students side by side: KL, CE, perplexity, agreement.
-
-    Across tokenizers the share of compared positions is shown instead of the perplexity, which is not comparable.
-    """
-    crossed = any(values.get("compared") is not None for values in evaluations.values())
-    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("student", overflow="fold", min_width=16)  # the one that gives way in a narrow terminal
-    for name in ("KL to teacher", "CE (nats)", "compared" if crossed else "perplexity", "agreement", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for student, values in evaluations.items():
-        table.add_row(
-            student,
-            f"{values['kl']:.4f}",
-            f"{values['ce']:.4f}",
-            f"{values['compared']:.1%}" if crossed else f"{values['perplexity']:,.2f}",
-            f"{values['agreement']:.1%}",
-            f"{values['tokens']:,}",
-        )
-    kinds = {values.get("kl_estimate_kind") for values in evaluations.values()}
-    notes = [f"KL: {note}" for kind, note in KL_NOTES.items() if kind in kinds]
-    if crossed:
-        notes.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
-    return Group(titled(title, table), *map(Text, notes))
 
 
 def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:

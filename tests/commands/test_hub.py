@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from fnmatch import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 import cache_format as cf
 from cli import main
@@ -36,11 +37,18 @@ class Hub:
             raise self.error
         return f"https://hub/datasets/{repository}"
 
-    def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **options: Any) -> None:
+    def upload_folder(
+        self,
+        *,
+        folder_path: Path,
+        allow_patterns: Sequence[str] = ("*",),
+        ignore_patterns: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         files = [f.relative_to(folder_path).as_posix() for f in sorted(folder_path.rglob("*")) if f.is_file()]
-        chosen = [name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
+        chosen = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         self.calls.append(("upload", options["repo_id"], chosen))
-        assert options["repo_type"] == "dataset"
+        assert options["repo_type"] == self.calls[0][2]["repo_type"]
         for name in chosen:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder_path / name, self.folder / name)
@@ -167,3 +175,20 @@ def test_capture_pushes_a_finished_cache(fake: Hub, teacher_dir: Path, text_file
     assert result.exit_code == 0, result.output
     assert [call[0] for call in fake.calls] == ["create", "upload", "upload"]
     assert len(cf.open_cache(fake.folder)) == len(cf.open_cache(tmp_path / "c"))
+
+
+def test_a_student_is_pushed_as_a_model_without_its_checkpoints(fake: Hub, tmp_path: Path):
+    student = tmp_path / "student"
+    names = ["config.json", "model.safetensors", "README.md", "distill_config.json", "checkpoint-4/optimizer.pt"]
+    for name in [*names, "runs/today/events", "training_args.bin"]:
+        (student / name).parent.mkdir(parents=True, exist_ok=True)
+        (student / name).write_text("{}")
+    assert "has not finished" in push(student, "someone/student", status=1).stderr and not fake.calls
+    (student / "trainer_state.json").write_text("{}")
+    found = push(student, "someone/student", "--json", tmp_path / "out.json")
+    (_, _, options), (_, _, files) = fake.calls
+    assert options == {"repo_type": "model", "private": False, "exist_ok": True}
+    assert sorted(files) == sorted([*names[:4], "trainer_state.json"])
+    assert json.loads((tmp_path / "out.json").read_text())["student"] == str(student), found.output
+    fake.error = OSError("no route")
+    assert "the hub did not accept the student: no route" in push(student, "someone/student", status=1).stderr

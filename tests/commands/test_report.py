@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from cache_format.codecs.packed.block import LANES
 from pipeline.inspection import cache_statistics, inspect_row
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.terminal.console import out
+from pipeline.terminal.evaluation_view import evaluation_view
 from pipeline.terminal.row_view import row_view
 from pipeline.terminal.statistics_view import statistics_view
 from pipeline.terminal.tables import bar, duration, size
-from pipeline.terminal.training_views import curves_view, evaluation_view
+from pipeline.terminal.training_views import curves_view
 from runs import build_cache
 
 
@@ -194,21 +196,40 @@ def test_tokens_are_shown_as_they_are(cache: cf.Cache):
 # -- students side by side --------------------------------------------------------------------------------------------
 
 
+def evaluated(kl: float = 0.25, error: float | None = 0.01, **more: Any) -> dict[str, Any]:
+    """What the view reads of an evaluation."""
+    numbers = {"kl": kl, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "acceptance": 0.625, "acceptance_high": 0.75}
+    metrics = {name: {"value": value, "error": error} for name, value in numbers.items()}
+    return {"metrics": metrics, "tokens": 1234, **more}
+
+
 def test_students_side_by_side():
-    values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234}
-    text = shown(evaluation_view("Held out: a[b]", {"students/[i]one[/i]": values, "two": {**values, "kl": 0.125}}))
-    assert "Held out: a[b]" in text and "students/[i]one[/i]" in text
-    for words in ("0.2500", "0.1250", "2.0000", "7.39", "50.0%", "1,234"):
+    better = {"kl": {"value": -0.125, "error": 0.006, "better": "b"}}
+    students = {"students/[i]one[/i]": evaluated(), "two": evaluated(0.125)}
+    text = shown(evaluation_view("Held out: a[b]", students, {"two": better}))
+    assert "Held out: a[b]" in text and "student A: students/[i]one[/i]" in text
+    for words in ("0.2500 ± 0.0100", "0.1250 ± 0.0100", "2.0000", "7.39", "50.0% ± 1.0", "62.5–75.0%", "1,234"):
         assert words in text
+    assert "student B is better than student A by 0.1250 ± 0.0060 nats of KL" in text
+    unsure = {"kl": {"value": -0.001, "error": 0.006, "better": ""}}
+    assert "student A and student B do not differ" in shown(evaluation_view("", students, {"two": unsure}))
+
+
+def test_many_students_fit_80_columns():
+    tasks = {"capitals acc": {"value": 0.5, "error": 0.1}}
+    view = evaluation_view("Held out", {str(i): evaluated(tasks=tasks) for i in range(6)}, {}, tasks)
+    text = shown(view)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "student F" in text and "teacher" in text and text.count("capitals acc") == 2 and "0.2500 ±" not in text
 
 
 def test_students_of_several_tokenizers_are_not_passed_off_as_comparable():
-    values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234, "compared": 0.694}
-    text = shown(evaluation_view("Held out", {"students/one": values, "students/two": {**values, "compared": 1.0}}))
+    students = {"students/one": evaluated(compared=0.694), "students/two": evaluated(compared=1.0)}
+    text = shown(evaluation_view("Held out", students))
     for words in ("compared", "69.4%", "100.0%", "Compare only students that share a tokenizer"):
         assert words in " ".join(text.split())
     assert "perplexity" not in text
-    plain = shown(evaluation_view("Held out", {"one": {**values, "compared": None}}))
+    plain = shown(evaluation_view("Held out", {"one": evaluated(compared=None)}))
     assert "compared" not in plain and "7.39" in plain
 
 
@@ -225,7 +246,6 @@ def test_curves_mark_what_was_saved_and_where_it_stopped():
 
 
 def test_the_command_line_prints_without_markup(capsys: pytest.CaptureFixture[str]):
-    values = {"kl": 0.25, "ce": 2.0, "perplexity": 7.389, "agreement": 0.5, "tokens": 1234}
-    out.print(evaluation_view("Held out: [/x]", {"[bold]:cat:": values}))
+    out.print(evaluation_view("Held out: [/x]", {"[bold]:cat:": evaluated()}))
     printed = capsys.readouterr().out
     assert "Held out: [/x]" in printed and "[bold]:cat:" in printed

@@ -4,6 +4,7 @@ OUTPUT/
   distill_config.json    configuration and caches of the run, written before the first step (`_record`)
   checkpoint-N/          written by Trainer: weights, optimizer, random state; trainer_state.json last
   config.json, …         the trained student, a plain transformers directory
+  README.md              model card (`pipeline.student.model_card`)
   trainer_state.json     written last of all
 """
 
@@ -34,6 +35,7 @@ INPUTS = ("cache", "eval_cache", "student", "tokenizer", "student_config", "trai
 
 # Settings that a resumed run may change. Models and caches may have moved; the contents of the caches must be the same.
 RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "tokenizer", "cache", "eval_cache", "output"}
+RESUME_MAY_CHANGE |= {"report_to", "run_name"}
 # How rows are read does not change them.
 RESUME_MAY_CHANGE |= {"cache_dir", "cache_dir_gb", "dataloader_num_workers", "dataloader_prefetch_factor"}
 # These may change if the rows of a step, their product with the number of processes, stay the same.

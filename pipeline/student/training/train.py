@@ -32,6 +32,7 @@ from pipeline.student.data.mixed_dataset import MixedDataset, Rows
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
+from pipeline.student.model_card import Origin, is_replaceable, write_card
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
@@ -207,10 +208,13 @@ def _train_student(
 
     if student.adapted is not None and config.merge_adapter:
         trainer.model = merged(student.adapted)
+    replaceable = is_replaceable(Path(config.output))  # before peft writes a card of its own
     trainer.save_model()
     seen = [] if len(data.parts) == 1 else mix.seen(budget.rows_after(state.global_step))
     if seen and state.is_world_process_zero:
         record_seen(config, seen)
+    if replaceable and state.is_world_process_zero:
+        write_card(_origin(run, state.global_step), _without_prefix(metrics), config.eval_cache)
     trainer.save_state()
     return TrainSummary(
         output=config.output,
@@ -228,6 +232,17 @@ def _train_student(
         kl_estimate_kind=None if run.eval_loss is None else run.eval_loss.kl_estimate_kind,
         warnings=run.warnings,
         mixture=seen,
+    )
+
+
+def _origin(run: CheckedRun, steps: int) -> Origin:
+    config = run.config
+    return Origin(
+        output=Path(config.output).resolve(),
+        student=None if config.student is None or config.student_random else model_name(config.student),
+        caches=tuple(run.mix.caches),
+        steps=steps,
+        adapter=config.lora is not None and not config.merge_adapter,
     )
 
 

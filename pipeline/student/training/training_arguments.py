@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers import TrainingArguments, integrations
 
 from pipeline.errors import ConfigError
 from pipeline.options import options_of
@@ -47,10 +45,17 @@ ARGUMENTS = {
     "epochs": "num_train_epochs",
 }
 
+# Whether the package of a tracker is installed.
+INSTALLED: dict[str, Callable[[], bool]] = {
+    "tensorboard": integrations.is_tensorboard_available,
+    "trackio": integrations.is_trackio_available,
+    "wandb": integrations.is_wandb_available,
+    "mlflow": integrations.is_mlflow_available,
+}
+
 # What transformers decides otherwise.
 DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
-    "report_to": "none",
     "logging_nan_inf_filter": False,  # would log an average instead of a loss that is NaN
     "log_level_replica": "passive",  # else the other processes repeat what the first one does not say
     "dataloader_pin_memory": False,
@@ -113,7 +118,7 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
             f"training arguments: {' '.join(str(error).split()).rstrip('.')}. Correct the options{where}."
         ) from error
     _check_accelerate(config, arguments)
-    _check_trackers(arguments.report_to)
+    _check_trackers(arguments)
     return arguments
 
 
@@ -123,18 +128,16 @@ def _options(config: TrainStudentConfig, known: set[str], *, explicit: bool = Fa
     for name, declared in options_of(TrainStudentConfig).items():
         argument, value = ARGUMENTS.get(name, name), getattr(config, name)
         was_given = name in config.explicit or value != declared.default
-        if argument in known and value not in (None, ()) and (was_given or not explicit):
+        if argument in known and value is not None and (was_given or not explicit):
             found[argument] = list(value) if isinstance(value, tuple) else value
     return found
 
 
-def _check_trackers(names: Sequence[str]) -> None:
-    """Raises: ConfigError for a tracker that transformers does not know, or that is not installed."""
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(f"`report_to` {name}: expected none, {', '.join(INTEGRATION_TO_CALLBACK)}. Correct it.")
-        if name not in get_available_reporting_integrations():
-            raise ConfigError(f"`report_to` {name}: this tracker is not installed. Run: pip install {name}")
+def _check_trackers(arguments: TrainingArguments) -> None:
+    """Trainer itself would find a missing package only after the old output was deleted."""
+    for name in arguments.report_to:
+        if name in INSTALLED and not INSTALLED[name]():
+            raise ConfigError(f"`report_to` {name}: the package {name} is not installed. pip install {name}")
 
 
 def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) -> None:

@@ -1,0 +1,197 @@
+"""README.md of a student: where it comes from, how it was trained, how near to its teacher it is.
+
+The metadata (base model, licence, model-index with the metrics) are what the Hugging Face hub reads. A README that
+somebody has edited is never replaced: the last line of ours has a checksum of the text above it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+import cache_format as cf
+
+README = "README.md"
+MARK = "<!-- Written by distill, never replaced once edited. sha256 of the lines above: {} -->"
+MARKED = re.compile(r"(?P<text>.*)" + re.escape(MARK).replace(r"\{\}", "(?P<sha256>[0-9a-f]{64})") + r"\n?", re.DOTALL)
+
+# Names in the model-index, and in the text.
+METRICS = {
+    "kl": "KL to the teacher (nats)",
+    "ce": "Cross-entropy (nats)",
+    "perplexity": "Perplexity",
+    "agreement": "Agreement with the teacher",
+    "top5_agreement": "Teacher's choice among the five most likely",
+    "ece": "Expected calibration error",
+    "ece_teacher": "Calibration error to the teacher",
+    "acceptance": "Acceptance as a draft model",
+}
+
+TEXT = """
+# {name}
+
+{student} trained by knowledge distillation from {teacher}, with
+cached teacher targets.
+
+| | |
+|---|---|
+| student before training | {student} |
+| teacher | {teacher} |
+| data | {data} |
+| steps | {steps:,} |
+
+## Repeat the training
+
+```console
+distill train-student --config distill_config.json --output NEW
+```
+
+`distill_config.json` in this directory has every option. Versions: {versions}.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a card says of a run. `student`: None for random weights; `adapter`: saved without its base model."""
+
+    output: Path
+    student: str | None
+    caches: tuple[cf.Cache, ...]
+    steps: int
+    adapter: bool = False
+
+
+def is_replaceable(directory: Path) -> bool:
+    """Whether there is no README, or an unchanged one of ours."""
+    file = directory / README
+    if not file.exists():
+        return True
+    found = MARKED.fullmatch(file.read_text(encoding="utf-8", errors="replace"))
+    return found is not None and _sha256(found["text"]) == found["sha256"]
+
+
+def write_card(origin: Origin, metrics: Mapping[str, float], held_out: str | None) -> None:
+    """Writes the README of a finished run.
+
+    Args:
+        metrics: by name, on the cache `held_out`; names without an entry in METRICS are left out.
+    """
+    masked = origin.caches[0].metadata.alignment == "same"
+    student = "a model with random weights" if origin.student is None else _shown(origin.student)
+    teachers = sorted({_shown(str(cache.metadata.teacher["name"])) for cache in origin.caches})
+    sources = sorted({str(cache.metadata.corpus.get("source", "not recorded")) for cache in origin.caches})
+    data = ModelCardData(
+        base_model=origin.student if origin.student and _on_hub(origin.student) else None,
+        datasets=[source for source in sources if _on_hub(source)] or None,
+        license=_licence(origin.student),
+        library_name="peft" if origin.adapter else "transformers",
+        pipeline_tag="fill-mask" if masked else "text-generation",
+        tags=["knowledge-distillation", "distill"],
+        model_name=origin.output.name,
+        eval_results=_results(metrics, held_out, masked),
+    )
+    text = TEXT.format(
+        name=origin.output.name,
+        student=student,
+        teacher=", ".join(teachers),
+        data=", ".join(map(_shown, sources)),
+        steps=origin.steps,
+        versions=", ".join(_versions()),
+    )
+    _save(origin.output, data, text + _table(metrics, held_out))
+
+
+def add_metrics(directory: Path, metrics: Mapping[str, float], held_out: str) -> bool:
+    """Replaces the metrics in a card of ours by those of an evaluation; False if there is none, or it was edited."""
+    file = directory / README
+    if not file.exists() or not is_replaceable(directory):
+        return False
+    card = ModelCard(MARKED.fullmatch(file.read_text(encoding="utf-8"))["text"])  # type: ignore[index]
+    data: ModelCardData = card.data  # type: ignore[assignment]
+    data.model_name = directory.resolve().name
+    data.eval_results = _results(metrics, held_out, data.pipeline_tag == "fill-mask")
+    _save(directory, data, card.text.split("\n## Held-out metrics\n")[0] + _table(metrics, held_out))
+    return True
+
+
+def _save(directory: Path, data: ModelCardData, text: str) -> None:
+    whole = f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n\n"
+    scratch = directory / f"{README}.tmp"
+    scratch.write_text(whole + MARK.format(_sha256(whole)) + "\n", encoding="utf-8")
+    scratch.replace(directory / README)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _results(metrics: Mapping[str, float], held_out: str | None, masked: bool) -> list[EvalResult] | None:
+    if held_out is None:
+        return None
+    return [
+        EvalResult(
+            task_type="fill-mask" if masked else "text-generation",
+            dataset_type=Path(held_out).name,
+            dataset_name=f"held-out cache {Path(held_out).name}",
+            metric_type=name,
+            metric_name=title,
+            metric_value=metrics[name],
+        )
+        for name, title in METRICS.items()
+        if name in metrics
+    ] or None
+
+
+def _table(metrics: Mapping[str, float], held_out: str | None) -> str:
+    lines = [f"| {title} | {metrics[name]:.4f} |" for name, title in METRICS.items() if name in metrics]
+    if held_out is None or not lines:
+        return ""
+    return "\n".join(["\n## Held-out metrics\n", f"On {_shown(held_out)}.\n", "| | |", "|---|---|", *lines, ""])
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name can be that of a repository; the hub refuses others in metadata."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
+
+
+def _shown(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if _on_hub(name) else f"`{name}`"
+
+
+def _licence(student: str | None) -> str | None:
+    """The licence in the README of the student before training, read without a network; None if unknown."""
+    if student is None:
+        return None
+    file: Any = Path(student) / README
+    if not file.is_file():
+        file = try_to_load_from_cache(student, README) if _on_hub(student) else None
+    if not isinstance(file, str | Path):
+        return None
+    try:
+        return ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError):
+        return None
+
+
+def _versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for package in ("distill", "transformers", "torch"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # a checkout that is not installed
+            continue
+    return found

@@ -1,0 +1,116 @@
+"""What `evaluate` prints: a column per student, a row per metric, and their paired comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.terminal.tables import titled
+from pipeline.terminal.training_views import KL_NOTES
+
+Values = Mapping[str, Any]
+COLUMNS = 4  # that fit 80 characters
+
+# Metric, title, format. Metrics that a cache cannot give have no row.
+NATS, SHARE, COUNT = "{:.4f}", "{:.1%}", "{:,.2f}"
+ROWS = (
+    ("kl", "KL to teacher", NATS),
+    ("ce", "CE (nats)", NATS),
+    ("perplexity", "perplexity", COUNT),
+    ("agreement", "agreement", SHARE),
+    ("top5_agreement", "agreement, top 5", SHARE),
+    ("ece", "calibration error", SHARE),
+    ("ece_teacher", "… to teacher", SHARE),
+    ("acceptance", "acceptance", SHARE),
+    *((f"tokens_{k}", f"tokens/run, γ = {k}", COUNT) for k in (1, 2, 4, 8)),
+)
+
+
+def evaluation_view(
+    title: str,
+    students: Mapping[str, Values],
+    comparisons: Mapping[str, Values] | None = None,
+    teacher_tasks: Values | None = None,
+) -> RenderableType:
+    """Students side by side; up to two with the half width of each 95 % confidence interval.
+
+    Args:
+        comparisons: with the first student, by the name of each other one.
+        teacher_tasks: the teacher's scores on the tasks; it has no column without them.
+    """
+    letters = [f"student {chr(65 + i)}" if len(students) > 1 else "student" for i in range(len(students))]
+    columns = list(zip(letters, students.values(), strict=True))
+    if teacher_tasks:
+        columns.append(("teacher", {"metrics": {}, "tasks": teacher_tasks}))
+    crossed = any(values.get("compared") is not None for values in students.values())
+    with_error = len(students) <= 2
+    tables = [
+        _table(columns[i : i + COLUMNS], crossed=crossed, with_error=with_error)
+        for i in range(0, len(columns), COLUMNS)
+    ]
+    lines = [f"{letter}: {student}" for letter, student in zip(letters, students, strict=True)]
+    for letter, student in zip(letters, students, strict=True):
+        line = comparison_line(letters[0], letter, (comparisons or {}).get(student, {}))
+        lines += [] if line is None else [line]
+    kinds = {values.get("kl_estimate_kind") for values in students.values()}
+    lines += [f"KL: {note}" for kind, note in KL_NOTES.items() if kind in kinds]
+    if any(metric.endswith("_high") for values in students.values() for metric in values["metrics"]):
+        lines.append("low–high: bounds, because the cache does not have the full distribution")
+    if any(metric["error"] is not None for values in students.values() for metric in values["metrics"].values()):
+        lines.append("±: 95 % confidence, rows as units" + ("" if with_error else "; --json has that of each value"))
+    if crossed:
+        lines.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
+    return Group(titled(title, tables[0]), *tables[1:], *map(Text, lines))
+
+
+def _table(columns: Sequence[tuple[str, Values]], *, crossed: bool, with_error: bool) -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("")
+    for name, _ in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    students = [values for _, values in columns]
+    for metric, label, form in ROWS:
+        if crossed and metric == "perplexity":  # not comparable across tokenizers
+            continue
+        cells = [_cell(values["metrics"], metric, form, with_error) for values in students]
+        if any(cells):
+            table.add_row(label, *cells)
+    if crossed:
+        table.add_row("compared", *(f"{values['compared']:.1%}" if "compared" in values else "" for values in students))
+    table.add_row("loss tokens", *(f"{values['tokens']:,}" if "tokens" in values else "" for values in students))
+    for task in dict.fromkeys(task for values in students for task in values.get("tasks", {})):
+        table.add_row(task, *(_task(values.get("tasks", {}).get(task), with_error) for values in students))
+    return table
+
+
+def comparison_line(first: str, second: str, differences: Values) -> str | None:
+    """Which of two students is nearer to the teacher, and by how much; None if that is not known."""
+    kl = differences.get("kl")
+    if kl is None or kl["error"] is None:
+        return None
+    by = f"{abs(kl['value']):.4f} ± {kl['error']:.4f} nats of KL"
+    if not kl["better"]:
+        return f"{first} and {second} do not differ: {by}"
+    better, worse = (second, first) if kl["better"] == "b" else (first, second)
+    return f"{better} is better than {worse} by {by}"
+
+
+def _cell(metrics: Values, name: str, form: str, with_error: bool) -> str:
+    if name not in metrics:
+        return ""
+    value, error = metrics[name]["value"], metrics[name]["error"]
+    high = metrics.get(f"{name}_high")
+    if high is not None:
+        return f"{form.format(value).rstrip('%')}–{form.format(high['value'])}"
+    return form.format(value) + (f" ± {form.format(error).rstrip('%')}" if with_error and error is not None else "")
+
+
+def _task(score: Values | None, with_error: bool) -> str:
+    if score is None:
+        return ""
+    return f"{score['value']:.4f}" + (f" ± {score['error']:.4f}" if with_error and score["error"] is not None else "")

@@ -1,0 +1,155 @@
+"""Calibration, acceptance and top-5 agreement against float64 distributions of both models; intervals over rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+import cache_format as cf
+from cli import main
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import Evaluation, evaluate
+from pipeline.evaluation.intervals import COLUMN, Supported, compare, metrics_of
+from pipeline.evaluation.metrics import compare as compare_evaluations
+from pipeline.teacher.targets.rules import TargetRule
+from runs import build_cache, dense_logits
+from sampled import random, threshold
+
+RULES = {
+    "hidden": TargetRule(kind="hidden"),
+    "top-k": TargetRule(top_k=16),
+    "threshold": threshold(0.02),
+    "random": random(20),
+}
+VOCAB = 400
+
+
+@pytest.fixture(scope="module")
+def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("measures")
+    return {kind: build_cache(folder / kind, teacher_dir, text_file, targets=rule) for kind, rule in RULES.items()}
+
+
+@pytest.fixture(scope="module")
+def found(caches: dict[str, Path], student_dir: Path) -> dict[str, Evaluation]:
+    return {
+        kind: evaluate(EvaluateConfig(cache=str(path), student=str(student_dir), device="cpu"))
+        for kind, path in caches.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def dense(caches: dict[str, Path], teacher_dir: Path, student_dir: Path) -> dict[str, float]:
+    """The metrics in plain float64, with loops."""
+    models = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (teacher_dir, student_dir)]
+    top5, accepted, confidence, correct, of_choice = [], [], [], [], []
+    runs: dict[int, list[float]] = {k: [] for k in range(1, 9)}
+    for row in cf.open_cache(caches["hidden"]).iter_rows():
+        p, q = (torch.from_numpy(dense_logits(model, row, VOCAB)).double().softmax(dim=1).numpy() for model in models)
+        a = np.minimum(p, q).sum(axis=1)
+        documents = np.repeat(np.arange(len(row.segment_lengths)), row.segment_lengths)
+        for t in np.flatnonzero(row.loss_mask):
+            top5.append(p[t].argmax() in np.argsort(-q[t])[:5])
+            accepted.append(a[t])
+            confidence.append(q[t].max())
+            correct.append(q[t].argmax() == row.input_ids[t + 1])
+            of_choice.append(p[t][q[t].argmax()])
+            for k in runs:
+                here = slice(t, t + k)
+                if t + k <= len(a) and row.loss_mask[here].all() and len(set(documents[here])) == 1:
+                    runs[k].append(1 + sum(np.prod(a[t : t + j]) for j in range(1, k + 1)))
+    bins = np.minimum((np.array(confidence) * 15).astype(int), 14)
+
+    def error(truth: list[float]) -> float:
+        gaps = np.array(truth, float) - confidence
+        return sum(abs(gaps[bins == b].sum()) for b in range(15)) / len(gaps)
+
+    return {
+        "top5_agreement": float(np.mean(top5)),
+        "acceptance": float(np.mean(accepted)),
+        "ece": error(correct),
+        "ece_teacher": error(of_choice),
+        **{f"tokens_{k}": float(np.mean(values)) for k, values in runs.items()},
+    }
+
+
+def test_full_distributions_give_every_metric_exactly(found: dict[str, Evaluation], dense: dict[str, float]):
+    metrics = found["hidden"].metrics
+    for name, expected in dense.items():
+        assert metrics[name].relation == "full"
+        assert metrics[name].value == pytest.approx(expected, rel=2e-3, abs=1e-4), name  # states are stored in half
+
+
+@pytest.mark.parametrize("kind", ["top-k", "threshold"])
+def test_entries_bound_the_acceptance(kind: str, found: dict[str, Evaluation], dense: dict[str, float]):
+    metrics = found[kind].metrics
+    for name in ("acceptance", *(f"tokens_{k}" for k in range(1, 9))):
+        low, high = metrics[name], metrics[f"{name}_high"]
+        assert (low.relation, high.relation) == ("lower bound", "upper bound")
+        assert low.value - 2e-3 <= dense[name] <= high.value + 2e-3 and low.value < high.value
+
+
+def test_calibration_to_the_teacher_from_entries(found: dict[str, Evaluation], dense: dict[str, float]):
+    metrics = found["top-k"].metrics
+    assert metrics["ece_teacher"].value - 2e-3 <= dense["ece_teacher"] <= metrics["ece_teacher_high"].value + 2e-3
+    estimate = found["threshold"].metrics["ece_teacher"]
+    assert estimate.relation == "estimate"
+    assert abs(estimate.value - dense["ece_teacher"]) < 3 * estimate.error + 2e-3
+
+
+def test_all_kinds_agree_where_no_teacher_is_needed(found: dict[str, Evaluation], dense: dict[str, float]):
+    for evaluation in found.values():
+        assert evaluation.metrics["ece"].value == pytest.approx(dense["ece"], abs=1e-4)
+        for name in ("kl", "ce", "perplexity", "agreement"):
+            assert evaluation.metrics[name].value == pytest.approx(getattr(evaluation, name))
+
+
+def test_a_sample_ranks_nothing(found: dict[str, Evaluation]):
+    metrics = found["random"].metrics
+    assert "top5_agreement" not in metrics and "acceptance" not in metrics and "tokens_1" not in metrics
+
+
+def rows(kl: np.ndarray) -> np.ndarray:
+    table = np.zeros((len(kl), len(COLUMN)))
+    table[:, COLUMN["count"]], table[:, COLUMN["kl"]] = 10.0, 10.0 * kl
+    return table
+
+
+def test_the_interval_is_that_of_the_mean_over_rows():
+    kl = np.random.default_rng(1).normal(1.0, 0.3, 400)
+    metric = metrics_of(rows(kl), Supported(kl="full"))["kl"]
+    assert metric.value == pytest.approx(kl.mean())
+    assert metric.error == pytest.approx(1.96 * kl.std() / 20, rel=0.1)
+    assert metrics_of(rows(kl[:1]), Supported(kl="full"))["kl"].error is None
+
+
+def test_comparison_is_paired_over_rows():
+    generator = np.random.default_rng(2)
+    hard = generator.normal(1.0, 0.5, 200)
+    gain = generator.normal(0.03, 0.02, 200)
+    difference = compare(rows(hard), rows(hard - gain), Supported(kl="full"))["kl"]
+    assert difference.better == "b" and difference.value == pytest.approx(-gain.mean())
+    assert difference.error == pytest.approx(1.96 * 0.02 / np.sqrt(200), rel=0.2)  # unpaired: 35 times as wide
+    assert compare(rows(hard), rows(hard), Supported(kl="full"))["kl"].better == ""
+    with pytest.raises(ValueError, match="same rows"):
+        compare(rows(hard), rows(hard[:-1]), Supported(kl="full"))
+
+
+def test_the_command_compares_students(caches: dict[str, Path], teacher_dir: Path, student_dir: Path, tmp_path: Path):
+    words = ["evaluate", "--cache", caches["top-k"], "--student", student_dir, "--student", teacher_dir]
+    words += ["--device", "cpu", "--json", tmp_path / "out.json"]
+    result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "student B is better than student A by" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if str(tmp_path.parent.parent) not in line)
+    found = json.loads((tmp_path / "out.json").read_text())
+    kl = [found["students"][str(each)]["metrics"]["kl"] for each in (student_dir, teacher_dir)]
+    difference = found["compared_with_first"][str(teacher_dir)]["kl"]
+    assert difference["better"] == "b" and difference["value"] == pytest.approx(kl[1]["value"] - kl[0]["value"])
+    assert compare_evaluations(Evaluation.from_sums(0, 0, 0, 1, "full"), Evaluation.from_sums(0, 0, 0, 1, "full")) == {}

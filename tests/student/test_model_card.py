@@ -1,0 +1,66 @@
+"""The README.md of a student: metadata that the hub reads, metrics, and that an edited one is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import cache_format as cf
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.held_out import evaluate
+from pipeline.student.model_card import README, Origin, add_metrics, is_replaceable, write_card
+from runs import build_cache, train
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_file: Path) -> Path:
+    return build_cache(tmp_path_factory.mktemp("card") / "heldout", teacher_dir, text_file)
+
+
+def write(folder: Path, cache: Path, student: str | None, **metrics: float) -> ModelCard:
+    origin = Origin(output=folder, student=student, caches=(cf.open_cache(cache),), steps=7)
+    write_card(origin, metrics, str(cache) if metrics else None)
+    return ModelCard.load(folder / README)
+
+
+def results(folder: Path) -> dict[str, float]:
+    return {each.metric_type: each.metric_value for each in ModelCard.load(folder / README).data.eval_results}
+
+
+def test_a_run_writes_a_card_and_an_evaluation_updates_it(cache: Path, student_dir: Path, tmp_path: Path):
+    summary = train(tmp_path / "out", cache, student=student_dir, eval_cache=str(cache), max_steps=2, eval_steps=2)
+    output = tmp_path / "out"
+    card = ModelCard.load(output / README)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert "distill train-student --config distill_config.json" in card.text and str(student_dir) in card.text
+    assert card.data.base_model is None  # a directory: the hub refuses its name
+    assert results(output)["kl"] == pytest.approx(summary.eval["kl"])
+    found = evaluate(EvaluateConfig(cache=str(cache), student=str(output), device="cpu", card=True))
+    assert results(output) == pytest.approx({k: m.value for k, m in found.metrics.items() if k in results(output)})
+    assert "acceptance" in results(output) and is_replaceable(output)
+    assert (output / README).read_text().count("## Held-out metrics") == 1
+
+
+def test_names_of_the_hub_and_the_licence(cache: Path, tmp_path: Path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / README).write_text("---\nlicense: mit\n---\nA model.\n")
+    assert write(tmp_path, cache, str(base)).data.license == "mit"
+    card = write(tmp_path, cache, "someone/model")
+    assert card.data.base_model == "someone/model" and card.data.license is None and card.data.eval_results is None
+    assert write(tmp_path, cache, None).data.base_model is None
+
+
+def test_an_edited_card_is_kept(cache: Path, tmp_path: Path, student_dir: Path):
+    write(tmp_path, cache, None, kl=1.0)
+    assert is_replaceable(tmp_path) and add_metrics(tmp_path, {"kl": 0.5}, "heldout")
+    assert results(tmp_path) == {"kl": 0.5}
+    file = tmp_path / README
+    file.write_text(file.read_text().replace("# ", "# My ", 1))
+    edited = file.read_text()
+    assert not is_replaceable(tmp_path) and not add_metrics(tmp_path, {"kl": 0.1}, "heldout")
+    assert file.read_text() == edited
+    file.write_text("by hand")
+    assert not is_replaceable(tmp_path)
