@@ -93,6 +93,19 @@ def methods() -> list[list[str]]:
     return table
 
 
+def on_policy() -> list[list[str]]:
+    """A round on the student's own text, on the teacher's, and on half of each."""
+    columns = {  # column in the results: heading, unit
+        "KL, the student's own text": ("KL on its own answers", ""),
+        "KL, the teacher's text": ("KL on the teacher's answers", ""),
+        "agreement": ("agreement on its own answers", " %"),
+    }
+    table = [["learned from", *(heading for heading, _ in columns.values())]]
+    for row in rows("on_policy", "KL(teacher"):
+        table.append([row[""], *(f"{row[column]}{unit}" for column, (_, unit) in columns.items())])
+    return table
+
+
 def _mean(value: str) -> float:
     return float(value.partition(" ± ")[0])
 
