@@ -82,6 +82,8 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
     defaults = DEFAULTS
     if config.device != "cpu" and not given.get("use_cpu") and torch.cuda.is_available():
         defaults = {**DEFAULTS, **GPU_DEFAULTS, **default_arithmetic()}
+        if isinstance(own := given.get("accelerator_config"), Mapping):
+            given["accelerator_config"] = {**defaults["accelerator_config"], **own}
     if recorded is not None:
         defaults = {**defaults, "bf16": recorded["bf16"]}
     values = {**defaults, **_options(config, known), **given, **_options(config, known, explicit=True)}
