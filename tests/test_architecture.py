@@ -34,7 +34,7 @@ LIBRARY = [path for path in PIPELINE if path not in COMMANDS and path not in TER
 SHIPPED = [*CACHE_FORMAT, *PIPELINE, *DISTILL]
 
 # What transformers and torch cannot do without; their versions are theirs to decide.
-BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "safetensors", "tokenizers"}
+BROUGHT_BY_OTHERS = {"yaml", "huggingface_hub", "jinja2", "safetensors", "tokenizers"}
 
 
 def relative(path: Path) -> str:
@@ -249,7 +249,7 @@ def test_nothing_unpickles():
 
 def test_imports_are_declared():
     runtime = {name.replace("-", "_") for name in requirements()} | BROUGHT_BY_OTHERS
-    optional = {name.replace("-", "_") for name in requirements("gguf", "peft", "vllm")}
+    optional = {name.replace("-", "_") for name in requirements("gguf", "peft", "tasks", "vllm")}
     for path in SHIPPED:
         undeclared = third_party(path) - runtime - optional
         assert undeclared == set(), f"{relative(path)} imports what pyproject.toml does not list"
