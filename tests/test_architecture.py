@@ -250,7 +250,7 @@ def test_nothing_unpickles():
 
 def test_imports_are_declared():
     runtime = {name.replace("-", "_") for name in requirements()} | BROUGHT_BY_OTHERS
-    optional = {name.replace("-", "_") for name in requirements("gguf", "peft", "server", "vllm")}
+    optional = {name.replace("-", "_") for name in requirements("gguf", "peft", "server", "tasks", "vllm")}
     for path in SHIPPED:
         undeclared = third_party(path) - runtime - optional
         assert undeclared == set(), f"{relative(path)} imports what pyproject.toml does not list"

@@ -7,6 +7,7 @@ lm-eval's own command at the same dtype and batch size.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("`tasks`: needs the lm-eval package: pip install 'distill[tasks]'")
-    _open_tasks(tasks)
+    _open_tasks(tuple(tasks))
 
 
 def task_scores(
@@ -50,7 +51,7 @@ def task_scores(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager, names = _open_tasks(tasks)
+    manager, names = _open_tasks(tuple(tasks))
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=names,
@@ -79,8 +80,10 @@ def _scores(task: str, results: dict[str, Any], samples: int | None) -> dict[str
     return scores
 
 
-def _open_tasks(tasks: Sequence[str]) -> tuple[Any, list[str]]:
-    """lm-eval's TaskManager, and the names by which it knows the tasks."""
+@functools.lru_cache(maxsize=1)
+def _open_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """lm-eval's TaskManager, and the names by which it knows the tasks. Reading the thousands of files that come with
+    lm-eval takes seconds: once for all students, and only if a task is given by name."""
     from lm_eval.tasks import TaskManager
 
     folders, names = [], []
@@ -90,7 +93,7 @@ def _open_tasks(tasks: Sequence[str]) -> tuple[Any, list[str]]:
             names.append(_name_in(task))
         else:
             names.append(task)
-    manager = TaskManager(include_path=sorted(set(folders)) or None)
+    manager = TaskManager(include_path=sorted(set(folders)) or None, include_defaults=len(folders) < len(tasks))
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(

@@ -52,8 +52,10 @@ cached teacher targets.
 
 ## Repeat the training
 
-```console
-distill train-student --config distill_config.json --output NEW
+```python
+import distill
+
+distill.train_student(config="distill_config.json", output="NEW")
 ```
 
 `distill_config.json` in this directory has every option. Versions: {versions}.

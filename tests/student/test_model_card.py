@@ -34,7 +34,7 @@ def test_a_run_writes_a_card_and_an_evaluation_updates_it(cache: Path, student_d
     output = tmp_path / "out"
     card = ModelCard.load(output / README)
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
-    assert "distill train-student --config distill_config.json" in card.text and str(student_dir) in card.text
+    assert 'distill.train_student(config="distill_config.json"' in card.text and str(student_dir) in card.text
     assert card.data.base_model is None  # a directory: the hub refuses its name
     assert results(output)["kl"] == pytest.approx(summary.eval["kl"])
     found = evaluate(EvaluateConfig(cache=str(cache), student=str(output), device="cpu", card=True))
