@@ -158,6 +158,22 @@ def test_names_that_belong_to_several_tokens_are_not_tokens(tokenizer: Any):
         assert names.find("x", list("é".encode())) == euro[0]
 
 
+def test_a_text_of_two_tokens_is_neither():
+    """As of a byte token and a word that decode alike."""
+
+    class Decoding:
+        texts = ("a", "b", "a", "\ufffd")
+
+        def __len__(self) -> int:
+            return len(self.texts)
+
+        def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
+            return [self.texts[row[0]] for row in rows]
+
+    names = TokenNames(Decoding())  # type: ignore[arg-type]
+    assert [names.find(text) for text in ("a", "b", "\ufffd")] == [None, 1, None]
+
+
 def test_tokens_by_text_with_messages(tmp_path: Path, tokenizer: Any):
     """A hosted API: no token ids at all. Entries without a name of their own join the tail."""
     known = np.array(texts(tokenizer))
