@@ -22,6 +22,7 @@ from pipeline.report.report_config import ReportConfig
     "report",
     cls=DistillCommand,
     config=ReportConfig,
+    flags={"source": "CACHE|RUN"},
     epilog=examples(
         "distill report caches/heldout --student students/first --student students/second",
         "distill report students/first --output first.html",

@@ -353,4 +353,4 @@ def test_command_says_what_it_wrote(folder: Path, student_dir: Path, tmp_path: P
     result = json.loads(command("report", *words, "--json").stdout)
     assert result["students"][str(student_dir)]["kl"] > 0 and result["bytes"] == (tmp_path / "r.html").stat().st_size
     failed = command("report", student_dir, status=1)
-    assert "--student" in failed.stderr and "`" not in failed.stderr
+    assert "CACHE|RUN" in failed.stderr and "--student" in failed.stderr and "`" not in failed.stderr
