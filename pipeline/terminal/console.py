@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging as standard_logging
 import os
 import time
 from collections.abc import Callable
@@ -93,9 +94,10 @@ def show_result(view: Callable[[], Any], data: Callable[[], Any], json_file: str
 
 
 def quiet_libraries() -> None:
-    """Turns off progress bars and advice of transformers, which would tear our own output apart."""
+    """Turns off progress bars and advice of transformers and lm-eval, which would tear our own output apart."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    standard_logging.getLogger("lm_eval").setLevel(standard_logging.ERROR)

@@ -25,7 +25,7 @@ ROWS = (
     ("agreement", "agreement", SHARE),
     ("top5_agreement", "agreement, top 5", SHARE),
     ("ece", "calibration error", SHARE),
-    ("ece_teacher", "… to teacher", SHARE),
+    ("ece_teacher", "calibration, teacher", SHARE),
     ("acceptance", "acceptance", SHARE),
     *((f"tokens_{k}", f"tokens/run, γ = {k}", COUNT) for k in (1, 2, 4, 8)),
 )
@@ -63,6 +63,8 @@ def evaluation_view(
         lines.append("low–high: bounds, because the cache does not have the full distribution")
     if any(metric["error"] is not None for values in students.values() for metric in values["metrics"].values()):
         lines.append("±: 95 % confidence, rows as units" + ("" if with_error else "; --json has that of each value"))
+    if any(values.get("tasks") for values in students.values()):
+        lines.append("tasks: ± is the standard error")
     if crossed:
         lines.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
     return Group(titled(title, tables[0]), *tables[1:], *map(Text, lines))

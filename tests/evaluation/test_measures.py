@@ -16,6 +16,7 @@ from cli import main
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import Evaluation, evaluate
 from pipeline.evaluation.intervals import COLUMN, Supported, compare, metrics_of
+from pipeline.evaluation.measures import _tokens_per_run
 from pipeline.evaluation.metrics import compare as compare_evaluations
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, dense_logits
@@ -153,3 +154,11 @@ def test_the_command_compares_students(caches: dict[str, Path], teacher_dir: Pat
     difference = found["compared_with_first"][str(teacher_dir)]["kl"]
     assert difference["better"] == "b" and difference["value"] == pytest.approx(kl[1]["value"] - kl[0]["value"])
     assert compare_evaluations(Evaluation.from_sums(0, 0, 0, 1, "full"), Evaluation.from_sums(0, 0, 0, 1, "full")) == {}
+
+
+def test_runs_end_at_gaps_and_documents():
+    accepted = torch.tensor([0.5, 0.25, 1.0, 0.5], dtype=torch.float64)
+    places, positions = torch.tensor([0, 1, 3, 4]), torch.tensor([0, 1, 2, 3, 0])
+    assert _tokens_per_run(accepted, places, positions, 1) == (4 + 2.25, 4)
+    assert _tokens_per_run(accepted, places, positions, 2) == (1 + 0.5 + 0.5 * 0.25, 1)
+    assert _tokens_per_run(accepted, places, positions, 8) == (0.0, 0)
