@@ -41,8 +41,8 @@ from benchmarks import measure
 from benchmarks.measure import Result, Table, Value
 from benchmarks.shapes import EIGHT, ONE, SMALL, TINY, TINY_TEACHER, Shape
 from pipeline.losses import SparseTargetBatch, fused_head_loss
-from pipeline.models.document_attention import Documents
 from pipeline.models.head import open_head
+from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.padding import pad_rows
 

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Result, Settings, Table
-from pipeline import products
 from pipeline.losses import DistillLoss, RaggedTargets, SparseTargetBatch, fused_head
 from pipeline.losses.fused import chunk_positions
+from pipeline.models.devices import products
 
 ENTRIES, CHUNKS, OLD_CHUNK = 64, 4, 512
 FLOPS, BANDWIDTH = 4e14, 3.35e12

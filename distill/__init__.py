@@ -30,8 +30,6 @@ if TYPE_CHECKING:
         open_cache,
     )
     from distill.functions import (
-        DistillWarning,
-        Progress,
         Verification,
         cache_teacher,
         evaluate,
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
         train_student,
         verify,
     )
+    from distill.progress import DistillWarning, Progress
     from pipeline.errors import ConfigError, DataError, DivergedError, ModelError
     from pipeline.losses import fused_head_loss, sparse_kl
 
@@ -50,8 +49,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "distill.functions": (
         *("cache_teacher", "train_student", "evaluate", "report", "plan", "verify", "import_cache", "export_cache"),
-        *("Progress", "Verification", "DistillWarning"),
+        "Verification",
     ),
+    "distill.progress": ("Progress", "DistillWarning"),
     "cache_format": (
         *("open_cache", "Cache", "SparseTargets", "DistillError", "CacheError", "FormatError", "CorruptShardError"),
         *("MismatchError", "ClaimLostError"),

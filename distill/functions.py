@@ -5,18 +5,16 @@ Every option of a command is a keyword argument with the same name; `help(distil
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from distill.progress import OnProgress, Reporter, quiet
 from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.importing.import_config import ImportConfig
 from pipeline.options import Option, build, options_of, read_config
-from pipeline.report.report_config import ReportConfig
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -26,9 +24,9 @@ if TYPE_CHECKING:
 
     import cache_format as cf
     from pipeline.evaluation.held_out import Evaluation
+    from pipeline.evaluation.report.report import ReportSummary
     from pipeline.importing.export_cache import ExportSummary
     from pipeline.importing.import_cache import ImportSummary
-    from pipeline.report.report import ReportSummary
     from pipeline.student.training.train import TrainSummary
     from pipeline.teacher.capture import CaptureSummary
     from pipeline.teacher.generation.generate import GenerationSummary
@@ -36,82 +34,6 @@ if TYPE_CHECKING:
     from pipeline.teacher.verification import TeacherCheck
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-logger = logging.getLogger("distill")
-
-
-class DistillWarning(UserWarning):
-    """Something that a user should know, and that does not stop the run."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is. `on_progress` gets one at the start of every stage, and then as the stage advances.
-
-    Attributes:
-        stage: what is being done, in words.
-        done, total: rows, answers or optimizer steps; both 0 at the start of a stage.
-        values: facts about the run by name, such as tokens_per_s, or the loss at a logged step.
-    """
-
-    stage: str
-    done: float = 0
-    total: float = 0
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-OnProgress = Callable[[Progress], None]
-
-
-class _Reporter:
-    """Turns the callbacks of a run into log records, warnings and `Progress`."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self.on_progress, self.current = on_progress, ""
-        self.values: dict[str, Any] = {}
-
-    def stage(self, text: str) -> None:
-        logger.info(text)
-        self.current, self.values = text, {}
-        self._send(0, 0)
-
-    def warn(self, text: str) -> None:
-        warnings.warn(text, DistillWarning, stacklevel=4)
-
-    def step(self, done: float, total: float) -> None:
-        self._send(done, total)
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """What a training run logs: kept, and part of every `Progress` from now on."""
-        self.values |= values
-        if "eval_kl" in values or "stopped" in values:
-            logger.info(", ".join(f"{name} {value}" for name, value in values.items()))
-
-    def state(self, done: float, total: float, state: Any) -> None:
-        """A dataclass that says where a run stands."""
-        self.values = dict(vars(state))
-        self._send(done, total)
-
-    def _send(self, done: float, total: float) -> None:
-        if self.on_progress is not None:
-            self.on_progress(Progress(self.current, done, total, dict(self.values)))
-
-
-@contextlib.contextmanager
-def _quiet(model: Any = None) -> Iterator[None]:
-    """No progress bars of transformers inside the block; a loaded model has its mode back afterwards."""
-    from transformers.utils import logging as transformers_logging
-
-    training = getattr(model, "training", None)
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-        if training is not None:
-            model.train(training)
 
 
 def _takes_options(config: type) -> Callable[[F], F]:
@@ -189,11 +111,11 @@ def cache_teacher(
         CacheError: `output` holds something else; MismatchError: it holds a run with other settings.
     """
     run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
-    report = _Reporter(on_progress)
+    report = Reporter(on_progress)
     if run.generation is not None:
         from pipeline.teacher.generation.generate import generate_cache
 
-        with _quiet(teacher):
+        with quiet(teacher):
             return generate_cache(
                 run,
                 run.generation,
@@ -203,7 +125,7 @@ def cache_teacher(
             )
     from pipeline.teacher.capture import cache_teacher as capture
 
-    with _quiet(teacher):
+    with quiet(teacher):
         return capture(
             run,
             on_stage=report.stage,
@@ -236,8 +158,8 @@ def plan(
     from pipeline.teacher.plan import plan_cache
 
     run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
-    report = _Reporter(on_progress)
-    with _quiet(teacher):
+    report = Reporter(on_progress)
+    with quiet(teacher):
         return plan_cache(
             run,
             sample_rows=rows,
@@ -276,8 +198,8 @@ def train_student(
     from pipeline.student.training.train import train_student as train
 
     run = _config(TrainStudentConfig, config, {"cache": cache, "student": student, "output": output, **options})
-    report = _Reporter(on_progress)
-    with _quiet():
+    report = Reporter(on_progress)
+    with quiet():
         return train(run, on_stage=report.stage, on_step=report.step, on_log=report.log, on_warning=report.warn)
 
 
@@ -306,8 +228,8 @@ def evaluate(
     from pipeline.evaluation.held_out import evaluate as run_evaluation
 
     run = _config(EvaluateConfig, config, {"cache": cache, "student": student, **options})
-    report = _Reporter(on_progress)
-    with _quiet(student):
+    report = Reporter(on_progress)
+    with quiet(student):
         return run_evaluation(run, on_stage=report.stage, on_progress=report.step, on_warning=report.warn)
 
 
@@ -338,8 +260,8 @@ def import_cache(
     from pipeline.importing.import_cache import import_cache as run_import
 
     run = _config(ImportConfig, config, {"source": source, "output": output, **options})
-    report = _Reporter(on_progress)
-    with _quiet():
+    report = Reporter(on_progress)
+    with quiet():
         return run_import(run, on_stage=report.stage, on_step=report.step, on_warning=report.warn)
 
 
@@ -363,7 +285,7 @@ def export_cache(
     """
     from pipeline.importing.export_cache import export_cache as run_export
 
-    report = _Reporter(on_progress)
+    report = Reporter(on_progress)
     report.stage(f"exporting {cache}")
     return run_export(str(cache), str(output), format, on_step=report.step)
 
@@ -392,11 +314,11 @@ def report(
 
     Raises: ConfigError: `source` or `output` cannot be used; otherwise as `evaluate`.
     """
-    from pipeline.report.report import write_report
+    from pipeline.evaluation.report.report import write_report
 
     run = _config(ReportConfig, config, {"source": source, "output": output, "student": student, **options})
-    report = _Reporter(on_progress)
-    with _quiet():
+    report = Reporter(on_progress)
+    with quiet():
         return write_report(run, on_stage=report.stage, on_progress=report.step)
 
 
@@ -436,7 +358,7 @@ def verify(
     """
     import cache_format
 
-    report = _Reporter(on_progress)
+    report = Reporter(on_progress)
     report.stage(f"checking {cache}")
     summary = cache_format.verify_cache(str(cache), report.step, deep=deep)
     if against_teacher is None:
@@ -448,5 +370,5 @@ def verify(
     from pipeline.teacher.verification import verify_against_teacher
 
     run = _config(TeacherCheckConfig, None, {"cache": cache, "against_teacher": against_teacher, **options})
-    with _quiet(against_teacher):
+    with quiet(against_teacher):
         return Verification(summary, verify_against_teacher(run, on_stage=report.stage, on_progress=report.step))

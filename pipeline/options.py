@@ -1,6 +1,6 @@
 """Options, declared once: as fields of frozen dataclasses that carry their help, group and range as metadata.
 
-    field of a dataclass ─▶ click option (`pipeline.commands.click_options`), keyword argument of the Python API,
+    field of a dataclass ─▶ click option (`pipeline.terminal.click_options`), keyword argument of the Python API,
                             key in a `config` file, key in the saved distill_config.json
 
 A configuration may consist of parts, which are dataclasses of their own (`part`). Their fields join the options of the

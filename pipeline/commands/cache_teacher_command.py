@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from pipeline.commands.click_options import (
+from pipeline.commands.push_command import check_repository, push
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,
     config_options,
@@ -16,8 +18,6 @@ from pipeline.commands.click_options import (
     interrupted,
     json_option,
 )
-from pipeline.commands.push_command import check_repository, push
-from pipeline.teacher.cache_config import CacheTeacherConfig
 
 
 @click.command(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pipeline.commands.click_options import DistillCommand, examples, here_with_flags, interrupted, json_option
+from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, interrupted, json_option
 
 
 @click.command(

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.click_options import (
+from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.options import build
+from pipeline.terminal.click_options import (
     DistillCommand,
     config_options,
     examples,
@@ -15,8 +17,6 @@ from pipeline.commands.click_options import (
     json_option,
     read_values,
 )
-from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.options import build
 
 if TYPE_CHECKING:
     from pipeline.evaluation.metrics import Evaluation

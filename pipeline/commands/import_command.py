@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from pipeline.commands.click_options import (
+from pipeline.importing.import_config import ImportConfig
+from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,
     config_options,
@@ -16,7 +17,6 @@ from pipeline.commands.click_options import (
     interrupted,
     json_option,
 )
-from pipeline.importing.import_config import ImportConfig
 
 
 @click.command(

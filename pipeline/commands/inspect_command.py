@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.commands.click_options import DistillCommand, examples, json_option
+from pipeline.terminal.click_options import DistillCommand, examples, json_option
 
 
 @click.command("inspect", cls=DistillCommand, epilog=examples("distill inspect caches/train --row 3"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.commands.click_options import DistillCommand, examples, json_option
+from pipeline.terminal.click_options import DistillCommand, examples, json_option
 
 
 @click.command("merge", cls=DistillCommand, epilog=examples("distill merge caches/train"))

@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from pipeline.commands.cache_teacher_command import check_inputs
-from pipeline.commands.click_options import (
+from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+from pipeline.teacher.generation.generation_config import GENERATION
+from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,
     config_options,
@@ -16,8 +18,6 @@ from pipeline.commands.click_options import (
     here_with_flags,
     json_option,
 )
-from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
-from pipeline.teacher.generation.generation_config import GENERATION
 
 # What only the writing of a cache needs.
 _WITHOUT_GROUPS = (GENERATION, PROCESSES)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from pipeline.commands.click_options import (
+from pipeline.evaluation.report.report_config import ReportConfig
+from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,
     config_options,
@@ -15,7 +16,6 @@ from pipeline.commands.click_options import (
     here_with_flags,
     json_option,
 )
-from pipeline.report.report_config import ReportConfig
 
 
 @click.command(
@@ -37,13 +37,13 @@ def command(source: tuple[str, ...], config_file: str | None, json_file: str | N
     Give a cache, with students to compare; or the output directory of a training run, which names its held-out cache.
     """
     config = build_config(ReportConfig, {**given, "source": source}, config_file)
-    from pipeline.report.report_sources import find_sources
+    from pipeline.evaluation.report.report_sources import find_sources
 
     find_sources(config)  # wrong paths, before seconds of imports
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
-    from pipeline.report.report import write_report
+    from pipeline.evaluation.report.report import write_report
     from pipeline.terminal.report_view import report_view
 
     with Status(here_with_flags) as status:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from pipeline.commands.click_options import (
+from pipeline.teacher.verify_config import TeacherCheckConfig
+from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,
     config_options,
@@ -15,7 +16,6 @@ from pipeline.commands.click_options import (
     here_with_flags,
     json_option,
 )
-from pipeline.teacher.verify_config import TeacherCheckConfig
 
 
 @click.command(

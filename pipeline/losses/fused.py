@@ -26,7 +26,7 @@ from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import TailPolicy
 from pipeline.losses.targets import Targets
 from pipeline.losses.weighting import PositionWeighting
-from pipeline.products import add_product, product
+from pipeline.models.devices.products import add_product, product
 
 GENERAL_GPU_CHUNK_POSITIONS = 1024
 """For heads that are not linear, whose own code keeps several tensors of chunk·V."""

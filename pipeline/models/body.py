@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
-from pipeline.models.placement import compute_device
+from pipeline.models.devices.placement import compute_device
 
 
 class _Called(Exception):

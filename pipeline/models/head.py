@@ -29,14 +29,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
 from pipeline.models.body import body_returning, find_body
-from pipeline.models.document_attention import Documents
+from pipeline.models.devices.placement import compute_device, is_here
+from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.length_limits import (
     LimitedRotary,
     by_document,
     limited_rotaries,
     separated,
 )
-from pipeline.models.placement import compute_device, is_here
 
 PROBE_TOKENS = 12
 LOUD_LOGIT = 100.0

@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 
 import cache_format as cf
 from pipeline.errors import ModelError
+from pipeline.models.devices.placement import values_of
 from pipeline.models.head import LOUD_LOGIT, PROBE_TOKENS, Head, deviation, evaluating, tolerance
-from pipeline.models.placement import values_of
 
 # Names of s, 1/s and c in configurations.
 MULTIPLIED = ("logit_scale", "lm_head_multiplier", "output_multiplier")

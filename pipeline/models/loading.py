@@ -24,9 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.adapters import with_adapter
-from pipeline.models.objective import NAMES, Objective, auto_class
-from pipeline.models.paths import TOKENIZER_FILES, adapter_base, locate_model
-from pipeline.models.placement import (
+from pipeline.models.devices.placement import (
     begin_tensor_parallel,
     check_split,
     compute_device,
@@ -35,6 +33,8 @@ from pipeline.models.placement import (
     parse_device_map,
     place_of,
 )
+from pipeline.models.objective import NAMES, Objective, auto_class
+from pipeline.models.paths import TOKENIZER_FILES, adapter_base, locate_model
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, or a model that is loaded already
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import cache_format as cf
+from pipeline.models.devices.placement import is_here
 from pipeline.models.head import Head
 from pipeline.models.head_export import TORCH_DTYPES, scaled_and_capped
-from pipeline.models.placement import is_here
 
 VOCAB_BLOCK = 8192
 

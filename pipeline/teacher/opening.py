@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.devices.placement import check_split
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.isolation.causality import check_causal
@@ -24,7 +25,6 @@ from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.paths import adapter_base
-from pipeline.models.placement import check_split
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule

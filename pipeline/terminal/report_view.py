@@ -12,7 +12,7 @@ from pipeline.terminal.evaluation_view import evaluation_view
 from pipeline.terminal.tables import pairs, size
 
 if TYPE_CHECKING:
-    from pipeline.report.report import ReportSummary
+    from pipeline.evaluation.report.report import ReportSummary
 
 
 def report_view(summary: ReportSummary) -> RenderableType:

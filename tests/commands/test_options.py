@@ -12,14 +12,14 @@ import pytest
 
 from cli import main
 from pipeline.commands import COMMANDS
-from pipeline.commands.click_options import DistillCommand, with_flags
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
+from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.options import RENAMED, build, check_ranges, flat, option, options_of, part, read_config
-from pipeline.report.report_config import ReportConfig
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.verify_config import TeacherCheckConfig
+from pipeline.terminal.click_options import DistillCommand, with_flags
 from runs import command as run
 
 CONFIGS = {
@@ -107,7 +107,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert isinstance(command, DistillCommand)
     context = command.make_context("train-student", ["--config", str(file), "--learning-rate", "0.01"])
     given = {k: v for k, v in context.params.items() if k not in ("config_file", "json_file")}
-    from pipeline.commands.click_options import build_config
+    from pipeline.terminal.click_options import build_config
 
     config = build_config(TrainStudentConfig, given, context.params["config_file"])
     assert config.learning_rate == 0.01 and config.early_stopping == ("kl:0.5%:3",) and config.output == "o"

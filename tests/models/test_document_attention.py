@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigError
-from pipeline.models import document_attention
-from pipeline.models.document_attention import Documents, forget_documents
 from pipeline.models.head import Head, open_head
+from pipeline.models.isolation import document_attention
+from pipeline.models.isolation.document_attention import Documents, forget_documents
 from pipeline.models.isolation.padding_free import padding_free, without_padding
 from pipeline.models.padding import pad_rows
 from tiny_architectures import tiny_config

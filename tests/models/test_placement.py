@@ -23,9 +23,9 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError
+from pipeline.models.devices.placement import computing_devices, parse_device_map
 from pipeline.models.head import open_head
 from pipeline.models.loading import load_model, weights_fingerprint
-from pipeline.models.placement import computing_devices, parse_device_map
 from pipeline.teacher import opening
 from pipeline.teacher.capture import cache_teacher
 from runs import settings

@@ -16,11 +16,11 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from architecture_sweep import build_teacher
 from pipeline.errors import ConfigError, ModelError
+from pipeline.models.devices.placement import check_split
 from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.loading import config_fingerprint, load_model
 from pipeline.models.objective import most_positions
-from pipeline.models.placement import check_split
 from pipeline.student.model.initialization import load_student
 from tiny_architectures import POSITIONS, tiny_config
 

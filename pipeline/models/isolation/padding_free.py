@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.models.document_attention import Documents, attends_by_document, forget_documents, longest_reach
 from pipeline.models.head import Head, deviation, evaluating, tolerance
+from pipeline.models.isolation.document_attention import Documents, attends_by_document, forget_documents, longest_reach
 from pipeline.models.padding import pad_rows
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cache_format import Cache, CacheRow
 from pipeline.losses import IGNORE_INDEX, FullTargets, RaggedTargets, SparseTargetBatch
-from pipeline.models.document_attention import Documents
+from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.padding import pad_rows, padding_mask
 from pipeline.student.data.row_index import RowIndex
 from pipeline.student.data.upcoming import WINDOWS_AHEAD, Upcoming

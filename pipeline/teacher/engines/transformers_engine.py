@@ -25,14 +25,14 @@ from torch import Tensor
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.models.document_attention import Documents
+from pipeline.models.devices.placement import device_names
+from pipeline.models.devices.transfer import download, recorded_event, upload
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
+from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.mask_shortcuts import mask_shortcuts
 from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs, places
-from pipeline.models.placement import device_names
-from pipeline.models.transfer import download, recorded_event, upload
 from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest, Timing

@@ -21,11 +21,11 @@ from transformers import (
 
 import cache_format as cf
 from benchmarks.simulated_gpu import DEVICE, SimulatedGpu, simulated_gpu
+from pipeline.models.devices.transfer import download, recorded_event, upload
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.isolation.mask_shortcuts import document_numbers, holds_packed
 from pipeline.models.padding import pad_rows
-from pipeline.models.transfer import download, recorded_event, upload
 from pipeline.teacher.engines import transformers_engine
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.models.transfer import upload
+from pipeline.models.devices.transfer import upload
 from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.rules import TargetRule

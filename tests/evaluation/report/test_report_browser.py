@@ -15,12 +15,12 @@ import pytest
 
 import distill
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.report.figures import difference_figures
-from pipeline.report.page import Contents, render
-from pipeline.report.passages import choose, cut, details
-from pipeline.report.report_sources import Student
-from pipeline.report.student_positions import StudentPositions
-from pipeline.report.teacher_positions import TeacherPositions, TextPositions
+from pipeline.evaluation.report.figures import difference_figures
+from pipeline.evaluation.report.page import Contents, render
+from pipeline.evaluation.report.passages import choose, cut, details
+from pipeline.evaluation.report.report_sources import Student
+from pipeline.evaluation.report.student_positions import StudentPositions
+from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
 from runs import build_cache, train
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense import random_targets
 from head_sums import fused_sums
-from pipeline import products
+from pipeline.models.devices import products
 from textbook import relative_errors
 
 aten = torch.ops.aten

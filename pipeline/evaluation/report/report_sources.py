@@ -15,9 +15,9 @@ from typing import Any
 
 from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from pipeline.errors import ConfigError
+from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.models.paths import check_model_path
 from pipeline.options import CONFIG_FILE
-from pipeline.report.report_config import ReportConfig
 from pipeline.student.cache_paths import parse_weight
 
 STATE = "trainer_state.json"

@@ -18,10 +18,10 @@ import cache_format as cf
 import distill
 from cache_samples import sample_metadata, sample_row
 from pipeline.errors import ConfigError
+from pipeline.evaluation.report.bins import level
+from pipeline.evaluation.report.passages import token_texts
+from pipeline.evaluation.report.teacher_positions import TOP
 from pipeline.inspection import cache_statistics
-from pipeline.report.bins import level
-from pipeline.report.passages import token_texts
-from pipeline.report.teacher_positions import TOP
 from pipeline.teacher.targets.rules import TargetRule
 from report_pages import Page, read_page
 from runs import build_cache, command, train

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.report.bins import Bins, by_confidence, by_entropy, by_frequency
-from pipeline.report.charts import Series, category_chart, line_chart, reliability_chart
-from pipeline.report.report_sources import Student
-from pipeline.report.student_positions import StudentPositions
-from pipeline.report.teacher_positions import TeacherPositions
+from pipeline.evaluation.report.bins import Bins, by_confidence, by_entropy, by_frequency
+from pipeline.evaluation.report.charts import Series, category_chart, line_chart, reliability_chart
+from pipeline.evaluation.report.report_sources import Student
+from pipeline.evaluation.report.student_positions import StudentPositions
+from pipeline.evaluation.report.teacher_positions import TeacherPositions
 
 TEACHER = 0
 """Colour of the teacher; students follow in their order."""

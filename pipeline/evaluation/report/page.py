@@ -17,15 +17,15 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from pipeline.evaluation.report.bins import LEVEL_NAMES, level
+from pipeline.evaluation.report.charts import key
+from pipeline.evaluation.report.figures import TEACHER, Figure
+from pipeline.evaluation.report.passages import Chosen, Passage
+from pipeline.evaluation.report.provenance import Pairs
+from pipeline.evaluation.report.report_sources import Student
+from pipeline.evaluation.report.student_positions import StudentPositions
+from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
 from pipeline.losses import KlEstimateKind
-from pipeline.report.bins import LEVEL_NAMES, level
-from pipeline.report.charts import key
-from pipeline.report.figures import TEACHER, Figure
-from pipeline.report.passages import Chosen, Passage
-from pipeline.report.provenance import Pairs
-from pipeline.report.report_sources import Student
-from pipeline.report.student_positions import StudentPositions
-from pipeline.report.teacher_positions import TeacherPositions, TextPositions
 
 TEMPLATE = Path(__file__).parent / "template"
 

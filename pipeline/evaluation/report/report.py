@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.report.figures import difference_figures, training_figures
+from pipeline.evaluation.report.page import Contents, render
+from pipeline.evaluation.report.passages import choose, cut, details, token_texts
+from pipeline.evaluation.report.provenance import cache_facts, column_sizes, run_facts
+from pipeline.evaluation.report.report_config import ReportConfig
+from pipeline.evaluation.report.report_sources import Sources, Student, find_sources
+from pipeline.evaluation.report.student_positions import StudentPositions, student_positions
+from pipeline.evaluation.report.teacher_positions import OnProgress, TeacherPositions, read_positions
 from pipeline.models.head import evaluating, open_head
 from pipeline.models.loading import load_model, resolve_device
 from pipeline.models.objective import objective_for
-from pipeline.report.figures import difference_figures, training_figures
-from pipeline.report.page import Contents, render
-from pipeline.report.passages import choose, cut, details, token_texts
-from pipeline.report.provenance import cache_facts, column_sizes, run_facts
-from pipeline.report.report_config import ReportConfig
-from pipeline.report.report_sources import Sources, Student, find_sources
-from pipeline.report.student_positions import StudentPositions, student_positions
-from pipeline.report.teacher_positions import OnProgress, TeacherPositions, read_positions
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
 from pipeline.student.validation.compatibility import check_isolation, check_student
 from pipeline.student.validation.loss_checks import loss_for_cache

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import cache_format as cf
+from pipeline.evaluation.report.report_sources import Run
 from pipeline.inspection import describe_targets
 from pipeline.options import options_of
-from pipeline.report.report_sources import Run
 from pipeline.student.train_config import TrainStudentConfig
 
 Pairs = list[tuple[str, str]]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.report.student_positions import StudentPositions
-from pipeline.report.teacher_positions import TeacherPositions, TextPositions
+from pipeline.evaluation.report.student_positions import StudentPositions
+from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
 from pipeline.student.data.retokenise import TokenText
 from pipeline.student.validation.compatibility import load_cache_tokenizer
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.report.teacher_positions import CHUNK_POSITIONS, Floats, TeacherPositions
+from pipeline.evaluation.report.teacher_positions import TOP as CANDIDATES
 from pipeline.losses import DistillLoss, FullTargets, SparseTargetBatch, sparse_kl
 from pipeline.losses.divergences import forward_kl
 from pipeline.losses.sparse_targets import agreement
 from pipeline.models.head import Head
-from pipeline.report.teacher_positions import CHUNK_POSITIONS, Floats, TeacherPositions
-from pipeline.report.teacher_positions import TOP as CANDIDATES
 from pipeline.student.data.dataset import Batch
 
 TOP = 3

@@ -1,0 +1,86 @@
+"""What a function of `import distill` tells its caller while it runs: progress, log records and warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger("distill")
+
+
+class DistillWarning(UserWarning):
+    """Something that a user should know, and that does not stop the run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. `on_progress` gets one at the start of every stage, and then as the stage advances.
+
+    Attributes:
+        stage: what is being done, in words.
+        done, total: rows, answers or optimizer steps; both 0 at the start of a stage.
+        values: facts about the run by name, such as tokens_per_s, or the loss at a logged step.
+    """
+
+    stage: str
+    done: float = 0
+    total: float = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Reporter:
+    """Turns the callbacks of a run into log records, warnings and `Progress`."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.on_progress, self.current = on_progress, ""
+        self.values: dict[str, Any] = {}
+
+    def stage(self, text: str) -> None:
+        logger.info(text)
+        self.current, self.values = text, {}
+        self._send(0, 0)
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, DistillWarning, stacklevel=4)
+
+    def step(self, done: float, total: float) -> None:
+        self._send(done, total)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """What a training run logs: kept, and part of every `Progress` from now on."""
+        self.values |= values
+        if "eval_kl" in values or "stopped" in values:
+            logger.info(", ".join(f"{name} {value}" for name, value in values.items()))
+
+    def state(self, done: float, total: float, state: Any) -> None:
+        """A dataclass that says where a run stands."""
+        self.values = dict(vars(state))
+        self._send(done, total)
+
+    def _send(self, done: float, total: float) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.current, done, total, dict(self.values)))
+
+
+@contextlib.contextmanager
+def quiet(model: Any = None) -> Iterator[None]:
+    """No progress bars of transformers inside the block; a loaded model has its mode back afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    training = getattr(model, "training", None)
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+        if training is not None:
+            model.train(training)
