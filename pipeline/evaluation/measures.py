@@ -21,6 +21,7 @@ Cost: one walk over chunks of positions, V-wide memory for one chunk.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,7 +91,7 @@ def _sums_of_row(
         if isinstance(chunk, FullTargets):
             teacher = chunk.logits(logits.dtype)
             parts.append(_against_full(chunk, teacher, logits, loss.temperature))
-            chunk = replace(chunk, head=lambda _, known=teacher: known)  # the loss need not compute it again
+            chunk = replace(chunk, head=functools.partial(_known, teacher))  # the loss need not compute it again
         else:
             parts.append(_against_entries(chunk, logits))
         totals += chunk.loss_and_dlogits(logits, loss, None)[0].cpu().double()  # last: it overwrites the logits
@@ -106,6 +107,11 @@ def _sums_of_row(
     for values in (found.confidence, found.correct, found.teacher):
         sums += torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values).tolist()
     return np.asarray(sums)
+
+
+def _known(logits: Tensor, states: Tensor) -> Tensor:
+    """A head whose logits have been computed."""
+    return logits
 
 
 def _tokens_per_run(accepted: Tensor, places: Tensor, position_ids: Tensor, drafts: int) -> tuple[float, int]:
