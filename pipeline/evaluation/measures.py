@@ -21,8 +21,8 @@ Cost: one walk over chunks of positions, V-wide memory for one chunk.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -80,11 +80,6 @@ def row_sums(head: Head, batch: Batch, loss: DistillLoss) -> np.ndarray:
     )
 
 
-def _known(logits: Tensor, _: Tensor) -> Tensor:
-    """A head that has been applied already."""
-    return logits
-
-
 def _sums_of_row(
     head: Head, states: Tensor, targets: SparseTargetBatch | FullTargets, loss: DistillLoss, position_ids: Tensor
 ) -> np.ndarray:
@@ -97,7 +92,7 @@ def _sums_of_row(
         if isinstance(chunk, FullTargets):
             teacher = chunk.logits(logits.dtype)
             parts.append(_against_full(chunk, teacher, logits, loss.temperature))
-            chunk = replace(chunk, head=partial(_known, teacher))  # the loss need not compute it again
+            chunk = replace(chunk, head=functools.partial(_known, teacher))  # the loss need not compute it again
         else:
             parts.append(_against_entries(chunk, logits))
         totals += chunk.loss_and_dlogits(logits, loss, None)[0].cpu().double()  # last: it overwrites the logits
@@ -113,6 +108,11 @@ def _sums_of_row(
     for values in (found.confidence, found.correct, found.teacher):
         sums += torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values).tolist()
     return np.asarray(sums)
+
+
+def _known(logits: Tensor, states: Tensor) -> Tensor:
+    """A head whose logits have been computed."""
+    return logits
 
 
 def _tokens_per_run(accepted: Tensor, places: Tensor, position_ids: Tensor, drafts: int) -> tuple[float, int]:
