@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         train_student,
         verify,
     )
-    from distill.progress import DistillWarning, Progress
+    from distill.run_progress import DistillWarning, Progress
     from pipeline.errors import ConfigError, DataError, DivergedError, ModelError
     from pipeline.losses import fused_head_loss, sparse_kl
 
@@ -51,7 +51,7 @@ _MODULES = {
         *("cache_teacher", "train_student", "evaluate", "report", "plan", "verify", "import_cache", "export_cache"),
         "Verification",
     ),
-    "distill.progress": ("Progress", "DistillWarning"),
+    "distill.run_progress": ("Progress", "DistillWarning"),
     "cache_format": (
         *("open_cache", "Cache", "SparseTargets", "DistillError", "CacheError", "FormatError", "CorruptShardError"),
         *("MismatchError", "ClaimLostError"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from distill.progress import OnProgress, Reporter, quiet
+from distill.run_progress import OnProgress, Reporter, quiet
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.importing.import_config import ImportConfig

@@ -146,7 +146,10 @@ class _Written:
 
 
 class Capture:
-    """One run: owns the background thread and the running sums, which the main thread alone changes.
+    """One run: owns the background thread and the running sums.
+
+    The main thread alone changes which shards there are. Rows and tokens of a shard are counted in the thread that the
+    engine reports in: the main one as forward passes begin, or the background one as rows are done.
 
     Args:
         request: what the engine is asked about a row.
@@ -202,7 +205,7 @@ class Capture:
         record_batches = list(self.metadata.record_batch_rows(shard))
         for i, record_batch in enumerate(record_batches):
             requests = [self.request(row) for row in record_batch]
-            running = self.engine.run(requests, [self.config.targets], self._report)
+            running = self.engine.run(requests, [self.config.targets], partial(self._report, self.unfinished[shard]))
             written = background.submit(self._write, running, self.engine.batch_size)
             self.pending.append(_Written(shard, i == len(record_batches) - 1, written))
             in_flight = max(RECORD_BATCHES_IN_FLIGHT, -(-self.engine.rows_in_flight // len(record_batch)))
@@ -254,9 +257,8 @@ class Capture:
         self.unfinished.clear()
         self.broken = False
 
-    def _report(self, batch: Sequence[RowRequest]) -> None:
-        assert self.current is not None
-        progress = self.unfinished[self.current]
+    def _report(self, progress: _Progress, batch: Sequence[RowRequest]) -> None:
+        """Args: progress: of the shard that the batch belongs to."""
         progress.rows += len(batch)
         progress.tokens += sum(request.tokens for request in batch)
         tokens_done = self.others.tokens + self._own().tokens
@@ -283,7 +285,7 @@ class Capture:
     def _own(self) -> _Progress:
         """Of this run."""
         total = _Progress()
-        for each in (self.finished, *self.unfinished.values()):
+        for each in (self.finished, *list(self.unfinished.values())):
             total.add(each)
         return total
 

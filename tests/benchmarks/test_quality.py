@@ -31,6 +31,8 @@ from pipeline.teacher.text.packing import TokenRow
 from runs import dense_logits
 from tiny import english
 
+pytestmark = pytest.mark.slow  # every track is run once, tiny
+
 ARMS = ("--arms", "threshold-1-8", "--arms", "bucket-top-16", "--arms", "full-perturbed")
 
 

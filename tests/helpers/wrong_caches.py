@@ -40,8 +40,8 @@ class ChangedHead(Head):
     states_to: Callable[[Tensor], Tensor] = lambda states: states
     logits_to: Callable[[Tensor], Tensor] = lambda logits: logits
 
-    def hidden_states(self, *inputs: Any) -> Tensor:
-        return self.states_to(super().hidden_states(*inputs))
+    def hidden_states(self, *inputs: Any, **options: Any) -> Tensor:
+        return self.states_to(super().hidden_states(*inputs, **options))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return self.logits_to(super().logits(hidden))

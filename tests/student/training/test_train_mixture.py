@@ -320,6 +320,7 @@ def test_command_line_mixes_caches(folder: Path, tmp_path: Path, student_dir: Pa
     (line,) = [line for line in result.stderr.splitlines() if line.startswith(f"{folder / 'chats'}: 75.0% ")]
     assert " rows an epoch · " in line and " passes, " in line
     assert f"trained on     75.0% {folder / 'chats'}, " in result.stdout
-    assert ", 1.55 times …" in result.stderr  # 9 steps with 6 per epoch, the last of which has 4 rows instead of 8
+    # 9 steps with 6 per epoch, the last of which has 4 rows instead of 8
+    assert ", 1.55 times, in float32 on cpu …" in result.stderr
     refused = CliRunner().invoke(main, [*words[:3], "--cache", f"{folder / 'text'}", *words[5:], "--output", "new"])
     assert refused.exit_code == 1 and "has no weight" in refused.stderr

@@ -189,7 +189,7 @@ def test_a_head_that_does_something_else_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def state_before_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def states(self: Any, inputs: Any) -> Any:
+    def states(self: Any, inputs: Any, _: Any) -> Any:
         hidden, found = self.head.states([1, 2], *inputs)
         return hidden, {2: found[1]}
 
@@ -197,7 +197,7 @@ def state_before_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    def states(self: Any, inputs: Any) -> Any:
+    def states(self: Any, inputs: Any, _: Any) -> Any:
         hidden = self.head.hidden_states(*inputs)
         return hidden, {2: hidden.roll(1, 1)}
 
