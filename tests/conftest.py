@@ -50,6 +50,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
