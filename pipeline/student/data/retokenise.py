@@ -230,7 +230,8 @@ def _valid(run: bytes) -> Iterator[tuple[int, str]]:
 def _without_added_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
     """The tokenizer, or a copy without the added tokens whose ids are `size` or more.
 
-    Gemma 3's text models have the tokenizer of those that see images, with one token more than they have embeddings.
+    The text models of Gemma 3 share a tokenizer with its image models, which has one token more than they have
+    embeddings.
     """
     if not tokenizer.is_fast or all(id_ < size for id_ in tokenizer.added_tokens_decoder):
         return tokenizer

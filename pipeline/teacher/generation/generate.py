@@ -278,7 +278,7 @@ def _settings(
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: list[int],
 ) -> dict[str, Any]:
-    """The settings that determine the answers and what is stored with them, but not which answers are kept."""
+    """What a continued run must have in common with the answers in the store; not which of them are kept."""
     answers = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": engine.vocab_size,
