@@ -51,7 +51,7 @@ def find_local(data: str) -> list[Path] | None:
             return files
         raise DataError(f"{data}: no file matches this pattern. Check it with ls.")
     if _looks_local(data):
-        raise DataError(f"{data}: no such file or directory. Check the path given as `data`.")
+        raise DataError(f"{data}: no such file or directory. Check the path.")
     return None
 
 
