@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -217,8 +218,8 @@ def test_interrupted_capture_is_continued_to_the_same_bytes(
     run(*cache_command(teacher_dir, text_file, whole))
     report = capture.Capture._report
 
-    def interrupt(self: capture.Capture, indices: list[int]) -> None:
-        report(self, indices)
+    def interrupt(self: capture.Capture, *reported: Any) -> None:
+        report(self, *reported)
         if self.rows_done == 7:
             os.kill(os.getpid(), number)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,8 +131,8 @@ def test_signals_one_after_the_other(teacher_dir: Path, text_file: Path, tmp_pat
     config = settings(teacher_dir, text_file, tmp_path / "cache")
     report, abandon = capture.Capture._report, cf.CacheWriter.abandon_shard
 
-    def first_signal(self: capture.Capture, indices: list[int]) -> None:
-        report(self, indices)
+    def first_signal(self: capture.Capture, *reported: Any) -> None:
+        report(self, *reported)
         if self.rows_done > 40:  # the first shard of eight rows is complete
             os.kill(os.getpid(), signal.SIGTERM)
 
