@@ -46,7 +46,7 @@ def test_results_and_progress(
 ):
     live = Console(force_terminal=True, stderr=True, soft_wrap=True)  # with live bars
     monkeypatch.setattr("pipeline.terminal.console.err", live)
-    cache, trained = folder / "café-東京", tmp_path / "é-東"
+    cache, trained, files = folder / "café-東京", tmp_path / "é-東", tmp_path / "files-東"
     capture = ["--teacher", teacher_dir, "--data", folder / "text.txt", "--seq-len", 32, "--device", "cpu"]
     data = ["--cache", cache, "--eval-cache", cache, "--max-steps", 2, "--eval-steps", 1, "--device", "cpu"]
     found = {
@@ -54,11 +54,14 @@ def test_results_and_progress(
         "plan": printed(encoding, "plan", *capture, "--output", tmp_path, "--rows", 2),
         "train-student": printed(encoding, "train-student", *data, "--student", student_dir, "--output", trained),
         "evaluate": printed(encoding, "evaluate", "--cache", cache, "--student", trained, "--device", "cpu"),
+        "report": printed(encoding, "report", cache, "--device", "cpu", "--output", tmp_path / "é-東.html"),
         "inspect": printed(encoding, "inspect", cache, "--positions", 64),
         "stats": printed(encoding, "stats", cache),
         "verify": printed(encoding, "verify", cache, "--against-teacher", teacher_dir, "--rows", 1, "--device", "cpu"),
         "convert": printed(encoding, "convert", cache, tmp_path / "packed-é-東", "--encoding", "packed"),
         "merge": printed(encoding, "merge", cache),
+        "export": printed(encoding, "export", cache, "--output", files),
+        "import": printed(encoding, "import", files, "--output", tmp_path / "é", "--tokenizer", teacher_dir),
         "push": printed(encoding, "push", cache, "東京", status=1),
     }
     assert found.keys() == COMMANDS.keys()
