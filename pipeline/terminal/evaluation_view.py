@@ -79,7 +79,7 @@ def _table(columns: Sequence[tuple[str, Values]], *, crossed: bool, with_error: 
     for metric, label, form in ROWS:
         if crossed and metric == "perplexity":  # not comparable across tokenizers
             continue
-        cells = [_cell(values["metrics"], metric, form, with_error) for values in students]
+        cells = [_cell(values, metric, form, with_error) for values in students]
         if any(cells):
             table.add_row(label, *cells)
     if crossed:
@@ -102,9 +102,10 @@ def comparison_line(first: str, second: str, differences: Values) -> str | None:
     return f"{better} is better than {worse} by {by}"
 
 
-def _cell(metrics: Values, name: str, form: str, with_error: bool) -> str:
-    if name not in metrics:
-        return ""
+def _cell(student: Values, name: str, form: str, with_error: bool) -> str:
+    metrics = student["metrics"]
+    if name not in metrics:  # as in a report, which has means alone
+        return form.format(student[name]) if name in student else ""
     value, error = metrics[name]["value"], metrics[name]["error"]
     high = metrics.get(f"{name}_high")
     if high is not None:
