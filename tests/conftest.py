@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+_HANDLER = signal.getsignal(signal.SIGTERM)
 _HOME = tempfile.mkdtemp(prefix="distill-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
@@ -62,10 +63,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _handler_of_the_test_runner() -> Iterator[None]:
-    """Commands that run in this process put their own in its place."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Commands that run in this process, also in fixtures of other scopes, put their own in its place."""
+    signal.signal(signal.SIGTERM, _HANDLER)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, _HANDLER)
 
 
 @pytest.fixture(autouse=True)

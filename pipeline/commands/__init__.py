@@ -16,6 +16,7 @@ when its options have been checked: help takes neither numpy nor torch.
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 from typing import Any, NoReturn
 
@@ -85,6 +86,17 @@ class _Commands(click.Group):
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _end_at_once() -> None:
+    """In a forked process. A pool that is closed ends its workers with this signal and waits for them, but a worker may
+    never get to run a handler."""
+    if signal.getsignal(signal.SIGTERM) is _interrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_end_at_once)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 
 import cache_format as cf
 from cli import main
+from pipeline import commands
 from pipeline.commands import COMMANDS, SUMMARIES
 from runs import build_cache, distance, train, weights
 from runs import command as run
@@ -311,3 +312,12 @@ def test_terminated_process_says_how_to_go_on(tmp_path: Path, teacher_dir: Path,
     result = json.loads(run(*command, "--json").stdout)
     assert 0 < result["resumed_rows"] == stopped_at < result["rows"]
     assert cf.verify_cache(parts).rows == result["rows"]
+
+
+def test_forked_helpers_end_at_the_signal_that_interrupts_a_command() -> None:
+    signal.signal(signal.SIGTERM, commands._interrupt)
+    child = os.fork()
+    if not child:
+        os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert signal.getsignal(signal.SIGTERM) is commands._interrupt
