@@ -15,16 +15,15 @@ from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of
 from pipeline.evaluation.measures import row_sums
 from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.student_head import open_student
 from pipeline.evaluation.tasks import TaskScore, check_tasks, task_scores
 from pipeline.losses import DistillLoss
-from pipeline.models.head import evaluating, open_head
-from pipeline.models.isolation.padding_free import without_padding
+from pipeline.models.head import evaluating
 from pipeline.models.loading import load_model, load_tokenizer, resolve_device
-from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
 from pipeline.student.model_card import add_metrics
-from pipeline.student.validation.compatibility import check_isolation, check_student, student_limits
+from pipeline.student.validation.compatibility import check_student, student_limits
 from pipeline.student.validation.loss_checks import loss_for_cache
 
 
@@ -64,19 +63,8 @@ def evaluate(
         dataset = dataset_of(cache)
         on_stage(f"re-tokenising the text: {dataset.describe()}")
     on_stage("loading the student")
-    objective = objective_for(cache.metadata.alignment)
-    model = load_model(
-        config.student,
-        objective=objective,
-        dtype=config.dtype,
-        device=resolve_device(config.device),
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    head = open_head(model, vocab_size, masked=objective == "masked")
-    check_isolation(cache, head, batch_size=config.batch_size)
-    longest = cache.metadata.corpus.get("window_length") or 0
-    head = without_padding(head, longest, wanted=config.padding_free, device=model.device)
+    head = open_student(cache, config.student, vocab_size, config, padding_free=config.padding_free)
+    model = head.model
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
     loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)

@@ -24,11 +24,11 @@ from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.evaluation.report.report_sources import Sources, Student, find_sources
 from pipeline.evaluation.report.student_positions import StudentPositions, student_positions
 from pipeline.evaluation.report.teacher_positions import OnProgress, TeacherPositions, read_positions
-from pipeline.models.head import evaluating, open_head
-from pipeline.models.loading import load_model, resolve_device
-from pipeline.models.objective import objective_for
+from pipeline.evaluation.student_head import open_student
+from pipeline.models.head import evaluating
+from pipeline.models.loading import resolve_device
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
-from pipeline.student.validation.compatibility import check_isolation, check_student
+from pipeline.student.validation.compatibility import check_student
 from pipeline.student.validation.loss_checks import loss_for_cache
 
 
@@ -148,17 +148,7 @@ def _run_student(
     config: ReportConfig,
     on_progress: OnProgress,
 ) -> StudentPositions:
-    objective = objective_for(cache.metadata.alignment)
-    model = load_model(
-        student.model,
-        objective=objective,
-        dtype=config.dtype,
-        device=resolve_device(config.device),
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    head = open_head(model, cache.metadata.vocab_size, masked=objective == "masked")
-    check_isolation(cache, head, batch_size=config.batch_size)
+    head = open_student(cache, student.model, cache.metadata.vocab_size, config)
     dataset = CacheDataset(cache)
     loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)
 
@@ -167,8 +157,10 @@ def _run_student(
             yield to_device(batch, device)
             on_progress(min(rows, (i + 1) * config.batch_size), rows)
 
-    with evaluating(model):
-        return student_positions(head, batches(loader, model.device), teacher, loss_for_cache(cache, kd_weight=1.0))
+    with evaluating(head.model):
+        return student_positions(
+            head, batches(loader, head.model.device), teacher, loss_for_cache(cache, kd_weight=1.0)
+        )
 
 
 def _facts(
