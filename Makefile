@@ -79,10 +79,10 @@ test-lowest:     ## the suite with the oldest dependencies that pyproject.toml a
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
 
 torture: $(STAMP)  ## kill stage one a hundred times and more, fill a small disk, compare every byte: three minutes
-	PYTHONPATH=. $(PY) tests/helpers/torture.py --results benchmarks/results
+	PYTHONPATH=.:tests/helpers $(PY) tests/helpers/kills/torture.py --results benchmarks/results
 
 faults: $(STAMP) ## ten thousand requests to an S3 server that spoils some of them, compare every byte: some minutes
-	PYTHONPATH=.:tests/cache_format $(PY) tests/helpers/faults.py --results benchmarks/results
+	PYTHONPATH=.:tests/cache_format $(PY) tests/helpers/stores/faults.py --results benchmarks/results
 
 lint: $(STAMP)   ## ruff (rules and format), mypy
 	$(PY) -m ruff check .

@@ -71,7 +71,7 @@ def whole(request, teacher_dir: Path, text_file: Path, tmp_path_factory) -> tupl
 def test_killed_at_random_moments_with_one_and_two_processes():
     command = [
         sys.executable,
-        str(ROOT / "tests/helpers/torture.py"),
+        str(ROOT / "tests/helpers/kills/torture.py"),
         "--kills",
         "8",
         "--no-aimed",
@@ -79,7 +79,7 @@ def test_killed_at_random_moments_with_one_and_two_processes():
         "--json",
     ]
     command += ["--processes", "1", "--processes", "2", "--seed", str(time.time_ns() % 1000)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)["runs"]

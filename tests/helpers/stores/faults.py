@@ -1,7 +1,7 @@
 """Caches on an S3 server that breaks requests: written, interrupted, resumed, verified, read; thousands of requests.
 
-    PYTHONPATH=.:tests/cache_format python tests/helpers/faults.py                   `make faults`: 10,000, some minutes
-    PYTHONPATH=.:tests/cache_format python tests/helpers/faults.py --requests 300    a short run
+    PYTHONPATH=.:tests/cache_format python tests/helpers/stores/faults.py                   `make faults`: 10,000
+    PYTHONPATH=.:tests/cache_format python tests/helpers/stores/faults.py --requests 300    a short run
 
 Half of the rounds break 5 % of the requests, half 15 %: connections dropped before or after the request is carried out,
 500, 503 SlowDown, truncated bodies, slow answers. Each round writes one cache in three runs that are interrupted at
@@ -163,7 +163,7 @@ def main(requests: int, rows: int, seed: int, results: Path | None) -> None:
     record(
         outcomes,
         results,
-        f"PYTHONPATH=.:tests/cache_format python tests/helpers/faults.py --requests {requests} --rows {rows}",
+        f"PYTHONPATH=.:tests/cache_format python tests/helpers/stores/faults.py --requests {requests} --rows {rows}",
     )
     lost = [text for outcome in outcomes for text in outcome.lost]
     if lost:

@@ -1,7 +1,7 @@
 """Kills `cache-teacher` at random moments and at each of its stages, and compares the finished cache.
 
-    PYTHONPATH=. python tests/helpers/torture.py                as `make torture`: about 170 kills, three minutes
-    PYTHONPATH=. python tests/helpers/torture.py --kills 6      a short run
+    PYTHONPATH=.:tests/helpers python tests/helpers/kills/torture.py              `make torture`: 170 kills
+    PYTHONPATH=.:tests/helpers python tests/helpers/kills/torture.py --kills 6    a short run
 
 Several runs, each with 1, 2 or 3 processes on one output. Processes are killed with SIGKILL and started again with the
 same arguments until the cache is finished. Then every file must equal that of an undisturbed run, byte for byte, and
@@ -321,12 +321,8 @@ def main(
         if as_json:
             click.echo(json.dumps({"runs": [vars(o) for o in found["outcomes"]], "disks": found["disks"]}))
         else:
-            aimed_flag = "" if aimed else " --no-aimed"
-            record(
-                found,
-                results,
-                f"PYTHONPATH=. python tests/helpers/torture.py --kills {kills}{aimed_flag} --seed {seed}",
-            )
+            flags = f"--kills {kills}{'' if aimed else ' --no-aimed'} --seed {seed}"
+            record(found, results, f"PYTHONPATH=.:tests/helpers python tests/helpers/kills/torture.py {flags}")
     finally:
         shutil.rmtree(HOME, ignore_errors=True)
     faults = [fault for o in found["outcomes"] for fault in o.faults]

@@ -1,6 +1,7 @@
 """Kills `cache-teacher --engine vllm` at random moments, and compares the finished caches with an undisturbed one.
 
-    VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=. .venv-vllm/bin/python tests/helpers/vllm_torture.py --kills 30
+    export VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=.:tests/helpers
+    .venv-vllm/bin/python tests/helpers/kills/vllm_torture.py --kills 30
 
 A run is killed with SIGKILL and started again with the same settings until its cache is finished; then another cache is
 begun, until all kills are spent. Loading vLLM takes seconds, so half of the kills wait until rows are being cached. No
@@ -202,7 +203,8 @@ def main(kills: int, seed: int, results: Path | None) -> None:
     )
     show(result)
     if results is not None:
-        write(result, results, f"PYTHONPATH=. python tests/helpers/vllm_torture.py --kills {kills} --seed {seed}")
+        flags = f"--kills {kills} --seed {seed}"
+        write(result, results, f"PYTHONPATH=.:tests/helpers python tests/helpers/kills/vllm_torture.py {flags}")
     if found.faults:
         raise click.ClickException(f"{len(found.faults)} faults: {found.faults[0]}")
 
