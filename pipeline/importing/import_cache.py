@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import cache_format as cf
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.importing.import_config import ImportConfig
-from pipeline.importing.readers.foreign_rows import Reader
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.source_formats import open_source
 from pipeline.importing.row_mapping import RowMapper
 from pipeline.importing.survey import Survey, survey_source, usable_rows

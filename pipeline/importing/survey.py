@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.importing.readers.foreign_rows import BadRow, Reader, UnusableRow
+from pipeline.importing.readers.foreign_rows import BadRow, UnusableRow
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.row_mapping import MappedRow, RowMapper
 from pipeline.importing.shift_evidence import ShiftEvidence
 

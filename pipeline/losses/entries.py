@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,66 @@ IGNORE_INDEX = -100
 """Label of a position outside the loss mask, as in `torch.nn.functional.cross_entropy`."""
 
 
+Tensors = TypeVar("Tensors", bound="PositionTensors")
 Entries = TypeVar("Entries", bound="TargetEntries")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetEntries:
+class PositionTensors:
+    """Tensors about N positions, as fields of a subclass, some of them in other `PositionTensors`.
+
+    Attributes:
+        loss_tokens: [n] int64, see `Targets`.
+    """
+
+    PER_POSITION: ClassVar[tuple[str, ...]]
+    """Fields whose first dimension is N; the others serve all positions."""
+    COMPUTED_WITH: ClassVar[tuple[str, ...]] = ()
+    """Floats that `to` converts."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def labels(self) -> Tensor: ...
+
+    loss_tokens: Tensor | None = None
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[N] bool, true for loss tokens."""
+        return self.labels != IGNORE_INDEX
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def __getitem__(self: Tensors, index: slice | Tensor) -> Tensors:
+        return replace(self, **{name: getattr(self, name)[index] for name in self.PER_POSITION}, loss_tokens=None)
+
+    def to(
+        self: Tensors,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> Tensors:
+        """Moves all tensors to `device`, and converts the floats that the loss computes with to `dtype`."""
+        moved = self._map(lambda each: each.to(device, non_blocking=non_blocking))
+        return replace(moved, **{name: getattr(moved, name).to(dtype=dtype) for name in self.COMPUTED_WITH})
+
+    def pin_memory(self: Tensors) -> Tensors:
+        return self._map(lambda each: each.pin_memory())
+
+    def with_labels(self: Tensors, labels: Tensor) -> Tensors:
+        return replace(self, labels=labels, loss_tokens=None)
+
+    def _map(self: Tensors, function: Callable[[Any], Any]) -> Tensors:
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        kinds = (Tensor, PositionTensors)
+        return replace(self, **{name: function(each) for name, each in found.items() if isinstance(each, kinds)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetEntries(PositionTensors):
     """Entries of N positions.
 
     Attributes:
@@ -40,6 +95,9 @@ class TargetEntries:
         entropy: [N] float, nats, of the teacher's full distribution. Default: NaN, for losses that do not read it.
         temperature: of the softmax at which the cache was captured.
     """
+
+    PER_POSITION: ClassVar = ("ids", "logprobs", "residual_logprob", "labels", "exact_counts", "entropy")
+    COMPUTED_WITH: ClassVar = ("logprobs", "residual_logprob", "entropy")
 
     ids: Tensor
     logprobs: Tensor
@@ -62,50 +120,8 @@ class TargetEntries:
         return self.logprobs > -torch.inf
 
     @property
-    def loss_mask(self) -> Tensor:
-        """[N] bool, true for loss tokens."""
-        return self.labels != IGNORE_INDEX
-
-    @property
-    def loss_tokens(self) -> Tensor | None:
-        """Unknown, see `Targets`."""
-        return None
-
-    @property
     def exact(self: Entries) -> Entries:
         """The exact entries alone: what every loss reads that is not linear in the teacher's probabilities."""
         place = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)
         sampled = place >= self.exact_counts[:, None]
         return replace(self, logprobs=self.logprobs.masked_fill(sampled, -torch.inf))
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def __getitem__(self: Entries, index: slice | Tensor) -> Entries:
-        return self._map(lambda tensor: tensor[index])
-
-    def to(
-        self: Entries,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        non_blocking: bool = False,
-    ) -> Entries:
-        """Moves all tensors to `device`, and converts the floats to `dtype`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            # Token ids keep their dtype: bfloat16 cannot tell token 256 from 257.
-            float_dtype = dtype if tensor.is_floating_point() else None
-            return tensor.to(device=device, dtype=float_dtype, non_blocking=non_blocking)
-
-        return self._map(move)
-
-    def pin_memory(self: Entries) -> Entries:
-        return self._map(Tensor.pin_memory)
-
-    def with_labels(self: Entries, labels: Tensor) -> Entries:
-        return replace(self, labels=labels)
-
-    def _map(self: Entries, function: Callable[[Tensor], Tensor]) -> Entries:
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})

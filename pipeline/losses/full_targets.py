@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from pipeline.losses.divergence_sum import full_soft_losses
-from pipeline.losses.entries import IGNORE_INDEX
+from pipeline.losses.entries import PositionTensors
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.weighting import position_weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullTargets:
+class FullTargets(PositionTensors):
     """Targets of N positions, as states of the teacher.
 
     Attributes:
@@ -36,13 +36,15 @@ class FullTargets:
         entropy: [N] float, nats, of the teacher's distribution.
         head: [n, D] → [n, V] logits of the teacher, in the dtype of its argument. Default: that of the loss.
         layer: number under which a cache stores the states.
-        loss_tokens: [n] int64, see `Targets`.
     """
 
     CHUNK_POSITIONS: ClassVar[int] = 128
     """The tensors of that many rows that autograd keeps take 300 MB at V = 49,152."""
     GPU_CHUNK_POSITIONS: ClassVar[int] = 1024
     """Fewer would not fill a GPU; these take 2.4 GB at V = 49,152."""
+
+    PER_POSITION: ClassVar = ("place", "labels", "entropy")
+    COMPUTED_WITH: ClassVar = ("entropy",)  # states stay as narrow as they are stored
 
     states: Tensor
     scales: Tensor | None
@@ -51,43 +53,12 @@ class FullTargets:
     entropy: Tensor
     head: Callable[[Tensor], Tensor] | None = None
     layer: int = -1
-    loss_tokens: Tensor | None = None
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """[N] bool, true for loss tokens."""
-        return self.labels != IGNORE_INDEX
 
     def logits(self, dtype: torch.dtype) -> Tensor:
         """[N, V] of the teacher."""
         assert self.head is not None, "prepare() gives the targets of a batch their head"
         states = self.states[self.place].to(dtype)
         return self.head(states if self.scales is None else states * self.scales[self.place].to(dtype)[:, None])
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> FullTargets:
-        found = {name: getattr(self, name)[index] for name in ("place", "labels", "entropy")}
-        return replace(self, **found, loss_tokens=None)
-
-    def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        non_blocking: bool = False,
-    ) -> FullTargets:
-        """Moves all tensors to `device`; `dtype` is that of the entropy alone, since states are stored narrow."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        moved["entropy"] = moved["entropy"].to(dtype=dtype)
-        return replace(self, **moved)
-
-    def pin_memory(self) -> FullTargets:
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
-
-    def with_labels(self, labels: Tensor) -> FullTargets:
-        return replace(self, labels=labels, loss_tokens=None)
 
     def prepare(self, loss: DistillLoss) -> FullTargets:
         """With the teacher's head: batches come from data loader workers, which do not hold it."""
@@ -128,7 +99,3 @@ class FullTargets:
             return sums, None
         (d_logits,) = torch.autograd.grad(scaled, z)
         return sums, d_logits
-
-    def _tensors(self) -> dict[str, Tensor]:
-        names = ("states", "scales", "place", "labels", "entropy", "loss_tokens")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}

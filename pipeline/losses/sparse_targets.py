@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -28,13 +28,10 @@ from torch import Tensor
 from cache_format import CacheRow, SparseTargets
 from pipeline.losses.divergence_sum import soft_losses
 from pipeline.losses.divergences import sampled_forward_kl, soft_loss
-from pipeline.losses.entries import IGNORE_INDEX, TargetEntries
+from pipeline.losses.entries import IGNORE_INDEX, PositionTensors, TargetEntries
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, entries_of
 from pipeline.losses.weighting import entropy_of_parts, position_weight
-
-PER_ENTRY = ("ids", "logprobs")
-PER_POSITION = ("starts", "counts", "exact_counts", "residual_logprob", "entropy", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +170,7 @@ class SparseTargetBatch(TargetEntries):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaggedTargets:
+class RaggedTargets(PositionTensors):
     """`SparseTargetBatch` of N positions, with the entries of all positions one after another, in narrow types.
 
     The rectangle that a loss reads takes 12 bytes per place, for as many places at every position as the longest list
@@ -188,13 +185,14 @@ class RaggedTargets:
         counts, exact_counts: [N] int32.
         residual_logprob, entropy: [N] float32.
         labels: [N] int64, `IGNORE_INDEX` outside the loss mask.
-        loss_tokens: [n] int64, ascending; None if unknown.
         width: K.
         temperature: of the softmax at which the cache was captured.
     """
 
     CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.CHUNK_POSITIONS
     GPU_CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.GPU_CHUNK_POSITIONS
+
+    PER_POSITION: ClassVar = ("starts", "counts", "exact_counts", "residual_logprob", "entropy", "labels")
 
     ids: Tensor
     logprobs: Tensor
@@ -204,38 +202,8 @@ class RaggedTargets:
     residual_logprob: Tensor
     entropy: Tensor
     labels: Tensor
-    loss_tokens: Tensor | None
     width: int
     temperature: float = 1.0
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """[N] bool, true for loss tokens."""
-        return self.labels != IGNORE_INDEX
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> RaggedTargets:
-        found = {name: getattr(self, name)[index] for name in PER_POSITION}
-        return replace(self, **found, loss_tokens=None)
-
-    def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        non_blocking: bool = False,
-    ) -> RaggedTargets:
-        """Moves all tensors to `device`; floats stay float32 until `rectangular`, whatever `dtype` is."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> RaggedTargets:
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
-
-    def with_labels(self, labels: Tensor) -> RaggedTargets:
-        return replace(self, labels=labels, loss_tokens=None)
 
     def prepare(self, loss: DistillLoss) -> SparseTargetBatch:
         """See `Targets`. Raises: ValueError as `SparseTargetBatch.prepare`."""
@@ -299,10 +267,6 @@ class RaggedTargets:
             width=max(1, int(counts.max(initial=0))),
             temperature=temperature,
         )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        names = (*PER_ENTRY, *PER_POSITION, "loss_tokens")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
 
 def exp_rest(logits: Tensor, largest: Tensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:

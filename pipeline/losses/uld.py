@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
-from pipeline.losses.entries import TargetEntries
+from pipeline.losses.entries import PositionTensors, TargetEntries
 from pipeline.losses.reference import student_values
 from pipeline.losses.sparse_targets import SparseTargetBatch, agreement
 from pipeline.losses.spec import DistillLoss
@@ -28,7 +28,7 @@ from pipeline.losses.tails import entries_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class SortedTargets:
+class SortedTargets(PositionTensors):
     """A teacher's probabilities at N positions of a student with another tokenizer, whichever tokens they are of.
 
     Attributes:
@@ -36,63 +36,23 @@ class SortedTargets:
         residual_logprob: [N] float, log of the tail mass.
         aligned: [N] bool, false where no position of the teacher ends at the same place in the text: D is 0.
         entries: labels, and the entries that have a counterpart in the student's vocabulary, for the reported KL.
-        loss_tokens: [n] int64, see `Targets`.
     """
 
     CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.CHUNK_POSITIONS
     GPU_CHUNK_POSITIONS: ClassVar[int] = 1024
 
+    PER_POSITION: ClassVar = ("logprobs", "residual_logprob", "aligned", "entries")
+    COMPUTED_WITH: ClassVar = ("logprobs", "residual_logprob", "entries")
+
     logprobs: Tensor
     residual_logprob: Tensor
     aligned: Tensor
     entries: TargetEntries
-    loss_tokens: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
         """[N] int64, `IGNORE_INDEX` outside the loss mask."""
         return self.entries.labels
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """[N] bool, true for loss tokens."""
-        return self.entries.loss_mask
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: slice | Tensor) -> SortedTargets:
-        return SortedTargets(
-            logprobs=self.logprobs[index],
-            residual_logprob=self.residual_logprob[index],
-            aligned=self.aligned[index],
-            entries=self.entries[index],
-        )
-
-    def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        non_blocking: bool = False,
-    ) -> SortedTargets:
-        """Moves all tensors to `device`, and converts the floats to `dtype`."""
-        return SortedTargets(
-            logprobs=self.logprobs.to(device, dtype, non_blocking=non_blocking),
-            residual_logprob=self.residual_logprob.to(device, dtype, non_blocking=non_blocking),
-            aligned=self.aligned.to(device, non_blocking=non_blocking),
-            entries=self.entries.to(device, dtype, non_blocking=non_blocking),
-            loss_tokens=None if self.loss_tokens is None else self.loss_tokens.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> SortedTargets:
-        return SortedTargets(
-            logprobs=self.logprobs.pin_memory(),
-            residual_logprob=self.residual_logprob.pin_memory(),
-            aligned=self.aligned.pin_memory(),
-            entries=self.entries.pin_memory(),
-            loss_tokens=None if self.loss_tokens is None else self.loss_tokens.pin_memory(),
-        )
 
     def with_labels(self, labels: Tensor) -> SortedTargets:
         return replace(self, entries=self.entries.with_labels(labels), loss_tokens=None)

@@ -9,44 +9,34 @@ The L lists are about the last L tokens of the text, each about its own token, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints, Values
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, lists, numbers, plain
-from pipeline.importing.readers.source_files import Record, count_records, records
+from pipeline.importing.readers.source_files import Record
 from pipeline.importing.readers.token_names import token_of
 
 LISTS = ("logprobs", "llm_text_generation_vllm_logprobs")
 IDS, LOGPROBS = "target_token_ids", "target_logprobs"
 
 
-@dataclass(frozen=True)
-class AxolotlReader:
+@dataclass(frozen=True, kw_only=True)
+class AxolotlReader(Reader):
     """Args: column: that of the first form; None for the second."""
 
-    files: Sequence[Path]
     tokenizer: PreTrainedTokenizerBase
     column: str | None
     shift: int = 1
-    values: Values = field(default="logprobs", init=False)
-    renormalised: bool = field(default=False, init=False)
-
-    @property
-    def total(self) -> int | None:
-        return count_records(self.files)
 
     @property
     def description(self) -> Mapping[str, Any]:
         return {"column": self.column}
-
-    def records(self) -> Iterator[Record]:
-        return records(self.files)
 
     def decode(self, record: Record) -> ForeignRow:
         input_ids = self._text(record)

@@ -27,8 +27,9 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Values
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, lists, numbers, plain, take_part
-from pipeline.importing.readers.source_files import Record, count_records, records
+from pipeline.importing.readers.source_files import Record, records
 
 REQUIRED = ("ids", "top_ids", "values")
 ROLES = (*REQUIRED, "mask", "position_mask", "labels", "attention", "normaliser", "entry_mask")
@@ -93,24 +94,17 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class ColumnReader:
+@dataclass(frozen=True, kw_only=True)
+class ColumnReader(Reader):
     """Args: flat_k: entries per position where the lists of entries are flat."""
 
-    files: Sequence[Path]
     columns: Mapping[str, str]  # role -> column
-    values: Values
-    shift: int = 0
     flat_k: int | None = None
     optional: frozenset[str] = frozenset()
 
     @property
     def renormalised(self) -> bool:
-        return self.values == "renormalised" or (self.values == "logits" and "normaliser" not in self.columns)
-
-    @property
-    def total(self) -> int | None:
-        return count_records(self.files)
+        return super().renormalised or (self.values == "logits" and "normaliser" not in self.columns)
 
     @property
     def description(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints, Values
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, rectangle
-from pipeline.importing.readers.source_files import Record, count_records, records
+from pipeline.importing.readers.source_files import Record, records
 
 CONFIG = "compression_config.yaml"
 LOGPROBS, INDICES = "compressed_logprobs", "bytepacked_indices"
@@ -194,17 +195,9 @@ def unpack_integers(data: NDArray[np.uint8], bits: int, number: int) -> Ints:
     return (shifted & np.uint64(2**bits - 1)).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class DistillKitReader:
-    files: Sequence[Path]
+@dataclass(frozen=True, kw_only=True)
+class DistillKitReader(Reader):
     compression: Compression
-    shift: int = 0
-    values: Values = field(default="logprobs", init=False)
-    renormalised: bool = field(default=False, init=False)
-
-    @property
-    def total(self) -> int | None:
-        return count_records(self.files)
 
     @property
     def description(self) -> Mapping[str, Any]:

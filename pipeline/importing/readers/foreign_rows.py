@@ -5,15 +5,11 @@ Shapes: T tokens, P predictions (lists), E entries of all lists. Nothing is shif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from pipeline.importing.readers.source_files import Record
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -53,33 +49,3 @@ class ForeignRow:
     position_mask: NDArray[np.bool_] | None = None
     documents: Ints | None = None
     unknown_entries: int = 0
-
-
-class Reader(Protocol):
-    """How one format is read; `values` says what the numbers of its entries are."""
-
-    @property
-    def values(self) -> Values: ...
-
-    @property
-    def renormalised(self) -> bool:
-        """Whether values sum to 1 over the listed tokens, so that the teacher's tail mass is lost."""
-        ...
-
-    @property
-    def total(self) -> int | None:
-        """Number of records, if it is known in advance."""
-        ...
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        """What decided how records are read, to record in the manifest."""
-        ...
-
-    def records(self) -> Iterator[Record]:
-        """All records, in order; can be called again. Raises: DataError."""
-        ...
-
-    def decode(self, record: Record) -> ForeignRow:
-        """Raises: BadRow, UnusableRow."""
-        ...

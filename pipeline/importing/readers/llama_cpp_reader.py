@@ -9,15 +9,15 @@ the largest are clipped to it. Only the most likely are read out of each row; th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Values
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.source_files import Record
 
 MAGIC = b"_logits_"
@@ -76,23 +76,15 @@ class _Base:
         return data[: len(data) // self.width * self.width].reshape(-1, self.width)
 
 
-@dataclass(frozen=True)
-class LlamaCppReader:
+@dataclass(frozen=True, kw_only=True)
+class LlamaCppReader(Reader):
     """Args: top_k: entries to read of each row."""
 
-    files: Sequence[Path]
     top_k: int
-    shift: int = 0
-    values: Values = field(default="logprobs", init=False)
-    renormalised: bool = field(default=False, init=False)
 
     @property
     def total(self) -> int | None:
         return sum(_Base.open(path).n_chunk for path in self.files)
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        return {}
 
     def records(self) -> Iterator[Record]:
         for path in self.files:

@@ -14,39 +14,28 @@ depends on it; an entry whose token is not known joins the tail.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.importing.readers.axolotl_reader import chat_tokens
-from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, UnusableRow, Values
+from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, UnusableRow
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, plain
-from pipeline.importing.readers.source_files import Record, count_records, records
+from pipeline.importing.readers.source_files import Record, records
 from pipeline.importing.readers.token_names import TokenNames, token_of
 
 Entry = tuple[int | None, Any]  # token, if it is known, and its log-probability
 
 
-@dataclass(frozen=True)
-class ServerReader:
-    files: Sequence[Path]
+@dataclass(frozen=True, kw_only=True)
+class ServerReader(Reader):
     tokenizer: PreTrainedTokenizerBase
     shift: int = 1
-    values: Values = field(default="logprobs", init=False)
-    renormalised: bool = field(default=False, init=False)
-
-    @property
-    def total(self) -> int | None:
-        return count_records(self.files)
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        return {}
 
     @cached_property
     def names(self) -> TokenNames:

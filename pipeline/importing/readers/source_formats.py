@@ -12,7 +12,7 @@ from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.axolotl_reader import LISTS, AxolotlReader
 from pipeline.importing.readers.column_reader import PRESETS, REQUIRED, ColumnReader, first_columns, parse_columns
 from pipeline.importing.readers.distillkit_reader import INDICES, LOGPROBS, Compression, DistillKitReader, find_layout
-from pipeline.importing.readers.foreign_rows import Reader
+from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.llama_cpp_reader import MAGIC, LlamaCppReader
 from pipeline.importing.readers.server_reader import ServerReader
 from pipeline.importing.readers.source_files import DATA_FILES, find_files
@@ -42,13 +42,16 @@ def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
     if form == "columns" or form in PRESETS:
         return _columns(config, files, form)
     if form == "distillkit":
-        return DistillKitReader(files, Compression.from_yaml(find_layout(config.layout, files)), **shift)
+        return DistillKitReader(
+            files=files, compression=Compression.from_yaml(find_layout(config.layout, files)), **shift
+        )
     if form == "axolotl":
         columns = first_columns(files)
-        return AxolotlReader(files, tokenizer, next((each for each in LISTS if each in columns), None), **shift)
+        column = next((each for each in LISTS if each in columns), None)
+        return AxolotlReader(files=files, tokenizer=tokenizer, column=column, **shift)
     if form == "responses":
-        return ServerReader(files, tokenizer, **shift)
-    return LlamaCppReader(files, config.top_k or LLAMA_CPP_TOP_K)
+        return ServerReader(files=files, tokenizer=tokenizer, **shift)
+    return LlamaCppReader(files=files, top_k=config.top_k or LLAMA_CPP_TOP_K)
 
 
 def _form(config: ImportConfig, files: Sequence[Path]) -> str:
@@ -98,8 +101,8 @@ def _columns(config: ImportConfig, files: Sequence[Path], form: str) -> ColumnRe
         option = "values" if values is None else "shift"
         raise ConfigError(f"`{option}`: missing, because columns of any name may hold anything. Give it.")
     return ColumnReader(
-        files,
-        columns,
+        files=files,
+        columns=columns,
         values=values,
         shift=shift,
         flat_k=config.flat_k,
