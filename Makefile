@@ -45,10 +45,11 @@ demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in t
 demo-generate: $(STAMP) ## the teacher answers problems, right answers are cached: a few minutes
 	$(PY) -m benchmarks.reasoning --output demo-output
 
-test: $(STAMP)   ## the whole suite, tiny models, no network: seven minutes on two cores
+test: $(STAMP)   ## the whole suite, tiny models, no network: five minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
-test-slow: $(STAMP)  ## the tests that take long: several processes, kills, the wheel
+test-slow: $(STAMP)  ## the tests that take long: exhaustive ones, several processes, kills, the wheel
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m long
 	$(PY) -m pytest -m slow
 
 test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT

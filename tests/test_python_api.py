@@ -100,6 +100,7 @@ def test_data_in_memory_writes_the_same_shards(made: Path, teacher_dir: Path, te
         distill.cache_teacher(teacher_dir, [], tmp_path / "empty", **SMALL)
 
 
+@pytest.mark.long
 def test_a_loaded_student_is_trained_in_place(made: Path, student_dir: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 4, "device": "cpu"}
     distill.train_student(made / "cache", student_dir, tmp_path / "path", **options)

@@ -12,6 +12,7 @@ import cache_format as cf
 from benchmarks import fuzz, fuzzed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", fuzzed.TARGETS)
 def test_kept_inputs_are_rows_or_an_error(target: str, tmp_path: Path):
     sound, instead = fuzzed.part_of(*fuzzed.TARGETS[target])
@@ -48,6 +49,7 @@ def test_another_file_than_the_damaged_one_does_not_count(tmp_path: Path):
     assert fuzz._outcome(tmp_path, fuzzed.SHARD, expected).startswith("found, FILE NOT NAMED")
 
 
+@pytest.mark.long
 def test_the_search_would_see_a_silent_change(monkeypatch: pytest.MonkeyPatch):
     """With checksums made true again a flip may well change a value."""
     written = Path.write_bytes

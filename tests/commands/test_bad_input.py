@@ -61,6 +61,7 @@ def instead(command: str, option: str, value: str) -> str:
 # -- stage one: text and teacher --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "option, value, expected",
     [
@@ -153,6 +154,7 @@ DAMAGE = {
 IN_A_SHARD = {"truncated shard", "flipped bit", "missing shard"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("command", [TRAIN, EVALUATE, "verify cache", "stats cache"])
 def test_damaged_cache(here: Path, command: str, damage: str):
@@ -196,6 +198,7 @@ def test_file_as_cache(here: Path):
 # -- the student ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [TRAIN, EVALUATE])
 @pytest.mark.parametrize(
     "student, expected",
@@ -220,6 +223,7 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
         assert ("end at the same place: --cross-tokenizer project." in found) == (command == EVALUATE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -275,6 +279,7 @@ def test_no_student_at_all(here: Path):
 # -- wrong usage ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command, expected",
     [

@@ -13,6 +13,7 @@ from test_bad_input import CACHE_TEACHER, TRAIN, complain, instead
 from runs import build_cache
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command, output, expected",
     [
@@ -59,6 +60,7 @@ INPUTS_IN_OUTPUT = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command, output, option, place", INPUTS_IN_OUTPUT)
 def test_input_that_the_output_would_replace(here: Path, command: str, output: str, option: str, place: str):
     for folder in ("trained", "cache"):

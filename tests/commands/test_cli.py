@@ -136,6 +136,7 @@ def test_both_stages_and_the_evaluation(tmp_path: Path, teacher_dir: Path, stude
     assert f"{trained['kl']:.4f}" in result.stdout and f"{untrained['kl']:.4f}" in result.stdout
 
 
+@pytest.mark.long
 def test_evaluation_on_stdout(folder: Path):
     words = ["evaluate", "--cache", folder / "cache", "--student", folder / "trained", "--max-rows", 2, "--json"]
     data = json.loads(run(*words).stdout)
@@ -209,6 +210,7 @@ def cache_command(teacher: Path, text: Path, output: Path) -> list[str]:
     return [str(word) for word in words]
 
 
+@pytest.mark.long
 @SIGNALS
 def test_interrupted_capture_is_continued_to_the_same_bytes(
     tmp_path: Path, teacher_dir: Path, text_file: Path, number: int, monkeypatch: pytest.MonkeyPatch
@@ -239,6 +241,7 @@ def test_interrupted_capture_is_continued_to_the_same_bytes(
     assert kept.items() <= shards(parts).items()
 
 
+@pytest.mark.long
 @SIGNALS
 def test_interrupted_training_is_resumed(folder: Path, tmp_path: Path, student_dir: Path, number: int, monkeypatch):
     from pipeline.student.training import train as module

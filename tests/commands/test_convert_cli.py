@@ -59,6 +59,7 @@ def test_help_says_what_stays_and_gives_an_example():
     assert "--encoding [columns|packed]" in run("cache-teacher", "--help-all").stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
     [
@@ -103,6 +104,7 @@ def test_result_for_scripts(folder: Path, tmp_path: Path):
     assert sizes[str(output)] == sum(file.stat().st_size for file in on_disk)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_captured_and_converted_are_the_same(folder: Path, tmp_path: Path, kind: str):
     """To the byte, whichever came first."""
@@ -115,6 +117,7 @@ def test_captured_and_converted_are_the_same(folder: Path, tmp_path: Path, kind:
     assert (contents(columns), contents(packed)) == before
 
 
+@pytest.mark.long
 def test_several_changes_at_once(folder: Path, tmp_path: Path):
     words = ["--top-k", 4, "--levels", 64, "--rows-per-shard", 5, "--rows-per-record-batch", 2]
     run("convert", folder / "top-k-columns", tmp_path / "few", *words, "--compression-level", 1, "--encoding", "packed")
@@ -131,6 +134,7 @@ def test_several_changes_at_once(folder: Path, tmp_path: Path):
         assert "intact" in run("verify", tmp_path / name, "--deep").stdout
 
 
+@pytest.mark.long
 def test_a_student_learns_from_a_thinned_cache(folder: Path, tmp_path: Path, student_dir: Path):
     """With the loss of threshold targets; the KL that is logged is that of the whole cache, but for the draws."""
     run("convert", folder / "threshold-columns", tmp_path / "thin", "--tail-threshold", 0.2)
@@ -207,6 +211,7 @@ def test_a_damaged_source(folder: Path, tmp_path: Path):
     assert not (tmp_path / "output/manifest.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_interrupted_and_continued(folder: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch):
     source, whole, parts = folder / "top-k-columns", tmp_path / "whole", tmp_path / "parts"
@@ -234,6 +239,7 @@ def test_interrupted_and_continued(folder: Path, tmp_path: Path, number: int, mo
 # -- a packed cache in every other command ----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_capture_reports_the_same(folder: Path, tmp_path: Path, teacher_dir: Path, text_file: Path, kind: str):
     found = {}
@@ -274,6 +280,7 @@ def test_verify_counts_the_same(folder: Path, kind: str):
     assert columns == packed and columns["ok"] is True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_learns_the_same(folder: Path, tmp_path: Path, student_dir: Path, kind: str):
     """The same weights to the last bit, the same evaluation to the last digit."""

@@ -177,6 +177,7 @@ def outcome(files: fuzzed.Files, folder: Path, student: Path) -> set[str]:
 KINDS = [("captured", "manifest.json"), ("hidden", "manifest.json"), ("packed", fuzzed.SIDECAR)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, name", KINDS)
 @settings(max_examples=12, derandomize=True)
 @given(data=st.data())
@@ -235,6 +236,7 @@ def test_so_are_lies_of_a_sidecar(annotations: Any, caches: dict[str, fuzzed.Fil
         fuzzed.read_all(cf.open_cache(written(resealed(caches["packed"], fuzzed.SIDECAR, tree), scratch)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["captured", "packed", "hidden"])
 def test_what_is_not_changed_is_not_refused(
     kind: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path

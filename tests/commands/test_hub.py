@@ -146,6 +146,7 @@ def test_a_run_that_could_not_be_pushed_is_refused(fake: Hub, teacher_dir: Path,
         cf.open_cache("memory://c4")
 
 
+@pytest.mark.long
 def test_the_process_that_finishes_the_cache_pushes_it(
     fake: Hub, teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

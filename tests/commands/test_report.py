@@ -109,6 +109,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule, encoding, beside", PARTS)
 def test_the_lines_of_stats_add_up_to_the_size(
     rule: TargetRule, encoding: str, beside: set[str], teacher_dir: Path, chat_file: Path, tmp_path: Path
@@ -126,6 +127,7 @@ def test_the_lines_of_stats_add_up_to_the_size(
     assert shown_sizes["together"] == pytest.approx(stats["bytes_per_token"], abs=0.006)
 
 
+@pytest.mark.long
 def test_a_packed_column_is_its_streams_and_little_else(teacher_dir: Path, chat_file: Path, tmp_path: Path):
     rule = TargetRule(kind="threshold", tail_threshold=0.1)
     path = build_cache(tmp_path / "cache", teacher_dir, chat_file, targets=rule, encoding="packed")

@@ -32,6 +32,7 @@ def accepted(cache: cf.Cache, **loss: object) -> str | None:
         return None
 
 
+@pytest.mark.long
 def test_the_table_of_losses_and_targets_is_what_the_code_accepts(
     tmp_path: Path, teacher_dir: Path, text_file: Path
 ) -> None:

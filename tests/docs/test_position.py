@@ -86,6 +86,7 @@ def test_temperatures_by_hand(found: position.Position, logits: np.ndarray) -> N
     assert most_likely == (found.name(best), pytest.approx([p[best] for p in tempered], abs=0.00051))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", position.RULES)
 def test_what_is_stored_is_what_a_cache_stores(
     name: str, found: position.Position, teacher_dir: Path, tmp_path: Path

@@ -33,6 +33,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).log_softmax(dim=-1).numpy()
 
 
+@pytest.mark.long
 def test_numbers_are_those_of_full_logits(folder: Path, student_dir: Path):
     cache = cf.open_cache(folder / "sparse")
     found = run(folder / "sparse", student_dir, batch_size=5)
@@ -43,6 +44,7 @@ def test_numbers_are_those_of_full_logits(folder: Path, student_dir: Path):
     assert found.tokens == cache.num_loss_tokens
 
 
+@pytest.mark.long
 def test_with_all_candidates_it_is_the_divergence_of_the_two_models(folder: Path, teacher_dir: Path, student_dir: Path):
     teacher, student = (
         AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (teacher_dir, student_dir)
@@ -102,6 +104,7 @@ def test_hopeless_student_has_a_finite_perplexity():
     assert np.isfinite(Evaluation.from_sums(1.0, 1e6, 0.0, 1.0, "full").perplexity)
 
 
+@pytest.mark.long
 def test_a_remote_cache_is_read_once_over_the_network(folder: Path, student_dir: Path, tmp_path: Path, monkeypatch):
     """`--cache-dir`, of both commands: what was read lies there, and is not fetched again."""
     import shutil

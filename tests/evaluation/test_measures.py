@@ -80,6 +80,7 @@ def dense(caches: dict[str, Path], teacher_dir: Path, student_dir: Path) -> dict
     }
 
 
+@pytest.mark.long
 def test_full_distributions_give_every_metric_exactly(found: dict[str, Evaluation], dense: dict[str, float]):
     metrics = found["hidden"].metrics
     for name, expected in dense.items():
@@ -142,6 +143,7 @@ def test_comparison_is_paired_over_rows():
         compare(rows(hard), rows(hard[:-1]), Supported(kl="full"))
 
 
+@pytest.mark.long
 def test_the_command_compares_students(caches: dict[str, Path], teacher_dir: Path, student_dir: Path, tmp_path: Path):
     words = ["evaluate", "--cache", caches["top-k"], "--student", student_dir, "--student", teacher_dir]
     words += ["--device", "cpu", "--json", tmp_path / "out.json"]

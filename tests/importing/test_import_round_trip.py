@@ -35,6 +35,7 @@ K = 6
 # ---- import: stops and repetitions
 
 
+@pytest.mark.long
 def test_an_interrupted_import_ends_with_the_same_bytes(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -99,6 +100,7 @@ def test_numbers_of_an_imported_cache_are_plausible(tmp_path: Path, tokenizer: A
 # ---- export
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", ["parquet", "axolotl"])
 def test_export_and_import_give_the_same_entries(
     format: str, tmp_path: Path, teacher_dir: Path, text_file: Path, tokenizer: Any
@@ -157,6 +159,7 @@ def test_what_cannot_be_exported(tmp_path: Path):
 # ---- students
 
 
+@pytest.mark.long
 def test_students_of_both_caches_are_the_same(
     tmp_path: Path,
     teacher_dir: Path,

@@ -160,6 +160,7 @@ def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, divergence, tail",
     [
@@ -289,6 +290,7 @@ def test_a_function_that_returns_something_else_is_told_what_is_expected(own: Pa
         DivergenceSum.parse("needs_more.f")
 
 
+@pytest.mark.long
 def test_the_documented_example_runs(own: Path, teacher_dir: Path, student_dir: Path, text_file: Path) -> None:
     (code,) = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCS, re.DOTALL)
     (own / code[0]).write_text(code[1])

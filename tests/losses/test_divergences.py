@@ -82,6 +82,7 @@ def test_the_formulas_by_hand() -> None:
     assert divergences.alpha_beta(log_p, log_q, 0.0, 0.0).item() == pytest.approx(0.5302460, abs=1e-7)
 
 
+@pytest.mark.long
 @every_temperature
 @every_case
 def test_all_tokens_is_the_textbook_formula(spec: str, tail: str, temperature: float) -> None:
@@ -171,6 +172,7 @@ RANGES = {"tvd": 1.0, "js(0.1)": 0.3250830, "js(0.9)": 0.3250830}
 RANGES |= {"skew-forward-kl(0.1)": math.log(10), "skew-reverse-kl(0.3)": -math.log(0.3)}
 
 
+@pytest.mark.long
 @settings(max_examples=30)
 @extremes(TEMPERATURES)
 def test_never_negative_within_its_range_and_always_finite(
@@ -214,6 +216,7 @@ def hostile_targets(dtype: torch.dtype) -> SparseTargetBatch:
     )
 
 
+@pytest.mark.long
 @every_temperature
 @every_case
 def test_one_hot_teachers_and_absent_entries(spec: str, tail: str, temperature: float) -> None:

@@ -40,6 +40,7 @@ class Problem:
         return [x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
 
 
+@pytest.mark.long
 @every_case
 def test_fused_and_general_head_equal_the_reference(spec: str, tail: str) -> None:
     problem = Problem()

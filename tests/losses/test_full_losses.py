@@ -97,6 +97,7 @@ def test_values_are_those_of_the_textbook_at_every_temperature(spec: str, temper
     assert found.count.item() == problem.count
 
 
+@pytest.mark.long
 @every_divergence
 def test_loss_and_gradients_equal_those_of_all_tokens_as_entries(spec: str) -> None:
     """`sparse_kl` with K = V, whose gradients are autograd's, in fp64; a linear head and one that caps its logits."""
@@ -203,6 +204,7 @@ def test_integers_with_a_scale_are_the_numbers_that_they_stand_for() -> None:
     assert first.loss.item() == pytest.approx(second.loss.item(), rel=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("spec", ["forward-kl", "js(0.5):2,tvd:0.5,pairwise:0.1"])
 def test_nothing_of_size_positions_times_vocabulary_exists(spec: str, general: bool) -> None:

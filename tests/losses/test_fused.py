@@ -146,6 +146,7 @@ def test_sums_are_those_of_the_reference(tail: str) -> None:
             assert getattr(found, name).requires_grad == (name == "loss")
 
 
+@pytest.mark.long
 @every_tail
 @every_temperature
 def test_gradient_by_finite_differences(tail: str, temperature: float) -> None:
@@ -407,6 +408,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("general", [False, True])
 def test_nothing_of_size_positions_times_vocabulary_exists(dtype: torch.dtype, general: bool) -> None:

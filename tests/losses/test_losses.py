@@ -156,6 +156,7 @@ def test_bucket_is_a_lower_bound_and_the_label_policy_is_the_kl_to_entries_plus_
     assert (sparse_kl(logits, targets, reduction="none") <= whole + 1e-12).all()
 
 
+@pytest.mark.long
 @every_temperature
 @every_tail
 def test_gradient(tail: str, temperature: float) -> None:

@@ -67,6 +67,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by", ["fused", "general"])
 @pytest.mark.parametrize("divergence, tail, temperature", LOSSES)
 @pytest.mark.parametrize("kl_tail", ["sampled", "bucket"])
@@ -169,6 +170,7 @@ def evaluated(cache: Path, student: Path, **options: Any) -> Any:
     return evaluate(EvaluateConfig(cache=str(cache), student=str(student), device="cpu", **options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -198,6 +200,7 @@ def test_logged_and_held_out_kl_is_what_evaluate_says(
     assert ("soft" in summary.eval) == bool(options.keys() & {"tail", "divergence"} and options.get("kd_weight") != 0)
 
 
+@pytest.mark.long
 def test_it_is_near_the_truth_where_there_is_a_sample_and_below_it_where_there_is_none(
     folder: Path, student_dir: Path
 ) -> None:
@@ -216,6 +219,7 @@ def test_conditions_and_the_best_checkpoint_can_follow_it(folder: Path, student_
     assert said == pytest.approx(min(each["kl"] for each in summary.evaluations), rel=1e-5)
 
 
+@pytest.mark.long
 def test_of_several_caches_it_is_sampled_only_if_all_of_them_are(
     folder: Path, student_dir: Path, tmp_path: Path
 ) -> None:
@@ -230,6 +234,7 @@ def test_of_several_caches_it_is_sampled_only_if_all_of_them_are(
         assert summary.eval["kl"] == pytest.approx(evaluated(folder / "threshold", student_dir).kl, rel=1e-5)
 
 
+@pytest.mark.long
 def test_rows_in_another_tokenizers_tokens_have_no_sample(folder: Path, tmp_path: Path) -> None:
     student = tiny_llama(tmp_path / "foreign", tiny_tokenizer(330, seed=7), layers=1, hidden=16, seed=3)
     for method, options in (("project", {"divergence": "reverse-kl"}), ("uld", {})):
@@ -241,6 +246,7 @@ def test_rows_in_another_tokenizers_tokens_have_no_sample(folder: Path, tmp_path
         assert summary.kl_estimate_kind == said.kl_estimate_kind == "lower bound"
 
 
+@pytest.mark.long
 def test_a_lower_bound_is_called_one_once(folder: Path, student_dir: Path, tmp_path: Path) -> None:
     for name, times in (("top-k", 1), ("threshold", 0)):
         output, cache = tmp_path / name, folder / name

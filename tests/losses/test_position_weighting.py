@@ -41,6 +41,7 @@ def expected_weights(weighting: str, logits: Tensor, entropy: Tensor) -> Tensor:
     return (entropy if weighting == "teacher-entropy" else torch.from_numpy(own)) / np.log(logits.shape[1])
 
 
+@pytest.mark.long
 @every_weighting
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("divergence, tail", LOSSES)
@@ -147,6 +148,7 @@ def run(folder: Path, name: str, student: Path, **options: Any) -> None:
     train(folder / name, folder / "cache", student=student, **arguments, **options)
 
 
+@pytest.mark.long
 def test_a_weighting_trains_another_student(folder: Path, student_dir: Path) -> None:
     trained = {name: weights(folder / name) for name in POSITION_WEIGHTINGS}
     for name, other in (("uniform", "teacher-entropy"), ("teacher-entropy", "student-entropy")):
@@ -160,6 +162,7 @@ def test_a_weighting_trains_another_student(folder: Path, student_dir: Path) -> 
         assert "soft" not in first[name]  # cannot be told from a weighted sum
 
 
+@pytest.mark.long
 @every_weighting
 def test_accumulated_steps_are_those_of_one_batch(folder: Path, student_dir: Path, weighting: str) -> None:
     for size, steps in ((2, 4), (1, 8)):

@@ -73,6 +73,7 @@ def test_the_gradient_is_that_of_the_student_less_the_weights(kind: str, tempera
     torch.testing.assert_close(gradient, temperature * ((z / temperature).softmax(1) - w), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.long
 @every_kind
 def test_realized_is_unbiased_over_the_labels_that_the_teacher_would_write(kind: str) -> None:
     """The expectation over every label of the vocabulary, exactly, is the divergence of the full distributions."""

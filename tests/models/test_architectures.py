@@ -47,6 +47,7 @@ def cached(
     return folder
 
 
+@pytest.mark.long
 def test_cached_targets_equal_the_models_own_log_softmax(cached: Path) -> None:
     cache = cf.open_cache(cached / "cache")
     model = AutoModelForCausalLM.from_pretrained(cached / "teacher", dtype=torch.float64).eval()

@@ -57,6 +57,7 @@ def alone(head: Head, rows: list[Row], layers: tuple[int, ...] = (1,)) -> tuple[
     return last, first
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_states_and_gradients_are_those_of_each_document_alone(architecture: str) -> None:
     head, rows = opened(architecture), some_rows()
@@ -112,6 +113,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
 def test_nothing_has_as_many_elements_as_a_mask(architecture: str) -> None:
     length = 1500

@@ -136,6 +136,7 @@ def masks(path: Path) -> list[tuple[int, ...]]:
     return [tuple(np.where(row.loss_mask, row.labels, -1)) + tuple(row.input_ids) for row in cf.open_cache(path)]
 
 
+@pytest.mark.long
 def test_neither_batch_size_nor_shards_change_the_pattern(masked_dir: Path, tmp_path: Path) -> None:
     for i, options in enumerate(({"batch_size": 1}, {"batch_size": 5, "rows_per_shard": 7})):
         cache_teacher(settings(masked_dir, "modernbert", tmp_path / str(i), **options))
@@ -320,6 +321,7 @@ def test_on_the_command_line(masked_dir: Path, tmp_path: Path) -> None:
     assert "in its place" in (tmp_path / "cache/README.md").read_text()
 
 
+@pytest.mark.long
 def test_plan_and_verify_run_a_masked_teacher_as_capture_does(masked_dir: Path, tmp_path: Path) -> None:
     options = {"masking": MaskRule(probability=0.3), "rows_per_shard": 1000}
     plan = plan_cache(settings(masked_dir, "roberta", tmp_path / "cache", **options))

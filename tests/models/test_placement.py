@@ -49,6 +49,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["tied", "padded"])
 @pytest.mark.parametrize("name", MAPS)
 def test_spread_teacher_is_the_same_teacher(

@@ -293,6 +293,7 @@ def test_a_second_run_writes_the_same_bytes(packed: Path, teacher_dir: Path, tex
     assert contents(tmp_path / "cache") == contents(packed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [1, ROWS_PER_SHARD, ROWS_PER_SHARD + 1, 2 * ROWS_PER_SHARD + 9])
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     after: int, packed: Path, teacher_dir: Path, text_file: Path, tmp_path: Path

@@ -61,6 +61,7 @@ def check_targets(row: cf.CacheRow, logprobs: np.ndarray, metadata: cf.CacheMeta
     return float(np.mean(sure)) if sure else 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_any_rule(rule: TargetRule, teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     cache_teacher(settings(teacher_dir, text_file, tmp_path / "cache", targets=rule))
@@ -94,6 +95,7 @@ def test_a_sample_of_another_row_or_position_is_detected(
         check_targets(row, document_logprobs(load(teacher_dir), row, metadata.vocab_size), metadata, rule)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", SAMPLING, ids=rule_name)
 def test_neither_batch_size_nor_shards_change_a_sample(
     rule: TargetRule, teacher_dir: Path, text_file: Path, tmp_path: Path

@@ -42,6 +42,7 @@ def model(teacher: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_targets_are_those_behind_the_prompt_of_the_teacher(

@@ -110,6 +110,7 @@ def test_a_run_is_continued_with_the_same_prompts_only(teacher: Path, tmp_path: 
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_verify_reads_the_prompts_of_the_teacher_again(kind: str, teacher: Path, tmp_path: Path) -> None:
     rows, _ = KINDS[kind]()

@@ -53,6 +53,7 @@ def planned(words: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("targets", "encoding"),
     [
@@ -90,6 +91,7 @@ def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: 
     assert default["chosen"] and default["targets"]["kind"] == "threshold"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_small_shards_cost_what_they_will_cost(words: list[Any], tmp_path: Path, planned: dict[str, Any], rows: int):
     given = [*words, "--output", tmp_path / "cache", "--rows-per-shard", rows]
@@ -101,6 +103,7 @@ def test_small_shards_cost_what_they_will_cost(words: list[Any], tmp_path: Path,
     assert rule["bytes"]["columns"] > 1.1 * planned["rules"][0]["bytes"]["columns"]
 
 
+@pytest.mark.long
 def test_other_kinds_are_compared_with_the_same_samples_and_temperature(words: list[Any], tmp_path: Path):
     given = [*words, "--output", tmp_path / "c", "--rows", 2, "--targets", "threshold", "--samples", 3]
     given += ["--temperature", 2]
@@ -111,6 +114,7 @@ def test_other_kinds_are_compared_with_the_same_samples_and_temperature(words: l
     assert run("plan", *given).stdout.count("threshold 0.05") == 1
 
 
+@pytest.mark.long
 def test_of_several_processes_each_takes_its_own_device_and_the_first_speaks(
     words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -130,6 +134,7 @@ def test_of_several_processes_each_takes_its_own_device_and_the_first_speaks(
     assert "Predicted cost of this cache" in run("plan", *words, "--output", tmp_path / "c", "--rows", 2).stdout
 
 
+@pytest.mark.long
 def test_time_and_cost_follow_from_the_speed(words: list[Any], tmp_path: Path):
     output = run("plan", *words, "--output", tmp_path / "c", "--rows", 4, "--cost-per-hour", 36, "--json").stdout
     found = json.loads(output)
@@ -156,6 +161,7 @@ def test_slow_writing_limits_the_speed(words: list[Any], tmp_path: Path, monkeyp
     assert "* limited by encoding" in run("plan", *words, "--output", tmp_path / "c", "--rows", 4).stdout
 
 
+@pytest.mark.long
 def test_a_disk_that_is_too_small_is_said(words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Usage(NamedTuple):
         total: int = 10**9
@@ -171,6 +177,7 @@ def test_a_disk_that_is_too_small_is_said(words: list[Any], tmp_path: Path, monk
     assert json.loads(run("plan", *words, "--output", "memory://x", "--rows", 4, "--json").stdout)["fits"] is True
 
 
+@pytest.mark.long
 def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A text whose second half is one word: much of the sample must be of it."""
     text = tmp_path / "text.txt"

@@ -154,6 +154,7 @@ def test_signals_one_after_the_other(teacher_dir: Path, text_file: Path, tmp_pat
 # -- run again ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_same_command_on_a_finished_cache_succeeds_and_changes_nothing(
     whole, teacher_dir: Path, text_file: Path, tmp_path: Path
 ):
@@ -181,6 +182,7 @@ def interrupted(config: CacheTeacherConfig) -> dict[str, bytes]:
     return contents(Path(config.output))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_cache_goes_on_with_the_rows_together_that_it_was_begun_with(
     finished: bool, teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +252,7 @@ def test_second_run_is_refused_before_it_loads_anything(teacher_dir: Path, text_
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_shard_ranges_of_two_machines_are_merged(whole, teacher_dir: Path, text_file: Path, tmp_path: Path):
     encoding, expected = whole
     config = settings(teacher_dir, text_file, tmp_path / "cache", encoding=encoding)

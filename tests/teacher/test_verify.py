@@ -49,6 +49,7 @@ def verify(*words: Any, status: int = 0) -> str:
     return result.stdout if "--json" in words else result.output
 
 
+@pytest.mark.long
 def test_what_capture_writes_is_plausible_and_is_what_the_teacher_says(cache: Path, teacher_dir: Path):
     assert "every checksum holds, and every rule." in verify(cache, "--deep")
     found = verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=str(teacher_dir), rows=5, device="cpu"))
@@ -108,6 +109,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("bug", "rule", "says"), WRONG, ids=lambda part: getattr(part, "__name__", None))
 def test_a_wrong_distribution_is_found_by_its_numbers_alone(
     tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, bug: Any, rule: Any, says: str

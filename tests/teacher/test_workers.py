@@ -70,6 +70,7 @@ def test_writer_elsewhere_counts_as_gone_when_the_user_says_so(tmp_path: Path, t
 # -- the same things by other names -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_another_spelling_of_the_same_files_goes_on_with_the_run(
     tmp_path: Path, teacher_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -161,6 +162,7 @@ def interrupted(*_: object) -> None:
 # -- reading over a network -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_student_of_a_cache_on_a_store_has_a_worker_that_reads_ahead(
     tmp_path: Path, teacher_dir: Path, student_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ):

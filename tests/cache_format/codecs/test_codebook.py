@@ -19,6 +19,7 @@ def logs(probabilities: list[float]) -> np.ndarray:
         return np.log(np.array(probabilities)).astype(np.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("smallest", [1e-12, 1e-4, None])
 @pytest.mark.parametrize("levels", [256, 255, 64])
 @given(st.lists(PROBABILITIES, min_size=1))

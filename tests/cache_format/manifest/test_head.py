@@ -164,6 +164,7 @@ LIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lie", LIES)
 def test_a_head_that_lies_is_refused_with_its_name(lie: str, tmp_path: Path) -> None:
     write(tmp_path / "cache")

@@ -422,6 +422,7 @@ def damaged(path: Path, part: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 def test_random_damage_to_sample_counts_never_crashes(original_with_samples, tmp_path):
     path = shutil.copytree(original_with_samples, tmp_path / "cache")
     outcomes = set()
@@ -454,6 +455,7 @@ def test_compression_bomb(path):
     assert "expands to more bytes" in complaint(path, cf.CorruptShardError)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["header", "record batch"])
 def test_random_damage_under_true_checksums_never_crashes(path, part):
     """Fuzzing: whatever the bytes of a shard say, the answer is rows or a CacheError."""

@@ -32,6 +32,7 @@ DIGESTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("said", ["absolute", "../../precious.txt", "AB" * 32, "ab" * 32 + "\n"])
 @pytest.mark.parametrize("part", DIGESTS)
 def test_no_checksum_leads_out_of_the_local_copies(tmp_path: Path, part: str, said: str):
@@ -116,6 +117,7 @@ CLAIMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_manifest_cannot_ask_for_more_memory_than_the_files_are_worth(tmp_path: Path, name: str):
     change, expected = CLAIMS[name]
@@ -150,6 +152,7 @@ def zeros(tokens: int) -> cf.CacheRow:
     return cf.CacheRow(0, nothing.astype(np.uint16), nothing.astype(bool), np.array([tokens]), targets)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["columns", "packed"])
 def test_what_compresses_a_thousandfold_is_neither_read_nor_written(
     tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch

@@ -44,6 +44,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [1, 2, 5, 100])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_rows_in_order_with_bounded_memory(limit: int, shuffled: bool) -> None:

@@ -126,6 +126,7 @@ def test_importing_loads_only_the_errors():
     assert {name for name in modules if name.startswith("cache_format.")} == {"cache_format.cache_errors"}
 
 
+@pytest.mark.long
 def test_using_every_name_loads_nothing_but_the_storage_libraries():
     code = "import sys, cache_format as cf; [getattr(cf, name) for name in cf.__all__]; print(*sys.modules)"
     modules = set(fresh(code).split())
@@ -159,6 +160,7 @@ def test_the_errors_are_one_tree():
         assert issubclass(error, cf.CacheError) and issubclass(error, cf.DistillError)
 
 
+@pytest.mark.long
 def test_a_forked_worker_reads_an_open_cache(path):
     """As a DataLoader worker does: the parent has mapped shards and decoded batches already."""
     code = """

@@ -26,6 +26,7 @@ from packed_samples import (
 # -- fewer exact entries ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, k", [("top-k", 1), ("top-k", 2), ("top-p", 5), ("top-k", 8)])
 def test_dropped_entries_join_the_residual(tmp_path, kind, k):
     """Against a loop over positions of the source."""
@@ -96,6 +97,7 @@ def test_counts_become_as_narrow_as_they_can(tmp_path):
 # -- fewer samples ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["columns", "packed"])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_the_first_samples_are_kept_as_one_estimate(tmp_path, three_samples, samples, encoding):
@@ -157,6 +159,7 @@ ENUMERATIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("samples", [1, 2, 3])
 @pytest.mark.parametrize("name", ENUMERATIONS)
 def test_fewer_samples_are_unbiased(tmp_path, name, samples):
@@ -267,6 +270,7 @@ def weights_of(cache: cf.Cache, sample: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [[0.3], [0.15, 0.3], [1.0]], ids=str)
 def test_a_larger_threshold_is_unbiased(tmp_path, repeated, steps):
     """At once, in two steps, and up to one entry besides the most likely one."""

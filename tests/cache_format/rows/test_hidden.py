@@ -65,6 +65,7 @@ def check_same(found: cf.HiddenStates | None, expected: cf.HiddenStates | None, 
 # ---- stored and read
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("alignment", ["next", "same"])
 @pytest.mark.parametrize("encoding", ["columns", "packed"])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -198,6 +199,7 @@ def test_specifications_that_mean_nothing(changes: dict[str, Any]) -> None:
         cf.HiddenSpec.from_json({**hidden_metadata("int8").targets["hidden"], **changes})
 
 
+@pytest.mark.long
 def test_the_bit_test_for_half_floats_is_that_of_numpy() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
     for value, finite in zip(every, np.isfinite(every[:, 0]), strict=True):
@@ -238,6 +240,7 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lie", HOSTILE)
 def test_lies_are_found(lie: str, tmp_path: Path) -> None:
     dtype, change, words = HOSTILE[lie]

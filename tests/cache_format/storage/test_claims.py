@@ -140,6 +140,7 @@ def test_unreadable_claim_is_somebody_s_until_it_is_old(directory):
     assert Claims(directory, stale_after_s=0.5).take("all") is None
 
 
+@pytest.mark.long
 def test_heart_keeps_a_claim_alive(directory):
     plant(directory, "all", **ELSEWHERE)
     owner = directory.read_bytes(f"{CLAIMS}/all.0.json")

@@ -295,6 +295,7 @@ def test_a_second_epoch_fetches_no_rows(fickle: Any, tmp_path: Path):
     assert epoch(10**6) == sidecars
 
 
+@pytest.mark.long
 def test_the_copy_stays_below_its_limit_and_keeps_what_was_used_last(tmp_path: Path):
     copies = ReadCache(tmp_path, 100_000)
     favourite = "ab" * 32

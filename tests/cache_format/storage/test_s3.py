@@ -56,6 +56,7 @@ def written(url: str | Path, rows: int = 10, **changes: Any) -> cf.CacheMetadata
     return metadata
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["columns", pytest.param("packed", marks=pytest.mark.slow)])
 def test_a_cache_on_s3_has_the_same_bytes(server: Any, tmp_path: Path, encoding: str):
     written(server.url(encoding), encoding=encoding, **several_samples(1))

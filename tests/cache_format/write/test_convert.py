@@ -27,6 +27,7 @@ from packed_samples import (
 # -- the encoding -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, alignment", [*((kind, "next") for kind in KINDS), ("top-k", "same")])
 def test_packed_and_back_gives_the_same_bytes(tmp_path, kind, alignment):
     write_cache(tmp_path / "first", metadata_of(KINDS[kind], alignment=alignment))
@@ -236,6 +237,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHANGES)
 def test_interrupted_and_continued_gives_the_same_bytes(tmp_path, three_samples, name):
     source, conversion = three_samples, cf.Conversion(**CHANGES[name])

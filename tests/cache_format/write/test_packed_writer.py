@@ -67,6 +67,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 # -- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alignment", ["next", "same"])
 def test_rows_are_those_of_the_columns(tmp_path, kind, alignment):

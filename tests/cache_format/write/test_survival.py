@@ -130,6 +130,7 @@ STEPS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", STEPS)
 def test_disk_that_is_full_at_any_step_keeps_the_complete_shards(tmp_path, whole, monkeypatch, step):
     module, name = STEPS[step]
@@ -242,6 +243,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_shard_is_noticed_on_resuming_and_written_again(tmp_path, whole, damage, finished):

@@ -253,6 +253,7 @@ BAD_SAMPLES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("name", BAD_SAMPLES)
 def test_bad_samples_are_refused(tmp_path, name, both):

@@ -58,6 +58,7 @@ def opened(browser: Browser, file: Path, **options: Any) -> Page:
     return page
 
 
+@pytest.mark.long
 def test_pointing_at_a_token_shows_both_distributions(browser: Browser, file: Path):
     page = opened(browser, file)
     assert not page.locator("#tip").is_visible()
@@ -85,6 +86,7 @@ def test_pointing_at_a_token_shows_both_distributions(browser: Browser, file: Pa
     assert page.problems == []
 
 
+@pytest.mark.long
 def test_keyboard_reaches_every_token(browser: Browser, file: Path):
     page = opened(browser, file)
     active = "[...document.querySelector('.tokens').querySelectorAll('b')].findIndex(b => b.matches('.active'))"
@@ -112,6 +114,7 @@ def test_keyboard_reaches_every_token(browser: Browser, file: Path):
     assert page.evaluate(active) == -1 and page.problems == []
 
 
+@pytest.mark.long
 def test_views_and_text_work_without_javascript(browser: Browser, file: Path):
     page = opened(browser, file, java_script_enabled=False)
     assert page.locator(".tokens").first.is_visible() and not page.locator(".hint").is_visible()
@@ -148,6 +151,7 @@ CONTRASTS = """() => {
 }"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_width_fits_and_every_text_has_contrast(browser: Browser, file: Path, scheme: str):
     for width in (400, 1000, 1600):
@@ -161,6 +165,7 @@ def test_every_width_fits_and_every_text_has_contrast(browser: Browser, file: Pa
         page.close()
 
 
+@pytest.mark.long
 def test_chart_text_stays_inside_its_chart(browser: Browser, file: Path):
     page = opened(browser, file)
     outside = """() => [...document.querySelectorAll("figure > svg text")].filter(text => {

@@ -69,6 +69,7 @@ def write_rows(path: Path, rows: int, *, loss_tokens: bool = True, **metadata: A
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RULES)
 def test_numbers_are_those_of_evaluate(kind: str, folder: Path, student_dir: Path, teacher_dir: Path, tmp_path: Path):
     page, summary = report(tmp_path, folder / kind, student=[student_dir, teacher_dir], batch_size=3)
@@ -88,6 +89,7 @@ def test_numbers_are_those_of_evaluate(kind: str, folder: Path, student_dir: Pat
         ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RULES)
 def test_teacher_behind_each_token_is_what_the_reader_gives(kind: str, folder: Path, tmp_path: Path):
     page, _ = report(tmp_path, folder / kind, passages=1000)

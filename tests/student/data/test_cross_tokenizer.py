@@ -68,6 +68,7 @@ def test_with_identical_tokenizers_nothing_changes(folder: Path, name: str):
     assert found.student_tokens == found.teacher_tokens == cf.open_cache(folder / name).num_loss_tokens
 
 
+@pytest.mark.long
 def test_training_with_identical_tokenizers_is_plain_training_bit_by_bit(folder: Path, student_dir: Path):
     options = {"student": student_dir, "max_steps": 4, "learning_rate": 1e-2, "batch_size": 4}
     options |= {"eval_cache": str(folder / "chats"), "eval_steps": 2}
@@ -159,6 +160,7 @@ def test_projected_loss_is_that_of_dense_arithmetic(folder: Path, teacher_dir: P
     assert result.ce == pytest.approx(np.mean(ce), rel=1e-5)
 
 
+@pytest.mark.long
 def test_uld_with_all_entries_is_the_published_distance(folder: Path, teacher_dir: Path):
     cache = ascii_cache(folder, teacher_dir, top_k=400)
     expected = []
@@ -244,6 +246,7 @@ def test_uld_of_equal_distributions_over_permuted_vocabularies_is_zero():
         assert uld(z, ordered).abs().max() < 1e-12
 
 
+@pytest.mark.long
 def test_a_run_with_uld_reports_its_distance_and_the_kl(folder: Path):
     options = {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "kd_weight": 0.5, "dataloader_num_workers": 1}
     output = folder / "uld-run"
@@ -304,6 +307,7 @@ def test_only_what_follows_learned_text_is_counted(folder: Path):
         assert converted.segment_lengths.sum() == len(converted.input_ids) == len(converted.targets.counts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("student, begin", [(STUDENT, []), (PIECES, [PIECES.bos_token_id])], ids=["bytes", "pieces"])
 @pytest.mark.parametrize("name", ["cache", "chats"])
 def test_documents_longer_than_the_student_are_several(
@@ -368,6 +372,7 @@ def test_what_is_not_learned_of_a_text_is_counted_by_reason(folder: Path):
     assert lost == {"special": 1, "bytes": broken, "piece": sum(t.end - t.start for t in firsts), "part": 0}
 
 
+@pytest.mark.long
 def test_a_student_shorter_than_the_rows_is_told_its_own_targets(folder: Path):
     short = tiny_llama(folder / "short", STUDENT, layers=1, hidden=16, seed=3)
     config = json.loads((short / "config.json").read_text())

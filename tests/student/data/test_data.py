@@ -81,6 +81,7 @@ def test_order_differs_by_epoch_and_by_seed():
     assert len(set(orders)) == 4
 
 
+@pytest.mark.long
 def test_a_batch_mixes_rows_of_many_places(cache: Path):
     reader = opened(cache)
     order = list(LocalShuffle(reader.record_batches(), seed=0))

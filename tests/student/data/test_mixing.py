@@ -169,6 +169,7 @@ def test_an_index_names_a_row_of_one_of_them(caches: list[Path], tmp_path: Path)
     assert np.array_equal(sampled.targets.ids, parts[1][3].targets.sample(2).ids)
 
 
+@pytest.mark.long
 def test_shares_are_of_the_tokens_that_count(caches: list[Path]):
     counted = [cache.num_loss_tokens for cache in opened(caches)]
     assert counted[0] > 3 * counted[1]

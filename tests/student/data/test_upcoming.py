@@ -31,6 +31,7 @@ def datasets(path: Path, kind: str) -> CacheDataset | MixedDataset:
     return parts[0] if kind == "one" else MixedDataset(parts, [40, 20])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["one", "mixed"])
 @pytest.mark.parametrize(("workers", "skipped"), [(1, 0), (2, 0), (2, 3)])
 def test_every_row_is_the_expected_one(

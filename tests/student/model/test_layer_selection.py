@@ -57,6 +57,7 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_kept_layers_compute_what_they_did(name: str, tmp_path: Path) -> None:
     model_type, settings, layers = MODELS[name]

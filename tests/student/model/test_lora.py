@@ -142,6 +142,7 @@ def test_zero_row_stays_zero_under_dora(tmp_path: Path, cache: Path, student_dir
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [{}, {"dora": True}, {"lora_head": True, "lora_dropout": 0.1}], ids=str)
 def test_adapter_and_merged_student_evaluate_equally(
     tmp_path: Path, cache: Path, student_dir: Path, more: dict[str, Any]
@@ -225,6 +226,7 @@ def test_adapter_on_a_pruned_student_must_be_merged(tmp_path: Path, cache: Path,
         train(tmp_path / "t", cache, **{**options, "merge_adapter": False})
 
 
+@pytest.mark.long
 def test_adapter_directory_can_be_a_student(tmp_path: Path, cache: Path, student_dir: Path):
     train(tmp_path / "adapter", cache, student=student_dir, **OPTIONS)
     before = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "adapter"), device="cpu"))

@@ -160,6 +160,7 @@ def test_students_with_another_objective_are_refused(
 # -- with what other students can have --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_adapter_and_merged_student_evaluate_equally(masked_dir: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"student": masked_dir / "bert", "lora_rank": 2, "max_steps": 3, "learning_rate": 1e-2}
     train(tmp_path / "adapter", masked_dir / "bert-cache", **options)
@@ -172,6 +173,7 @@ def test_adapter_and_merged_student_evaluate_equally(masked_dir: Path, tmp_path:
     assert distance(weights(tmp_path / "merged"), weights(masked_dir / "bert")) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_with_an_adapter_is_merged_completely(masked_dir: Path, tmp_path: Path, kind: str) -> None:
     """It is untied from the embeddings. In BERT and RoBERTa its bias is tied too."""

@@ -218,6 +218,7 @@ def test_calibration_rows_are_spread_over_the_cache(cache: Path):
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_pruned_student_trains_resumes_and_loads(tmp_path: Path, cache: Path, teacher_dir: Path):
     options: dict[str, Any] = {
         "student": teacher_dir,

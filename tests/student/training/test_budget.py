@@ -65,6 +65,7 @@ def folder(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mixed", [False, True])
 def test_run_with_max_tokens_sees_them_and_schedules_end_at_its_end(
     folder: Path, tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool

@@ -95,6 +95,7 @@ def test_given_student_is_usable_after_an_interrupted_run_and_can_resume(
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [{"student_layers": 1}, {"student_width": 16}, {"student_random": True}, {"student_intermediate": 8}]
 )

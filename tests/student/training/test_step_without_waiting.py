@@ -64,6 +64,7 @@ def synchronisations(
     return set(counted.found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

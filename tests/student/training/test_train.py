@@ -64,6 +64,7 @@ def gpt2_config(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 # -- one optimizer step -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_gradient_accumulation_does_not_change_weights(tmp_path: Path, cache: Path, student_dir: Path):
     counted = [int(row.loss_mask.sum()) for row in cf.open_cache(cache).iter_rows()]
     assert max(counted) > 3 * min(counted) and len(counted) % 8  # a mean of means would differ
@@ -182,6 +183,7 @@ def test_soft_capped_student_trains(tmp_path: Path, cache: Path, held_out: Path,
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_logged_metrics_equal_those_of_full_logits(tmp_path: Path, cache: Path, held_out: Path, student_dir: Path):
     opened = cf.open_cache(cache)
     logs: list[dict[str, float]] = []
@@ -376,6 +378,7 @@ def test_output_and_cache_may_move_before_resume(tmp_path: Path, cache: Path, st
 # -- divergence -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("logged_every", "what"), [(1, "loss"), (100, "weights")])
 def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path,

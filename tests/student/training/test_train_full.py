@@ -115,6 +115,7 @@ def test_student_equal_to_its_teacher_has_zero_loss(folder: Path, teacher_dir: P
     assert sparse.kl < found.kl and sparse.ce == pytest.approx(found.ce, rel=1e-6)  # a lower bound
 
 
+@pytest.mark.long
 def test_masked_students(masked_dir: Path, tmp_path: Path) -> None:
     cache = build_full(masked_dir / "bert", masked_dir / "text.txt", tmp_path / "cache")
     teacher = evaluate(EvaluateConfig(cache=str(cache), student=str(masked_dir / "bert"), device="cpu"))
@@ -202,6 +203,7 @@ def test_resume_is_exact(folder: Path, student_dir: Path, tmp_path: Path) -> Non
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
 
 
+@pytest.mark.long
 def test_frozen_head_equal_to_the_teachers_is_shared(
     folder: Path, teacher_dir: Path, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,6 +302,7 @@ def test_mixture_with_hidden_states_and_samples(folder: Path, tmp_path: Path, te
         run(tmp_path / "t", (str(tmp_path / "a"), str(folder / "chats")), resample=True, tail="bucket", **options)
 
 
+@pytest.mark.long
 def test_mixture_with_another_tokenizer(folder: Path, tmp_path: Path):
     student = tiny_llama(tmp_path / "foreign", tiny_tokenizer(330, seed=7), layers=1, hidden=16, seed=3)
     stages: list[str] = []

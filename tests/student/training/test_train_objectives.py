@@ -58,6 +58,7 @@ def run(*words: str, status: int = 0) -> Result:
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
+@pytest.mark.long
 @every_objective
 def test_steps_equal_those_of_the_plain_loss_on_full_logits(folder: Path, student_dir: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
@@ -75,6 +76,7 @@ def test_steps_equal_those_of_the_plain_loss_on_full_logits(folder: Path, studen
     assert distance(trained, {key: by_hand[key] for key in trained}) < 5e-6
 
 
+@pytest.mark.long
 @every_objective
 def test_logged_metrics_equal_the_textbook_divergence_and_forward_kl(
     folder: Path, student_dir: Path, name: str

@@ -67,6 +67,7 @@ def several(folder: Path) -> cf.Cache:
 # -- supported losses -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, tail, temperature",
     [
@@ -224,6 +225,7 @@ def test_each_epoch_uses_the_next_sample_of_the_same_rows(batches, samples: int,
     assert set(sample.tolist()) == ({1 + epoch % samples} if samples > 1 else {0})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_have_the_sample_of_the_epoch(folder: Path, workers: int):
     cache = several(folder)
@@ -365,6 +367,7 @@ def test_run_that_skips_samples_gives_a_warning(tmp_path: Path, folder: Path, st
 # -- end to end -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["threshold", "several", "random", "tempered"])
 def test_evaluation_equals_that_of_full_logits(folder: Path, student_dir: Path, name: str):
     cache = opened(folder / name)
@@ -378,6 +381,7 @@ def test_evaluation_equals_that_of_full_logits(folder: Path, student_dir: Path, 
     assert found.tokens == cache.num_loss_tokens
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, allowed", [("threshold", 0.04), ("several", 0.025), ("random", 0.12)])
 def test_sampled_cache_estimates_the_full_divergence(folder: Path, student_dir: Path, name: str, allowed: float):
     """Within about three standard errors; the KL of truncated targets with as many entries is far lower."""

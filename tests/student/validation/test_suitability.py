@@ -52,6 +52,7 @@ def exact_counts(cache: cf.Cache) -> np.ndarray:
     return np.concatenate([row.targets.exact_counts[row.loss_mask] for row in cache.iter_rows()])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RULES)
 def test_every_position_has_as_many_exact_entries_as_the_rule_makes_certain(folder: Path, name: str) -> None:
     cache = cf.open_cache(folder / name)

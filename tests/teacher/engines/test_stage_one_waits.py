@@ -109,6 +109,7 @@ def check_same(found: Sequence[cf.CacheRow], expected: Sequence[cf.CacheRow]) ->
                 np.testing.assert_allclose(one.hidden.states[layer].astype(float), states.astype(float), atol=1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
 @pytest.mark.parametrize("kind", ["top-k", "top-p", "threshold", "random"])
 def test_a_record_batch_is_queued_without_waiting(kind: str, packed: bool) -> None:
@@ -151,6 +152,7 @@ def test_several_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     check_same(rows, cpu)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wait", ["item", "mask", "upload", "download"])
 def test_a_wait_put_in_by_hand_is_counted(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = Head.hidden_states

@@ -25,6 +25,7 @@ def teacher_logits(vocab: int, scale: float, seed: int = 0) -> Tensor:
     return scale * torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 @pytest.mark.parametrize("top_p, most", [(1.0, 0), (0.9, 0), (0.5, 0), (1.0, 7), (0.8, 7), (1e-6, 0), (1.0, 1)])
 @pytest.mark.parametrize("vocab, scale", [(70, 2.0), (3000, 1.0)])
@@ -100,6 +101,7 @@ ARCHITECTURES = {**LINEAR, **OWN, **SLIDING}
 NEW_TOKENS = 9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_states_are_those_of_one_pass_over_the_whole_text(name: str) -> None:

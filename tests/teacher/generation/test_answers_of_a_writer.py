@@ -63,6 +63,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.long
 def test_the_writer_writes_and_the_teacher_gives_the_targets(
     cache: Path, teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_writer_that_is_the_teacher_changes_nothing(teacher_dir: Path, data: P
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "place, name, call",
     [

@@ -49,6 +49,7 @@ def written(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPat
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_every_byte_of_the_answers_is_checked_and_converting_keeps_them(
     written: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_cache_of_given_text_has_no_answers(teacher_dir: Path, text_file: Path
 # -- students ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kd_weight", [0.0, 0.9])
 def test_students_learn_from_answers(
     kd_weight: float, written: dict[str, Path], student_dir: Path, tmp_path: Path

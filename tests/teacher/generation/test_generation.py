@@ -42,6 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- equal to the teacher ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampling", [{}, SAMPLED, {"temperature": 0.0}], ids=["raw", "truncated", "greedy"])
 def test_logprobs_and_targets_equal_a_second_plain_forward(
     sampling: dict[str, float], padded_teacher_dir: Path, prompts: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]
@@ -80,6 +81,7 @@ def test_targets_have_a_temperature_of_their_own(
             assert written == pytest.approx(plain[t, row.input_ids[t + 1]], abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", [threshold(0.05, samples=2), TargetRule(kind="random"), TargetRule(kind="top-p")])
 def test_other_targets_agree_with_the_teacher_when_it_is_asked_again(
     rule: TargetRule, teacher_dir: Path, prompts: Path, tmp_path: Path
@@ -123,6 +125,7 @@ def test_the_loss_is_on_the_answer_and_on_nothing_else(
 # -- whatever the batch -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_answers_depend_neither_on_the_batch_nor_on_their_number(
     teacher_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +147,7 @@ def test_another_seed_gives_other_answers(teacher_dir: Path, prompts: Path, tmp_
     assert all(first[place] != second[place] for place in first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_greedy_answers_are_those_of_transformers(
     batch_size: int, teacher_dir: Path, chat_file: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
@@ -166,6 +170,7 @@ def test_greedy_answers_are_those_of_transformers(
         assert row.input_ids.tolist() == expected[0].tolist()
 
 
+@pytest.mark.long
 def test_first_tokens_have_the_truncated_frequencies_and_the_raw_targets(
     teacher_dir: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]
 ) -> None:
@@ -190,6 +195,7 @@ def test_first_tokens_have_the_truncated_frequencies_and_the_raw_targets(
 # -- where an answer ends ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_stop_string_ends_an_answer_and_stays_in_its_tokens(
     teacher_dir: Path, prompts: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

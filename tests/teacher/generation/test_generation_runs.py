@@ -99,6 +99,7 @@ def nth(call: int, function: Callable[..., Any], *, after: bool = False) -> Call
     return killed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "place, name, call, after, kept_groups",
     [
@@ -221,6 +222,7 @@ def test_only_what_the_predicate_passes_is_cached_and_counted(whole: Path, predi
     assert (recorded["answers"], recorded["passed"], recorded["prompts_kept"], len(cache)) == (24, 12, 8, 12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", ["all", "first", "best"])
 def test_of_the_answers_to_a_prompt_that_pass(
     keep: str, teacher_dir: Path, data: Path, predicates: Path, tmp_path: Path
@@ -311,6 +313,7 @@ def test_a_predicate_that_cannot_be_used_is_refused_before_anything_is_loaded(
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_says_how_many_answers_were_kept(
     teacher_dir: Path, data: Path, predicates: Path, whole: Path, tmp_path: Path
 ) -> None:

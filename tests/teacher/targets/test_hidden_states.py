@@ -67,6 +67,7 @@ def causal(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("layers", ["last", "all", "0,2"])
 def test_states_are_the_teachers_own(
@@ -110,6 +111,7 @@ def test_states_one_position_or_layer_off_are_detected(
             check_states(cache, model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_one_position_in_so_many(everywhere: bool, teacher_dir: Path, chat_file: Path, tmp_path: Path) -> None:
     """Another one in each row, so that all have their turn, whatever the batch size."""
@@ -145,6 +147,7 @@ def test_the_error_of_int8_is_half_a_scale(scale: float) -> None:
     assert (integers.abs().amax(dim=1)[scales > 0] == 127).all()  # the largest number is exact
 
 
+@pytest.mark.long
 def test_the_size_is_said_before_anything_is_computed(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     rule = HiddenRule(layers="1,2", every=3)

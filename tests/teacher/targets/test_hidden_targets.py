@@ -77,6 +77,7 @@ def errors(path: Path, model: PreTrainedModel, rows: int = 4) -> float:
 # ---- what is rebuilt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_distributions_are_the_teachers_own(
     name: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
@@ -117,6 +118,7 @@ def test_states_of_float32_lose_nothing_and_the_others_little(
         assert max(float(np.abs(each - exact).max()) for each in rebuilt(cache, row)) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, width", [("bert", 32), ("modernbert", 32), ("electra", 16), ("distilbert", 32)])
 def test_masked_models_whose_head_transforms_the_states_first(
     kind: str, width: int, masked_dir: Path, tmp_path: Path

@@ -45,6 +45,7 @@ def logits() -> torch.Tensor:
     return 0.7 * noise - torch.linspace(1.0, 3.0, N)[:, None] * ranks.log()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_rounding_costs_less_than_two_thousandths_of_a_nat(rule: TargetRule, tmp_path: Path) -> None:
     teacher = logits()

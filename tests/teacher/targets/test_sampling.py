@@ -116,6 +116,7 @@ def test_a_token_next_to_the_threshold_is_drawn_once() -> None:
 # ---- by enumeration
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", [0, 1, 5])
 @pytest.mark.parametrize("tau", [1.0, 1 / 3, 0.3, 0.05, 0.007])
 @pytest.mark.parametrize("vocab", [7, BLOCK, BLOCK + 1, 100, 640])
@@ -179,6 +180,7 @@ SAMPLING = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [False, True], ids=["sparse_kl", "fused"])
 @pytest.mark.parametrize("rule", SAMPLING, ids=rule_name)
 def test_loss_and_gradient_converge_to_those_of_the_full_distribution(rule: TargetRule, fused: bool) -> None:

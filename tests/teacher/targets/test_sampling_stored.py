@@ -68,6 +68,7 @@ def nearest(p: np.ndarray, cache: cf.Cache) -> np.ndarray:
     return levels[np.abs(np.sqrt(p)[..., None] - np.sqrt(levels)).argmin(axis=-1)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rule, encoding",
     [(threshold(0.05), "columns"), (threshold(0.125), "packed"), (threshold(0.05, samples=3), "packed")],

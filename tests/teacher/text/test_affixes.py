@@ -54,6 +54,7 @@ def prompt(_: Path, text: str) -> list[dict[str, str]]:
     return [{"prompt": text, "completion": " And an answer."}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("copies", [0, 1, 2])
 @pytest.mark.parametrize("source", [text_file, jsonl, given_rows, prompt])
 def test_text_begins_with_one_bos(

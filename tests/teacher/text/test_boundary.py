@@ -64,6 +64,7 @@ def sides(documents: Documents, row: int = 0) -> tuple[list[int], list[int]]:
     return ids[~targets.astype(bool)].tolist(), ids[targets.astype(bool)].tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "prompt, completion",
     [

@@ -35,6 +35,7 @@ def by_definition(corpus: Any) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("long_piece", [0, 20, 10**6])
 @pytest.mark.parametrize("tokens_per_block", [1, 300, 10**6])
 def test_blocks_give_what_rows_give(

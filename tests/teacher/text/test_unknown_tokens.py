@@ -98,6 +98,7 @@ def test_tokens_are_not_read_again_if_the_model_knows_them_all(
     cache_teacher(settings(teacher_dir.parent, tmp_path / "cache", teacher_dir.name, found_in=None))
 
 
+@pytest.mark.long
 def test_a_student_whose_tokenizer_has_more_tokens(folder: Path, tmp_path: Path, teacher_dir: Path) -> None:
     """To the student the token is text like any other, as it is to the teacher."""
     data = write_jsonl(tmp_path / "text.jsonl", documents(found_in=3, count=20))

@@ -80,6 +80,7 @@ def test_windows_by_hand() -> None:
     assert rows[2].input_ids.tolist() == [bos, *ids[6:11]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overlap", [1, 5])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["text", "prompts", "chats"])

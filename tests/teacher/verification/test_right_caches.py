@@ -77,6 +77,7 @@ def test_in_both_encodings_and_with_two_threads(encoding: str, teacher_dir: Path
     assert check(path, teacher_dir).agrees
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, rule", [("bert", threshold(0.05)), ("roberta", random(20))])
 def test_of_masked_models(kind: str, rule: TargetRule, masked_dir: Path, tmp_path: Path):
     cache_teacher(settings(masked_dir, kind, tmp_path / "cache", targets=rule))
@@ -86,6 +87,7 @@ def test_of_masked_models(kind: str, rule: TargetRule, masked_dir: Path, tmp_pat
     assert check(tmp_path / "bfloat16", masked_dir / kind).agrees
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_of_generated_answers_in_bfloat16(rule: TargetRule, teacher_dir: Path, tmp_path: Path):
     """Their targets come from passes of one token with a key-value cache."""

@@ -58,6 +58,7 @@ def check(cache: Path, teacher: Any, **options: Any) -> TeacherCheck:
     return verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=teacher, **config))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_cache_is_found(

@@ -14,6 +14,7 @@ from runs import build_cache
 from tiny import completions, write_jsonl
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("manifest_written", [False, True])
 @pytest.mark.parametrize("generated", [False, True])
 def test_a_finished_cache_has_it_even_if_its_run_was_killed(

@@ -91,6 +91,7 @@ def test_appended_bytes(block):
         assert outcome(block, data + more) == "refused by the decoder"
 
 
+@pytest.mark.long
 def test_random_damage_gives_rows_or_an_error(block):
     """In the header, in the frequencies, in the states and in the words."""
     data, rng = packed_of(block[2]), np.random.default_rng(0)
@@ -268,6 +269,7 @@ def test_entries_beyond_what_the_sidecar_allows(announced):
     assert peak_bytes(read) < 4 * MEGABYTE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("samples", [None, 3])
 def test_entries_beyond_what_the_header_announces(samples):
     """Fifty million of them, out of a few hundred bytes: refused before there is an array for them."""
@@ -291,6 +293,7 @@ def test_entries_beyond_what_the_header_announces(samples):
     assert peak_bytes(read) < 32 * MEGABYTE < 8 * 4000 * tokens
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size_is_known", [True, False])
 def test_frequencies_that_expand_without_end(size_is_known):
     """A frame of a few kilobytes for a gigabyte of zeros."""

@@ -41,6 +41,7 @@ def check_same(rows: Sequence[cf.CacheRow], metadata: cf.CacheMetadata, lexicon:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab", [1000, 2**16, 2**16 + 1])
 def test_every_kind_of_targets(kind, vocab):
@@ -50,6 +51,7 @@ def test_every_kind_of_targets(kind, vocab):
     assert found.num_entries and (found.sample_counts is None) == (metadata.num_samples == 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_of_a_masked_model(kind):
     metadata = metadata_of(KINDS[kind], alignment="same")
@@ -89,6 +91,7 @@ def test_rows_of_which_nothing_counts(samples):
     assert mixed.num_entries > 0 and (mixed.counts == 0).sum() >= 14
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("samples", [None, 1, 3])
 def test_more_than_255_entries(samples):
     """Counts of 16 bits."""
@@ -140,6 +143,7 @@ def test_a_tail_without_values_costs_no_more_than_its_counts_and_ranks():
     assert len(pack(concatenate(rows), metadata, lexicon)) < len(pack(concatenate(plain), metadata, other))
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(
     first_seed=st.integers(0, 10**6),

@@ -227,6 +227,7 @@ DISTRIBUTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lanes", [4, 512])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_cost_is_the_entropy_within_a_percent(name, lanes):
@@ -379,6 +380,7 @@ def test_less_read_than_was_written(coded):
         decoder.finish()
 
 
+@pytest.mark.long
 def test_random_damage_gives_symbols_or_an_error(coded):
     """It may pass: another number of as many bits leaves the same state behind. What comes out is within bounds."""
     _, data, read = coded

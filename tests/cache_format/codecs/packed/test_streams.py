@@ -32,6 +32,7 @@ def entropy_in_contexts(symbols: list[int], contexts: list[int]) -> float:
     return sum(n * log2(sum(c.values()) / n) for c in by_context.values() for n in c.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_are_the_block_up_to_the_states_of_its_lanes(kind):
     streams, data, _, _ = measured(kind)
@@ -43,6 +44,7 @@ def test_streams_are_the_block_up_to_the_states_of_its_lanes(kind):
     assert 2 * lanes - 1 <= coded - in_streams <= 4 * lanes + 1 + 0.001 * in_streams
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_stream_takes_less_than_its_entropy_nor_much_more(kind):
     streams, _, _, metadata = measured(kind)

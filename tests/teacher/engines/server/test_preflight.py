@@ -101,6 +101,7 @@ FAULTS: dict[str, tuple[Callable[[Answer, Answer], Answer], str, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_answers_that_are_not_the_teachers(
@@ -232,6 +233,7 @@ def test_the_command_line_names_its_flags(teacher_dir: Path, text_file: Path, tm
         command(*first, "--top-k", 20)
 
 
+@pytest.mark.long
 def test_what_needs_the_model_itself(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     with FakeServer(teacher_dir, "vllm") as server:
         config = CacheTeacherConfig(

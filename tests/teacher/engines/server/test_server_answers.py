@@ -65,6 +65,7 @@ def test_greedy_answers_are_those_of_the_model_in_this_process(
         np.testing.assert_allclose(row.targets.logprobs, expected.targets.logprobs, atol=0.1)  # as stored
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampled_answers_have_the_models_own_log_probabilities(
     kind: str, teacher_dir: Path, prompts: Path, tmp_path: Path

@@ -58,6 +58,7 @@ def same(rows: list[cf.CacheRow], expected: list[cf.CacheRow]) -> None:
         assert (row.targets.entropy <= other.targets.entropy + 1e-4).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options", [{}, {"targets": NUCLEUS, "all_positions": True}, {"of_data": {"packing": False}}], ids=str
@@ -84,6 +85,7 @@ def test_rows_are_those_of_the_model_in_this_process(
     cf.verify_cache(tmp_path / "there", deep=True)
 
 
+@pytest.mark.long
 def test_a_cache_of_answers_sends_no_more_than_it_stores(
     teacher_dir: Path, completion_file: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]
 ) -> None:
@@ -107,6 +109,7 @@ def test_a_cache_of_answers_sends_no_more_than_it_stores(
     assert set(documents) <= set(server.answered) and len(server.answered) <= len(documents) + 1  # and the probe
 
 
+@pytest.mark.long
 def test_the_key_is_sent_and_nowhere_written(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +127,7 @@ def test_the_key_is_sent_and_nowhere_written(
     assert saved["teacher"] == server.url and saved["server_api_key_env"] == "MY_KEY" and saved["model"] == MODEL
 
 
+@pytest.mark.long
 def test_an_interrupted_run_is_continued_on_a_server_that_started_again_elsewhere(
     teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +159,7 @@ def check_with_faults(kind: str, faults: Faults, teacher: Path, data: Path, tmp_
     assert sum(server.answered.values()) == len(expected) + 2  # the probe is sent twice
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_that_fail_are_sent_again(
     kind: str, teacher_dir: Path, text_file: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]
@@ -164,6 +169,7 @@ def test_requests_that_fail_are_sent_again(
     assert faults.seen.keys() == FAULTS.keys() - {"slow"}
 
 
+@pytest.mark.long
 def test_an_answer_that_does_not_come_in_time_is_asked_for_again(
     teacher_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
