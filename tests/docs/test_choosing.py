@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import cache_format as cf
 from pages import blocks, commands_of, tables
