@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 from pages import ROOT
@@ -38,6 +42,7 @@ def run_script(name: str, monkeypatch: pytest.MonkeyPatch, **options: object) ->
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_ten_lines(
     made: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +66,7 @@ def test_own_data(
     assert "tokens are loss tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_students(
     made: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,8 +77,6 @@ def test_compare_students(
 
 
 def test_reading_without_torch(made: Path) -> None:
-    import subprocess
-
     script = EXAMPLES / "read_without_torch.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), "--cache", str(made / "train")]
@@ -83,7 +87,6 @@ def test_reading_without_torch(made: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("DISTILL_CACHE", str(made / ("train" if "cache" in path.stem else "heldout")))
     monkeypatch.setenv("DISTILL_STUDENTS", f"{made / 'labels'} {made / 'distilled'}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -96,8 +99,6 @@ def test_notebook(path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_committed_without_outputs(path: Path) -> None:
-    import json
-
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
 
