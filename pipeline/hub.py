@@ -54,10 +54,14 @@ def check_push(path: str | os.PathLike[str], name: str) -> None:
             f"`push_to_hub` {name}: only a local cache can be pushed, found {path}. Copy it to a disk first, then: "
             f"distill push DIRECTORY {name}"
         )
+    _check_name(name)
+
+
+def _check_name(repository: str) -> None:
     try:
-        validate_repo_id(name)
+        validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"`push_to_hub` {name}: {error} Give OWNER/NAME.") from error
+        raise ConfigError(f"`push_to_hub` {repository}: {error} Give OWNER/NAME.") from error
 
 
 def push_cache(
@@ -94,6 +98,30 @@ def push_cache(
                 commit_message=f"distill cache: {message}",
             )
     return str(address)
+
+
+def open_student_repository(repository: str, *, private: bool) -> None:
+    """Checks before hours of training that a student can be pushed; creates the repository if there is none.
+
+    Args:
+        private: of a new repository; one that exists keeps its visibility.
+
+    Raises:
+        ConfigError: `repository` is not the name of a repository.
+        DataError: there is no valid token, it may not write there, or the hub cannot be reached.
+    """
+    _check_name(repository)
+    api = HfApi()
+    try:
+        with _errors_of_the_hub():
+            api.whoami()
+            api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+            api.auth_check(repository, repo_type="model", write=True)
+    except _HubError as error:
+        raise DataError(
+            f"`push_to_hub` {repository}: cannot be written: {error}. Nothing was trained; log in with a token that "
+            "may write there (hf auth login), check the connection, or leave `push_to_hub` out and push later."
+        ) from error
 
 
 def is_student(path: str | os.PathLike[str]) -> bool:
@@ -139,13 +167,26 @@ def push_student(
 def _refusals(path: str | os.PathLike[str], repository: str, what: str) -> Iterator[None]:
     """Errors of the hub and of the connection as `DataError`."""
     try:
+        with _errors_of_the_hub():
+            yield
+    except _HubError as error:
+        raise DataError(
+            f"{repository}: the hub did not accept the {what}: {error}. {path} is complete and "
+            f"unchanged; log in (hf auth login) or check the connection, then: distill push {path} {repository}"
+        ) from error
+
+
+class _HubError(Exception):
+    """The first line of an error of the hub or of the connection."""
+
+
+@contextlib.contextmanager
+def _errors_of_the_hub() -> Iterator[None]:
+    try:
         yield
     except Exception as error:
         expected = isinstance(error, (HfHubHTTPError, OSError, ValueError))
         if not expected and type(error).__module__.partition(".")[0] not in CONNECTION:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(
-            f"{repository}: the hub did not accept the {what}: {lines[0].rstrip('.')}. {path} is complete and "
-            f"unchanged; log in (hf auth login) or check the connection, then: distill push {path} {repository}"
-        ) from error
+        raise _HubError(lines[0].rstrip(".")) from error

@@ -86,7 +86,9 @@ def inspect_row(
     }
 
 
-def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
+def cache_statistics(
+    cache: cf.Cache, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
     """Sizes and distributions of a whole cache; reads every record batch once.
 
     Sizes: the columns and, next to them (`beside_…`), framing (the rest of the shards: schemas, dictionaries, Arrow
@@ -103,6 +105,7 @@ def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
     kept, entropies, weights = [], [], []
     occurring: dict[str, np.ndarray] = {}  # column -> how often each value occurs
     packed = PackedStreams()
+    rows = 0
     for batch in cache.iter_record_batches(packed):
         for name, values in _symbols(batch, cache.metadata).items():
             occurring[name] = _add(occurring.get(name, np.zeros(0, np.int64)), np.bincount(values))
@@ -110,6 +113,8 @@ def cache_statistics(cache: cf.Cache) -> dict[str, Any]:
         entropies.append(batch.entropy[batch.loss_mask])
         if cache.metadata.sampled:
             weights.append(_sums(batch)[batch.loss_mask])
+        rows += len(batch)
+        on_progress(rows, cache.num_rows)
     mass, entropy = np.concatenate(kept), np.concatenate(entropies)
     columns = cache.column_bytes()
     tokens, total = cache.num_tokens, cache.manifest.stored_bytes

@@ -8,7 +8,7 @@ shard exists once its sidecar does.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, re
 from cache_format.storage.directory import Buffer, Directory, is_temporary, open_directory, write_bytes
 from cache_format.write.occupancy import recorded_manifest
 
+OnProgress = Callable[[int, int], None]  # with the number of shards done, and of all
 ENDING = "manifest"  # the claim of the process that writes it
 FOLDERS_WITH_FILES = ("", "shards", TOKENIZER_DIR, CLAIMS)
 
@@ -128,7 +129,7 @@ class UnfinishedCache:
             self.directory.create_new(PARTIAL_MANIFEST, manifest_bytes(self.metadata, self._tokenizer_files))
             self.directory.remove(MANIFEST)
 
-    def read(self) -> str:
+    def read(self, on_progress: OnProgress = lambda done, total: None) -> str:
         """Compares the metadata with what is recorded, and finds the complete shards; changes nothing.
 
         Returns: the name of the manifest that was found. Raises: MismatchError.
@@ -140,7 +141,7 @@ class UnfinishedCache:
         if recorded == MANIFEST:
             shards = Manifest.from_bytes(data, where).shards
             self._promised = {index: shard.sidecar_sha256 for index, shard in enumerate(shards)}
-        self.find_complete()
+        self.find_complete(on_progress=on_progress)
         return recorded
 
     def write_tokenizer(self, files: Mapping[str, bytes]) -> None:
@@ -164,7 +165,7 @@ class UnfinishedCache:
             raise ValueError("hidden targets need the contents of their head")
         write_bytes(self.directory, HEAD, contents)
 
-    def find_complete(self, without: Collection[int] = ()) -> None:
+    def find_complete(self, without: Collection[int] = (), on_progress: OnProgress = lambda done, total: None) -> None:
         """Looks for shards that have been completed since the last call, except some."""
         if self.codec.needs_lexicon and not self._load_lexicon():
             return  # without it the shards cannot be read
@@ -174,6 +175,7 @@ class UnfinishedCache:
                 continue
             if {_plain(shard_name(index)), _plain(sidecar_name(index))} <= names:
                 self.look_for(index)
+            on_progress(index + 1, self.metadata.num_shards)
 
     def look_for(self, index: int) -> bool:
         """Whether a shard is complete, judged by cheap checks: its sidecar is self-consistent and fits this place in
@@ -284,7 +286,12 @@ class UnfinishedCache:
         )
 
 
-def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_AFTER_S) -> Manifest:
+def finish_cache(
+    path: str | os.PathLike[str],
+    *,
+    stale_after_s: float = STALE_AFTER_S,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Manifest:
     """Writes the manifest of a cache whose shards are all complete; a finished cache is left as it is.
 
     The last of several writers does this by itself. Call it when there was no last one, e.g. for shards that were
@@ -292,6 +299,7 @@ def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_A
 
     Args:
         stale_after_s: seconds without a sign of life after which a writer on another machine counts as dead.
+        on_progress: called with the number of shards that have been looked at, and of all.
 
     Raises: CacheError if shards or tokenizer files are missing, or if a process has claimed the whole cache.
     """
@@ -309,7 +317,7 @@ def finish_cache(path: str | os.PathLike[str], *, stale_after_s: float = STALE_A
             raise refused(directory, holder, claims.stale_after_s)
         claims.release(WHOLE)  # it only had to be free; others may still write shards
         wait_for(claims, ENDING)
-        cache.read()
+        cache.read(on_progress)
         if not cache.is_complete:
             missing = [index for index in range(metadata.num_shards) if index not in cache.complete]
             raise CacheError(

@@ -6,7 +6,8 @@
     distill plan            bytes and time in advance        distill convert   other encoding, fewer entries
     distill merge           shards of several machines       distill push      cache ─▶ hub
     distill import          another tool's files ─▶ cache    distill export    cache ─▶ another tool's files
-    distill report          cache + students ─▶ HTML page
+    distill report          cache + students ─▶ HTML page    distill env       versions and devices, for bug reports
+    distill completion      script for a shell
 
 Results go to stdout, progress and errors to stderr. An error that the user can act on is one line and exit status 1,
 wrong usage 2, an interrupt 130; a bug keeps its traceback. A command is imported when it is called, and what it needs
@@ -21,6 +22,7 @@ import signal
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from pipeline.terminal.output_encoding import use_fallbacks
 
@@ -35,9 +37,11 @@ COMMANDS = {
     "verify": "verify_command",
     "convert": "convert_command",
     "merge": "merge_command",
-    "import": "import_command",
-    "export": "export_command",
+    "import": "exchange.import_command",
+    "export": "exchange.export_command",
     "push": "push_command",
+    "env": "installation.env_command",
+    "completion": "installation.completion_command",
 }
 """Command -> module of this package that defines it as `command`, in the order of the flow."""
 
@@ -54,7 +58,9 @@ SUMMARIES = {
     "merge": "Finish a cache whose shards were written separately.",
     "import": "Make a cache from another tool's log-probabilities.",
     "export": "Write a cache as another tool's files.",
-    "push": "Upload a cache to the Hugging Face hub.",
+    "push": "Upload a cache or a student to the Hugging Face hub.",
+    "env": "Show versions and devices, for bug reports.",
+    "completion": "Print a completion script for a shell.",
 }
 
 
@@ -74,6 +80,10 @@ class _Commands(click.Group):
         module = importlib.import_module(f"pipeline.commands.{COMMANDS[cmd_name]}")
         command: click.Command = module.command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(name, help=text) for name, text in SUMMARIES.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -74,7 +74,6 @@ def check_inputs(config: CacheTeacherConfig) -> None:
 
 def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
     from pipeline.terminal.console import Status, quiet_libraries, show_result
-    from pipeline.terminal.tables import duration
 
     quiet_libraries()
     from pipeline.teacher.capture import cache_teacher
@@ -82,13 +81,15 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str
     from pipeline.terminal.capture_views import capture_view
 
     def show(progress: CaptureProgress) -> None:
-        facts = f"rows · {progress.tokens_per_s:,.0f} tokens/s · {duration(progress.seconds_left)} left"
+        facts = []
         if progress.exact_mass == progress.exact_mass:  # not before the first record batch
-            facts += f" · exact mass {progress.exact_mass:.3f}"
+            facts.append(f"exact mass {progress.exact_mass:.3f}")
         if progress.bytes_per_token == progress.bytes_per_token:
-            facts += f" · {progress.bytes_per_token:.1f} bytes/token"
+            facts.append(f"{progress.bytes_per_token:.1f} bytes/token")
         facts += _reduced(progress.batch_size, config)
-        status.step(progress.rows, progress.total_rows, facts)
+        rate = f"{progress.tokens_per_s:,.0f} tokens/s"
+        left = progress.seconds_left
+        status.step(progress.rows, progress.total_rows, "rows", facts=facts, rate=rate, seconds_left=left)
 
     with Status(here_with_flags) as status:
         try:
@@ -110,7 +111,6 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str
 
 def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
     from pipeline.terminal.console import Status, quiet_libraries, show_result
-    from pipeline.terminal.tables import duration
 
     quiet_libraries()
     from pipeline.teacher.generation.answer_store import store_location
@@ -122,11 +122,11 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
     judged = config.generation.keep_if is not None
 
     def show(progress: GenerationProgress) -> None:
-        facts = f"answers · {progress.tokens_per_s:,.0f} tokens/s · {duration(progress.seconds_left)} left"
-        if progress.passed is not None:
-            facts += f" · {progress.passed:,} accepted"
+        facts = [] if progress.passed is None else [f"{progress.passed:,} accepted"]
         facts += _reduced(progress.batch_size, config)
-        status.step(progress.answers, progress.total_answers, facts)
+        rate = f"{progress.tokens_per_s:,.0f} tokens/s"
+        left = progress.seconds_left
+        status.step(progress.answers, progress.total_answers, "answers", facts=facts, rate=rate, seconds_left=left)
 
     with Status(here_with_flags) as status:
         try:
@@ -142,8 +142,8 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
     )
 
 
-def _reduced(batch_size: int, config: CacheTeacherConfig) -> str:
-    return f" · batch size {batch_size} (out of memory)" if batch_size < config.batch_size else ""
+def _reduced(batch_size: int, config: CacheTeacherConfig) -> list[str]:
+    return [f"batch size {batch_size} (out of memory)"] if batch_size < config.batch_size else []
 
 
 def _again(config: CacheTeacherConfig) -> str:

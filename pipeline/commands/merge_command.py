@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, json_option
+from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, json_option
 
 
 @click.command("merge", cls=DistillCommand, epilog=examples("distill merge caches/train"))
@@ -24,10 +24,15 @@ def command(cache: str, stale_after: float, json_file: str | None) -> None:
     (cache-teacher --shard-range) and then copied into one directory. A finished cache stays as it is.
     """
     import cache_format as cf
-    from pipeline.terminal.console import show_result
+    from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.tables import size
 
-    manifest = cf.finish_cache(cache, stale_after_s=stale_after)
+    with Status(here_with_flags) as status:
+        manifest = cf.finish_cache(
+            cache,
+            stale_after_s=stale_after,
+            on_progress=lambda done, total: status.step(done, total, "shards checked"),
+        )
     show_result(
         lambda: (
             f"{cache}: finished. {manifest.num_rows:,} rows, {manifest.num_tokens:,} tokens, "

@@ -26,7 +26,7 @@ def command(directory: str, repository: str, private: bool, json_file: str | Non
     from pipeline.terminal.console import show_result
 
     kind = "student" if is_student(directory) else "cache"
-    address = (_push_student if kind == "student" else push)(directory, repository, private)
+    address = (upload_student if kind == "student" else push)(directory, repository, private)
     if json_file is not None:
         show_result(lambda: "", lambda: {kind: directory, "repository": repository, "address": address}, json_file)
 
@@ -47,7 +47,7 @@ def push(cache: str, repository: str, private: bool) -> str:
     return address
 
 
-def _push_student(student: str, repository: str, private: bool) -> str:
+def upload_student(student: str, repository: str, private: bool) -> str:
     from pipeline.hub import push_student
     from pipeline.terminal.console import Status, err
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, json_option
+from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, json_option
 
 
 @click.command(
@@ -16,8 +16,11 @@ def command(cache: str, json_file: str | None) -> None:
     """Show bytes per token by column, file and packed stream, the exact mass, and the teacher's entropy."""
     import cache_format as cf
     from pipeline.inspection import cache_statistics
-    from pipeline.terminal.console import show_result
+    from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.statistics_view import statistics_view
 
-    found = cache_statistics(cf.open_cache(cache, hidden_layers=[]))
+    with Status(here_with_flags) as status:
+        found = cache_statistics(
+            cf.open_cache(cache, hidden_layers=[]), on_progress=lambda done, total: status.step(done, total, "rows")
+        )
     show_result(lambda: statistics_view(found), lambda: found, json_file)

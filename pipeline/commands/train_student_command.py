@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+from pipeline.commands.push_command import upload_student
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.terminal.click_options import (
     DistillCommand,
@@ -30,8 +32,13 @@ from pipeline.terminal.click_options import (
     ),
 )
 @config_options(TrainStudentConfig)
+@click.option(
+    "--push-to-hub",
+    metavar="OWNER/NAME",
+    help="Upload the trained student, as distill push does. A new repository is private.",
+)
 @json_option()
-def command(config_file: str | None, json_file: str | None, **given: Any) -> None:
+def command(config_file: str | None, push_to_hub: str | None, json_file: str | None, **given: Any) -> None:
     """Train a student on a cache.
 
     The result is a plain transformers directory with its tokenizer. On several GPUs: torchrun --nproc-per-node N
@@ -39,6 +46,11 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     """
     config = build_config(TrainStudentConfig, given, config_file)
     _check_inputs(config)
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes of torchrun
+    if push_to_hub is not None and first:
+        from pipeline.hub import open_student_repository
+
+        open_student_repository(push_to_hub, private=True)
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
@@ -46,7 +58,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     from pipeline.student.training.train import train_student
     from pipeline.terminal.training_views import held_out_line, mixture_lines, step_facts, training_view
 
-    facts = ""
+    facts: dict[str, Any] = {}
 
     def log(logs: dict[str, Any]) -> None:
         nonlocal facts
@@ -65,7 +77,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
             summary = train_student(
                 config,
                 on_stage=status.stage,
-                on_step=lambda step, total: status.step(step, total, facts),
+                on_step=lambda step, total: status.step(step, total, "steps", **facts),
                 on_log=log,
                 on_warning=status.warn,
             )
@@ -75,6 +87,8 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
             interrupted(f"checkpoints are kept in {config.output}. Continue from the last one with --resume.")
     if not status.silent:
         show_result(lambda: training_view(asdict(summary)), lambda: asdict(summary), json_file)
+    if push_to_hub is not None and first:
+        upload_student(config.output, push_to_hub, private=True)
 
 
 def _check_inputs(config: TrainStudentConfig) -> None:

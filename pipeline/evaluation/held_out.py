@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of
+from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of, reliability
 from pipeline.evaluation.measures import row_sums
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.student_head import open_student
@@ -98,7 +98,8 @@ def evaluate(
     )
     if config.card:
         values = {name: metric.value for name, metric in found.metrics.items()}
-        if not add_metrics(Path(config.student), values, config.cache):
+        points = reliability(table) if "ece" in values else []
+        if not add_metrics(Path(config.student), values, config.cache, points):
             on_warning(f"{config.student}: found no README.md of distill's own that is unchanged, nothing was written")
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
 

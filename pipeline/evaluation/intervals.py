@@ -70,7 +70,7 @@ def values(sums: Table, supported: Supported) -> dict[str, tuple[Table, Relation
 
     with np.errstate(divide="ignore", invalid="ignore"):
         count = column("count")
-        confidence, correct, teacher = map(bins, BIN_SUMS)
+        confidence, correct, teacher, _ = map(bins, BIN_SUMS)
         ce = column("ce") / count
         found: dict[str, tuple[Table, Relation]] = {
             "kl": (column("kl") / count, supported.kl),
@@ -100,6 +100,14 @@ def values(sums: Table, supported: Supported) -> dict[str, tuple[Table, Relation
                 if not exact:
                     found[f"tokens_{k}_high"] = (column(f"tokens_high_{k}") / runs, "upper bound")
     return found
+
+
+def reliability(table: Table) -> list[tuple[float, float]]:
+    """Mean confidence and share of correct predictions, of each bin of confidence that has loss tokens."""
+    totals = table.sum(axis=0)
+    sums = {name: [float(totals[COLUMN[f"{name}_{i}"]]) for i in range(BINS)] for name in BIN_SUMS}
+    bins = zip(sums["bin_confidence"], sums["bin_correct"], sums["bin_count"], strict=True)
+    return [(confidence / count, correct / count) for confidence, correct, count in bins if count]
 
 
 def resampled(*tables: Table) -> list[Table]:

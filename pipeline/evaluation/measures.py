@@ -37,7 +37,7 @@ BINS = 15
 DRAFTS = range(1, 9)
 TOP = 5
 SUMS = ("count", "kl", "ce", "agreement", "top5_agreement", "accepted_low", "accepted_high", "hidden_p")
-BIN_SUMS = ("bin_confidence", "bin_correct", "bin_teacher")
+BIN_SUMS = ("bin_confidence", "bin_correct", "bin_teacher", "bin_count")
 
 
 def column_names() -> list[str]:
@@ -105,7 +105,7 @@ def _sums_of_row(
         low, runs = _tokens_per_run(found.low, kept.cpu(), position_ids.cpu(), drafts)
         sums += [runs, low, _tokens_per_run(found.high, kept.cpu(), position_ids.cpu(), drafts)[0]]
     bins = (found.confidence * BINS).long().clamp(max=BINS - 1)
-    for values in (found.confidence, found.correct, found.teacher):
+    for values in (found.confidence, found.correct, found.teacher, torch.ones_like(found.confidence)):
         sums += torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values).tolist()
     return np.asarray(sums)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import cache_format as cf
+from pipeline.student.card_plots import plot_curve, plot_reliability
 
 README = "README.md"
 MARK = "<!-- Written by distill, never replaced once edited. sha256 of the lines above: {} -->"
@@ -82,11 +83,17 @@ def is_replaceable(directory: Path) -> bool:
     return found is not None and _sha256(found["text"]) == found["sha256"]
 
 
-def write_card(origin: Origin, metrics: Mapping[str, float], held_out: str | None) -> None:
-    """Writes the README of a finished run.
+def write_card(
+    origin: Origin,
+    metrics: Mapping[str, float],
+    held_out: str | None,
+    evaluations: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Writes the README of a finished run, and beside it the plot that it shows.
 
     Args:
         metrics: by name, on the cache `held_out`; names without an entry in METRICS are left out.
+        evaluations: metrics on that cache during training, with their step.
     """
     masked = origin.caches[0].metadata.alignment == "same"
     student = "a model with random weights" if origin.student is None else _shown(origin.student)
@@ -110,11 +117,21 @@ def write_card(origin: Origin, metrics: Mapping[str, float], held_out: str | Non
         steps=origin.steps,
         versions=", ".join(_versions()),
     )
-    _save(origin.output, data, text + _table(metrics, held_out))
+    curve = plot_curve(origin.output, evaluations)
+    _save(origin.output, data, text + (f"\n## Training\n\n{curve}\n" if curve else "") + _table(metrics, held_out))
 
 
-def add_metrics(directory: Path, metrics: Mapping[str, float], held_out: str) -> bool:
-    """Replaces the metrics in a card of ours by those of an evaluation; False if there is none, or it was edited."""
+def add_metrics(
+    directory: Path,
+    metrics: Mapping[str, float],
+    held_out: str,
+    reliability: Sequence[tuple[float, float]] = (),
+) -> bool:
+    """Replaces the metrics in a card of ours by those of an evaluation; False if there is none, or it was edited.
+
+    Args:
+        reliability: mean confidence and share of correct predictions, by bin of confidence; for a plot.
+    """
     file = directory / README
     if not file.exists() or not is_replaceable(directory):
         return False
@@ -122,7 +139,8 @@ def add_metrics(directory: Path, metrics: Mapping[str, float], held_out: str) ->
     data: ModelCardData = card.data  # type: ignore[assignment]
     data.model_name = directory.resolve().name
     data.eval_results = _results(metrics, held_out, data.pipeline_tag == "fill-mask")
-    _save(directory, data, card.text.split("\n## Held-out metrics\n")[0] + _table(metrics, held_out))
+    table, plot = _table(metrics, held_out), plot_reliability(directory, reliability)
+    _save(directory, data, card.text.split("\n## Held-out metrics\n")[0] + table + (f"\n{plot}\n" if plot else ""))
     return True
 
 

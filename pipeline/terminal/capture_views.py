@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.inspection import describe_targets
-from pipeline.terminal.tables import duration, pairs, size
+from pipeline.terminal.tables import Unbroken, duration, pairs, size
 
 if TYPE_CHECKING:
     from pipeline.teacher.generation.generate import GenerationSummary
@@ -138,4 +138,4 @@ def plan_view(plan: Plan) -> RenderableType:
     if per_million is not None:
         facts.append(("cost", f"{per_million:,.4g} per million tokens, at {plan.cost_per_hour:g} an hour"))
     notes = [Text("* limited by encoding and writing")] if any(rule.writer_bound for rule in plan.rules) else []
-    return Group(pairs("Predicted cost of this cache", facts), Text(), table, *notes)
+    return Group(pairs("Predicted cost of this cache", facts), Text(), Unbroken(table), *notes)

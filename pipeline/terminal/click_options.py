@@ -11,12 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from cache_format.cache_errors import DistillError
 from pipeline.errors import OPTION
 from pipeline.options import RENAMED, Option, build, options_of, read_config
 
 T = TypeVar("T")
+
+
+class _Text(click.types.StringParamType):
+    """A string that a shell completes as a path: most are, and the others have nothing to complete."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+TEXT = _Text()
 
 
 class DistillCommand(click.Command):
@@ -30,6 +41,9 @@ class DistillCommand(click.Command):
         self, *args: Any, config: type | None = None, flags: dict[str, str] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if parameter.type is click.STRING:
+                parameter.type = TEXT
         declared = {} if config is None else options_of(config)
         self.flags = {each.name: each.flag for each in declared.values()} | (flags or {})
         self.groups = {each.name: each.metadata.group for each in declared.values()}
@@ -45,6 +59,12 @@ class DistillCommand(click.Command):
                     help="Show every option and exit.",
                 )
             )
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = super().shell_complete(ctx, incomplete)
+        for each in found:
+            each.help = None if each.help is None else with_flags(each.help, self.flags)
+        return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -93,7 +113,7 @@ class DistillCommand(click.Command):
 
 
 def _show_everything(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
+    if value and not ctx.resilient_parsing:  # not while a shell completes
         ctx.meta["distill.help_all"] = True
         click.echo(ctx.get_help(), color=ctx.color)
         ctx.exit()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging as standard_logging
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -15,12 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from pipeline.terminal.output_encoding import can_print
+from pipeline.terminal.tables import duration
 
 # Paths and tokens are printed as they are: "[b]" in one is not markup.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
+# FORCE_COLOR makes colours in a log, but no terminal whose bars can move.
+_live = None if sys.stderr is not None and sys.stderr.isatty() else False
+err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True, force_interactive=_live)
 
 LINE_EVERY_S = 30.0
+BAR_WIDTH = 24
 
 
 class Status:
@@ -35,6 +40,7 @@ class Status:
         self.translate = translate
         self.progress: Progress | None = None
         self.task: Any = None
+        self.pace: _Pace | None = None
         self.last_line = 0.0
 
     def __enter__(self) -> Status:
@@ -56,28 +62,78 @@ class Status:
         if not self.silent:
             err.print(self.translate(text))
 
-    def step(self, done: float, total: float, text: str = "") -> None:
-        """Args: text: facts next to the bar."""
+    def step(
+        self,
+        done: float,
+        total: float,
+        unit: str,
+        *,
+        facts: Sequence[str] = (),
+        rate: str | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Shows how far a stage is, how fast it advances, and the time that it still needs.
+
+        Args:
+            unit: what is counted, such as "rows" or "rows checked".
+            facts: what else to show.
+            rate, seconds_left: where the caller knows better than a mean over the steps.
+        """
         if self.silent:
             return
-        if not err.is_terminal and text:
+        if self.pace is None or done < self.pace.last:  # a new stage, though nobody said so
+            self._stop()
+            self.pace = _Pace(done)
+        text = self.pace.describe(done, total, unit, rate, seconds_left)
+        text = " · ".join((text, *facts))
+        if not err.is_interactive:
             now = time.monotonic()
             if now - self.last_line >= LINE_EVERY_S or done >= total:
                 self.last_line = now
                 err.print(f"{done:,.0f}/{total:,.0f} {text}")
-        if not err.is_terminal:
             return
         if self.progress is None:
-            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+            columns = (
+                BarColumn(bar_width=BAR_WIDTH),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False),
+            )
             self.progress = Progress(*columns, console=err, transient=False)
             self.task = self.progress.add_task("", total=total)
             self.progress.start()
-        self.progress.update(self.task, completed=done, total=total, description=text)
+        # rich would make room for a long text by leaving out the bar.
+        room = err.width - BAR_WIDTH - 2 * len(f"{total:.0f}") - len(" / ")
+        shown = Text(text)
+        shown.truncate(max(room, 1), overflow="ellipsis")
+        self.progress.update(self.task, completed=done, total=total, description=shown.plain)
 
     def _stop(self) -> None:
+        self.pace = None
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class _Pace:
+    """The mean speed of a stage since its first step."""
+
+    def __init__(self, done: float) -> None:
+        self.began, self.first, self.last = time.monotonic(), done, done
+
+    def describe(self, done: float, total: float, unit: str, rate: str | None, seconds_left: float | None) -> str:
+        """As in: rows · 2:05 left · 4.2 rows/s."""
+        self.last = done
+        seconds = time.monotonic() - self.began
+        speed = (done - self.first) / seconds if seconds > 0 else 0.0
+        if rate is None and speed > 0:
+            rate = f"{speed:,.0f} {unit.split()[0]}/s" if speed >= 100 else f"{speed:.2g} {unit.split()[0]}/s"
+        if seconds_left is None and speed > 0:
+            seconds_left = (total - done) / speed
+        if done >= total:
+            time_text = f"{duration(seconds)} in all"
+        else:
+            time_text = None if seconds_left is None else f"{duration(seconds_left)} left"
+        return " · ".join(part for part in (unit, time_text, rate) if part is not None)
 
 
 def show_result(view: Callable[[], Any], data: Callable[[], Any], json_file: str | None) -> None:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.terminal.tables import titled
+from pipeline.terminal.tables import Unbroken, titled
 from pipeline.terminal.training_views import KL_NOTES
 
 Values = Mapping[str, Any]
@@ -67,7 +67,7 @@ def evaluation_view(
         lines.append("tasks: ± is the standard error")
     if crossed:
         lines.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
-    return Group(titled(title, tables[0]), *tables[1:], *map(Text, lines))
+    return Group(titled(title, tables[0]), *map(Unbroken, tables[1:]), *map(Text, lines))
 
 
 def _table(columns: Sequence[tuple[str, Values]], *, crossed: bool, with_error: bool) -> Table:

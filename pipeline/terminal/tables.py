@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -37,9 +39,26 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+class Unbroken:
+    """A table that fits the terminal, unless that would break a word: names and paths stay whole, and can be copied."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(max_width=sys.maxsize)
+        for column in self.table.columns:
+            if column.no_wrap:  # rich takes the longest word for its least width
+                cells = (column.header, *column.cells)
+                column.min_width = max(Measurement.get(console, unlimited, cell).maximum for cell in cells)
+        needed = Measurement.get(console, unlimited, self.table).minimum
+        self.table.width = needed if needed > options.max_width else None
+        yield self.table
+
+
 def titled(title: str, table: Table) -> RenderableType:
     """A title of its own line. A table's own would be folded to its width, and paths are long."""
-    return Group(Text(title, style="italic"), table)
+    return Group(Text(title, style="italic"), Unbroken(table))
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]]) -> RenderableType:

@@ -12,12 +12,11 @@ from rich.table import Table
 from pipeline.terminal.tables import bar, duration, pairs, titled
 
 
-def step_facts(logs: Mapping[str, Any]) -> str:
-    """Facts next to the progress bar, from the logs of a training step."""
-    return (
-        f"steps · loss {logs['loss']:.4f} · KL {logs['kl']:.4f} · CE {logs['ce']:.4f} · "
-        f"agreement {logs['agreement']:.1%}{_states('features', logs)} · {logs['tokens_per_s']:,.0f} tokens/s"
-    )
+def step_facts(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Status.step` shows next to the progress bar, from the logs of a training step."""
+    facts = [f"{name} {logs[key]:.4f}" for key, name in (("loss", "loss"), ("kl", "KL"), ("ce", "CE"))]
+    facts.append(f"agreement {logs['agreement']:.1%}{_states('features', logs)}")
+    return {"facts": facts, "rate": f"{logs['tokens_per_s']:,.0f} tokens/s"}
 
 
 def held_out_line(logs: Mapping[str, Any]) -> str:

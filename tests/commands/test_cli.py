@@ -55,6 +55,8 @@ def test_commands_stand_in_the_order_of_the_flow():
         "import",
         "export",
         "push",
+        "env",
+        "completion",
     ]
     assert main.list_commands(click.Context(main)) == list(COMMANDS) == list(SUMMARIES) == names
     text = run("--help").stdout

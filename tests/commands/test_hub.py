@@ -27,6 +27,8 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls, self.error = folder, [], None
+        self.token_error: Exception | None = None
+        self.write_error: Exception | None = None
 
     def __call__(self) -> Hub:
         return self
@@ -36,6 +38,17 @@ class Hub:
         if self.error is not None:
             raise self.error
         return f"https://hub/datasets/{repository}"
+
+    def whoami(self) -> dict[str, str]:
+        self.calls.append(("whoami",))
+        if self.token_error is not None:
+            raise self.token_error
+        return {"name": "someone"}
+
+    def auth_check(self, repository: str, **options: Any) -> None:
+        self.calls.append(("check", repository, options))
+        if self.write_error is not None:
+            raise self.write_error
 
     def upload_folder(
         self,
@@ -48,7 +61,8 @@ class Hub:
         files = [f.relative_to(folder_path).as_posix() for f in sorted(folder_path.rglob("*")) if f.is_file()]
         chosen = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         self.calls.append(("upload", options["repo_id"], chosen))
-        assert options["repo_type"] == self.calls[0][2]["repo_type"]
+        (created, *_) = [call for call in self.calls if call[0] == "create"]
+        assert options["repo_type"] == created[2]["repo_type"]
         for name in chosen:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder_path / name, self.folder / name)
@@ -193,3 +207,54 @@ def test_a_student_is_pushed_as_a_model_without_its_checkpoints(fake: Hub, tmp_p
     assert json.loads((tmp_path / "out.json").read_text())["student"] == str(student), found.output
     fake.error = OSError("no route")
     assert "the hub did not accept the student: no route" in push(student, "someone/student", status=1).stderr
+
+
+# -- train-student --push-to-hub --------------------------------------------------------------------------------------
+
+
+def training(cache: Path, student: Path, output: Path, repository: str) -> list[str]:
+    words = ["train-student", "--cache", cache, "--student", student, "--output", output, "--max-steps", 1]
+    return [str(word) for word in (*words, "--device", "cpu", "--push-to-hub", repository)]
+
+
+def test_training_pushes_the_student_to_a_private_repository(cache: Path, student_dir: Path, fake: Hub, tmp_path: Path):
+    output = tmp_path / "student"
+    result = CliRunner().invoke(main, [*training(cache, student_dir, output, "someone/student"), "--json"])
+    assert result.exit_code == 0, result.output
+    private = {"repo_type": "model", "private": True, "exist_ok": True}
+    assert fake.calls[:3] == [
+        ("whoami",),
+        ("create", "someone/student", private),
+        ("check", "someone/student", {"repo_type": "model", "write": True}),
+    ]
+    assert fake.calls[3] == ("create", "someone/student", private) and fake.calls[4][0] == "upload"
+    assert {"model.safetensors", "README.md", "tokenizer.json"} <= {file.name for file in fake.folder.iterdir()}
+    assert json.loads(result.stdout)["steps"] == 1 and "Pushed to https://hub/" in result.stderr
+
+
+@pytest.mark.parametrize("failing", ["token_error", "write_error"])
+def test_training_does_not_begin_without_a_repository_to_push_to(
+    failing: str, cache: Path, student_dir: Path, fake: Hub, tmp_path: Path
+):
+    setattr(fake, failing, OSError("Token is required (write access).\nMore."))
+    result = CliRunner().invoke(main, training(cache, student_dir, tmp_path / "s", "someone/student"))
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 1 and line.startswith(
+        "Error: --push-to-hub someone/student: cannot be written: Token is"
+    )
+    assert "Nothing was trained" in line and "hf auth login" in line and not (tmp_path / "s").exists()
+    assert "upload" not in [call[0] for call in fake.calls]
+
+
+def test_training_does_not_begin_with_a_wrong_name(cache: Path, student_dir: Path, fake: Hub, tmp_path: Path):
+    result = CliRunner().invoke(main, training(cache, student_dir, tmp_path / "s", "no spaces"))
+    assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr and fake.calls == []
+
+
+def test_only_the_first_process_pushes(
+    cache: Path, student_dir: Path, fake: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pipeline.student.training.train.train_student", lambda *_, **__: None)
+    result = CliRunner().invoke(main, training(cache, student_dir, tmp_path / "s", "someone/student"))
+    assert result.exit_code == 0 and fake.calls == [] and result.output == ""

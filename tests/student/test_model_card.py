@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from huggingface_hub import ModelCard
@@ -41,6 +42,30 @@ def test_a_run_writes_a_card_and_an_evaluation_updates_it(cache: Path, student_d
     assert results(output) == pytest.approx({k: m.value for k, m in found.metrics.items() if k in results(output)})
     assert "acceptance" in results(output) and is_replaceable(output)
     assert (output / README).read_text().count("## Held-out metrics") == 1
+    assert "reliability.svg" in (output / README).read_text() and "held-out.svg" not in (output / README).read_text()
+
+
+def picture(file: Path) -> list[str]:
+    """Tags of a file that is drawn without the page of a report."""
+    root = ElementTree.parse(file).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and "--paper: #ffffff" in str(root[0].text)
+    assert "class" not in root.attrib and root.get("aria-label")
+    return [each.tag.rpartition("}")[2] for each in root.iter()]
+
+
+def test_plots_are_beside_the_card_if_the_numbers_are_there(cache: Path, student_dir: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    options = {"eval_cache": str(cache), "max_steps": 3, "eval_steps": 1}
+    summary = train(output, cache, student=student_dir, **options)
+    assert len(summary.evaluations) == 3 and picture(output / "held-out.svg").count("circle") == 0
+    assert picture(output / "held-out.svg").count("rect") == 3  # a marker for each evaluation
+    assert not (output / "reliability.svg").exists()
+    evaluate(EvaluateConfig(cache=str(cache), student=str(output), device="cpu", card=True))
+    evaluate(EvaluateConfig(cache=str(cache), student=str(output), device="cpu", card=True))
+    assert "line" in picture(output / "reliability.svg")
+    text = (output / README).read_text()
+    assert text.count("](held-out.svg)") == text.count("](reliability.svg)") == 1 and is_replaceable(output)
+    assert text.index("held-out.svg") < text.index("## Held-out metrics") < text.index("reliability.svg")
 
 
 def test_names_of_the_hub_and_the_licence(cache: Path, tmp_path: Path):

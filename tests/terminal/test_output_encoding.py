@@ -63,6 +63,8 @@ def test_results_and_progress(
         "export": printed(encoding, "export", cache, "--output", files),
         "import": printed(encoding, "import", files, "--output", tmp_path / "é", "--tokenizer", teacher_dir),
         "push": printed(encoding, "push", cache, "東京", status=1),
+        "env": printed(encoding, "env"),
+        "completion": printed(encoding, "completion", "zsh"),
     }
     assert found.keys() == COMMANDS.keys()
     assert "###" in found["stats"].stdout and "< saved" in found["train-student"].stdout

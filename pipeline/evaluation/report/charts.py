@@ -1,6 +1,6 @@
 """Charts as SVG: pure functions from numbers to markup.
 
-Colours, fonts and line widths are classes of the page's style sheet, so a chart follows the colour scheme of the page.
+Colours, fonts and line widths are classes of template/charts.css, so a chart follows the colour scheme of the page.
 Series differ in colour, dashes and markers. A chart is as wide as a small screen and scales up, never down.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
+CHART_STYLE = Path(__file__).parent / "template/charts.css"
 WIDTH, HEIGHT = 340, 232
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
 MARKERS = ("circle", "square", "triangle", "diamond")
@@ -128,6 +130,14 @@ def key(colour: int) -> Markup:
     return Markup('<svg class="key" viewBox="0 0 28 14" width="28" height="14" aria-hidden="true">{}</svg>').format(
         sample
     )
+
+
+def as_file(chart: Markup) -> str:
+    """The contents of an SVG file that shows a chart, in light or dark colours as the reader prefers."""
+    head, _, body = str(chart).removeprefix("<svg ").partition(">")
+    size = f'width="{2 * WIDTH}" height="{2 * HEIGHT}"'
+    style = CHART_STYLE.read_text(encoding="utf-8")
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {head}>\n<style>\n{style}</style>\n{body}\n'
 
 
 def _svg(title: str, parts: Sequence[Markup]) -> Markup:

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.evaluation.report.bins import LEVEL_NAMES, level
-from pipeline.evaluation.report.charts import key
+from pipeline.evaluation.report.charts import CHART_STYLE, key
 from pipeline.evaluation.report.figures import TEACHER, Figure
 from pipeline.evaluation.report.passages import Chosen, Passage
 from pipeline.evaluation.report.provenance import Pairs
@@ -74,7 +74,8 @@ def render(contents: Contents) -> bytes:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script, style = (Markup((TEMPLATE / name).read_text(encoding="utf-8")) for name in ("page.js", "page.css"))
+    script = Markup((TEMPLATE / "page.js").read_text(encoding="utf-8"))
+    style = Markup("").join(Markup(path.read_text(encoding="utf-8")) for path in (CHART_STYLE, TEMPLATE / "page.css"))
     positions = contents.positions
     page = environment.get_template("page.html.j2").render(
         page=contents,

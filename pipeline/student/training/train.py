@@ -213,8 +213,11 @@ def _train_student(
     seen = [] if len(data.parts) == 1 else mix.seen(budget.rows_after(state.global_step))
     if seen and state.is_world_process_zero:
         record_seen(config, seen)
+    evaluations = [
+        {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
+    ]
     if replaceable and state.is_world_process_zero:
-        write_card(_origin(run, state.global_step), _without_prefix(metrics), config.eval_cache)
+        write_card(_origin(run, state.global_step), _without_prefix(metrics), config.eval_cache, evaluations)
     trainer.save_state()
     return TrainSummary(
         output=config.output,
@@ -226,9 +229,7 @@ def _train_student(
         eval=_without_prefix(metrics),
         best_step=best_step,
         stopped=stopped,
-        evaluations=[
-            {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
-        ],
+        evaluations=evaluations,
         kl_estimate_kind=None if run.eval_loss is None else run.eval_loss.kl_estimate_kind,
         warnings=run.warnings,
         mixture=seen,

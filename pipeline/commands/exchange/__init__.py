@@ -1,0 +1,1 @@
+"""Commands that exchange caches with other tools: `import` and `export`."""

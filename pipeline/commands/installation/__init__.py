@@ -1,0 +1,1 @@
+"""Commands about this installation rather than about caches and students: `env` and `completion`."""

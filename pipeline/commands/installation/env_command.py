@@ -1,0 +1,26 @@
+"""`distill env`: what a bug report should say of an installation and its machine."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.terminal.click_options import DistillCommand, examples, json_option
+
+
+@click.command("env", cls=DistillCommand, epilog=examples("distill env --json environment.json"))
+@json_option()
+def command(json_file: str | None) -> None:
+    """Show versions, devices, attention kernels and cache directories, for bug reports.
+
+    Contains neither tokens nor names of users and hosts.
+    """
+    from pipeline.commands.installation.environment import describe_environment
+    from pipeline.commands.installation.environment_view import environment_view
+    from pipeline.terminal.console import quiet_libraries, show_result
+
+    try:
+        quiet_libraries()
+    except Exception:  # transformers does not load, which the report says
+        pass
+    found = describe_environment()
+    show_result(lambda: environment_view(found), lambda: found, json_file)
