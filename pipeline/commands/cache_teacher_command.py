@@ -125,6 +125,8 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
         facts = f"answers · {progress.tokens_per_s:,.0f} tokens/s · {duration(progress.seconds_left)} left"
         if progress.passed is not None:
             facts += f" · {progress.passed:,} accepted"
+        if progress.usage is not None:
+            facts += f" · {progress.usage.prompt_tokens:,} tokens sent, {progress.usage.completion_tokens:,} received"
         facts += _reduced(progress.batch_size, config)
         status.step(progress.answers, progress.total_answers, facts)
 
