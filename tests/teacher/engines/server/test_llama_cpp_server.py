@@ -91,7 +91,8 @@ def test_sampled_answers_have_the_models_own_log_probabilities(
     with FakeLlamaCpp(teacher_dir) as server:
         options: dict[str, Any] = {"temperature": 3.0, "answers_per_prompt": 2, "max_new_tokens": 24}
         summary = generate(server.url, teacher_dir, chat_file, tmp_path / "cache", seq_len=160, **options)
-        whole, alone = (sum((-prompt[-1] == 1) is one for prompt in server.answered) for one in (False, True))
+        asked = server.answered.items()
+        whole, alone = (sum(n for prompt, n in asked if (prompt[-1] == -1) is one) for one in (False, True))
     assert summary.answers == whole and alone > summary.answers
     cache, model = cf.open_cache(tmp_path / "cache"), load(teacher_dir)
     for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
