@@ -65,7 +65,8 @@ test-architectures: $(STAMP)  ## every causal language model of transformers, ti
 test-vllm: .venv-vllm/.setup-done  ## the vLLM engine with a real vLLM, in an environment of its own (large download)
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm
 
-test-servers: .venv-vllm/.setup-done  ## teachers on a real vllm serve, in the same environment
+# With a llama-server on the PATH, or LLAMA_SERVER=/path/to/llama-server, its tests run too.
+test-servers: .venv-vllm/.setup-done  ## teachers on a real vllm serve, in the same environment, and on a llama-server
 	.venv-vllm/bin/python -m pytest -m servers
 
 # The build for CPUs brings builds of torchvision, torchaudio and torchcodec for GPUs, which fail to load beside it.

@@ -123,6 +123,8 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
 
     def show(progress: GenerationProgress) -> None:
         facts = [] if progress.passed is None else [f"{progress.passed:,} accepted"]
+        if progress.usage is not None:
+            facts.append(f"{progress.usage.prompt_tokens:,} tokens sent, {progress.usage.completion_tokens:,} received")
         facts += _reduced(progress.batch_size, config)
         rate = f"{progress.tokens_per_s:,.0f} tokens/s"
         left = progress.seconds_left

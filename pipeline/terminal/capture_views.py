@@ -13,6 +13,7 @@ from pipeline.inspection import describe_targets
 from pipeline.terminal.tables import Unbroken, duration, pairs, size
 
 if TYPE_CHECKING:
+    from pipeline.teacher.engines.interface import Usage
     from pipeline.teacher.generation.generate import GenerationSummary
     from pipeline.teacher.plan import Plan
     from pipeline.teacher.position_loss import PositionLoss
@@ -71,9 +72,16 @@ def generation_view(summary: GenerationSummary, targets: Mapping[str, Any], *, j
             ("log-prob.", f"{summary.mean_logprob:.3f} nats per token of the kept answers (mean)"),
             ("exact mass", "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"),
             ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
+            *_usage(summary.usage),
             ("time", _time(summary.seconds, summary.tokens_per_s, "tokens/s generated")),
         ],
     )
+
+
+def _usage(usage: Usage | None) -> list[tuple[str, str]]:
+    if usage is None:
+        return []
+    return [("used", f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} completion tokens of the server")]
 
 
 def _left_out(report: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from foreign_files import MadeUp, import_rows, made_up_rows, write_lines
 from pipeline.errors import DataError
-from pipeline.importing.readers.token_names import TokenNames
+from pipeline.teacher.engines.server.token_names import TokenNames
 
 K = 8
 PROMPT = 12  # tokens of each row that are the prompt
@@ -169,6 +169,9 @@ def test_a_text_of_two_tokens_is_neither():
 
         def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
             return [self.texts[row[0]] for row in rows]
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return self.texts[token]
 
     names = TokenNames(Decoding())  # type: ignore[arg-type]
     assert [names.find(text) for text in ("a", "b", "\ufffd")] == [None, 1, None]

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, Ints
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, lists, numbers, plain
+from pipeline.importing.readers.numbered_tokens import token_of
 from pipeline.importing.readers.source_files import Record
-from pipeline.importing.readers.token_names import token_of
 
 LISTS = ("logprobs", "llm_text_generation_vllm_logprobs")
 IDS, LOGPROBS = "target_token_ids", "target_logprobs"

@@ -26,8 +26,9 @@ from pipeline.importing.readers.axolotl_reader import chat_tokens
 from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, UnusableRow
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, plain
+from pipeline.importing.readers.numbered_tokens import token_of
 from pipeline.importing.readers.source_files import Record, records
-from pipeline.importing.readers.token_names import TokenNames, token_of
+from pipeline.teacher.engines.server.token_names import TokenNames
 
 Entry = tuple[int | None, Any]  # token, if it is known, and its log-probability
 

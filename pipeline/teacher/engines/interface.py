@@ -139,6 +139,14 @@ class StoredHead(Protocol):
         ...
 
 
+@dataclass
+class Usage:
+    """Tokens of the requests that a server has answered, as it counts them: what a hosted one charges for."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class TeacherEngine(Protocol):
     """A loaded teacher.
 
@@ -165,6 +173,11 @@ class TeacherEngine(Protocol):
 
     @property
     def stored_head(self) -> StoredHead | None: ...
+
+    @property
+    def usage(self) -> Usage | None:
+        """What has been used of a server; None: there is none, or it does not count."""
+        ...
 
     @property
     def eos_token_ids(self) -> set[int]:

@@ -149,6 +149,7 @@ class TransformersEngine:
 
     libraries: Sequence[str] = ("torch", "transformers")
     rows_in_flight = 0
+    usage = None
 
     def __init__(
         self,

@@ -7,8 +7,9 @@ Shapes: P tokens of a prompt, n of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat.turns import end_of_turn
 from pipeline.teacher.text.formats.teacher_prompts import behind_prompts
 from pipeline.teacher.text.packing import TokenRow
+
+Messages = Callable[[], Sequence[Mapping[str, Any]]]
 
 STREAM = 2  # random stream for token sampling; tail sampling uses 0, masking 1
 EOS, STOP_STRING, LENGTH = STOP_REASONS = ("eos", "stop-string", "length")
@@ -34,6 +37,7 @@ class Request:
     prompt: np.ndarray  # [P] int32, P ≥ 1, in the row
     teacher_prompt: np.ndarray | None = None  # what the teacher reads, if that is not the prompt
     by_teacher: bool = True  # the teacher answers; another writer reads the prompt, and the teacher scores
+    messages: Messages | None = None  # what is answered, before it is rendered; raises DataError if that is no chat
 
     @property
     def read(self) -> np.ndarray:
@@ -152,7 +156,7 @@ def complete_answer(
 ) -> Answer:
     """Args: row: `answer_row` with targets; logprobs: of the answer's tokens."""
     token_ids = row.input_ids[len(request.prompt) :].tolist()
-    text = decode(settings.tokenizer, token_ids[:-1] if stop_reason == EOS else token_ids)
+    text = decode(settings.tokenizer, token_ids[:-1] if token_ids[-1] in settings.stop_tokens else token_ids)
     if stop_reason == STOP_STRING:
         text = text[: find_stop(text, settings.sampling.stop)]
     return Answer(

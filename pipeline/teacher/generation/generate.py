@@ -43,7 +43,7 @@ from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerpri
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
 from pipeline.teacher.engines.engine_config import EngineConfig
-from pipeline.teacher.engines.interface import TeacherEngine
+from pipeline.teacher.engines.interface import TeacherEngine, Usage
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
@@ -81,6 +81,7 @@ class GenerationSummary:
     tokens_per_s: float  # written by this run
     resumed_answers: int  # found complete from an earlier run
     corpus_report: dict[str, float]
+    usage: Usage | None = None  # of this run, as the server counts; None: the teacher is in this process
 
 
 def generate_cache(
@@ -149,7 +150,7 @@ def generate_cache(
                 writer or config, generation, prompts, store, engine, tokenizer, predicate, on_stage, on_progress
             )
             tokens_per_s = answering.tokens_written / (time.perf_counter() - answering.started)
-            resumed, selection = answering.resumed, answering.selection
+            resumed, selection, usage = answering.resumed, answering.selection, engine.usage
             if writer is None:
                 on_stage(f"caching {len(corpus):,} of {selection.answers:,} answers")
                 cache(corpus, engine)
@@ -161,6 +162,7 @@ def generate_cache(
             with closing(open_engine(replace(config, generation=None), corpus, tokenizer, device)) as engine:
                 on_stage(f"scoring {len(corpus):,} of {selection.answers:,} answers")
                 exact_mass = cache(corpus, engine, scored=lambda state: on_progress(_scored(state)))
+                usage = engine.usage
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
@@ -168,6 +170,7 @@ def generate_cache(
         seconds=time.perf_counter() - started,
         tokens_per_s=tokens_per_s,
         resumed_answers=resumed,
+        usage=usage,
     )
 
 

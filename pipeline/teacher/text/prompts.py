@@ -11,6 +11,7 @@ written. Only their lengths are kept. A row may hold another prompt for the teac
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,11 +25,18 @@ from pipeline.models.objective import Objective
 from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments
+from pipeline.teacher.text.chat.arguments import read_arguments
 from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
 from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.encoding import Affixes, Tokens
-from pipeline.teacher.text.formats.examples import Example, read_prompt, read_teacher_prompt
+from pipeline.teacher.text.formats.examples import (
+    Example,
+    read_messages,
+    read_prompt,
+    read_teacher_messages,
+    read_teacher_prompt,
+)
 from pipeline.teacher.text.formats.row_format import Columns, check_chat_options, find_prompt
 from pipeline.teacher.text.formats.teacher_prompts import TeacherText, behind_prompts, with_length
 from pipeline.teacher.text.records import reading
@@ -146,6 +154,27 @@ class Prompts:
             prompt if text is None else replace(prompt, teacher_prompt=teacher.ids)
             for prompt, text, teacher in zip(prompts, theirs, read, strict=True)
         ]
+
+    def messages(self, document: int) -> Sequence[Mapping[str, Any]]:
+        """What the teacher reads, before the chat template renders it, for a server that does so itself.
+
+        Raises: DataError if it is no chat, or if the template gets more than the messages.
+        """
+        where = f"{data_name(self.config.data)}, row {document}"
+        if self.template is None:
+            raise DataError(
+                f"{where}: found a text, expected messages, because a hosted API puts what it is sent into its chat "
+                'template. Write it as {"messages": [{"role": "user", "content": "…"}]}.'
+            )
+        row, column = self.example(document), self.columns.teacher
+        if more := sorted({*self.template.arguments, *read_arguments(row, where)}):
+            raise DataError(
+                f"{where}: found {', '.join(map(repr, more))} for the chat template, which a hosted API does not take. "
+                "Leave it out, or use a server that takes token ids."
+            )
+        if column is not None and row[column] is not None:
+            return read_teacher_messages(row, where, column)
+        return read_messages(row, where, self.columns)
 
     @cached_property
     def _affixes(self) -> Affixes:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from generating import load
 
 MODEL = "tiny"
-PROMPTS = ("/v1/completions", "/generate")
+PROMPTS = ("/v1/completions", "/generate", "/completion", "/v1/chat/completions")
 SLOW_S = 1.0  # of a slow answer
 
 Answer = dict[str, Any]
@@ -206,19 +206,13 @@ class FakeServer:
         return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
     def answer(self, path: str, body: Any) -> Any:
+        text = body.get("prompt", body.get("content")) if body else None
         cards = [{"id": MODEL, "object": "model", "owned_by": self.kind, "max_model_len": self.max_length}]
         known: dict[str, Callable[[], Any]] = {
             "/v1/models": lambda: {"object": "list", "data": cards},
-            "/tokenize": lambda: {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]},
+            "/tokenize": lambda: {"tokens": self.tokenizer(text, add_special_tokens=False)["input_ids"]},
         }
-        if self.kind == "vllm":
-            known |= {"/version": lambda: {"version": "0.32.0"}, "/v1/completions": lambda: self.vllm(body)}
-        else:
-            known |= {
-                "/get_model_info": lambda: {"model_path": MODEL, "is_generation": True},
-                "/get_server_info": lambda: {"version": "0.5.23", "context_length": self.max_length},
-                "/generate": lambda: self.sglang(body),
-            }
+        known |= self.routes(body)
         if path not in known:
             raise Status(404, {"detail": "Not Found"})
         if path not in PROMPTS:
@@ -231,11 +225,23 @@ class FakeServer:
             fault = None if self.faults is None else self.faults.choose()
             if fault is not None:
                 return FAULTS[fault](answer)
-            self.answered[tuple(body["prompt"] if self.kind == "vllm" else body["input_ids"])] += 1
+            self.answered[self.prompt_of(body)] += 1
             return answer
         finally:
             with self.lock:
                 self.in_work -= 1
+
+    def routes(self, body: Any) -> dict[str, Callable[[], Any]]:
+        if self.kind == "vllm":
+            return {"/version": lambda: {"version": "0.32.0"}, "/v1/completions": lambda: self.vllm(body)}
+        return {
+            "/get_model_info": lambda: {"model_path": MODEL, "is_generation": True},
+            "/get_server_info": lambda: {"version": "0.5.23", "context_length": self.max_length},
+            "/generate": lambda: self.sglang(body),
+        }
+
+    def prompt_of(self, body: Any) -> tuple[int, ...]:
+        return tuple(body["prompt"] if self.kind == "vllm" else body["input_ids"])
 
     @torch.inference_mode()
     def logprobs(self, token_ids: list[int], temperature: float) -> Tensor:

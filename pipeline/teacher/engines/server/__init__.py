@@ -1,4 +1,4 @@
-"""Teachers behind an HTTP API: `vllm serve` and SGLang.
+"""Teachers behind an HTTP API: `vllm serve`, SGLang, llama.cpp's server, and hosted ones in OpenAI's form.
 
     server_opening   server_kinds: which server is it?  preflight: can it be a teacher?
     server_engine    documents or prompts ─▶ a dialect: what one kind of server is asked ─▶ http_client: retries

@@ -5,15 +5,14 @@ A distribution that is predicted *from* position t stands in an answer beside to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
-from pipeline.teacher.engines.server.http_client import UnusableAnswer
+from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import TopLists
-
-T = TypeVar("T")
+from pipeline.teacher.generation.answers import Messages
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Sampling:
 
     Attributes:
         token_ids: of the prompt.
+        messages: the same, before a chat template rendered them.
         k: number of most likely tokens at each position of the answer.
         max_tokens: length of the answer at most.
         top_k: 0: all tokens.
@@ -59,6 +59,7 @@ class Sampling:
     """
 
     token_ids: Sequence[int]
+    messages: Messages | None
     k: int
     max_tokens: int
     temperature: float
@@ -74,7 +75,7 @@ class Written:
     """An answer.
 
     Attributes:
-        token_ids: including the one that ended it.
+        token_ids: including the one that ended it, if the server gives that.
         logprobs: of these tokens.
         lists: at the positions that they were drawn from.
         stop_reason: one of `STOP_REASONS`.
@@ -86,28 +87,14 @@ class Written:
     stop_reason: str
 
 
-@dataclass(frozen=True)
-class Query(Generic[T]):
-    """A request.
-
-    Attributes:
-        path: below the root of the server.
-        read: makes the result of an answer; raises UnusableAnswer.
-    """
-
-    path: str
-    body: dict[str, Any]
-    read: Callable[[Any], T]
-
-
 class Dialect(Protocol):
     """How one kind of server is talked to."""
 
     kind: ServerKind
     advice: Advice
 
-    def tokenize(self, text: str) -> Query[Any]:
-        """The tokens of a text, without special tokens."""
+    def tokenize(self, text: str) -> Query[Any] | None:
+        """The tokens of a text, without special tokens; None if the server does not give them."""
         ...
 
     def prompt(self, prompt: Prompt, vocab_size: int) -> Query[TopLists]:

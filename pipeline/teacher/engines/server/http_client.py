@@ -20,9 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.errors import ModelError
+from pipeline.teacher.engines.interface import Usage
 
 if TYPE_CHECKING:
     import httpx2
@@ -72,6 +74,21 @@ class Refused(ModelError):
         self.status = status
 
 
+@dataclass(frozen=True)
+class Query(Generic[T]):
+    """A request.
+
+    Attributes:
+        path: below the root of the server.
+        read: makes the result of an answer, or the next request on the way to it. Raises UnusableAnswer, or ModelError
+            if no other answer would do.
+    """
+
+    path: str
+    body: dict[str, Any]
+    read: Callable[[Any], T | Query[T]]
+
+
 class _Again(Exception):
     """Worth another attempt, after at least `after` seconds."""
 
@@ -88,6 +105,9 @@ class HttpClient:
         timeout: seconds for one attempt.
         patience: seconds from the first failure of a request until it is given up.
         key_hint: what to do if the server wants an API key, for the error.
+
+    Attributes:
+        usage: tokens of all answers so far, also of those that could not be used, if the server counts them.
     """
 
     def __init__(
@@ -103,6 +123,7 @@ class HttpClient:
         import httpx2
 
         self.root, self.patience = root, patience
+        self.usage = Usage()
         self._key, self._key_hint = api_key, key_hint
         self._client = httpx2.AsyncClient(
             base_url=root,
@@ -118,22 +139,22 @@ class HttpClient:
     def get(self, path: str) -> Any:
         """The JSON at `path`; None if the server has nothing there. Raises: ModelError."""
         try:
-            return self._start(self._ask("GET", path, None, lambda answer: answer, MOST_UNUSABLE)).result()
+            return self._start(self._ask("GET", Query[Any](path, {}, lambda answer: answer), MOST_UNUSABLE)).result()
         except Refused as error:
             if error.status in (404, 405):
                 return None
             raise
 
-    def post(self, path: str, body: Any, read: Callable[[Any], T], *, most_unusable: int = MOST_UNUSABLE) -> Future[T]:
-        """Starts a request.
+    def post(self, query: Query[T], *, most_unusable: int = MOST_UNUSABLE) -> Future[T]:
+        """Starts a request, and one after the other those that follow from its answer. Answers are read in the client's
+        thread.
 
         Args:
-            read: makes the result of the JSON of an answer; raises UnusableAnswer. It runs in the client's thread.
-            most_unusable: unusable answers after which the request is given up.
+            most_unusable: unusable answers after which a request is given up.
 
         The future raises: Refused, Unusable, ModelError.
         """
-        return self._start(self._ask("POST", path, body, read, most_unusable))
+        return self._start(self._ask("POST", query, most_unusable))
 
     def _start(self, request: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(request, self._loop)
@@ -155,35 +176,42 @@ class HttpClient:
         self._thread.join()
         self._loop.close()
 
-    async def _ask(self, method: str, path: str, body: Any, read: Callable[[Any], T], most_unusable: int) -> T:
+    async def _ask(self, method: str, query: Query[T], most_unusable: int) -> T:
         async with self._slots:
-            failing_since: float | None = None
-            unusable, wait = 0, FIRST_WAIT_S
             while True:
-                try:
-                    return await self._once(method, path, body, read)
-                except _Again as problem:
-                    now = time.monotonic()
-                    failing_since = now if failing_since is None else failing_since
-                    unusable += problem.unusable
-                    pause = max(problem.after, wait * random.uniform(0.5, 1.0))
-                    if unusable >= most_unusable:
-                        text = f"{self.root}{path}: {problem}, in {unusable} answers to the same request."
-                        raise Unusable(text, problem.advice) from problem
-                    if now + pause - failing_since > self.patience:
-                        raise ModelError(
-                            f"{self.root}{path}: {problem}, for {now - failing_since:.0f} seconds (`server_patience` "
-                            f"{self.patience:g}). Complete shards are kept: once the server works, run the same "
-                            "command again."
-                        ) from problem
-                await asyncio.sleep(pause)
-                wait = min(2 * wait, LONGEST_WAIT_S)
+                found = await self._answer(method, query, most_unusable)
+                if not isinstance(found, Query):
+                    return found
+                query = found
 
-    async def _once(self, method: str, path: str, body: Any, read: Callable[[Any], T]) -> T:
+    async def _answer(self, method: str, query: Query[T], most_unusable: int) -> T | Query[T]:
+        failing_since: float | None = None
+        unusable, wait = 0, FIRST_WAIT_S
+        while True:
+            try:
+                return await self._once(method, query)
+            except _Again as problem:
+                now = time.monotonic()
+                failing_since = now if failing_since is None else failing_since
+                unusable += problem.unusable
+                pause = max(problem.after, wait * random.uniform(0.5, 1.0))
+                if unusable >= most_unusable:
+                    text = f"{self.root}{query.path}: {problem}, in {unusable} answers to the same request."
+                    raise Unusable(text, problem.advice) from problem
+                if now + pause - failing_since > self.patience:
+                    raise ModelError(
+                        f"{self.root}{query.path}: {problem}, for {now - failing_since:.0f} seconds (`server_patience` "
+                        f"{self.patience:g}). Complete shards are kept: once the server works, run the same "
+                        "command again."
+                    ) from problem
+            await asyncio.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+    async def _once(self, method: str, query: Query[T]) -> T | Query[T]:
         import httpx2
 
         try:
-            response = await self._client.request(method, path, json=body)
+            response = await self._client.request(method, query.path, json=query.body if method == "POST" else None)
         except httpx2.TransportError as error:
             raise _Again(self._clean(f"no answer: {str(error) or type(error).__name__}")) from error
         except httpx2.DecodingError as error:
@@ -192,13 +220,22 @@ class HttpClient:
             said = self._said(response)
             raise _Again(f"status {response.status_code}{said}", after=_retry_after(response.headers))
         if not response.is_success:
-            raise self._refused(path, response)
+            raise self._refused(query.path, response)
         try:
-            return read(json.loads(response.content))
+            answer = json.loads(response.content)
+            self._count(answer)
+            return query.read(answer)
         except UnusableAnswer as error:
             raise _Again(self._clean(str(error)), unusable=True, advice=error.advice) from error
         except ValueError as error:
             raise _Again(f"the answer is not JSON: {error}", unusable=True) from error
+
+    def _count(self, answer: Any) -> None:
+        found = answer.get("usage") if isinstance(answer, dict) else None
+        if isinstance(found, dict):
+            sent, received = found.get("prompt_tokens"), found.get("completion_tokens")
+            self.usage.prompt_tokens += sent if isinstance(sent, int) else 0
+            self.usage.completion_tokens += received if isinstance(received, int) else 0
 
     def _refused(self, path: str, response: httpx2.Response) -> Refused:
         status, said = response.status_code, self._said(response)

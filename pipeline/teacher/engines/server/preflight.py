@@ -16,8 +16,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Query, Sampling
-from pipeline.teacher.engines.server.http_client import HttpClient, Refused, Unusable
+from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling
+from pipeline.teacher.engines.server.http_client import HttpClient, Query, Refused, Unusable
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
 from pipeline.teacher.engines.server.top_lists import TopLists
 
@@ -43,9 +43,11 @@ def check_length(facts: ServerFacts, dialect: Dialect, seq_len: int, longest: in
 
 def check_tokenizer(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compares the tokens of a text, where the server splits texts at all. Raises: ConfigError."""
-    ours = local_tokens(tokenizer)
+    ours, query = local_tokens(tokenizer), dialect.tokenize(PROBE)
+    if query is None:
+        return
     try:
-        theirs = _result(client, dialect.tokenize(PROBE))
+        theirs = _result(client, query)
     except Refused:
         return
     theirs = theirs.get("tokens") if isinstance(theirs, dict) else theirs
@@ -72,6 +74,7 @@ def check_answers(client: HttpClient, dialect: Dialect, token_ids: Sequence[int]
     def lists(k: int, temperature: float) -> TopLists:
         sampling = Sampling(
             token_ids=token_ids,
+            messages=lambda: [{"role": "user", "content": PROBE}],
             k=k,
             max_tokens=1,
             temperature=temperature,
@@ -122,7 +125,7 @@ def _gives(lists: Callable[[int, float], TopLists], k: int) -> bool:
 
 
 def _result(client: HttpClient, query: Query[T]) -> T:
-    return client.post(query.path, query.body, query.read, most_unusable=MOST_UNUSABLE).result()
+    return client.post(query, most_unusable=MOST_UNUSABLE).result()
 
 
 def _shown(tokens: object) -> str:

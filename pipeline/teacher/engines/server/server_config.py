@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SERVER = "Server"
 
-ServerKind = Literal["vllm", "sglang"]
+ServerKind = Literal["vllm", "sglang", "llama.cpp", "openai"]
 KINDS: tuple[ServerKind, ...] = get_args(ServerKind)
 
 
@@ -33,8 +33,10 @@ class ServerConfig:
         default_text="the only one that it serves",
         common=True,
     )
-    kind: Literal["auto", "vllm", "sglang"] = option(
-        "auto", help="What the server is. auto: ask the server.", group=SERVER
+    kind: Literal["auto", "vllm", "sglang", "llama.cpp", "openai"] = option(
+        "auto",
+        help="What the server is. auto: ask it. openai: a hosted API with chat completions; only with `generate`.",
+        group=SERVER,
     )
     concurrency: int = option(
         16, help="Number of requests that the server works on at once.", group=SERVER, minimum=1, maximum=4096
@@ -92,6 +94,13 @@ WITHOUT_SERVER = {
 }
 """Option that cannot be combined with a teacher on a server -> what to do instead."""
 
+WITHOUT_TOKENS = {
+    "writer": "it cannot score answers that it did not write",
+    "gen_stop": "it does not return the tokens of the string",
+    "gen_top_k": "it has no such option",
+}
+"""Option that cannot be combined with `server_kind=openai` -> why."""
+
 SERVED_KINDS = ("top-k", "top-p")
 """Kinds of targets that lists of the most likely tokens are enough for."""
 
@@ -119,6 +128,15 @@ def check_served(config: CacheTeacherConfig) -> None:
             f"`tokenizer`: missing, and `teacher` {teacher} is the URL of a server, which takes token ids. Give the "
             "directory or hub name of the tokenizer of its model."
         )
+    if config.server.kind == "openai":
+        if config.generation is None:
+            raise ConfigError(
+                "`server_kind` openai: a hosted API gives log-probabilities of its own answers only. Use `generate`, "
+                "or a server that scores given text: vLLM, SGLang or llama.cpp."
+            )
+        for name, why in WITHOUT_TOKENS.items():
+            if name in given:
+                raise ConfigError(f"`{name}`: cannot be combined with a hosted API; {why}. Leave it out.")
     if config.targets.kind not in SERVED_KINDS:
         raise ConfigError(
             f"`targets` {config.targets.kind}: a server gives lists of its most likely tokens, expected "

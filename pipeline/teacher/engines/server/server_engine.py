@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 import cache_format as cf
 from pipeline.errors import ModelError
-from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest
+from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Usage
 from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import HttpClient
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
@@ -88,6 +88,7 @@ def sampling_of(request: Request, settings: AnswerSettings, k: int) -> Sampling:
     given = settings.sampling
     return Sampling(
         token_ids=np.asarray(request.read).tolist(),
+        messages=request.messages,
         k=k,
         max_tokens=settings.most_tokens(request),
         temperature=given.temperature,
@@ -117,6 +118,11 @@ class ServerEngine:
     ) -> None:
         self.client, self.dialect, self.facts, self.vocab_size = client, dialect, facts, vocab_size
         self.batch_size, self.rows_in_flight = concurrency, 2 * concurrency
+
+    @property
+    def usage(self) -> Usage | None:
+        counted = self.client.usage
+        return replace(counted) if counted.prompt_tokens or counted.completion_tokens else None
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -160,8 +166,7 @@ class ServerEngine:
             yield self._lists(prompt)
 
     def _lists(self, prompt: Prompt) -> Future[TopLists]:
-        query = self.dialect.prompt(prompt, self.vocab_size)
-        return self.client.post(query.path, query.body, query.read)
+        return self.client.post(self.dialect.prompt(prompt, self.vocab_size))
 
     def generate(
         self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
@@ -169,8 +174,7 @@ class ServerEngine:
         pending: dict[Future[Written], Request] = {}
         for request in requests:
             sampling = sampling_of(request, settings, entries(settings.rule, self.vocab_size))
-            query = self.dialect.answer(sampling, self.vocab_size)
-            pending[self.client.post(query.path, query.body, query.read)] = request
+            pending[self.client.post(self.dialect.answer(sampling, self.vocab_size))] = request
         answers = []
         for done in as_completed(pending):
             answers.append(self._answer(pending[done], done, settings))

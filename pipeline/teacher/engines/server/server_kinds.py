@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from pipeline.errors import ConfigError, ModelError
+from pipeline.teacher.engines.server.chat_dialect import ChatDialect
 from pipeline.teacher.engines.server.dialect import Dialect
 from pipeline.teacher.engines.server.http_client import HttpClient
+from pipeline.teacher.engines.server.llama_cpp_dialect import LlamaCppDialect
 from pipeline.teacher.engines.server.server_config import ServerConfig, ServerKind
 from pipeline.teacher.engines.server.sglang_dialect import SglangDialect
 from pipeline.teacher.engines.server.vllm_dialect import VllmDialect
@@ -31,6 +35,8 @@ class ServerFacts:
 
 def find_server(client: HttpClient, config: ServerConfig) -> ServerFacts:
     """Raises: ConfigError if it does not have the model; ModelError if it is of no known kind, or does not answer."""
+    if config.kind == "openai" and config.model is not None:  # not every hosted API lists its models
+        return ServerFacts(kind="openai", version=None, model=config.model, max_length=None)
     card = _model_card(client, config.model)
     kind, said = _kind(client, config)
     version, length = said.get("version"), card.get("max_model_len") or said.get("context_length")
@@ -42,8 +48,13 @@ def find_server(client: HttpClient, config: ServerConfig) -> ServerFacts:
     )
 
 
-def dialect_of(facts: ServerFacts) -> Dialect:
-    return VllmDialect(facts.model) if facts.kind == "vllm" else SglangDialect()
+def dialect_of(facts: ServerFacts, tokenizer: PreTrainedTokenizerBase) -> Dialect:
+    """Args: tokenizer: of the model that the server runs."""
+    if facts.kind == "vllm":
+        return VllmDialect(facts.model)
+    if facts.kind == "llama.cpp":
+        return LlamaCppDialect(tokenizer)
+    return SglangDialect() if facts.kind == "sglang" else ChatDialect(facts.model, tokenizer)
 
 
 def _model_card(client: HttpClient, wanted: str | None) -> dict[str, Any]:
@@ -70,11 +81,16 @@ def _kind(client: HttpClient, config: ServerConfig) -> tuple[ServerKind, dict[st
         said = client.get("/version")
         if isinstance(said, dict) and "version" in said:
             return "vllm", said
+    if config.kind in ("auto", "llama.cpp"):
+        said = client.get("/props")
+        if isinstance(said, dict) and (settings := said.get("default_generation_settings")):
+            return "llama.cpp", {"version": said.get("build_info"), "context_length": settings.get("n_ctx")}
     if config.kind != "auto":
         return config.kind, {}
     raise ModelError(
-        f"{client.root}: found neither vLLM nor SGLang (no /version, no /get_model_info). Other servers give no "
-        "log-probabilities of a prompt. If it is one of them behind a proxy, name it with `server_kind`."
+        f"{client.root}: found neither vLLM (/version) nor SGLang (/get_model_info) nor llama.cpp (/props). If it is "
+        "one of them behind a proxy, name it with `server_kind`. For answers of a hosted API, use `server_kind` openai "
+        "and `generate`."
     )
 
 

@@ -62,7 +62,7 @@ def open_server(
     )
     try:
         facts = find_server(client, config)
-        dialect = dialect_of(facts)
+        dialect = dialect_of(facts, tokenizer)
         rule.check_vocabulary(vocab_size)
         more = 0 if generates else 2 if all_positions else 1  # tokens of a request beyond its document
         check_length(facts, dialect, seq_len, seq_len + more)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Query, Sampling, Written, check_echo, list_of
-from pipeline.teacher.engines.server.http_client import UnusableAnswer
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, list_of
+from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
 from pipeline.teacher.generation.answers import EOS, LENGTH, STOP_STRING

@@ -115,6 +115,8 @@ class VllmEngine:
         timed: measure what the rows cost.
     """
 
+    usage = None
+
     def __init__(
         self, arguments: dict[str, Any], *, vocab_size: int, store_head: bool = False, timed: bool = False
     ) -> None:

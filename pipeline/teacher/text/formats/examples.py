@@ -113,13 +113,9 @@ def read_prompt(row: Mapping[str, Any], where: str, *, columns: Columns, templat
     Raises:
         DataError: as `read_examples`.
     """
-    (name,) = columns.names
     if not columns.is_chat:
-        return _string(row, name, where, null_is_empty=True)
-    messages = check_messages(row[name], f"{where}, column {name!r}")
-    if columns.format == "messages" and messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return _opened(messages, row, where, template)
+        return _string(row, columns.names[0], where, null_is_empty=True)
+    return _opened(read_messages(row, where, columns), row, where, template)
 
 
 def read_teacher_prompt(
@@ -130,10 +126,23 @@ def read_teacher_prompt(
         return None
     if not columns.is_chat:
         return _string(row, columns.teacher, where)
-    here = f"{where}, column {columns.teacher!r}"
-    messages = check_messages(row[columns.teacher], here)
+    return _opened(read_teacher_messages(row, where, columns.teacher), row, where, template)
+
+
+def read_messages(row: Mapping[str, Any], where: str, columns: Columns) -> Sequence[Mapping[str, Any]]:
+    """The conversation that is to be continued. Raises: DataError."""
+    (name,) = columns.names
+    messages = check_messages(row[name], f"{where}, column {name!r}")
+    answered = columns.format == "messages" and messages and messages[-1]["role"] == "assistant"
+    return messages[:-1] if answered else messages
+
+
+def read_teacher_messages(row: Mapping[str, Any], where: str, column: str) -> Sequence[Mapping[str, Any]]:
+    """The conversation that the teacher is to continue. Raises: DataError."""
+    here = f"{where}, column {column!r}"
+    messages = check_messages(row[column], here)
     _check_teacher_messages(messages, 1, here)
-    return _opened(messages, row, where, template)
+    return messages
 
 
 def _opened(

@@ -183,7 +183,7 @@ def test_servers_of_another_kind(teacher_dir: Path, text_file: Path, tmp_path: P
     answer = server.answer
     server.answer = lambda path, body: answer(path if path == "/v1/models" else "/nothing", body)  # type: ignore[method-assign]
     said = refused(server, teacher_dir, text_file, tmp_path / "cache")
-    assert "found neither vLLM nor SGLang" in said and "`server_kind`" in said
+    assert "found neither vLLM" in said and "`server_kind`" in said
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def generate(teacher: str, tokenizer: Path, prompts: Path, output: Path, **optio
     config = CacheTeacherConfig(
         teacher=teacher,
         tokenizer=str(tokenizer),
-        data=DataConfig(data=str(prompts), seq_len=64),
+        data=DataConfig(data=str(prompts), seq_len=options.pop("seq_len", 64)),
         output=str(output),
         targets=TargetRule(top_k=8),
         **here,

@@ -1,0 +1,113 @@
+"""A real `llama-server`, on a CPU: `make test-servers`. LLAMA_SERVER names the program if it is not on the PATH."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from test_server_answers import generate
+from test_server_engine import NUCLEUS, capture
+
+import cache_format as cf
+from generating import load, logprobs_of
+from tiny import write_jsonl
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
+
+PROGRAM = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+
+
+@pytest.fixture(scope="module")
+def url(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if PROGRAM is None:
+        pytest.skip("no llama-server")
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_gguf
+
+    model = write_gguf(teacher_dir, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--model", str(model), "--ctx-size", "1024", "--parallel", "4", "--threads", "1", "--port", str(port)]
+    words += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-webui"]
+    process = subprocess.Popen([PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        stop = time.monotonic() + 120
+        while not _is_ready(port):
+            assert process.poll() is None and time.monotonic() < stop, "llama-server does not answer"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/health").is_success
+    except httpx2.TransportError:
+        return False
+
+
+def same(rows: list[cf.CacheRow], expected: list[cf.CacheRow]) -> None:
+    assert len(rows) == len(expected) > 0
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("input_ids", "loss_mask", "segment_lengths"):
+            np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
+        for name in ("counts", "exact_counts", "ids"):
+            np.testing.assert_array_equal(getattr(row.targets, name), getattr(other.targets, name))
+        np.testing.assert_allclose(row.targets.logprobs, other.targets.logprobs, atol=1e-3)
+
+
+@pytest.mark.parametrize("data", ["text_file", "chat_file", "completion_file", "letters"])
+@pytest.mark.parametrize("options", [{}, {"targets": NUCLEUS, "all_positions": True}], ids=["top-k", "top-p, all"])
+def test_log_probabilities_are_those_of_transformers(
+    data: str,
+    options: dict[str, Any],
+    url: str,
+    teacher_dir: Path,
+    tmp_path: Path,
+    raw_rows: list[cf.CacheRow],
+    request: pytest.FixtureRequest,
+) -> None:
+    path, of_data = request.getfixturevalue(data), {"max_documents": 6, "seq_len": 128}
+    capture(str(teacher_dir), teacher_dir, path, tmp_path / "here", of_data=of_data, **options)
+    expected = list(raw_rows)
+    raw_rows.clear()
+    capture(url, teacher_dir, path, tmp_path / "there", of_data=of_data, **options)
+    same(raw_rows, expected)
+    assert cf.open_cache(tmp_path / "there").metadata.capture["server"] == "llama.cpp"
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.5, "answers_per_prompt": 2}], ids=str)
+@pytest.mark.parametrize("stop", [(), ("e",)], ids=str)
+def test_answers_have_the_models_own_log_probabilities(
+    options: dict[str, Any], stop: tuple[str, ...], url: str, teacher_dir: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    options = {**options, "stop": stop, "max_new_tokens": 24}
+    generate(url, teacher_dir, chat_file, tmp_path / "cache", seq_len=160, **options)
+    cache, model = cf.open_cache(tmp_path / "cache"), load(teacher_dir)
+    assert len(cache) > 0
+    for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
+        expected = logprobs_of(model, row.input_ids, 400)
+        at = np.flatnonzero(row.loss_mask)
+        np.testing.assert_allclose(line["token_logprobs"], expected[at, row.input_ids[at + 1]], atol=1e-3)
+    if options["temperature"] == 0.0:
+        generate(str(teacher_dir), teacher_dir, chat_file, tmp_path / "here", seq_len=160, **options)
+        here = cf.open_cache(tmp_path / "here")
+        assert [line["text"] for line in cache.answers()] == [line["text"] for line in here.answers()]
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = ["東京東京 is 10°C", "ααα and ααα", "“far too small”", "plain words", "a 😀😀"]
+    return write_jsonl(tmp_path_factory.mktemp("text") / "letters.jsonl", [{"text": text} for text in texts])
