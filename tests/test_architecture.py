@@ -260,7 +260,7 @@ def test_imports_are_declared():
 
 def test_everything_declared_is_pinned_for_setup():
     pinned = pins("constraints.txt")
-    declared = requirements() | requirements("gguf", "peft", "demo", "test")
+    declared = requirements() | requirements("gguf", "peft", "demo", "docs", "test")
     assert declared.keys() - pinned.keys() == set()
     for name, requirement in declared.items():
         assert requirement.specifier.contains(pinned[name]), f"{requirement} excludes {pinned[name]}"

@@ -20,6 +20,7 @@ from cache_format.manifest.metadata import CacheMetadata
 from cache_format.storage.directory import Directory, open_directory
 
 ANSWERS = "answers.jsonl"
+"""File of the generated answers, in caches of generated text."""
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("row", "document", "answer", "prompt_tokens"), int),
     **dict.fromkeys(("stop_reason", "text"), str),

@@ -19,7 +19,8 @@ ROUNDING = {
     "capture.server_version": "another version of the server rounds differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }
-FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")  # of a teacher
+FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")
+"""Keys of the manifest that identify a teacher."""
 TEACHER_FACTS, TEXT_FACTS = tuple(f"teacher.{name}" for name in FINGERPRINTS), ("corpus.token_stream_sha256",)
 # Key of a name -> keys that identify the thing. Names differ between machines with different mounts.
 NAMES = {

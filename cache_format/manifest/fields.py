@@ -79,6 +79,7 @@ MOST_VOCABULARY = MOST_TOKENS = 2**24  # MOST_TOKENS: of a row
 KINDS = ("top-k", "top-p", "threshold", "random", "hidden")
 LOWER_BOUND = "lower-bound"  # of targets.entropy
 CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
+"""Columns whose values are rounded to those of a codebook."""
 
 COUNTS: dict[str, Any] = {"rows": COUNT, "tokens": COUNT, "counted_tokens": COUNT, "entries": COUNT}
 BYTE_RANGE: dict[str, Any] = {"start": COUNT, "stop": COUNT, "sha256": DIGEST}

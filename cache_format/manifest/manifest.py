@@ -49,6 +49,7 @@ def sidecar_name(index: int) -> str:
 
 
 def sha256(data: Any) -> str:
+    """SHA-256 of bytes or of anything else with a buffer, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 

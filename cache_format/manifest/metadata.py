@@ -26,7 +26,9 @@ from cache_format.rows.hidden import HiddenSpec
 from cache_format.rows.types import Alignment
 
 FORMAT_NAME = "distill-cache"
-FORMAT_VERSION, WITH_HEAD = 1, 2  # version that a reader must support; WITH_HEAD only for caches with a head
+FORMAT_VERSION = 1
+"""Version of the format that a reader must support, for caches without a head."""
+WITH_HEAD = 2  # for those with one
 
 MOST_RECORD_BATCHES = 2**20  # per shard
 LEAST_BYTES = 256  # per record batch: the flatbuffer that lists its buffers is longer
@@ -34,8 +36,9 @@ ROWS_PER_BYTE = 8  # maximum in a shard: consecutive row numbers cost zstd more 
 
 UnsignedType = type[np.uint8] | type[np.uint16] | type[np.uint32]
 
-
-EXACT_LEVELS, POSITION_LEVELS = 112, 64
+EXACT_LEVELS = 112
+"""Number of values of the codebook of exact entries."""
+POSITION_LEVELS = 64  # of the tail mass and the entropy
 
 
 def default_codebooks(vocab_size: int) -> dict[str, Codebook]:

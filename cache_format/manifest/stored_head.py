@@ -29,6 +29,7 @@ from cache_format.manifest.fields import HEAD as HEAD_FIELDS
 from cache_format.manifest.fields import check_fields
 
 HEAD = "head.safetensors"
+"""File of the vocabulary head, in caches of hidden targets."""
 DTYPES = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2")}
 """Name -> its name in safetensors, and the numpy type of its bytes (uint16 for bfloat16, which numpy lacks)."""
 

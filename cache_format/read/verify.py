@@ -15,6 +15,8 @@ from cache_format.rows.rebuilt import find_entropy_mismatch
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySummary:
+    """What `verify_cache` has read and found right."""
+
     rows: int
     tokens: int
     counted_tokens: int

@@ -23,7 +23,8 @@ IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.float32]
 
 Alignment = Literal["next", "same"]  # next: a causal model; same: a masked model
-IGNORE_INDEX = -100  # what the losses of transformers and torch skip
+IGNORE_INDEX = -100
+"""Label of a position that is not in the loss, as the losses of transformers and torch skip it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,6 +96,7 @@ def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
 
 
 def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:
+    """The error of a writer that finds a finished cache where it should write."""
     return CacheError(
         f"{open_directory(path).path()}: found a finished cache ({manifest.num_rows:,} rows){because}, nothing was "
         "changed. Choose another directory, or replace it with `overwrite=True`."

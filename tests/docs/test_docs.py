@@ -19,7 +19,8 @@ from tiny import conversations, english, tiny_llama, tiny_tokenizer, write_jsonl
 from tiny_masked import tiny_masked
 
 RECIPES = "docs/recipes.md"
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+TUTORIALS = [page for page in PAGES if page.startswith("docs/tutorials/")]
 
 
 def models_and_texts(root: Path) -> None:
@@ -94,6 +95,29 @@ def files_of_other_tools(root: Path) -> None:
     )
 
 
+def downloaded_models(root: Path) -> None:
+    """What the tutorials download. They make their data themselves."""
+    tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=6, hidden=32)
+    tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
+
+
+def two_domains(root: Path) -> None:
+    """Two teachers, and text for each of them."""
+    tiny_llama(root / "models/code-teacher", tiny_tokenizer(), layers=2, hidden=32)
+    tiny_llama(root / "models/chat-teacher", tiny_tokenizer(), layers=2, hidden=32, seed=2)
+    tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
+    for name, count in (("", 20), ("heldout-", 8)):
+        write_jsonl(root / f"data/{name}chats.jsonl", conversations(count, seed=count))
+        write_jsonl(
+            root / f"data/{name}code.jsonl", [{"text": text} for text in english(count, seed=count).splitlines()]
+        )
+
+
+def a_cache(root: Path) -> None:
+    models_and_texts(root)
+    build_cache(root / "caches/train", root / "models/teacher", root / "data/chats.jsonl", targets=TargetRule())
+
+
 SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/caches.md": causal_models,
     "docs/choosing.md": everything,
@@ -119,6 +143,15 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/teacher-prompts.md": models_and_texts,
     "docs/training-data.md": causal_models,
     "docs/troubleshooting.md": causal_models,
+    "docs/tutorials/chat-data.md": downloaded_models,
+    "docs/tutorials/draft-model.md": downloaded_models,
+    "docs/tutorials/first-cache.md": downloaded_models,
+    "docs/tutorials/many-machines.md": downloaded_models,
+    "docs/tutorials/one-gpu.md": causal_models,
+    "docs/tutorials/quantised-student.md": causal_models,
+    "docs/tutorials/reading-caches.md": a_cache,
+    "docs/tutorials/reasoning-data.md": downloaded_models,
+    "docs/tutorials/several-teachers.md": two_domains,
 }
 
 
@@ -159,9 +192,9 @@ def test_every_heading_it_links_to_exists(page: str) -> None:
     assert [link for link in linked_anchors(page) if link[1] not in anchors(link[0])] == []
 
 
-@pytest.mark.parametrize("index", ["README.md", "docs/README.md"])
-def test_the_index_lists_every_page(index: str) -> None:
-    assert set(PAGES) - {"docs/README.md"} <= set(linked_files(index))
+def test_the_indexes_list_every_page() -> None:
+    assert set(PAGES) - {"docs/README.md"} <= set(linked_files("docs/README.md"))
+    assert set(PAGES) - {"docs/README.md", *TUTORIALS} <= set(linked_files("README.md"))
 
 
 def test_every_option_in_the_pages_exists() -> None:
@@ -175,6 +208,7 @@ def test_every_option_in_the_pages_exists() -> None:
     others |= {"--count"}  # benchmarks
     others |= {"--max-logprobs", "--logprobs-mode", "--no-enable-prefix-caching"}  # vllm serve
     others |= {"--context-length", "--disable-radix-cache"}  # SGLang
+    others |= {"--local-dir"}  # hf download
     for page in ["README.md", *PAGES]:
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text(page)))
         assert found - known - others == set(), page
