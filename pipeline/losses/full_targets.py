@@ -94,7 +94,7 @@ class FullTargets:
         return self if self.head is not None else replace(self, head=loss.teacher_head)
 
     def loss_and_dlogits(
-        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Targets`. Every position must be a loss token."""
         temperature, vocab_size = loss.temperature, logits.shape[1]
@@ -127,7 +127,7 @@ class FullTargets:
         if scale is None:
             return sums, None
         (d_logits,) = torch.autograd.grad(scaled, z)
-        return sums, d_logits
+        return sums, d_logits.to(dtype or d_logits.dtype)
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("states", "scales", "place", "labels", "entropy", "loss_tokens")
