@@ -197,8 +197,6 @@ def test_a_cpu_takes_plain_torch() -> None:
 @pytest.fixture()
 def moved(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Bytes that the interpreter loads and stores."""
-    if DEVICE.type != "cpu":
-        pytest.skip("counted by the interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
 
     found = SimpleNamespace(read=0, written=0)
