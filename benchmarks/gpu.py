@@ -5,7 +5,11 @@
     training     `train_student`, compared with transformers' cross-entropy in the same loop
     head         fused head and loss alone, compared with plain cross-entropy, and with Liger and
                  cut-cross-entropy where they are installed
+    selection    targets from logits alone, compared with what copying the logits once takes
     loader       batches from the cache without a model
+
+Head and selection are measured with the Triton kernels and without; everything else takes them if they work on this
+card, which the settings of the results say.
 
 Random weights cost what trained ones do, except that sampled targets have nearly the same number of entries at every
 position. Results are written after every part, so that an interrupted run leaves those that it has. About ten minutes
@@ -38,9 +42,11 @@ from transformers import PreTrainedModel
 import cache_format as cf
 import distill
 from benchmarks import measure
+from benchmarks.gpu_selection import selection, without_triton
 from benchmarks.measure import Result, Table, Value
 from benchmarks.shapes import EIGHT, ONE, SMALL, TINY, TINY_TEACHER, Shape
 from pipeline.losses import SparseTargetBatch, fused_head_loss
+from pipeline.models.devices import kernels
 from pipeline.models.head import open_head
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.padding_free import without_padding
@@ -322,6 +328,8 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Any) -> dict[str, Callable[
         "plain cross-entropy": lambda: functional.cross_entropy((hidden @ weight.T).float(), labels),
         "distill, top-64": lambda: fused_head_loss(hidden, weight, None, targets, kd_weight=0.9),
     }
+    if kernels.triton_kernels(hidden.device) is not None:
+        found["distill, top-64, without Triton"] = lambda: without_triton(found["distill, top-64"])
     if importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -370,7 +378,14 @@ def loader(bench: Bench) -> list[Table]:
     return [Table("Loader, top-64", columns, found)]
 
 
-PARTS = {"card": card, "capture": capture, "training": training, "head": head, "loader": loader}
+PARTS = {
+    "card": card,
+    "capture": capture,
+    "selection": selection,
+    "training": training,
+    "head": head,
+    "loader": loader,
+}
 
 
 @click.command()
@@ -412,7 +427,11 @@ def _result(bench: Bench) -> Result:
         name="gpu",
         question="Both stages on one GPU: tokens per second, and the share of what its products and its memory can do.",
         bound="the rate of a large bf16 product on the same card, over the operations that the models need.",
-        settings={"row_tokens_in_training": bench.sizes.row_tokens[0], "tokens_per_step": bench.sizes.step_tokens},
+        settings={
+            "row_tokens_in_training": bench.sizes.row_tokens[0],
+            "tokens_per_step": bench.sizes.step_tokens,
+            "triton_kernels": kernels.triton_kernels(bench.device) is not None,
+        },
         tables=bench.tables,
         summary={"tflops": round(bench.flops / 1e12, 1), "tb_per_s": round(bench.bandwidth / 1e12, 2), **shares},
     )

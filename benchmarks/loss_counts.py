@@ -3,7 +3,8 @@
 The walk of `pipeline.losses.fused` runs on the meta device, and a dispatch mode adds up what every operation reads and
 writes: each input once, each result once, what selects by an index only what it selects; views are free. `before` sums
 products in bfloat16 and takes 512 positions at a time, `after` sums them in float32 and takes as many as the default on
-a GPU.
+a GPU, both in plain torch; `kernels` is `after` with the Triton kernels, which move what their code says
+(`benchmarks.counted_kernels`).
 
 Predicted, not measured: a token of a student with P parameters costs 6·P FLOP at 4·10^14 FLOP/s (an H100 at 40 %), and
 the traffic of its head at 3.35·10^12 bytes/s. The products of the head are among the 6·P.
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.counted_kernels import counted_kernels, plain_torch
 from benchmarks.measure import Result, Settings, Table
 from pipeline.losses import DistillLoss, RaggedTargets, SparseTargetBatch, fused_head
 from pipeline.losses.fused import chunk_positions
@@ -38,7 +40,7 @@ LOSSES = {"forward KL": {}, "forward KL at T = 2": {"temperature": 2.0}, "js": {
 aten = torch.ops.aten
 SELECTS = {aten.gather.default: 2, aten.scatter_.value: 2, aten.scatter_add_.default: 2, aten.index_select.default: 2}
 WRITES_ONLY = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}
-FREE = {aten.empty.memory_format, aten.detach.default, aten.alias.default}
+FREE = {aten.empty.memory_format, aten.empty_like.default, aten.detach.default, aten.alias.default}
 
 
 @dataclass
@@ -69,14 +71,21 @@ class Traffic(TorchDispatchMode):
         self.weights += sum(x.numel() * x.element_size() for x in matrices)
         return result
 
+    def count(self, name: str, read: int, written: int) -> None:
+        """A kernel on logits."""
+        self.logits += read + written
+        self.operations += 1
+
 
 def run(settings: Settings) -> Result:
     rows, speeds, summary = [], [], {}
     for name, (parameters, width, vocab) in STUDENTS.items():
         new_chunk = chunk_positions(SparseTargetBatch, torch.device("meta"), vocab)  # type: ignore[arg-type]
         for loss, options in LOSSES.items():
-            for when, chunk in (("before", OLD_CHUNK), ("after", new_chunk)):
-                found = traffic(width, vocab, chunk, wide=when == "after", options=options)
+            for when, chunk in (("before", OLD_CHUNK), ("after", new_chunk), ("kernels", new_chunk)):
+                found = traffic(
+                    width, vocab, chunk, wide=when != "before", by_kernels=when == "kernels", options=options
+                )
                 positions = CHUNKS * chunk
                 per_logit = found.logits / (positions * vocab)
                 per_weight = found.weights / (CHUNKS * vocab * width)
@@ -112,12 +121,13 @@ def run(settings: Settings) -> Result:
     )
 
 
-def traffic(width: int, vocab: int, chunk: int, *, wide: bool, options: dict[str, Any]) -> Traffic:
+def traffic(width: int, vocab: int, chunk: int, *, wide: bool, by_kernels: bool, options: dict[str, Any]) -> Traffic:
     """Of `CHUNKS` chunks of loss tokens, both ways, without the pass that multiplies by the gradient of the loss."""
     n = CHUNKS * chunk
     hidden = torch.empty(n, width, device="meta", requires_grad=True)
     weight = torch.empty(vocab, width, device="meta", requires_grad=True)
-    with _as_a_gpu(wide), Traffic(vocab, width) as found:
+    found = Traffic(vocab, width)
+    with _as_a_gpu(wide), counted_kernels(found.count) if by_kernels else plain_torch(), found:
         fused_head(
             hidden, weight, None, _targets(n), DistillLoss(kd_weight=0.9, **options), scale=1.0, chunk_size=chunk
         )

@@ -37,6 +37,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from pipeline.models.devices import kernels
+
 DEVICE = torch.device("cuda", 0)
 ON_DEVICE = ("cuda", "meta")  # C++ takes a `DeviceTensor` for one of device meta
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -368,6 +370,7 @@ def simulated_gpu(*, shapes_only: bool = False) -> Iterator[SimulatedGpu]:
         "current_stream": lambda device=None: None,
         "get_device_name": lambda device=None: "simulated",
     }
-    with mock.patch.multiple(torch.cuda, **replaced), gpu:
+    no_kernels = mock.patch.object(kernels, "triton_kernels", lambda device: None)  # they would need real memory
+    with mock.patch.multiple(torch.cuda, **replaced), no_kernels, gpu:
         yield gpu
         gpu.arrive()

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.counted_kernels import counted_kernels, plain_torch
 from benchmarks.measure import Result, Settings, Table
-from benchmarks.simulated_gpu import DEVICE, SimulatedGpu, simulated_gpu
+from benchmarks.simulated_gpu import DEVICE, Operation, SimulatedGpu, simulated_gpu
 from pipeline.models.head import Head
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine, chunk_positions
@@ -61,15 +62,16 @@ TEACHERS = (Teacher("1B", 0.97e9, 2048), Teacher("8B", 6.98e9, 4096), Teacher("7
 
 
 def run(settings: Settings) -> Result:
-    batches, chunks, bytes_of = [], [], {}
+    batches, chunks = [], []
+    bytes_of: dict[str, list[float]] = {}
     for name, rule in RULES.items():
         gpu = _batch(rule, 1 if settings.quick else ROWS)
         waits, uploads = BEFORE[name]
         batches.append([name, waits, len(gpu.synchronisations), uploads, gpu.uploads, gpu.downloads])
-        rounded, kept = _chunk(rule, rounded=True), _chunk(rule, rounded=False)
-        bytes_of[name] = kept.bytes_per_logit
-        chunks.append([name, rounded.kernels, kept.kernels, rounded.per_batch, kept.per_batch])
-        chunks[-1] += [rounded.bytes_per_logit, kept.bytes_per_logit, kept.bytes_per_logit / BOUND]
+        ways = [_chunk(rule, rounded=True), _chunk(rule), _chunk(rule, by_kernels=True)]
+        bytes_of[name] = [each.bytes_per_logit for each in ways]
+        chunks.append([name, *(each.kernels for each in ways), *(each.per_batch for each in ways)])
+        chunks[-1] += [*bytes_of[name], bytes_of[name][-1] / BOUND]
     waits_now = max(row[2] for row in batches)
     batch = f"batch of {ROWS} rows of {ROW_TOKENS:,}"
     return Result(
@@ -86,8 +88,9 @@ def run(settings: Settings) -> Result:
             Table(
                 "Head and selection of a chunk",
                 [
-                    *("targets", "kernels before", "kernels", "kernels per 1,024 positions before"),
-                    *("kernels per 1,024 positions", "bytes/logit before", "bytes/logit", "bytes/bound"),
+                    *("targets", "kernels before", "kernels", "kernels with Triton"),
+                    *(f"kernels per 1,024 positions{which}" for which in (" before", "", " with Triton")),
+                    *("bytes/logit before", "bytes/logit", "bytes/logit with Triton", "bytes with Triton/bound"),
                 ],
                 chunks,
             ),
@@ -98,13 +101,19 @@ def run(settings: Settings) -> Result:
                     "body, µs/token",
                     "head, µs/token",
                     "selection, µs/token",
+                    "selection with Triton, µs/token",
                     "tokens/s",
+                    "tokens/s with Triton",
                     "at the bound, tokens/s",
                 ],
-                [_predicted(teacher, bytes_of["threshold"]) for teacher in TEACHERS],
+                [_predicted(teacher, *bytes_of["threshold"][1:]) for teacher in TEACHERS],
             ),
         ],
-        summary={"waits": waits_now, "bytes_per_logit_threshold": round(bytes_of["threshold"], 1)},
+        summary={
+            "waits": waits_now,
+            "bytes_per_logit_threshold": round(bytes_of["threshold"][1], 1),
+            "bytes_per_logit_threshold_triton": round(bytes_of["threshold"][2], 1),
+        },
         conclusion="Every line of the predictions is parameters · 2 / 989 TFLOP/s, D · V · 2 / 989 TFLOP/s and "
         "V · bytes/logit / 3.35 TB/s; tokens/s is one over their sum.",
     )
@@ -143,11 +152,12 @@ class _Counts:
     bytes_per_logit: float
 
 
-def _chunk(rule: TargetRule, *, rounded: bool) -> _Counts:
+def _chunk(rule: TargetRule, *, rounded: bool = False, by_kernels: bool = False) -> _Counts:
     """Counts of the head and of the selection of one chunk.
 
     Args:
         rounded: as before: 256 positions, logits in bf16 that are widened again.
+        by_kernels: selection by the Triton kernels.
     """
     n = 256 if rounded else chunk_positions(DEVICE, VOCAB)
 
@@ -155,6 +165,10 @@ def _chunk(rule: TargetRule, *, rounded: bool) -> _Counts:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 
     with simulated_gpu(shapes_only=True) as gpu, torch.no_grad():
+
+        def count(name: str, read: int, written: int) -> None:
+            gpu.operations.append(Operation(name, read, written, n * VOCAB))
+
         hidden, weight = tensor(n, WIDTH, dtype=torch.bfloat16), tensor(VOCAB, WIDTH, dtype=torch.bfloat16)
         logits = tensor(n, VOCAB, dtype=torch.bfloat16 if rounded else torch.float32)
         scratch = tensor(n, VOCAB, dtype=torch.float32)
@@ -165,14 +179,19 @@ def _chunk(rule: TargetRule, *, rounded: bool) -> _Counts:
         else:
             torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
         product = gpu.operations.pop()
-        sparse_targets(logits, rule, uniforms, scratch)
+        with counted_kernels(count) if by_kernels else plain_torch():
+            sparse_targets(logits, rule, uniforms, scratch)
     kernels = gpu.kernels + 1
     moved = gpu.bytes_of(at_least=n * VOCAB // 2) + product.written
     return _Counts(kernels, kernels * 1024 / n, moved / (n * VOCAB))
 
 
-def _predicted(teacher: Teacher, bytes_per_logit: float) -> list[str | int | float]:
+def _predicted(teacher: Teacher, plain: float, by_kernels: float) -> list[str | int | float]:
+    """
+    Args:
+        plain, by_kernels: bytes for each logit.
+    """
     body, head = 2 * teacher.body / FLOPS, 2 * teacher.width * VOCAB / FLOPS
-    selection, best = (VOCAB * each / BANDWIDTH for each in (bytes_per_logit, BOUND))
-    times = [body * 1e6, head * 1e6, selection * 1e6]
-    return [teacher.name, *times, 1 / (body + head + selection), 1 / (body + head + best)]
+    selections = [VOCAB * each / BANDWIDTH for each in (plain, by_kernels, BOUND)]
+    speeds = [1 / (body + head + each) for each in selections]
+    return [teacher.name, body * 1e6, head * 1e6, *(each * 1e6 for each in selections[:2]), *speeds]

@@ -33,8 +33,8 @@ TERMINAL = [path for path in PIPELINE if path.is_relative_to(ROOT / "pipeline/te
 LIBRARY = [path for path in PIPELINE if path not in COMMANDS and path not in TERMINAL]
 SHIPPED = [*CACHE_FORMAT, *PIPELINE, *DISTILL]
 
-# What transformers and torch cannot do without; their versions are theirs to decide.
-BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "markupsafe", "safetensors", "tokenizers", "yaml"}
+# What transformers and torch cannot do without; their versions are theirs to decide. Triton comes with torch for CUDA.
+BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "markupsafe", "safetensors", "tokenizers", "triton", "yaml"}
 
 
 def relative(path: Path) -> str:

@@ -141,7 +141,11 @@ def stage_one_waits() -> list[list[str]]:
 
 def stage_one_bytes() -> list[list[str]]:
     """Kernels and bytes of head and selection."""
-    columns = ("kernels per 1,024 positions before", "kernels per 1,024 positions", "bytes/logit before", "bytes/logit")
+    columns = [
+        f"{what}{which}"
+        for what in ("kernels per 1,024 positions", "bytes/logit")
+        for which in (" before", "", " with Triton")
+    ]
     table = [["targets", *columns]]
     for row in rows("stage_one_counts", "Head and selection"):
         table.append([row["targets"], *(f"{row[name]:.0f}" for name in columns)])
@@ -150,8 +154,10 @@ def stage_one_bytes() -> list[list[str]]:
 
 def stage_one_predicted() -> list[list[str]]:
     """Bounds on an H100."""
-    columns = ("body, µs/token", "head, µs/token", "selection, µs/token")
-    table = [["teacher, `threshold`, V = 128,256", *columns, "tokens/s"]]
+    columns = ("body, µs/token", "head, µs/token", "selection, µs/token", "selection with Triton, µs/token")
+    speeds = ("tokens/s", "tokens/s with Triton")
+    table = [["teacher, `threshold`, V = 128,256", *columns, *speeds]]
     for row in rows("stage_one_counts", "Predicted bounds"):
-        table.append([row["teacher"], *(f"{row[name]:.2f}" for name in columns), about(row["tokens/s"])])
+        cells = [*(f"{row[name]:.2f}" for name in columns), *(about(row[name]) for name in speeds)]
+        table.append([row["teacher"], *cells])
     return table

@@ -16,6 +16,7 @@ ROUNDING = {
     "capture.batch_size": "another batch size rounds differently",
     "capture.chunk_positions": "another chunk size rounds differently",
     "capture.logits": "logits of another precision round differently",
+    "capture.selection": "sums over the vocabulary by other kernels round differently",
     "capture.server_version": "another version of the server rounds differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }

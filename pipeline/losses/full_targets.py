@@ -65,7 +65,7 @@ class FullTargets(PositionTensors):
         return self if self.head is not None else replace(self, head=loss.teacher_head)
 
     def loss_and_dlogits(
-        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Targets`. Every position must be a loss token."""
         temperature, vocab_size = loss.temperature, logits.shape[1]
@@ -98,4 +98,4 @@ class FullTargets(PositionTensors):
         if scale is None:
             return sums, None
         (d_logits,) = torch.autograd.grad(scaled, z)
-        return sums, d_logits
+        return sums, d_logits.to(dtype or d_logits.dtype)

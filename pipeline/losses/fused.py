@@ -207,6 +207,7 @@ class _FusedHead(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if want_weight else None
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=weight.device) if want_bias else None  # type: ignore[union-attr]
         sums = torch.zeros(len(HeadOutput._fields), dtype=accumulate, device=hidden.device)
+        d_dtype = matmul_dtype if d_bias is None else accumulate  # a bias sums its gradient before it is rounded
 
         # One buffer for all chunks: on a CPU, fresh memory of this size costs more in page faults than its arithmetic.
         buffer = torch.empty((min(chunk_size, len(hidden)), vocab_size), dtype=accumulate, device=hidden.device)
@@ -215,7 +216,7 @@ class _FusedHead(torch.autograd.Function):
             logits = product(states, head.T, buffer[: len(states)])  # [n, V]
             if head_bias is not None:
                 logits += head_bias
-            chunk_sums, d_logits = targets[here].loss_and_dlogits(logits, loss, scale if want_any else None)
+            chunk_sums, d_logits = targets[here].loss_and_dlogits(logits, loss, scale if want_any else None, d_dtype)
             sums += chunk_sums
             if d_logits is None:
                 continue

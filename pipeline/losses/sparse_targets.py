@@ -9,7 +9,7 @@ the label's, and the log-sum-exp r of everything else. So
     ∂L/∂z_j = ∂L/∂r · exp(z_j − r)        for every other j           (one scalar per row times the softmax)
 
 The divergence and its K+2 derivatives are plain autograd on [n, K+2] tensors: a new divergence needs no new gradient.
-Cost: five passes over the V logits, while the chunk is in cache.
+Cost: a handful of passes over the V logits, all of them in `pipeline.models.devices.exponentials`.
 
 Shapes: N positions, n loss tokens (of a chunk), E entries of all positions, K of the longest list, V vocabulary.
 """
@@ -32,6 +32,7 @@ from pipeline.losses.entries import IGNORE_INDEX, PositionTensors, TargetEntries
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, entries_of
 from pipeline.losses.weighting import entropy_of_parts, position_weight
+from pipeline.models.devices.exponentials import exponentials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class SparseTargetBatch(TargetEntries):
     """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
     GPU_CHUNK_POSITIONS: ClassVar[int] = 4096
     """Each chunk reads and writes the head's gradient once: 8·D bytes per token of the vocabulary, beside 46 bytes for
-    each logit (benchmarks/results/loss_counts.md)."""
+    each logit, 18 with Triton (benchmarks/results/loss_counts.md)."""
 
     def prepare(self, loss: DistillLoss) -> SparseTargetBatch:
         """Without the sampled entries, unless the loss or the reported KL reads them.
@@ -56,9 +57,9 @@ class SparseTargetBatch(TargetEntries):
         return self if loss.kl_tail == "sampled" else of_loss
 
     def loss_and_dlogits(
-        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Targets`; the gradient is written into the logits' memory. Every position must be a loss token."""
+        """See `Targets`; works in the logits' memory. Every position must be a loss token."""
         temperature, tail, kl_tail, vocab_size = loss.temperature, loss.tail, loss.kl_tail, logits.shape[1]
         want_grad = scale is not None
         label = self.labels[:, None]  # [n, 1]
@@ -72,16 +73,12 @@ class SparseTargetBatch(TargetEntries):
         z = logits.gather(1, gathered)  # [n, K+1]
         entries = z[:, :-1].masked_fill(~targets.valid, ABSENT).requires_grad_(want_grad)
         label_alone = z[:, -1].masked_fill(label_is_entry, ABSENT).requires_grad_(want_grad)
-        largest = logits.amax(dim=1)
-
-        # The rest at T = 1 for the cross-entropy, at T for the divergence; the last of them overwrites `logits`.
-        others, total, rest = exp_rest(logits if temperature == 1.0 else logits.clone(), largest, taken)
+        # `logits` are not to be read from here on.
+        others = exponentials(logits, taken, temperature, math.exp(-UNDERFLOW_NATS))
+        largest, rest, rest_t = others.largest, others.lse, others.tempered_lse
         if loss.position_weighting == "student-entropy":
             parts = torch.cat([entries, label_alone[:, None]], dim=1)
-            student_entropy = entropy_of_parts(others, (parts - largest[:, None]).exp())
-        others_t, total_t, rest_t = others, total, rest
-        if temperature != 1.0:
-            others_t, total_t, rest_t = exp_rest(logits.div_(temperature), largest / temperature, taken)
+            student_entropy = entropy_of_parts(*others.sum_and_surprise(), (parts - largest[:, None]).exp())
         leaves = [entries, label_alone, rest.requires_grad_(want_grad), rest_t.requires_grad_(want_grad)]
 
         with torch.set_grad_enabled(want_grad):
@@ -114,13 +111,12 @@ class SparseTargetBatch(TargetEntries):
         d_entries, d_label, d_rest, d_rest_t = torch.autograd.grad(
             total_loss, leaves, allow_unused=True, materialize_grads=True
         )
-        d_logits = others.mul_((d_rest / total)[:, None])
-        if temperature != 1.0:
-            d_logits.addcmul_(others_t, (d_rest_t / (temperature * total_t))[:, None])
+        d_logits = others.gradient(d_rest, d_rest_t, dtype or logits.dtype)
         # `taken` may name the label several times; all but one of those carry zero, so adding is exact.
         d_entries = d_entries.masked_fill(~targets.valid, 0.0)
         d_label = d_label.masked_fill(label_is_entry, 0.0)
-        return sums, d_logits.scatter_add_(1, taken, torch.cat([d_entries, d_label[:, None]], dim=1))
+        d_taken = torch.cat([d_entries, d_label[:, None]], dim=1).to(d_logits.dtype)
+        return sums, d_logits.scatter_add_(1, taken, d_taken)
 
     @classmethod
     def from_rows(
@@ -210,10 +206,10 @@ class RaggedTargets(PositionTensors):
         return self.rectangular().prepare(loss)
 
     def loss_and_dlogits(
-        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Targets`."""
-        return self.prepare(loss).loss_and_dlogits(logits, loss, scale)
+        return self.prepare(loss).loss_and_dlogits(logits, loss, scale, dtype)
 
     def rectangular(self) -> SparseTargetBatch:
         """The entries padded to [N, K], on the device of the tensors and without waiting for it."""
@@ -267,13 +263,6 @@ class RaggedTargets(PositionTensors):
             width=max(1, int(counts.max(initial=0))),
             temperature=temperature,
         )
-
-
-def exp_rest(logits: Tensor, largest: Tensor, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z − largest) with zeros at `taken`, written over the logits [n, V]; its sum [n]; r = log Σ exp(z) [n]."""
-    others = logits.sub_(largest[:, None]).exp_().scatter_(1, taken, 0.0)
-    total = others.sum(dim=1).clamp_(min=math.exp(-UNDERFLOW_NATS))
-    return others, total, total.log() + largest
 
 
 def agreement(targets: TargetEntries, z: Tensor, largest: Tensor) -> Tensor:

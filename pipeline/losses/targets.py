@@ -69,12 +69,13 @@ class Targets(Protocol):
         ...
 
     def loss_and_dlogits(
-        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Sums [loss, kl, ce, agreement, count] over all N positions, and d(scale·loss)/dlogits [N, V].
 
         Args:
             logits: [N, V] of the student in float32 or float64; may be overwritten.
             scale: None computes no gradient.
+            dtype: of the gradient; default: that of the logits.
         """
         ...

@@ -62,7 +62,7 @@ class SortedTargets(PositionTensors):
         return replace(self, entries=entries_of(self.entries, "bucket", 1.0))
 
     def loss_and_dlogits(
-        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None
+        self, logits: Tensor, loss: DistillLoss, scale: float | Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Targets`: (1 − kd_weight)·CE + kd_weight·D, and the KL of `entries` under `bucket`, which compares runs.
 
@@ -83,7 +83,7 @@ class SortedTargets(PositionTensors):
         if scale is None:
             return sums, None
         (d_logits,) = torch.autograd.grad(scaled, z)
-        return sums, d_logits
+        return sums, d_logits.to(dtype or d_logits.dtype)
 
 
 def uld(student_logits: Tensor, targets: SortedTargets) -> Tensor:

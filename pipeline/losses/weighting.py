@@ -36,8 +36,12 @@ def position_weight(entropy: Tensor, vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def entropy_of_parts(others: Tensor, taken: Tensor) -> Tensor:
-    """[n] entropy of the softmax with unnormalised probabilities exp(z − max z): `others` [n, V] and `taken` [n, k]."""
-    total = others.sum(dim=1) + taken.sum(dim=1)
-    # entr(e) = −e·log e = −e·(z − max z), and 0 where e has underflowed.
-    return total.log() + (torch.special.entr(others).sum(dim=1) + torch.special.entr(taken).sum(dim=1)) / total
+def entropy_of_parts(total: Tensor, surprise: Tensor, taken: Tensor) -> Tensor:
+    """[n] entropy of the softmax with unnormalised probabilities e = exp(z − max z).
+
+    Args:
+        total, surprise: [n] Σ e and −Σ e·log e over the tokens that are not among `taken`.
+        taken: [n, k] e of the others.
+    """
+    total = total + taken.sum(dim=1)
+    return total.log() + (surprise + torch.special.entr(taken).sum(dim=1)) / total

@@ -114,8 +114,8 @@ def test_agreement_is_the_same_whatever_is_trained() -> None:
 def test_the_vocabulary_is_walked_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As often with a measure of its own as without."""
     walks = []
-    inner = sparse_targets.exp_rest
-    monkeypatch.setattr(sparse_targets, "exp_rest", lambda *parts: walks.append(1) or inner(*parts))
+    inner = sparse_targets.exponentials
+    monkeypatch.setattr(sparse_targets, "exponentials", lambda *parts: walks.append(1) or inner(*parts))
     z, targets = logits_and_targets()
     for measured in (None, "sampled"):
         output_of("fused", z, targets, tail="bucket", kl_tail=measured)

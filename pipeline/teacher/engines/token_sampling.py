@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.teacher.targets.selection import block_sums, find, top_k
+from pipeline.teacher.targets.selection import find
+from pipeline.teacher.targets.softmax import block_sums, top_k
 
 CANDIDATES = 256  # tried first for top-p; multiplied by eight until sufficient
 
@@ -37,7 +38,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float =
     point = uniforms.to(device=probs.device, dtype=precise)[:, None]
     if not most and top_p >= 1.0:
         ends = block_sums(probs).cumsum(dim=1, dtype=precise)
-        return find(probs, ends, point * ends[:, -1:])[:, 0]
+        return find(lambda ids: probs.gather(1, ids), probs.shape[1], ends, point * ends[:, -1:])[:, 0]
     values, ids = truncated(probs, top_p, most)
     ends = values.cumsum(dim=1, dtype=precise)  # [n, C]
     place = (ends <= point * ends[:, -1:]).sum(dim=1, keepdim=True)

@@ -5,7 +5,8 @@
 
 The [B, T, V] logits never exist. Nothing here waits for the device, except with `timed`: `RunningRows.rows`, which
 capture calls in another thread, does, once for a record batch. Cost on top of the bare forward pass, per position:
-softmax, top-K and entropy read V floats about five times (`benchmarks/capture.py`, `benchmarks/stage_one_counts.py`).
+softmax, top-K and entropy read V floats about five times, on CUDA with Triton twice (`benchmarks/capture.py`,
+`benchmarks/stage_one_counts.py`).
 
 Shapes: B rows of T tokens, n positions that get targets, D hidden width, V vocabulary.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.models.devices import kernels
 from pipeline.models.devices.placement import device_names
 from pipeline.models.devices.transfer import download, recorded_event, upload
 from pipeline.models.head import Head
@@ -205,6 +207,7 @@ class TransformersEngine:
             "chunk_positions": self._chunk,
             **({"padding_free": True} if self.head.padding_free else {}),
             **({"logits": "float32"} if self.head.sums_in_fp32 else {}),
+            **({"selection": "triton"} if kernels.triton_kernels(self.head.device) is not None else {}),
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:

@@ -2,13 +2,8 @@
 
 One path for all the kinds of `rules`: candidates for the head, softmax, keep some of the candidates, sample from what
 is left. Everything here runs on the teacher's device on [n, V] logits of a chunk of positions; [B, T, V] never exists.
-Four passes over the logits: block maxima, softmax, (block) sums of what is left once the entries are taken out, Σp·z.
-
-**Top-K without looking at everything twice.** The K largest of V values lie in the K blocks with the largest maxima.
-So: maxima of V/b blocks, the K best blocks, and a selection among their K·b values. With b = 32 and K = 64 the
-selection sees 3,600 values instead of 49,152; exact, ties included in the sense that some valid top-K is returned,
-and a function of the row alone, whatever shares the chunk. No more than 1/τ tokens can have p ≥ τ, so the head of
-`threshold` is a top-⌊1/τ⌋ of which some are kept.
+The passes over the logits are those of `softmax`. No more than 1/τ tokens can have p ≥ τ, so the head of `threshold` is
+a top-⌊1/τ⌋ of which some are kept.
 
 **Sampling without a cumulative sum over the vocabulary.** A sample is a set of points on the line [0, mass) and the
 tokens whose stretches they fall on. Block sums say in which block a point falls, and only that block is looked into.
@@ -22,7 +17,7 @@ Shapes: n positions, V vocabulary, C candidates, J points, W = C + M·J entries 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +26,9 @@ from torch import Tensor
 
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.targets.softmax import BLOCK, softmax_of
 
-BLOCK = 32
+MassOf = Callable[[Tensor], Tensor]
 
 
 class ChunkTargets(NamedTuple):
@@ -77,35 +73,29 @@ def sparse_targets(
     Neither is a difference of nearly equal numbers: the residual sums what is outside, so it is right even at 1e-30.
 
     Args:
-        logits: [n, V], already cut to the real vocabulary; not changed.
+        logits: [n, V], already cut to the real vocabulary; unchanged when this returns.
         uniforms: [n, rule.uniforms] float64 in [0, 1), for rules that sample.
         scratch: [≥n, V] float32 to work in. On a CPU a fresh tensor of this size costs more in page faults than the
             softmax that fills it.
     """
-    logits = logits.float()
-    if rule.temperature != 1.0:
-        logits = logits / rule.temperature
-    n, vocab_size = logits.shape
-    values, ids = top_k(logits, min(rule.candidates, vocab_size))  # [n, C], most likely first
+    vocab_size = logits.shape[1]
+    softmax = softmax_of(logits, rule.temperature, scratch)
+    values, ids = softmax.top(min(rule.candidates, vocab_size))  # [n, C], most likely first
     largest = values[:, 0]
-
-    probs = torch.softmax(logits, dim=1, out=None if scratch is None else scratch[:n])  # [n, V]
-    candidates = probs.gather(1, ids)
+    candidates = softmax.probabilities(values, ids)
     keep = in_head(candidates, rule)  # [n, C]
     kept = torch.where(keep, candidates, 0.0)
-    outside = probs.scatter_(1, ids, candidates - kept)
     # softmax divides by a plain running sum; what it is off by shows in Σp, which is summed pairwise here.
-    if rule.sampled:
-        blocks = block_sums(outside)  # [n, V/BLOCK]
-        residual = blocks.sum(dim=1)
+    with softmax.outside(ids, candidates, keep) as outside:
+        if rule.sampled:
+            blocks = outside.block_sums()  # [n, V/BLOCK]
+            residual = blocks.sum(dim=1)
+            sampled = sample(outside.of, vocab_size, blocks, kept.sum(dim=1), rule, uniforms)
+        else:
+            residual = outside.sum()
+            sampled = []
         total = kept.sum(dim=1) + residual
-        sampled = sample(outside, blocks, kept.sum(dim=1), rule, uniforms)
-    else:
-        residual = outside.sum(dim=1)
-        total = kept.sum(dim=1) + residual
-        sampled = []
-    # In place: the product of a `vecdot` is a fresh [n, V] tensor, whose page faults cost more than all the rest.
-    expected_logit = outside.mul_(logits).sum(dim=1) + (kept * values).sum(dim=1)
+        expected_logit = outside.expected_logit() + (kept * values).sum(dim=1)
 
     ids, order = torch.where(keep, ids, vocab_size).sort(dim=1)  # by id, those not kept last
     # Relative to the largest logit first: a large constant in all logits costs no digits.
@@ -118,7 +108,7 @@ def sparse_targets(
         ids=ids.to(torch.int32),
         logprobs=logprobs,
         exact_counts=keep.sum(dim=1, dtype=torch.int32),
-        sample_counts=torch.stack(sample_counts, dim=1).to(torch.int32) if sampled else ids.new_zeros((n, 0)).int(),
+        sample_counts=torch.stack(sample_counts, dim=1).to(torch.int32) if sampled else ids[:, :0].int(),
         residual_logprob=(residual / total).log(),
         entropy=(largest + normaliser - expected_logit / total).clamp(min=0.0),
     )
@@ -147,17 +137,17 @@ def in_head(probs: Tensor, rule: TargetRule) -> Tensor:
 
 
 def sample(
-    outside: Tensor, blocks: Tensor, kept: Tensor, rule: TargetRule, uniforms: Tensor | None
+    outside: MassOf, vocab_size: int, blocks: Tensor, kept: Tensor, rule: TargetRule, uniforms: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
     """M pairs of ids [n, J] int64, ascending and -1 where there is no entry, and the logs of their weights [n, J].
 
     The weights of all M together are one estimate of the tail.
     """
-    if uniforms is None or uniforms.shape != (len(outside), rule.uniforms):
+    if uniforms is None or uniforms.shape != (len(blocks), rule.uniforms):
         found = None if uniforms is None else tuple(uniforms.shape)
         raise ValueError(f"uniforms are {found}, expected [n, {rule.uniforms}]")
-    precise = precise_dtype(outside.device)
-    uniforms = uniforms.to(device=outside.device, dtype=precise)
+    precise = precise_dtype(blocks.device)
+    uniforms = uniforms.to(device=blocks.device, dtype=precise)
     ends = blocks.cumsum(dim=1, dtype=precise)  # [n, V/BLOCK]
     # By the sums that the points are compared with: by any other, a draw next to 1 may fall behind the last token.
     total = kept.to(precise)[:, None] + ends[:, -1:]
@@ -165,11 +155,11 @@ def sample(
     for i in range(count):
         if rule.kind == "random":
             draws = uniforms[:, i * rule.points : (i + 1) * rule.points]
-            samples.append(_counted(find(outside, ends, draws * total), rule.points * count))
+            samples.append(_counted(find(outside, vocab_size, ends, draws * total), rule.points * count))
             continue
         start = (uniforms + i / count).frac()  # [n, 1]
         points = (start + torch.arange(rule.points, device=start.device)) * (threshold * total)
-        ids = find(outside, ends, points).masked_fill_(points >= ends[:, -1:], -1)
+        ids = find(outside, vocab_size, ends, points).masked_fill_(points >= ends[:, -1:], -1)
         # Never the same token twice, not even where a block sum and the sum of its tokens differ by rounding.
         ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], -1)
         weight = math.log(threshold / count)
@@ -177,17 +167,17 @@ def sample(
     return samples
 
 
-def find(mass: Tensor, ends: Tensor, points: Tensor) -> Tensor:
-    """[n, J] int64: the token of [n, V] `mass` on whose stretch of [0, Σmass) each point lies.
+def find(mass_of: MassOf, vocab_size: int, ends: Tensor, points: Tensor) -> Tensor:
+    """[n, J] int64: the token on whose stretch of [0, Σmass) each point [n, J] lies.
 
     Args:
+        mass_of: the mass [n, k] of tokens [n, k].
         ends: [n, V/BLOCK] where the stretch of each block of tokens ends.
     """
-    n, vocab_size = mass.shape
     block = torch.searchsorted(ends, points, right=True).clamp_(max=ends.shape[1] - 1)  # [n, J]
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    tokens = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=mass.device)  # [n, J, BLOCK]
-    inside = mass.gather(1, tokens.flatten(1).clamp(max=vocab_size - 1)).view_as(tokens)
+    tokens = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=ends.device)  # [n, J, BLOCK]
+    inside = mass_of(tokens.flatten(1).clamp(max=vocab_size - 1)).view_as(tokens)
     inside = inside.masked_fill(tokens >= vocab_size, 0.0).cumsum(dim=2, dtype=ends.dtype)
     # Just below the sum of the block at most, so that the token found is one that has mass.
     last = torch.nextafter(inside[:, :, -1], torch.zeros_like(points))
@@ -204,30 +194,3 @@ def _counted(draws: Tensor, n_draws: int) -> tuple[Tensor, Tensor]:
     ids = torch.full_like(draws, -1).scatter_(1, which, draws)
     counts = torch.zeros_like(draws).scatter_add_(1, which, torch.ones_like(draws))
     return ids, (counts / n_draws).log()
-
-
-def block_sums(values: Tensor) -> Tensor:
-    """[n, ⌈V/BLOCK⌉] sums of consecutive columns of [n, V]."""
-    whole = values.shape[1] // BLOCK * BLOCK
-    sums = values[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)
-    if whole == values.shape[1]:
-        return sums
-    return torch.cat([sums, values[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-
-
-def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k)` over rows of [n, V], by blocks: largest first."""
-    n, width = values.shape
-    blocks = width // BLOCK
-    if k * BLOCK * 2 >= width:
-        return values.topk(k, dim=1)
-    blocked = values[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
-    best = blocked.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [n, k]
-    candidates = blocked[torch.arange(n, device=values.device)[:, None], best].flatten(1)  # [n, k·BLOCK]
-    candidate_ids = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
-    if blocks * BLOCK < width:  # the ragged end is always looked at
-        candidates = torch.cat([candidates, values[:, blocks * BLOCK :]], dim=1)
-        tail_ids = torch.arange(blocks * BLOCK, width, device=values.device).expand(n, -1)
-        candidate_ids = torch.cat([candidate_ids, tail_ids], dim=1)
-    top, where = candidates.topk(k, dim=1)
-    return top, candidate_ids.gather(1, where)

@@ -22,7 +22,8 @@ from torch import Tensor
 from pipeline.losses import SparseTargetBatch, fused_head_loss, sparse_kl
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.rules import MAX_DRAWS, TargetRule
-from pipeline.teacher.targets.selection import BLOCK, sparse_targets
+from pipeline.teacher.targets.selection import sparse_targets
+from pipeline.teacher.targets.softmax import BLOCK
 from sampled import (
     BELOW_ONE,
     ROUNDING,
