@@ -158,13 +158,13 @@ class Decoder:
         places = np.zeros(len(widths), np.uint32)
         shifts = _BITS - widths.astype(np.uint32)
         frequencies = np.uint32(1) << shifts
-        for start in range(0, len(widths), self.lanes):
+        starts = np.arange(0, len(widths), self.lanes)
+        for start in starts[np.maximum.reduceat(widths, starts) > 0]:  # widths of 0 change no state
             here = slice(start, start + self.lanes)
-            if not widths[here].any():
-                continue  # no bit of them changes a state
-            x = self._state[: len(widths[here])]
-            places[here] = x & _PLACE
-            self._advance(x, frequencies[here], places[here] & (frequencies[here] - np.uint32(1)))
+            f = frequencies[here]
+            x = self._state[: len(f)]
+            place = places[here] = x & _PLACE
+            self._advance(x, f, place & (f - np.uint32(1)))
         return (places >> shifts).astype(np.int64)
 
     def finish(self) -> None:
@@ -177,7 +177,7 @@ class Decoder:
         x >>= _BITS
         x *= frequency
         x += before
-        empty = np.flatnonzero(x < LOW)
+        (empty,) = (x < LOW).nonzero()
         words = self._words[self._next : self._next + len(empty)]
         if len(words) < len(empty):
             raise ValueError("packed targets are cut short")
