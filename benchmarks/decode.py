@@ -133,7 +133,13 @@ def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow]
 
     decoded = np.empty(sum(r.targets.ids.nbytes // 4 + r.targets.logprobs.nbytes for r in rows), np.uint8)
     copy = np.empty_like(decoded)
-    readers = {"iterate": iterate, "packed": packed, "batches": batches, "SHA-256 alone": checksum, "zstd alone": decompress}
+    readers = {
+        "iterate": iterate,
+        "packed": packed,
+        "batches": batches,
+        "SHA-256 alone": checksum,
+        "zstd alone": decompress,
+    }
     readers["copying the decoded entries alone"] = lambda: np.copyto(copy, decoded)
     seconds = {name: _seconds(work, settings.rounds) for name, work in readers.items()}
     bound = sum(s for name, s in seconds.items() if name.endswith("alone"))
