@@ -1,6 +1,7 @@
 """Reading a cache at top-64, and writing one: tokens per second of one core.
 
     iterate     open_cache, every row in order: checksum, Arrow, zstd, checks of the format, codebook look-up
+    packed      the same of the packed encoding: entropy decoding instead of zstd
     batches     the same rows as stage two reads them: LocalShuffle, 8 rows at a time, padded into tensors
     encode      CacheWriter over rows in memory: checks, look-up, zstd, shard, sidecar, manifest
 
@@ -81,7 +82,9 @@ def cache_rows(exact: TextTargets, copies: int, **changes: object) -> list[cf.Ca
     return rows
 
 
-def write_cache(path: Path, rows: Sequence[cf.CacheRow], vocab_size: int, level: int) -> None:
+def write_cache(
+    path: Path, rows: Sequence[cf.CacheRow], vocab_size: int, level: int, encoding: str = "columns"
+) -> None:
     metadata = cf.CacheMetadata(
         teacher={"name": "benchmark"},
         tokenizer={},
@@ -90,6 +93,7 @@ def write_cache(path: Path, rows: Sequence[cf.CacheRow], vocab_size: int, level:
         targets={"kind": "top-k", "k": int(rows[0].targets.counts[0]), "temperature": 1.0},
         corpus={"rows": len(rows)},
         rows_per_record_batch=ROWS_PER_RECORD_BATCH,
+        encoding=encoding,
         compression={"codec": "zstd", "level": level},
     )
     with cf.CacheWriter(path, metadata) as writer:
@@ -98,13 +102,18 @@ def write_cache(path: Path, rows: Sequence[cf.CacheRow], vocab_size: int, level:
 
 def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow], scratch: Path) -> Result:
     tokens = sum(len(row.input_ids) for row in rows)
-    path = scratch / "cache"
+    path, packed_path = scratch / "cache", scratch / "packed"
     write_cache(path, rows, exact.vocab_size, 9)
+    write_cache(packed_path, rows, exact.vocab_size, 9, "packed")
     buffers = _buffers(cf.open_cache(path), rows)
     compressed = [pa.compress(buffer, codec="zstd") for buffer in buffers]
 
     def iterate() -> None:
         for _ in cf.open_cache(path).iter_rows():
+            pass
+
+    def packed() -> None:
+        for _ in cf.open_cache(packed_path).iter_rows():
             pass
 
     def batches() -> None:
@@ -124,7 +133,13 @@ def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow]
 
     decoded = np.empty(sum(r.targets.ids.nbytes // 4 + r.targets.logprobs.nbytes for r in rows), np.uint8)
     copy = np.empty_like(decoded)
-    readers = {"iterate": iterate, "batches": batches, "SHA-256 alone": checksum, "zstd alone": decompress}
+    readers = {
+        "iterate": iterate,
+        "packed": packed,
+        "batches": batches,
+        "SHA-256 alone": checksum,
+        "zstd alone": decompress,
+    }
     readers["copying the decoded entries alone"] = lambda: np.copyto(copy, decoded)
     seconds = {name: _seconds(work, settings.rounds) for name, work in readers.items()}
     bound = sum(s for name, s in seconds.items() if name.endswith("alone"))
@@ -162,6 +177,7 @@ def _measure(settings: Settings, exact: TextTargets, rows: Sequence[cf.CacheRow]
         ],
         summary={
             "iterate_tokens_per_s": round(tokens / seconds["iterate"]),
+            "packed_tokens_per_s": round(tokens / seconds["packed"]),
             "batches_tokens_per_s": round(tokens / seconds["batches"]),
             "encode_tokens_per_s": round(encoded[LEVELS.index(9)][1]),
             "target_tokens_per_s": TARGET_TOKENS_PER_S,

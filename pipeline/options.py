@@ -42,7 +42,7 @@ class Metadata:
         group: heading in the help.
         common: whether the short help shows it.
         minimum, maximum: inclusive range of a number; `above` and `below` are exclusive.
-        choices: allowed strings; taken from a `Literal` type if not given.
+        choices: allowed strings, of a number those allowed beside numbers; taken from a `Literal` type if not given.
         default_text: what the help says of the default where the value None stands for one; taken from the class's
             DEFAULT_TEXTS, by field name, if not given.
         name: flat name, if it is not prefix + field name.
@@ -162,16 +162,15 @@ def _walk(config: type, prefix: str, path: tuple[str, ...]) -> Iterator[Option]:
 
 
 def _plain_type(hint: Any) -> tuple[Any, bool, tuple[str, ...]]:
-    """The type without None, whether None is allowed, and the choices of a `Literal`."""
+    """The type without None, whether None is allowed, and the choices of a `Literal`, alone or beside a number."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     optional = type(None) in kinds
     plain = [kind for kind in kinds if kind is not type(None)]
     if any(typing.get_origin(kind) is tuple for kind in plain):
         return tuple, optional, ()
-    (kind, *_) = plain
-    if typing.get_origin(kind) is Literal:
-        return str, optional, tuple(str(each) for each in typing.get_args(kind))
-    return kind, optional, ()
+    choices = tuple(str(each) for kind in plain if typing.get_origin(kind) is Literal for each in typing.get_args(kind))
+    (kind, *_) = [kind for kind in plain if typing.get_origin(kind) is not Literal] or [str]
+    return kind, optional, choices
 
 
 # ---- from values to a configuration, and back
@@ -284,9 +283,12 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         if metadata is None or value is None:
             continue
         name = metadata.name or prefix + field.name
-        choices = metadata.choices or _plain_type(hints[field.name])[2]
-        if choices and value not in choices:
-            raise ConfigError(f"`{name}` {value}: expected one of {', '.join(choices)}.")
+        kind, _, found = _plain_type(hints[field.name])
+        choices = metadata.choices or found
+        number = kind in (int, float) and isinstance(value, int | float)
+        if choices and not number and value not in choices:
+            what = f"a number or {' or '.join(choices)}" if kind in (int, float) else f"one of {', '.join(choices)}"
+            raise ConfigError(f"`{name}` {value}: expected {what}.")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         low, high, above, below = metadata.minimum, metadata.maximum, metadata.above, metadata.below
@@ -370,7 +372,8 @@ CONFIG_FILE = "distill_config.json"
 
 def _converted(value: Any, declared: Option, file: str) -> Any:
     expected: dict[Any, tuple[type, ...]] = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}
-    if value is None or (declared.metadata.table and isinstance(value, dict)):
+    choices = declared.metadata.choices
+    if value is None or (declared.metadata.table and isinstance(value, dict)) or value in choices:
         return value
     if declared.type is tuple:
         items = [value] if isinstance(value, str) else value
@@ -379,6 +382,7 @@ def _converted(value: Any, declared: Option, file: str) -> Any:
         wanted = "a string or a list of strings"
     else:
         wanted = {float: "a number", int: "a whole number", bool: "true or false"}.get(declared.type, "a string")
+        wanted += "".join(f" or {each}" for each in choices if declared.type is not str)
         right = isinstance(value, expected.get(declared.type, (str,)))
         if right and (declared.type is bool or not isinstance(value, bool)):
             return value

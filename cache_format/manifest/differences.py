@@ -14,6 +14,7 @@ ROUNDING = {
     "capture.device": "another kind of device rounds differently",
     "capture.threads": "sums split over another number of threads round differently",
     "capture.batch_size": "another batch size rounds differently",
+    "capture.batch_tokens": "another batch size rounds differently",
     "capture.chunk_positions": "another chunk size rounds differently",
     "capture.logits": "logits of another precision round differently",
     "capture.selection": "sums over the vocabulary by other kernels round differently",

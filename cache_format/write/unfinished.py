@@ -144,6 +144,14 @@ class UnfinishedCache:
         self.find_complete(on_progress=on_progress)
         return recorded
 
+    def recorded_fact(self, name: str) -> Any:
+        """What the sidecar of the last complete shard records under this name; None: nothing."""
+        if not self.complete:
+            return None
+        sidecar = sidecar_name(max(self.complete))
+        data = self.directory.read_bytes(sidecar)
+        return Sidecar.from_bytes(data, self.directory.path(sidecar)).annotations.get(name)
+
     def write_tokenizer(self, files: Mapping[str, bytes]) -> None:
         there = set(self.directory.names(TOKENIZER_DIR))
         for name, contents in files.items():

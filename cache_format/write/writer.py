@@ -164,6 +164,10 @@ class CacheWriter:
         """Record facts in the sidecar of the shard being written and of those after it; for the thread that writes."""
         self._annotations.update(facts)
 
+    def recorded_fact(self, name: str) -> Any:
+        """What the last of the complete shards was annotated with under this name; None: nothing."""
+        return self._cache.recorded_fact(name)
+
     def abandon_shard(self) -> None:
         """Drop the unfinished shard and set `next_row` to its first row. All shards that were begun and are incomplete
         are to be begun again."""

@@ -9,6 +9,7 @@ import click
 
 from pipeline.commands.push_command import check_repository, push
 from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.engines.engine_config import rows_per_pass
 from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,
@@ -67,8 +68,8 @@ def check_inputs(config: CacheTeacherConfig) -> None:
     if not config.on_server:
         check_model_path(config.teacher)
     check_model_path(config.tokenizer, TOKENIZER_FILES)
-    if config.generation is not None and config.generation.writer is not None:
-        check_model_path(config.generation.writer)
+    if config.generation is not None:
+        check_model_path(config.generation.writer_source[0])
     local_paths(config.data.data)
 
 
@@ -86,7 +87,10 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str
             facts.append(f"exact mass {progress.exact_mass:.3f}")
         if progress.bytes_per_token == progress.bytes_per_token:
             facts.append(f"{progress.bytes_per_token:.1f} bytes/token")
-        facts += _reduced(progress.batch_size, config)
+        if progress.batch_tokens is not None:
+            facts.append(f"{progress.batch_tokens:,} tokens per pass")
+        else:
+            facts += _reduced(progress.batch_size, config)
         rate = f"{progress.tokens_per_s:,.0f} tokens/s"
         left = progress.seconds_left
         status.step(progress.rows, progress.total_rows, "rows", facts=facts, rate=rate, seconds_left=left)
@@ -145,7 +149,7 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
 
 
 def _reduced(batch_size: int, config: CacheTeacherConfig) -> list[str]:
-    return [f"batch size {batch_size} (out of memory)"] if batch_size < config.batch_size else []
+    return [f"batch size {batch_size} (out of memory)"] if batch_size < rows_per_pass(config) else []
 
 
 def _again(config: CacheTeacherConfig) -> str:

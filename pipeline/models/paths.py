@@ -24,6 +24,14 @@ def is_url(model: object) -> bool:
     return isinstance(model, str) and model.startswith(("http://", "https://"))
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """owner/name@revision as name and revision. Anything without an @, and a path that exists, has no revision."""
+    name, at, revision = model.rpartition("@")
+    if not at or not name or not revision or Path(model).expanduser().exists():
+        return model, None
+    return name, revision
+
+
 def check_model_path(model: object, files: tuple[str, ...] = MODEL_FILES) -> None:
     """Check that a model which is clearly meant to be on this disk is there. Loaded models pass.
 

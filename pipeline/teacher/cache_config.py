@@ -25,7 +25,7 @@ from pipeline.models.loading_options import (
 )
 from pipeline.models.paths import is_url
 from pipeline.options import Metadata, check_ranges, flat, option, options_of, part
-from pipeline.teacher.engines.engine_config import EngineConfig
+from pipeline.teacher.engines.engine_config import BATCH_SIZE, BATCH_TOKENS, EngineConfig, Tokens, check_batches
 from pipeline.teacher.engines.server.server_config import ServerConfig, check_served
 from pipeline.teacher.generation.generation_config import GENERATION, GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
@@ -301,6 +301,7 @@ WITHOUT_GENERATION = {
 
 WITHOUT_VLLM = {
     "batch_size": ", or set max_num_seqs in `engine_args`",
+    "batch_tokens": ", or set max_num_batched_tokens in `engine_args`",
     "device": "; vLLM runs on the device that it is built for",
     "device_map": "",
     "tensor_parallel": ", and use `tensor_parallel_size`",
@@ -329,16 +330,15 @@ class CacheTeacherConfig:
     targets: TargetRule = part(TargetRule)
     running: EngineConfig = part(EngineConfig)
     server: ServerConfig = part(ServerConfig, prefix=ServerConfig.PREFIX)
-    batch_size: int = option(
-        8,
-        help="Rows per forward pass; halved when out of memory.",
-        group=TEACHER,
-        minimum=1,
-        common=True,
-    )
+    batch_size: int | None = BATCH_SIZE()
+    batch_tokens: Tokens | None = BATCH_TOKENS()
     padding_free: bool | None = PADDING_FREE(group=TEACHER)
     device: str = DEVICE(group=TEACHER)
-    dtype: Dtype = DTYPE(group=TEACHER)
+    dtype: Dtype = DTYPE(
+        group=TEACHER,
+        help="auto: float32 on a CPU, or bfloat16 if the checkpoint is and it is measured to be faster there; the "
+        "checkpoint's own dtype elsewhere.",
+    )
     device_map: str | None = DEVICE_MAP(group=TEACHER)
     tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
     revision: str | None = REVISION(group=TEACHER)
@@ -384,6 +384,7 @@ class CacheTeacherConfig:
         if self.running.engine == "vllm":
             self._check_vllm()
         check_served(self)
+        check_batches(self)
         self._check_hidden()
         self._check_workers()
 

@@ -7,7 +7,8 @@ The main thread only computes; the background thread is at most two record batch
 shard: the next one is claimed and computed while the last record batches of this one are written. The contents of a
 shard depend on the corpus, the teacher, the batch size and the device, but not on timing or on which process computes
 it (`writing.workers`): batches never cross record batches, and record batches never cross shards. When a batch runs out
-of memory, the batch size is halved, the shard is restarted, and the size is recorded in the shard's sidecar.
+of memory, the batch size is halved, the shard is restarted, and the size is recorded in the shard's sidecar. Where the
+size is found by trying (`batch_tokens` auto), timing decides it; every sidecar records it, and a later run reuses it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,7 @@ from pipeline.teacher.opening import (
     open_engine,
     open_tokenizer,
     row_request,
+    with_dtype,
 )
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
@@ -87,8 +90,10 @@ def cache_teacher(
     for warning in corpus.warnings:
         on_warning(warning)
 
+    begun = None if recorded is None else recorded.teacher.get("dtype")
+    chosen = with_dtype(config, corpus, device, recorded=begun, alone=worker.alone, on_stage=on_stage)
     on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
-    with closing(open_engine(config, corpus, tokenizer, device)) as engine:
+    with closing(open_engine(chosen, corpus, tokenizer, device)) as engine:
         stored_head = engine.stored_head
         metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))
 
@@ -179,6 +184,8 @@ class Capture:
         self.started = time.perf_counter()
 
     def run(self) -> None:
+        if self.engine.batch_tokens == "auto":  # unless an earlier run has found it
+            self.engine.batch_tokens = self.writer.recorded_fact("batch_tokens") or "auto"
         with ThreadPoolExecutor(1, thread_name_prefix="cache-writer") as background:
             while True:
                 try:
@@ -206,19 +213,24 @@ class Capture:
         for i, record_batch in enumerate(record_batches):
             requests = [self.request(row) for row in record_batch]
             running = self.engine.run(requests, [self.config.targets], partial(self._report, self.unfinished[shard]))
-            written = background.submit(self._write, running, self.engine.batch_size)
+            written = background.submit(self._write, running, self._batches())
             self.pending.append(_Written(shard, i == len(record_batches) - 1, written))
             in_flight = max(RECORD_BATCHES_IN_FLIGHT, -(-self.engine.rows_in_flight // len(record_batch)))
             self._drain(in_flight)
         self.current = None
 
-    def _write(self, running: RunningRows, batch_size: int) -> tuple[float, int]:
+    def _batches(self) -> dict[str, Any]:
+        """What limits a forward pass now, as a sidecar records it."""
+        tokens = self.engine.batch_tokens
+        return {"batch_size": self.engine.batch_size} if tokens is None else {"batch_tokens": tokens}
+
+    def _write(self, running: RunningRows, batches: Mapping[str, Any]) -> tuple[float, int]:
         """Background thread: waits for the targets of one record batch and hands its rows to the writer."""
         if self.broken:
             raise CancelledError
         try:
             rows = running.rows()
-            self.writer.annotate(batch_size=batch_size)
+            self.writer.annotate(**batches)
             self.writer.write(rows)
         except BaseException:
             self.broken = True
@@ -263,7 +275,7 @@ class Capture:
         progress.tokens += sum(request.tokens for request in batch)
         tokens_done = self.others.tokens + self._own().tokens
         speed = (tokens_done - self.resumed_tokens) / (time.perf_counter() - self.started)
-        written = self.writer.tokens_written
+        written, tokens = self.writer.tokens_written, self.engine.batch_tokens
         self.on_progress(
             CaptureProgress(
                 rows=self.rows_done,
@@ -275,6 +287,7 @@ class Capture:
                 exact_mass=self._exact_mass(),
                 seconds_left=(self.corpus.num_tokens - tokens_done) / speed,
                 batch_size=self.engine.batch_size,
+                batch_tokens=None if tokens == "auto" else tokens,
             )
         )
 

@@ -6,28 +6,31 @@ Shared by everything that puts a text to a teacher: capture, and the plan of one
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.devices.cpu_dtype import measure_dtypes, multiplies_bfloat16
 from pipeline.models.devices.placement import check_split
 from pipeline.models.head import Head, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.isolation.shared_rows import check_packing, check_padding
-from pipeline.models.loading import has_own_code, load_config, load_model, load_tokenizer, model_name
+from pipeline.models.loading import DTYPES, has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.paths import adapter_base
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
 from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
+from pipeline.teacher.engines.engine_config import rows_per_pass, tokens_per_pass
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.server.server_engine import ServerEngine
 from pipeline.teacher.engines.server.server_opening import check_client, open_server
@@ -41,6 +44,9 @@ from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_maske
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
 
 Corpus = TokenCorpus | MaskedCorpus
+
+DTYPE_TOKENS = 1024
+"""Tokens of the batch that dtypes are compared with."""
 
 
 class Text(Protocol):
@@ -156,6 +162,42 @@ def as_dated(config: CacheTeacherConfig, description: Mapping[str, Any] | None) 
     return replace(config, data=replace(config.data, template_date=description.get("template_date")))
 
 
+def with_dtype(
+    config: CacheTeacherConfig,
+    text: TokenisedText,
+    device: torch.device,
+    *,
+    recorded: str | None,
+    alone: bool,
+    on_stage: Callable[[str], None],
+) -> CacheTeacherConfig:
+    """The configuration with the dtype that "auto" stands for on a CPU that multiplies bfloat16 in hardware: of a
+    bfloat16 checkpoint the faster one, unless an earlier run has chosen. Elsewhere nothing is measured or changed.
+
+    Args:
+        recorded: of a cache that was begun.
+        alone: whether no other process writes the cache; several could choose differently.
+    """
+    kept = isinstance(config.teacher, PreTrainedModel) or config.on_server or config.running.engine == "vllm"
+    if config.dtype != "auto" or device.type != "cpu" or kept or config.device_map is not None:
+        return config
+    if recorded in DTYPES:
+        return replace(config, dtype=recorded)
+    if not alone or config.tensor_parallel or not multiplies_bfloat16() or not _saved_in_bfloat16(config):
+        return config
+    on_stage("comparing bfloat16 and float32 on this CPU")
+    load = partial(load_model, config.teacher, objective=text.objective, device=device, **_source(config))
+    width = min(text.longest_read, DTYPE_TOKENS)
+    speeds = measure_dtypes(lambda dtype: load(dtype=dtype), max(1, DTYPE_TOKENS // width), width)
+    on_stage(f"`dtype` {speeds.faster}: {speeds.describe()}")
+    return replace(config, dtype=speeds.faster)
+
+
+def _saved_in_bfloat16(config: CacheTeacherConfig) -> bool:
+    found = load_config(config.teacher, **_source(config))
+    return found is not None and torch.bfloat16 in (found.dtype, found.get_text_config(decoder=True).dtype)
+
+
 def open_tokenizer(config: CacheTeacherConfig) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer: the given one, or the one that comes with the teacher."""
     return load_tokenizer(config.tokenizer or config.teacher, **_source(config))
@@ -188,7 +230,7 @@ def open_teacher(
         check_causal(head)
         if text.description["packing"]:
             check_packing(model, head, text.longest_read)
-        elif config.batch_size > 1 and has_own_code(model):
+        elif rows_per_pass(config) > 1 and has_own_code(model):
             check_padding(model, head, text.longest_read)
     _check_length(config, text, model.config)
     return without_padding(head, text.longest_read, wanted=config.padding_free, device=head.device)
@@ -271,7 +313,8 @@ def open_engine(
     return TransformersEngine(
         head,
         device=device,
-        batch_size=config.batch_size,
+        batch_size=rows_per_pass(config),
+        batch_tokens=tokens_per_pass(config, device.type),
         export=export,
         hidden=states_spec(config.hidden, head, export),
         divisible=not config.tensor_parallel,

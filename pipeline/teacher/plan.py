@@ -29,7 +29,7 @@ import cache_format as cf
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
-from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request
+from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request, with_dtype
 from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
@@ -126,6 +126,7 @@ def plan_cache(
     corpus = open_corpus(config, tokenizer)
     for warning in corpus.warnings:
         on_warning(warning)
+    config = with_dtype(config, corpus, device, recorded=None, alone=worker.alone, on_stage=on_stage)
     on_stage(f"loading the teacher on {device}")
     with closing(open_engine(config, corpus, tokenizer, device, timed=True)) as engine:
         config.targets.check_vocabulary(engine.vocab_size)

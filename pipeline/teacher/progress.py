@@ -18,6 +18,7 @@ class CaptureProgress:
     exact_mass: float  # mean probability mass of the exact entries over loss tokens
     seconds_left: float
     batch_size: int
+    batch_tokens: int | None  # limit of a forward pass, where it is not a number of rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,8 +199,15 @@ def _click_option(
 
 def _click_type(declared: Option) -> Any:
     metadata = declared.metadata
-    if metadata.choices:
+    if metadata.choices and declared.type is str:
         return click.Choice(metadata.choices)
+    if metadata.choices:
+        return _NumberOr(metadata.choices, _number_type(declared))
+    return _number_type(declared)
+
+
+def _number_type(declared: Option) -> Any:
+    metadata = declared.metadata
     if declared.type is int:
         low, high = metadata.minimum, metadata.maximum
         if low is None and high is None:
@@ -213,6 +220,16 @@ def _click_type(declared: Option) -> Any:
     if low is None and high is None:
         return click.FLOAT
     return click.FloatRange(low, high, min_open=metadata.above is not None, max_open=high == metadata.below)
+
+
+class _NumberOr(click.ParamType):
+    """A number, or one of a few words."""
+
+    def __init__(self, words: Sequence[str], number: click.ParamType) -> None:
+        self.words, self.number, self.name = words, number, "|".join(["N", *words])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value in self.words else self.number.convert(value, param, ctx)
 
 
 class _Option(click.Option):

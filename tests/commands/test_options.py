@@ -208,6 +208,23 @@ def test_ranges_and_choices() -> None:
             build(Outer, values)
 
 
+def test_a_number_or_a_word(tmp_path: Path) -> None:
+    given = {"teacher": "t", "data": "d", "output": "o"}
+    for value in (64, "auto"):
+        config = build(CacheTeacherConfig, {**given, "batch_tokens": value})
+        file = tmp_path / "run.json"
+        file.write_text(json.dumps(flat(config)))
+        assert read_config(str(file), CacheTeacherConfig)["batch_tokens"] == value == config.batch_tokens
+        kind = parameters("cache-teacher")["batch_tokens"].type
+        assert kind.convert(str(value), None, None) == value
+    words = [f"--{name}={value}" for name, value in given.items()]
+    for value, expected in (("0", "0 is not in the range x>=1"), ("many", "'many' is not a valid integer")):
+        assert expected in run("cache-teacher", *words, "--batch-tokens", value, status=2).stderr
+    (tmp_path / "run.toml").write_text('batch_tokens = "many"\n')
+    with pytest.raises(ConfigError, match='batch_tokens is "many", expected a whole number or auto'):
+        read_config(str(tmp_path / "run.toml"), CacheTeacherConfig)
+
+
 def test_options_of_a_part_need_its_switch() -> None:
     with pytest.raises(ConfigError, match="`gen_top_k`: only with `generate=True`"):
         build(CacheTeacherConfig, {"teacher": "t", "data": "d", "output": "o", "gen_top_k": 3})

@@ -40,6 +40,7 @@ HEADER = struct.Struct("<IHI")  # entries, lanes, bytes of the compressed freque
 LEVEL = 19
 # Number of context classes of: entries left, exponent of a rank, predicted residual, entropy.
 LEFT, RANK, PREDICTED, ENTROPY = 4, 16, 16, 16
+CODE_BITS = 8  # of a log-probability
 QUARTERS = 4  # buckets of a distance in each octave: the two bits after the leading one
 
 
@@ -150,19 +151,21 @@ def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexi
 
 
 def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexicon) -> dict[str, NDArray[Any]]:
-    books, n = metadata.codebooks, len(tokens)
+    books = metadata.codebooks
     counts = np.concatenate([codes.exact_counts[None], codes.sample_counts])  # [1 + M, N]
-    position = np.concatenate([np.repeat(np.arange(n), of_group) for of_group in counts])
-    group = np.repeat(np.arange(len(counts)), counts.sum(axis=1))
-    ids = lexicon.ids(tokens[position], np.concatenate([codes.exact_ranks, *codes.sample_ranks]))
-    order = np.argsort(joint_index(joint_index(position, group, len(counts)), ids, metadata.vocab_size))
-    of_entries = np.concatenate([codes.exact_codes, *codes.sample_codes]).astype(np.uint8)
-    logprobs = books["target_logprobs"].decode(of_entries)
+    ids, of_entries = _by_id(
+        lexicon.ids(
+            np.tile(tokens, len(counts)), np.concatenate([codes.exact_ranks, *codes.sample_ranks]), counts.ravel()
+        ),
+        np.concatenate([codes.exact_codes, *codes.sample_codes]),
+        counts,
+        metadata.vocab_size,
+    )
     narrow = metadata.count_type
     fields = {
         "counts": counts.sum(axis=0).astype(narrow),
-        "ids": ids[order].astype(metadata.id_type),
-        "logprobs": logprobs[order],
+        "ids": ids.astype(metadata.id_type),
+        "logprobs": books["target_logprobs"].decode(of_entries),
         "exact_counts": codes.exact_counts.astype(narrow),
         "residual_logprob": books["residual_logprob"].decode(codes.residual.astype(np.uint8)),
         "entropy": books["entropy"].decode(codes.entropy.astype(np.uint8)),
@@ -170,6 +173,23 @@ def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexico
     if metadata.num_samples > 1:
         fields["sample_counts"] = codes.sample_counts.T.astype(narrow)
     return fields
+
+
+def _by_id(ids: Ints, codes: Ints, counts: Ints, vocab_size: int) -> tuple[Ints, NDArray[np.uint8]]:
+    """(ids, codes) of entries, ordered by position, group and id.
+
+    Args:
+        ids, codes: [E] by group, position and turn.
+        counts: [1 + M, N].
+    """
+    groups, n = counts.shape
+    place = np.arange(n) * groups + np.arange(groups)[:, None]  # of each group of entries among all of them
+    keys = np.repeat(place.ravel() << vocab_size.bit_length(), counts.ravel())
+    keys += ids
+    keys <<= CODE_BITS
+    keys |= codes
+    keys.sort()  # several times faster than sorting indices
+    return (keys >> CODE_BITS) & ((1 << vocab_size.bit_length()) - 1), keys.astype(np.uint8)
 
 
 def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metadata: CacheMetadata) -> Codes:
@@ -186,8 +206,7 @@ def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metad
     context = joint_index(counted, entropy * ENTROPY // levels, ENTROPY)
     exact_counts = coder.symbols("exact_counts", context, given("exact_counts"))
     exact_ranks, exact_codes = _entries(coder, "exact", exact_counts, given("exact_ranks"), given("exact_codes"))
-    position = np.repeat(np.arange(len(counted)), exact_counts)
-    expected = _expected_residual(books, position, exact_codes, len(counted))
+    expected = _expected_residual(books, exact_counts, exact_codes)
     top = len(books["residual_logprob"].values) - 1
     off = None if known is None else known.residual - expected + top
     off = coder.symbols("residual", expected * PREDICTED // (top + 1), off)
@@ -216,35 +235,35 @@ def _entries(
 ) -> tuple[Ints, Ints]:
     """(ranks, codes) of a group of entries; ranks ascend within a position."""
     total = coder.announce(counts)
-    starts = np.cumsum(counts) - counts
     ranks = np.empty(total, np.int64)
-    here, before = np.flatnonzero(counts), np.full(int(np.count_nonzero(counts)), -1)
-    turn = 0
-    while len(here):
-        place, left = starts[here] + turn, counts[here] - turn
+    here = np.flatnonzero(counts)  # positions with an entry at this turn
+    place, left, before = (np.cumsum(counts) - counts)[here], counts[here], np.full(len(here), -1)
+    while len(place):
         octave = np.minimum(_exponent(before + 1) + (before >= 0), RANK)  # 0: no entry before
         context = joint_index(octave, np.minimum(left, LEFT) - 1, LEFT)
         distance = None if known_ranks is None else known_ranks[place] - before - 1
-        ranks[place] = before + 1 + coder.number(f"{what}_ranks", context, distance)
-        more = left > 1
-        here, before = here[more], ranks[place][more]
-        turn += 1
+        before = before + 1 + coder.number(f"{what}_ranks", context, distance)
+        ranks[place] = before
+        place, left = place + 1, left - 1
+        if not left.all():
+            more = left > 0
+            place, left, before = place[more], left[more], before[more]
     octave = np.minimum(_exponent(ranks + 1), RANK - 1)
-    context = joint_index(octave, np.minimum(np.repeat(counts, counts), LEFT) - 1, LEFT)
+    context = joint_index(octave, np.repeat(np.minimum(counts, LEFT) - 1, counts), LEFT)
     return ranks, coder.symbols(f"{what}_codes", context, known_codes)
 
 
 def _exponent(values: Ints) -> Ints:
-    """floor(log2(value)); 0 for 0."""
-    exponents: Ints = np.maximum(np.frexp(values.astype(np.float64))[1] - 1, 0).astype(np.int64)
-    return exponents
+    """floor(log2(value)), from the exponent of the float64; 0 for 0."""
+    return np.maximum((values.astype(np.float64).view(np.int64) >> 52) - 1023, 0)
 
 
-def _expected_residual(books: Mapping[str, Codebook], position: Ints, codes: Ints, n: int) -> Ints:
+def _expected_residual(books: Mapping[str, Codebook], counts: Ints, codes: Ints) -> Ints:
     """[N] the code of 1 - Σp, from the decoded entries. In integers, so that every machine gets the same."""
     one = 2.0**30
-    shares = np.rint(np.exp(books["target_logprobs"].values.astype(np.float64)) * one)
-    left = np.maximum(one - np.bincount(position, shares[codes], n), 0.0)
+    shares = np.rint(np.exp(books["target_logprobs"].values.astype(np.float64)) * one).astype(np.int64)
+    sums, ends = np.concatenate([[0], np.cumsum(shares[codes])]), np.cumsum(counts)
+    left = np.maximum(one - (sums[ends] - sums[ends - counts]), 0.0)
     roots = np.exp(books["residual_logprob"].values.astype(np.float64) / 2)
     thresholds = np.rint(((roots[1:] + roots[:-1]) / 2) ** 2 * one)
     expected: Ints = np.searchsorted(thresholds, left).astype(np.int64)
@@ -340,10 +359,11 @@ class _Reader:
         return found
 
     def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
-        symbols = self.symbols(name, contexts, None)
-        exponent, leading = np.divmod(symbols, QUARTERS)
+        buckets = self.symbols(name, contexts, None)
+        exponent, leading = np.divmod(np.arange(buckets.max(initial=0) + 1), QUARTERS)
         below = np.maximum(exponent - 2, 0)
         found = np.where(exponent >= 2, (4 | leading) << below, np.where(exponent == 1, leading, 1))
+        found, below = found[buckets], below[buckets]
         shift = np.zeros_like(below)
         while below.any():
             width = np.minimum(below, BITS)

@@ -74,15 +74,27 @@ class Lexicon:
             ranks = np.where(pairs[found] == wanted, places[found], ranks)
         return ranks
 
-    def ids(self, contexts: Ints, ranks: Ints) -> Ints:
-        """Inverse of `ranks`. Raises: ValueError for a rank that no token has."""
-        in_order = ranks - np.diff(self.starts)[contexts]
-        if (in_order >= self.vocab_size).any() or (ranks < 0).any():
+    def ids(self, contexts: Ints, ranks: Ints, counts: Ints | int = 1) -> Ints:
+        """[E] inverse of `ranks`.
+
+        Args:
+            contexts: [N] input tokens.
+            ranks: [E] those after the first input token, then those after the next.
+            counts: [N] number of ranks after each.
+
+        Raises: ValueError for a rank that no token has.
+        """
+        lists, starts = np.diff(self.starts)[contexts], self.starts[contexts]
+        listed = ranks < np.repeat(lists, counts)
+        place = ranks + np.where(listed, np.repeat(starts, counts), np.repeat(len(self.candidates) - lists, counts))
+        if place.max(initial=0) >= len(self._ranked) or ranks.min(initial=0) < 0:
             raise ValueError("packed targets hold a rank that no token has")
-        if not len(self.candidates):
-            return self.order[in_order]
-        place = np.minimum(self.starts[contexts] + ranks, len(self.candidates) - 1)
-        return np.where(in_order < 0, self.candidates[place], self.order[np.maximum(in_order, 0)])
+        return self._ranked[place]
+
+    @cached_property
+    def _ranked(self) -> Ints:
+        """[P + V] what a rank names: the candidates of all tokens, then all tokens in order."""
+        return np.concatenate([self.candidates, self.order])
 
     @cached_property
     def _place_in_order(self) -> Ints:

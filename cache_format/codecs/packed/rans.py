@@ -4,13 +4,19 @@ J. Duda, "Asymmetric numeral systems", https://arxiv.org/abs/1311.2540; interlea
 https://arxiv.org/abs/1402.3392. A symbol that takes f of 2^12 places costs 12 - log2 f bits, to within a thousandth.
 
 Symbol i belongs to lane i mod L. All lanes share one stream of 16-bit words and do the same at the same time, which is
-what numpy is fast at: a step over 256 lanes costs some ten calls. The last symbols are coded first, so the decoder
+what numpy is fast at: a step over 512 lanes costs some ten calls. The last symbols are coded first, so the decoder
 reads forward. All arithmetic is on integers, so any language gives the same bytes.
+
+In a step, only the state depends on the step before. So the decoder's loop keeps the place that each symbol was read
+from, a table of 4 bytes per place says how the state goes on, and everything else is looked up or shifted for all
+symbols at once.
 
 Shapes: n symbols, L lanes, C contexts, S different symbols.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +29,10 @@ KEPT_BITS = 4  # leading bits of a frequency
 LOW = 1 << 16  # a state is in [LOW, LOW << 16)
 
 U64 = NDArray[np.uint64]
+U32 = NDArray[np.uint32]
 Ints = NDArray[np.int64]
+
+_BITS, _WORD, _PLACE = np.uint32(BITS), np.uint32(16), np.uint32(TOTAL - 1)
 
 
 class Model:
@@ -35,12 +44,24 @@ class Model:
             raise ValueError(f"frequencies of a model do not add up to {TOTAL} in every context")
         self.frequencies = frequencies.astype(np.uint64)  # [C, S]
         self.starts = np.cumsum(self.frequencies, axis=1) - self.frequencies
-        symbols = np.tile(np.arange(frequencies.shape[1], dtype=np.uint16), len(frequencies))
-        self.symbols = np.repeat(symbols, frequencies.ravel()).reshape(len(frequencies), TOTAL)  # by place
-
         # A symbol that is certain in every context is not coded.
-        certain = self.symbols[0, 0] if (self.symbols == self.symbols[0, 0]).all() else None
-        self.certain = None if certain is None else int(certain)
+        certain = np.flatnonzero((frequencies == TOTAL).all(axis=0))
+        self.certain = int(certain[0]) if len(certain) else None
+
+    @cached_property
+    def symbols(self) -> NDArray[np.uint16]:
+        """[C, 2^12] the symbol at each place."""
+        contexts, symbols = self.frequencies.shape
+        every = np.tile(np.arange(symbols, dtype=np.uint16), contexts)
+        return np.repeat(every, self.frequencies.ravel().astype(np.int64)).reshape(contexts, TOTAL)
+
+    @cached_property
+    def steps(self) -> U32:
+        """[C·2^12] frequency of the symbol at each place · 2^12, plus the number of earlier places with this symbol."""
+        frequencies, starts = self.frequencies.ravel().astype(np.int64), self.starts.ravel().astype(np.int64)
+        before = np.arange(frequencies.sum()) % TOTAL - np.repeat(starts, frequencies)
+        steps: U32 = (np.repeat(frequencies << BITS, frequencies) + before).astype(np.uint32)
+        return steps
 
     @classmethod
     def of(cls, symbols: Ints, contexts: Ints, num_contexts: int, num_symbols: int) -> Model:
@@ -113,51 +134,52 @@ class Decoder:
         if len(data) < 4 * lanes or len(data) % 2:
             raise ValueError("packed targets are cut short")
         self.lanes = lanes
-        self._state = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
-        self._words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint64)
+        self._state = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
+        if (self._state < LOW).any():
+            raise ValueError(f"packed targets begin with a state below {LOW}")
+        self._words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
         self._next = 0
 
     def symbols(self, contexts: Ints, model: Model) -> Ints:
         """One symbol for each context."""
         if model.certain is not None:
             return np.full(len(contexts), model.certain, np.int64)
-        found = np.empty(len(contexts), np.int64)
-        mask = np.uint64(TOTAL - 1)
-        for start in range(0, len(contexts), self.lanes):
-            context = contexts[start : start + self.lanes]
-            x = self._state[: len(context)]
-            place = x & mask
-            symbol = model.symbols[context, place]
-            found[start : start + len(context)] = symbol
-            self._advance(x, place, model.frequencies[context, symbol], model.starts[context, symbol])
-        return found
+        places = contexts << BITS  # in the tables of the model; the loop adds the place in the context
+        for start in range(0, len(places), self.lanes):
+            here = places[start : start + self.lanes]
+            x = self._state[: len(here)]
+            here += x & _PLACE
+            step = model.steps[here]
+            self._advance(x, step >> _BITS, step & _PLACE)
+        return model.symbols.ravel()[places].astype(np.int64)
 
     def bits(self, widths: Ints) -> Ints:
         """Values of `widths` bits each."""
-        found = np.empty(len(widths), np.int64)
-        mask = np.uint64(TOTAL - 1)
-        shifts = np.uint64(BITS) - widths.astype(np.uint64)
-        for start in range(0, len(widths), self.lanes):
-            shift = shifts[start : start + self.lanes]
-            x = self._state[: len(shift)]
-            place = x & mask
-            value = place >> shift
-            found[start : start + len(shift)] = value
-            self._advance(x, place, np.uint64(1) << shift, value << shift)
-        return found
+        places = np.zeros(len(widths), np.uint32)
+        shifts = _BITS - widths.astype(np.uint32)
+        frequencies = np.uint32(1) << shifts
+        starts = np.arange(0, len(widths), self.lanes)
+        for start in starts[np.maximum.reduceat(widths, starts) > 0]:  # widths of 0 change no state
+            here = slice(start, start + self.lanes)
+            f = frequencies[here]
+            x = self._state[: len(f)]
+            place = places[here] = x & _PLACE
+            self._advance(x, f, place & (f - np.uint32(1)))
+        return (places >> shifts).astype(np.int64)
 
     def finish(self) -> None:
         """Raises: ValueError unless all words were read and every state is back at its start."""
         if self._next != len(self._words) or (self._state != LOW).any():
             raise ValueError("packed targets do not end where they should")
 
-    def _advance(self, x: U64, place: U64, frequency: U64, start: U64) -> None:
-        x = frequency * (x >> np.uint64(BITS)) + place - start
-        empty = x < LOW
-        count = int(np.count_nonzero(empty))
-        words = self._words[self._next : self._next + count]
-        if len(words) < count:
+    def _advance(self, x: U32, frequency: U32, before: U32) -> None:
+        """The next states in place of x. They fit: frequency ≤ 2^12 and x < 2^32."""
+        x >>= _BITS
+        x *= frequency
+        x += before
+        (empty,) = (x < LOW).nonzero()
+        words = self._words[self._next : self._next + len(empty)]
+        if len(words) < len(empty):
             raise ValueError("packed targets are cut short")
-        self._next += count
-        x[empty] = (x[empty] << np.uint64(16)) | words
-        self._state[: len(x)] = x
+        self._next += len(empty)
+        x[empty] = x[empty] << _WORD | words

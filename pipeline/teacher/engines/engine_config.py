@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pipeline.errors import ConfigError
 from pipeline.options import check_ranges, option, read_table
 
+if TYPE_CHECKING:
+    from pipeline.teacher.cache_config import CacheTeacherConfig
+
 TEACHER, VLLM = "Teacher", "vLLM"
+
+DEFAULT_ROWS = 8
+Tokens: TypeAlias = int | Literal["auto"]
+
+BATCH_SIZE = partial(
+    option,
+    None,
+    help="Rows per forward pass; halved when out of memory.",
+    group=TEACHER,
+    minimum=1,
+    common=True,
+    default_text=f"{DEFAULT_ROWS}; on CUDA batch_tokens instead",
+)
+BATCH_TOKENS = partial(
+    option,
+    None,
+    help="Tokens per forward pass over text, padding included, instead of a number of rows; halved when out of memory. "
+    "auto: doubled until the teacher gets no faster.",
+    group=TEACHER,
+    minimum=1,
+    common=True,
+    default_text="auto on CUDA, unless batch_size is given",
+)
 PASSED_ON = ("quantization", "tensor_parallel_size", "max_model_len", "gpu_memory_utilization")
 """Options that are arguments of vLLM's `EngineArgs` under the same name."""
 
@@ -63,3 +90,41 @@ class EngineConfig:
 
     def _named(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in PASSED_ON}
+
+
+def check_batches(config: CacheTeacherConfig) -> None:
+    """Checks how rows are put together. Raises: ConfigError."""
+    if config.batch_tokens is None:
+        return
+    if config.generation is None and config.batch_size is not None:
+        raise ConfigError(f"`batch_tokens` {config.batch_tokens}: found `batch_size` too. Give one of them.")
+    if config.generation is not None and config.generation.writer is None:
+        raise ConfigError(
+            f"`batch_tokens` {config.batch_tokens}: the teacher's answers are counted by `batch_size`. Leave it out."
+        )
+    if config.batch_tokens == "auto" and config.tensor_parallel:
+        raise ConfigError(
+            "`batch_tokens` auto: cannot be combined with `tensor_parallel`, since each process would find another "
+            "number. Give one."
+        )
+
+
+def rows_per_pass(config: CacheTeacherConfig) -> int:
+    """Rows or answers per forward pass, where no number of tokens limits it."""
+    return config.batch_size or DEFAULT_ROWS
+
+
+def most_rows_per_pass(config: CacheTeacherConfig) -> int:
+    """Full rows of the largest forward pass that was asked for. "auto" tries no more than a record batch has."""
+    if config.batch_tokens is None:
+        return rows_per_pass(config)
+    return 1 if config.batch_tokens == "auto" else max(1, config.batch_tokens // config.data.seq_len)
+
+
+def tokens_per_pass(config: CacheTeacherConfig, device_type: str) -> Tokens | None:
+    """What limits a forward pass over text: a number of tokens, one that is to be found, or (None) a number of rows."""
+    if config.generation is not None:
+        return None  # answers
+    if config.batch_tokens is not None or config.batch_size is not None:
+        return config.batch_tokens
+    return "auto" if device_type == "cuda" and not config.tensor_parallel else None

@@ -17,6 +17,7 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.models.padding import PackedRow
+from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.formats.teacher_prompts import TeacherText
 from pipeline.teacher.text.packing import TokenRow
@@ -68,8 +69,8 @@ class RowRequest:
 
 
 class BatchSizeHalved(Exception):
-    """A batch did not fit the memory. The engine has freed it and halved `batch_size`; the caller starts again what has
-    to have one batch size: a shard, a group of answers."""
+    """A batch did not fit the memory. The engine has freed it and halved `batch_size` or `batch_tokens`; the caller
+    starts again what has to have one batch size: a shard, a group of answers."""
 
 
 @dataclass(kw_only=True)
@@ -153,6 +154,8 @@ class TeacherEngine(Protocol):
     Attributes:
         vocab_size: V, without rows of padding in the output matrix.
         batch_size: rows or answers per forward pass; smaller after it did not fit the memory.
+        batch_tokens: tokens per forward pass over rows, in place of `batch_size`, likewise; "auto": the next `run`
+            finds the number; None: `batch_size` counts.
         stored_head: for hidden targets.
         hidden: the hidden states that rows are to hold.
         libraries: distributions whose versions decide the numbers.
@@ -162,6 +165,7 @@ class TeacherEngine(Protocol):
 
     vocab_size: int
     batch_size: int
+    batch_tokens: Tokens | None
     libraries: Sequence[str]
     rows_in_flight: int
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,12 +38,15 @@ from pipeline.models.loading import teacher_fingerprints
 from pipeline.models.padding import model_inputs, places
 from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
+from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest, Timing
+from pipeline.teacher.engines.token_budget import batches_within, find_budget
 from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, label_scores
+from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS
 
 CHUNK_POSITIONS = 256
 """Positions per chunk of the head on a CPU, whose caches hold no more of the logits."""
@@ -137,15 +141,16 @@ class TransformersEngine:
     """Owns the buffers of one teacher; see `TeacherEngine`.
 
     Attributes:
-        libraries, rows_in_flight: see `TeacherEngine`.
+        libraries, rows_in_flight, batch_size, batch_tokens: see `TeacherEngine`.
 
     Args:
         head: of the teacher.
         device: the one that was asked for.
         batch_size: rows or answers per forward pass.
+        batch_tokens: tokens per forward pass over rows, instead of `batch_size`; "auto": found by the first `run`.
         export: the head as it is stored, for hidden targets.
         hidden: the hidden states to store, as far as the engine computes them.
-        divisible: whether the batch size may be halved when out of memory.
+        divisible: whether either may be halved when out of memory.
         timed: measure every pass, which makes the host wait for the device.
     """
 
@@ -159,13 +164,16 @@ class TransformersEngine:
         *,
         device: torch.device,
         batch_size: int,
+        batch_tokens: Tokens | None = None,
         export: HeadExport | None = None,
         hidden: cf.HiddenSpec | None = None,
         divisible: bool = True,
         timed: bool = False,
     ) -> None:
         self.head, self.device, self.batch_size = head, device, batch_size
-        self._asked_batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        # Those of a shard may be other ones: they are in its sidecar.
+        self._asked = {"batch_size": batch_size} if batch_tokens is None else {"batch_tokens": batch_tokens}
         self.export, self.hidden = export, hidden
         self.divisible, self.timed = divisible, timed
         self.vocab_size = head.vocab_size
@@ -202,7 +210,7 @@ class TransformersEngine:
             "device": device_names(self.head.model, self.device),
             # Elsewhere than on a CPU no sum is split over threads.
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "batch_size": self._asked_batch_size,  # that of a shard may be smaller: it is in its sidecar
+            **self._asked,
             "head": "linear" if self.head.linear else "own",
             "chunk_positions": self._chunk,
             **({"padding_free": True} if self.head.padding_free else {}),
@@ -213,6 +221,9 @@ class TransformersEngine:
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:
         """Longest first, so that little is padded and out of memory shows at once."""
         order = sorted(requests, key=lambda request: (-len(request.read.input_ids), request.index))
+        if isinstance(self.batch_tokens, int):
+            yield from batches_within(order, self.batch_tokens, padded=not self.head.padding_free)
+            return
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
@@ -220,10 +231,27 @@ class TransformersEngine:
         self, requests: Sequence[RowRequest], rules: Sequence[TargetRule], on_batch: OnBatch = lambda _: None
     ) -> RunningBatches:
         running = []
+        if self.batch_tokens == "auto":
+            self.batch_tokens = self._find_budget(requests, rules)
         for batch in self.batches(requests):
-            running.append(self._within_memory(partial(self.run_batch, batch, rules)))
+            running.append(self._within_memory(partial(self.run_batch, batch, rules), batch))
             on_batch(batch)
         return RunningBatches(requests=requests, batches=running)
+
+    def _find_budget(self, requests: Sequence[RowRequest], rules: Sequence[TargetRule]) -> int:
+        """Tokens per forward pass, tried on copies of the longest request."""
+        longest = max(requests, key=lambda request: len(request.read.input_ids))
+        width = len(longest.read.input_ids)
+
+        def speed(tokens: int) -> float:
+            batch, seconds = [longest] * (tokens // width), []
+            for _ in range(3):  # the first one pays for allocations
+                began = time.perf_counter()
+                self.run_batch(batch, rules).wait()
+                seconds.append(time.perf_counter() - began)
+            return tokens / min(seconds)
+
+        return find_budget(speed, fewest=width, most=max(1, RECORD_BATCH_TOKENS // width) * width)
 
     @torch.inference_mode()
     def run_batch(
@@ -241,14 +269,17 @@ class TransformersEngine:
         uniforms = random_numbers(rules, rows, positions, device)
         with_states = [request.places(request.with_states) for request in batch if request.with_states is not None]
         chosen = [places(with_states, width)] if with_states else []
-        documents = Documents.of_rows(read)
-        there = upload([*inputs, documents.starts, documents.places, stored, *uniforms, *chosen], device)
-        inputs, (starts, tokens, stored, *uniforms) = there[: len(inputs)], there[len(inputs) :][: 3 + len(rules)]
-        documents = replace(documents, starts=starts, places=tokens)
+        documents = Documents.of_rows(read) if self.head.padding_free else None
+        around = [] if documents is None else [documents.starts, documents.places]
+        there = iter(upload([*inputs, *around, stored, *uniforms, *chosen], device))
+        inputs = list(islice(there, len(inputs)))
+        if documents is not None:
+            documents = replace(documents, starts=next(there), places=next(there))
+        stored, uniforms, chosen = next(there), list(islice(there, len(uniforms))), list(there)
 
         began = self._clock()
         with mask_shortcuts(read, device):
-            hidden, states, scales = self._body(inputs, documents, there[-1] if with_states else None)
+            hidden, states, scales = self._body(inputs, documents, chosen[0] if chosen else None)
         hidden = hidden.flatten(0, 1)[stored]  # [n, D]
         timing.forward += self._clock() - began
         labels = LabelScores(batch) if self.timed and not self.head.masked else None
@@ -270,7 +301,7 @@ class TransformersEngine:
         )
 
     def _body(
-        self, inputs: list[Tensor], documents: Documents, chosen: Tensor | None
+        self, inputs: list[Tensor], documents: Documents | None, chosen: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """What the head is applied to [B, T, D], and the hidden states to store with their scales.
 
@@ -283,7 +314,7 @@ class TransformersEngine:
         states, scales = hidden_states.of_batch(by_layer, chosen, self.hidden.dtype) if by_layer else ({}, {})
         return hidden, states, scales
 
-    def layer_states(self, inputs: list[Tensor], documents: Documents) -> tuple[Tensor, dict[int, Tensor]]:
+    def layer_states(self, inputs: list[Tensor], documents: Documents | None) -> tuple[Tensor, dict[int, Tensor]]:
         """What the head is applied to, and the states of the layers to store, in their order, [B, T, D] each."""
         assert self.hidden is not None
         last = self.hidden.teacher_layers
@@ -351,21 +382,32 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to do: the model is freed with the object, unless it was given as one."""
 
-    def _within_memory(self, compute: Callable[[], T]) -> T:
-        """Raises: BatchSizeHalved; ConfigError where the batch size cannot be halved by one process alone."""
+    def _within_memory(self, compute: Callable[[], T], rows: Sequence[RowRequest] = ()) -> T:
+        """
+        Args:
+            rows: of the forward pass; none: answers.
+
+        Raises: BatchSizeHalved; ConfigError where the batch size cannot be halved by one process alone.
+        """
+        tokens = self.batch_tokens if rows else None
         try:
             return compute()
         except Exception as error:
-            if not should_reduce_batch_size(error) or (self.divisible and self.batch_size == 1):
+            smallest = self.batch_size == 1 if tokens is None else len(rows) == 1
+            if not should_reduce_batch_size(error) or (self.divisible and smallest):
                 raise
             if not self.divisible:
+                limit = f"`batch_size` {self.batch_size}" if tokens is None else f"`batch_tokens` {tokens}"
                 raise ConfigError(
-                    f"`batch_size` {self.batch_size}: out of memory. With `tensor_parallel` it is not halved, since "
+                    f"{limit}: out of memory. With `tensor_parallel` it is not halved, since "
                     "all processes would have to. Use a smaller one; complete shards are kept."
                 ) from error
         # Only here: the traceback of `error` holds the tensors of the batch.
         clear_device_cache(garbage_collection=True)
-        self.batch_size //= 2
+        if tokens is None:
+            self.batch_size //= 2
+        else:
+            self.batch_tokens = min(int(tokens), sum(len(each.read.input_ids) for each in rows)) // 2
         raise BatchSizeHalved
 
     def _clock(self) -> float:

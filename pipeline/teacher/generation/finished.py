@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -48,7 +49,7 @@ def finished_cache(
     ]
     found = [d for key, was, given in compared for d in cf.differences({k: was.get(k) for k in given}, given, key)]
     if bool(written.get("writer")) != bool(generation.writer):  # else a name may have changed
-        found += cf.differences({"writer": _writer_name(manifest)}, {"writer": generation.writer})
+        found += cf.differences({"writer": _writer(manifest).get("name")}, {"writer": generation.writer})
     if found:
         raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
     return manifest
@@ -57,10 +58,13 @@ def finished_cache(
 def has_other_names(config: CacheTeacherConfig, generation: GenerationConfig, manifest: cf.Manifest) -> bool:
     """Whether the name of a model or of the prompts differs from the recorded one. Contents are compared then."""
     recorded = manifest.metadata
-    return (model_name(config.teacher), data_name(config.data.data), generation.writer) != (
+    writer = _writer(manifest)
+    name, revision = generation.writer_source
+    return (model_name(config.teacher), data_name(config.data.data), name, revision or writer.get("revision")) != (
         recorded.teacher.get("name"),
         recorded.corpus.get("source"),
-        _writer_name(manifest),
+        writer.get("name"),
+        writer.get("revision"),
     )
 
 
@@ -97,9 +101,10 @@ def kept_by(generation: GenerationConfig, predicate: Predicate | None) -> dict[s
     return {"keep": generation.keep, "keep_if": None if predicate is None else predicate.to_json()}
 
 
-def _writer_name(manifest: cf.Manifest) -> str | None:
+def _writer(manifest: cf.Manifest) -> Mapping[str, Any]:
+    """What is recorded of the writer; empty if it was the teacher."""
     written = manifest.metadata.corpus.get("generation") or {}
-    return (written.get("writer") or {}).get("name")
+    return written.get("writer") or {}
 
 
 def _facts(

@@ -42,7 +42,7 @@ from pipeline.models.objective import most_positions, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
-from pipeline.teacher.engines.engine_config import EngineConfig
+from pipeline.teacher.engines.engine_config import EngineConfig, rows_per_pass
 from pipeline.teacher.engines.interface import TeacherEngine, Usage
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
@@ -100,8 +100,8 @@ def generate_cache(
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
         CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
     """
-    if generation.writer is not None and _is_teacher(generation.writer, config):
-        generation = replace(generation, writer=None)
+    if generation.writer is not None and _is_teacher(generation, config):
+        generation = replace(generation, writer=None, writer_dtype=None)
     config = replace(config, generation=generation)  # checks that they fit together
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
@@ -125,7 +125,7 @@ def generate_cache(
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
     positions = _check_causal(config)
-    writer = None if generation.writer is None else _writer_config(config, generation.writer)
+    writer = None if generation.writer is None else _writer_config(config, generation)
     if writer is not None:
         _check_causal(writer)
         for warning in check_same_tokenizer(tokenizer, open_tokenizer(writer), role="writer"):
@@ -159,7 +159,9 @@ def generate_cache(
             del engine, answering  # the device has room for the teacher
             clear_device_cache(garbage_collection=True)
             on_stage(_opening("teacher", config, device))
-            with closing(open_engine(replace(config, generation=None), corpus, tokenizer, device)) as engine:
+            rows = config.batch_size if config.batch_tokens is None else None
+            scoring = replace(config, generation=None, batch_size=rows)
+            with closing(open_engine(scoring, corpus, tokenizer, device)) as engine:
                 on_stage(f"scoring {len(corpus):,} of {selection.answers:,} answers")
                 exact_mass = cache(corpus, engine, scored=lambda state: on_progress(_scored(state)))
                 usage = engine.usage
@@ -188,7 +190,7 @@ def _answer(
     """Answers all prompts that are not answered in the store. Args: config: of the teacher or the writer."""
     config.targets.check_vocabulary(engine.vocab_size)
     if isinstance(engine, TransformersEngine):
-        check_decoding(engine.head, padding=config.batch_size > 1, longest=prompts.longest_read)
+        check_decoding(engine.head, padding=rows_per_pass(config) > 1, longest=prompts.longest_read)
     stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
@@ -214,7 +216,8 @@ def _answer(
     kept = answering.run()
     writer = None
     if generation.writer is not None:
-        writer = {"name": generation.writer, "revision": engine.revision, **engine.describe_teacher()}
+        name, revision = generation.writer_source
+        writer = {"name": name, "revision": revision or engine.revision, **engine.describe_teacher()}
     return _corpus(generation, prompts, stop_tokens, predicate, kept, writer), answering
 
 
@@ -233,15 +236,17 @@ def _scored(state: CaptureProgress) -> GenerationProgress:
     )
 
 
-def _writer_config(config: CacheTeacherConfig, writer: str) -> CacheTeacherConfig:
+def _writer_config(config: CacheTeacherConfig, generation: GenerationConfig) -> CacheTeacherConfig:
     """What the writer is opened with: without what is about the teacher's weights, and with the cheapest targets, which
     nobody reads."""
     running = config.running
+    name, revision = generation.writer_source
     return replace(
         config,
-        teacher=writer,
+        teacher=name,
         tokenizer=None,
-        revision=None,
+        revision=revision,
+        dtype=generation.writer_dtype or config.dtype,
         device_map=None,
         running=EngineConfig() if config.on_server else replace(running, quantization=None, tensor_parallel_size=None),
         server=ServerConfig(),
@@ -249,9 +254,12 @@ def _writer_config(config: CacheTeacherConfig, writer: str) -> CacheTeacherConfi
     )
 
 
-def _is_teacher(writer: str, config: CacheTeacherConfig) -> bool:
+def _is_teacher(generation: GenerationConfig, config: CacheTeacherConfig) -> bool:
     """Whether the writer is the teacher itself, so that one pass gives answers and targets."""
-    if not isinstance(config.teacher, str | os.PathLike) or config.revision is not None:
+    writer, revision = generation.writer_source
+    if writer is None or not isinstance(config.teacher, str | os.PathLike) or revision != config.revision:
+        return False
+    if generation.writer_dtype not in (None, config.dtype):
         return False
     teacher = os.fspath(config.teacher)
     return writer == teacher or (os.path.exists(writer) and os.path.realpath(writer) == os.path.realpath(teacher))

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
+from pipeline.models.loading_options import Dtype
+from pipeline.models.paths import split_revision
 from pipeline.options import check_ranges, option
 
 GENERATION = "Generation"
@@ -59,8 +61,11 @@ class GenerationConfig:
         name="writer",
         help="Model that answers instead of the teacher, such as a student; the teacher scores its answers.",
         group=GENERATION,
-        metavar="MODEL",
+        metavar="MODEL[@REVISION]",
         common=True,
+    )
+    writer_dtype: Dtype | None = option(
+        None, name="writer_dtype", help="Data type of the writer.", group=GENERATION, default_text="dtype"
     )
     keep: Keep = option(
         "all", help="Which accepted answers to a prompt to keep: all, the first, or the most likely.", group=GENERATION
@@ -76,8 +81,17 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("`gen_stop`: found an empty string, which every text contains. Leave it out.")
 
+        if self.writer_dtype is not None and self.writer is None:
+            raise ConfigError(f"`writer_dtype` {self.writer_dtype}: only with `writer`. Leave it out.")
+
+    @property
+    def writer_source(self) -> tuple[str | None, str | None]:
+        """Name or path of the writer, and its revision if one is given."""
+        return (None, None) if self.writer is None else split_revision(self.writer)
+
     def to_json(self) -> dict[str, Any]:
         """What decides the answers, as in the manifest."""
         decides = asdict(self)
-        del decides["keep_if"], decides["keep"], decides["writer"]  # the manifest has the writer's fingerprints
+        for name in ("keep_if", "keep", "writer", "writer_dtype"):  # the manifest has the writer's fingerprints
+            del decides[name]
         return {**decides, "stop": list(self.stop)}

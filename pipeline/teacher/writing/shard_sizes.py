@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import cache_format as cf
 from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.engines.engine_config import most_rows_per_pass
 from pipeline.teacher.targets import hidden_states
 
 RECORD_BATCH_TOKENS = 2**15  # 32 rows of 1,024
@@ -19,7 +20,7 @@ SHARD_TOKENS = 2**18
 
 def rows_together(config: CacheTeacherConfig) -> int:
     """Rows of a record batch: about 32,768 tokens, and at least one forward pass, which is never split."""
-    return max(config.batch_size, RECORD_BATCH_TOKENS // config.data.seq_len)
+    return max(most_rows_per_pass(config), RECORD_BATCH_TOKENS // config.data.seq_len)
 
 
 def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_per_row: float) -> dict[str, int]:
@@ -32,7 +33,7 @@ def grouping(config: CacheTeacherConfig, spec: cf.HiddenSpec | None, positions_p
     together, of_shard = rows_together(config), max(1, SHARD_TOKENS // config.data.seq_len)
     if spec is not None:
         few = hidden_states.rows_within(spec, positions_per_row, hidden_states.RECORD_BATCH_BYTES)
-        together = max(config.batch_size, min(together, few))
+        together = max(most_rows_per_pass(config), min(together, few))
         of_shard = min(of_shard, hidden_states.rows_within(spec, positions_per_row, hidden_states.SHARD_BYTES))
     whole = -(-of_shard // together) * together
     return {"rows_per_record_batch": together, "rows_per_shard": config.rows_per_shard or whole}

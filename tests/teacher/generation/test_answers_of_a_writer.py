@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 import cache_format as cf
 from generating import K, answers_of, generate, load, logprobs_of, token_ids, write_predicates
 from pipeline.errors import ConfigError
+from pipeline.models import loading
+from pipeline.models.paths import split_revision
 from pipeline.student.validation.loss_checks import loss_for_cache
 from pipeline.teacher.capture import Capture
 from pipeline.teacher.engines.answer_writer import AnswerWriter
@@ -222,6 +224,51 @@ def test_a_finished_cache_is_known_under_another_name_of_the_writer(
     shutil.copytree(cache, tmp_path / "cache")
     generate(teacher_dir, data, tmp_path / "cache", writer=str(tmp_path / "moved"), **OPTIONS)
     assert contents(tmp_path / "cache") == contents(cache)
+
+
+def test_a_revision_and_a_dtype_of_the_writer_alone(
+    teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    open_engine = generation.open_engine
+
+    def remember(config: Any, *given: Any, **named: Any) -> Any:
+        opened.append(config)
+        engine = open_engine(config, *given, **named)
+        opened.append(str(engine.head.model.dtype))
+        return engine
+
+    locate = loading.locate_model
+    monkeypatch.setattr(generation, "open_engine", remember)
+    on_the_hub = {"owner/student": str(student_dir)}
+    monkeypatch.setattr(loading, "locate_model", lambda name, *files: locate(on_the_hub.get(name, name), *files))
+    writer = {"writer": "owner/student@v2", "writer_dtype": "bfloat16"}
+    generate(teacher_dir, data, tmp_path / "cache", **writer, **OPTIONS)
+    assert [(each.teacher, each.revision) for each in opened[::2]] == [
+        ("owner/student", "v2"),
+        (str(teacher_dir), None),
+    ]
+    assert opened[1::2] == ["torch.bfloat16", "torch.float32"]
+    recorded = cf.open_cache(tmp_path / "cache").metadata.corpus["generation"]["writer"]
+    assert (recorded["name"], recorded["revision"], recorded["dtype"]) == ("owner/student", "v2", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("owner/name", ("owner/name", None)),
+        ("owner/name@v2", ("owner/name", "v2")),
+        ("owner/name@refs/pr/1", ("owner/name", "refs/pr/1")),
+        ("students@home/first", ("students@home/first", None)),  # there
+        ("@v2", ("@v2", None)),
+    ],
+)
+def test_a_revision_follows_the_name(
+    given: str, expected: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "students@home" / "first").mkdir(parents=True)
+    assert split_revision(given) == expected
 
 
 def test_only_accepted_answers_are_scored(teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path) -> None:

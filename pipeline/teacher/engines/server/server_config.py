@@ -88,7 +88,7 @@ def server_root(url: str) -> str:
 
 
 WITHOUT_SERVER = {
-    "batch_size": ", and set `server_concurrency`",
+    **dict.fromkeys(("batch_size", "batch_tokens"), ", and set `server_concurrency`"),
     **dict.fromkeys(("device", "dtype", "device_map", "tensor_parallel", "revision"), "; the server has its own"),
     "hidden_states": "; servers give no hidden states",
 }

@@ -19,6 +19,7 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.errors import ModelError
+from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Usage
 from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import HttpClient
@@ -118,6 +119,7 @@ class ServerEngine:
     ) -> None:
         self.client, self.dialect, self.facts, self.vocab_size = client, dialect, facts, vocab_size
         self.batch_size, self.rows_in_flight = concurrency, 2 * concurrency
+        self.batch_tokens: Tokens | None = None
 
     @property
     def usage(self) -> Usage | None:

@@ -31,6 +31,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head_export import head_file
 from pipeline.models.loading import config_fingerprint
+from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.engines.vllm.vllm_answers import answer_of, sampling_options
 from pipeline.teacher.engines.vllm.vllm_collector import CHUNK_POSITIONS, Collected, join
@@ -124,6 +125,7 @@ class VllmEngine:
         self._hidden: cf.HiddenSpec | None = None
         self._rules: list[TargetRule] = []
         self._vllm = VllmThread(arguments)
+        self.batch_tokens: Tokens | None = None
         self.batch_size: int = self.call(lambda engine: engine.vllm_config.scheduler_config.max_num_seqs)
         self.rows_in_flight = 2 * self.batch_size
         self.libraries: Sequence[str] = ("torch", "transformers", *(installed() or ())[:1])
