@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in ten minutes
-	$(PY) benchmarks/demo.py --output demo-output
+	$(PY) -m benchmarks.demo --output demo-output
 
 demo-generate: $(STAMP) ## the teacher answers problems, right answers are cached: a few minutes
 	$(PY) -m benchmarks.reasoning --output demo-output
@@ -99,7 +99,7 @@ bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 bench-gpu: $(STAMP)  ## both stages on one CUDA device, beside what its products and memory can do: ten minutes
 	$(PY) -m benchmarks.gpu
 
-bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
+bench-methods: $(STAMP)  ## students by every way of distilling, on word problems: an hour, resumable
 	$(PY) -m benchmarks.methods
 
 bench-on-policy: $(STAMP)  ## a round on the student's own text against the teacher's: fifteen minutes, resumable

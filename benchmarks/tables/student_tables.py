@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables.stored_results import Row, by_name, matching, minus, rounded, rows, runs
+from benchmarks.tables.stored_results import Row, by_name, matching, minus, rounded, rows, runs, significant
 
 ARMS = {  # name in the results: name on the page
     "labels": "labels alone",
@@ -42,6 +42,43 @@ METHODS = {
     "sequence level + forward KL": "sequence level + forward KL",
     "the teacher": "the teacher itself",
 }
+
+DEMO = {
+    "untrained": "untrained",
+    "labels": "trained on the teacher's text, `--kd-weight 0`",
+    "distilled": "**distilled**, `--kd-weight 0.9`",
+    "teacher": "the teacher itself",
+}
+REASONING = {
+    "the student before": "nothing yet",
+    "the solutions": "the solutions alone",
+    "right answers": "the teacher's right answers, `--kd-weight 0`",
+    "right answers and their distributions": "**the same with their distributions**, `--kd-weight 0.9`",
+    "the teacher": "the teacher itself, without examples",
+    "the teacher, shown examples": "the teacher itself, shown examples",
+}
+
+
+def demo() -> list[list[str]]:
+    """The students of `make demo` and their teacher."""
+    table = [["student", "KL to teacher (nats)", "agreement", "agreement, top 5", "perplexity"]]
+    results = by_name("demo", "Median over seeds")
+    for name, shown in DEMO.items():
+        row = results[name]
+        shares = [f"{row[column]:.1%}".replace("%", " %") for column in ("agreement", "top 5")]
+        table.append([shown, f"{row['KL']:.2f}", *shares, significant(row["perplexity"], 3)])
+    return table
+
+
+def reasoning() -> list[list[str]]:
+    """Held-out sums that students and teacher of `make demo-generate` solve."""
+    table = [["learned from", "solved", "each of the students"]]
+    results = by_name("reasoning", "Median over seeds")
+    for name, shown in REASONING.items():
+        row = results[name]
+        each = row["each seed"].replace("%", " %")
+        table.append([shown, f"{row['solved']:.1f} %", each if "," in each else ""])
+    return table
 
 
 def learned() -> list[list[str]]:
