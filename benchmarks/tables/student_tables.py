@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables.stored_results import Row, by_name, matching, minus, rounded, rows, runs
+from benchmarks.tables.stored_results import Row, by_name, matching, minus, rounded, rows, runs, significant
 
 ARMS = {  # name in the results: name on the page
     "labels": "labels alone",
@@ -42,6 +42,24 @@ METHODS = {
     "sequence level + forward KL": "sequence level + forward KL",
     "the teacher": "the teacher itself",
 }
+
+DEMO = {
+    "untrained": "untrained",
+    "labels": "trained on the teacher's text, `--kd-weight 0`",
+    "distilled": "**distilled**, `--kd-weight 0.9`",
+    "teacher": "the teacher itself",
+}
+
+
+def demo() -> list[list[str]]:
+    """The students of `make demo` and their teacher."""
+    table = [["student", "KL to teacher (nats)", "agreement", "agreement, top 5", "perplexity"]]
+    results = by_name("demo", "Median over seeds")
+    for name, shown in DEMO.items():
+        row = results[name]
+        shares = [f"{row[column]:.1%}".replace("%", " %") for column in ("agreement", "top 5")]
+        table.append([shown, f"{row['KL']:.2f}", *shares, significant(row["perplexity"], 3)])
+    return table
 
 
 def learned() -> list[list[str]]:
