@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +39,7 @@ def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
     files = find_files(config.source, endings=BASE_FILES if config.format == "llama-cpp" else DATA_FILES)
     form = _form(config, files)
     _check_options(config, form)
-    shift = {} if config.shift is None else {"shift": config.shift}
+    shift: dict[str, Any] = {} if config.shift is None else {"shift": config.shift}
     if form == "columns" or form in PRESETS:
         return _columns(config, files, form)
     if form == "distillkit":

@@ -75,7 +75,7 @@ class LlamaCppDialect:
     kind: ServerKind = "llama.cpp"
     advice = Advice(
         cap="Use {k} or fewer entries, or a version of llama-server that gives as many as n_probs asks for.",
-        length="Start llama-server with --ctx-size {length} or more for each of its slots (--parallel)",
+        length="Start llama-server with a ctx-size of {length} or more for each of its parallel slots",
         raw="Use a version of llama-server that knows post_sampling_probs.",
         raw_answers="Use a version of llama-server that knows post_sampling_probs.",
         whole="Use a version of llama-server whose grammars take token ids, as <[123]>.",
