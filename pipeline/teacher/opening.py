@@ -25,6 +25,7 @@ from pipeline.models.isolation.causality import check_causal
 from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.loading import DTYPES, has_own_code, load_config, load_model, load_tokenizer, model_name
+from pipeline.models.loading_options import Dtype
 from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.paths import adapter_base
 from pipeline.models.tokenizers import real_vocab_size
@@ -167,7 +168,7 @@ def with_dtype(
     text: TokenisedText,
     device: torch.device,
     *,
-    recorded: str | None,
+    recorded: Dtype | None,
     alone: bool,
     on_stage: Callable[[str], None],
 ) -> CacheTeacherConfig:

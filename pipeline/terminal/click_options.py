@@ -229,7 +229,11 @@ class _NumberOr(click.ParamType):
         self.words, self.number, self.name = words, number, "|".join(["N", *words])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value in self.words else self.number.convert(value, param, ctx)
+        if value in self.words:
+            return value
+        if not str(value).lstrip("-").replace(".", "", 1).isdecimal():
+            self.fail(f"{value!r} is neither a number nor {' or '.join(self.words)}.", param, ctx)
+        return self.number.convert(value, param, ctx)
 
 
 class _Option(click.Option):

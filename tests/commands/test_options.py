@@ -218,7 +218,7 @@ def test_a_number_or_a_word(tmp_path: Path) -> None:
         kind = parameters("cache-teacher")["batch_tokens"].type
         assert kind.convert(str(value), None, None) == value
     words = [f"--{name}={value}" for name, value in given.items()]
-    for value, expected in (("0", "0 is not in the range x>=1"), ("many", "'many' is not a valid integer")):
+    for value, expected in (("0", "0 is not in the range x>=1"), ("many", "'many' is neither a number nor auto")):
         assert expected in run("cache-teacher", *words, "--batch-tokens", value, status=2).stderr
     (tmp_path / "run.toml").write_text('batch_tokens = "many"\n')
     with pytest.raises(ConfigError, match='batch_tokens is "many", expected a whole number or auto'):

@@ -255,7 +255,8 @@ def _entries(
 
 def _exponent(values: Ints) -> Ints:
     """floor(log2(value)), from the exponent of the float64; 0 for 0."""
-    return np.maximum((values.astype(np.float64).view(np.int64) >> 52) - 1023, 0)
+    exponents: Ints = np.maximum((values.astype(np.float64).view(np.int64) >> 52) - 1023, 0)
+    return exponents
 
 
 def _expected_residual(books: Mapping[str, Codebook], counts: Ints, codes: Ints) -> Ints:

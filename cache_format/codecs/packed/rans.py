@@ -151,7 +151,8 @@ class Decoder:
             here += x & _PLACE
             step = model.steps[here]
             self._advance(x, step >> _BITS, step & _PLACE)
-        return model.symbols.ravel()[places].astype(np.int64)
+        found: Ints = model.symbols.ravel()[places].astype(np.int64)
+        return found
 
     def bits(self, widths: Ints) -> Ints:
         """Values of `widths` bits each."""
@@ -165,7 +166,8 @@ class Decoder:
             x = self._state[: len(f)]
             place = places[here] = x & _PLACE
             self._advance(x, f, place & (f - np.uint32(1)))
-        return (places >> shifts).astype(np.int64)
+        found: Ints = (places >> shifts).astype(np.int64)
+        return found
 
     def finish(self) -> None:
         """Raises: ValueError unless all words were read and every state is back at its start."""

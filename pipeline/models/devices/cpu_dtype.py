@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ class DtypeSpeeds:
     bfloat16: float
 
     @property
-    def faster(self) -> str:
+    def faster(self) -> Literal["float32", "bfloat16"]:
         return "bfloat16" if self.bfloat16 > GAIN * self.float32 else "float32"
 
     def describe(self) -> str:

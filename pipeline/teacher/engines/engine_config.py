@@ -35,6 +35,7 @@ BATCH_TOKENS = partial(
     group=TEACHER,
     minimum=1,
     common=True,
+    metavar="N|auto",
     default_text="auto on CUDA, unless batch_size is given",
 )
 PASSED_ON = ("quantization", "tensor_parallel_size", "max_model_len", "gpu_memory_utilization")
