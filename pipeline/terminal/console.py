@@ -134,6 +134,7 @@ class _Pace:
             rate = f"{speed:,.0f} {unit.split()[0]}/s" if speed >= 100 else f"{speed:.2g} {unit.split()[0]}/s"
         if seconds_left is None and speed > 0:
             seconds_left = (total - done) / speed
+        time_text: str | None
         if done >= total:
             time_text = f"{duration(now - self.began)} in all"
         else:
