@@ -41,6 +41,7 @@ class Status:
         self.progress: Progress | None = None
         self.task: Any = None
         self.pace: _Pace | None = None
+        self.began = time.monotonic()
         self.last_line = 0.0
 
     def __enter__(self) -> Status:
@@ -51,6 +52,7 @@ class Status:
 
     def stage(self, text: str) -> None:
         self._stop()
+        self.began = time.monotonic()
         if not self.silent:
             err.print(Text(self.translate(text), style="bold"), "…")
 
@@ -81,9 +83,11 @@ class Status:
         """
         if self.silent:
             return
-        if self.pace is None or done < self.pace.last:  # a new stage, though nobody said so
+        if self.pace is not None and done < self.pace.last:  # a new stage, though nobody said so
             self._stop()
-            self.pace = _Pace(done)
+            self.began = time.monotonic()
+        if self.pace is None:
+            self.pace = _Pace(done, self.began)
         text = self.pace.describe(done, total, unit, rate, seconds_left)
         text = " · ".join((text, *facts))
         if not err.is_interactive:
@@ -115,22 +119,24 @@ class Status:
 
 
 class _Pace:
-    """The mean speed of a stage since its first step."""
+    """The time of a stage, and its mean speed since its first step: a resumed run begins with many."""
 
-    def __init__(self, done: float) -> None:
-        self.began, self.first, self.last = time.monotonic(), done, done
+    def __init__(self, done: float, began: float) -> None:
+        self.began, self.first_step = began, time.monotonic()
+        self.first, self.last = done, done
 
     def describe(self, done: float, total: float, unit: str, rate: str | None, seconds_left: float | None) -> str:
         """As in: rows · 2:05 left · 4.2 rows/s."""
         self.last = done
-        seconds = time.monotonic() - self.began
-        speed = (done - self.first) / seconds if seconds > 0 else 0.0
+        now = time.monotonic()
+        speed = (done - self.first) / (now - self.first_step) if now > self.first_step else 0.0
         if rate is None and speed > 0:
             rate = f"{speed:,.0f} {unit.split()[0]}/s" if speed >= 100 else f"{speed:.2g} {unit.split()[0]}/s"
         if seconds_left is None and speed > 0:
             seconds_left = (total - done) / speed
+        time_text: str | None
         if done >= total:
-            time_text = f"{duration(seconds)} in all"
+            time_text = f"{duration(now - self.began)} in all"
         else:
             time_text = None if seconds_left is None else f"{duration(seconds_left)} left"
         return " · ".join(part for part in (unit, time_text, rate) if part is not None)

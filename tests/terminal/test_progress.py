@@ -71,6 +71,16 @@ def test_a_resumed_run_is_timed_from_where_it_began(clock: Clock, monkeypatch: p
     assert stream.getvalue().splitlines()[-1] == "920/1,000 steps · 2:40 left · 0.5 steps/s"
 
 
+def test_the_time_of_a_stage_includes_its_first_step(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    stream = log(monkeypatch)
+    with Status() as status:
+        clock.now += 100
+        status.stage("caching")
+        clock.now += 37
+        status.step(6, 6, "rows", rate="136 tokens/s", seconds_left=0)
+    assert stream.getvalue().splitlines()[-1] == "6/6 rows · 0:37 in all · 136 tokens/s"
+
+
 def test_each_stage_is_timed_by_itself(clock: Clock, monkeypatch: pytest.MonkeyPatch):
     stream = log(monkeypatch)
     with Status() as status:

@@ -16,14 +16,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-REQUIRED = ("distill", "torch", "transformers", "accelerate", "datasets", "tokenizers", "huggingface-hub")
-REQUIRED += ("safetensors", "pyarrow", "numpy", "zstandard", "fsspec", "click", "rich")
-OPTIONAL = ("vllm", "peft", "lm-eval", "gguf", "s3fs", "httpx2", "triton", "flash-attn", "kernels", "bitsandbytes")
-OPTIONAL += ("tensorboard", "trackio", "wandb", "mlflow")
+REQUIRED = (
+    *("distill", "torch", "transformers", "accelerate", "datasets", "tokenizers", "huggingface-hub"),
+    *("safetensors", "pyarrow", "numpy", "zstandard", "fsspec", "click", "rich"),
+)
+OPTIONAL = (
+    *("vllm", "peft", "lm-eval", "gguf", "s3fs", "httpx2", "triton", "flash-attn", "kernels", "bitsandbytes"),
+    *("tensorboard", "trackio", "wandb", "mlflow"),
+)
 
 # Instructions that decide how fast a CPU multiplies, and in which dtypes: as torch names them.
-CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16")
-CPU_FEATURES += ("neon", "bf16", "i8mm", "sve", "sve2")
+CPU_FEATURES = (
+    *("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
+    *("neon", "bf16", "i8mm", "sve", "sve2"),
+)
 
 # Settings that change results or speed; their values are no secrets.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF")
