@@ -150,7 +150,7 @@ SETTINGS: dict[str, Callable[[Path], None]] = {
     "docs/tutorials/one-gpu.md": causal_models,
     "docs/tutorials/quantised-student.md": causal_models,
     "docs/tutorials/reading-caches.md": a_cache,
-    "docs/tutorials/reasoning-data.md": downloaded_models,
+    "docs/tutorials/reasoning-data.md": models_and_texts,
     "docs/tutorials/several-teachers.md": two_domains,
 }
 
