@@ -95,6 +95,14 @@ def test_sums_and_no_gradient(temperature: float) -> None:
     assert not without.loss.requires_grad
 
 
+def test_agreement_where_the_entries_are_the_likeliest_tokens() -> None:
+    """The largest logit is then among those that the kernels do not see."""
+    problem = Problem(90, n=12, masked=0.0)
+    problem.leaves[2][problem.targets.ids.flatten()] += 20.0
+    found, expected = (sums_by(problem, kernels=kernels).agreement for kernels in (True, False))
+    assert found == expected < 12
+
+
 def test_no_loss_tokens_and_one() -> None:
     for n in (1, 4):
         problem = Problem(40, n=n, masked=0.0)
