@@ -40,7 +40,8 @@ LOSSES = {"forward KL": {}, "forward KL at T = 2": {"temperature": 2.0}, "js": {
 aten = torch.ops.aten
 SELECTS = {aten.gather.default: 2, aten.scatter_.value: 2, aten.scatter_add_.default: 2, aten.index_select.default: 2}
 WRITES_ONLY = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}
-FREE = {aten.empty.memory_format, aten.empty_like.default, aten.detach.default, aten.alias.default}
+FREE = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.detach.default}
+FREE |= {aten.alias.default}
 
 
 @dataclass

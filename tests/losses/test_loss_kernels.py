@@ -95,6 +95,15 @@ def test_sums_and_no_gradient(temperature: float) -> None:
     assert not without.loss.requires_grad
 
 
+def test_agreement_where_the_entries_are_the_likeliest_tokens() -> None:
+    """The largest logit is then among those that the kernels do not see."""
+    problems = [Problem(vocab, n=1, masked=0.0) for vocab in range(60, 68)]
+    for problem in problems:
+        problem.leaves[2][problem.targets.ids.flatten()] += 20.0
+    found, plain = ([int(sums_by(each, kernels=by).agreement) for each in problems] for by in (True, False))
+    assert found == plain and 0 in plain
+
+
 def test_no_loss_tokens_and_one() -> None:
     for n in (1, 4):
         problem = Problem(40, n=n, masked=0.0)
