@@ -38,7 +38,7 @@ def url(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["--model", str(model), "--ctx-size", "1024", "--parallel", "4", "--threads", "1", "--port", str(port)]
-    words += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--no-webui"]
+    words += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--threads-http", "24"]
     process = subprocess.Popen([PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         stop = time.monotonic() + 120
