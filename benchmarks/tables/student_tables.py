@@ -58,7 +58,7 @@ def demo() -> list[list[str]]:
     for name, shown in DEMO.items():
         row = results[name]
         shares = [f"{row[column]:.1%}".replace("%", " %") for column in ("agreement", "top 5")]
-        table.append([shown, f"{row['KL']:.2f}", *shares, significant(row["perplexity"], 3)])
+        table.append([shown, minus(f"{row['KL']:.2f}"), *shares, significant(row["perplexity"], 3)])
     return table
 
 
