@@ -71,7 +71,7 @@ class PositionTensors:
         return self._map(lambda each: each.pin_memory())
 
     def with_labels(self: Tensors, labels: Tensor) -> Tensors:
-        return replace(self, labels=labels, loss_tokens=None)
+        return replace(self, **{"labels": labels, "loss_tokens": None})
 
     def _map(self: Tensors, function: Callable[[Any], Any]) -> Tensors:
         found = {each.name: getattr(self, each.name) for each in fields(self)}

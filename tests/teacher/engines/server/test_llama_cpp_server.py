@@ -140,7 +140,7 @@ def truncate(answer: Any, body: Any) -> Any:
         ({"change": ignore_grammar}, r"expected the \d+ of the grammar.*whose grammars take token ids"),
         ({"change": truncate}, "found 7 log-probabilities, expected 8"),
         ({"tempered": True}, "its log-probabilities depend on the temperature of sampling"),
-        ({"max_length": 48}, "`seq_len` 48: the server takes at most 48 tokens, expected 49.*--ctx-size 49"),
+        ({"max_length": 48}, "`seq_len` 48: the server takes at most 48 tokens, expected 49.*ctx-size of 49"),
     ],
 )
 def test_servers_that_cannot_be_a_teacher(
