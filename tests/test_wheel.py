@@ -81,7 +81,7 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path):
     packed = {name for name in names if ".dist-info/" not in name}
     # The normative page of the format travels with the code that implements it.
     template = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/evaluation/report/template").iterdir()}
-    assert len(template) == 3
+    assert len(template) == 4
     assert packed == {*modules, *template, "cache_format/SPEC.md", "cache_format/py.typed", "distill/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -192,7 +192,7 @@ def test_tokens_by_text_with_messages(tmp_path: Path, tokenizer: Any):
             "bytes": list(tokenizer.decode([entries[0][0]]).encode()),
             "top_logprobs": [
                 *({"token": tokenizer.decode([i]), "logprob": v, "bytes": None} for i, v in entries),
-                {"token": "\ufffd", "logprob": -4.0, "bytes": [0xE2]},
+                {"token": "\ufffd", "logprob": -4.0, "bytes": [0xE2, 0x82]},
             ],
         }
         for entries in lists
@@ -209,10 +209,16 @@ def test_tokens_by_text_with_messages(tmp_path: Path, tokenizer: Any):
 
 
 def test_an_answer_of_unknown_tokens_is_refused(tmp_path: Path, tokenizer: Any):
-    content = [{"token": "\ufffd", "logprob": -0.1, "bytes": [0xE2], "top_logprobs": []}]
+    content = [{"token": "\ufffd", "logprob": -0.1, "bytes": [0xE2, 0x82], "top_logprobs": []}]
     line = {"prompt_token_ids": [7, 8], "choices": [{"logprobs": {"content": content}}]}
     with pytest.raises(DataError, match="line 1: token 0 of the answer.*return_tokens_as_token_ids"):
         import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+
+
+def test_part_of_a_character_is_known_by_its_bytes(tokenizer: Any):
+    names = TokenNames(tokenizer)
+    (part,) = tokenizer.convert_tokens_to_ids(["â"])  # how byte-level vocabularies write the byte E2
+    assert [names.find("\ufffd", data) for data in ([0xE2], [0xE2, 0x82], None)] == [part, None, None]
 
 
 def test_an_answer_without_its_prompt_is_refused(tmp_path: Path, tokenizer: Any):
