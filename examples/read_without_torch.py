@@ -28,8 +28,12 @@ row = cache[0]
 t = int(row.loss_mask.argmax())
 ids, logprobs = row.targets.at(t)
 print(f"{cache.num_rows:,} rows, {cache.num_tokens:,} tokens, made by {cache.metadata.teacher['name']}")
-probs = np.exp(logprobs[:4]).round(3)
-print(f"after token {row.input_ids[t]}: ids {ids[:4].tolist()}, probabilities {probs.tolist()}")
+exact = row.targets.exact_counts[t]  # then sampled entries, with their weights in place of probabilities
+entries = [
+    f"{token} {np.exp(value):.3f}{'' if i < exact else ' (sampled)'}"
+    for i, (token, value) in enumerate(zip(ids, logprobs, strict=True))
+]
+print(f"after token {row.input_ids[t]}: {', '.join(entries[:4])}")
 
 # Whole record batches as flat arrays, for statistics over all tokens.
 entropy = np.concatenate([batch.entropy[batch.loss_mask] for batch in cache.iter_record_batches()])
