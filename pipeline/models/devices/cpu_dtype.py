@@ -1,7 +1,7 @@
 """float32 or bfloat16 for a model on a CPU, found by running it in both.
 
-bfloat16 is faster where the CPU multiplies it in hardware, by how much depends on model and machine, and several times
-slower elsewhere. Nothing is measured on a CPU without such instructions.
+Where the CPU multiplies bfloat16 in hardware, it is faster; by how much depends on model and machine. Elsewhere it is
+several times slower, so nothing is measured on a CPU without such instructions.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pipeline.models.devices import kernels
 
 
 class Exponentials(Protocol):
-    """Of z [n, V] without some tokens of each row.
+    """Sums over z [n, V] that leave out some tokens of each row, and the gradient through them.
 
     Attributes:
         largest: [n] max z of all tokens.

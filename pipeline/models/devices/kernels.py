@@ -27,7 +27,7 @@ logger = logging.getLogger("distill")
 
 
 class RowSums(NamedTuple):
-    """Of each row of z [n, V], with e = exp(z − largest).
+    """Sums over each row of z [n, V], with e = exp(z − largest).
 
     largest:      [n] max z
     total:        [n] Σ e

@@ -143,7 +143,7 @@ class TritonSoftmax:
             self._logits.scatter_(1, ids, before)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        """Of some of the logits [n, k]."""
+        """Probabilities of the tokens with these k logits [n, k]."""
         below = logits.float() - self._sums.largest[:, None]
         return (below / self._temperature).exp() / self._sums.tempered[:, None]
 

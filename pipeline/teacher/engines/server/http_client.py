@@ -107,7 +107,7 @@ class HttpClient:
         key_hint: what to do if the server wants an API key, for the error.
 
     Attributes:
-        usage: tokens of all answers so far, also of those that could not be used, if the server counts them.
+        usage: tokens of all answers so far, rejected ones included; only if the server counts them.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class HttpClient:
             raise
 
     def post(self, query: Query[T], *, most_unusable: int = MOST_UNUSABLE) -> Future[T]:
-        """Starts a request, and one after the other those that follow from its answer. Answers are read in the client's
-        thread.
+        """Starts a request, then the requests that its answers lead to, one at a time. The client's thread reads
+        answers.
 
         Args:
             most_unusable: unusable answers after which a request is given up.

@@ -5,7 +5,7 @@ It lists the most likely tokens only where it generates one, so given text is ge
 is read at once. A grammar cannot demand special tokens or parts of characters, so behind each of those a request begins
 anew.
 
-Some generated tokens have no list: those that leave a character incomplete, and those of a string that stops an answer.
+A generated token has no list if it leaves a character incomplete, or belongs to a string that stops an answer.
 Each of them costs a request that generates any other token in its place.
 """
 
@@ -112,7 +112,7 @@ class LlamaCppDialect:
             reason = _stop_reason(answer.get("stop_type"), len(generated), sampling.max_tokens)
             token_ids = generated[: sampling.max_tokens]
             ends = [i for i, token in enumerate(token_ids) if token in sampling.stop_tokens]
-            if ends:  # the server knows only those that the model's file names
+            if ends:  # the server stops only at the tokens named in the model's file
                 token_ids, reason = token_ids[: ends[0] + 1], EOS
             start = len(sampling.token_ids) - 1
             text = _Text([*sampling.token_ids, *token_ids], range(start, start + len(token_ids)), with_own=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import pytest
-from test_server_engine import NUCLEUS, capture
+from test_server_engine import NUCLEUS, capture, same_entries
 
 import cache_format as cf
 from tiny import write_jsonl
@@ -56,16 +55,6 @@ def _is_ready(port: int) -> bool:
         return False
 
 
-def same(rows: list[cf.CacheRow], expected: list[cf.CacheRow]) -> None:
-    assert len(rows) == len(expected) > 0
-    for row, other in zip(rows, expected, strict=True):
-        for name in ("input_ids", "loss_mask", "segment_lengths"):
-            np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
-        for name in ("counts", "exact_counts", "ids"):
-            np.testing.assert_array_equal(getattr(row.targets, name), getattr(other.targets, name))
-        np.testing.assert_allclose(row.targets.logprobs, other.targets.logprobs, atol=1e-3)
-
-
 @pytest.mark.parametrize("data", ["text_file", "chat_file", "completion_file", "letters"])
 @pytest.mark.parametrize("options", [{}, {"targets": NUCLEUS, "all_positions": True}], ids=["top-k", "top-p, all"])
 def test_log_probabilities_are_those_of_transformers(
@@ -82,7 +71,7 @@ def test_log_probabilities_are_those_of_transformers(
     expected = list(raw_rows)
     raw_rows.clear()
     capture(url, teacher_dir, path, tmp_path / "there", of_data=of_data, **options)
-    same(raw_rows, expected)
+    same_entries(raw_rows, expected, atol=1e-3)
     assert cf.open_cache(tmp_path / "there").metadata.capture["server"] == "llama.cpp"
 
 
