@@ -19,6 +19,7 @@ from benchmarks import measure
 NAMES = (
     "fused_loss",
     "loss_counts",
+    "training_step",
     "loader",
     "capture",
     "stage_one_counts",

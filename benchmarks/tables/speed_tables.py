@@ -28,6 +28,9 @@ def speed() -> list[list[str]]:
         times = [row["time/plain"] for row in fused if (row["V"], row["N"]) == (vocab, positions)]
         name = "fused head and loss ÷ plain transformers cross-entropy, time"
         table.append([f"{name}, V = {vocab:,}, {positions:,} positions", "≤ 1", interval(times)])
+    step = by_name("training_step", "A training step")["distill"]
+    name = "a step of `train-student` ÷ one of transformers' Trainer on labels, half of the tokens in the loss, time"
+    table.append([name, "≤ 0.72", f"{step['÷ Trainer']:.2f} ({step['range']})"])
     memory = interval(row["memory/plain"] for row in fused)
     table.append(["extra memory of the fused head ÷ that of plain cross-entropy", "≤ 0.2", memory])
     captures = [f"{r['rows']}: {r['capture/bare']:.2f} ({r['range']})" for r in rows("capture", "Capture")]
