@@ -59,7 +59,7 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
 def check_inputs(config: CacheTeacherConfig) -> None:
     """Finds a wrong path in a fraction of a second, before torch is imported."""
     from pipeline.models.paths import TOKENIZER_FILES, check_model_path
-    from pipeline.teacher.text.data_paths import local_paths
+    from pipeline.teacher.text.reading.data_paths import local_paths
 
     if "://" in config.output:
         from cache_format.storage.directory import open_directory

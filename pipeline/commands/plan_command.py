@@ -62,7 +62,7 @@ def command(
 
     quiet_libraries()
     from pipeline.teacher.plan import plan_cache
-    from pipeline.teacher.text.data_paths import data_name
+    from pipeline.teacher.text.reading.data_paths import data_name
     from pipeline.terminal.capture_views import plan_view
     from pipeline.terminal.tables import size
 

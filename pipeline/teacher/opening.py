@@ -40,9 +40,9 @@ from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
-from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
+from pipeline.teacher.text.reading.data_paths import data_name, local_paths
 
 Corpus = TokenCorpus | MaskedCorpus
 

@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
 from pipeline.teacher.cache_config import DataConfig, MaskRule
-from pipeline.teacher.text import encoding, given_rows
+from pipeline.teacher.text import encoding
 from pipeline.teacher.text.corpus import tokenise_documents
-from pipeline.teacher.text.data_paths import data_name, local_paths
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts
-from pipeline.teacher.text.sources import load_source
+from pipeline.teacher.text.reading import given_rows
+from pipeline.teacher.text.reading.data_paths import data_name, local_paths
+from pipeline.teacher.text.reading.sources import load_source
 from tiny import EOS, english, write_jsonl
 from tiny_masked import wordpiece_tokenizer
 

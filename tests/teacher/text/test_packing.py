@@ -21,7 +21,7 @@ from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing
 from pipeline.teacher.text.corpus import Columns, Documents
 from pipeline.teacher.text.packing import RowPlan, TokenCorpus, build_corpus, plan_rows
-from pipeline.teacher.text.sources import Source
+from pipeline.teacher.text.reading.sources import Source
 from pipeline.teacher.text.windows import cut_documents
 from tiny import EOS, english, write_jsonl
 
