@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from pipeline.commands.cache_teacher_command import check_inputs
-from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.generation.generation_config import GENERATION
+from pipeline.teacher.writing.worker_config import PROCESSES
 from pipeline.terminal.click_options import (
     DistillCommand,
     build_config,

@@ -22,12 +22,13 @@ from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.shared_rows import check_packing
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate
 from pipeline.teacher import opening
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines import chunked_selection
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import english, tiny_llama
 
 K, WINDOW, ROWS_PER_SHARD = 16, 48, 16

@@ -23,11 +23,12 @@ import pytest
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture
-from pipeline.teacher.cache_config import CacheTeacherConfig, WorkerConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.writing import shard_sizes as grouping
+from pipeline.teacher.writing.worker_config import WorkerConfig
 from pipeline.teacher.writing.workers import this_worker
 from runs import command as run
 from runs import settings

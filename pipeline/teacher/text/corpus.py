@@ -26,10 +26,10 @@ from cache_format.storage.claims import Claims, wait_for
 from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments, messages, template, turns
 from pipeline.teacher.text.chat.template import ChatTemplate
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Affixes
 from pipeline.teacher.text.formats import examples, row_format, teacher_prompts, token_ids
 from pipeline.teacher.text.formats.examples import Example, read_examples

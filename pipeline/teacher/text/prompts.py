@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.chat.arguments import read_arguments
 from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Affixes, Tokens
 from pipeline.teacher.text.formats.examples import (
     Example,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.formats.teacher_prompts import TeacherText
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts

@@ -24,11 +24,11 @@ from pipeline.models import head_export as export_module
 from pipeline.models.head import open_head
 from pipeline.models.head_export import HeadExport, export_head
 from pipeline.models.teacher_head import TeacherHead
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import verify_against_teacher

@@ -10,8 +10,9 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text.corpus import tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts

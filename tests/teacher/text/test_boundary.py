@@ -10,8 +10,8 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import build_corpus
 from tiny import BOS, completions, conversations, tiny_sentencepiece, tiny_tokenizer
 from tiny_masked import wordpiece_tokenizer

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 import cache_format as cf
 from chat_templates import FORMATS
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.prompts import open_prompts
 from pipeline.teacher.text.reading import given_rows
 from tiny import tiny_llama, write_jsonl

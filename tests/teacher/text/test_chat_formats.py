@@ -12,8 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chat_templates import FORMATS
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.chat.arguments import open_template
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import encode
 from pipeline.teacher.text.formats.examples import Columns, read_examples
 from pipeline.teacher.text.prompts import open_prompts

@@ -18,9 +18,9 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, DataError, DistillError, ModelError
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import BOS, CHAT_TEMPLATE, EOS, tiny_tokenizer, write_jsonl
 
 TEXTS = ["The first text.", "A second one,\nof two lines.", "Dritter Text: Äpfel."]

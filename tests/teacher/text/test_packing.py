@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing
 from pipeline.teacher.text.corpus import Columns, Documents
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import RowPlan, TokenCorpus, build_corpus, plan_rows
 from pipeline.teacher.text.reading.sources import Source
 from pipeline.teacher.text.windows import cut_documents

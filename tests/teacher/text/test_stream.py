@@ -12,10 +12,11 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing, windows
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.masked import masked_corpus
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, add_row_to, build_corpus
 from tiny import completions, english, tiny_tokenizer, write_jsonl

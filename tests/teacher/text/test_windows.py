@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
 from pipeline.teacher.text.windows import cut_documents

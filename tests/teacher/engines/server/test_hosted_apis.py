@@ -16,13 +16,14 @@ from fake_apis import FakeHosted
 from fake_servers import MODEL, Faults
 from generating import load, logprobs_of
 from pipeline.errors import DataError, DistillError, ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.server import http_client
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.server.token_names import TokenNames
 from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import command
 from tiny import tiny_sentencepiece, write_jsonl
 

@@ -12,12 +12,13 @@ import pytest
 import cache_format as cf
 from fake_servers import FAULTS, MODEL, SLOW_S, FakeServer, Faults
 from pipeline.errors import ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.server import http_client
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.progress import CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import english
 
 KINDS = ("vllm", "sglang")
