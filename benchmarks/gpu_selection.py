@@ -10,7 +10,7 @@ import torch
 from benchmarks.counted_kernels import plain_torch
 from benchmarks.measure import Table, Value
 from pipeline.models.devices import kernels
-from pipeline.teacher.engines.transformers_engine import chunk_positions
+from pipeline.teacher.engines.forward_pass import chunk_positions
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import sparse_targets
 

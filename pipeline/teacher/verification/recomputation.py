@@ -187,7 +187,7 @@ class _Teacher:
             )
             for row in rows
         ]
-        running = self.engine.run_batch(requests, [self.rule], keep_inputs=True)
+        running = self.engine.forward.run(requests, [self.rule], keep_inputs=True)
         assert running.inputs is not None
         inputs = running.inputs.split([int(request.stored.sum()) for request in requests])
         return [TeacherRun(*each) for each in zip(running.rows(), inputs, strict=True)]
