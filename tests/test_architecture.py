@@ -289,7 +289,6 @@ TOP_LEVEL = {
 MOST_ENTRIES = 13
 LINES_ALLOWED = 450
 LONGER: dict[str, str] = {
-    "tests/teacher/text/test_corpus.py": "every format of text, and every way it can be wrong",
     "tests/cache_format/read/test_hostile.py": "every way in which a file can lie",
 }
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import datasets
 import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers, processors
@@ -17,11 +14,6 @@ from tiny import BOS, completions, conversations, tiny_sentencepiece, tiny_token
 from tiny_masked import wordpiece_tokenizer
 
 COUNT, ONLY_EOS = "documents_with_split_tokens", "documents_with_only_eos"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def byte_level(*, trim_offsets: bool) -> PreTrainedTokenizerFast:

@@ -28,11 +28,6 @@ from pipeline.teacher.text.reading import given_rows
 from tiny import tiny_llama, write_jsonl
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def qwen() -> PreTrainedTokenizerFast:
     return FORMATS["qwen2.5"].tokenizer()

@@ -6,7 +6,6 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -20,11 +19,6 @@ from pipeline.teacher.text.prompts import open_prompts
 from tiny import write_jsonl
 
 DATE = "2026-03-01"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def user(text: Any) -> dict[str, Any]:

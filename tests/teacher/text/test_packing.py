@@ -28,11 +28,6 @@ from tiny import EOS, english, write_jsonl
 LENGTHS = st.lists(st.integers(0, 60), max_size=40).map(np.array)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def corpus_of(*documents: tuple[list[int], list[int]], **config: Any) -> TokenCorpus:
     """A corpus of given (input_ids, is_target) documents."""
     tokens = datasets.Dataset.from_dict(

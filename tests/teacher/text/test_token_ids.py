@@ -32,11 +32,6 @@ TOKENIZER = tiny_tokenizer(add_bos=True)  # which must not add it here
 BOS = TOKENIZER.bos_token_id
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def rows_of(number: int = 6) -> list[dict[str, Any]]:
     """Prompts and completions, with all columns that may say what the loss is on; every second one begins with BOS."""
     rows = []

@@ -28,12 +28,6 @@ from tiny_masked import wordpiece_tokenizer
 ROWS = [{"text": line} for line in english(30).splitlines()]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "distill"
-
-
 def config(data: Any, **options: Any) -> DataConfig:
     return DataConfig(data=data, seq_len=48, **options)
 
@@ -77,7 +71,7 @@ def test_given_rows_are_the_rows_of_a_file(
 
 
 def test_the_same_rows_are_tokenised_once(
-    cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tokenised_cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build_corpus(config(generator()), tokenizer)
     monkeypatch.setattr(encoding, "encode", None)
@@ -85,13 +79,13 @@ def test_the_same_rows_are_tokenised_once(
         corpus = build_corpus(config(again), tokenizer)
         assert corpus.token_stream_sha256 == first.token_stream_sha256
         assert corpus.description["files"] == first.description["files"]
-    assert len(list(cache.glob("rows-*"))) == 1
+    assert len(list(tokenised_cache.glob("rows-*"))) == 1
     with pytest.raises(TypeError, match="NoneType"):
         build_corpus(config([*ROWS, {"text": "one more"}]), tokenizer)
-    assert len(list(cache.glob("rows-*"))) == 2
+    assert len(list(tokenised_cache.glob("rows-*"))) == 2
 
 
-def test_several_batches_of_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_batches_of_rows(tokenised_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(given_rows, "_ROWS_PER_BATCH", 7)
     assert load(generator()) == ROWS
     monkeypatch.setattr(given_rows, "_ROWS_PER_BATCH", 1)
@@ -160,11 +154,13 @@ def test_splits_of_given_datasets() -> None:
         ([{"text": "a"}, {"text": 3}], "row 1, column 'text': found int"),
     ],
 )
-def test_rows_that_cannot_be_used(rows: Any, message: str, cache: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_that_cannot_be_used(
+    rows: Any, message: str, tokenised_cache: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(DataError, match=message) as error:
         build_corpus(config(rows), tokenizer)
     assert "\n" not in str(error.value)
-    assert not list(cache.glob("*.tmp"))
+    assert not list(tokenised_cache.glob("*.tmp"))
 
 
 def test_rows_that_differ_from_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,14 +172,14 @@ def test_rows_that_differ_from_the_first_batch(monkeypatch: pytest.MonkeyPatch) 
         load([{"n": 1}, {"n": 2}, {"n": "three"}])
 
 
-def test_an_error_of_the_generator_is_its_own(cache: Path) -> None:
+def test_an_error_of_the_generator_is_its_own(tokenised_cache: Path) -> None:
     def failing() -> Iterator[dict[str, str]]:
         yield {"text": "a"}
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         load(failing())
-    assert not list(cache.iterdir())
+    assert not list(tokenised_cache.iterdir())
 
 
 def test_a_generator_is_read_once() -> None:
