@@ -37,7 +37,8 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
-from pipeline.student.training.output_directory import begin_output, check_base_weights, record_seen
+from pipeline.student.training.output_directory import begin_output
+from pipeline.student.training.run_record import check_base_weights, record_seen
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.student.training.training_arguments import read_ahead
 from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits

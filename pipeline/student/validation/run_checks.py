@@ -14,17 +14,18 @@ from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.adapters import require_peft
 from pipeline.student.data.cache_mix import Mix, loss_for_mix, open_mix
-from pipeline.student.data.cross_tokenizer import check_cross_tokenizer
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.model.initialization import check_one_origin
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
 from pipeline.student.training.early_stopping import Condition, check_conditions, too_few_evaluations
-from pipeline.student.training.output_directory import check_output, processes_of, recorded_arithmetic
+from pipeline.student.training.output_directory import check_output, processes_of
+from pipeline.student.training.run_record import recorded_arithmetic
 from pipeline.student.training.trainer import held_out_metrics
 from pipeline.student.training.training_arguments import training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
+from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_held_out
 from pipeline.student.validation.suitability import (
     check_resample,
