@@ -110,7 +110,7 @@ def record_of(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Distil
 
 
 def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, file: Path) -> None:
-    """Raises: MismatchError unless the run recorded in `file` has the same settings; ConfigError if it is unreadable."""
+    """Raises: MismatchError unless the run in `file` had the same settings; ConfigError if the file is unreadable."""
     try:
         recorded = json.loads(file.read_text())
         before, recorded_cache = dict(recorded["config"]), recorded["cache"]
