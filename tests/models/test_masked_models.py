@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig, PreTrainedModel
 
 import cache_format as cf
+from cache_samples import shards
 from cli import main
 from dense import check_row, document_logprobs
 from masked_runs import load, settings
@@ -33,11 +34,6 @@ from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from tiny_masked import KINDS, VOCAB, WINDOW, masked_config, tiny_masked
-
-
-def shards(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((path / "shards").iterdir())}
-
 
 # ---- which models are masked
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import cache_format as cf
+from cache_samples import contents
 from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
@@ -62,10 +63,6 @@ def check_cache(path: Path, teacher: Path) -> int:
         check_row(row, document_logprobs(model, row, cache.metadata.vocab_size), cache.metadata)
     cf.verify_cache(path, deep=True)
     return cache.num_loss_tokens
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def shards(path: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import cache_format as cf
+from cache_samples import contents
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture
 from pipeline.teacher.cache_config import CacheTeacherConfig
@@ -43,11 +44,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
-
-
-def contents(path: Path, without: str = "") -> dict[str, bytes]:
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != without]
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def words_of(config: CacheTeacherConfig) -> list[str]:
