@@ -30,10 +30,11 @@ from benchmarks.measure import Result, Settings, Table, ratio, spread
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import prose
 from pipeline.models.padding import pad_rows
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import build_corpus
 
 TOP_K, BATCH_ROWS = 64, 8

@@ -94,9 +94,11 @@ def _work(given: dict[str, Any], index: int, processes: int, threads: int, ready
     import torch
 
     import cache_format as cf
-    from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, WorkerConfig
+    from pipeline.teacher.cache_config import CacheTeacherConfig
     from pipeline.teacher.capture import cache_teacher
     from pipeline.teacher.targets.rules import TargetRule
+    from pipeline.teacher.text.data_config import DataConfig
+    from pipeline.teacher.writing.worker_config import WorkerConfig
 
     torch.set_num_threads(threads)
     began = 0.0

@@ -30,7 +30,6 @@ from benchmarks.measure import Result, Settings, Table, interleave, ratio, sprea
 from benchmarks.teacher import describe, open_teacher
 from benchmarks.text import prose
 from pipeline.models.head import open_head
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.server.dialect import Prompt
 from pipeline.teacher.engines.server.server_config import ServerConfig
@@ -38,6 +37,7 @@ from pipeline.teacher.engines.server.server_engine import ServerEngine
 from pipeline.teacher.engines.server.server_opening import open_server
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import build_corpus
 
 TOP_K = 50

@@ -32,6 +32,8 @@ else:
 
 T = TypeVar("T")
 
+MAX_SEED = 2**64 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:

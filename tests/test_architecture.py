@@ -285,13 +285,8 @@ TOP_LEVEL = {
     *("CHANGELOG.md", "docs"),
 }
 
-# A file that is longer for a reason is listed here, with the reason.
 MOST_ENTRIES = 13
-LINES_ALLOWED = 450
-LONGER: dict[str, str] = {
-    "tests/teacher/text/test_corpus.py": "every format of text, and every way it can be wrong",
-    "tests/cache_format/read/test_hostile.py": "every way in which a file can lie",
-}
+MOST_LINES = 450
 
 
 def test_top_level_is_as_agreed(repository_files: list[Path]):
@@ -321,9 +316,7 @@ def test_no_file_holds_too_many_ideas(repository_files: list[Path]):
         for path in repository_files
         if path.suffix == ".py"
     }
-    too_long = {name: n for name, n in lengths.items() if n > LINES_ALLOWED and name not in LONGER}
-    assert too_long == {}
-    assert [name for name in LONGER if lengths.get(name, 0) <= LINES_ALLOWED] == []
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=relative)

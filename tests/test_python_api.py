@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_format as cf
 import distill
+from cache_samples import shards
 from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
@@ -22,10 +23,6 @@ from runs import distance, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"seq_len": 48, "batch_size": 4, "device": "cpu"}
-
-
-def shards(cache: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((cache / "shards").iterdir())}
 
 
 def test_importing_is_free_and_every_name_is_there() -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.files import write_text
 from benchmarks.quality.sources import Domain, cut
 from benchmarks.quality.tracks import Track
-from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import TokenRow, build_corpus
 
 TRAIN = "train"

@@ -10,29 +10,18 @@ import click
 from pipeline.commands.push_command import check_repository, push
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.engine_config import rows_per_pass
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    build_config,
-    config_options,
-    examples,
-    here_with_flags,
-    interrupted,
-    json_option,
-)
+from pipeline.terminal.click_options import build_config, config_options, distill_command, interrupted, json_option
 
 
-@click.command(
+@distill_command(
     "cache-teacher",
-    cls=DistillCommand,
+    "distill cache-teacher --teacher models/teacher --data data/train.jsonl --output caches/train",
+    "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --seq-len 512",
+    "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/answers \\",
+    "    --generate --gen-answers-per-prompt 4 --gen-keep-if checks.py:is_correct",
+    "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/round-1 \\",
+    "    --generate --writer students/first",
     config=CacheTeacherConfig,
-    epilog=examples(
-        "distill cache-teacher --teacher models/teacher --data data/train.jsonl --output caches/train",
-        "distill cache-teacher --teacher model.gguf --data book.txt --output caches/book --seq-len 512",
-        "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/answers \\",
-        "    --generate --gen-answers-per-prompt 4 --gen-keep-if checks.py:is_correct",
-        "distill cache-teacher --teacher models/teacher --data prompts.jsonl --output caches/round-1 \\",
-        "    --generate --writer students/first",
-    ),
 )
 @config_options(CacheTeacherConfig)
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished cache, as distill push does.")
@@ -59,7 +48,7 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
 def check_inputs(config: CacheTeacherConfig) -> None:
     """Finds a wrong path in a fraction of a second, before torch is imported."""
     from pipeline.models.paths import TOKENIZER_FILES, check_model_path
-    from pipeline.teacher.text.data_paths import local_paths
+    from pipeline.teacher.text.reading.data_paths import local_paths
 
     if "://" in config.output:
         from cache_format.storage.directory import open_directory
@@ -95,7 +84,7 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str
         left = progress.seconds_left
         status.step(progress.rows, progress.total_rows, "rows", facts=facts, rate=rate, seconds_left=left)
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         try:
             summary = cache_teacher(config, on_stage=status.stage, on_progress=show, on_warning=status.warn)
         except KeyboardInterrupt:
@@ -134,7 +123,7 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
         left = progress.seconds_left
         status.step(progress.answers, progress.total_answers, "answers", facts=facts, rate=rate, seconds_left=left)
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         try:
             summary = generate_cache(
                 config, config.generation, on_stage=status.stage, on_progress=show, on_warning=status.warn

@@ -6,17 +6,14 @@ from typing import Any
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, interrupted, json_option
+from pipeline.terminal.click_options import distill_command, interrupted, json_option
 
 
-@click.command(
+@distill_command(
     "convert",
-    cls=DistillCommand,
-    epilog=examples(
-        "distill convert caches/train caches/train-packed --encoding packed",
-        "distill convert caches/train caches/thinner --tail-threshold 0.125",
-        "distill convert caches/top-64 caches/top-16 --top-k 16",
-    ),
+    "distill convert caches/train caches/train-packed --encoding packed",
+    "distill convert caches/train caches/thinner --tail-threshold 0.125",
+    "distill convert caches/top-64 caches/top-16 --top-k 16",
 )
 @click.argument("cache")
 @click.argument("output")
@@ -48,7 +45,7 @@ def command(cache: str, output: str, json_file: str | None, **changes: Any) -> N
     from pipeline.terminal.statistics_view import conversion_view
 
     source = cf.open_cache(cache)
-    with Status(here_with_flags) as status:
+    with Status() as status:
         try:
             for done in cf.convert_cache(cache, output, cf.Conversion(**changes)):
                 status.step(done, len(source), "rows")

@@ -5,28 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.options import build
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    config_options,
-    examples,
-    here_with_flags,
-    json_option,
-    read_values,
-)
+from pipeline.terminal.click_options import config_options, distill_command, json_option, read_values
 
 if TYPE_CHECKING:
     from pipeline.evaluation.metrics import Evaluation
 
 
-@click.command(
+@distill_command(
     "evaluate",
-    cls=DistillCommand,
+    "distill evaluate --cache caches/heldout --student students/first --student models/student",
     config=EvaluateConfig,
-    epilog=examples("distill evaluate --cache caches/heldout --student students/first --student models/student"),
 )
 @config_options(EvaluateConfig, multiple=("student",))
 @json_option()
@@ -56,7 +46,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     from pipeline.terminal.evaluation_view import evaluation_view
 
     found: dict[str, Evaluation] = {}
-    with Status(here_with_flags) as status:
+    with Status() as status:
         for config in configs:
             found[config.student] = evaluate(
                 config,

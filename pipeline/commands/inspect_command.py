@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, json_option
+from pipeline.terminal.click_options import distill_command, json_option
 
 
-@click.command("inspect", cls=DistillCommand, epilog=examples("distill inspect caches/train --row 3"))
+@distill_command("inspect", "distill inspect caches/train --row 3")
 @click.argument("cache")
 @click.option("--row", default=0, show_default=True, type=int, help="Number of the row; negative counts from the end.")
 @click.option("--start", default=0, show_default=True, type=click.IntRange(0), help="First position to show.")

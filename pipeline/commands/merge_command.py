@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, json_option
+from pipeline.terminal.click_options import distill_command, json_option
 
 
-@click.command("merge", cls=DistillCommand, epilog=examples("distill merge caches/train"))
+@distill_command("merge", "distill merge caches/train")
 @click.argument("cache")
 @click.option(
     "--stale-after",
@@ -27,7 +27,7 @@ def command(cache: str, stale_after: float, json_file: str | None) -> None:
     from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.tables import size
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         manifest = cf.finish_cache(
             cache,
             stale_after_s=stale_after,

@@ -8,16 +8,10 @@ from typing import Any
 import click
 
 from pipeline.commands.cache_teacher_command import check_inputs
-from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.generation.generation_config import GENERATION
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    build_config,
-    config_options,
-    examples,
-    here_with_flags,
-    json_option,
-)
+from pipeline.teacher.writing.worker_config import PROCESSES
+from pipeline.terminal.click_options import build_config, config_options, distill_command, json_option
 
 # What only the writing of a cache needs.
 _WITHOUT_GROUPS = (GENERATION, PROCESSES)
@@ -30,15 +24,12 @@ def _without() -> tuple[str, ...]:
     return ("overwrite", *(each.name for each in declared if each.metadata.group in _WITHOUT_GROUPS))
 
 
-@click.command(
+@distill_command(
     "plan",
-    cls=DistillCommand,
+    "distill plan --teacher models/teacher --data data/train.jsonl --output caches/train",
+    "distill plan --teacher models/teacher --data data/train.jsonl --output caches/train \\",
+    "    --targets threshold --tail-threshold 0.02 --cost-per-hour 2.5",
     config=CacheTeacherConfig,
-    epilog=examples(
-        "distill plan --teacher models/teacher --data data/train.jsonl --output caches/train",
-        "distill plan --teacher models/teacher --data data/train.jsonl --output caches/train \\",
-        "    --targets threshold --tail-threshold 0.02 --cost-per-hour 2.5",
-    ),
 )
 @config_options(CacheTeacherConfig, without=_without())
 @click.option(
@@ -62,11 +53,11 @@ def command(
 
     quiet_libraries()
     from pipeline.teacher.plan import plan_cache
-    from pipeline.teacher.text.data_paths import data_name
+    from pipeline.teacher.text.reading.data_paths import data_name
     from pipeline.terminal.capture_views import plan_view
     from pipeline.terminal.tables import size
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         plan = plan_cache(
             config,
             sample_rows=rows,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, json_option
+from pipeline.terminal.click_options import distill_command, json_option
 
 
-@click.command(
+@distill_command(
     "push",
-    cls=DistillCommand,
-    epilog=examples("distill push caches/train owner/name --private", "distill push students/first owner/student"),
+    "distill push caches/train owner/name --private",
+    "distill push students/first owner/student",
 )
 @click.argument("directory")
 @click.argument("repository")
@@ -35,7 +35,7 @@ def push(cache: str, repository: str, private: bool) -> str:
     from pipeline.hub import push_cache
     from pipeline.terminal.console import Status, err
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         address = push_cache(
             cache,
             repository,
@@ -51,7 +51,7 @@ def upload_student(student: str, repository: str, private: bool) -> str:
     from pipeline.hub import push_student
     from pipeline.terminal.console import Status, err
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         address = push_student(student, repository, private=private, on_stage=status.stage)
     err.print(f"Pushed to {address}")
     return address

@@ -8,25 +8,15 @@ from typing import Any
 import click
 
 from pipeline.evaluation.report.report_config import ReportConfig
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    build_config,
-    config_options,
-    examples,
-    here_with_flags,
-    json_option,
-)
+from pipeline.terminal.click_options import build_config, config_options, distill_command, json_option
 
 
-@click.command(
+@distill_command(
     "report",
-    cls=DistillCommand,
+    "distill report caches/heldout --student students/first --student students/second",
+    "distill report students/first --output first.html",
     config=ReportConfig,
     flags={"source": "CACHE|RUN"},
-    epilog=examples(
-        "distill report caches/heldout --student students/first --student students/second",
-        "distill report students/first --output first.html",
-    ),
 )
 @click.argument("source", nargs=-1, required=True, metavar="CACHE|RUN...")
 @config_options(ReportConfig, without=("source",))
@@ -46,7 +36,7 @@ def command(source: tuple[str, ...], config_file: str | None, json_file: str | N
     from pipeline.evaluation.report.report import write_report
     from pipeline.terminal.report_view import report_view
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         summary = write_report(
             config,
             on_stage=status.stage,

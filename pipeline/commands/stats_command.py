@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, json_option
+from pipeline.terminal.click_options import distill_command, json_option
 
 
-@click.command(
-    "stats", cls=DistillCommand, epilog=examples("distill stats caches/train", "distill stats caches/train --json")
+@distill_command(
+    "stats",
+    "distill stats caches/train",
+    "distill stats caches/train --json",
 )
 @click.argument("cache")
 @json_option()
@@ -19,7 +21,7 @@ def command(cache: str, json_file: str | None) -> None:
     from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.statistics_view import statistics_view
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         found = cache_statistics(
             cf.open_cache(cache, hidden_layers=[]), on_progress=lambda done, total: status.step(done, total, "rows")
         )

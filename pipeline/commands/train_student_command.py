@@ -10,26 +10,15 @@ import click
 
 from pipeline.commands.push_command import upload_student
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    build_config,
-    config_options,
-    examples,
-    here_with_flags,
-    interrupted,
-    json_option,
-)
+from pipeline.terminal.click_options import build_config, config_options, distill_command, interrupted, json_option
 
 
-@click.command(
+@distill_command(
     "train-student",
-    cls=DistillCommand,
+    "distill train-student --cache caches/train --student models/student --output students/first",
+    "distill train-student --cache caches/train --eval-cache caches/heldout \\",
+    "    --student models/teacher --student-layers 6 --output students/six-layers",
     config=TrainStudentConfig,
-    epilog=examples(
-        "distill train-student --cache caches/train --student models/student --output students/first",
-        "distill train-student --cache caches/train --eval-cache caches/heldout \\",
-        "    --student models/teacher --student-layers 6 --output students/six-layers",
-    ),
 )
 @config_options(TrainStudentConfig)
 @click.option(
@@ -72,7 +61,7 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
         elif "stopped" in logs:
             status.line(f"step {logs['step']:,} stopped early: {'; '.join(logs['stopped'])}")
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         try:
             summary = train_student(
                 config,

@@ -8,24 +8,14 @@ from typing import Any
 import click
 
 from pipeline.teacher.verify_config import TeacherCheckConfig
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    build_config,
-    config_options,
-    examples,
-    here_with_flags,
-    json_option,
-)
+from pipeline.terminal.click_options import build_config, config_options, distill_command, here_with_flags, json_option
 
 
-@click.command(
+@distill_command(
     "verify",
-    cls=DistillCommand,
+    "distill verify caches/train",
+    "distill verify caches/train --deep --against-teacher models/teacher --rows 16",
     config=TeacherCheckConfig,
-    epilog=examples(
-        "distill verify caches/train",
-        "distill verify caches/train --deep --against-teacher models/teacher --rows 16",
-    ),
 )
 @click.argument("cache")
 @click.option("--checksums", is_flag=True, help="Check every byte against its checksum. Always on.")
@@ -48,7 +38,7 @@ def command(
     from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.verify_view import failed_check, verify_view
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"), deep=deep)
         found = None
         if given["against_teacher"] is not None or config_file is not None:

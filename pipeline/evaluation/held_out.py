@@ -20,10 +20,11 @@ from pipeline.evaluation.tasks import TaskScore, check_tasks, task_scores
 from pipeline.losses import DistillLoss
 from pipeline.models.head import evaluating
 from pipeline.models.loading import load_model, load_tokenizer, resolve_device
-from pipeline.student.data.cross_tokenizer import check_cross_tokenizer, for_foreign_student
+from pipeline.student.data.cross_tokenizer import for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
 from pipeline.student.model_card import add_metrics
 from pipeline.student.validation.compatibility import check_student, student_limits
+from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_cache
 
 

@@ -1,16 +1,14 @@
 """Options of stage one: `distill cache-teacher` and `distill plan`, `distill.cache_teacher` and `distill.plan`.
 
-One dataclass for each subject, all of them parts of `CacheTeacherConfig`. Every default, range and help text of stage
-one is here, but for those of targets, which are in `targets.rules`. Standard library only (see `pipeline.options`).
+A run, and which of its options do not go together. The options of each subject are declared where the subject is,
+and are parts of `CacheTeacherConfig`: of the text in `text.data_config`, of the targets in `targets.rules`, and so on.
+Standard library only (see `pipeline.options`).
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import (
@@ -28,262 +26,13 @@ from pipeline.options import Metadata, check_ranges, flat, option, options_of, p
 from pipeline.teacher.engines.engine_config import BATCH_SIZE, BATCH_TOKENS, EngineConfig, Tokens, check_batches
 from pipeline.teacher.engines.server.server_config import ServerConfig, check_served
 from pipeline.teacher.generation.generation_config import GENERATION, GenerationConfig
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import IO, DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
+from pipeline.teacher.writing.worker_config import WorkerConfig
 
-if TYPE_CHECKING:
-    import cache_format as cf
-
-MAX_SEED = 2**64 - 1
-
-IO, TEXT, TEACHER = "Input and output", "Text", "Teacher"
-MASKED, HIDDEN = "Masked language models", "Hidden states"
-FILES, PROCESSES = "Cache files", "Several processes"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which text, and how it becomes rows of tokens."""
-
-    # A path or hub name; several paths; or (Python only) a datasets.Dataset or an iterable of dicts.
-    data: Any = option(
-        help="Text: file, glob or directory (.txt .jsonl .parquet .csv .arrow), or a dataset on the hub.",
-        group=IO,
-        common=True,
-    )
-    data_config: str | None = option(None, help="Configuration (subset) of a hub dataset.", group=TEXT)
-    split: str = option("train", help="Split of the dataset, or a slice such as train[:10%].", group=TEXT)
-    text_column: str | None = option(
-        None,
-        help="Column of strings, chat messages or token ids.",
-        group=TEXT,
-        default_text="messages, prompt with completion, text, or input_ids",
-        common=True,
-    )
-    sample_by: Literal["document", "paragraph", "line"] = option(
-        "document", help="Unit of text in a .txt file that becomes one document.", group=TEXT
-    )
-    loss_on: Literal["auto", "all", "assistant", "completion", "labels"] = option(
-        "auto",
-        help="Tokens in the loss. auto: all tokens of plain text, assistant messages in a chat, the completion of a "
-        "prompt, or what the labels or masks beside token ids say.",
-        group=TEXT,
-    )
-    turns: Literal["all", "last"] = option(
-        "all", help="Assistant messages of a chat that are in the loss: all of them, or the last one.", group=TEXT
-    )
-    # JSON on the command line; in Python and in a config file its contents.
-    chat_template_kwargs: Any = option(
-        None,
-        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. Columns of a "
-        "row win over them.",
-        group=TEXT,
-        metavar="JSON",
-        table=True,
-    )
-    template_date: str | None = option(
-        None,
-        help="Date for chat templates that print today's date.",
-        group=TEXT,
-        metavar="YYYY-MM-DD",
-        default_text="that of a cache already begun, else today",
-    )
-    append_eos: bool | None = option(
-        None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"
-    )
-    max_documents: int | None = option(None, help="Use only the first N documents.", group=TEXT, minimum=1)
-    packing: bool | None = option(
-        None, help="Pack several short documents into a row.", group=TEXT, default_text="on for causal teachers"
-    )
-    seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
-    teacher_seq_len: int | None = option(
-        None,
-        help="Maximum number of tokens that the teacher reads for a row, in data with a prompt for the teacher.",
-        group=TEXT,
-        minimum=2,
-        default_text="4 times seq_len, at most the teacher's positions",
-    )
-    overlap: int = option(
-        1,
-        help="Tokens that each later window of a long document repeats as context, outside the loss.",
-        group=TEXT,
-        minimum=1,
-    )
-    num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.chat_template_kwargs is not None:
-            object.__setattr__(self, "chat_template_kwargs", check_template_arguments(self.chat_template_kwargs))
-        try:
-            datetime.date.fromisoformat(self.template_date or "2000-01-01")
-        except ValueError:
-            raise ConfigError(f"`template_date` {self.template_date}: expected a date such as 2026-01-31.") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """What decides the rows, besides the text itself, as in the manifest."""
-        # Not asdict: it would copy `data`, which may be a generator.
-        left_out = {"data", "num_proc", *_OF_CHATS} | (set() if self.overlap > 1 else {"overlap"})
-        left_out |= {"teacher_seq_len"} if self.teacher_seq_len is None else set()
-        names = [field.name for field in fields(self) if field.name not in left_out]
-        return {_RECORDED_AS.get(name, name): getattr(self, name) for name in names} | self.chat_options()
-
-    @classmethod
-    def from_json(cls, recorded: Mapping[str, Any], data: Any) -> DataConfig:
-        """The options that a manifest records, for the text itself."""
-        names = [field.name for field in fields(cls) if field.name not in ("data", "num_proc")]
-        given = {name: recorded.get(_RECORDED_AS.get(name, name)) for name in names}
-        return cls(data=data, **{name: value for name, value in given.items() if value is not None})
-
-    def chat_options(self) -> dict[str, Any]:
-        """The options of chats that are not at their default, as in the manifest."""
-        return {name: value for name in _OF_CHATS if (value := getattr(self, name)) not in (None, "all", {})}
-
-
-_RECORDED_AS = {"seq_len": "window_length", "teacher_seq_len": "teacher_window_length"}
-_OF_CHATS = ("turns", "chat_template_kwargs", "template_date")
-# What the messages of a row and the rendering itself set.
-_NOT_ARGUMENTS = {"messages", "conversation", "conversations", "chat_template", "add_generation_prompt"} | {
-    "continue_final_message",
-    "return_assistant_tokens_mask",
-}
-
-
-def check_template_arguments(given: Any) -> dict[str, Any]:
-    """The arguments of a chat template, which may be given as JSON. Raises: ConfigError."""
-    expected = 'expected a JSON object such as {"enable_thinking": false}'
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise ConfigError(f"`chat_template_kwargs`: not JSON ({error}), {expected}.") from error
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"`chat_template_kwargs`: found {type(given).__name__}, {expected}.")
-    if from_data := sorted(_NOT_ARGUMENTS & set(given)):
-        raise ConfigError(f"`chat_template_kwargs`: {from_data[0]!r} comes from the data. Leave it out.")
-    return dict(given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskRule:
-    """How rows are masked for a masked language model. The defaults are BERT's."""
-
-    PREFIX: ClassVar = "mask_"
-
-    probability: float = option(
-        0.15, help="Probability that a token is selected for prediction.", group=MASKED, above=0, maximum=1
-    )
-    mask_replace_prob: float = option(
-        0.8,
-        name="mask_replace_prob",
-        help="Share of the selected tokens that become the mask token.",
-        group=MASKED,
-        minimum=0,
-        maximum=1,
-    )
-    random_replace_prob: float = option(
-        0.1,
-        name="random_replace_prob",
-        help="Share of the selected tokens that become a random token.",
-        group=MASKED,
-        minimum=0,
-        maximum=1,
-    )
-    seed: int = option(
-        0, help="Seed for masking (combined with row and position).", group=MASKED, minimum=0, maximum=MAX_SEED
-    )
-    copies: int = option(1, help="Rows per window of text, each masked differently.", group=MASKED, minimum=1)
-
-    def __post_init__(self) -> None:
-        check_ranges(self, self.PREFIX)
-        shares = (self.mask_replace_prob, self.random_replace_prob)
-        if sum(shares) > 1.0 + 1e-9:
-            raise ConfigError(
-                f"`mask_replace_prob` {shares[0]} and `random_replace_prob` {shares[1]}: expected at most 1 together, "
-                "since both are shares of the selected tokens."
-            )
-
-
-class Layered(Protocol):
-    """A teacher, or its head."""
-
-    def layers(self) -> tuple[int, int]:
-        """The number of layers, and the width of their states."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class HiddenRule:
-    """Which hidden states are stored; `spec` resolves it for a given teacher."""
-
-    PREFIX: ClassVar = "hidden_"
-
-    layers: str | None = option(
-        None,
-        name="hidden_states",
-        help="Store hidden states too: last, all, or layers such as 6,12,18.",
-        group=HIDDEN,
-        metavar="LAYERS",
-    )  # None: only the states that hidden targets consist of
-    dtype: Literal["float16", "float32", "int8"] = option(
-        "float16", help="Data type of stored states; int8 has one scale per position.", group=HIDDEN
-    )
-    every: int = option(1, help="Store hidden states at every N-th position only.", group=HIDDEN, minimum=1)
-
-    def __post_init__(self) -> None:
-        named = self.layers not in (None, "last", "all")
-        if named and not all(word.strip().isdecimal() for word in str(self.layers).split(",")):
-            raise ConfigError(f"`hidden_states` {self.layers}: expected last, all, or layers such as 6,12,18.")
-        check_ranges(self, self.PREFIX)
-
-    def spec(self, teacher: Layered) -> cf.HiddenSpec:
-        """Raises: ConfigError for layers that this teacher does not have; ModelError if it gives no states."""
-        import cache_format as cf
-
-        last, width = teacher.layers()
-        if self.layers == "last":
-            layers = [last]
-        elif self.layers == "all":
-            layers = list(range(1, last + 1))
-        else:
-            layers = sorted({int(word) for word in str(self.layers).split(",")})
-        if layers[-1] > last:
-            raise ConfigError(
-                f"`hidden_states` {self.layers}: this teacher has layers 0 (the output of the embeddings) to {last}. "
-                "Choose among them."
-            )
-        return cf.HiddenSpec(layers=tuple(layers), teacher_layers=last, width=width, dtype=self.dtype, every=self.every)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
-    """How this process shares the work with others."""
-
-    num_workers: int | None = option(
-        None,
-        help="Number of processes that write this cache, each started separately.",
-        group=PROCESSES,
-        default_text="set by torchrun",
-        minimum=1,
-    )
-    worker_index: int | None = option(None, help="Index of this process, from 0.", group=PROCESSES, minimum=0)
-    shard_range: str | None = option(
-        None, help="Write only shards A up to but not including B.", group=PROCESSES, metavar="A:B"
-    )
-    allow_rounding: bool = option(
-        False,
-        help="Continue even if the device type, thread count, batch size or library versions differ.",
-        group=PROCESSES,
-    )
-    stale_after: float = option(
-        300.0,
-        help="Seconds of silence after which a writer on another machine is considered dead.",
-        group=PROCESSES,
-        above=0,
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
+TEACHER, FILES = "Teacher", "Cache files"
 
 STATES_OF_GIVEN_TEXT = "hidden states are stored for given text only"
 WITHOUT_GENERATION = {

@@ -30,7 +30,7 @@ from pipeline.models.objective import Objective, check_objective, most_positions
 from pipeline.models.paths import adapter_base
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
-from pipeline.teacher.cache_config import CacheTeacherConfig, MaskRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.engine_config import rows_per_pass, tokens_per_pass
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.server.server_engine import ServerEngine
@@ -40,9 +40,10 @@ from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
-from pipeline.teacher.text.data_paths import data_name, local_paths
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
+from pipeline.teacher.text.reading.data_paths import data_name, local_paths
 
 Corpus = TokenCorpus | MaskedCorpus
 

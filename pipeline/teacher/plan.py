@@ -27,10 +27,11 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.models.loading import model_name
-from pipeline.teacher.cache_config import CacheTeacherConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
 from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request, with_dtype
 from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.hidden_states import predicted_bytes
 from pipeline.teacher.targets.hidden_targets import (
     states_spec,

@@ -112,6 +112,19 @@ class DistillCommand(click.Command):
             formatter.write_text(f"{hidden} more options: see {ctx.command_path} --help-all")
 
 
+def distill_command(
+    name: str, *examples: str, config: type | None = None, flags: dict[str, str] | None = None
+) -> Callable[[Callable[..., Any]], DistillCommand]:
+    """A decorator that makes a function a command.
+
+    Args:
+        examples: lines to show at the end of the help.
+        config, flags: of `DistillCommand`; options of the configuration are added by `config_options`.
+    """
+    epilog = "Example:\n\n\b\n" + "\n".join(f"  {line}" for line in examples)
+    return click.command(name, cls=DistillCommand, config=config, flags=flags, epilog=epilog)
+
+
 def _show_everything(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:  # not while a shell completes
         ctx.meta["distill.help_all"] = True
@@ -283,10 +296,6 @@ def json_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         metavar="[FILE]",
         help="Write the result as JSON to FILE, or print it instead of the table.",
     )
-
-
-def examples(*commands: str) -> str:
-    return "Example:\n\n\b\n" + "\n".join(f"  {command}" for command in commands)
 
 
 def interrupted(what_is_kept: str) -> NoReturn:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from pipeline.terminal.click_options import here_with_flags
 from pipeline.terminal.output_encoding import can_print
 from pipeline.terminal.tables import duration
 
@@ -29,15 +30,11 @@ BAR_WIDTH = 24
 
 
 class Status:
-    """Stages and progress on stderr: a live bar in a terminal, a line every 30 seconds in a log.
+    """Stages and progress on stderr: a live bar in a terminal, a line every 30 seconds in a log. Texts that name
+    options name the flags of the running command instead."""
 
-    Args:
-        translate: applied to every text, such as from option names to flags.
-    """
-
-    def __init__(self, translate: Callable[[str], str] = str) -> None:
+    def __init__(self) -> None:
         self.silent = int(os.environ.get("RANK", "0")) != 0  # under torchrun, the first process reports
-        self.translate = translate
         self.progress: Progress | None = None
         self.task: Any = None
         self.pace: _Pace | None = None
@@ -54,15 +51,15 @@ class Status:
         self._stop()
         self.began = time.monotonic()
         if not self.silent:
-            err.print(Text(self.translate(text), style="bold"), "…")
+            err.print(Text(here_with_flags(text), style="bold"), "…")
 
     def warn(self, text: str) -> None:
         if not self.silent:
-            err.print(Text("warning:", style="yellow"), self.translate(text))
+            err.print(Text("warning:", style="yellow"), here_with_flags(text))
 
     def line(self, text: str) -> None:
         if not self.silent:
-            err.print(self.translate(text))
+            err.print(here_with_flags(text))
 
     def step(
         self,

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from benchmarks import demo, questions
 from benchmarks.greedy import side_by_side
-from runs import command
 
 
 def test_held_out_questions_are_about_other_topics(tmp_path: Path) -> None:
@@ -84,15 +83,8 @@ def test_the_table_has_medians_over_the_seeds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo_runs_and_repeats_nothing(
-    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]
 ) -> None:
-    lines: list[list[str]] = []
-
-    def in_this_process(*words: object) -> None:
-        lines.append([str(word) for word in words])
-        command(*words)
-
-    monkeypatch.setattr(demo, "distill", in_this_process)
     monkeypatch.setattr(demo, "unpacked_teacher", lambda work: teacher_dir)
     monkeypatch.setattr(demo, "STUDENT_LAYERS", 1)
     monkeypatch.setattr(demo, "SHOWN", (0, 1))

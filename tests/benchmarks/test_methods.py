@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from benchmarks import demo, methods
+from benchmarks import methods
 from benchmarks.reasoning import last_number
-from cli import main
 
 
 def test_numbers_are_found_where_they_belong() -> None:
@@ -22,17 +20,9 @@ def test_numbers_are_found_where_they_belong() -> None:
 
 @pytest.mark.slow
 def test_every_method_trains_as_long_and_is_measured(
-    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]
 ) -> None:
     pytest.importorskip("reasoning_gym")
-    lines: list[list[str]] = []
-
-    def in_this_process(*words: object) -> None:
-        lines.append([str(word) for word in words])
-        found = CliRunner().invoke(main, lines[-1], catch_exceptions=False)
-        assert found.exit_code == 0, found.output
-
-    monkeypatch.setattr(demo, "distill", in_this_process)
     monkeypatch.setattr(methods, "METHODS", [m for m in methods.METHODS if m.name in CHOSEN])
     sizes = methods.Sizes(train=4, held_out=2, solve=3, written_tokens=16, new_tokens=4, layers=1, teacher_layers="2")
     result = methods.run(teacher_dir, tmp_path, 1, sizes)

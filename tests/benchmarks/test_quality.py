@@ -25,8 +25,9 @@ from benchmarks.quality.train import rate
 from head_sums import fused_sums
 from pipeline.losses import SparseTargetBatch
 from pipeline.models.loading import load_model
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import TokenRow
 from runs import dense_logits
 from tiny import english

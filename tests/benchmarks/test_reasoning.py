@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import cache_format as cf
-from benchmarks import demo, reasoning
+from benchmarks import reasoning
 from benchmarks.reasoning import last_number
-from runs import command
 
 
 def test_sums_are_different_and_right() -> None:
@@ -28,16 +27,9 @@ def test_sums_are_different_and_right() -> None:
 
 @pytest.mark.slow
 def test_every_student_trains_as_long_and_is_asked(
-    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]
 ) -> None:
     pytest.importorskip("reasoning_gym")
-    lines: list[list[str]] = []
-
-    def in_this_process(*words: object) -> None:
-        lines.append([str(word) for word in words])
-        command(*words)
-
-    monkeypatch.setattr(demo, "distill", in_this_process)
     (tmp_path / "judge.py").write_text("def accept(example, answer):\n    return True\n")
     monkeypatch.setattr(reasoning, "KEEP_IF", f"{tmp_path}/judge.py:accept")  # a tiny teacher cannot calculate
     sizes = reasoning.Sizes(train=4, held_out=3, answers=2, new_tokens=6, layers=1, steps=2)

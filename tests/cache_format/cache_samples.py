@@ -98,8 +98,15 @@ def several_samples(samples: int = 3, most: int = 9) -> dict[str, Any]:
     return {"targets": {**targets, "samples": samples, "max_entries": most}}
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+def contents(path: Path, without: str = "") -> dict[str, bytes]:
+    """The bytes of every file below a directory, except those of a name."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != without]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def shards(path: Path) -> dict[str, bytes]:
+    """The bytes of shards and sidecars."""
+    return {file.name: file.read_bytes() for file in sorted((path / "shards").iterdir())}
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -14,11 +14,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from cache_samples import contents
 from cli import main
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def complain(here: Path, command: str, *expected: str, status: int = 1, new: tuple[str, ...] = ()) -> str:

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache_format as cf
+from cache_samples import shards
 from cli import main
 from pipeline import commands
 from pipeline.commands import COMMANDS, SUMMARIES
@@ -200,10 +201,6 @@ SIGNALS = pytest.mark.parametrize(
     "number",
     [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
 )
-
-
-def shards(cache: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (cache / "shards").iterdir()}
 
 
 def cache_command(teacher: Path, text: Path, output: Path) -> list[str]:

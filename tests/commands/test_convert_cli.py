@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cache_format as cf
+from cache_samples import contents
 from cli import main
 from pipeline.commands import convert_command
 from runs import command as run
@@ -36,10 +37,6 @@ def folder(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPath
         for encoding in ("columns", "packed"):
             capture(folder / f"{kind}-{encoding}", teacher_dir, text_file, *words, "--encoding", encoding)
     return folder
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def shards(path: Path) -> dict[str, bytes]:

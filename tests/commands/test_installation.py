@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cli import main
 from pipeline.commands.installation import environment
+from pipeline.models.devices import cpu_dtype
 from runs import command as run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,33 @@ def test_a_bug_report_has_no_names_and_no_tokens(monkeypatch: pytest.MonkeyPatch
         "hub cache": "~/hub",
         "datasets cache": "/scratch/USER/data",
     }
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "amx_tile": False}, "avx2, avx512_f (torch uses"),
+        ({"sse4_2": True}, "no vector instructions beyond the CPU's baseline (torch uses"),
+        (None, "not listed by this version of torch (torch uses"),
+    ],
+)
+def test_instructions_of_the_cpu_are_named(
+    features: dict[str, bool] | None, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    if features is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert expected in " ".join(run("env").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("in_hardware", "expected"),
+    [(True, "auto: float32, or bfloat16 where"), (False, "auto: float32, since the CPU has neither AMX nor AVX512")],
+)
+def test_the_dtype_of_this_cpu_is_explained(in_hardware: bool, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_dtype, "multiplies_bfloat16", lambda: in_hardware)
+    assert expected in " ".join(run("env").stdout.split())
 
 
 def test_a_library_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch):

@@ -10,11 +10,15 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.options import Option, build, options_of
 from pipeline.student.train_config import LORA, TrainStudentConfig
-from pipeline.teacher.cache_config import HIDDEN, MASKED, PROCESSES, TEXT, WITHOUT_VLLM, CacheTeacherConfig
+from pipeline.teacher.cache_config import WITHOUT_VLLM, CacheTeacherConfig
 from pipeline.teacher.engines.engine_config import VLLM
 from pipeline.teacher.engines.server.server_config import SERVER, WITHOUT_SERVER
 from pipeline.teacher.generation.generation_config import GENERATION
+from pipeline.teacher.targets.hidden_rule import HIDDEN
+from pipeline.teacher.text.data_config import TEXT
+from pipeline.teacher.text.masked.mask_rule import MASKED
 from pipeline.teacher.verify_config import TeacherCheckConfig
+from pipeline.teacher.writing.worker_config import PROCESSES
 from runs import command as run
 
 TEACHER = options_of(CacheTeacherConfig)

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cache_format as cf
 from benchmarks import position
 from pages import ROOT, blocks
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.text.data_config import DataConfig
 
 PAGE = "docs/choosing.md"
 TEXT, LABEL = "Anna sold three baskets near the", " river"

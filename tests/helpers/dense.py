@@ -113,16 +113,22 @@ def dense_losses(
         label = int(targets.labels[t])
         if label == IGNORE_INDEX:
             continue
-        present = targets.logprobs[t].numpy() > -np.inf
-        if tail != "sampled":
-            present[int(targets.exact_counts[t]) :] = False
-        ids = targets.ids[t].numpy()[present]
-        p = np.exp(targets.logprobs[t].double().numpy()[present])
-        m = np.exp(float(targets.residual_logprob[t]))
+        ids, p, m = entries_at(targets, t, with_sampled=tail == "sampled")
         more = {"entropy": float(targets.entropy[t]), "captured": targets.temperature}
         kl = dense_kl(z, ids, p, m, label, temperature, tail, **more)
         losses[t] = -(1 - kd_weight) * np.log(_softmax(z)[label]) + kd_weight * temperature**2 * kl
     return losses
+
+
+def entries_at(
+    targets: SparseTargetBatch, t: int, *, with_sampled: bool = False
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ids and probabilities, or weights, of the entries at a position; and its tail mass."""
+    present = targets.logprobs[t].numpy() > -np.inf
+    if not with_sampled:
+        present[int(targets.exact_counts[t]) :] = False
+    p = np.exp(targets.logprobs[t].double().numpy()[present])
+    return targets.ids[t].numpy()[present], p, float(np.exp(float(targets.residual_logprob[t])))
 
 
 def dense_kl(
@@ -152,22 +158,33 @@ def dense_kl(
         scaled = z / temperature
         lse = scaled.max() + np.log(np.exp(scaled - scaled.max()).sum())
         return float(lse - weights @ scaled - entropy)
-    q = _softmax(z / temperature)
-    power = captured / temperature
-    outside = np.setdiff1d(np.arange(len(z)), ids)
+    return kl(*distributions(z / temperature, ids, p, m, label, captured / temperature, tail))
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    there = p > 0
+    return float(np.sum(p[there] * (np.log(p[there]) - np.log(q[there]))))
+
+
+def distributions(
+    z: np.ndarray, ids: np.ndarray, p: np.ndarray, m: float, label: int, power: float, tail: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Teacher and student as one position's policy shows them; of `label` over the whole vocabulary."""
+    q = _softmax(z)
     if tail == "renormalise":
         teacher, student = p**power, q[ids] / q[ids].sum()
     elif tail == "label":
-        full = np.zeros(len(z))
-        full[ids] = p
-        full[label] += m
-        teacher, student = full**power, q
+        teacher, student = np.zeros(len(z)), q
+        teacher[ids] = p
+        teacher[label] += m
+        teacher = teacher**power
     else:
+        outside = np.setdiff1d(np.arange(len(z)), ids)
         teacher = np.append(p**power, tempered_mass(m, max(1, len(outside)), p.min(initial=1.0), power))
         student = np.append(q[ids], q[outside].sum())
-    teacher = teacher / teacher.sum()
-    there = teacher > 0
-    return float(np.sum(teacher[there] * (np.log(teacher[there]) - np.log(student[there]))))
+        if not len(outside):  # no such class
+            teacher, student = teacher[:-1], student[:-1]
+    return teacher / teacher.sum(), student
 
 
 def tempered_mass(m: float, tokens: int, smallest: float, power: float) -> float:

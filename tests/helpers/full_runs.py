@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 
 
 def full_settings(

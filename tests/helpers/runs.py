@@ -27,9 +27,11 @@ from cli import main
 from dense import dense_kl
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import TrainSummary, train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -192,7 +192,7 @@ def test_paths_are_checked_without_torch() -> None:
     """In an interpreter of its own: here torch is imported already."""
     code = (
         "import sys; from pipeline.models.paths import check_model_path; check_model_path('owner/name');"
-        "from pipeline.teacher.text.data_paths import local_paths; local_paths('owner/name');"
+        "from pipeline.teacher.text.reading.data_paths import local_paths; local_paths('owner/name');"
         "heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig, PreTrainedModel
 
 import cache_format as cf
+from cache_samples import shards
 from cli import main
 from dense import check_row, document_logprobs
 from masked_runs import load, settings
@@ -25,19 +26,14 @@ from pipeline.models.objective import check_objective, most_positions, objective
 from pipeline.student.data.dataset import CacheDataset, collate
 from pipeline.student.training.forward import install_distillation_forward
 from pipeline.teacher import opening
-from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from tiny_masked import KINDS, VOCAB, WINDOW, masked_config, tiny_masked
-
-
-def shards(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((path / "shards").iterdir())}
-
 
 # ---- which models are masked
 

@@ -21,9 +21,10 @@ from dense import check_row, document_logprobs
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
 from pipeline.models.loading import load_tokenizer
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import train
 from tiny import english
 

@@ -26,11 +26,12 @@ from pipeline.losses import TAIL_POLICIES, sparse_kl
 from pipeline.models.head import open_head
 from pipeline.models.isolation.shared_rows import check_packing
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.real

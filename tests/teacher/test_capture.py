@@ -16,18 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import cache_format as cf
+from cache_samples import contents
 from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.shared_rows import check_packing
 from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, collate
 from pipeline.teacher import opening
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines import chunked_selection
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import english, tiny_llama
 
 K, WINDOW, ROWS_PER_SHARD = 16, 48, 16
@@ -61,10 +63,6 @@ def check_cache(path: Path, teacher: Path) -> int:
         check_row(row, document_logprobs(model, row, cache.metadata.vocab_size), cache.metadata)
     cf.verify_cache(path, deep=True)
     return cache.num_loss_tokens
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def shards(path: Path) -> dict[str, bytes]:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 from tiny import conversations, tiny_llama

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import cache_format as cf
 from cache_format.manifest.card import card
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.plan import plan_cache
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig

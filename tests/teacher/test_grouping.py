@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 import cache_format as cf
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.targets.hidden_states import RECORD_BATCH_BYTES, SHARD_BYTES
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.writing.shard_sizes import grouping
 
 

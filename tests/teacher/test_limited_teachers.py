@@ -18,9 +18,10 @@ from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
 from pipeline.models.head import open_head
 from pipeline.student.validation.compatibility import check_isolation
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig
 from runs import build_cache

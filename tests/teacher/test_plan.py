@@ -18,8 +18,9 @@ from cli import main
 from pipeline.inspection import describe_targets
 from pipeline.options import options_of
 from pipeline.teacher import plan
-from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.generation.generation_config import GENERATION
+from pipeline.teacher.writing.worker_config import PROCESSES
 from pipeline.teacher.writing.workers import Worker
 from tiny import english
 

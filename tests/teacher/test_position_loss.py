@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cli import main
 from pipeline.teacher import plan as plan_module
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.position_loss import BEGINNING, MeanLoss, PositionLoss, WindowLoss
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import build_corpus
 from runs import dense_logits
 from tiny import english, tiny_llama, tiny_tokenizer, write_jsonl

@@ -21,13 +21,15 @@ from typing import Any
 import pytest
 
 import cache_format as cf
+from cache_samples import contents
 from pipeline.errors import ConfigError
 from pipeline.teacher import capture
-from pipeline.teacher.cache_config import CacheTeacherConfig, WorkerConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.writing import shard_sizes as grouping
+from pipeline.teacher.writing.worker_config import WorkerConfig
 from pipeline.teacher.writing.workers import this_worker
 from runs import command as run
 from runs import settings
@@ -42,11 +44,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
-
-
-def contents(path: Path, without: str = "") -> dict[str, bytes]:
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != without]
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def words_of(config: CacheTeacherConfig) -> list[str]:

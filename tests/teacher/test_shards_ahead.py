@@ -13,11 +13,11 @@ import pytest
 from test_capture import contents, shards
 
 import cache_format as cf
-from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest
 from pipeline.teacher.engines.transformers_engine import RunningBatches, TransformersEngine
 from pipeline.teacher.progress import CaptureProgress
+from pipeline.teacher.writing.worker_config import WorkerConfig
 from runs import settings
 
 SHARED = WorkerConfig(num_workers=1, worker_index=0)

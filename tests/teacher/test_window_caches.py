@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 import cache_format as cf
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset
 from pipeline.student.data.dataset import CacheDataset
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, WorkerConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text import packing
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.windows import DocumentTokens
+from pipeline.teacher.writing.worker_config import WorkerConfig
 from runs import dense_logits, train
 from tiny import english, tiny_llama, tiny_sentencepiece, tiny_tokenizer
 

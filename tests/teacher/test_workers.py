@@ -15,16 +15,13 @@ import pytest
 
 import cache_format as cf
 from cache_format.storage.claims import this_process
+from cache_samples import contents
 from generating import generate
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.teacher.engines.answer_writer import AnswerWriter
 from runs import build_cache, distance, train, weights
 from runs import command as run
 from tiny import completions, write_jsonl
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def without_config(files: dict[str, bytes]) -> dict[str, bytes]:

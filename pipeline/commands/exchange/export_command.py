@@ -6,16 +6,13 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples, here_with_flags, interrupted, json_option
+from pipeline.terminal.click_options import distill_command, interrupted, json_option
 
 
-@click.command(
+@distill_command(
     "export",
-    cls=DistillCommand,
-    epilog=examples(
-        "distill export caches/train --output train-parquet",
-        "distill export caches/train --output train-axolotl --format axolotl",
-    ),
+    "distill export caches/train --output train-parquet",
+    "distill export caches/train --output train-axolotl --format axolotl",
 )
 @click.argument("cache")
 @click.option("--output", required=True, help="Directory to write; must not exist, or be empty. [required]")
@@ -36,7 +33,7 @@ def command(cache: str, output: str, format_: str, json_file: str | None) -> Non
     from pipeline.terminal.console import Status, show_result
     from pipeline.terminal.import_view import export_view
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         try:
             summary = export_cache(cache, output, format_, on_step=lambda done, of: status.step(done, of, "rows"))
         except KeyboardInterrupt:

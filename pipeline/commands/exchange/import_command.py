@@ -8,27 +8,16 @@ from typing import Any
 import click
 
 from pipeline.importing.import_config import ImportConfig
-from pipeline.terminal.click_options import (
-    DistillCommand,
-    build_config,
-    config_options,
-    examples,
-    here_with_flags,
-    interrupted,
-    json_option,
-)
+from pipeline.terminal.click_options import build_config, config_options, distill_command, interrupted, json_option
 
 
-@click.command(
+@distill_command(
     "import",
-    cls=DistillCommand,
+    "distill import distillkit-data/ --output caches/train --tokenizer models/teacher",
+    "distill import responses.jsonl --output caches/answers --tokenizer models/teacher",
+    "distill import 'rows-*.parquet' --output caches/rows --tokenizer models/teacher --shift 0 \\",
+    '    --column "ids=tokens top_ids=ids values=logprobs" --values logprobs',
     config=ImportConfig,
-    epilog=examples(
-        "distill import distillkit-data/ --output caches/train --tokenizer models/teacher",
-        "distill import responses.jsonl --output caches/answers --tokenizer models/teacher",
-        "distill import 'rows-*.parquet' --output caches/rows --tokenizer models/teacher --shift 0 \\",
-        '    --column "ids=tokens top_ids=ids values=logprobs" --values logprobs',
-    ),
 )
 @click.argument("source", required=False)
 @config_options(ImportConfig, without=("source",))
@@ -51,7 +40,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     from pipeline.importing.import_cache import import_cache
     from pipeline.terminal.import_view import import_view
 
-    with Status(here_with_flags) as status:
+    with Status() as status:
         try:
             summary = import_cache(
                 config,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import click
 
-from pipeline.terminal.click_options import DistillCommand, examples
+from pipeline.terminal.click_options import distill_command
 
 PROGRAM = "distill"
 VARIABLE = "_DISTILL_COMPLETE"
 """Set by the script when it asks for completions; click derives the name from the program's."""
 
 
-@click.command(
-    "completion",
-    cls=DistillCommand,
-    epilog=examples("distill completion bash"),
-)
+@distill_command("completion", "distill completion bash")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
     """Print a completion script for a shell.

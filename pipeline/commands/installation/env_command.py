@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import click
-
-from pipeline.terminal.click_options import DistillCommand, examples, json_option
+from pipeline.terminal.click_options import distill_command, json_option
 
 
-@click.command("env", cls=DistillCommand, epilog=examples("distill env --json environment.json"))
+@distill_command("env", "distill env --json environment.json")
 @json_option()
 def command(json_file: str | None) -> None:
     """Show versions, devices, attention kernels and cache directories, for bug reports.

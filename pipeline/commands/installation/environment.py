@@ -25,7 +25,7 @@ OPTIONAL = (
     *("tensorboard", "trackio", "wandb", "mlflow"),
 )
 
-# Instructions that decide how fast a CPU multiplies, and in which dtypes: as torch names them.
+# Instructions that decide how fast a CPU multiplies, and in which dtypes: as `torch.cpu.get_capabilities` names them.
 CPU_FEATURES = (
     *("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
     *("neon", "bf16", "i8mm", "sve", "sve2"),
@@ -80,9 +80,12 @@ def _of_torch() -> dict[str, Any]:
     """Devices, the CPU's instructions, and attention kernels."""
     import torch
 
-    known = dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+    from pipeline.models.devices.cpu_dtype import multiplies_bfloat16
+
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
     return {
-        "cpu_features": [name for name in CPU_FEATURES if known.get(name)],
+        "cpu_features": None if known is None else [name for name in CPU_FEATURES if known.get(name)],
+        "cpu_multiplies_bfloat16": multiplies_bfloat16(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,

@@ -24,9 +24,9 @@ def environment_view(found: dict[str, Any]) -> RenderableType:
         rows.append(("torch", found["error"]))
     else:
         built = found["cuda"] and f"CUDA {found['cuda']}" or found["rocm"] and f"ROCm {found['rocm']}" or "CPU only"
-        features = " ".join(found["cpu_features"]) or "none of those that matter"
         rows += [
-            ("CPU features", f"{features} (torch uses {found['cpu_capability']}, {found['threads']} threads)"),
+            ("CPU features", f"{_features(found)} (torch uses {found['cpu_capability']}, {found['threads']} threads)"),
+            ("dtype on the CPU", _cpu_dtype(found)),
             ("torch built for", built),
             *(("device", _device(each)) for each in found["devices"] or [None]),
             ("attention", ", ".join(found["attention"])),
@@ -37,6 +37,19 @@ def environment_view(found: dict[str, Any]) -> RenderableType:
         *found["variables"].items(),
     ]
     return pairs("Environment", rows)
+
+
+def _features(found: dict[str, Any]) -> str:
+    if found["cpu_features"] is None:
+        return "not listed by this version of torch"
+    return ", ".join(found["cpu_features"]) or "no vector instructions beyond the CPU's baseline"
+
+
+def _cpu_dtype(found: dict[str, Any]) -> str:
+    """What the option means here if it is "auto"."""
+    if found["cpu_multiplies_bfloat16"]:
+        return "auto: float32, or bfloat16 where cache-teacher measures it to be faster"
+    return "auto: float32, since the CPU has neither AMX nor AVX512-bf16"
 
 
 def _device(device: dict[str, Any] | None) -> str:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.importing.readers.foreign_rows import BadRow
-from pipeline.teacher.text.data_paths import find_local
+from pipeline.teacher.text.reading.data_paths import find_local
 
 ROWS_AT_ONCE = 8  # of a Parquet file: a row of 16,384 tokens with 128 entries takes tens of MB
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")

@@ -1,7 +1,7 @@
-"""The output directory of a run: may it be continued or replaced, and the record of the run in it.
+"""The output directory of a run: may it be continued or replaced.
 
 OUTPUT/
-  distill_config.json    configuration and caches of the run, written before the first step (`_record`)
+  distill_config.json    configuration and caches of the run, written before the first step (`run_record`)
   checkpoint-N/          written by Trainer: weights, optimizer, random state; trainer_state.json last
   config.json, …         the trained student, a plain transformers directory
   README.md              model card (`pipeline.student.model_card`)
@@ -10,38 +10,25 @@ OUTPUT/
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
 
-import cache_format as cf
 from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
-from pipeline.models.loading import model_name
-from pipeline.options import CONFIG_FILE, options_of
+from pipeline.options import CONFIG_FILE
 from pipeline.overlap import check_inputs_apart
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.early_stopping import stopped_by
-from pipeline.student.training.training_arguments import read_training_args
+from pipeline.student.training.run_record import check_same_run, record_of, write_record
 
 TRAINER_STATE = "trainer_state.json"
 INPUTS = ("cache", "eval_cache", "student", "tokenizer", "student_config", "training_args")
-
-# Settings that a resumed run may change. Models and caches may have moved; the contents of the caches must be the same.
-RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "tokenizer", "cache", "eval_cache", "output"}
-RESUME_MAY_CHANGE |= {"report_to", "run_name"}
-# How rows are read does not change them.
-RESUME_MAY_CHANGE |= {"cache_dir", "cache_dir_gb", "dataloader_num_workers", "dataloader_prefetch_factor"}
-# These may change if the rows of a step, their product with the number of processes, stay the same.
-FACTORS_OF_A_STEP = {"batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
-# Resolved settings that the trained loss depends on; the others only affect what is measured.
-RESOLVED_FOR_TRAINING = {"tail", "temperature"}
 
 
 def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> str | None:
@@ -73,7 +60,7 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
         if checkpoint is None:
             instead = "with `overwrite=True` instead of" if occupied else "without"
             raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} `resume=True`.")
-        _check_same_run(config, mix, budget, loss, output / CONFIG_FILE)
+        check_same_run(config, mix, budget, loss, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
                 f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another `output`, or "
@@ -143,25 +130,6 @@ def _state(file: Path) -> TrainerState | None:
         return None
 
 
-def _settings(config: TrainStudentConfig) -> dict[str, Any]:
-    """Every option by name, with the contents of a `training_args` file instead of its name, and the
-    name of a student that was given as an object."""
-    declared = options_of(TrainStudentConfig)
-    options = {name: getattr(config, name) for name, each in declared.items() if not each.metadata.python_only}
-    student = None if config.student is None else model_name(config.student)
-    return {**options, "student": student, "training_args": read_training_args(config.training_args)}
-
-
-def _identity(cache: cf.Cache) -> dict[str, Any]:
-    """Identifies the contents of a cache, independent of its path."""
-    return {
-        "teacher": dict(cache.metadata.teacher),
-        "targets": dict(cache.metadata.targets),
-        "token_stream_sha256": cache.metadata.corpus.get("token_stream_sha256"),
-        "shards_sha256": [shard.sidecar_sha256 for shard in cache.manifest.shards],
-    }
-
-
 def begin_output(
     config: TrainStudentConfig,
     mix: Mix,
@@ -181,120 +149,5 @@ def begin_output(
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    record = {**_record(config, mix, budget, loss), "arithmetic": arithmetic}
-    _write(output, record if base_weights is None else {**record, "adapted_weights": base_weights})
-
-
-def recorded_arithmetic(config: TrainStudentConfig) -> dict[str, Any] | None:
-    """`used_arithmetic` of the run in `output`; None without a readable record, which `check_output` refuses later.
-
-    Earlier versions did not record it: they used bfloat16 only if it was asked for.
-    """
-    try:
-        record = json.loads((Path(config.output) / CONFIG_FILE).read_text())
-        return dict(record.get("arithmetic", {"bf16": bool(record["config"]["bf16"])}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def check_base_weights(config: TrainStudentConfig, base_weights: str) -> None:
-    """Raises MismatchError if the run to resume trains adapters on other weights. Its path may have changed.
-
-    Earlier versions did not record the weights; their runs pass.
-    """
-    file = Path(config.output) / CONFIG_FILE
-    before = json.loads(file.read_text()).get("adapted_weights")
-    if before not in (None, base_weights):
-        name = "" if config.student is None else model_name(config.student)
-        raise cf.MismatchError(
-            f"`student` {name}: found weights {base_weights[:8]}…, expected {before[:8]}…, on which the adapter in "
-            f"{config.output} was trained. Checkpoints have only the adapter, so resuming would put it on another "
-            "model. Use the same student, or another `output`."
-        )
-
-
-def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:
-    """Adds to the record how much of each cache a finished run has used, from `Mix.seen`."""
-    output = Path(config.output)
-    _write(output, {**json.loads((output / CONFIG_FILE).read_text()), "seen": seen})
-
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    scratch = output / f"{CONFIG_FILE}.tmp"
-    scratch.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    scratch.replace(output / CONFIG_FILE)
-
-
-def _record(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> dict[str, Any]:
-    """The contents of distill_config.json.
-
-    config           options as given; `training_args` has the contents of the file
-    resolved         values of options that were left open
-    rows_per_step    over all processes and accumulated batches
-    cache            identity of the cache; a list for several caches
-    mixture          for several caches, the planned use of each (`Mix.seen`)
-
-    A run adds arithmetic (`used_arithmetic`), adapted_weights (fingerprint of the base model of adapters) and seen (the
-    actual use of several caches).
-    """
-    record: dict[str, Any] = {
-        "config": _settings(config),
-        "resolved": loss.resolved,
-        "rows_per_step": budget.rows_per_step,
-    }
-    if len(mix.portions) == 1:
-        return {**record, "cache": _identity(mix.first)}
-    planned = mix.seen(budget.rows_after(budget.steps))
-    return {**record, "cache": [_identity(cache) for cache in mix.caches], "mixture": planned}
-
-
-def _check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, file: Path) -> None:
-    try:
-        recorded = json.loads(file.read_text())
-        before, recorded_cache = dict(recorded["config"]), recorded["cache"]
-        arguments_before = dict(before["training_args"])
-        rows_per_epoch = [each["rows_per_epoch"] for each in recorded.get("mixture", [])]
-        resolved_before = dict(recorded.get("resolved", {}))  # not recorded by earlier versions
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read, so the run cannot be resumed. Start again with `overwrite=True`."
-        ) from error
-    record = json.loads(json.dumps(_record(config, mix, budget, loss)))
-    now, arguments_now = record["config"], record["config"]["training_args"]
-    rows_before = recorded.get("rows_per_step")  # not recorded by earlier versions
-    may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | FACTORS_OF_A_STEP
-    for arguments in (arguments_before, arguments_now):
-        for name in may_change & arguments.keys():
-            del arguments[name]
-    before["training_args"] = arguments_before
-    defaults = options_of(TrainStudentConfig)  # an earlier version recorded None for them
-    different = [
-        f"{name} was {before[name]!r}, is {now[name]!r}"
-        for name in sorted(before.keys() & now.keys() - may_change)
-        if before[name] != now[name] and not (before[name] is None and now[name] == defaults[name].default)
-    ]
-    different += [
-        f"{name} was resolved to {resolved_before[name]!r}, is {value!r}"
-        for name, value in record["resolved"].items()
-        if name in RESOLVED_FOR_TRAINING and name in resolved_before and resolved_before[name] != value
-    ]
-    paths = " ".join(cache.path for cache in mix.caches)
-    if recorded_cache != record["cache"]:
-        different.append(f"{paths} does not have the targets of {_join_paths(before.get('cache'))}")
-    elif rows_per_epoch != [each["rows_per_epoch"] for each in record.get("mixture", [])]:
-        rows_now = [portion.rows for portion in mix.portions]
-        different.append(f"rows per epoch from {paths} were {rows_per_epoch}, are {rows_now}: the weights changed")
-    if rows_before not in (None, budget.rows_per_step):
-        different.append(
-            f"a step had {rows_before} rows, has {budget.rows_per_step}: `batch_size` times "
-            "`gradient_accumulation_steps` times processes must stay the same"
-        )
-    if different:
-        raise cf.MismatchError(
-            f"{file}: the interrupted run had other settings ({'; '.join(different)}): resuming would mix two "
-            "runs. Use the same settings, or another `output`."
-        )
-
-
-def _join_paths(caches: Any) -> str:
-    return " ".join(caches) if isinstance(caches, list) else str(caches)
+    record = {**record_of(config, mix, budget, loss), "arithmetic": arithmetic}
+    write_record(output, record if base_weights is None else {**record, "adapted_weights": base_weights})

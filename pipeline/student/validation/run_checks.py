@@ -14,17 +14,18 @@ from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.adapters import require_peft
 from pipeline.student.data.cache_mix import Mix, loss_for_mix, open_mix
-from pipeline.student.data.cross_tokenizer import check_cross_tokenizer
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.model.initialization import check_one_origin
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget, check_one_length, rows_per_step, steps_for_tokens
 from pipeline.student.training.early_stopping import Condition, check_conditions, too_few_evaluations
-from pipeline.student.training.output_directory import check_output, processes_of, recorded_arithmetic
+from pipeline.student.training.output_directory import check_output, processes_of
+from pipeline.student.training.run_record import recorded_arithmetic
 from pipeline.student.training.trainer import held_out_metrics
 from pipeline.student.training.training_arguments import training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
+from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_held_out
 from pipeline.student.validation.suitability import (
     check_resample,
@@ -55,16 +56,12 @@ class CheckedRun:
 
 def check_run(config: TrainStudentConfig) -> CheckedRun:
     """Checks caches, loss, student, length and output directory of a run. Raises: as `train_student`."""
-    output = os.fspath(config.output)
-    if "://" not in output:  # Path would collapse the slashes of a URL, which `check_output` refuses
-        output = str(Path(output).expanduser())
-    config = replace(config, output=output)
+    config = _with_user_expanded(config)
     check_one_length(config)
     mix, held_out, hidden_loss = _open_caches(config)
     loss, warnings = _loss(config, mix, held_out, hidden_loss)
-    eval_loss = None
-    if held_out is not None:
-        eval_loss = loss_for_held_out(loss, held_out, exact_only=config.cross_tokenizer is not None)
+    foreign = config.cross_tokenizer is not None
+    eval_loss = None if held_out is None else loss_for_held_out(loss, held_out, exact_only=foreign)
     metrics = held_out_metrics(eval_loss or loss)
     stopping = check_conditions(
         config.early_stopping,
@@ -82,19 +79,14 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         tokenizer=config.tokenizer,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        cross_tokenizer=config.cross_tokenizer is not None,
+        cross_tokenizer=foreign,
     )
     warnings += student_warnings
     warnings += _target_warnings(config, mix, held_out, loss, eval_loss)
     if held_out is not None and eval_loss is not None:
         warnings += _held_out_warnings(mix, held_out, loss, eval_loss, hidden_loss)
     arguments = training_arguments(config, recorded_arithmetic(config) if config.resume else None)
-    if arguments.n_gpu > 1:
-        warnings.append(
-            f"{arguments.n_gpu} GPUs are visible, one is used. To use all, start {arguments.n_gpu} processes with "
-            "torchrun"
-        )
-        arguments._n_gpu = 1  # with more, Trainer uses nn.DataParallel, which cannot split sparse targets
+    warnings += _restrict_to_one_gpu(arguments)
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
     budget = Budget.for_run(mix.rows, arguments)
@@ -106,12 +98,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     )
     warnings += [] if too_few is None else [too_few]
     resume_from = check_output(config, mix, budget, loss)
-    if resume_from is not None and (processes := processes_of(resume_from)) != arguments.world_size:
-        warnings.append(
-            f"{resume_from} was written by {processes} process{'es' * (processes != 1)}, and {arguments.world_size} "
-            f"continue{'s' * (arguments.world_size == 1)}: every step has the same rows, but rounding and dropout "
-            "differ"
-        )
+    warnings += _resume_warnings(resume_from, arguments.world_size)
     return CheckedRun(
         config=config,
         mix=mix,
@@ -126,6 +113,32 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         resume_from=resume_from,
         warnings=warnings,
     )
+
+
+def _with_user_expanded(config: TrainStudentConfig) -> TrainStudentConfig:
+    output = os.fspath(config.output)
+    if "://" not in output:  # Path would collapse the slashes of a URL, which `check_output` refuses
+        output = str(Path(output).expanduser())
+    return replace(config, output=output)
+
+
+def _restrict_to_one_gpu(arguments: TrainingArguments) -> list[str]:
+    """With more, Trainer uses nn.DataParallel, which cannot split sparse targets. Returns a warning."""
+    visible = arguments.n_gpu
+    if visible <= 1:
+        return []
+    arguments._n_gpu = 1
+    return [f"{visible} GPUs are visible, one is used. To use all, start {visible} processes with torchrun"]
+
+
+def _resume_warnings(checkpoint: str | None, processes: int) -> list[str]:
+    before = processes if checkpoint is None else processes_of(checkpoint)
+    if before == processes:
+        return []
+    return [
+        f"{checkpoint} was written by {before} process{'es' * (before != 1)}, and {processes} "
+        f"continue{'s' * (processes == 1)}: every step has the same rows, but rounding and dropout differ"
+    ]
 
 
 def _open_caches(config: TrainStudentConfig) -> tuple[Mix, cf.Cache | None, HiddenStateLoss | None]:

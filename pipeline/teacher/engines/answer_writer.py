@@ -13,13 +13,13 @@ Shapes: b answers in progress, D hidden width, V vocabulary size, n tokens of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.decoding import Decoding
+from pipeline.teacher.engines.forward_pass import ForwardPass
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.token_sampling import draw
 from pipeline.teacher.generation.answers import (
@@ -40,19 +40,16 @@ from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.selection import ChunkTargets
 
-if TYPE_CHECKING:
-    from pipeline.teacher.engines.transformers_engine import TransformersEngine
-
 
 class AnswerWriter:
     """Generates answers, a batch at a time.
 
     Args:
-        engine: gives logits and targets of the next token.
+        forward: gives logits and targets of the next token.
     """
 
-    def __init__(self, engine: TransformersEngine, settings: AnswerSettings) -> None:
-        self.engine, self.settings, self.rule = engine, settings, settings.rule
+    def __init__(self, forward: ForwardPass, settings: AnswerSettings) -> None:
+        self.forward, self.settings, self.rule = forward, settings, settings.rule
         self.generation = settings.sampling
         self.stop_tokens = settings.stop_tokens
         # A string of n bytes has at most n tokens; 4 more for tokens that are only part of a character.
@@ -62,7 +59,7 @@ class AnswerWriter:
     def write(self, requests: Sequence[Request]) -> list[Answer]:
         """One batch, in the order given. Raises: ModelError if the teacher's logits are not all finite."""
         prompts = {request.document: request.read for request in requests}
-        decoding = Decoding(self.engine.head, list(prompts.values()))
+        decoding = Decoding(self.forward.head, list(prompts.values()))
         if len(prompts) < len(requests):  # several answers per prompt share one pass over it
             order = {document: i for i, document in enumerate(prompts)}
             decoding.select([order[request.document] for request in requests])
@@ -88,7 +85,7 @@ class AnswerWriter:
             np.array([draft.request.document for draft in active]), np.array([draft.request.index for draft in active])
         )
         positions = np.array([len(draft.request.prompt) - 1 + step for draft in active])
-        logits, targets = self.engine.next_targets(decoding.hidden, places, positions, self.rule)
+        logits, targets = self.forward.next_targets(decoding.hidden, places, positions, self.rule)
         if not targets.entropy.isfinite().all():
             bad = active[int((~targets.entropy.isfinite()).nonzero()[0, 0])].request
             raise ModelError(
@@ -121,10 +118,10 @@ class AnswerWriter:
 
     def _answer(self, draft: _Draft) -> Answer:
         request, row = draft.request, answer_row(draft.request, draft.token_ids)
-        if self.engine.head.separates(len(request.read), len(request.read) + len(draft.token_ids)):
+        if self.forward.head.separates(len(request.read), len(request.read) + len(draft.token_ids)):
             place = int(place_of(np.array([request.document]), np.array([request.index]))[0])
             whole = RowRequest(index=0, row=row, place=place, stored=row.loss_mask, teacher=row.teacher)
-            (with_targets,) = self.engine.run_batch([whole], [self.rule]).rows()
+            (with_targets,) = self.forward.run([whole], [self.rule]).rows()
         else:
             targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
             with_targets = cache_row(0, row, row.loss_mask, targets)

@@ -18,8 +18,8 @@ from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.generation.generation_config import Keep
 from pipeline.teacher.generation.kept_answers import KeptAnswers, Selection
 from pipeline.teacher.generation.predicates import Predicate, choose
-from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts
+from pipeline.teacher.text.reading.data_paths import data_name
 
 BATCHES_PER_GROUP = 4  # sorted by length; at most this much is lost when killed
 LEAST_PER_GROUP = 32  # answers

@@ -16,8 +16,8 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.generation.predicates import Predicate
 from pipeline.teacher.opening import open_engine
-from pipeline.teacher.text.data_paths import data_name
 from pipeline.teacher.text.prompts import Prompts
+from pipeline.teacher.text.reading.data_paths import data_name
 
 
 def finished_cache(

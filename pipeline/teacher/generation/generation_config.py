@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import Dtype
 from pipeline.models.paths import split_revision
-from pipeline.options import check_ranges, option
+from pipeline.options import MAX_SEED, check_ranges, option
 
 GENERATION = "Generation"
-MAX_SEED = 2**64 - 1
 
 Keep = Literal["all", "first", "best"]
 KEEP: tuple[Keep, ...] = get_args(Keep)

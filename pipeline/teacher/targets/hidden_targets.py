@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import cache_format as cf
 from pipeline.errors import ConfigError
-from pipeline.teacher.cache_config import HiddenRule, Layered
 from pipeline.teacher.engines.interface import StoredHead
+from pipeline.teacher.targets.hidden_rule import HiddenRule, Layered
 
 
 def states_spec(rule: HiddenRule | None, teacher: Layered, stored_head: StoredHead | None) -> cf.HiddenSpec | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
-from pipeline.options import check_ranges, option
+from pipeline.options import MAX_SEED, check_ranges, option
 
 if TYPE_CHECKING:
     from cache_format import Codebook
@@ -129,7 +129,7 @@ class TargetRule:
         help="Seed for tail sampling (combined with row and position).",
         group=GROUP,
         minimum=0,
-        maximum=2**64 - 1,
+        maximum=MAX_SEED,
     )
     temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=GROUP, above=0, below=math.inf)
 

@@ -26,17 +26,18 @@ from cache_format.storage.claims import Claims, wait_for
 from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
-from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text import encoding, records
+from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments, messages, template, turns
 from pipeline.teacher.text.chat.template import ChatTemplate
-from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Affixes
 from pipeline.teacher.text.formats import examples, row_format, teacher_prompts, token_ids
 from pipeline.teacher.text.formats.examples import Example, read_examples
 from pipeline.teacher.text.formats.row_format import IDS, Columns, check_chat_options, find_columns
-from pipeline.teacher.text.records import RecordReader, reading
-from pipeline.teacher.text.sources import Source, load_source, quiet_datasets
+from pipeline.teacher.text.reading import records
+from pipeline.teacher.text.reading.data_paths import data_name
+from pipeline.teacher.text.reading.records import RecordReader, reading
+from pipeline.teacher.text.reading.sources import Source, load_source, quiet_datasets
 
 _FEATURES = datasets.Features(
     input_ids=datasets.Sequence(datasets.Value("int32")),

@@ -29,11 +29,11 @@ from transformers import PreTrainedTokenizerBase
 from cache_format import CacheRow
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.objective import Objective
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
-from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.formats.teacher_prompts import TeacherPrompts, TeacherText, with_length
+from pipeline.teacher.text.reading.data_paths import data_name
 from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
 from pipeline.teacher.text.windows import DocumentTokens, Pieces
 

@@ -22,13 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
 from pipeline.models.objective import Objective
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.chat.arguments import read_arguments
 from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.corpus import WITH_SPECIAL_TOKENS
-from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Affixes, Tokens
 from pipeline.teacher.text.formats.examples import (
     Example,
@@ -39,8 +38,9 @@ from pipeline.teacher.text.formats.examples import (
 )
 from pipeline.teacher.text.formats.row_format import Columns, check_chat_options, find_prompt
 from pipeline.teacher.text.formats.teacher_prompts import TeacherText, behind_prompts, with_length
-from pipeline.teacher.text.records import reading
-from pipeline.teacher.text.sources import Source, load_source
+from pipeline.teacher.text.reading.data_paths import data_name
+from pipeline.teacher.text.reading.records import reading
+from pipeline.teacher.text.reading.sources import Source, load_source
 
 _PROMPTS_PER_BATCH = 64
 

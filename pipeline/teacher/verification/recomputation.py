@@ -20,7 +20,6 @@ from pipeline.models.loading import DTYPES, load_model, load_tokenizer, model_na
 from pipeline.models.objective import objective_for
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.models.tokenizers import tokenizer_fingerprint
-from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answers import place_of
@@ -30,6 +29,7 @@ from pipeline.teacher.verification.rounding import Rounding
 from pipeline.teacher.verification.row_check import RowCheck, RowChecker, TeacherRun
 from pipeline.teacher.verification.teacher_reading import Reading, open_reading
 from pipeline.teacher.verify_config import TeacherCheckConfig
+from pipeline.teacher.writing.worker_config import WorkerConfig
 from pipeline.teacher.writing.workers import this_worker
 
 
@@ -187,7 +187,7 @@ class _Teacher:
             )
             for row in rows
         ]
-        running = self.engine.run_batch(requests, [self.rule], keep_inputs=True)
+        running = self.engine.forward.run(requests, [self.rule], keep_inputs=True)
         assert running.inputs is not None
         inputs = running.inputs.split([int(request.stored.sum()) for request in requests])
         return [TeacherRun(*each) for each in zip(running.rows(), inputs, strict=True)]

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import DataConfig
-from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.formats.teacher_prompts import TeacherText
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts
+from pipeline.teacher.text.reading.data_paths import data_name
 
 Reading = Callable[[cf.CacheRow], TeacherText | None]
 """What the teacher read for a row; None: the row."""

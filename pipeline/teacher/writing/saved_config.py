@@ -7,7 +7,8 @@ import json
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.models.loading import model_name
 from pipeline.options import CONFIG_FILE, flat, options_of
-from pipeline.teacher.cache_config import PROCESSES, CacheTeacherConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.writing.worker_config import PROCESSES
 
 NOT_SAVED = {"output", "overwrite", "trust_remote_code", "gen_keep_if"}
 

@@ -21,8 +21,8 @@ import torch
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.loading import resolve_device
-from pipeline.teacher.cache_config import WorkerConfig
 from pipeline.teacher.writing.tensor_parallel import Follower, Leader
+from pipeline.teacher.writing.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from pipeline.teacher.cache_config import CacheTeacherConfig

@@ -6,11 +6,8 @@ have all their checksums recomputed (`cache_samples.reseal`), so only the rules 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +18,13 @@ from cache_samples import (
     SHARD,
     SIDECAR,
     complaint,
-    contents,
     edit_json,
     forge_shard,
     reseal,
     seal_manifest,
-    several_samples,
     write_sample,
 )
+from forging import damaged, put, relist, swap_ids
 
 
 @pytest.fixture(scope="module")
@@ -241,22 +237,6 @@ def test_totals_that_agree_with_each_other_but_not_with_the_rows(path, key):
     assert f"{key} is" in complaint(path, cf.CorruptShardError)
 
 
-def relist(column: pa.ListArray, values: pa.Array, offsets: pa.Array | None = None) -> pa.Array:
-    offsets = column.offsets if offsets is None else offsets
-    return pa.ListArray.from_arrays(offsets, values, type=column.type)
-
-
-def put(name: str, index: int, value: int):
-    """Set one item of the flat values of a list column."""
-
-    def change(columns):
-        values = columns[name].values.to_numpy(zero_copy_only=False).copy()
-        values[index] = value
-        columns[name] = relist(columns[name], pa.array(values))
-
-    return change
-
-
 def shift_offsets(columns):
     offsets = columns["target_ids"].offsets.to_numpy().copy()
     offsets[1] -= 1
@@ -291,15 +271,6 @@ def null_entry(columns):
     column = columns["target_ids"]
     values = pa.array([None, *column.values.to_pylist()[1:]], pa.uint16())
     columns["target_ids"] = relist(column, values)
-
-
-def swap_ids(columns):
-    column = columns["target_ids"]
-    columns["target_ids"] = relist(column, column.values.take(_reversed(len(column.values))))
-
-
-def _reversed(length: int) -> pa.Array:
-    return pa.array(np.arange(length)[::-1])
 
 
 SHARD_LIES = {
@@ -337,105 +308,10 @@ def test_lying_shard(path, name):
     assert expected in message and "shard-00000.arrow" in message
 
 
-@pytest.fixture(scope="module")
-def original_with_samples(tmp_path_factory):
-    path = tmp_path_factory.mktemp("samples") / "cache"
-    write_sample(path, **several_samples())
-    return path
-
-
-def shift_sample_offsets(columns):
-    column = columns["sample_counts"]
-    offsets = column.offsets.to_numpy().copy()
-    offsets[1] -= 1
-    columns["sample_counts"] = relist(column, column.values, pa.array(offsets))
-
-
-def half_of_the_samples(columns):
-    column = columns["sample_counts"]
-    columns["sample_counts"] = relist(column, column.values, pa.array(column.offsets.to_numpy() // 3))
-
-
-SAMPLE_LIES = {
-    "count": (put("sample_counts", 0, 9), "row 0, position 0: sample counts that do not add up"),
-    "count that would wrap": (put("sample_counts", 1, 255), "sample counts that do not add up"),
-    "exact count": (put("exact_counts", 0, 0), "sample counts that do not add up"),
-    "offsets": (shift_sample_offsets, "sample_counts has not 3 numbers for each of input_ids"),
-    "length": (half_of_the_samples, "sample_counts has not 3 numbers for each of input_ids"),
-    "descending ids": (swap_ids, "expected ascending ids"),
-    "no samples": (lambda c: c.update(hidden_samples=c.pop("sample_counts")), "columns are not those"),
-    "type": (lambda c: c.update(sample_counts=c["row"]), "columns are not those"),
-}
-
-
-@pytest.mark.parametrize("name", SAMPLE_LIES)
-def test_lying_sample_counts(original_with_samples, tmp_path, name):
-    path = shutil.copytree(original_with_samples, tmp_path / "cache")
-    change, expected = SAMPLE_LIES[name]
-    forge_shard(path, change)
-    message = complaint(path, cf.CorruptShardError)
-    assert expected in message and "shard-00000.arrow" in message
-
-
-@pytest.mark.parametrize(
-    "samples, expected",
-    [
-        (2, "sample_counts has not 2 numbers"),
-        (4, "sample_counts has not 4 numbers"),
-        (1, "columns are not those"),
-        (None, "columns are not those"),
-        (256, "targets.samples is 256, expected a whole number, 1 to 255"),
-        (-1, "targets.samples is -1, expected"),
-        (10**30, "targets.samples is 1000000"),
-        ("three", "targets.samples is 'three', expected"),
-        ([3], "targets.samples is [3], expected"),
-        (float("nan"), "NaN is not JSON"),
-        (2.0, "targets.samples is 2.0, expected"),
-        (True, "targets.samples is True, expected"),
-    ],
-)
-def test_lying_number_of_samples(original_with_samples, tmp_path, samples, expected):
-    path = shutil.copytree(original_with_samples, tmp_path / "cache")
-    seal_manifest(path, lambda m: m["targets"].update(samples=samples))
-    assert expected in complaint(path)
-
-
 def test_samples_that_are_not_there(path):
     """Of a cache that has none."""
     seal_manifest(path, lambda m: m["targets"].update(samples=3))
     assert "columns are not those" in complaint(path, cf.CorruptShardError)
-
-
-def damaged(path: Path, part: str) -> Iterator[None]:
-    """150 times another byte of the first shard, in the header or the first record batch, under true checksums."""
-    good, rng = contents(path), np.random.default_rng(0)
-    sidecar = json.loads(good[SIDECAR])
-    span = sidecar["header"] if part == "header" else sidecar["record_batches"][0]
-    for _ in range(150):
-        data = bytearray(good[SHARD])
-        data[rng.integers(span["start"], span["stop"])] = rng.integers(256)
-        (path / SHARD).write_bytes(data)
-        # The ranges stay where they are: Arrow could not find them in damaged messages.
-        span["sha256"] = hashlib.sha256(data[span["start"] : span["stop"]]).hexdigest()
-        (path / SIDECAR).write_text(json.dumps(sidecar))
-        seal_manifest(path)
-        yield
-
-
-@pytest.mark.long
-def test_random_damage_to_sample_counts_never_crashes(original_with_samples, tmp_path):
-    path = shutil.copytree(original_with_samples, tmp_path / "cache")
-    outcomes = set()
-    for _ in damaged(path, "record batch"):
-        try:
-            row = cf.open_cache(path)[0]
-            for index in range(3):
-                row.targets.sample(index)
-            row.targets.merged()
-            outcomes.add("rows")
-        except cf.CacheError:
-            outcomes.add("error")
-    assert outcomes == {"rows", "error"}
 
 
 def test_columns_of_hidden_states_are_passed_over(path):

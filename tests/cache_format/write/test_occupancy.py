@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import cache_format as cf
-from cache_samples import sample_metadata, sample_row
+from cache_samples import contents, sample_metadata, sample_row
 
 
 def write_cache(path: Path, rows: int = 10, stop_after: int | None = None) -> None:
@@ -16,10 +16,6 @@ def write_cache(path: Path, rows: int = 10, stop_after: int | None = None) -> No
         writer.write([sample_row(i) for i in range(10)][:stop_after])
         if stop_after is not None:
             raise InterruptedError
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def test_nothing_and_an_empty_directory_are_writable(tmp_path: Path) -> None:

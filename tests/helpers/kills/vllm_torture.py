@@ -33,10 +33,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import cache_format as cf
 from benchmarks.measure import Result, Table, show, write
 from cache_format.storage.directory import is_temporary
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import english, tiny_tokenizer
 
 SEQ_LEN, ROWS_PER_SHARD, SENTENCES = 64, 16, 1000

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dense import tempered_mass
+from dense import distributions, entries_at, kl
 from head_sums import fused_sums, general_sums
 from pipeline.losses import (
     IGNORE_INDEX,
@@ -49,11 +49,6 @@ SPECS = (
 CASES = [(spec, tail) for spec in SPECS for tail in DivergenceSum.parse(spec).tails]
 
 FLOOR = 2.0**-23  # float32's epsilon, where the logarithm of a probability 0 is needed
-
-
-def kl(p: np.ndarray, q: np.ndarray) -> float:
-    there = p > 0
-    return float(np.sum(p[there] * np.log(p[there] / q[there])))
 
 
 def floored(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,11 +132,7 @@ def textbook(
         label = int(targets.labels[t])
         if label == IGNORE_INDEX:
             continue
-        count = int(targets.exact_counts[t])
-        logprobs = targets.logprobs[t, :count].double().numpy()
-        ids = targets.ids[t, :count].numpy()[logprobs > -np.inf]
-        p = np.exp(logprobs[logprobs > -np.inf])
-        m = float(np.exp(float(targets.residual_logprob[t])))
+        ids, p, m = entries_at(targets, t)
         for name, parameters, weight in terms(spec):
             if name in OF_ENTRIES:
                 value = OF_ENTRIES[name](np.log(p) / temperature, z[ids] / temperature)
@@ -150,28 +141,6 @@ def textbook(
                 value = OF_DISTRIBUTIONS[name](*sides, *parameters)
             losses[t] += weight * temperature ** (1 if name == "tvd" else 2) * value
     return losses
-
-
-def distributions(
-    z: np.ndarray, ids: np.ndarray, p: np.ndarray, m: float, label: int, power: float, tail: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Teacher and student as one position's policy shows them; of `label` over the whole vocabulary."""
-    q = np.exp(z - z.max())
-    q /= q.sum()
-    if tail == "renormalise":
-        teacher, student = p**power, q[ids] / q[ids].sum()
-    elif tail == "label":
-        teacher, student = np.zeros(len(z)), q
-        teacher[ids] = p
-        teacher[label] += m
-        teacher = teacher**power
-    else:
-        outside = np.setdiff1d(np.arange(len(z)), ids)
-        teacher = np.append(p**power, tempered_mass(m, max(1, len(outside)), p.min(initial=1.0), power))
-        student = np.append(q[ids], q[outside].sum())
-        if not len(outside):  # no such class
-            teacher, student = teacher[:-1], student[:-1]
-    return teacher / teacher.sum(), student
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

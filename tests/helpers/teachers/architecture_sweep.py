@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import cache_format as cf
 from cache_format.cache_errors import DistillError
 from pipeline.models.loading import config_fingerprint, load_model
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import train
 from tiny import english, write_jsonl
 from tiny_architectures import tiny_config

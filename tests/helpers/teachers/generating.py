@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 
 K = 16
 OF_CACHE = {"targets", "dtype", "batch_size", "rows_per_shard", "overwrite", "encoding"}

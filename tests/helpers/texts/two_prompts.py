@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 import cache_format as cf
 from dense import ROUNDING, check_row
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import completions, conversations, sentence, tiny_tokenizer, write_jsonl
 
 TOKENIZER = tiny_tokenizer(add_bos=True)

@@ -21,9 +21,11 @@ from pipeline.models.head import open_head
 from pipeline.student.data.dataset import CacheDataset, collate, states_in_loss
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss, HiddenStateMatching
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import SGD, Stop, build_cache, distance, log_history, train, weights
 from tiny import tiny_llama
 

@@ -19,8 +19,10 @@ from pipeline.student.model.hidden_state_matching import HiddenStateLoss, Hidden
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.forward import distillation_output
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import SGD, distance, log_history, train, weights
 from tiny import tiny_llama
 

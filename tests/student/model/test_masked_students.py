@@ -23,9 +23,10 @@ from pipeline.student.data.dataset import LocalShuffle
 from pipeline.student.model.layer_selection import keep_layers
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import english
 from tiny_masked import KINDS, VOCAB, masked_config, tiny_masked

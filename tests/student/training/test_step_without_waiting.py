@@ -20,7 +20,7 @@ from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.student.training.training_arguments import training_arguments
-from pipeline.teacher.cache_config import HiddenRule
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache
 from step_counts import Synchronisations, meta_as_a_gpu

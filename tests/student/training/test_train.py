@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import cache_format as cf
-import pipeline.student.training.train as train_module
+import pipeline.student.training.run_parts as run_parts
 from pipeline.errors import ConfigError, DivergedError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
@@ -244,11 +244,11 @@ def test_saved_student_is_a_plain_transformers_model(
     seen = []
 
     def load_student(*args: Any, **kwargs: Any):
-        seen.append(train_module_load(*args, **kwargs))
+        seen.append(load(*args, **kwargs))
         return seen[0]
 
-    train_module_load = train_module.load_student
-    monkeypatch.setattr(train_module, "load_student", load_student)
+    load = run_parts.load_student
+    monkeypatch.setattr(run_parts, "load_student", load_student)
     output = tmp_path / "student"
     arguments = {"max_grad_norm": 0.5}
     train(output, cache, student=student_dir, max_steps=3, learning_rate=1e-2, kd_weight=0.5, arguments=arguments)

@@ -20,7 +20,7 @@ from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import HiddenRule
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from runs import Stop, build_cache, distance, log_history, weights
 from tiny import conversations, english, tiny_llama, tiny_tokenizer, write_jsonl

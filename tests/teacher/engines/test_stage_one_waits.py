@@ -26,7 +26,7 @@ from pipeline.models.head import Head, open_head
 from pipeline.models.head_export import export_head
 from pipeline.models.isolation.mask_shortcuts import document_numbers, holds_packed
 from pipeline.models.padding import pad_rows
-from pipeline.teacher.engines import transformers_engine
+from pipeline.teacher.engines import forward_pass
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets.rules import TargetRule
@@ -146,7 +146,7 @@ def test_the_models_own_head_is_queued_too() -> None:
 
 
 def test_several_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_engine, "chunk_positions", lambda device, vocab_size: 7)
+    monkeypatch.setattr(forward_pass, "chunk_positions", lambda device, vocab_size: 7)
     cpu, rows, gpu = on_both(llama, RULES["threshold"], row_requests())
     assert gpu.synchronisations == [] and gpu.uploads == 3
     check_same(rows, cpu)
@@ -239,8 +239,8 @@ def test_only_16_bit_products_without_gradients_are_fp32() -> None:
 
 
 def test_chunks_on_a_gpu_have_a_size_in_bytes() -> None:
-    chunk = transformers_engine.chunk_positions
-    assert chunk(torch.device("cpu"), 128_256) == transformers_engine.CHUNK_POSITIONS == 256
+    chunk = forward_pass.chunk_positions
+    assert chunk(torch.device("cpu"), 128_256) == forward_pass.CHUNK_POSITIONS == 256
     assert [chunk(DEVICE, vocab_size) for vocab_size in (400, 32_000, 128_256, 262_144)] == [4096, 2048, 512, 256]
     assert chunk(DEVICE, 10**7) == 128
 

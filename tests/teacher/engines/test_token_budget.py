@@ -19,7 +19,7 @@ import cache_format as cf
 from generating import load
 from pipeline.errors import ConfigError
 from pipeline.models.head import Head, open_head
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines import transformers_engine
 from pipeline.teacher.engines.engine_config import tokens_per_pass
@@ -30,6 +30,7 @@ from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import TokenRow
 from pipeline.teacher.writing.shard_sizes import rows_together
 from tiny import completions, write_jsonl

@@ -14,6 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
+from cache_samples import contents
 from generating import K, answers_of, generate, load, logprobs_of, token_ids, write_predicates
 from pipeline.errors import ConfigError
 from pipeline.models import loading
@@ -21,7 +22,7 @@ from pipeline.models.paths import split_revision
 from pipeline.student.validation.loss_checks import loss_for_cache
 from pipeline.teacher.capture import Capture
 from pipeline.teacher.engines.answer_writer import AnswerWriter
-from pipeline.teacher.generation import answering, caching
+from pipeline.teacher.generation import caching
 from pipeline.teacher.generation import generate as generation
 from pipeline.teacher.generation.answer_store import AnswerStore
 from pipeline.teacher.targets.rules import TargetRule
@@ -30,7 +31,7 @@ from pipeline.teacher.verify_config import TeacherCheckConfig
 from runs import command as run
 from runs import train
 from sampled import threshold
-from tiny import completions, tiny_llama, tiny_tokenizer, write_jsonl
+from tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
 OPTIONS: dict[str, Any] = {"answers_per_prompt": 2, "max_new_tokens": 8, "batch_size": 4, "targets": threshold(0.05)}
 PROMPTS, PER_GROUP = 6, 4
@@ -40,29 +41,11 @@ class Killed(BaseException):
     pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_groups() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering, "LEAST_PER_GROUP", PER_GROUP)
-        patch.setattr(answering, "BATCHES_PER_GROUP", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    records = [{**record, "number": i} for i, record in enumerate(completions(PROMPTS))]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "prompts.jsonl", records)
-
-
 @pytest.fixture(scope="module")
 def cache(teacher_dir: Path, student_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("caches") / "cache"
     generate(teacher_dir, data, output, writer=str(student_dir), **OPTIONS, rows_per_shard=4)
     return output
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from cache_format.write import unfinished
+from cache_samples import contents
 from generating import K, answers_of, generate, token_ids, write_predicates
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.engines.answer_writer import AnswerWriter
@@ -24,7 +25,6 @@ from pipeline.teacher.generation.answer_store import AnswerStore
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache
 from runs import command as run
-from tiny import completions, write_jsonl
 
 ANSWERS = {"answers_per_prompt": 3, "max_new_tokens": 8, "batch_size": 4, "temperature": 1.3}
 PROMPTS, PER_GROUP = 8, 6  # answers to two prompts, in two batches
@@ -34,28 +34,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_groups() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering, "LEAST_PER_GROUP", PER_GROUP)
-        patch.setattr(answering, "BATCHES_PER_GROUP", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts with reference answers and a number."""
-    records = [{**record, "number": i} for i, record in enumerate(completions(PROMPTS))]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "prompts.jsonl", records)
-
-
 @pytest.fixture(scope="module")
 def predicates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_predicates(tmp_path_factory.mktemp("predicates") / "judge.py")
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -16,13 +16,15 @@ import cache_format as cf
 from cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets import hidden_states as hidden
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.hidden_states import chosen, predicted_bytes, quantised
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import tiny_llama
 
 LAYERS, WIDTH = 2, 32  # of the teachers

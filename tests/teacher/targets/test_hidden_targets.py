@@ -24,11 +24,11 @@ from pipeline.models import head_export as export_module
 from pipeline.models.head import open_head
 from pipeline.models.head_export import HeadExport, export_head
 from pipeline.models.teacher_head import TeacherHead
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.engines.transformers_engine import TransformersEngine
+from pipeline.teacher.engines.forward_pass import ForwardPass
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.progress import CaptureProgress
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.hidden_states import predicted_bytes, quantised
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import verify_against_teacher
@@ -195,7 +195,7 @@ def state_before_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden, found = self.head.states([1, 2], *inputs)
         return hidden, {2: found[1]}
 
-    monkeypatch.setattr(TransformersEngine, "layer_states", states)
+    monkeypatch.setattr(ForwardPass, "layer_states", states)
 
 
 def one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden = self.head.hidden_states(*inputs)
         return hidden, {2: hidden.roll(1, 1)}
 
-    monkeypatch.setattr(TransformersEngine, "layer_states", states)
+    monkeypatch.setattr(ForwardPass, "layer_states", states)
 
 
 def head_of_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

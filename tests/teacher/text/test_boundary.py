@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import datasets
 import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import build_corpus
 from tiny import BOS, completions, conversations, tiny_sentencepiece, tiny_tokenizer
 from tiny_masked import wordpiece_tokenizer
 
 COUNT, ONLY_EOS = "documents_with_split_tokens", "documents_with_only_eos"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def byte_level(*, trim_offsets: bool) -> PreTrainedTokenizerFast:

@@ -17,19 +17,15 @@ from transformers import PreTrainedTokenizerFast
 import cache_format as cf
 from chat_templates import FORMATS
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.text import given_rows
 from pipeline.teacher.text.chat import arguments
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.prompts import open_prompts
+from pipeline.teacher.text.reading import given_rows
 from tiny import tiny_llama, write_jsonl
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -139,7 +135,7 @@ def test_columns_of_json_are_parsed_exactly(tmp_path: Path, qwen: PreTrainedToke
 
 
 def test_tools_may_begin_late(tmp_path: Path, qwen: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.teacher.text.records._ROWS_LOOKED_AT", 1)
+    monkeypatch.setattr("pipeline.teacher.text.reading.records._ROWS_LOOKED_AT", 1)
     rows = [chat("a", "b"), chat("a", "b", tools=TOOLS[0])]
     assert tokens(write_jsonl(tmp_path / "rows.jsonl", rows), qwen) == applied(rows, qwen)
 

@@ -6,25 +6,19 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chat_templates import FORMATS
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.chat.arguments import open_template
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import encode
 from pipeline.teacher.text.formats.examples import Columns, read_examples
 from pipeline.teacher.text.prompts import open_prompts
 from tiny import write_jsonl
 
 DATE = "2026-03-01"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def user(text: Any) -> dict[str, Any]:

@@ -1,254 +1,22 @@
-"""Text in every format to tokens and loss mask, and one clear line for bad input."""
+"""Text to tokens: special tokens, and which tokens are in the loss."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, DataError, DistillError, ModelError
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import encoding
-from pipeline.teacher.text.corpus import Documents, tokenise_documents
+from pipeline.teacher.text.corpus import tokenise_documents
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import BOS, CHAT_TEMPLATE, EOS, tiny_tokenizer, write_jsonl
-
-TEXTS = ["The first text.", "A second one,\nof two lines.", "Dritter Text: Äpfel."]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def texts(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [tokenizer.decode(row["input_ids"]) for row in documents.tokens]
-
-
-def learned(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
-    """The text of each run of loss tokens, per document."""
-    result = []
-    for row in documents.tokens:
-        ids, targets = np.array(row["input_ids"], dtype=int), np.array(row["is_target"], dtype=bool)
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], targets, [0]])))
-        result.append([tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)])
-    return result
-
-
-def jsonl(tmp_path: Path, *records: Any) -> str:
-    return str(write_jsonl(tmp_path / "data.jsonl", records))
-
-
-# ---- file formats
-
-
-def write_jsonl_file(path: Path) -> None:
-    write_jsonl(path, [{"text": text} for text in TEXTS])
-
-
-def write_gzip(writer: Callable[[Path], None]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        plain = path.with_suffix("")
-        writer(plain)
-        path.write_bytes(gzip.compress(plain.read_bytes()))
-        plain.unlink()
-
-    return write
-
-
-def write_json(path: Path) -> None:
-    path.write_text(json.dumps([{"text": text, "id": i} for i, text in enumerate(TEXTS)]))
-
-
-def write_separated(separator: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        rows = [f'{i}{separator}"{text}"' for i, text in enumerate(TEXTS)]
-        path.write_text("\n".join([f"id{separator}text", *rows]) + "\n", encoding="utf-8")
-
-    return write
-
-
-def write_parquet(path: Path) -> None:
-    pq.write_table(pa.table({"text": TEXTS}), path)
-
-
-def write_arrow_file(path: Path) -> None:
-    table = pa.table({"text": TEXTS})
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table)
-
-
-def write_arrow_stream(path: Path) -> None:
-    table = pa.table({"text": TEXTS})
-    with pa.ipc.new_stream(path, table.schema) as writer:
-        writer.write_table(table)
-
-
-def write_folder(path: Path) -> None:
-    path.mkdir()
-    for i, text in enumerate(TEXTS):
-        (path / f"{i}.txt").write_text(text, encoding="utf-8")
-    (path / "README.md").write_text("not text of the corpus")
-    (path / ".hidden.txt").write_text("nor this")
-
-
-def write_saved(path: Path) -> None:
-    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(path))
-
-
-def write_saved_splits(path: Path) -> None:
-    train, test = (datasets.Dataset.from_dict({"text": t}) for t in (TEXTS, ["other"]))
-    datasets.DatasetDict(train=train, test=test).save_to_disk(str(path))
-
-
-@pytest.mark.parametrize(
-    "name, write",
-    [
-        ("a.jsonl", write_jsonl_file),
-        ("a.jsonl.gz", write_gzip(write_jsonl_file)),
-        ("a.json", write_json),
-        ("a.csv", write_separated(",")),
-        ("a.csv.gz", write_gzip(write_separated(","))),
-        ("a.tsv", write_separated("\t")),
-        ("a.parquet", write_parquet),
-        ("a.arrow", write_arrow_file),
-        ("stream.arrow", write_arrow_stream),
-        ("A.JSONL", write_jsonl_file),
-        ("odd [1] name*.jsonl", write_jsonl_file),
-        ("folder", write_folder),
-        ("saved", write_saved),
-        ("splits", write_saved_splits),
-    ],
-)
-def test_every_format_gives_the_same_documents(
-    tmp_path: Path,
-    name: str,
-    write: Callable[[Path], None],
-    tokenizer: PreTrainedTokenizerFast,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    write(tmp_path / name)
-    capfd.readouterr()
-    documents = tokenise_documents(DataConfig(data=str(tmp_path / name)), tokenizer)
-    assert texts(documents, tokenizer) == [text + EOS for text in TEXTS]
-    assert learned(documents, tokenizer) == [[text + EOS] for text in TEXTS]
-    assert documents.columns.format == "text" and documents.loss_on == "all"
-    assert documents.source.ignored_files == (name == "folder")
-    assert capfd.readouterr() == ("", "")  # the pipeline never prints
-    assert not datasets.are_progress_bars_disabled()
-
-
-@pytest.mark.parametrize(
-    "sample_by, expected",
-    [
-        ("document", ["One.\nTwo.\n\nThree.\n" + EOS]),
-        ("paragraph", ["One.\nTwo." + EOS, "Three.\n" + EOS]),
-        ("line", ["One." + EOS, "Two." + EOS, "", "Three." + EOS]),  # an empty document
-    ],
-)
-def test_what_is_a_document_of_a_text_file(
-    tmp_path: Path, sample_by: Any, expected: list[str], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    for name, data in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
-        (tmp_path / name).write_bytes(data(b"One.\nTwo.\n\nThree.\n"))
-        config = DataConfig(data=str(tmp_path / name), sample_by=sample_by)
-        assert texts(tokenise_documents(config, tokenizer), tokenizer) == expected
-
-
-def test_patterns_are_read_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    for part in ("b", "a", "c"):
-        (tmp_path / f"{part}.txt").write_text(part)
-    (tmp_path / "d.other").write_text("d")
-    documents = tokenise_documents(DataConfig(data=str(tmp_path / "[ab].txt")), tokenizer)
-    assert texts(documents, tokenizer) == ["a" + EOS, "b" + EOS]
-    assert [path.name for path in documents.source.files] == ["a.txt", "b.txt"]
-
-
-def test_changed_file_is_read_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Also with .gz, which `datasets` could have unpacked into a cache by name."""
-    for name, data in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
-        for text in ("before", "after."):
-            (tmp_path / name).write_bytes(data(text.encode()))
-            documents = tokenise_documents(DataConfig(data=str(tmp_path / name)), tokenizer)
-            assert texts(documents, tokenizer) == [text + EOS]
-
-
-def test_second_run_does_not_tokenise_again(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = DataConfig(data=jsonl(tmp_path, {"text": "once"}))
-    first = texts(tokenise_documents(config, tokenizer), tokenizer)
-    monkeypatch.setattr(encoding, "encode", None)
-    assert texts(tokenise_documents(config, tokenizer), tokenizer) == first
-    # Whatever could change the tokens makes it tokenise again.
-    for other, tok in (
-        (DataConfig(data=config.data, append_eos=False), tokenizer),
-        (config, tiny_tokenizer(seed=1)),
-    ):
-        with pytest.raises(TypeError, match="NoneType"):
-            tokenise_documents(other, tok)
-
-
-def test_users_folder_is_left_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    write_saved(tmp_path / "saved")
-    before = sorted((tmp_path / "saved").iterdir())
-    tokenise_documents(DataConfig(data=str(tmp_path / "saved")), tokenizer)
-    assert sorted((tmp_path / "saved").iterdir()) == before
-
-
-# ---- columns
-
-
-@pytest.mark.parametrize(
-    "record, text_column, expected",
-    [
-        ({"text": "T", "body": "B"}, None, ("text", ("text",))),
-        ({"text": "T", "body": "B"}, "body", ("text", ("body",))),
-        ({"id": 3, "body": "B"}, None, ("text", ("body",))),
-        ({"text": "T", "messages": [{"role": "user", "content": "U"}]}, None, ("messages",) * 2),
-        (
-            {"text": "T", "chat": [{"role": "user", "content": "U"}]},
-            "chat",
-            ("messages", ("chat",)),
-        ),
-        (
-            {"text": "T", "prompt": "P", "completion": "C"},
-            None,
-            ("prompt-completion", ("prompt", "completion")),
-        ),
-    ],
-)
-def test_columns_are_found_by_name(
-    tmp_path: Path,
-    record: dict[str, Any],
-    text_column: str | None,
-    expected: tuple[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    config = DataConfig(data=jsonl(tmp_path, record), text_column=text_column)
-    columns = tokenise_documents(config, tokenizer).columns
-    format, names = expected
-    assert columns.format == format and columns.names == ((names,) if names == format else names)
-
-
-def test_na_and_null_in_a_csv_are_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """pandas would read NA, None and null as missing; only an empty cell is."""
-    (tmp_path / "a.csv").write_text("id,text\n1,NA\n2,None\n3,\n4,null\n")
-    documents = tokenise_documents(DataConfig(data=str(tmp_path / "a.csv")), tokenizer)
-    assert texts(documents, tokenizer) == ["NA" + EOS, "None" + EOS, "", "null" + EOS]
-
-
-# ---- special tokens
+from tiny_corpora import CHAT, jsonl, learned, texts
 
 
 def test_text_gets_the_tokenizers_special_tokens_and_one_eos(tmp_path: Path) -> None:
@@ -280,15 +48,6 @@ def test_conversations_get_only_the_templates_special_tokens(tmp_path: Path) -> 
     assert texts(documents, tokenizer) == ["<|im_start|>user\nHi<|im_end|>\n"]
 
 
-# ---- which tokens are in the loss
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "2 + 2?"},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": "And 3 + 3?"},
-    {"role": "assistant", "content": "  Six!\n"},
-]
 GENERATION_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -457,150 +216,7 @@ def test_long_text_is_tokenised_in_blocks_without_loss(
     assert documents.tokens[0]["input_ids"][:cut] == whole["input_ids"][0][:cut]
 
 
-# ---- bad input
-
-
-def bad(tmp_path: Path, name: str, contents: bytes | str = b"", **config: Any) -> DataConfig:
-    contents = contents.encode() if isinstance(contents, str) else contents
-    (tmp_path / name).write_bytes(contents)
-    return DataConfig(data=str(tmp_path / name), **config)
-
-
-MESSAGES = '{"messages": [{"role": "user", "content": "a"}]}\n'
-BAD_FILES = [
-    ("empty.txt", "", {}, "is empty"),
-    ("empty.jsonl", "", {}, "is empty"),
-    ("header.csv", "text\n", {}, "no rows in it"),
-    ("broken.jsonl", '{"text": "a"}\n{"text": "b\n', {}, "broken.jsonl, line 2: invalid JSON"),
-    ("broken.json", '[{"text": "a"}, \n{"text": ', {}, "broken.json, line 2: invalid JSON"),
-    ("broken.parquet", "not parquet", {}, "cannot be read as parquet"),
-    ("broken.arrow", "not arrow", {}, "cannot be read as arrow"),
-    ("latin1.txt", b"a\n\xe4pfel", {}, "latin1.txt, line 2: found byte 0xe4 at position 0, expected UTF-8"),
-    ("latin1.jsonl", b'{"text": "a"}\n{"text": "\xe4"}\n', {}, "latin1.jsonl, line 2: found byte 0xe4 at position 10"),
-    ("latin1.csv", b"id,text\n1,a\n2,\xe4\n", {}, "latin1.csv, line 3: found byte 0xe4 at position 2"),
-    (
-        "half.jsonl",
-        '{"text": "a"}\n{"text": "\\ud83d"}\n',
-        {},
-        "line 2: found \\ud83d, half of a character",
-    ),
-    ("list.jsonl", '{"text": "a"}\n["b"]\n', {}, "list.jsonl, line 2: found list, expected an object"),
-    ("text.docx", "a", {}, "found extension .docx, expected one of .txt .jsonl"),
-    ("noextension", "a", {}, "found extension none"),
-    ("a.csv", "id,body,title\n1,b,t\n", {}, "found columns id, body, title, expected 'text'"),
-    ("a.csv", "id,body\n1,b\n", {"text_column": "boody"}, "no column 'boody', found id, body"),
-    ("a.csv", "id,body\n1,b\n", {"text_column": "id"}, "row 0, column 'id': found int"),
-    ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, "row 1, column 'text': found int, expected a"),
-    (
-        "a.jsonl",
-        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
-        {},
-        "row 1, column 'completion': found null, expected a string",
-    ),
-    (
-        "a.jsonl",
-        '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}\n',
-        {},
-        "row 0, column 'completion': found str, expected a list of messages",
-    ),
-    (
-        "a.jsonl",
-        MESSAGES + '{"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}\n',
-        {},
-        "row 1, column 'messages', message 1 (user): found null, expected a string as content",
-    ),
-    (
-        "a.jsonl",
-        '{"messages": [{"from": "user", "value": "a"}]}\n',
-        {},
-        "row 0, column 'messages', message 0: found keys from, value, expected a string 'role'",
-    ),
-    ("a.jsonl", MESSAGES + '{"messages": "a"}\n', {}, "row 1, column 'messages': found str"),
-    ("a.jsonl", '{"messages": ["a"]}\n', {}, "row 0, column 'messages', message 0: found str"),
-    ("a.txt", "a", {"split": "validation"}, "no split 'validation', expected 'train'"),
-]
-
-
-@pytest.mark.parametrize("name, contents, config, expected", BAD_FILES)
-def test_bad_file_is_one_clear_line(
-    tmp_path: Path,
-    name: str,
-    contents: bytes | str,
-    config: dict[str, Any],
-    expected: str,
-    tokenizer: PreTrainedTokenizerFast,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
-    with pytest.raises(DataError) as error:
-        tokenise_documents(bad(tmp_path, name, contents, **config), tokenizer)
-    message = str(error.value)
-    assert expected in message
-    assert str(tmp_path / name) in message  # where
-    assert message.endswith(".") and "\n" not in message  # one line, ending in the next step
-    assert capfd.readouterr() == ("", "") and not caplog.records
-
-
-def test_null_keys_of_messages_are_absent_keys(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A tool call needs no content; the null key that Arrow gives every message is not a tool call."""
-    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
-    messages = [call, {"role": "user"}]
-    pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"message 1 \(user\): found null, expected a string"):
-        tokenise_documents(DataConfig(data=str(tmp_path / "a.parquet")), tokenizer)
-
-
-@pytest.mark.parametrize(
-    "data, expected",
-    [
-        ("missing.jsonl", "no such file"),
-        ("missing.txt.gz", "no such file"),
-        ("./missing", "no such file"),
-        ("/missing", "no such file"),
-        ("~/missing-folder", "no such file"),
-        ("some/deep/missing", "no such file"),
-        ("missing-*.txt", "no file matches"),
-        ("owner/no-such-dataset", "neither a local file or directory nor a dataset that the hub"),
-        ("no-such-dataset", "neither a local file or directory nor a dataset that the hub"),
-    ],
-)
-def test_missing_data(
-    data: str, expected: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    load = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **k: asked.append(name) or load(name, *a, **k))
-    with pytest.raises(DataError) as error:
-        tokenise_documents(DataConfig(data=data), tokenizer)
-    assert str(error.value).startswith(data) and expected in str(error.value)
-    # A name that can only be a local path is never looked up on the hub.
-    assert asked == ([data] if "hub" in expected else [])
-
-
-def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="no text among the 0 files"):
-        tokenise_documents(DataConfig(data=str(tmp_path)), tokenizer)
-    (tmp_path / "a.txt").write_text("a")
-    write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
-    with pytest.raises(DataError, match="found json, text files together"):
-        tokenise_documents(DataConfig(data=str(tmp_path)), tokenizer)
-    write_saved_splits(tmp_path / "splits")
-    with pytest.raises(DataError, match="no split 'dev', found train, test"):
-        tokenise_documents(DataConfig(data=str(tmp_path / "splits"), split="dev"), tokenizer)
-    write_saved(tmp_path / "saved")
-    with pytest.raises(DataError, match="no split 'dev', found a single dataset"):
-        tokenise_documents(DataConfig(data=str(tmp_path / "saved"), split="dev"), tokenizer)
-    next((tmp_path / "saved").glob("data-*.arrow")).write_bytes(b"damaged")
-    with pytest.raises(DataError, match="cannot be read as a folder written by save_to_disk"):
-        tokenise_documents(DataConfig(data=str(tmp_path / "saved")), tokenizer)
-
-
-def test_error_of_another_process_arrives(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    data = jsonl(tmp_path, *[{"text": "a"}] * 5, {"text": 3})
-    with pytest.raises(DataError, match="row 5, column 'text': found int"):
-        tokenise_documents(DataConfig(data=data, num_proc=2), tokenizer)
+# ---- what does not go together
 
 
 def test_loss_must_go_with_the_format(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -644,7 +260,7 @@ def test_template_that_rejects_a_conversation(tmp_path: Path) -> None:
 def test_config_is_checked(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ConfigError, match=f"`{name}` .*: expected"):
-        DataConfig(data="a.txt", **options).check()
+        DataConfig(data="a.txt", **options)
 
 
 def test_errors_have_one_root() -> None:

@@ -9,8 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, DataError, ModelError
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.targets.philox import uniforms
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus, cut_windows
 from pipeline.teacher.text.masked.masking import Masker
 from tiny import completions, english, write_jsonl

@@ -16,21 +16,16 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing
 from pipeline.teacher.text.corpus import Columns, Documents
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import RowPlan, TokenCorpus, build_corpus, plan_rows
-from pipeline.teacher.text.sources import Source
+from pipeline.teacher.text.reading.sources import Source
 from pipeline.teacher.text.windows import cut_documents
 from tiny import EOS, english, write_jsonl
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40).map(np.array)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def corpus_of(*documents: tuple[list[int], list[int]], **config: Any) -> TokenCorpus:

@@ -8,24 +8,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
 from pipeline.teacher.text import packing, windows
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.masked import masked_corpus
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, add_row_to, build_corpus
 from tiny import completions, english, tiny_tokenizer, write_jsonl
 from tiny_masked import wordpiece_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "distill"
 
 
 def by_definition(corpus: Any) -> str:
@@ -75,7 +69,7 @@ def count(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[None]:
 
 
 def test_it_is_computed_once_for_the_same_rows(
-    tmp_path: Path, cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenised_cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ):
     text = tmp_path / "text.txt"
     text.write_text(english(30))
@@ -101,19 +95,19 @@ def test_it_is_computed_once_for_the_same_rows(
     assert asked(6) == first  # another file by its time
     assert asked(6) == first
     # The stored value is of another text: another time or size, or a damaged record.
-    (record,) = [path for path in cache.glob("*.json") if by_definition_in(path) == first][-1:]
-    for tokens in cache.glob("*.arrow"):
+    (record,) = [path for path in tokenised_cache.glob("*.json") if by_definition_in(path) == first][-1:]
+    for tokens in tokenised_cache.glob("*.arrow"):
         os.utime(tokens, (1, 1))
     asked(7)
     for i, damage in enumerate(
         (b"", b"{}", b"[]", record.read_bytes()[:-9], record.read_bytes().replace(b".arrow", b""))
     ):
-        for path in cache.glob("*.json"):
+        for path in tokenised_cache.glob("*.json"):
             path.write_bytes(damage)
         assert asked(8 + i) == first
     monkeypatch.setattr(packing, "__file__", str(text))  # other code
     asked(13)
-    assert not (cache / "claims").exists()
+    assert not (tokenised_cache / "claims").exists()
 
 
 def by_definition_in(record: Path) -> str:

@@ -17,22 +17,19 @@ from transformers import AutoModelForCausalLM
 import cache_format as cf
 from dense import check_row, document_logprobs
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, MaskRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 from tiny import completions, tiny_llama, tiny_tokenizer, write_jsonl
 
 TOKENIZER = tiny_tokenizer(add_bos=True)  # which must not add it here
 BOS = TOKENIZER.bos_token_id
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def rows_of(number: int = 6) -> list[dict[str, Any]]:

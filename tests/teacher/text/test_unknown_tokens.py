@@ -15,12 +15,14 @@ from pipeline.errors import DataError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, MaskRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.plan import plan_cache
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from runs import build_cache, train
 from tiny import english, tiny_llama, tiny_tokenizer, write_jsonl
 from tiny_masked import tiny_masked, tokenizer_of

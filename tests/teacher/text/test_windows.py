@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import corpus as corpus_module
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
 from pipeline.teacher.text.windows import cut_documents
@@ -23,11 +22,6 @@ from tiny import completions, conversations, english, tiny_sentencepiece, tiny_t
 from tiny_masked import wordpiece_tokenizer
 
 LONG = english(12).replace("\n", " ").strip()
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(params=["byte-level", "sentencepiece"])

@@ -12,8 +12,8 @@ import torch
 from full_runs import build_full
 from generating import generate
 from masked_runs import settings
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import Comparison, TeacherCheck, verify_against_teacher
 from pipeline.teacher.verification.criterion import CAPS

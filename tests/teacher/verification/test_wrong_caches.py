@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import cache_format as cf
 from full_runs import build_full
 from masked_runs import settings
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import TeacherCheck, verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig

@@ -9,6 +9,7 @@ import pytest
 
 import cache_format as cf
 from cache_format.write.unfinished import UnfinishedCache
+from cache_samples import contents
 from generating import generate
 from runs import build_cache
 from tiny import completions, write_jsonl
@@ -49,7 +50,3 @@ def test_a_finished_cache_has_it_even_if_its_run_was_killed(
     assert ("manifest.json" in found) is manifest_written
     assert run(tmp_path / "killed") == whole
     cf.verify_cache(tmp_path / "killed")
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}

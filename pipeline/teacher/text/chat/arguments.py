@@ -16,10 +16,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import DataConfig, check_template_arguments
 from pipeline.teacher.text.chat.messages import wrong_type
 from pipeline.teacher.text.chat.template import ChatTemplate
-from pipeline.teacher.text.sources import Source
+from pipeline.teacher.text.data_config import DataConfig, check_template_arguments
+from pipeline.teacher.text.reading.sources import Source
 
 COLUMNS = ("tools", "documents", "chat_template_kwargs")
 _REASONING = ("reasoning_content", "reasoning", "thinking")

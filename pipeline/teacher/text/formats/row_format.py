@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import DataConfig
 from pipeline.teacher.text.chat import arguments
-from pipeline.teacher.text.sources import Source
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.reading.sources import Source
 
 IDS, TEACHER_IDS = "input_ids", "teacher_input_ids"
 LABELS, SPANS = "labels", "loss_spans"

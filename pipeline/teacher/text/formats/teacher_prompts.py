@@ -26,7 +26,7 @@ import datasets
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.teacher.cache_config import DataConfig
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Tokens
 from pipeline.teacher.text.formats.row_format import Columns
 from pipeline.teacher.text.windows import DocumentTokens, Pieces

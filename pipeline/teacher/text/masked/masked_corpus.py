@@ -22,13 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.objective import Objective
-from pipeline.teacher.cache_config import DataConfig, MaskRule
 from pipeline.teacher.text import encoding, packing, windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
-from pipeline.teacher.text.data_paths import data_name
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.masked import masking
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masking import Masker
 from pipeline.teacher.text.packing import TokenRow, add_row_to, describe, format_counts
+from pipeline.teacher.text.reading.data_paths import data_name
 from pipeline.teacher.text.token_stream import StreamFacts, load_or_compute
 from pipeline.teacher.text.windows import DocumentTokens, Pieces
 

@@ -23,8 +23,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ModelError
-from pipeline.teacher.cache_config import MaskRule
 from pipeline.teacher.targets.philox import uniforms
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 
 STREAM = 1  # of random numbers; tail sampling uses 0
 

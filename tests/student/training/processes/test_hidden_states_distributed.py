@@ -10,9 +10,11 @@ import pytest
 from safetensors.torch import load_file
 from test_distributed import WORKER
 
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import SGD, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, write_jsonl
 

@@ -16,22 +16,19 @@ from fake_apis import FakeHosted
 from fake_servers import MODEL, Faults
 from generating import load, logprobs_of
 from pipeline.errors import DataError, DistillError, ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
-from pipeline.teacher.engines.server import http_client
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.server.token_names import TokenNames
 from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import command
 from tiny import tiny_sentencepiece, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 FAULTS = ("dropped connection", "429 with Retry-After", "500", "truncated JSON", "malformed JSON", "another object")
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.001)
 
 
 def generate(server: FakeHosted, tokenizer: Path, data: Path, output: Path, **options: Any) -> GenerationSummary:

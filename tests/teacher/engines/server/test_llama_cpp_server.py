@@ -10,35 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_server_answers import generate
-from test_server_engine import NUCLEUS, capture, same
+from test_server_engine import capture, each_text_and_rule, rows_here, same
 
 import cache_format as cf
 from fake_apis import FakeLlamaCpp
 from fake_servers import Faults
 from generating import load, logprobs_of
 from pipeline.errors import ConfigError, ModelError
-from pipeline.teacher.engines.server import http_client
 from pipeline.teacher.engines.server.http_client import UnusableAnswer
 from pipeline.teacher.engines.server.llama_cpp_dialect import GAP, _places
 from tiny import write_jsonl
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 FAULTS = ("dropped connection", "429 with Retry-After", "500", "truncated JSON", "malformed JSON", "another object")
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.001)
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Characters of several tokens each, alone, repeated, at the beginning and at the end."""
-    texts = ["東京東京 is 10°C", "ααα and ααα", "“far too small”", "plain words", "a 😀😀"]
-    return write_jsonl(tmp_path_factory.mktemp("text") / "letters.jsonl", [{"text": text} for text in texts])
-
-
-@pytest.mark.parametrize("data", ["text_file", "chat_file", "completion_file", "letters"])
-@pytest.mark.parametrize("options", [{}, {"targets": NUCLEUS, "all_positions": True}], ids=["top-k", "top-p, all"])
+@each_text_and_rule
 def test_rows_are_those_of_the_model_in_this_process(
     data: str,
     options: dict[str, Any],
@@ -48,9 +36,7 @@ def test_rows_are_those_of_the_model_in_this_process(
     request: pytest.FixtureRequest,
 ) -> None:
     path, of_data = request.getfixturevalue(data), {"max_documents": 5, "seq_len": 96}
-    capture(str(teacher_dir), teacher_dir, path, tmp_path / "here", of_data=of_data, **options)
-    expected = list(raw_rows)
-    raw_rows.clear()
+    expected = rows_here(raw_rows, teacher_dir, path, tmp_path, of_data=of_data, **options)
     with FakeLlamaCpp(teacher_dir, faults=Faults(0.1, kinds=FAULTS)) as server:
         capture(server.url, teacher_dir, path, tmp_path / "there", of_data=of_data, **options)
     same(raw_rows, expected)

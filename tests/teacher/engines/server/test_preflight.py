@@ -12,21 +12,18 @@ import pytest
 
 from fake_servers import MODEL, FakeServer
 from pipeline.errors import ConfigError, ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.engines.server import http_client
 from pipeline.teacher.engines.server.server_config import ServerConfig, server_root
 from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import command
 from tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 KINDS = ("vllm", "sglang")
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.001)
 
 
 Answer = dict[str, Any]

@@ -13,10 +13,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from test_server_engine import NUCLEUS, capture, same_entries
+from test_server_engine import capture, each_text_and_rule, rows_here, same_entries
 
 import cache_format as cf
-from tiny import write_jsonl
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 
@@ -55,8 +54,7 @@ def _is_ready(port: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("data", ["text_file", "chat_file", "completion_file", "letters"])
-@pytest.mark.parametrize("options", [{}, {"targets": NUCLEUS, "all_positions": True}], ids=["top-k", "top-p, all"])
+@each_text_and_rule
 def test_log_probabilities_are_those_of_transformers(
     data: str,
     options: dict[str, Any],
@@ -67,15 +65,7 @@ def test_log_probabilities_are_those_of_transformers(
     request: pytest.FixtureRequest,
 ) -> None:
     path, of_data = request.getfixturevalue(data), {"max_documents": 6, "seq_len": 128}
-    capture(str(teacher_dir), teacher_dir, path, tmp_path / "here", of_data=of_data, **options)
-    expected = list(raw_rows)
-    raw_rows.clear()
+    expected = rows_here(raw_rows, teacher_dir, path, tmp_path, of_data=of_data, **options)
     capture(url, teacher_dir, path, tmp_path / "there", of_data=of_data, **options)
     same_entries(raw_rows, expected, atol=1e-3)
     assert cf.open_cache(tmp_path / "there").metadata.capture["server"] == "llama.cpp"
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    texts = ["東京東京 is 10°C", "ααα and ααα", "“far too small”", "plain words", "a 😀😀"]
-    return write_jsonl(tmp_path_factory.mktemp("text") / "letters.jsonl", [{"text": text} for text in texts])

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import cache_format as cf
 from benchmarks.servers import stop_server, vllm_server
 from pipeline.errors import ConfigError, ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import english
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(1800)]

@@ -12,20 +12,17 @@ import cache_format as cf
 from fake_servers import FakeServer, Faults
 from generating import load, logprobs_of
 from pipeline.errors import ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
-from pipeline.teacher.engines.server import http_client
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import write_jsonl
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 KINDS = ("vllm", "sglang")
 V = 400
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(scope="module")

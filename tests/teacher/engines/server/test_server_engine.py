@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,18 @@ import pytest
 import cache_format as cf
 from fake_servers import FAULTS, MODEL, SLOW_S, FakeServer, Faults
 from pipeline.errors import ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
-from pipeline.teacher.engines.server import http_client
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.progress import CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import english
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 KINDS = ("vllm", "sglang")
 TOP, NUCLEUS = TargetRule(top_k=8), TargetRule(kind="top-p", top_p=0.4, max_entries=24)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_WAIT_S", 0.001)
 
 
 def capture(teacher: str, tokenizer: Path, data: Path, output: Path, **options: Any) -> CaptureSummary:
@@ -43,6 +41,24 @@ def capture(teacher: str, tokenizer: Path, data: Path, output: Path, **options: 
         **options,
     )
     return cache_teacher(config, **callbacks)
+
+
+def each_text_and_rule(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of a whole server: each kind of text, by fixture, with each kind of targets that a server gives."""
+    rules = [{}, {"targets": NUCLEUS, "all_positions": True}]
+    test = pytest.mark.parametrize("options", rules, ids=["top-k", "top-p, all"])(test)
+    return pytest.mark.parametrize("data", ["text_file", "chat_file", "completion_file", "letters"])(test)
+
+
+def rows_here(
+    raw_rows: list[cf.CacheRow], teacher: Path, data: Path, folder: Path, **options: Any
+) -> list[cf.CacheRow]:
+    """The rows of the same cache made in this process."""
+    raw_rows.clear()
+    capture(str(teacher), teacher, data, folder / "here", **options)
+    found = list(raw_rows)
+    raw_rows.clear()
+    return found
 
 
 def same_entries(rows: list[cf.CacheRow], expected: list[cf.CacheRow], atol: float) -> None:
@@ -76,9 +92,7 @@ def test_rows_are_those_of_the_model_in_this_process(
     tmp_path: Path,
     raw_rows: list[cf.CacheRow],
 ) -> None:
-    capture(str(teacher_dir), teacher_dir, text_file, tmp_path / "here", **options)
-    expected = list(raw_rows)
-    raw_rows.clear()
+    expected = rows_here(raw_rows, teacher_dir, text_file, tmp_path, **options)
     with FakeServer(teacher_dir, kind) as server:
         capture(server.url, teacher_dir, text_file, tmp_path / "there", server=ServerConfig(concurrency=3), **options)
     same(raw_rows, expected)
@@ -95,9 +109,7 @@ def test_a_cache_of_answers_sends_no_more_than_it_stores(
     teacher_dir: Path, completion_file: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]
 ) -> None:
     """Targets are on the completions; what follows the last of them is not sent, padding never."""
-    capture(str(teacher_dir), teacher_dir, completion_file, tmp_path / "here")
-    expected = list(raw_rows)
-    raw_rows.clear()
+    expected = rows_here(raw_rows, teacher_dir, completion_file, tmp_path)
     with FakeServer(teacher_dir, "vllm") as server:
         capture(server.url, teacher_dir, completion_file, tmp_path / "there")
     same(raw_rows, expected)
@@ -155,9 +167,7 @@ def test_an_interrupted_run_is_continued_on_a_server_that_started_again_elsewher
 def check_with_faults(kind: str, faults: Faults, teacher: Path, data: Path, tmp_path: Path, raw_rows: Any) -> None:
     """Nothing is lost, nothing twice."""
     of_data = {"seq_len": 32, "packing": False, "max_documents": None}
-    capture(str(teacher), teacher, data, tmp_path / "here", of_data=of_data)
-    expected = list(raw_rows)
-    raw_rows.clear()
+    expected = rows_here(raw_rows, teacher, data, tmp_path, of_data=of_data)
     with FakeServer(teacher, kind, faults=faults) as server:
         capture(server.url, teacher, data, tmp_path / "there", of_data=of_data)
     same(raw_rows, expected)

@@ -26,7 +26,7 @@ from transformers import (
 import cache_format as cf
 from generating import load, logprobs_of
 from pipeline.errors import ConfigError, ModelError
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, HiddenRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.engines.interface import RowRequest
@@ -37,7 +37,9 @@ from pipeline.teacher.generation.answers import AnswerSettings, Request
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.plan import plan_cache
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.packing import TokenRow
 from pipeline.teacher.verification import verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig

@@ -10,11 +10,12 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
 from pipeline.errors import ConfigError
 from pipeline.teacher import opening
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.engines.vllm import vllm_opening
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary
+from pipeline.teacher.text.data_config import DataConfig
 from tiny import LONGROPE
 
 PHI3 = Phi3Config(hidden_size=32, num_attention_heads=2, original_max_position_embeddings=32, rope_parameters=LONGROPE)

@@ -27,9 +27,16 @@ import datasets
 import pyarrow as pa
 
 from pipeline.errors import DataError
-from pipeline.teacher.text.data_paths import EXTENSIONS, PathLike, data_name, extension, find_local, is_path_list
-from pipeline.teacher.text.given_rows import rows_dataset
-from pipeline.teacher.text.records import RecordReader, json_dataset, not_utf8, open_bytes, with_json_as_text
+from pipeline.teacher.text.reading.data_paths import (
+    EXTENSIONS,
+    PathLike,
+    data_name,
+    extension,
+    find_local,
+    is_path_list,
+)
+from pipeline.teacher.text.reading.given_rows import rows_dataset
+from pipeline.teacher.text.reading.records import RecordReader, json_dataset, not_utf8, open_bytes, with_json_as_text
 
 Data: TypeAlias = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
 

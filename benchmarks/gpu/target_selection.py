@@ -1,21 +1,19 @@
-"""Selection of targets from logits alone, for `benchmarks.gpu`: by the Triton kernels and by plain torch."""
+"""Selection of targets from logits alone, by the Triton kernels and by plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
 from benchmarks.counted_kernels import plain_torch
+from benchmarks.gpu.bench import Bench
 from benchmarks.measure import Table, Value
 from pipeline.models.devices import kernels
-from pipeline.teacher.engines.transformers_engine import chunk_positions
+from pipeline.teacher.engines.forward_pass import chunk_positions
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import sparse_targets
-
-if TYPE_CHECKING:
-    from benchmarks.gpu import Bench
 
 RULES = {"top-64": TargetRule(top_k=64), "threshold": TargetRule(), "random": TargetRule(kind="random")}
 

@@ -12,24 +12,20 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import DataError
-from pipeline.teacher.cache_config import DataConfig, MaskRule
-from pipeline.teacher.text import encoding, given_rows
+from pipeline.teacher.text import encoding
 from pipeline.teacher.text.corpus import tokenise_documents
-from pipeline.teacher.text.data_paths import data_name, local_paths
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import build_corpus
 from pipeline.teacher.text.prompts import open_prompts
-from pipeline.teacher.text.sources import load_source
+from pipeline.teacher.text.reading import given_rows
+from pipeline.teacher.text.reading.data_paths import data_name, local_paths
+from pipeline.teacher.text.reading.sources import load_source
 from tiny import EOS, english, write_jsonl
 from tiny_masked import wordpiece_tokenizer
 
 ROWS = [{"text": line} for line in english(30).splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "distill"
 
 
 def config(data: Any, **options: Any) -> DataConfig:
@@ -75,7 +71,7 @@ def test_given_rows_are_the_rows_of_a_file(
 
 
 def test_the_same_rows_are_tokenised_once(
-    cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tokenised_cache: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build_corpus(config(generator()), tokenizer)
     monkeypatch.setattr(encoding, "encode", None)
@@ -83,13 +79,13 @@ def test_the_same_rows_are_tokenised_once(
         corpus = build_corpus(config(again), tokenizer)
         assert corpus.token_stream_sha256 == first.token_stream_sha256
         assert corpus.description["files"] == first.description["files"]
-    assert len(list(cache.glob("rows-*"))) == 1
+    assert len(list(tokenised_cache.glob("rows-*"))) == 1
     with pytest.raises(TypeError, match="NoneType"):
         build_corpus(config([*ROWS, {"text": "one more"}]), tokenizer)
-    assert len(list(cache.glob("rows-*"))) == 2
+    assert len(list(tokenised_cache.glob("rows-*"))) == 2
 
 
-def test_several_batches_of_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_batches_of_rows(tokenised_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(given_rows, "_ROWS_PER_BATCH", 7)
     assert load(generator()) == ROWS
     monkeypatch.setattr(given_rows, "_ROWS_PER_BATCH", 1)
@@ -158,11 +154,13 @@ def test_splits_of_given_datasets() -> None:
         ([{"text": "a"}, {"text": 3}], "row 1, column 'text': found int"),
     ],
 )
-def test_rows_that_cannot_be_used(rows: Any, message: str, cache: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_that_cannot_be_used(
+    rows: Any, message: str, tokenised_cache: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(DataError, match=message) as error:
         build_corpus(config(rows), tokenizer)
     assert "\n" not in str(error.value)
-    assert not list(cache.glob("*.tmp"))
+    assert not list(tokenised_cache.glob("*.tmp"))
 
 
 def test_rows_that_differ_from_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,14 +172,14 @@ def test_rows_that_differ_from_the_first_batch(monkeypatch: pytest.MonkeyPatch) 
         load([{"n": 1}, {"n": 2}, {"n": "three"}])
 
 
-def test_an_error_of_the_generator_is_its_own(cache: Path) -> None:
+def test_an_error_of_the_generator_is_its_own(tokenised_cache: Path) -> None:
     def failing() -> Iterator[dict[str, str]]:
         yield {"text": "a"}
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         load(failing())
-    assert not list(cache.iterdir())
+    assert not list(tokenised_cache.iterdir())
 
 
 def test_a_generator_is_read_once() -> None:
