@@ -2,7 +2,8 @@
 
     python examples/compare_students.py --cache demo-output/caches/train --held-out demo-output/caches/heldout
 
-The students differ in `kd_weight`, the weight of the teacher's distributions in the loss. 0 is the baseline: text alone.
+The students differ in `kd_weight`, the weight of the teacher's distributions in the loss. 0 is the
+baseline: the text alone.
 """
 
 from __future__ import annotations
