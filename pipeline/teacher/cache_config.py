@@ -64,8 +64,8 @@ class DataConfig:
     )
     loss_on: Literal["auto", "all", "assistant", "completion", "labels"] = option(
         "auto",
-        help="Tokens in the loss. auto: all tokens of plain text, assistant messages in a chat, the completion of a "
-        "prompt, or what the labels or masks beside token ids say.",
+        help="Tokens in the loss. auto: all tokens of plain text, assistant messages of a chat, the completion of a "
+        "prompt, or the tokens that labels or masks mark among token ids.",
         group=TEXT,
     )
     turns: Literal["all", "last"] = option(
@@ -74,8 +74,8 @@ class DataConfig:
     # JSON on the command line; in Python and in a config file its contents.
     chat_template_kwargs: Any = option(
         None,
-        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. Columns of a "
-        "row win over them.",
+        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. A row's own "
+        "columns override them.",
         group=TEXT,
         metavar="JSON",
         table=True,
@@ -85,7 +85,7 @@ class DataConfig:
         help="Date for chat templates that print today's date.",
         group=TEXT,
         metavar="YYYY-MM-DD",
-        default_text="that of a cache already begun, else today",
+        default_text="the date of an unfinished cache, else today",
     )
     append_eos: bool | None = option(
         None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"
@@ -97,10 +97,10 @@ class DataConfig:
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
     teacher_seq_len: int | None = option(
         None,
-        help="Maximum number of tokens that the teacher reads for a row, in data with a prompt for the teacher.",
+        help="Maximum number of tokens that the teacher reads for a row, if the data have prompts for the teacher.",
         group=TEXT,
         minimum=2,
-        default_text="4 times seq_len, at most the teacher's positions",
+        default_text="4 times seq_len, at most the number of positions of the teacher",
     )
     overlap: int = option(
         1,
@@ -271,12 +271,12 @@ class WorkerConfig:
     )
     allow_rounding: bool = option(
         False,
-        help="Continue even if the device type, thread count, batch size or library versions differ.",
+        help="Continue a cache even if device type, thread count, batch size or library versions differ.",
         group=PROCESSES,
     )
     stale_after: float = option(
         300.0,
-        help="Seconds of silence after which a writer on another machine is considered dead.",
+        help="Seconds without a sign of life after which a writer on another machine counts as dead.",
         group=PROCESSES,
         above=0,
     )
@@ -336,8 +336,8 @@ class CacheTeacherConfig:
     device: str = DEVICE(group=TEACHER)
     dtype: Dtype = DTYPE(
         group=TEACHER,
-        help="auto: float32 on a CPU, or bfloat16 if the checkpoint is and it is measured to be faster there; the "
-        "checkpoint's own dtype elsewhere.",
+        help="auto: on a CPU float32, or bfloat16 if that is the checkpoint's dtype and a measurement finds it faster; "
+        "elsewhere the checkpoint's dtype.",
     )
     device_map: str | None = DEVICE_MAP(group=TEACHER)
     tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
@@ -346,7 +346,7 @@ class CacheTeacherConfig:
     # A directory or hub name, or (Python only) a tokenizer.
     tokenizer: Any = option(
         None,
-        help="Tokenizer of the teacher: directory or hub name. A teacher on a server needs it.",
+        help="Tokenizer of the teacher: directory or hub name. Required for a teacher on a server.",
         group=TEACHER,
         metavar="DIR",
         default_text="the teacher's own",
