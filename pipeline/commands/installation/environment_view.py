@@ -24,7 +24,7 @@ def environment_view(found: dict[str, Any]) -> RenderableType:
         rows.append(("torch", found["error"]))
     else:
         built = found["cuda"] and f"CUDA {found['cuda']}" or found["rocm"] and f"ROCm {found['rocm']}" or "CPU only"
-        features = " ".join(found["cpu_features"]) or "none of those that matter"
+        features = " ".join(found["cpu_features"]) or "none that distill uses"
         rows += [
             ("CPU features", f"{features} (torch uses {found['cpu_capability']}, {found['threads']} threads)"),
             ("torch built for", built),

@@ -101,12 +101,12 @@ def check_batches(config: CacheTeacherConfig) -> None:
         raise ConfigError(f"`batch_tokens` {config.batch_tokens}: found `batch_size` too. Give one of them.")
     if config.generation is not None and config.generation.writer is None:
         raise ConfigError(
-            f"`batch_tokens` {config.batch_tokens}: the teacher's answers are counted by `batch_size`. Leave it out."
+            f"`batch_tokens` {config.batch_tokens}: `generate` takes `batch_size` answers at a time. Leave it out."
         )
     if config.batch_tokens == "auto" and config.tensor_parallel:
         raise ConfigError(
-            "`batch_tokens` auto: cannot be combined with `tensor_parallel`, since each process would find another "
-            "number. Give one."
+            "`batch_tokens` auto: cannot be combined with `tensor_parallel`, because each process would find a "
+            "different number. Give a number."
         )
 
 
