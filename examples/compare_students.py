@@ -2,7 +2,8 @@
 
     python examples/compare_students.py --cache demo-output/caches/train --held-out demo-output/caches/heldout
 
-The students differ in the weight of the teacher's distributions in the loss. 0 is the baseline: the text alone.
+The students differ in `kd_weight`, the weight of the teacher's distributions in the loss. 0 is the
+baseline: the text alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--cache", default="demo-output/caches/train", help="[default: %(default)s]")
 parser.add_argument("--held-out", default="demo-output/caches/heldout", help="[default: %(default)s]")
 parser.add_argument("--student", default="demo-output/teacher", help="model to start from [default: %(default)s]")
-parser.add_argument("--layers", type=int, default=6, help="layers of it to keep [default: %(default)s]")
+parser.add_argument("--layers", type=int, default=6, help="layers to keep of that model [default: %(default)s]")
 parser.add_argument("--steps", type=int, default=10, help="[default: %(default)s]")
 parser.add_argument("--output", default="demo-output/examples/compared", help="[default: %(default)s]")
 given = parser.parse_args()
@@ -41,4 +42,4 @@ for kd_weight, student in students.items():
     print(f"{kd_weight:9}  {f'{kl.value:.4f}{error}':>17}  {found.ce:7.4f}  {found.agreement:9.1%}")
 
 page = distill.report(given.held_out, f"{given.output}/report.html", student=tuple(students.values()))
-print(f"where they disagree with the teacher: {page.output}")
+print(f"a report of where they disagree with the teacher: {page.output}")

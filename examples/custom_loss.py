@@ -2,8 +2,8 @@
 
     python examples/custom_loss.py --cache demo-output/caches/train --student demo-output/students/untrained
 
-Where the teacher is uncertain, the student learns its distribution (`distill.sparse_kl`); elsewhere, the text. Any
-mixture of the two with terms of your own is one function of the logits and a row.
+Where the teacher is uncertain, the student learns the teacher's distribution (`distill.sparse_kl`); elsewhere, it
+learns the text. A loss with terms of your own is any function of the logits and a row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ parser.add_argument("--cache", default="demo-output/caches/train", help="[defaul
 parser.add_argument("--student", default="demo-output/students/untrained", help="[default: %(default)s]")
 parser.add_argument("--output", default="demo-output/examples/custom-loss", help="[default: %(default)s]")
 parser.add_argument("--steps", type=int, default=10, help="[default: %(default)s]")
-parser.add_argument("--nats", type=float, default=0.5, help="entropy of an uncertain teacher [default: %(default)s]")
+parser.add_argument(
+    "--nats", type=float, default=0.5, help="entropy of the teacher above which it is uncertain [default: %(default)s]"
+)
 given = parser.parse_args()
 
 cache = distill.open_cache(given.cache)

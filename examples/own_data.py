@@ -1,4 +1,4 @@
-"""Text from your own program: any iterable of dicts is data, such as a generator over a database.
+"""Cache text from your own program: `data` may be any iterable of dicts, such as a generator over a database.
 
     python examples/own_data.py --teacher demo-output/teacher
 
@@ -36,7 +36,7 @@ print(f"cached {summary.rows} rows, {summary.counted_tokens:,} of {summary.token
 
 tokenizer = AutoTokenizer.from_pretrained(given.teacher)
 row = distill.open_cache(given.output)[0]
-print("the teacher's choices in the first completion:")
+print("the teacher's most likely tokens in the first completion:")
 for t in row.loss_mask.nonzero()[0][:8]:
     ids, logprobs = row.targets.at(t)
     choice, label = tokenizer.decode([ids[logprobs.argmax()]]), tokenizer.decode([row.label_ids[t]])

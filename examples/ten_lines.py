@@ -1,8 +1,8 @@
-"""Questions in, student out: a teacher answers prompts, and a student of fewer layers learns its distributions.
+"""From questions to a student: a teacher answers prompts, and a student with fewer layers learns its distributions.
 
     python examples/ten_lines.py --teacher demo-output/teacher --prompts demo-output/train.jsonl
 
-The prompts are JSON lines with `messages` or `prompt`. A final answer in `messages` is left out, since the teacher
+The prompts are JSON lines with `messages` or `prompt`. A final answer in `messages` is ignored, because the teacher
 writes its own.
 """
 

@@ -32,23 +32,23 @@ For each token of a tokenised corpus: {expected}. Written for knowledge distilla
 {head}| alignment | {alignment} |
 | vocabulary | {vocab_size:,} |
 | sequences | {rows:,} |
-| tokens | {tokens:,}, of which {counted_tokens:,} count |
+| tokens | {tokens:,}, {counted_tokens:,} of them loss tokens |
 | target entries | {entries:,} |
 | size | {bytes:,} bytes in {shards} shards, {bytes_per_token:.1f} per token |
 
 ## Reading it
 
 {reading}
-Position t speaks of the prediction made *from* t: {about}.
-{residual}`loss_mask` says which
-positions count. {sampled}Checksums and every rule: `SPEC.md` of the package `cache_format`.
+Position t refers to the prediction made *from* t: {about}.
+{residual}`loss_mask` is true where that
+prediction is in the loss. {sampled}`SPEC.md` of the package `cache_format` has all rules, and how to verify checksums.
 """
 
 READING = {
     "columns": """\
-`manifest.json` describes everything; `shards/` are Arrow IPC files, which any Arrow reader opens. A
-table row is a token sequence, and every column is a list. The entries of all its positions stand
-one after the other: position t owns the next `target_counts[t]` of them. With plain pyarrow:
+`manifest.json` describes the cache. `shards/` holds Arrow IPC files, which any Arrow reader opens. A table row is a
+token sequence, and every column of it is a list. The entries of all positions are concatenated, with
+`target_counts[t]` entries for position t. With pyarrow:
 
 ```python
 import numpy as np, pyarrow as pa
@@ -56,29 +56,28 @@ import numpy as np, pyarrow as pa
 batch = pa.ipc.open_file(pa.memory_map("shards/shard-00000.arrow")).get_batch(0)
 row = {name: np.array(batch[name][0].as_py()) for name in batch.schema.names}
 ends = row["target_counts"].cumsum()
-ids = np.split(row["target_ids"], ends[:-1])  # ids[t]: what the teacher expects at position t
+ids = np.split(row["target_ids"], ends[:-1])  # ids[t]: tokens that the teacher predicts from position t
 logprobs = np.split(row["target_logprobs"], ends[:-1])
 ```
 """,
     "packed": """\
-`manifest.json` describes everything; `shards/` are Arrow IPC files with a table row per token
-sequence. Tokens, loss mask and document lengths are columns that any Arrow reader shows; the targets
-are entropy-coded and read by the package `cache_format` (or rewritten as columns by
-`distill convert CACHE NEW --encoding columns`):
+`manifest.json` describes the cache. `shards/` holds Arrow IPC files with a table row per token sequence. Tokens, loss
+mask and document lengths are columns that any Arrow reader can read. The targets are entropy-coded: the package
+`cache_format` reads them, and `distill convert CACHE NEW --encoding columns` rewrites them as columns.
 
 ```python
 import cache_format as cf
 
 row = cf.open_cache(".")[0]
-ids, logprobs = row.targets.at(0)  # what the teacher expects at position 0
+ids, logprobs = row.targets.at(0)  # tokens that the teacher predicts from position 0
 ```
 """,
 }
 
 REBUILDING = """\
-`manifest.json` describes everything; `shards/` are Arrow IPC files, which any Arrow reader opens, with a table row per
-token sequence. Entries there are none: the teacher's whole distribution follows from its last hidden state, which is a
-column, and from its vocabulary head, which is here once. With pyarrow and safetensors:
+`manifest.json` describes the cache. `shards/` holds Arrow IPC files, which any Arrow reader opens, with a table row per
+token sequence. There are no entries: the teacher's full distribution is computed from its last hidden state, which is a
+column, and from its vocabulary head in `head.safetensors`. With pyarrow and safetensors:
 
 ```python
 import pyarrow as pa, torch
@@ -93,24 +92,24 @@ states = torch.tensor(row["hidden_{layer}"])  # of the positions where row["hidd
 """
 
 SAMPLED = """\
-The first `exact_counts[t]` entries are exact; the others are a
-sample of the tail, whose `logprobs` are the logs of weights: over all entries Σ w f(i) is an unbiased
-estimate of Σ p f(i) over the vocabulary.
+The first `exact_counts[t]` entries of a position are exact. The others are
+a sample of the tail, whose `logprobs` are logs of weights: Σ w f(i) over all entries is an unbiased estimate of
+Σ p f(i) over the vocabulary.
 """
 
-PROMPTS = "| prompts | the teacher read others, which are not here, before the tokens that count |\n"
+PROMPTS = "| prompts | the teacher read prompts of its own, which are not in this cache |\n"
 
 EXPECTED = {
-    "next": "the most likely next tokens of the teacher, with their\nlog-probabilities",
-    "same": "the tokens that the teacher, a masked model, expects in its place, with their\nlog-probabilities",
+    "next": "the next tokens that the teacher predicts, with their\nlog-probabilities",
+    "same": "the tokens that the teacher, a masked model, predicts in its place, with their\nlog-probabilities",
 }
 
 STATES = {
-    "next": "the teacher's last hidden state, of which its head makes the\ndistribution of the next token",
-    "same": "the hidden state of which the head of the teacher, a masked model,\nmakes the distribution of the token",
+    "next": "the teacher's last hidden state, from which its head computes the\ndistribution of the next token",
+    "same": "the hidden state from which the head of the teacher, a masked model,\ncomputes the token's distribution",
 }
 
-RESIDUAL = "`residual_logprob` is the log of the mass that the exact entries leave out; "
+RESIDUAL = "`residual_logprob` is the log of the probability outside the exact entries. "
 
 ABOUT = {
     "next": "the token at t + 1",

@@ -29,7 +29,7 @@ from pipeline.terminal.click_options import build_config, config_options, distil
 def command(config_file: str | None, push_to_hub: str | None, json_file: str | None, **given: Any) -> None:
     """Run a teacher over a text and cache its targets.
 
-    The text comes from a column of strings or chat messages, or from prompt and completion columns. After an
+    The text comes from a column of strings, chat messages or token ids, or from prompt and completion columns. After an
     interruption, the same command continues where it stopped. On several GPUs: torchrun --nproc-per-node N --no-python
     distill cache-teacher …
 

@@ -17,28 +17,35 @@ from pipeline.terminal.click_options import distill_command, interrupted, json_o
 )
 @click.argument("cache")
 @click.argument("output")
-@click.option("--encoding", type=click.Choice(["columns", "packed"]), help="packed takes 2/3 to 4/5 of the bytes.")
 @click.option(
-    "--compression-level", type=click.IntRange(1, 22), help="zstd level; 19 saves 5 to 10 % of columns, but is slow."
+    "--encoding",
+    type=click.Choice(["columns", "packed"]),
+    help="packed: 2/3 to 4/5 of the bytes of columns, readable by distill only.",
+)
+@click.option(
+    "--compression-level",
+    type=click.IntRange(1, 22),
+    help="zstd level. 19 saves 5 to 10 % of the bytes of columns, but is slow.",
 )
 @click.option("--levels", type=click.IntRange(36, 256), help="Number of values that a log-probability can take.")
 @click.option(
     "--top-k",
     type=click.IntRange(1),
-    help="Keep the most likely entries; the others join the tail mass. From hidden targets, compute them.",
+    help="Number of most likely entries to keep; the others join the tail mass. Hidden targets: entries to compute.",
 )
-@click.option("--samples", type=click.IntRange(1), help="Keep the first N samples of the tail.")
-@click.option(
-    "--tail-threshold", type=float, help="Thin threshold targets to this larger τ: fewer entries, still unbiased."
-)
+@click.option("--samples", type=click.IntRange(1), help="Number of tail samples to keep, from the first.")
+@click.option("--tail-threshold", type=float, help="Larger τ for threshold targets: fewer entries, still unbiased.")
 @click.option("--drop-hidden", is_flag=True, default=None, help="Leave out the hidden states.")
 @click.option("--rows-per-shard", type=click.IntRange(1), help="Rows per shard file.")
-@click.option("--rows-per-record-batch", type=click.IntRange(1), help="Rows that are compressed together.")
+@click.option(
+    "--rows-per-record-batch", type=click.IntRange(1), help="Rows per record batch, which are compressed together."
+)
 @json_option()
 def command(cache: str, output: str, json_file: str | None, **changes: Any) -> None:
-    """Rewrite a cache: other encoding, other codebook, other shards, fewer entries.
+    """Rewrite a cache with another encoding, codebook or shard size, or with fewer entries.
 
-    What is not named stays as it is. After an interrupt, the same command continues where it stopped.
+    Everything that no option changes stays the same. After an interruption, the same command continues where it
+    stopped.
     """
     import cache_format as cf
     from pipeline.terminal.console import Status, show_result

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def command(config_file: str | None, json_file: str | None, **given: Any) -> None:
     """Compare students with their teacher on a held-out cache.
 
-    Give --student several times to compare the others with the first, row by row.
+    Repeat --student to compare further students with the first one, row by row.
     """
     values = read_values(EvaluateConfig, given, config_file)
     students = values.pop("student")

@@ -12,7 +12,13 @@ from pipeline.terminal.click_options import distill_command, json_option
 @click.option("--row", default=0, show_default=True, type=int, help="Number of the row; negative counts from the end.")
 @click.option("--start", default=0, show_default=True, type=click.IntRange(0), help="First position to show.")
 @click.option("--positions", default=32, show_default=True, type=click.IntRange(1), help="Number of positions to show.")
-@click.option("--candidates", default=4, show_default=True, type=click.IntRange(1), help="Candidates per position.")
+@click.option(
+    "--candidates",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of tokens to show per position, most likely first.",
+)
 @json_option()
 def command(cache: str, row: int, start: int, positions: int, candidates: int, json_file: str | None) -> None:
     """Show one row, token by token, with what the teacher expected next."""

@@ -14,14 +14,15 @@ from pipeline.terminal.click_options import distill_command, json_option
     type=click.FloatRange(0, min_open=True),
     default=300.0,
     show_default=True,
-    help="Seconds of silence after which a writer on another machine is considered dead.",
+    help="Seconds without a sign of life after which a writer on another machine counts as dead.",
 )
 @json_option()
 def command(cache: str, stale_after: float, json_file: str | None) -> None:
-    """Finish a cache whose shards are all there, by writing its manifest.
+    """Finish a cache by writing its manifest, once all shards exist.
 
-    The last of several processes does this by itself. The command is for shards that were written separately
-    (cache-teacher --shard-range) and then copied into one directory. A finished cache stays as it is.
+    When several processes write one cache, the last of them does this by itself. Use this command for shards that were
+    written separately (cache-teacher --shard-range) and then copied into one directory. It does not change a finished
+    cache.
     """
     import cache_format as cf
     from pipeline.terminal.console import Status, show_result

@@ -19,8 +19,8 @@ from pipeline.terminal.click_options import distill_command, json_option
 def command(directory: str, repository: str, private: bool, json_file: str | None) -> None:
     """Upload a cache (as a dataset) or a trained student (as a model) to the Hugging Face hub.
 
-    REPOSITORY is OWNER/NAME. Every byte of a cache is checked first. Read it as hf://datasets/OWNER/NAME, or with
-    datasets.load_dataset. Checkpoints of a student stay here.
+    REPOSITORY is OWNER/NAME. Every byte of a cache is checked first. Others can read the cache as
+    hf://datasets/OWNER/NAME, or with datasets.load_dataset. A student is uploaded without its checkpoints.
     """
     from pipeline.hub import is_student
     from pipeline.terminal.console import show_result

@@ -24,7 +24,7 @@ from pipeline.terminal.click_options import build_config, config_options, distil
 def command(source: tuple[str, ...], config_file: str | None, json_file: str | None, **given: Any) -> None:
     """Write an HTML page that shows where students and their teacher disagree.
 
-    Give a cache, with students to compare; or the output directory of a training run, which names its held-out cache.
+    Give a cache and the students to compare, or the output directory of a training run, which knows its held-out cache.
     """
     config = build_config(ReportConfig, {**given, "source": source}, config_file)
     from pipeline.evaluation.report.report_sources import find_sources

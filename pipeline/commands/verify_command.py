@@ -18,16 +18,18 @@ from pipeline.terminal.click_options import build_config, config_options, distil
     config=TeacherCheckConfig,
 )
 @click.argument("cache")
-@click.option("--checksums", is_flag=True, help="Check every byte against its checksum. Always on.")
-@click.option("--deep", is_flag=True, help="Check every value too: counts, ids, order, sums of probabilities, entropy.")
+@click.option("--checksums", is_flag=True, help="Check every byte against the checksums. Always done.")
+@click.option(
+    "--deep", is_flag=True, help="Also check every value: counts, ids, order, sums of probabilities, entropy."
+)
 @config_options(TeacherCheckConfig, without=("cache",), optional=("against_teacher",))
 @json_option()
 def command(
     cache: str, checksums: bool, deep: bool, config_file: str | None, json_file: str | None, **given: Any
 ) -> None:
-    """Check a cache: every byte, on demand every value, and some rows against the teacher.
+    """Check every byte of a cache, and optionally every value and some rows against the teacher.
 
-    Exit status 1 if anything is wrong, with the file and the place.
+    If anything is wrong, the error names the file and the place, and the exit status is 1.
     """
     del checksums  # always
     if given["against_teacher"] is None and config_file is None:

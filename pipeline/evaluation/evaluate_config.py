@@ -33,12 +33,12 @@ class EvaluateConfig:
         common=True,
     )
     # A directory, hub name or .gguf file; or (Python only) a loaded model.
-    teacher: Any = option(None, help="Teacher whose scores on the tasks are shown beside the students'.", group=TASKS)
+    teacher: Any = option(None, help="Teacher to score on the same tasks.", group=TASKS)
     max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
     cross_tokenizer: Literal["project", "uld"] | None = option(
         None,
-        help="For a student whose tokenizer differs: compare where tokens of both end together. The same measure for "
-        "students trained with either value.",
+        help="For students whose tokenizer differs: compare only where tokens of both end at the same byte. "
+        "Both values measure the same.",
         group=STUDENT,
         common=True,
     )

@@ -53,7 +53,7 @@ def evaluate(
         trust_remote_code=config.trust_remote_code,
         cross_tokenizer=config.cross_tokenizer is not None,
         tokenizer=config.tokenizer,
-        otherwise="Or compare where tokens of both end at the same place: `cross_tokenizer=project`.",
+        otherwise="Or compare only where tokens of both end at the same byte: `cross_tokenizer=project`.",
     )
     dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
     if config.cross_tokenizer:
@@ -101,7 +101,9 @@ def evaluate(
         values = {name: metric.value for name, metric in found.metrics.items()}
         points = reliability(table) if "ece" in values else []
         if not add_metrics(Path(config.student), values, config.cache, points):
-            on_warning(f"{config.student}: found no README.md of distill's own that is unchanged, nothing was written")
+            on_warning(
+                f"{config.student}: found no README.md that distill wrote and nobody edited, so nothing was written"
+            )
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
 
 

@@ -46,7 +46,7 @@ def export_cache(
     _check(cache)
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise cf.CacheError(f"{output}: found something there, expected no directory or an empty one. Choose another.")
+        raise cf.CacheError(f"{output}: found files there, expected an empty directory or none. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
     shards = cache.metadata.num_shards
     for shard in range(shards):

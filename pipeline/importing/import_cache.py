@@ -167,7 +167,7 @@ def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]
     if evidence.unrelated:
         warnings.append(
             f"only {evidence.listed / evidence.positions:.1%} of the next tokens are among the entries, expected most: "
-            "the lists may be of another text, or the `tokenizer` may not be the teacher's"
+            "the lists may belong to another text, or the `tokenizer` may not be the teacher's"
         )
     if reader.renormalised:
         warnings.append(

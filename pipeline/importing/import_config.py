@@ -23,30 +23,30 @@ class ImportConfig:
     tokenizer: Any = option(help="The teacher's tokenizer: directory or hub name.", group=IO, common=True)
     format: Format = option(
         "auto",
-        help="The tool that wrote the source. parquet: distill export. columns: any, named with `column`. auto: by the "
-        "columns there.",
+        help="Tool that wrote the source. parquet: distill export. columns: any other, see `column`. auto: found by "
+        "the column names.",
         group=SOURCE,
         common=True,
     )
     column: tuple[str, ...] = option(
         (),
-        help="columns: ROLE=NAME for ids, top_ids, values, and where there are any mask, position_mask, labels, "
-        "attention, normaliser, entry_mask. For other formats, replaces a column's name.",
+        help="With format columns: ROLE=NAME for ids, top_ids, values, and optionally mask, position_mask, labels, "
+        "attention, normaliser, entry_mask. With other formats: a column name to use instead of the usual one.",
         group=SOURCE,
         metavar="ROLE=NAME",
         common=True,
     )
     values: Literal["logprobs", "probabilities", "logits", "renormalised"] | None = option(
         None,
-        help="What the values are. renormalised: their sum over the list is 1, so that the tail mass is lost. logits: "
-        "likewise, unless there is a normaliser.",
+        help="What the values are. renormalised: they sum to 1 over the list, so the tail mass is unknown. logits: "
+        "the same unless there is a normaliser.",
         group=SOURCE,
         default_text="that of the format; required for columns",
         common=True,
     )
     shift: int | None = option(
         None,
-        help="0: list t predicts token t + 1. 1: list t is about token t.",
+        help="0: list t predicts token t + 1. 1: list t predicts token t itself.",
         group=SOURCE,
         minimum=0,
         maximum=1,
@@ -54,23 +54,27 @@ class ImportConfig:
         common=True,
     )
     flat_k: int | None = option(
-        None, help="columns: entries per position, if lists are flat.", group=SOURCE, minimum=1, maximum=65535
+        None,
+        help="With format columns: entries per position, if the lists of a row are one flat list.",
+        group=SOURCE,
+        minimum=1,
+        maximum=65535,
     )
     layout: str | None = option(
         None,
-        help="distillkit: compression_config.yaml.",
+        help="With format distillkit: path of compression_config.yaml.",
         group=SOURCE,
-        default_text="the one beside the files",
+        default_text="the one next to the files",
         metavar="FILE",
     )
     temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0)
     drop_repeated_bos: bool = option(
         False, help="Remove the first of two BOS tokens at the beginning of a document.", group=SOURCE
     )
-    teacher: str = option("unknown", help="Name of the teacher, to record.", group=TARGETS, common=True)
+    teacher: str = option("unknown", help="Name of the teacher to record in the manifest.", group=TARGETS, common=True)
     top_k: int | None = option(
         None,
-        help="Keep only the most likely entries of each position; the others join the tail mass.",
+        help="Number of most likely entries to keep per position; the others join the tail mass.",
         group=TARGETS,
         minimum=1,
         maximum=65535,

@@ -56,7 +56,7 @@ class FullTargets(PositionTensors):
 
     def logits(self, dtype: torch.dtype) -> Tensor:
         """[N, V] of the teacher."""
-        assert self.head is not None, "prepare() gives the targets of a batch their head"
+        assert self.head is not None, "call prepare() first, which attaches the head to the targets of a batch"
         states = self.states[self.place].to(dtype)
         return self.head(states if self.scales is None else states * self.scales[self.place].to(dtype)[:, None])
 

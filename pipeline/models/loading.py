@@ -254,8 +254,8 @@ def _check_tied(model: PreTrainedModel, device_map: str | None) -> None:
     places = [place_of(model, module) for module in ends]
     if places[0] != places[1]:
         raise ConfigError(
-            f"`device_map` {device_map}: embedding and head are one tensor in this model, found places {places[0]} and "
-            f"{places[1]}. Give them the same place."
+            f"`device_map` {device_map}: embedding and head are one tensor in this model, found it on {places[0]} and "
+            f"{places[1]}. Put both on the same device."
         )
 
 

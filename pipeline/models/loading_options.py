@@ -21,13 +21,18 @@ TRUST_REMOTE_CODE = partial(option, False, help="Run code that comes with a hub 
 PADDING_FREE = partial(
     option,
     None,
-    help="Run the model on documents laid end to end, without padding and masks (variable-length attention).",
-    default_text="on CUDA, where the model allows it",
+    help="Run documents end to end, without padding or attention masks (variable-length attention).",
+    default_text="on for CUDA if the model supports it",
 )
 DEVICE_MAP = partial(
     option,
     None,
-    help="Spread the teacher across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
+    help="Spread the teacher over GPUs, CPU and disk: auto (accelerate), or a JSON file of modules and devices.",
     metavar="auto|FILE",
 )
-TENSOR_PARALLEL = partial(option, False, flag="tp", help="Split the teacher across torchrun processes (transformers).")
+TENSOR_PARALLEL = partial(
+    option,
+    False,
+    flag="tp",
+    help="Split every layer of the teacher across the torchrun processes (tensor parallelism of transformers).",
+)

@@ -29,8 +29,8 @@ class TrainStudentConfig:
     """One run of stage two."""
 
     cache: str | tuple[str, ...] = option(
-        help="Cache directory or URL. Several caches are mixed in proportion to weights such as a:0.7 b:0.3, or to "
-        "their size.",
+        help="Cache directory or URL; may be given several times. Caches are mixed by their weights, such as a:0.7 and "
+        "b:0.3, or without weights by size.",
         group=IO,
         common=True,
         metavar="PATH[:WEIGHT]",
@@ -73,7 +73,8 @@ class TrainStudentConfig:
     )
     cross_tokenizer: Literal["project", "uld"] | None = option(
         None,
-        help="For a student whose tokenizer differs. project: targets of shared tokens. uld: sorted probabilities.",
+        help="For a student whose tokenizer differs. project: learn the targets of shared tokens. uld: compare sorted "
+        "probabilities.",
         group=STUDENT,
     )
     revision: str | None = REVISION(group=STUDENT)
@@ -83,20 +84,25 @@ class TrainStudentConfig:
         None, help="Train adapters of this rank (needs distill[peft]).", group=LORA, minimum=1
     )
     lora_alpha: float | None = option(
-        None, help="Adapters are scaled by alpha/rank.", group=LORA, above=0, below=math.inf, default_text="2 × rank"
+        None,
+        help="Scale of the adapters, which are multiplied by alpha/rank.",
+        group=LORA,
+        above=0,
+        below=math.inf,
+        default_text="2 × rank",
     )
     lora_dropout: float | None = option(
         None, help="Dropout on the input of an adapter.", group=LORA, minimum=0, below=1, default_text="0"
     )
     lora_targets: str = option(
-        "auto", help="Layers to adapt, such as q_proj,v_proj; auto: all linear layers.", group=LORA
+        "auto", help="Modules to adapt, such as q_proj,v_proj. auto: all linear layers except the head.", group=LORA
     )
     dora: bool = option(False, help="Adapt direction and length of weights separately (DoRA).", group=LORA)
     lora_head: bool = option(False, help="Adapt the vocabulary head too.", group=LORA)
     merge_adapter: bool = option(False, help="Save a plain model instead of an adapter.", group=LORA)
 
     kd_weight: float = option(
-        0.9, help="α, weight of the soft loss. 0: hard labels only, 1: teacher only.", group=LOSS, common=True
+        0.9, help="α, weight of the soft loss. 0: hard labels only. 1: teacher only.", group=LOSS, common=True
     )
     temperature: float | None = option(
         None,
@@ -152,10 +158,12 @@ class TrainStudentConfig:
     learning_rate: float = option(
         3e-4, help="Peak learning rate.", group=OPTIMIZATION, minimum=0, below=math.inf, common=True
     )
-    lr_scheduler: str = option("cosine", help="Learning-rate schedule, as transformers names it.", group=OPTIMIZATION)
+    lr_scheduler: str = option(
+        "cosine", help="Learning-rate schedule, by its name in transformers.", group=OPTIMIZATION
+    )
     warmup: float = option(
         0.05,
-        help="Warmup in steps, or as a fraction of all steps if below 1.",
+        help="Warmup steps, or a fraction of all steps if below 1.",
         group=OPTIMIZATION,
         minimum=0,
         below=math.inf,
@@ -171,11 +179,15 @@ class TrainStudentConfig:
     logging_steps: int = option(10, help="Steps between logs.", group=LOGGING, minimum=1)
     eval_steps: int = option(100, help="Steps between evaluations on the held-out cache.", group=LOGGING, minimum=1)
     save_steps: int | None = option(
-        None, help="Steps between checkpoints.", group=LOGGING, minimum=1, default_text="as for evaluations, or 500"
+        None,
+        help="Steps between checkpoints.",
+        group=LOGGING,
+        minimum=1,
+        default_text="eval_steps, or 500 without a held-out cache",
     )
     report_to: tuple[str, ...] = option(
         (),
-        help="Tracker of the metrics: tensorboard (in OUTPUT/runs), trackio, wandb, mlflow or none; may be given "
+        help="Tracker for the metrics: tensorboard (in OUTPUT/runs), trackio, wandb, mlflow or none; may be given "
         "several times.",
         group=LOGGING,
         metavar="TRACKER",
@@ -192,7 +204,7 @@ class TrainStudentConfig:
         metavar="METRIC:MIN_DELTA:PATIENCE",
     )
     early_stopping_mode: Literal["all", "any"] = option(
-        "all", help="How many of several conditions must hold.", group=STOPPING
+        "all", help="Whether all of several conditions must hold, or any one.", group=STOPPING
     )
 
     device: str = option("auto", help="auto or cpu. Choose GPUs with CUDA_VISIBLE_DEVICES.", group=HARDWARE)
@@ -200,7 +212,7 @@ class TrainStudentConfig:
         None,
         help="bfloat16 autocast; weights stay float32.",
         group=HARDWARE,
-        default_text="on for GPUs that have it, else off",
+        default_text="on for GPUs that support it, else off",
         common=True,
     )
     padding_free: bool | None = PADDING_FREE(group=HARDWARE)
@@ -209,7 +221,7 @@ class TrainStudentConfig:
     )
     dataloader_num_workers: int | None = option(
         None,
-        help="Processes that read the cache.",
+        help="Number of processes that read the cache.",
         group=HARDWARE,
         minimum=0,
         default_text="0; 1 on a GPU or for a URL",
@@ -217,7 +229,7 @@ class TrainStudentConfig:
     # A JSON file, or (in Python and in a config file) its contents.
     training_args: Any = option(
         None,
-        help="JSON file with any transformers.TrainingArguments; the options above win over it.",
+        help="JSON file with any transformers.TrainingArguments. Options given here override it.",
         group=HARDWARE,
         metavar="FILE",
         table=True,

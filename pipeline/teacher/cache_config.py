@@ -85,8 +85,8 @@ class CacheTeacherConfig:
     device: str = DEVICE(group=TEACHER)
     dtype: Dtype = DTYPE(
         group=TEACHER,
-        help="auto: float32 on a CPU, or bfloat16 if the checkpoint is and it is measured to be faster there; the "
-        "checkpoint's own dtype elsewhere.",
+        help="auto: on a CPU float32, or bfloat16 if that is the checkpoint's dtype and a measurement finds it faster; "
+        "elsewhere the checkpoint's dtype.",
     )
     device_map: str | None = DEVICE_MAP(group=TEACHER)
     tensor_parallel: bool = TENSOR_PARALLEL(group=TEACHER)
@@ -95,7 +95,7 @@ class CacheTeacherConfig:
     # A directory or hub name, or (Python only) a tokenizer.
     tokenizer: Any = option(
         None,
-        help="Tokenizer of the teacher: directory or hub name. A teacher on a server needs it.",
+        help="Tokenizer of the teacher: directory or hub name. Required for a teacher on a server.",
         group=TEACHER,
         metavar="DIR",
         default_text="the teacher's own",

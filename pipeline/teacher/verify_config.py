@@ -39,7 +39,7 @@ class TeacherCheckConfig:
     # A path or hub name; or (Python only) several paths, a datasets.Dataset or rows.
     data: Any = option(
         None,
-        help="Data that the cache was made from, if its teacher read prompts that the student does not see.",
+        help="Data of the cache, needed if the teacher read prompts of its own.",
         group=TEACHER,
         default_text="that named in the manifest",
     )

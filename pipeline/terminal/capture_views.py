@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 LEFT_OUT = {
     "documents_cut": "documents cut into windows",
-    "documents_cut_for_teacher": "documents cut because the teacher's prompt and the completion are too long for it",
+    "documents_cut_for_teacher": "documents cut because prompt and completion are too long for the teacher",
     "documents_with_special_tokens": "documents that already had their special tokens, which were not repeated",
-    "documents_with_split_tokens": "documents with a token across prompt and answer, which was split",
+    "documents_with_split_tokens": "documents with a token across prompt and answer that was split",
     "documents_with_only_eos": "documents whose only loss token is EOS",
     "empty_documents": "empty documents dropped",
     "single_token_pieces": "one-token pieces dropped",

@@ -62,9 +62,11 @@ def evaluation_view(
     if any(metric.endswith("_high") for values in students.values() for metric in values["metrics"]):
         lines.append("low–high: bounds, because the cache does not have the full distribution")
     if any(metric["error"] is not None for values in students.values() for metric in values["metrics"].values()):
-        lines.append("±: 95 % confidence, rows as units" + ("" if with_error else "; --json has that of each value"))
+        lines.append(
+            "±: 95 % confidence interval over rows" + ("" if with_error else "; --json has that of each value")
+        )
     if any(values.get("tasks") for values in students.values()):
-        lines.append("tasks: ± is the standard error")
+        lines.append("tasks: ± is the standard error of lm-eval")
     if crossed:
         lines.append("KL and agreement are 0 where there is no teacher. Compare only students that share a tokenizer.")
     return Group(titled(title, tables[0]), *map(Unbroken, tables[1:]), *map(Text, lines))

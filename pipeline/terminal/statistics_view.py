@@ -70,7 +70,10 @@ def _sizes_view(stats: dict[str, Any]) -> RenderableType:
     table.add_row("together", f"{sum(lines.values()):.2f}", "", "")
     if not streams:
         return table
-    note = f"packed: entropy in the contexts of each stream; as columns, order zero, its targets have {as_columns:.2f}"
+    note = (
+        f"entropy of packed: in the contexts of its streams. The order-zero entropy of these targets as columns is "
+        f"{as_columns:.2f}"
+    )
     return Group(table, Text(note, style="dim"))
 
 

@@ -46,8 +46,8 @@ def verify_view(
         ("weights", "the same" if found.same_weights else "another fingerprint (other weights, dtype or engine)"),
     ]
     why = Text(
-        "Distances are beyond the rounding of stored values. Allowed is 2 to 4 times what random rounding errors of "
-        "the cache's dtype do to the teacher (rounding alone), within fixed limits.",
+        "Differences exclude the rounding of stored values. Allowed are 2 to 4 times the differences that random "
+        "rounding errors of the cache's dtype cause in the teacher (rounding alone), within fixed limits.",
         style="dim",
     )
     return Group(line, pairs(f"Against {teacher}", facts), why)

@@ -51,7 +51,10 @@ def test_help_says_what_stays_and_gives_an_example():
     assert "Usage: main convert [OPTIONS] CACHE OUTPUT" in text
     for option in ("--encoding", "--compression-level", "--levels", "--top-k", "--samples", "--rows-per-shard"):
         assert option in text
-    assert "What is not named stays as it is." in text and "After an interrupt, the same command continues" in text
+    assert (
+        "Everything that no option changes stays the same." in text
+        and "After an interruption, the same command continues" in text
+    )
     assert "distill convert caches/train caches/train-packed --encoding packed" in text
     assert "--encoding [columns|packed]" in run("cache-teacher", "--help-all").stdout
 

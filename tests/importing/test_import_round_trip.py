@@ -152,7 +152,7 @@ def test_what_cannot_be_exported(tmp_path: Path):
         export_cache(plain.path, str(tmp_path / "files"), "csv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("x")
-    with pytest.raises(cf.CacheError, match="expected no directory or an empty one"):
+    with pytest.raises(cf.CacheError, match="expected an empty directory or none"):
         export_cache(plain.path, str(tmp_path / "full"), "parquet")
 
 

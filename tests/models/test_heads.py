@@ -178,7 +178,7 @@ def test_weights_with_nan_or_infinity_are_reported(value: float) -> None:
 def test_a_model_with_a_recurrent_state_may_not_be_packed() -> None:
     model = build(MambaConfig(vocab_size=PADDED, hidden_size=32, num_hidden_layers=1, state_size=4))
     head = open_head(model, V)
-    with pytest.raises(ModelError, match="attend to one another. Use `packing=False`"):
+    with pytest.raises(ModelError, match="or attends to it. Use `packing=False`"):
         check_packing(model, head)
 
 

@@ -178,7 +178,7 @@ def test_probes_find_a_switch_that_is_not_known(name: str, monkeypatch: pytest.M
     head = open_head(model, V)
     check_packing(model, head, LIMIT)
     check_padding(model, head, LIMIT)
-    with pytest.raises(ModelError, match="depends on that one's length"):
+    with pytest.raises(ModelError, match="depends on the length of that document"):
         check_packing(model, head, 64)
     with pytest.raises(ModelError, match="Use `batch_size=1`"):
         check_padding(model, head, 64)

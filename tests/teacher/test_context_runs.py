@@ -134,7 +134,7 @@ def test_verify_reads_the_prompts_of_the_teacher_again(kind: str, teacher: Path,
 def test_a_teacher_that_reads_the_rows_needs_no_data(teacher: Path, tmp_path: Path) -> None:
     cache_teacher(settings(teacher, [PAIR], tmp_path / "cache", teacher_seq_len=None))
     config = TeacherCheckConfig(cache=str(tmp_path / "cache"), teacher=str(teacher), data="cache.jsonl")
-    with pytest.raises(ConfigError, match="`data`: the teacher of this cache read what its rows hold"):
+    with pytest.raises(ConfigError, match="`data`: the teacher of this cache read the cache's own rows"):
         verify_against_teacher(config)
 
 
@@ -142,7 +142,7 @@ def test_the_card_says_that_the_teacher_read_something_else(teacher: Path, tmp_p
     for name, row in (("own", PAIR | {"teacher_prompt": "Why?"}), ("plain", PAIR)):
         cache_teacher(settings(teacher, [row], tmp_path / name, teacher_seq_len=None))
         text = card(cf.open_cache(tmp_path / name).manifest)
-        assert ("| prompts | the teacher read others" in text) == (name == "own")
+        assert ("| prompts | the teacher read prompts of its own" in text) == (name == "own")
 
 
 def test_plan(teacher: Path, tmp_path: Path) -> None:

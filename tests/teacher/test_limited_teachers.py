@@ -103,7 +103,7 @@ def test_a_switch_in_a_models_own_code_is_refused_unless_rows_are_alone(
         options = {"targets": TargetRule(top_k=VOCAB), "batch_size": batch_size, "rows_per_shard": 32}
         cache_teacher(CacheTeacherConfig(teacher=model, tokenizer=tokenizer, data=data, output=str(output), **options))
 
-    with pytest.raises(ModelError, match="depends on that one's length"):
+    with pytest.raises(ModelError, match="depends on the length of that document"):
         capture(tmp_path / "packed", batch_size=1, packing=True)
     with pytest.raises(ModelError, match="Use `batch_size=1`"):
         capture(tmp_path / "together", batch_size=2, packing=False)

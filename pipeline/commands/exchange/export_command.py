@@ -15,19 +15,19 @@ from pipeline.terminal.click_options import distill_command, interrupted, json_o
     "distill export caches/train --output train-axolotl --format axolotl",
 )
 @click.argument("cache")
-@click.option("--output", required=True, help="Directory to write; must not exist, or be empty. [required]")
+@click.option("--output", required=True, help="Directory to write; it must be empty or not exist. [required]")
 @click.option(
     "--format",
     "format_",
     type=click.Choice(["parquet", "axolotl"]),
     default="parquet",
-    help="parquet: lists of ids and log-probabilities. axolotl: its prepared columns. [default: parquet]",
+    help="parquet: lists of ids and log-probabilities. axolotl: as in its prepared datasets. [default: parquet]",
 )
 @json_option()
 def command(cache: str, output: str, format_: str, json_file: str | None) -> None:
-    """Write a cache with exact entries as Parquet files that other tools read.
+    """Write the exact entries of a cache as Parquet files that other tools read.
 
-    distill import takes both formats back.
+    distill import can read both formats.
     """
     from pipeline.importing.export_cache import export_cache
     from pipeline.terminal.console import Status, show_result

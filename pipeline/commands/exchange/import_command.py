@@ -27,7 +27,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
 
     Reads Parquet, Arrow and JSON lines of DistillKit, axolotl and NeMo-Aligner, responses of vLLM, SGLang and
     OpenAI-compatible servers, base files of llama-perplexity, and any columns with --format columns. The source is read
-    twice: first everything is checked. After an interruption, the same command continues.
+    twice, and the first pass checks everything. After an interruption, the same command continues.
     """
     if given["source"] is None and config_file is None:
         raise click.UsageError("Missing argument 'SOURCE'.")

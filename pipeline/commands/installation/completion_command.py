@@ -16,7 +16,7 @@ VARIABLE = "_DISTILL_COMPLETE"
 def command(shell: str) -> None:
     """Print a completion script for a shell.
 
-    Save its output once where the shell looks for such scripts, and start a new shell. The folder must exist.
+    Save the output once where your shell looks for such scripts, and start a new shell. The folder must exist.
 
     \b
       bash  ~/.local/share/bash-completion/completions/distill

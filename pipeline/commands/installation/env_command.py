@@ -10,7 +10,7 @@ from pipeline.terminal.click_options import distill_command, json_option
 def command(json_file: str | None) -> None:
     """Show versions, devices, attention kernels and cache directories, for bug reports.
 
-    Contains neither tokens nor names of users and hosts.
+    The output contains no access tokens and no names of users or hosts.
     """
     from pipeline.commands.installation.environment import describe_environment
     from pipeline.commands.installation.environment_view import environment_view

@@ -103,7 +103,8 @@ def _reliability(sides: Mapping[str, Bins], first: int) -> Figure:
             row += [f"{count:,}", _number(mean), _number(share)]
     return Figure(
         title=title,
-        note="Most likely tokens against the text. Above the diagonal a model is right more often than it says.",
+        note="How often the most likely token is the true one, by the probability that the model gives it. Above the diagonal, "
+        "a model is right more often than it predicts.",
         chart=reliability_chart(
             series,
             title=f"{title} diagram. See the table.",
@@ -143,7 +144,7 @@ def training_figures(students: Sequence[Student]) -> list[Figure]:
                     title=title,
                     note=""
                     if metric == "learning_rate"
-                    else "Marked: on the held-out cache. Thin: on the batches since the last log.",
+                    else "Lines with markers: held-out cache. Thin lines: training batches since the last log.",
                     chart=line_chart(
                         series,
                         title=f"{title} over training steps. See the table.",

@@ -30,7 +30,7 @@ from pipeline.losses import KlEstimateKind
 TEMPLATE = Path(__file__).parent / "template"
 
 KL_NOTES: dict[KlEstimateKind, str] = {
-    "full": "KL: of the full distributions.",
+    "full": "KL: exact, of the full distributions.",
     "estimate": "KL: an unbiased estimate from sampled entries. At a single token it is noisy, and can be negative.",
     "lower bound": "KL: a lower bound, because all tokens outside the exact entries count as one class.",
 }

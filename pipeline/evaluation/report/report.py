@@ -127,7 +127,7 @@ def _check_output(output: str) -> None:
     if Path(output).is_dir():
         raise ConfigError(f"`output` {output}: found a directory, expected the name of an HTML file.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"`output` {output}: {folder} is no directory that can be written to. Choose another one.")
+        raise ConfigError(f"`output` {output}: {folder} is not a writable directory. Choose another one.")
 
 
 def _check_student(cache: cf.Cache, student: Student, config: ReportConfig) -> None:
@@ -173,7 +173,7 @@ def _facts(
         f"{shown:,} of {passages:,} passages shown",
     ]
     if sources.trained_on:
-        facts.append("the text that a student was trained on: its numbers are better than on other text")
+        facts.append("text that a student was trained on, so its numbers are better than on other text")
     if (temperature := float(cache.metadata.targets["temperature"])) != 1.0:
         facts.append(f"distributions at temperature {temperature:g}")
     return facts

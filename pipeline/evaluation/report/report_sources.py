@@ -174,7 +174,8 @@ def _cache_of_runs(runs: list[Run]) -> tuple[str, bool]:
     if len(found) != 1:
         which = ", ".join(sorted(found)) or "none"
         raise ConfigError(
-            f"`source`: the training runs name these caches: {which}. A report is about one: name it besides the runs."
+            f"`source`: the training runs name these caches: {which}. A report is about one cache: name it "
+            "together with the runs."
         )
     (cache,) = found
     if "://" not in cache and not Path(cache).exists():

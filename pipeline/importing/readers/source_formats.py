@@ -100,7 +100,10 @@ def _columns(config: ImportConfig, files: Sequence[Path], form: str) -> ColumnRe
         values, shift = values or preset.values, preset.shift if shift is None else shift
     if values is None or shift is None:
         option = "values" if values is None else "shift"
-        raise ConfigError(f"`{option}`: missing, because columns of any name may hold anything. Give it.")
+        raise ConfigError(
+            f"`{option}`: missing, expected it with `format=columns`, because column names do not say what "
+            "they hold. Give it."
+        )
     return ColumnReader(
         files=files,
         columns=columns,

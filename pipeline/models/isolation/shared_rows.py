@@ -46,7 +46,7 @@ def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
         if not off <= allowed:
             raise ModelError(
                 f"{name}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it is packed "
-                "behind another one: it depends on that one's length, or they attend to one another. Use "
+                "after another one: it depends on the length of that document, or attends to it. Use "
                 "`packing=False`."
             )
 

@@ -202,8 +202,8 @@ class CrossTokenizerDataset(CacheDataset):
         some = "about " if len(self) > PROBED_ROWS else ""
         text = (
             f"{some}{self.counted_tokens:,.0f} loss tokens of the student ({self.cache.num_loss_tokens:,} of the "
-            f"teacher); {found.aligned:.0%} of them end where one of the teacher's does, and there it has tokens for "
-            f"{found.mass:.0%} of the probability of the teacher's exact entries"
+            f"teacher); {found.aligned:.0%} of them end where one of the teacher's does, and there the student has "
+            f"tokens for {found.mass:.0%} of the probability of the teacher's exact entries"
         )
         if found.lost:
             reasons = ", ".join(f"{share:.1%} {LOST[why]}" for why, share in found.lost.items())

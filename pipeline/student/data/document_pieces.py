@@ -19,7 +19,7 @@ LOST = {
     "special": "special tokens without a counterpart",
     "bytes": "bytes that are not UTF-8",
     "piece": "first tokens of the pieces of long documents",
-    "part": "parts of tokens that are not to be learned as a whole",
+    "part": "tokens that are only partly in the loss",
 }
 
 

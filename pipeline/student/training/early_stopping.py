@@ -111,7 +111,7 @@ def check_conditions(
         return []
     if held_out_rows is None:
         raise ConfigError(
-            f"`early_stopping` {texts[0]}: found no `eval_cache`, but conditions are on held-out evaluations. Set "
+            f"`early_stopping` {texts[0]}: found no `eval_cache`, but conditions need held-out evaluations. Set "
             "`eval_cache` to a held-out cache, and `eval_steps` to the steps between evaluations."
         )
     for condition in conditions:

@@ -152,8 +152,8 @@ def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) 
     for name in ("split_batches", "dispatch_batches"):
         if getattr(arguments.accelerator_config, name):
             raise ConfigError(
-                f"{_source(config)}: {name} of accelerator_config cannot be set: every process reads batches of its "
-                "own, of rows that lie together. Remove it."
+                f"{_source(config)}: {name} of accelerator_config cannot be set: every process reads its own "
+                "batches, of adjacent rows. Remove it."
             )
 
 

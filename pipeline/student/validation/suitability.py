@@ -106,7 +106,9 @@ def exact_entry_warnings(
         if cache.metadata.sampled:
             parts.append(f"the sampled entries are not used, because the loss has `tail={tail}`")
         if may_be_alone and (alone := float(np.mean(counts < 2))):
-            parts.append(f"{' and '.join(compared)} teach nothing at positions with one or none, {alone:.0%} of all")
+            parts.append(
+                f"{' and '.join(compared)} teach nothing at positions with fewer than two ({alone:.0%} of all)"
+            )
         if len(parts) > 1:
             warnings.append("; ".join(parts))
     return warnings

@@ -25,7 +25,7 @@ BATCH_SIZE = partial(
     group=TEACHER,
     minimum=1,
     common=True,
-    default_text=f"{DEFAULT_ROWS}; on CUDA batch_tokens instead",
+    default_text=f"{DEFAULT_ROWS}; on CUDA see batch_tokens",
 )
 BATCH_TOKENS = partial(
     option,
@@ -58,7 +58,7 @@ class EngineConfig:
         None, help="Number of GPUs that vLLM splits the teacher across.", group=VLLM, minimum=1, default_text="1"
     )
     max_model_len: int | None = option(
-        None, help="Maximum number of tokens per document.", group=VLLM, minimum=2, default_text="seq-len and one more"
+        None, help="Maximum number of tokens per document.", group=VLLM, minimum=2, default_text="seq_len + 1"
     )
     gpu_memory_utilization: float | None = option(
         None, help="Share of the GPU's memory that vLLM may use.", group=VLLM, above=0, maximum=1, default_text="vLLM's"
@@ -101,12 +101,12 @@ def check_batches(config: CacheTeacherConfig) -> None:
         raise ConfigError(f"`batch_tokens` {config.batch_tokens}: found `batch_size` too. Give one of them.")
     if config.generation is not None and config.generation.writer is None:
         raise ConfigError(
-            f"`batch_tokens` {config.batch_tokens}: the teacher's answers are counted by `batch_size`. Leave it out."
+            f"`batch_tokens` {config.batch_tokens}: `generate` takes `batch_size` answers at a time. Leave it out."
         )
     if config.batch_tokens == "auto" and config.tensor_parallel:
         raise ConfigError(
-            "`batch_tokens` auto: cannot be combined with `tensor_parallel`, since each process would find another "
-            "number. Give one."
+            "`batch_tokens` auto: cannot be combined with `tensor_parallel`, because each process would find a "
+            "different number. Give a number."
         )
 
 

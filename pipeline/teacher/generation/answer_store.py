@@ -89,7 +89,7 @@ class AnswerStore:
         if foreign or (names and SETTINGS not in names):
             raise cf.CacheError(
                 f"{self.location}: found {sorted(foreign or names)[0]!r}, expected nothing there, or the answers of an "
-                "unfinished run: they wait there until the cache is written. Choose another `output`."
+                "unfinished run, which are kept there until the cache is written. Choose another `output`."
             )
 
     def open(self, settings: Mapping[str, Any], *, replace: bool, allow_rounding: bool) -> None:
@@ -113,7 +113,7 @@ class AnswerStore:
             if different and not replace:
                 raise cf.MismatchError(
                     f"{self.location}: holds answers of an unfinished run with other settings: "
-                    f"{cf.listed(different)}. Use the same, choose another `output`, or begin anew with `overwrite`."
+                    f"{cf.listed(different)}. Use the same, choose another `output`, or start again with `overwrite`."
                 )
             if different:
                 for name in names:
@@ -165,7 +165,7 @@ class AnswerStore:
 
     def _refused(self, holder: Holder) -> cf.CacheError:
         return cf.CacheError(
-            f"{self.location}: {holder} writes these answers, so this run stays away: nothing was changed. Wait for it "
+            f"{self.location}: {holder} writes these answers, so this run stopped: nothing was changed. Wait for it "
             "or stop it."
         )
 

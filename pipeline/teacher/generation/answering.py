@@ -83,7 +83,7 @@ class Answering:
             raise DataError(
                 f"{data_name(self.prompts.config.data)}: none of {self.selection.answers:,} answers passed "
                 f"`gen_keep_if` {self.predicate.name}: nothing to cache, and nothing was changed. The answers are in "
-                f"{self.store.location}: correct the function, and the same command judges them again."
+                f"{self.store.location}: correct the function, and the same command checks them again."
             )
         return KeptAnswers(self.store, self.selection)
 

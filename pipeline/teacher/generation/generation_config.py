@@ -37,7 +37,7 @@ class GenerationConfig:
         maximum=1,
     )
     top_k: int = option(
-        0, help="Sample from the N most likely tokens; 0: all.", group=GENERATION, minimum=0, maximum=2**31
+        0, help="Sample from the K most likely tokens; 0: all.", group=GENERATION, minimum=0, maximum=2**31
     )
     seed: int = option(
         0, help="Seed for sampling (combined with prompt and answer).", group=GENERATION, minimum=0, maximum=MAX_SEED
@@ -67,7 +67,7 @@ class GenerationConfig:
         None, name="writer_dtype", help="Data type of the writer.", group=GENERATION, default_text="dtype"
     )
     keep: Keep = option(
-        "all", help="Which accepted answers to a prompt to keep: all, the first, or the most likely.", group=GENERATION
+        "all", help="Accepted answers to keep per prompt: all, the first, or the best (most likely).", group=GENERATION
     )
 
     def __post_init__(self) -> None:

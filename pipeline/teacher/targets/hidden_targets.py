@@ -27,8 +27,8 @@ def states_spec(rule: HiddenRule | None, teacher: Layered, stored_head: StoredHe
     others = () if rule.layers is None else rule.spec(teacher).layers
     if set(others) - {stored_head.layer} and width != stored_head.width:
         raise ConfigError(
-            f"`hidden_states` {rule.layers}: this teacher's states have width {width}, what its head multiplies has "
-            f"{stored_head.width}, and one cache holds states of one width. Leave it out, or make two caches."
+            f"`hidden_states` {rule.layers}: this teacher's states have width {width}, the input of its head has width "
+            f"{stored_head.width}, and a cache holds states of one width. Leave it out, or make two caches."
         )
     layers = tuple(sorted({*others, stored_head.layer}))
     return cf.HiddenSpec(layers=layers, teacher_layers=last, width=stored_head.width, dtype=rule.dtype)

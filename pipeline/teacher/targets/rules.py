@@ -90,21 +90,21 @@ class TargetRule:
     )
     top_p: float | None = option(
         None,
-        help="top-p: probability mass that the exact entries must cover.",
+        help="For top-p: probability mass that the exact entries must cover.",
         group=GROUP,
         above=0,
         maximum=1,
     )
     max_entries: int | None = option(
         None,
-        help="top-p: maximum number of entries per position.",
+        help="For top-p: maximum number of entries per position.",
         group=GROUP,
         minimum=1,
         maximum=MAX_ENTRIES,
     )
     tail_threshold: float | None = option(
         None,
-        help="τ for threshold: tokens with p ≥ τ are exact, others are sampled with probability p/τ.",
+        help="For threshold: τ. Tokens with p ≥ τ are exact, others are sampled with probability p/τ.",
         group=GROUP,
         minimum=1e-3,
         maximum=1,
@@ -112,7 +112,7 @@ class TargetRule:
     )
     draws: int | None = option(
         None,
-        help="random: number of draws per position.",
+        help="For random: number of draws per position.",
         group=GROUP,
         minimum=1,
         maximum=MAX_DRAWS,

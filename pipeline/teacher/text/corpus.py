@@ -49,7 +49,7 @@ WITH_SPECIAL_TOKENS, SPLIT, ONLY_EOS = _FINDINGS = (
     "documents_with_split_tokens",
     "documents_with_only_eos",
 )
-_UNUSED_IDS = f"the text is used, not the column {IDS!r}. To use that, name it as `text_column`."
+_UNUSED_IDS = f"the text is used, not the column {IDS!r}. To use the ids, set `text_column={IDS}`."
 # Documents in memory at once; one may be a whole book.
 _DOCUMENTS_PER_BATCH = 64
 _DOCUMENTS_PER_RECORD_BATCH = 256
@@ -108,7 +108,7 @@ def tokenise_documents(
     if loss_on not in columns.loss_choices:
         reason = "" if columns.teacher is None else ": the student does not see what the teacher reads before it"
         raise ConfigError(
-            f"{name}: `loss_on` {loss_on} does not go with {columns.format} data "
+            f"{name}: `loss_on` {loss_on} cannot be used with {columns.format} data "
             f"(column {', '.join(columns.all_names)}), expected {' or '.join(columns.loss_choices)}{reason}."
         )
     if columns.is_ids:

@@ -38,8 +38,8 @@ class DataConfig:
     )
     loss_on: Literal["auto", "all", "assistant", "completion", "labels"] = option(
         "auto",
-        help="Tokens in the loss. auto: all tokens of plain text, assistant messages in a chat, the completion of a "
-        "prompt, or what the labels or masks beside token ids say.",
+        help="Tokens in the loss. auto: all tokens of plain text, assistant messages of a chat, the completion of a "
+        "prompt, or the tokens that labels or masks mark among token ids.",
         group=TEXT,
     )
     turns: Literal["all", "last"] = option(
@@ -48,8 +48,8 @@ class DataConfig:
     # JSON on the command line; in Python and in a config file its contents.
     chat_template_kwargs: Any = option(
         None,
-        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. Columns of a "
-        "row win over them.",
+        help="Arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'. A row's own "
+        "columns override them.",
         group=TEXT,
         metavar="JSON",
         table=True,
@@ -59,7 +59,7 @@ class DataConfig:
         help="Date for chat templates that print today's date.",
         group=TEXT,
         metavar="YYYY-MM-DD",
-        default_text="that of a cache already begun, else today",
+        default_text="the date of an unfinished cache, else today",
     )
     append_eos: bool | None = option(
         None, help="End every text with EOS.", group=TEXT, default_text="on for causal teachers"
@@ -71,10 +71,10 @@ class DataConfig:
     seq_len: int = option(1024, help="Maximum number of tokens per row.", group=TEXT, minimum=2, common=True)
     teacher_seq_len: int | None = option(
         None,
-        help="Maximum number of tokens that the teacher reads for a row, in data with a prompt for the teacher.",
+        help="Maximum number of tokens that the teacher reads for a row, if the data have prompts for the teacher.",
         group=TEXT,
         minimum=2,
-        default_text="4 times seq_len, at most the teacher's positions",
+        default_text="4 times seq_len, at most the number of positions of the teacher",
     )
     overlap: int = option(
         1,

@@ -208,7 +208,7 @@ class TokenCorpus:
         self.warnings += (
             f"{name}: {len(cut):,} document{'s are' if len(cut) > 1 else ' is'} cut, because the teacher's prompt and "
             f"the completion are longer than `teacher_seq_len` {self.longest_read:,}: the first is document {first} "
-            f"with {needed:,} tokens. What is behind the cut is left out.",
+            f"with {needed:,} tokens. What comes after the cut is left out.",
         )
 
     @property

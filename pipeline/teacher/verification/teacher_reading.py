@@ -37,7 +37,9 @@ def open_reading(cache: cf.Cache, location: str, tokenizer: PreTrainedTokenizerB
     recorded = cache.metadata.corpus
     if recorded.get("teacher_stream_sha256") is None:
         if data is not None:
-            raise ConfigError("`data`: the teacher of this cache read what its rows hold. Leave it out.")
+            raise ConfigError(
+                "`data`: the teacher of this cache read the cache's own rows, so no data are needed. Leave it out."
+            )
         return lambda row: None
     given = recorded["source"] if data is None else data
     try:

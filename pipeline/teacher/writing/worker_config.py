@@ -26,12 +26,12 @@ class WorkerConfig:
     )
     allow_rounding: bool = option(
         False,
-        help="Continue even if the device type, thread count, batch size or library versions differ.",
+        help="Continue a cache even if device type, thread count, batch size or library versions differ.",
         group=PROCESSES,
     )
     stale_after: float = option(
         300.0,
-        help="Seconds of silence after which a writer on another machine is considered dead.",
+        help="Seconds without a sign of life after which a writer on another machine counts as dead.",
         group=PROCESSES,
         above=0,
     )

@@ -171,7 +171,7 @@ def test_answers_of_other_settings_are_neither_used_nor_lost(
         generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, keep_if=f"{predicates}:none")
     before = contents(tmp_path)
     for change in ({"temperature": 0.9}, {"seed": 1}, {"targets": TargetRule(top_k=K + 1)}, {"batch_size": 8}):
-        with pytest.raises(cf.MismatchError, match="cache.answers: holds answers .*begin anew with `overwrite`"):
+        with pytest.raises(cf.MismatchError, match="cache.answers: holds answers .*start again with `overwrite`"):
             generate(teacher_dir, data, tmp_path / "cache", **{**ANSWERS, **change})
     assert contents(tmp_path) == before
     sizes = count_batches(monkeypatch)

@@ -91,7 +91,7 @@ class ChatDialect:
         found = TopLists.read(lists, sampling.k, vocab_size)
         found.check_own(list(zip(logprobs, token_ids, strict=True)))
         if min(logprobs) <= MINUS_INFINITY:
-            raise UnusableAnswer("found a token without its log-probability in the answer, expected that of each")
+            raise UnusableAnswer("found a token without a log-probability in the answer, expected one for each")
         return Written(
             token_ids=token_ids, logprobs=logprobs, lists=found, stop_reason=LENGTH if finish == "length" else EOS
         )

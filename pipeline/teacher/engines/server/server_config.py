@@ -28,29 +28,31 @@ class ServerConfig:
     model: str | None = option(
         None,
         name="model",
-        help="Name of the model on the server, if `teacher` is the URL of one.",
+        help="Name of the model on the server, if `teacher` is a URL.",
         group=SERVER,
-        default_text="the only one that it serves",
+        default_text="the one model that the server has",
         common=True,
     )
     kind: Literal["auto", "vllm", "sglang", "llama.cpp", "openai"] = option(
         "auto",
-        help="What the server is. auto: ask it. openai: a hosted API with chat completions; only with `generate`.",
+        help="Kind of server. auto: ask the server. openai: a hosted API with chat completions; only with `generate`.",
         group=SERVER,
     )
     concurrency: int = option(
-        16, help="Number of requests that the server works on at once.", group=SERVER, minimum=1, maximum=4096
+        16, help="Number of requests to send at the same time.", group=SERVER, minimum=1, maximum=4096
     )
-    timeout: float = option(600.0, help="Seconds to wait for an answer before asking again.", group=SERVER, above=0)
+    timeout: float = option(
+        600.0, help="Seconds to wait for an answer before the request is repeated.", group=SERVER, above=0
+    )
     patience: float = option(
         600.0,
-        help="Seconds to go on asking a server that is down, loading or overloaded before the run ends.",
+        help="Seconds to keep trying before the run ends, if the server is down, loading or overloaded.",
         group=SERVER,
         minimum=0,
     )
     api_key_env: str = option(
         "OPENAI_API_KEY",
-        help="Environment variable that holds the API key, if the server wants one. The key is never recorded.",
+        help="Environment variable that holds the API key, if the server needs one. The key is never recorded.",
         group=SERVER,
         metavar="NAME",
     )

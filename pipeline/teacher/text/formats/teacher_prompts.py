@@ -83,8 +83,8 @@ def with_teacher_prompt(student: Tokens, teacher: Tokens, where: str) -> Tokens:
         student.targets[ours], teacher.targets[theirs]
     ):
         raise DataError(
-            f"{where}: the completion has {ours.stop - ours.start} tokens behind the student's prompt, and "
-            f"{theirs.stop - theirs.start} tokens, not the same ones, behind the teacher's. Expected the same tokens, "
+            f"{where}: the completion has {ours.stop - ours.start} tokens after the student's prompt, and "
+            f"{theirs.stop - theirs.start} tokens, not the same ones, after the teacher's. Expected the same tokens, "
             "because the teacher's targets are stored at them. End both prompts in the same way, or remove the row."
         )
     return with_prompt(student, teacher.ids[: theirs.start], where)
@@ -94,8 +94,8 @@ def with_prompt(student: Tokens, prompt: np.ndarray, where: str) -> Tokens:
     """Raises: DataError for a completion whose first token the teacher could not predict."""
     if not len(prompt) and student.targets.any():
         raise DataError(
-            f"{where}: found an empty prompt of the teacher, expected at least one token, which predicts the first "
-            "one of the completion. Correct the row; where it is null, the teacher reads what the student reads."
+            f"{where}: found an empty prompt of the teacher, expected at least one token, from which the first "
+            "token of the completion is predicted. Correct the row; if it is null, the teacher reads the student's."
         )
     return replace(student, teacher_prompt=prompt)
 
