@@ -17,6 +17,7 @@ from benchmarks.tables.stored_results import ROOT
 PAGES = (
     "README.md",
     "docs/architectures.md",
+    "docs/engines.md",
     "docs/full-distributions.md",
     "docs/getting-started.md",
     "docs/hidden-states.md",
@@ -48,6 +49,7 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "methods": (student_tables.methods, 1),
     "on policy": (student_tables.on_policy, 1),
     "speed": (speed_tables.speed, 3),
+    "engines": (speed_tables.engines, 1),
     "a trillion tokens": (speed_tables.trillion_tokens, 1),
     "teachers": (speed_tables.teachers, 1),
     "readers": (speed_tables.readers, 1),

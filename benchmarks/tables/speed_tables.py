@@ -164,3 +164,18 @@ def stage_one_predicted() -> list[list[str]]:
         cells = [*(f"{row[name]:.2f}" for name in columns), *(about(row[name]) for name in speeds)]
         table.append([row["teacher"], *cells])
     return table
+
+
+def engines() -> list[list[str]]:
+    """Speed of teachers in vLLM, relative to transformers and to vLLM's own lists of top tokens."""
+    table = [["", "÷ transformers", "range", "÷ vLLM's own lists"]]
+    targets, answers = by_name("engines", "Speed of the engines"), by_name("engines", "Answers")
+    for name, row, lists in (
+        ("`--engine vllm`, default targets", targets["vllm"], True),
+        ("`--engine vllm`, `top-k` 64", targets["vllm, top 64"], True),
+        ("vLLM's own `prompt_logprobs=64`", targets["prompt_logprobs"], True),
+        ("`--engine vllm --generate`, default targets", answers["vllm"], False),
+    ):
+        against = f"{row['÷ prompt_logprobs']:.2f}" if lists else ""
+        table.append([name, f"{row['÷ transformers']:.2f}", row["range"], against])
+    return table
