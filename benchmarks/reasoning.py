@@ -33,6 +33,9 @@ EXAMPLES = (  # what the teacher reads first
     ("3 + 8 + 6", "3 + 8 = 11 and 11 + 6 = 17. The answer is 17."),
     ("9 + 2 + 4", "9 + 2 = 11 and 11 + 4 = 15. The answer is 15."),
     ("5 + 0 + 7", "5 + 0 = 5 and 5 + 7 = 12. The answer is 12."),
+    ("6 + 9 + 8", "6 + 9 = 15 and 15 + 8 = 23. The answer is 23."),
+    ("10 + 10 + 4", "10 + 10 = 20 and 20 + 4 = 24. The answer is 24."),
+    ("7 + 4 + 9", "7 + 4 = 11 and 11 + 9 = 20. The answer is 20."),
 )
 KEEP_IF = f"{__file__}:is_right"
 GENERATE = ["--gen-temperature", "0.5", "--batch-size", "64"]
