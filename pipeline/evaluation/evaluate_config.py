@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import DEVICE, DTYPE, PADDING_FREE, REVISION, TRUST_REMOTE_CODE, Dtype
 from pipeline.options import check_ranges, option
+from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
 IO, TASKS, STUDENT, READING, HARDWARE = "Input", "Tasks", "Student", "Reading the cache", "Hardware"
 
@@ -44,10 +45,8 @@ class EvaluateConfig:
     )
     revision: str | None = REVISION(group=STUDENT)
     trust_remote_code: bool = TRUST_REMOTE_CODE(group=STUDENT)
-    cache_dir: str | None = option(
-        None, help="Keep local copies of shards read from an object store here.", group=READING
-    )
-    cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=READING, minimum=0.001)
+    cache_dir: str | None = CACHE_DIR(group=READING)
+    cache_dir_gb: float = CACHE_DIR_GB(group=READING)
     batch_size: int = option(8, help="Rows per forward pass.", group=HARDWARE, minimum=1, common=True)
     padding_free: bool | None = PADDING_FREE(group=HARDWARE)
     device: str = DEVICE(group=HARDWARE)

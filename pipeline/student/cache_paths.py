@@ -1,12 +1,18 @@
-"""Paths of caches with weights, PATH:WEIGHT, for a run on several caches. Standard library only."""
+"""Paths of caches: PATH:WEIGHT of several caches in a run, and where copies are kept. Standard library only."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
+from functools import partial
 
 from pipeline.errors import ConfigError
+from pipeline.options import option
+
+# Options of every command that reads a cache row by row; a configuration adds the heading.
+CACHE_DIR = partial(option, None, help="Keep local copies of shards read from an object store here.")
+CACHE_DIR_GB = partial(option, 100.0, help="Size limit of these copies in GB.", minimum=0.001)
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import PADDING_FREE, REVISION, TRUST_REMOTE_CODE
 from pipeline.options import check_ranges, option
+from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
 if TYPE_CHECKING:
     from pipeline.models.adapters import Lora
@@ -50,8 +51,8 @@ class TrainStudentConfig:
         False, help="Continue from the last checkpoint in the output directory.", group=IO, common=True
     )
     overwrite: bool = option(False, help="Delete the student in the output directory first.", group=IO, common=True)
-    cache_dir: str | None = option(None, help="Keep local copies of shards read from an object store here.", group=IO)
-    cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=IO, minimum=0.001)
+    cache_dir: str | None = CACHE_DIR(group=IO)
+    cache_dir_gb: float = CACHE_DIR_GB(group=IO)
 
     student_layers: int | None = option(
         None, help="Number of layers to keep, evenly spaced.", group=STUDENT, minimum=1, common=True

@@ -82,9 +82,9 @@ def _of_torch() -> dict[str, Any]:
 
     from pipeline.models.devices.cpu_dtype import multiplies_bfloat16
 
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
-        "cpu_features": None if known is None else [name for name in CPU_FEATURES if known.get(name)],
+        "cpu_features": [name for name in CPU_FEATURES if known.get(name)] if known else None,
         "cpu_multiplies_bfloat16": multiplies_bfloat16(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

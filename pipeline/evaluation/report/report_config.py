@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.models.loading_options import DEVICE, DTYPE, REVISION, TRUST_REMOTE_CODE, Dtype
 from pipeline.options import check_ranges, option
+from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
 IO, STUDENT, READING, HARDWARE = "Input and output", "Students", "Reading the cache", "Hardware"
 
@@ -34,10 +35,8 @@ class ReportConfig:
     )
     revision: str | None = REVISION(group=STUDENT)
     trust_remote_code: bool = TRUST_REMOTE_CODE(group=STUDENT)
-    cache_dir: str | None = option(
-        None, help="Keep local copies of shards read from an object store here.", group=READING
-    )
-    cache_dir_gb: float = option(100.0, help="Size limit of these copies in GB.", group=READING, minimum=0.001)
+    cache_dir: str | None = CACHE_DIR(group=READING)
+    cache_dir_gb: float = CACHE_DIR_GB(group=READING)
     batch_size: int = option(8, help="Rows per forward pass.", group=HARDWARE, minimum=1, common=True)
     device: str = DEVICE(group=HARDWARE)
     dtype: Dtype = DTYPE(group=HARDWARE)

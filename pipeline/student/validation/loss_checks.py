@@ -63,12 +63,7 @@ def loss_for_cache(
             )
         schedule = Schedule.parse(temperature_schedule, "`temperature_schedule`")
         temperature = schedule.at(1, 1)
-    kl_tail: TailPolicy = "bucket"
-    if tail == "sampled" or (cache.metadata.sampled and not exact_only):
-        kl_tail = "sampled"
-    elif cache.metadata.renormalised:
-        _check_renormalised(cache, tail)
-        kl_tail = "renormalise"
+    kl_tail = _kl_tail(cache, tail, exact_only=exact_only)
     if position_weighting == "teacher-entropy" and not cache.metadata.entropy_known:
         raise ConfigError(
             f"`position_weighting` teacher-entropy: {cache.path} has only lower bounds of the teacher's entropies, "
@@ -128,12 +123,18 @@ def loss_for_all(losses: list[DistillLoss]) -> DistillLoss:
     return replace(losses[0], kl_tail=kl_tail)
 
 
-def _check_renormalised(cache: Cache, tail: TailPolicy) -> None:
+def _kl_tail(cache: Cache, tail: TailPolicy, *, exact_only: bool) -> TailPolicy:
+    """The tail policy of the reported KL. Raises: ConfigError for a loss on tail mass that is unknown."""
+    if tail == "sampled" or (cache.metadata.sampled and not exact_only):
+        return "sampled"
+    if not cache.metadata.renormalised:
+        return "bucket"
     if tail != "renormalise":
         raise ConfigError(
             f"`tail` {tail}: the entries of {cache.path} were rescaled to sum to 1 before they were imported, so the "
             "teacher's tail mass is unknown, and this policy would teach that it is 0. Use `tail=renormalise`."
         )
+    return "renormalise"
 
 
 def _check_tail(cache: Cache, loss: DistillLoss) -> None:
