@@ -103,8 +103,8 @@ def _reliability(sides: Mapping[str, Bins], first: int) -> Figure:
             row += [f"{count:,}", _number(mean), _number(share)]
     return Figure(
         title=title,
-        note="How often the most likely token is the true one, by the probability that the model gives it. Above the diagonal, "
-        "a model is right more often than it predicts.",
+        note="How often the most likely token is the true one, by the probability that the model gives it. Above the "
+        "diagonal, a model is right more often than it predicts.",
         chart=reliability_chart(
             series,
             title=f"{title} diagram. See the table.",
