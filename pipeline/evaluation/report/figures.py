@@ -36,7 +36,7 @@ class Figure:
 def difference_figures(
     teacher: TeacherPositions, students: Mapping[str, StudentPositions], *, at_one: bool
 ) -> list[Figure]:
-    """Where students differ from the teacher; without students, where the teacher is uncertain and how often it is right.
+    """Where students differ from the teacher; without students, where the teacher is uncertain and how often right.
 
     Args:
         students: by label, in the order of their colours.
