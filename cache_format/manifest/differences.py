@@ -11,14 +11,14 @@ from typing import Any
 # Key of the manifest -> reason. The same teacher over the same text adds in another order: float32 logits then agree to
 # about 1e-5, which sometimes decides which of two nearly equal tokens becomes an entry.
 ROUNDING = {
-    "capture.device": "a different kind of device rounds differently",
-    "capture.threads": "sums split over a different number of threads round differently",
-    "capture.batch_size": "a different batch size rounds differently",
-    "capture.batch_tokens": "a different batch size rounds differently",
-    "capture.chunk_positions": "a different chunk size rounds differently",
-    "capture.logits": "logits of a different precision round differently",
+    "capture.device": "another kind of device rounds differently",
+    "capture.threads": "sums split over another number of threads round differently",
+    "capture.batch_size": "another batch size rounds differently",
+    "capture.batch_tokens": "another batch size rounds differently",
+    "capture.chunk_positions": "another chunk size rounds differently",
+    "capture.logits": "logits of another precision round differently",
     "capture.selection": "sums over the vocabulary by other kernels round differently",
-    "capture.server_version": "a different version of the server rounds differently",
+    "capture.server_version": "another version of the server rounds differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }
 FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")
@@ -34,7 +34,7 @@ NAMES = {
     "corpus.generation.writer.revision": TEXT_FACTS,
     "prompts.source": ("prompts.files",),  # with their checksums, or sizes and times
 }
-LIBRARIES = "a different version may round or compress differently"
+LIBRARIES = "another version may round or compress differently"
 
 
 @dataclass(frozen=True)

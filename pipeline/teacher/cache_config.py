@@ -100,7 +100,7 @@ class DataConfig:
         help="Maximum number of tokens that the teacher reads for a row, if the data have prompts for the teacher.",
         group=TEXT,
         minimum=2,
-        default_text="4 times `seq_len`, at most the number of positions of the teacher",
+        default_text="4 times seq_len, at most the number of positions of the teacher",
     )
     overlap: int = option(
         1,
@@ -108,7 +108,7 @@ class DataConfig:
         group=TEXT,
         minimum=1,
     )
-    num_proc: int | None = option(None, help="Number of processes that tokenise the text.", group=TEXT, minimum=1)
+    num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)

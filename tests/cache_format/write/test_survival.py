@@ -291,9 +291,9 @@ def test_differences_that_only_change_rounding_are_named_as_such(tmp_path):
         cf.CacheWriter(tmp_path / "cache", elsewhere(), resume=True)
     message = str(caught.value)
     for words in (
-        'capture.device recorded "A100", given "H100" (only rounding: a different kind of device',
-        "capture.threads recorded 2, given 1 (only rounding: sums split over a different number of threads",
-        'libraries.torch recorded "2.13.0", given "2.14.0" (only rounding: a different version',
+        'capture.device recorded "A100", given "H100" (only rounding: another kind of device',
+        "capture.threads recorded 2, given 1 (only rounding: sums split over another number of threads",
+        'libraries.torch recorded "2.13.0", given "2.14.0" (only rounding: another version',
         "allow it with `allow_rounding=True`",
     ):
         assert words in message
