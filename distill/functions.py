@@ -101,7 +101,7 @@ def cache_teacher(
             with `tokenizer`.
         data: a path, glob or hub name; several paths; a `datasets.Dataset`; or an iterable of dicts.
         output: cache directory or fsspec URL.
-        config: TOML or JSON file of options; keyword arguments win over it.
+        config: TOML or JSON file of options; keyword arguments override it.
         on_progress: called with a `Progress`.
 
     Returns: what was written; with `generate=True` a `GenerationSummary`.
@@ -149,7 +149,7 @@ def plan(
     """Predict size and time of a cache from a few rows, as `distill plan` does. Writes nothing to `output`.
 
     Args:
-        teacher, data, output, config, on_progress: as in `cache_teacher`; `output` says which disk has to hold it.
+        teacher, data, output, config, on_progress: as in `cache_teacher`; `output` tells where the cache will be.
         rows: number of rows to run, spread over the text. Default: about 32,768 tokens.
         cost_per_hour: price of this machine, in any currency.
 
@@ -187,7 +187,7 @@ def train_student(
         student: transformers directory, hub name or .gguf file; or a loaded transformers model, which is trained in
             place, with `tokenizer` if it is not the teacher's.
         output: directory for checkpoints and the trained student.
-        config: TOML or JSON file of options; keyword arguments win over it.
+        config: TOML or JSON file of options; keyword arguments override it.
         on_progress: called with a `Progress`; its values hold the latest logs (loss, kl, ce, eval_kl, …).
 
     Raises:
@@ -217,11 +217,11 @@ def evaluate(
     Args:
         cache: held-out cache directory or URL.
         student: transformers directory, hub name or .gguf file; or a loaded transformers model.
-        config: TOML or JSON file of options; keyword arguments win over it.
+        config: TOML or JSON file of options; keyword arguments override it.
         on_progress: called with a `Progress`.
 
     Returns: KL to the teacher and cross-entropy in nats per loss token, perplexity, and top-1 agreement; in `metrics`
-        these, calibration and acceptance with 95 % confidence intervals; in `tasks` the scores on tasks.
+        these, calibration and acceptance, with 95 % confidence intervals; in `tasks` the scores on tasks.
 
     Raises: MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
@@ -247,13 +247,13 @@ def import_cache(
     Args:
         source: file, directory or glob pattern.
         output: cache directory or fsspec URL.
-        config: TOML or JSON file of options; keyword arguments win over it.
+        config: TOML or JSON file of options; keyword arguments override it.
         on_progress: called with a `Progress`.
 
     Returns: what was imported, left out and adjusted.
 
     Raises:
-        DataError: the source cannot be read, or a row of it cannot be right.
+        DataError: the source cannot be read, or a row of it is invalid.
         ConfigError, ModelError: the options or the tokenizer cannot be used.
         CacheError, MismatchError: `output` holds something else.
     """
@@ -276,7 +276,7 @@ def export_cache(
 
     Args:
         cache: cache directory or URL, with exact entries only.
-        output: directory to write; must not exist, or be empty.
+        output: directory to write; it must be empty or not exist.
         format: parquet or axolotl.
         on_progress: called with a `Progress`.
 
@@ -303,11 +303,11 @@ def report(
     """Write an HTML page that shows where students and their teacher disagree, as `distill report` does.
 
     Args:
-        source: cache directory or URL, or the directory of a training run, which names its held-out cache; or several:
-            a cache and runs.
+        source: cache directory or URL, or the directory of a training run, which knows its held-out cache; or a list of
+            one cache and several runs.
         output: HTML file. Default: report.html.
         student: transformers directory, hub name, .gguf file or loaded transformers model; or several.
-        config: TOML or JSON file of options; keyword arguments win over it.
+        config: TOML or JSON file of options; keyword arguments override it.
         on_progress: called with a `Progress`.
 
     Returns: what was written, and the numbers of each student as in `evaluate`.
@@ -331,7 +331,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether the cache is intact and, if it was compared, what this teacher says."""
+        """Whether the cache is intact and, if a teacher was named, agrees with it."""
         return self.teacher is None or self.teacher.agrees
 
 
@@ -344,11 +344,11 @@ def verify(
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> Verification:
-    """Check every byte of a cache, on demand every value and some rows against the teacher, as `distill verify` does.
+    """Check every byte of a cache, and optionally every value and some rows, as `distill verify` does.
 
     Args:
         cache: cache directory or URL.
-        deep: check every value too: counts, ids, order, sums of probabilities, entropy.
+        deep: also check every value: counts, ids, order, sums of probabilities, entropy.
         against_teacher: the teacher, as in `cache_teacher`, to compute some rows again.
         on_progress: called with a `Progress`.
 

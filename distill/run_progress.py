@@ -71,7 +71,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def quiet(model: Any = None) -> Iterator[None]:
-    """No progress bars of transformers inside the block; a loaded model has its mode back afterwards."""
+    """No progress bars of transformers inside the block; the training mode of a loaded model is restored afterwards."""
     from transformers.utils import logging as transformers_logging
 
     training = getattr(model, "training", None)

@@ -10,21 +10,21 @@ KINDS = (  # row in the results ("" for states), and the cells of README.md befo
     (
         "threshold 1/20",
         "`threshold` (default), `--tail-threshold 0.05`",
-        "p ≥ τ, and the most likely token",
+        "all with p ≥ τ, and the most likely",
         "the others, with probability p/τ and weight τ",
         "training with the forward KL",
     ),
     (
         "top-64",
         "`top-k`, `--top-k 64`",
-        "the K most likely",
+        "the K most likely tokens",
         "",
-        "other divergences, a later temperature, another tokenizer",
+        "other divergences, a temperature chosen later, another tokenizer",
     ),
     (
         "top-p 0.95",
         "`top-p`, `--top-p 0.95`",
-        "the fewest with that mass, at most 128",
+        "the smallest set with that mass, at most 128 tokens",
         "",
         "repeating published work",
     ),
@@ -126,7 +126,7 @@ def hidden_states() -> list[list[str]]:
     """The error of stored states."""
     results = by_name("hidden_targets", "States")
     errors = {"mean KL": "mean KL", "max KL": "largest KL", "max |Δlog p|, p > 1e-06": "largest change"}
-    table = [["states", "bytes/token", "on disk", *errors.values(), "changed most likely token"]]
+    table = [["states", "bytes/token", "on disk", *errors.values(), "most likely token changed"]]
     for name, shown in STATES.items():
         row = results[name]
         stored = row["bytes/token on disk"]

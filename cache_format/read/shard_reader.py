@@ -135,7 +135,7 @@ class ShardReader:
         sidecar = Sidecar.from_bytes(data, where)
         lexicon = None if manifest.lexicon is None else manifest.lexicon.sha256
         if sidecar.annotations.get("lexicon_sha256") != lexicon:
-            raise self._false("sidecar", "it was packed with another lexicon than the manifest's")
+            raise self._false("sidecar", "it was not packed with the manifest's lexicon")
         shard = manifest.shards[index]
         if not sidecar.is_for(manifest.metadata, index) or sidecar.file_bytes != shard.bytes:
             raise self._false("sidecar", "its rows or bytes are not those of the manifest")

@@ -32,7 +32,7 @@ METRICS = {
     "ce": "Cross-entropy (nats)",
     "perplexity": "Perplexity",
     "agreement": "Agreement with the teacher",
-    "top5_agreement": "Teacher's choice among the five most likely",
+    "top5_agreement": "Teacher's most likely token among the student's five",
     "ece": "Expected calibration error",
     "ece_teacher": "Calibration error to the teacher",
     "acceptance": "Acceptance as a draft model",

@@ -184,7 +184,7 @@ class TrainStudentConfig:
         help="Steps between checkpoints.",
         group=LOGGING,
         minimum=1,
-        default_text="eval_steps, or 500 without a held-out cache",
+        default_text="`eval_steps`, or 500 without a held-out cache",
     )
     report_to: tuple[str, ...] = option(
         (),

@@ -146,7 +146,7 @@ def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) 
     corpus = build_corpus(config.data, tokenizer, positions=most_positions(found))
     if config.all_positions and corpus.has_teacher_prompts:
         raise ConfigError(
-            "`all_positions`: the teacher reads another prompt than the student, so that positions of the student's "
+            "`all_positions`: the teacher reads a prompt of its own, so positions of the student's "
             "prompt have no targets. Leave it out."
         )
     return corpus

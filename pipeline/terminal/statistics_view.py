@@ -67,7 +67,7 @@ def _sizes_view(stats: dict[str, Any]) -> RenderableType:
             for stream, of_stream in sorted(streams.items(), key=lambda item: -item[1]):
                 line(f"  {stream}", of_stream, floors.get(stream))
             line("  coder's states", value - sum(streams.values()), None)
-    table.add_row("together", f"{sum(lines.values()):.2f}", "", "")
+    table.add_row("total", f"{sum(lines.values()):.2f}", "", "")
     if not streams:
         return table
     note = (

@@ -43,7 +43,10 @@ def verify_view(
             f"{found.same_entries:.1%} are chosen again, at least {found.same_entries_allowed:.1%} expected "
             f"(rounding alone: {found.same_entries_rounding:.1%})",
         ),
-        ("weights", "the same" if found.same_weights else "another fingerprint (other weights, dtype or engine)"),
+        (
+            "weights",
+            "the same" if found.same_weights else "a different fingerprint (different weights, dtype or engine)",
+        ),
     ]
     why = Text(
         "Differences exclude the rounding of stored values. Allowed are 2 to 4 times the differences that random "
@@ -68,7 +71,7 @@ def failed_check(cache: str, teacher: str | None, found: TeacherCheck) -> str:
             f"{found.same_entries:.1%} of the entries are the same (at least {found.same_entries_allowed:.1%} expected)"
         )
     if not found.same_template:
-        wrong.append("its chats were written with another chat template than this tokenizer's")
+        wrong.append("its chats were written with a chat template that is not this tokenizer's")
     weights = "has another fingerprint" if not found.same_weights else "is the one that made it"
     return (
         f"{cache}: does not match {teacher}: {'; '.join(wrong)}. By its weights this teacher {weights}. Name the "

@@ -97,7 +97,7 @@ def test_stats_for_people(cache: cf.Cache):
     text = shown(statistics_view(stats))
     for words in ("top-k, K = 16", f"{stats['rows']:,} in 1 shards", f"{stats['bytes_per_token']:.1f} bytes per token"):
         assert words in text
-    assert all(name in text for name in stats["column_bytes_per_token"]) and "order zero" not in text
+    assert all(name in text for name in stats["column_bytes_per_token"]) and "order-zero entropy" not in text
     assert cache.path in text.replace("\n", "")
 
 
@@ -122,9 +122,9 @@ def test_the_lines_of_stats_add_up_to_the_size(
     assert set(parts) == beside and min(parts.values()) > 0
     assert sum([*stats["column_bytes_per_token"].values(), *parts.values()]) == pytest.approx(stats["bytes_per_token"])
     lines = [line.split() for line in shown(statistics_view(stats)).splitlines()]
-    shown_sizes = {line[0]: float(line[1]) for line in lines if len(line) > 1 and line[0] in {*parts, "together"}}
-    assert set(shown_sizes) == {*parts, "together"}
-    assert shown_sizes["together"] == pytest.approx(stats["bytes_per_token"], abs=0.006)
+    shown_sizes = {line[0]: float(line[1]) for line in lines if len(line) > 1 and line[0] in {*parts, "total"}}
+    assert set(shown_sizes) == {*parts, "total"}
+    assert shown_sizes["total"] == pytest.approx(stats["bytes_per_token"], abs=0.006)
 
 
 @pytest.mark.long
@@ -139,7 +139,7 @@ def test_a_packed_column_is_its_streams_and_little_else(teacher_dir: Path, chat_
     assert set(streams) - set(floors) <= {"frequencies", "exact_ranks_low_bits", "sample_ranks_low_bits"}
     assert all(floor <= streams[name] + 1e-9 for name, floor in floors.items()) and floors["sample_ranks"] > 0.5
     text = shown(statistics_view(stats))
-    assert all(f"  {name}" in text for name in streams) and "as columns, order zero" in text
+    assert all(f"  {name}" in text for name in streams) and "order-zero entropy of these targets as columns" in text
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_other_weights_are_told_apart(top16: Path, tmp_path: Path):
     other = tmp_path / "other"
     tiny_llama(other, tiny_tokenizer(), seed=5)
     output = verify(top16, "--against-teacher", other, "--rows", 2, status=1)
-    assert "another fingerprint" in output and "does not match" in output
+    assert "a different fingerprint" in output and "does not match" in output
     found = json.loads(verify(top16, "--against-teacher", other, "--json", status=1))
     assert found["ok"] is False and found["teacher"]["divergence"]["found"] > 0.1
 

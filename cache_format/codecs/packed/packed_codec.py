@@ -64,7 +64,7 @@ class PackedCodec(Codec):
         if not len(blocks):
             raise ValueError("there are no rows")
         if any(len(cell.as_buffer()) for cell in blocks[1:]):
-            raise ValueError("packed targets in another row than the first")
+            raise ValueError("packed targets in a row that is not the first")
         input_ids = lists.values["input_ids"].astype(np.int64)
         if (input_ids >= self.metadata.vocab_size).any():
             raise ValueError(f"an input id is outside the vocabulary of {self.metadata.vocab_size}")

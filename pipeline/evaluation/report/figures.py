@@ -36,7 +36,7 @@ class Figure:
 def difference_figures(
     teacher: TeacherPositions, students: Mapping[str, StudentPositions], *, at_one: bool
 ) -> list[Figure]:
-    """Where students differ from the teacher; without students where the teacher is uncertain, and how often right.
+    """Where students differ from the teacher; without students, where the teacher is uncertain and how often right.
 
     Args:
         students: by label, in the order of their colours.
@@ -56,7 +56,7 @@ def difference_figures(
             _binned(by_frequency(labels, kl), colours, **by_count),
         ]
     else:
-        by_nats |= {"title": "Teacher right by its entropy", "y_label": "share of tokens"}
+        by_nats |= {"title": "Teacher accuracy by its entropy", "y_label": "share of tokens"}
         by_count |= {"title": "Teacher entropy by token frequency", "y_label": "mean entropy (nats)"}
         right = {} if np.isnan(teacher.confidence).all() else {"teacher right": teacher.right}
         figures = [

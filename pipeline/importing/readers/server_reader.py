@@ -157,7 +157,7 @@ class ServerReader(Reader):
         if prompt is None:
             prompt = listed
         elif listed and list(prompt) != listed:
-            raise BadRow("input_token_logprobs have other tokens than input_ids: the server changed the prompt")
+            raise BadRow("the tokens of input_token_logprobs are not those of input_ids: the server changed the prompt")
         prompt_lists = info.get("input_top_logprobs")
         if prompt_lists is not None:
             if len(prompt_lists) != len(prompt):

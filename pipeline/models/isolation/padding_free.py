@@ -35,8 +35,8 @@ def without_padding(head: Head, longest: int, *, wanted: bool | None, device: to
     free = padding_free(head, longest)
     if free is None and wanted:
         raise ConfigError(
-            f"`padding_free`: {type(head.model).__name__} gives documents laid end to end other states than "
-            "each has alone: its layers do not use transformers' attention interface, or mix tokens in "
+            f"`padding_free`: {type(head.model).__name__} gives documents laid end to end different states "
+            "than each has alone: its layers do not use transformers' attention interface, or mix tokens in "
             "another way. Leave it out."
         )
     return free or head

@@ -239,7 +239,7 @@ def _differences(mix: Mix, tails: Sequence[TailPolicy]) -> list[str]:
     warnings = []
     for cache in others:
         if first.metadata.teacher.get("weights_fingerprint") != cache.metadata.teacher.get("weights_fingerprint"):
-            warnings.append(f"{cache.path} was made with another teacher than {first.path}")
+            warnings.append(f"{cache.path} was made with a different teacher than {first.path}")
         ours, theirs = (describe_targets(_without_samples(each)) for each in (first, cache))
         if ours != theirs and tails[0] not in ("sampled", "realized"):
             warnings.append(

@@ -154,7 +154,7 @@ def check_same_teacher_tokens(train: cf.Cache, held_out: cf.Cache) -> list[str]:
                 "use the same vocabulary and alignment as training. Cache the held-out text with the same teacher."
             )
     if ours.teacher.get("weights_fingerprint") != theirs.teacher.get("weights_fingerprint"):
-        return [f"{held_out.path} has targets of another teacher than {train.path}"]
+        return [f"{held_out.path} has targets of a different teacher than {train.path}"]
     return []
 
 

@@ -25,7 +25,7 @@ BATCH_SIZE = partial(
     group=TEACHER,
     minimum=1,
     common=True,
-    default_text=f"{DEFAULT_ROWS}; on CUDA see batch_tokens",
+    default_text=f"{DEFAULT_ROWS}; on CUDA see `batch_tokens`",
 )
 BATCH_TOKENS = partial(
     option,
@@ -36,7 +36,7 @@ BATCH_TOKENS = partial(
     minimum=1,
     common=True,
     metavar="N|auto",
-    default_text="auto on CUDA, unless batch_size is given",
+    default_text="auto on CUDA, unless `batch_size` is given",
 )
 PASSED_ON = ("quantization", "tensor_parallel_size", "max_model_len", "gpu_memory_utilization")
 """Options that are arguments of vLLM's `EngineArgs` under the same name."""
@@ -58,7 +58,7 @@ class EngineConfig:
         None, help="Number of GPUs that vLLM splits the teacher across.", group=VLLM, minimum=1, default_text="1"
     )
     max_model_len: int | None = option(
-        None, help="Maximum number of tokens per document.", group=VLLM, minimum=2, default_text="seq_len + 1"
+        None, help="Maximum number of tokens per document.", group=VLLM, minimum=2, default_text="`seq_len` + 1"
     )
     gpu_memory_utilization: float | None = option(
         None, help="Share of the GPU's memory that vLLM may use.", group=VLLM, above=0, maximum=1, default_text="vLLM's"

@@ -250,7 +250,7 @@ def test_held_out_cache_of_another_teacher_gives_a_warning(
     options = {"eval_cache": str(held_out), "max_steps": 1, "on_warning": seen.append}
     summary = train(tmp_path / "student", cache, student=student_dir, **options)
     assert summary.warnings == seen and len(seen) == 1
-    assert seen[0].startswith(f"{held_out} ") and "another teacher" in seen[0]
+    assert seen[0].startswith(f"{held_out} ") and "a different teacher" in seen[0]
 
 
 def test_padding_rows_of_the_head_are_not_trained(tmp_path: Path, cache: Path, tokenizer: PreTrainedTokenizerFast):

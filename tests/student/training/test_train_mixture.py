@@ -156,7 +156,7 @@ def test_caches_of_different_teachers_give_a_warning(tmp_path: Path):
     one = made_up(tmp_path / "a", 4)
     other = made_up(tmp_path / "b", 4, seed=1, teacher={"name": "another", "weights_fingerprint": "1"})
     (warning,) = recipe(one, other)[1]
-    assert all(words in warning for words in (str(one.path), str(other.path), "another teacher"))
+    assert all(words in warning for words in (str(one.path), str(other.path), "a different teacher"))
 
 
 def test_hidden_states_must_agree_if_they_are_used(tmp_path: Path):

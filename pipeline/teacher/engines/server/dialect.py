@@ -110,7 +110,7 @@ def check_echo(found: Any, sent: Sequence[int]) -> None:
         raise UnusableAnswer("found no token ids of the prompt in the answer, expected those that were sent", "ids")
     if found != list(sent):
         raise UnusableAnswer(
-            f"the server scored other tokens than it was sent: found {len(found)} ({_beginning(found)}), expected "
+            f"the server scored tokens that it was not sent: found {len(found)} ({_beginning(found)}), expected "
             f"{len(sent)} ({_beginning(sent)})",
             "ids",
         )

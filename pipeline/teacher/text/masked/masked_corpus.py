@@ -171,8 +171,8 @@ def build_masked_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, 
         )
     if config.teacher_seq_len is not None:
         raise ConfigError(
-            f"`teacher_seq_len` {config.teacher_seq_len}: only for causal teachers, which may read other prompts than "
-            "the student. Leave it out."
+            f"`teacher_seq_len` {config.teacher_seq_len}: only for causal teachers, which may read prompts of "
+            "their own. Leave it out."
         )
     config = replace(config, packing=False, append_eos=False)
     masker = Masker(rule, tokenizer)

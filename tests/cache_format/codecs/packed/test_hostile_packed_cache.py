@@ -56,9 +56,9 @@ def with_header(**changes: int):
 
 
 BLOCK_LIES = {
-    "in the wrong row": (lambda b: b[::-1], "packed targets in another row than the first"),
-    "in both rows": (lambda b: [b[0], b[0]], "packed targets in another row than the first"),
-    "a byte in the second row": (lambda b: [b[0], b"\0"], "packed targets in another row than the first"),
+    "in the wrong row": (lambda b: b[::-1], "packed targets in a row that is not the first"),
+    "in both rows": (lambda b: [b[0], b[0]], "packed targets in a row that is not the first"),
+    "a byte in the second row": (lambda b: [b[0], b"\0"], "packed targets in a row that is not the first"),
     "nowhere": (lambda b: [b"", b""], "packed targets are cut short"),
     "null": (lambda b: [b[0], None], "column packed holds nulls"),
     "header only": (lambda b: [b[0][:10], b""], "frequencies of packed targets"),
@@ -233,7 +233,7 @@ def test_lying_manifest(path, name):
 
 def test_the_other_encoding_is_claimed(path, tmp_path):
     seal_manifest(path, lambda m: m.update(encoding="columns"))
-    assert "another lexicon" in complaint(path, cf.CorruptShardError)
+    assert "not packed with the manifest's lexicon" in complaint(path, cf.CorruptShardError)
     columns = tmp_path / "columns"
     write_cache(columns, metadata_of(KINDS["threshold, three samples"]))
     seal_manifest(columns, lambda m: m.update(encoding="packed"))
@@ -241,7 +241,7 @@ def test_the_other_encoding_is_claimed(path, tmp_path):
     shutil.copy(path / LEXICON, columns)
     lexicon = json.loads((path / "manifest.json").read_bytes())["lexicon"]
     seal_manifest(columns, lambda m: m.update(lexicon=lexicon))
-    assert "another lexicon" in complaint(columns, cf.CorruptShardError)
+    assert "not packed with the manifest's lexicon" in complaint(columns, cf.CorruptShardError)
 
 
 def test_a_manifest_of_before_there_were_two_encodings(tmp_path):

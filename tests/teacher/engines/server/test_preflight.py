@@ -80,7 +80,7 @@ def skip_cached(answer: Answer, body: Answer) -> Answer:
 FAULTS: dict[str, tuple[Callable[[Answer, Answer], Answer], str, str]] = {
     "BOS added": (
         add_bos,
-        "the server scored other tokens than it was sent: found 48 \\(1, ",
+        "the server scored tokens that it was not sent: found 48 \\(1, ",
         "version of",
     ),
     "logits": (
