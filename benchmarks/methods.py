@@ -192,9 +192,9 @@ def report(runs: dict[str, list[dict[str, float]]], sizes: Sizes, budget: int) -
 
     def cell(found: list[dict[str, float]], column: str) -> str:
         values = [one[columns[column]] * (100 if column in shares else 1) for one in found]
-        text = f"{mean(values):.3f}" if column.startswith("KL") else f"{mean(values):.1f}"
-        half = (max(values) - min(values)) / 2
-        return f"{text} ± {half:.3f}" if column.startswith("KL") and len(values) > 1 else text
+        if not column.startswith("KL"):
+            return f"{mean(values):.1f}"
+        return measure.mean_and_range(values) if len(values) > 1 else f"{mean(values):.3f}"
 
     rows = [[name, *(cell(found, column) for column in columns)] for name, found in runs.items()]
     seeds = max(map(len, runs.values()))

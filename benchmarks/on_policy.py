@@ -206,9 +206,7 @@ def measured(
 
 def report(runs: Mapping[str, list[dict[str, float]]], sizes: Sizes, tokens: list[int]) -> measure.Result:
     def cell(found: list[dict[str, float]], column: str) -> str:
-        values = [one[column] for one in found]
-        half = (max(values) - min(values)) / 2
-        return f"{mean(values):.3f} ± {half:.3f}"
+        return measure.mean_and_range([one[column] for one in found])
 
     def share(found: list[dict[str, float]], column: str) -> str:
         return f"{100 * mean(one[column] for one in found):.1f}"

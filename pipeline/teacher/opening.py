@@ -117,9 +117,10 @@ def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
         "tokenizer": config.tokenizer,
         "data": local_paths(config.data.data),
         "device_map": config.device_map,
-        "writer": None if config.generation is None else config.generation.writer,
-        "gen_keep_if": None if config.generation is None else (config.generation.keep_if or "").rpartition(":")[0],
     }
+    if (generation := config.generation) is not None:
+        inputs |= {"writer": generation.writer, "writer_device_map": generation.writer_device_map}
+        inputs["gen_keep_if"] = (generation.keep_if or "").rpartition(":")[0]
     for folder in folders:
         check_inputs_apart(folder, inputs)
 

@@ -81,7 +81,7 @@ def test_the_table_has_medians_over_the_seeds(tmp_path: Path) -> None:
     assert result["settings"]["seeds"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_demo_runs_and_repeats_nothing(
     teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]
 ) -> None:

@@ -18,7 +18,7 @@ def test_numbers_are_found_where_they_belong() -> None:
     assert methods.first_number("no 5") is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_method_trains_as_long_and_is_measured(
     teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]
 ) -> None:

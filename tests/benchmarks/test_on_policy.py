@@ -12,7 +12,7 @@ import distill
 from benchmarks import on_policy
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_students_of_a_round_see_as_many_loss_tokens_and_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from pipeline.teacher.text.packing import TokenRow
 from runs import dense_logits
 from tiny import english
 
-pytestmark = pytest.mark.slow  # every track is run once, tiny
+pytestmark = pytest.mark.long  # every track is run once, tiny
 
 ARMS = ("--arms", "threshold-1-8", "--arms", "bucket-top-16", "--arms", "full-perturbed")
 
@@ -107,7 +107,6 @@ def test_the_report_shows_the_runs_that_are_there_when_others_are_missing(finish
     assert data["summary"]["track2_runs_wanted"] == len(planned(TRACK_2.arms, range(3)))
 
 
-@pytest.mark.slow
 def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teacher_dir: Path):
     benchmark(
         tmp_path,
@@ -126,7 +125,6 @@ def test_the_first_track_takes_a_given_teacher(tmp_path: Path, texts: Path, teac
         assert 0 < run["gradients"][point]["loss"]["angle"] < 180
 
 
-@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_interrupted_ones_are(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ):

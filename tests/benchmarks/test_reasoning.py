@@ -25,7 +25,7 @@ def test_sums_are_different_and_right() -> None:
     assert reasoning.sums(8) == found[:8]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_student_trains_as_long_and_is_asked(
     teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]
 ) -> None:

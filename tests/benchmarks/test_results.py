@@ -22,7 +22,7 @@ def test_every_benchmark_has_a_run_and_a_result(name: str) -> None:
     assert stored(name)["benchmark"] == name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_TRIED))
 def test_titles_and_columns_are_those_of_the_result(
     name: str, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

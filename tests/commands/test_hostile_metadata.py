@@ -187,7 +187,7 @@ def test_no_value_of_the_json_gives_anything_but_an_error(
     try_one(data, caches[kind], name, student_dir, scratch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["manifest.json", fuzzed.SIDECAR])
 @pytest.mark.parametrize("kind", ["captured", "packed", "hidden"])
 @settings(max_examples=150)

@@ -165,7 +165,7 @@ def runnable(page: str) -> bool:
 def page_runs() -> list[object]:
     """For `make test-slow`; test_readme.py runs the README."""
     pages = [page for page in [*PAGES, *INDEPENDENT] if runnable(page) and page != RECIPES]
-    return [pytest.param(page, marks=pytest.mark.slow) for page in pages]
+    return [pytest.param(page, marks=pytest.mark.long) for page in pages]
 
 
 @pytest.mark.parametrize("page", page_runs())

@@ -34,7 +34,7 @@ def test_the_navigation_has_every_page() -> None:
     assert pages - navigation == set()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings_handlers.python")
     command = [

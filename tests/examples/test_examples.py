@@ -42,7 +42,7 @@ def run_script(name: str, monkeypatch: pytest.MonkeyPatch, **options: object) ->
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_lines(
     made: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +66,7 @@ def test_own_data(
     assert "tokens are loss tokens" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_students(
     made: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

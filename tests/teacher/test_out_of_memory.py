@@ -86,7 +86,7 @@ def test_out_of_memory_in_the_middle_of_a_shard_begins_it_anew(
     assert shards(tmp_path / "cache") == shards(tmp_path / "four")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_single_row_that_does_not_fit_ends_the_run(
     teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

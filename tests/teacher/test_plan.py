@@ -93,7 +93,7 @@ def test_the_settings_asked_for_come_first_and_once(words: list[Any], tmp_path: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("rows", [2, 8])
 def test_small_shards_cost_what_they_will_cost(words: list[Any], tmp_path: Path, planned: dict[str, Any], rows: int):
     given = [*words, "--output", tmp_path / "cache", "--rows-per-shard", rows]
     rule = json.loads(run("plan", *given, "--rows", ROWS_TAKEN, "--json").stdout)["rules"][0]

@@ -34,7 +34,7 @@ def printed(encoding: str, *words: object, status: int = 0) -> Result:
     return result
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @ENCODINGS
 def test_results_and_progress(
     folder: Path,

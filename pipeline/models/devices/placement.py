@@ -94,8 +94,11 @@ def place_of(model: nn.Module, module: nn.Module) -> Any:
     return next((places[part] for part in [*parents, ""] if part in places), None)
 
 
-def parse_device_map(text: str) -> str | dict[str, Any]:
+def parse_device_map(text: str, option: str = "device_map") -> str | dict[str, Any]:
     """A strategy of accelerate, or the contents of a JSON file: module name → device.
+
+    Args:
+        option: name of the option that it comes from.
 
     Raises:
         ConfigError: neither.
@@ -104,13 +107,13 @@ def parse_device_map(text: str) -> str | dict[str, Any]:
         return text
     path = Path(text)
     if not path.is_file():
-        raise ConfigError(f"`device_map` {text}: expected {', '.join(BALANCED)}, or a JSON file. Check the path.")
+        raise ConfigError(f"`{option}` {text}: expected {', '.join(BALANCED)}, or a JSON file. Check the path.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"`device_map` {text}: not JSON: {error}. Correct it.") from error
+        raise ConfigError(f"`{option}` {text}: not JSON: {error}. Correct it.") from error
     if not isinstance(found, dict) or not all(isinstance(place, int | str) for place in found.values()):
-        raise ConfigError(f"`device_map` {text}: expected an object of module names and devices. Correct it.")
+        raise ConfigError(f"`{option}` {text}: expected an object of module names and devices. Correct it.")
     return found
 
 

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.models.devices.placement import parse_device_map
 from pipeline.models.loading import load_config, model_name
 from pipeline.models.objective import most_positions, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerprint
@@ -51,7 +52,7 @@ from pipeline.teacher.generation.answering import Answering, GenerationProgress
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.caching import cache_answers
 from pipeline.teacher.generation.finished import check_same_contents, finished_cache, has_other_names, kept_by
-from pipeline.teacher.generation.generation_config import GenerationConfig
+from pipeline.teacher.generation.generation_config import LOADING_THE_WRITER, GenerationConfig
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
@@ -101,7 +102,7 @@ def generate_cache(
         CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
     """
     if generation.writer is not None and _is_teacher(generation, config):
-        generation = replace(generation, writer=None, writer_dtype=None)
+        generation = replace(generation, writer=None, **dict.fromkeys(LOADING_THE_WRITER))
     config = replace(config, generation=generation)  # checks that they fit together
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
@@ -110,6 +111,7 @@ def generate_cache(
             "`tensor_parallel`). Start one."
         )
     # Check what can be checked before spending minutes on loading.
+    _check_writer(config, generation)
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
     check_inputs(config, config.output, store_location(config.output))
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
@@ -236,10 +238,28 @@ def _scored(state: CaptureProgress) -> GenerationProgress:
     )
 
 
+def _check_writer(config: CacheTeacherConfig, generation: GenerationConfig) -> None:
+    """Raises: ConfigError if the engine does not take what the writer is to be loaded with."""
+    in_vllm = config.running.engine == "vllm"
+    for name in ("writer_quantization", "writer_tensor_parallel_size"):
+        if getattr(generation, name) is not None and not in_vllm:
+            raise ConfigError(f"`{name}`: only with `engine=vllm`. Leave it out.")
+    if generation.writer_device_map is not None:
+        if in_vllm:
+            raise ConfigError("`writer_device_map`: cannot be combined with `engine=vllm`. Leave it out.")
+        parse_device_map(generation.writer_device_map, "writer_device_map")
+
+
 def _writer_config(config: CacheTeacherConfig, generation: GenerationConfig) -> CacheTeacherConfig:
     """What the writer is opened with: without what is about the teacher's weights, and with the cheapest targets, which
     nobody reads."""
-    running = config.running
+    running = EngineConfig()
+    if not config.on_server:
+        running = replace(
+            config.running,
+            quantization=generation.writer_quantization,
+            tensor_parallel_size=generation.writer_tensor_parallel_size,
+        )
     name, revision = generation.writer_source
     return replace(
         config,
@@ -247,8 +267,8 @@ def _writer_config(config: CacheTeacherConfig, generation: GenerationConfig) -> 
         tokenizer=None,
         revision=revision,
         dtype=generation.writer_dtype or config.dtype,
-        device_map=None,
-        running=EngineConfig() if config.on_server else replace(running, quantization=None, tensor_parallel_size=None),
+        device_map=generation.writer_device_map,
+        running=running,
         server=ServerConfig(),
         targets=TargetRule(kind="top-k", top_k=1),
     )
@@ -259,8 +279,12 @@ def _is_teacher(generation: GenerationConfig, config: CacheTeacherConfig) -> boo
     writer, revision = generation.writer_source
     if writer is None or not isinstance(config.teacher, str | os.PathLike) or revision != config.revision:
         return False
-    if generation.writer_dtype not in (None, config.dtype):
-        return False
+    for given, own in (
+        (generation.writer_dtype, config.dtype),
+        (generation.writer_quantization, config.running.quantization),
+    ):
+        if given not in (None, own):
+            return False
     teacher = os.fspath(config.teacher)
     return writer == teacher or (os.path.exists(writer) and os.path.realpath(writer) == os.path.realpath(teacher))
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from pipeline.errors import ConfigError
-from pipeline.models.loading_options import Dtype
+from pipeline.models.loading_options import DEVICE_MAP, Dtype
 from pipeline.models.paths import split_revision
 from pipeline.options import MAX_SEED, check_ranges, option
 
@@ -14,6 +14,8 @@ GENERATION = "Generation"
 
 Keep = Literal["all", "first", "best"]
 KEEP: tuple[Keep, ...] = get_args(Keep)
+
+LOADING_THE_WRITER = ("writer_dtype", "writer_device_map", "writer_quantization", "writer_tensor_parallel_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,25 @@ class GenerationConfig:
     writer_dtype: Dtype | None = option(
         None, name="writer_dtype", help="Data type of the writer.", group=GENERATION, default_text="dtype"
     )
+    writer_device_map: str | None = DEVICE_MAP(
+        name="writer_device_map",
+        help="Spread the writer across all devices, CPU and disk: auto (accelerate), or a JSON file of modules.",
+        group=GENERATION,
+    )
+    writer_quantization: str | None = option(
+        None,
+        name="writer_quantization",
+        help="Quantization method of the writer, as vLLM names it.",
+        group=GENERATION,
+    )
+    writer_tensor_parallel_size: int | None = option(
+        None,
+        name="writer_tensor_parallel_size",
+        help="Number of GPUs that vLLM splits the writer across.",
+        group=GENERATION,
+        minimum=1,
+        default_text="1",
+    )
     keep: Keep = option(
         "all", help="Accepted answers to keep per prompt: all, the first, or the best (most likely).", group=GENERATION
     )
@@ -80,8 +101,9 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError("`gen_stop`: found an empty string, which every text contains. Leave it out.")
 
-        if self.writer_dtype is not None and self.writer is None:
-            raise ConfigError(f"`writer_dtype` {self.writer_dtype}: only with `writer`. Leave it out.")
+        for name in LOADING_THE_WRITER:
+            if self.writer is None and getattr(self, name) is not None:
+                raise ConfigError(f"`{name}` {getattr(self, name)}: only with `writer`. Leave it out.")
 
     @property
     def writer_source(self) -> tuple[str | None, str | None]:
@@ -91,6 +113,6 @@ class GenerationConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the answers, as in the manifest."""
         decides = asdict(self)
-        for name in ("keep_if", "keep", "writer", "writer_dtype"):  # the manifest has the writer's fingerprints
+        for name in ("keep_if", "keep", "writer", *LOADING_THE_WRITER):  # the manifest has the writer's fingerprints
             del decides[name]
         return {**decides, "stop": list(self.stop)}

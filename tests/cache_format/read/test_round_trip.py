@@ -36,7 +36,7 @@ def assert_same_row(found: cf.CacheRow, written: cf.CacheRow, metadata: cf.Cache
     assert np.abs(roots[0] - roots[1]).max() <= books["entropy"].max_error + 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(
     first_seed=st.integers(0, 10**6),

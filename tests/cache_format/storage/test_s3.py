@@ -57,7 +57,7 @@ def written(url: str | Path, rows: int = 10, **changes: Any) -> cf.CacheMetadata
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("encoding", ["columns", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("encoding", ["columns", "packed"])
 def test_a_cache_on_s3_has_the_same_bytes(server: Any, tmp_path: Path, encoding: str):
     written(server.url(encoding), encoding=encoding, **several_samples(1))
     written(tmp_path / "cache", encoding=encoding, **several_samples(1))
@@ -66,7 +66,7 @@ def test_a_cache_on_s3_has_the_same_bytes(server: Any, tmp_path: Path, encoding:
     assert isinstance(open_directory(server.url("x")), RemoteDirectory)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_lost_to_faults(server: Any, tmp_path: Path):
     """Written, resumed, verified and read at random, with one request in seven spoilt. `make faults` does thousands."""
     outcome = Outcome(share=0.15)
@@ -131,7 +131,7 @@ def test_of_two_writers_one_is_killed_and_the_store_holds_what_a_disk_holds(serv
     assert open_directory(url).names("claims") == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_is_gone_is_named_in_one_line(server: Any, monkeypatch: pytest.MonkeyPatch):
     from click.testing import CliRunner
     from s3fs import S3FileSystem
@@ -152,7 +152,7 @@ def test_a_server_that_is_gone_is_named_in_one_line(server: Any, monkeypatch: py
         cf.open_cache(server.url("never-was"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_somebody_else_has_just_created_is_found(server: Any):
     """s3fs remembers listings, in which it is missing."""
     from s3fs import S3FileSystem
@@ -165,7 +165,7 @@ def test_what_somebody_else_has_just_created_is_found(server: Any):
     assert directory.read_bytes("file") == b"data"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reading_survives_a_fork(server: Any):
     written(server.url("fork"))
     cache = cf.open_cache(server.url("fork"))

@@ -266,7 +266,7 @@ def test_a_run_with_uld_reports_its_distance_and_the_kl(folder: Path):
         assert 0.0 < soft < 2.0 and loss == pytest.approx(0.5 * ce + 0.5 * soft, abs=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["project", "uld"])
 @pytest.mark.parametrize("student", ["student", "pieces"])
 def test_student_with_another_tokenizer_learns(folder: Path, student: str, method: str):

@@ -180,7 +180,7 @@ def test_adapter_and_merged_student_evaluate_equally(
     assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_best_adapter_is_saved_and_resume_is_exact(tmp_path: Path, cache: Path, student_dir: Path):
     options = {**OPTIONS, "student": student_dir, "eval_cache": str(cache), "eval_steps": 1, "max_steps": 6}
     options |= {"learning_rate": 1.0, "lora_dropout": 0.2, "lora_head": True}  # too large, so that it gets worse

@@ -321,7 +321,7 @@ def test_stopped_run_counts_as_finished(tmp_path: Path, cache: Path, held_out: P
     assert distance(weights(tmp_path / "s"), expected) == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("restored_by_trainer", [False, True])
 def test_resumed_run_continues_to_count(
     tmp_path: Path, cache: Path, held_out: Path, student_dir: Path, restored_by_trainer: bool

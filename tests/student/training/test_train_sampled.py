@@ -392,7 +392,7 @@ def test_sampled_cache_estimates_the_full_divergence(folder: Path, student_dir: 
     assert abs(found - full) < allowed < (full - truncated) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_epochs_on_two_samples(tmp_path: Path, folder: Path, teacher_dir: Path, student_dir: Path, chat_file: Path):
     held_out = build_cache(tmp_path / "held-out", teacher_dir, chat_file, targets=RULES["full"])
     cache = build_cache(tmp_path / "cache", teacher_dir, folder / "chat.jsonl", targets=threshold(0.05, samples=2))

@@ -177,7 +177,7 @@ def test_rows_in_another_tokenizers_tokens_are_spoken_of_and_need_exact_entries(
 # ---- what is recorded
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_left_open_is_recorded_and_a_resumed_run_is_held_to_it(
     folder: Path, student_dir: Path, tmp_path: Path
 ) -> None:

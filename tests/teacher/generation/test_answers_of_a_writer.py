@@ -20,9 +20,11 @@ from pipeline.errors import ConfigError
 from pipeline.models import loading
 from pipeline.models.paths import split_revision
 from pipeline.student.validation.loss_checks import loss_for_cache
+from pipeline.teacher import opening
 from pipeline.teacher.capture import Capture
 from pipeline.teacher.engines.answer_writer import AnswerWriter
-from pipeline.teacher.generation import caching
+from pipeline.teacher.engines.engine_config import EngineConfig
+from pipeline.teacher.generation import answering, caching
 from pipeline.teacher.generation import generate as generation
 from pipeline.teacher.generation.answer_store import AnswerStore
 from pipeline.teacher.targets.rules import TargetRule
@@ -234,6 +236,70 @@ def test_a_revision_and_a_dtype_of_the_writer_alone(
     assert opened[1::2] == ["torch.bfloat16", "torch.float32"]
     recorded = cf.open_cache(tmp_path / "cache").metadata.corpus["generation"]["writer"]
     assert (recorded["name"], recorded["revision"], recorded["dtype"]) == ("owner/student", "v2", "bfloat16")
+
+
+def test_the_writer_is_spread_by_a_device_map_of_its_own(
+    cache: Path, teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk = dict.fromkeys(("model.embed_tokens", "lm_head"), "disk")
+    places = on_disk | dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb"), "cpu")
+    (tmp_path / "map.json").write_text(json.dumps(places))
+    opened: list[Any] = []
+    open_engine = generation.open_engine
+
+    def remember(*given: Any, **named: Any) -> Any:
+        engine = open_engine(*given, **named)
+        opened.append(getattr(engine.head.model, "hf_device_map", None))
+        return engine
+
+    monkeypatch.setattr(generation, "open_engine", remember)
+    writer = {"writer": str(student_dir), "writer_device_map": str(tmp_path / "map.json")}
+    generate(teacher_dir, data, tmp_path / "cache", **writer, **OPTIONS)
+    assert opened == [places, None]
+    assert token_ids(tmp_path / "cache") == token_ids(cache)
+
+
+class Opened(Exception):
+    pass
+
+
+def test_the_writer_in_vllm_has_its_own_quantization_and_number_of_devices(
+    teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(config: Any, *_: Any) -> Any:
+        raise Opened(config.teacher, config.running.quantization, config.running.tensor_parallel_size)
+
+    monkeypatch.setattr(opening, "check_installed", lambda **_: None)
+    monkeypatch.setattr(generation, "open_engine", opened)
+    running = EngineConfig(engine="vllm", quantization="fp8", tensor_parallel_size=4)
+    options = {"running": running, "device": "auto", "batch_size": None}
+    for writer, own, expected in (
+        (student_dir, {}, (None, None)),
+        (student_dir, {"writer_quantization": "awq", "writer_tensor_parallel_size": 2}, ("awq", 2)),
+        (teacher_dir, {"writer_quantization": "awq"}, ("awq", None)),  # not the teacher as it is
+        (teacher_dir, {"writer_quantization": "fp8", "writer_tensor_parallel_size": 4}, ("fp8", 4)),
+    ):
+        with pytest.raises(Opened) as error:
+            generate(teacher_dir, data, tmp_path / "cache", writer=str(writer), **own, **{**OPTIONS, **options})
+        assert error.value.args == (str(writer), *expected)
+
+
+@pytest.mark.parametrize(
+    "engine, option, expected",
+    [
+        ("transformers", {"writer_quantization": "fp8"}, "`writer_quantization`: only with `engine=vllm`"),
+        ("transformers", {"writer_tensor_parallel_size": 2}, "`writer_tensor_parallel_size`: only with `engine=vllm`"),
+        ("transformers", {"writer_device_map": "no.json"}, "`writer_device_map` no.json: expected auto"),
+        ("vllm", {"writer_device_map": "auto"}, "`writer_device_map`: cannot be combined with `engine=vllm`"),
+    ],
+)
+def test_what_the_engine_cannot_load_a_writer_with_is_refused(
+    engine: Any, option: dict[str, Any], expected: str, teacher_dir: Path, student_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    running = EngineConfig(engine=engine)
+    options = {**OPTIONS, "running": running, "device": "auto", "batch_size": None}
+    with pytest.raises(ConfigError, match=expected):
+        generate(teacher_dir, data, tmp_path / "cache", writer=str(student_dir), **option, **options)
 
 
 @pytest.mark.parametrize(

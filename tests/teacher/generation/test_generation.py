@@ -226,7 +226,7 @@ def test_a_stop_string_ends_an_answer_and_stays_in_its_tokens(
     assert len(tokens[0, 0]) < len(token_ids(tmp_path / "free")[0, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_end_of_a_turn_ends_an_answer_in_a_chat_only(
     teacher_dir: Path, prompts: Path, chat_file: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -269,7 +269,7 @@ def test_other_weights_are_told_apart(teacher_dir: Path, text_file: Path, tmp_pa
 # ---- sizes, resuming, refusals
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sizes_predicted_are_sizes_found(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     config = full_settings(teacher_dir, text_file, tmp_path / "cache", rows_per_shard=None)

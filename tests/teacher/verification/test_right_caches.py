@@ -41,7 +41,7 @@ def check(cache: Path, teacher: Path, **options: object) -> TeacherCheck:
     return verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=str(teacher), **config))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["threshold", "top-p", "random", "hidden"])
 def test_in_every_dtype_and_batch_size(kind: str, teacher_dir: Path, few: Path, tmp_path: Path):
     """The dtype is the recorded one, whatever the check runs in; in float32 the cache alone is rounded."""
@@ -69,7 +69,7 @@ def test_a_cache_that_the_command_wrote_in_bfloat16(teacher_dir: Path, few: Path
     assert found.agrees and found.same_weights and found.dtype == "bfloat16"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["columns", "packed"])
 def test_in_both_encodings_and_with_two_threads(encoding: str, teacher_dir: Path, few: Path, tmp_path: Path):
     path = build_cache(tmp_path / "cache", teacher_dir, few, targets=threshold(0.05), encoding=encoding)

@@ -72,7 +72,7 @@ def test_a_wrong_cache_is_found(
     assert max(each.found / each.allowed for each in found.comparisons) > 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("targets", ["threshold", "random"])
 def test_a_wrong_cache_is_found_in_the_noise_of_bfloat16(
     targets: str, sources: dict[str, Source], tokenizer: PreTrainedTokenizerFast, tmp_path: Path

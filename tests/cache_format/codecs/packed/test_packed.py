@@ -102,7 +102,7 @@ def test_more_than_255_entries(samples):
     assert found.counts.max() > 255 and found.counts.dtype == np.uint16
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("samples", [None, 3])
 def test_a_batch_that_fills_all_lanes(samples):
     metadata = metadata_of({**THRESHOLD, "samples": samples} if samples else TOP_K)
