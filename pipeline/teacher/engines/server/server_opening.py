@@ -62,6 +62,8 @@ def open_server(
     )
     try:
         facts = find_server(client, config)
+        if facts.slots is not None:  # further requests would only wait there, each with a connection and its thread
+            client.limit(facts.slots)
         dialect = dialect_of(facts, tokenizer)
         rule.check_vocabulary(vocab_size)
         more = 0 if generates else 2 if all_positions else 1  # tokens of a request beyond its document
