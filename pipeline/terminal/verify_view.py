@@ -22,6 +22,14 @@ MEASURES = {
 }
 
 
+WEIGHTS = {
+    True: "the same",
+    False: "another fingerprint (other weights, dtype or engine)",
+    None: "unknown (a server does not give them)",
+}
+"""By whether they are those of the cache."""
+
+
 def verify_view(
     cache: str, summary: cf.VerifySummary, deep: bool, teacher: str | None, found: TeacherCheck | None
 ) -> RenderableType:
@@ -43,11 +51,16 @@ def verify_view(
             f"{found.same_entries:.1%} are chosen again, at least {found.same_entries_allowed:.1%} expected "
             f"(rounding alone: {found.same_entries_rounding:.1%})",
         ),
-        ("weights", "the same" if found.same_weights else "another fingerprint (other weights, dtype or engine)"),
+        ("weights", WEIGHTS[found.same_weights]),
     ]
+    rounding = (
+        "two answers of the server differ, and 0.002 nats more,"
+        if found.same_weights is None
+        else "random rounding errors of the cache's dtype do to the teacher"
+    )
     why = Text(
-        "Distances are beyond the rounding of stored values. Allowed is 2 to 4 times what random rounding errors of "
-        "the cache's dtype do to the teacher (rounding alone), within fixed limits.",
+        "Distances are beyond the rounding of stored values. Allowed is 2 to 4 times what "
+        f"{rounding} (rounding alone), within fixed limits.",
         style="dim",
     )
     return Group(line, pairs(f"Against {teacher}", facts), why)
@@ -57,6 +70,12 @@ def failed_check(cache: str, teacher: str | None, found: TeacherCheck) -> str:
     """One line for a cache that is not this teacher's: what is wrong, and the next step."""
     if not found.repeatable:
         worst = max(found.comparisons, key=lambda each: each.batch / each.allowed)
+        if found.same_weights is None:
+            return (
+                f"{cache}: {teacher} answers differently when several rows are asked at once: "
+                f"{MEASURES[worst.name][0]} is {worst.batch:.2g} (allowed {worst.allowed:.2g}), so no cache of it can "
+                "be checked. Use another version of the server, or give the teacher's directory."
+            )
         return (
             f"{cache}: {teacher} predicts something else in a batch than alone: {MEASURES[worst.name][0]} is "
             f"{worst.batch:.2g} (allowed {worst.allowed:.2g}), so it sees padding or other rows, and no cache of it "
@@ -70,9 +89,10 @@ def failed_check(cache: str, teacher: str | None, found: TeacherCheck) -> str:
     if not found.same_template:
         wrong.append("its chats were written with another chat template than this tokenizer's")
     weights = "has another fingerprint" if not found.same_weights else "is the one that made it"
+    weights = "" if found.same_weights is None else f"By its weights this teacher {weights}. "
     return (
-        f"{cache}: does not match {teacher}: {'; '.join(wrong)}. By its weights this teacher {weights}. Name the "
-        "teacher and dtype that made the cache; if you did, make the cache again."
+        f"{cache}: does not match {teacher}: {'; '.join(wrong)}. {weights}Name the teacher and dtype that made the "
+        "cache; if you did, make the cache again."
     )
 
 
