@@ -15,6 +15,7 @@ from pipeline.terminal.click_options import build_config, config_options, distil
     "verify",
     "distill verify caches/train",
     "distill verify caches/train --deep --against-teacher models/teacher --rows 16",
+    "distill verify caches/train --against-teacher http://localhost:8000/v1 --tokenizer models/teacher",
     config=TeacherCheckConfig,
 )
 @click.argument("cache")
@@ -45,10 +46,12 @@ def command(
         found = None
         if given["against_teacher"] is not None or config_file is not None:
             config = build_config(TeacherCheckConfig, {**given, "cache": cache}, config_file)
-            from pipeline.models.paths import check_model_path
+            from pipeline.models.paths import TOKENIZER_FILES, check_model_path
             from pipeline.terminal.console import quiet_libraries
 
-            check_model_path(config.teacher)
+            if not config.on_server:
+                check_model_path(config.teacher)
+            check_model_path(config.tokenizer, TOKENIZER_FILES)
             quiet_libraries()
             from pipeline.teacher.verification import verify_against_teacher
 

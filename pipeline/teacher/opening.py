@@ -298,8 +298,6 @@ def open_engine(
     Raises: as `open_teacher`, `open_vllm` and `open_server`.
     """
     if config.on_server:
-        if timed:
-            raise ConfigError(f"`teacher` {config.teacher}: a plan needs a teacher in this process, found a server.")
         return open_server(
             config.teacher,
             config.server,

@@ -6,6 +6,9 @@ real writer, once for every kind of targets and encoding; everything is then in 
     seconds a token = forward pass and head (the same for all kinds) + choosing and sampling entries (of the kind),
                       or what the background thread takes to encode and write, if that is more
 
+Of a teacher on a server the forward pass is the time from the first request to the last answer, as many at once as the
+run will send.
+
 Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
 there from a whole shard, and with hidden states beside the targets, which are counted as they are before compression.
 Text that changes on its way through the corpus costs more than a sample says.
@@ -29,6 +32,7 @@ import cache_format as cf
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
+from pipeline.teacher.engines.server.server_config import SERVED_KINDS
 from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request, with_dtype
 from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_rule import HiddenRule
@@ -86,7 +90,7 @@ class Plan:
     encoding: str  # asked for
     free_bytes: int | None  # where the cache is to lie; None on an object store
     cost_per_hour: float | None
-    position_loss: PositionLoss | None  # None for a masked teacher
+    position_loss: PositionLoss | None  # None for a masked teacher, and for one on a server
 
     @property
     def chosen(self) -> RulePlan:
@@ -128,10 +132,10 @@ def plan_cache(
     for warning in corpus.warnings:
         on_warning(warning)
     config = with_dtype(config, corpus, device, recorded=None, alone=worker.alone, on_stage=on_stage)
-    on_stage(f"loading the teacher on {device}")
+    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
     with closing(open_engine(config, corpus, tokenizer, device, timed=True)) as engine:
         config.targets.check_vocabulary(engine.vocab_size)
-        others = [_beside(rule, config.targets) for rule in OTHERS if (rule.top_k or 0) <= engine.vocab_size]
+        others = [_beside(rule, config.targets) for rule in _others(config, engine.vocab_size)]
         rules = [config.targets, *(rule for rule in others if _main_part(rule) != _main_part(config.targets))]
 
         taken = min(sample_rows or rows_together(config), len(corpus))
@@ -161,8 +165,15 @@ def plan_cache(
             encoding=config.encoding,
             free_bytes=_free_bytes(config.output),
             cost_per_hour=cost_per_hour,
-            position_loss=sample.position_loss(corpus) if isinstance(corpus, TokenCorpus) else None,
+            position_loss=sample.position_loss(corpus),
         )
+
+
+def _others(config: CacheTeacherConfig, vocab_size: int) -> list[TargetRule]:
+    """Kinds of targets to compare with the user's own: of a server, what its lists are long enough for."""
+    if config.on_server:
+        return [rule for rule in OTHERS if rule.kind in SERVED_KINDS and rule.candidates < config.targets.candidates]
+    return [rule for rule in OTHERS if (rule.top_k or 0) <= vocab_size]
 
 
 def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:
@@ -200,18 +211,22 @@ class _Sample:
             done += len(batch)
             on_progress(done, len(requests))
 
-        longest_first = sorted(requests, key=lambda request: -request.tokens)
-        self.engine.run(longest_first[: self.engine.batch_size], self.rules).rows()  # pays for allocations
+        if not self.config.on_server:  # which has answered a few questions already
+            longest_first = sorted(requests, key=lambda request: -request.tokens)
+            self.engine.run(longest_first[: self.engine.batch_size], self.rules).rows()  # pays for allocations
         running = self.engine.run(requests, self.rules, on_batch)
         self.rows = [running.rows(i) for i in range(len(self.rules))]
         self.measured = running.measured()
         # Only hidden targets, the first rule if any, consist of states.
         self.rows[1:] = [[replace(row, hidden=None) for row in rows] for rows in self.rows[1:]]
 
-    def position_loss(self, corpus: TokenCorpus) -> PositionLoss:
+    def position_loss(self, corpus: Corpus) -> PositionLoss | None:
+        if not isinstance(corpus, TokenCorpus):
+            return None
         meter = PositionLossMeter(corpus)
         for batch in self.measured:
-            assert batch.label_logprobs is not None
+            if batch.label_logprobs is None:
+                return None
             meter.add(batch.requests, batch.label_logprobs)
         return meter.result()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import ConfigError
 from pipeline.models.loading_options import (
     DEVICE,
     DEVICE_MAP,
@@ -14,7 +15,9 @@ from pipeline.models.loading_options import (
     TRUST_REMOTE_CODE,
     Dtype,
 )
-from pipeline.options import check_ranges, option
+from pipeline.models.paths import is_url
+from pipeline.options import check_ranges, option, part
+from pipeline.teacher.engines.server.server_config import ServerConfig, check_address
 
 TEACHER = "Comparison with the teacher"
 
@@ -24,15 +27,23 @@ class TeacherCheckConfig:
     """Which rows of which cache are computed again."""
 
     cache: str = option(help="Cache directory or URL.", group=TEACHER)
-    # A directory, hub name or .gguf file; or (Python only) a loaded model.
+    # A directory, hub name, .gguf file or URL; or (Python only) a loaded model.
     teacher: Any = option(
-        help="Compute some rows again with this teacher, and compare.",
+        help="Compute some rows again with this teacher, and compare. May be the URL of a server.",
         group=TEACHER,
         name="against_teacher",
         metavar="TEACHER",
         common=True,
     )
-    tokenizer: Any = option(None, help="Tokenizer of a teacher given as an object.", group=TEACHER, python_only=True)
+    # A directory or hub name, or (Python only) a tokenizer.
+    tokenizer: Any = option(
+        None,
+        help="Tokenizer of the teacher: directory or hub name. A teacher on a server needs it.",
+        group=TEACHER,
+        metavar="DIR",
+        default_text="the teacher's own",
+    )
+    server: ServerConfig = part(ServerConfig, prefix=ServerConfig.PREFIX)
     rows: int = option(
         8, help="Number of rows to compute, spread evenly over the cache.", group=TEACHER, minimum=1, common=True
     )
@@ -52,3 +63,11 @@ class TeacherCheckConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_address(self, "against_teacher")
+        if self.server.kind == "openai":
+            raise ConfigError("`server_kind` openai: a hosted API scores only its own answers. Give a directory.")
+
+    @property
+    def on_server(self) -> bool:
+        """Whether the teacher is the URL of a server."""
+        return is_url(self.teacher)

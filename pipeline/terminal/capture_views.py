@@ -113,6 +113,12 @@ def _position_losses(loss: PositionLoss | None) -> list[tuple[str, str]]:
     return lines
 
 
+def _speeds(slowest: float, fastest: float) -> str:
+    if slowest == fastest:
+        return f"{fastest:,.0f} tokens/s"
+    return f"{slowest:,.0f} to {fastest:,.0f} tokens/s, by batch"
+
+
 def plan_view(plan: Plan) -> RenderableType:
     """The result of `plan_cache`; the requested settings are marked ▶."""
     per_million = plan.cost_per_million_tokens(plan.chosen)
@@ -135,11 +141,10 @@ def plan_view(plan: Plan) -> RenderableType:
         if paid:
             cells.append(f"{(plan.cost_per_hour or 0.0) * rule.seconds / 3600:,.2f}")
         table.add_row(*cells, style="bold" if rule.chosen else "")
-    slowest, fastest = plan.forward_tokens_per_s
     facts = [
         ("text", f"{plan.rows:,} rows, {plan.tokens:,} tokens, {plan.counted_tokens:,} of them loss tokens"),
         ("measured on", f"{plan.sample_rows:,} rows, {plan.sample_tokens:,} tokens"),
-        ("teacher alone", f"{slowest:,.0f} to {fastest:,.0f} tokens/s, by batch"),
+        ("teacher alone", _speeds(*plan.forward_tokens_per_s)),
         *_position_losses(plan.position_loss),
         ("free on disk", "unknown" if plan.free_bytes is None else size(plan.free_bytes)),
     ]

@@ -22,6 +22,14 @@ MEASURES = {
 }
 
 
+WEIGHTS = {
+    True: "the same",
+    False: "a different fingerprint (different weights, dtype or engine)",
+    None: "unknown (a server does not tell)",
+}
+"""By whether they are those of the cache."""
+
+
 def verify_view(
     cache: str, summary: cf.VerifySummary, deep: bool, teacher: str | None, found: TeacherCheck | None
 ) -> RenderableType:
@@ -43,14 +51,16 @@ def verify_view(
             f"{found.same_entries:.1%} are chosen again, at least {found.same_entries_allowed:.1%} expected "
             f"(rounding alone: {found.same_entries_rounding:.1%})",
         ),
-        (
-            "weights",
-            "the same" if found.same_weights else "a different fingerprint (different weights, dtype or engine)",
-        ),
+        ("weights", WEIGHTS[found.same_weights]),
     ]
+    cause = (
+        "between two answers of the server, plus 0.002 nats"
+        if found.same_weights is None
+        else "that random rounding errors of the cache's dtype cause in the teacher"
+    )
     why = Text(
-        "Differences exclude the rounding of stored values. Allowed are 2 to 4 times the differences that random "
-        "rounding errors of the cache's dtype cause in the teacher (rounding alone), within fixed limits.",
+        "Differences exclude the rounding of stored values. Allowed are 2 to 4 times the differences "
+        f"{cause} (rounding alone), within fixed limits.",
         style="dim",
     )
     return Group(line, pairs(f"Against {teacher}", facts), why)
@@ -60,6 +70,12 @@ def failed_check(cache: str, teacher: str | None, found: TeacherCheck) -> str:
     """One line for a cache that is not this teacher's: what is wrong, and the next step."""
     if not found.repeatable:
         worst = max(found.comparisons, key=lambda each: each.batch / each.allowed)
+        if found.same_weights is None:
+            return (
+                f"{cache}: {teacher} answers differently when several rows are asked at once: "
+                f"{MEASURES[worst.name][0]} is {worst.batch:.2g} (allowed {worst.allowed:.2g}), so no cache of it can "
+                "be checked. Use another version of the server, or give the teacher's directory."
+            )
         return (
             f"{cache}: {teacher} predicts something else in a batch than alone: {MEASURES[worst.name][0]} is "
             f"{worst.batch:.2g} (allowed {worst.allowed:.2g}), so it sees padding or other rows, and no cache of it "
@@ -73,9 +89,10 @@ def failed_check(cache: str, teacher: str | None, found: TeacherCheck) -> str:
     if not found.same_template:
         wrong.append("its chats were written with a chat template that is not this tokenizer's")
     weights = "has another fingerprint" if not found.same_weights else "is the one that made it"
+    weights = "" if found.same_weights is None else f"By its weights this teacher {weights}. "
     return (
-        f"{cache}: does not match {teacher}: {'; '.join(wrong)}. By its weights this teacher {weights}. Name the "
-        "teacher and dtype that made the cache; if you did, make the cache again."
+        f"{cache}: does not match {teacher}: {'; '.join(wrong)}. {weights}Name the teacher and dtype that made the "
+        "cache; if you did, make the cache again."
     )
 
 

@@ -93,7 +93,8 @@ class Measured:
     """What a timed engine found out about some rows that it ran together.
 
     Attributes:
-        label_logprobs: [n] float32 of the token that follows each stored position, row by row; None of a masked model.
+        label_logprobs: [n] float32 of the token that follows each stored position, row by row; None of a masked model,
+            and of a server, which lists only the most likely tokens.
     """
 
     requests: Sequence[RowRequest]

@@ -35,6 +35,9 @@ from typing import Any
 FACTORS = {"divergence": 2.0, "deviation": 3.0, "draws": 2.0, "states": 4.0}
 FLOORS = {"divergence": 1e-9, "deviation": 1e-5, "draws": 1e-5, "states": 1e-5}
 CAPS = {"divergence": 0.25, "deviation": 0.5, "draws": 0.1, "states": 0.5}
+UNKNOWN = "unknown"
+"""The dtype of a teacher on a server."""
+
 SAME_FACTOR = 0.75  # of the share of entries that are chosen again under random rounding
 SAME_ERRORS = 3.0  # standard errors of that share
 
@@ -47,7 +50,7 @@ class Comparison:
         name: divergence (nats), deviation (of √p), draws (probability) or states (relative).
         found: mean over positions of divergence and draws, the largest deviation and states.
         at: where it is largest: a row, or a row and position.
-        rounding: the same for the teacher with random rounding errors.
+        rounding: the same for the teacher with random rounding errors; on a server see `served_teacher`.
         batch: the same for the teacher with the rows in a batch instead of alone.
     """
 
@@ -105,7 +108,7 @@ class TeacherCheck:
             positions with the same most likely token.
         same_entries_rounding: that share for the teacher with random rounding errors.
         same_entries_of: how many these are shares of.
-        same_weights: by fingerprint, which another dtype changes too.
+        same_weights: by fingerprint, which another dtype changes too; None of a teacher on a server.
         same_template: the teacher's chat template is the one that the rows were written with; True without chats.
         dtype: of the teacher in this check.
         cache_dtype: as recorded.
@@ -121,7 +124,7 @@ class TeacherCheck:
     same_entries: float
     same_entries_rounding: float
     same_entries_of: int
-    same_weights: bool
+    same_weights: bool | None
     same_template: bool
     dtype: str
     cache_dtype: str

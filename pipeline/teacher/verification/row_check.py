@@ -1,13 +1,13 @@
-"""One row of a cache against three passes of the teacher: alone, with rounding errors, and in a batch.
+"""One row of a cache against three runs of the teacher: alone, with rounding errors, and in a batch.
 
-The pass alone is what the others are measured from. Shapes: n positions that have targets, m that have states, V
+The run alone is what the others are measured from. Shapes: n positions that have targets, m that have states, V
 vocabulary, D width of a state.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 import cache_format as cf
 from cache_format.rows.types import entry_groups, group_counts
-from pipeline.models.head import Head
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification.criterion import Comparison, worst
@@ -27,21 +26,21 @@ from pipeline.teacher.verification.distances import (
     state_bounds,
     state_distances,
 )
-from pipeline.teacher.verification.rounding import Rounding
 
 CHUNK_POSITIONS = 64  # of [n, V] in float64, several of which are there at a time
 
 
-class TeacherRun(NamedTuple):
-    """One pass over a row."""
+class TeacherRun(Protocol):
+    """What the teacher says about a row, once."""
 
-    row: cf.CacheRow  # what capture would write, with states in float32
-    inputs: Tensor  # [n, D] what the head is applied to
+    @property
+    def row(self) -> cf.CacheRow:
+        """What capture would write, with states in float32."""
+        ...
 
-    def states(self, layer: int) -> Tensor:
-        """[m, D]"""
-        assert self.row.hidden is not None
-        return torch.from_numpy(self.row.hidden.values(layer))
+    def logprobs(self, here: slice) -> Tensor:
+        """[n, V] float64 on the CPU, of these of the positions that have targets."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +63,10 @@ class RowCheck:
 
 
 class RowChecker:
-    """Args: stored_head: of hidden targets. rounding: as in the pass with rounding errors, for its logits."""
+    """Args: stored_head: of hidden targets."""
 
-    def __init__(
-        self,
-        metadata: cf.CacheMetadata,
-        rule: TargetRule,
-        head: Head,
-        stored_head: TeacherHead | None,
-        rounding: Rounding,
-    ) -> None:
-        self.metadata, self.rule, self.head = metadata, rule, head
-        self.stored_head, self.rounding = stored_head, rounding
+    def __init__(self, metadata: cf.CacheMetadata, rule: TargetRule, stored_head: TeacherHead | None = None) -> None:
+        self.metadata, self.rule, self.stored_head = metadata, rule, stored_head
 
     def stored(self, row: cf.CacheRow) -> np.ndarray:
         """[T] bool: positions that have targets."""
@@ -87,17 +78,15 @@ class RowChecker:
         self, row: cf.CacheRow, place: int, alone: TeacherRun, rounded: TeacherRun, in_batch: TeacherRun
     ) -> RowCheck:
         """Args: place: key of the row's random numbers."""
-        mask = self.stored(row)
+        mask, vocab_size = self.stored(row), self.metadata.vocab_size
         targets = StoredTargets(row, mask, self.metadata, self.rule, place)
         nearest = None if self.stored_head is None else self._nearest(row, alone, self.stored_head.spec.layer)
         found: tuple[list[Distances], ...] = ([], [], [])
         same, same_rounding = np.zeros(2, int), np.zeros(2, int)
-        for start in range(0, max(1, len(alone.inputs)), CHUNK_POSITIONS):
+        for start in range(0, max(1, int(mask.sum())), CHUNK_POSITIONS):
             here = slice(start, start + CHUNK_POSITIONS)
-            logprobs, other, together = (
-                self._logprobs(run, here, run is rounded) for run in (alone, rounded, in_batch)
-            )
-            exact = targets.exact(here, self.head.vocab_size)
+            logprobs, other, together = (run.logprobs(here) for run in (alone, rounded, in_batch))
+            exact = targets.exact(here, vocab_size)
             distances = targets.distances(logprobs, here)
             if self.stored_head is not None and nearest is not None:
                 rebuilt = self.stored_head(nearest[here]).double().log_softmax(dim=1)
@@ -112,9 +101,9 @@ class RowChecker:
             ):
                 parts.append(part)
         if self.stored_head is None:
-            same += _common(row, alone.row, self.head.vocab_size)
-            same_rounding += _common(rounded.row, alone.row, self.head.vocab_size)
-        entries = mask.sum() * self.head.vocab_size if self.stored_head is not None else (targets.ids >= 0).sum()
+            same += _common(row, alone.row, vocab_size)
+            same_rounding += _common(rounded.row, alone.row, vocab_size)
+        entries = mask.sum() * vocab_size if self.stored_head is not None else (targets.ids >= 0).sum()
         cached, *others = (Distances.cat(parts) for parts in found)
         means = {
             name: _means(name, row.row, *(getattr(each, name) for each in (cached, *others)))
@@ -132,17 +121,11 @@ class RowChecker:
             same_rounding=same_rounding,
         )
 
-    def _logprobs(self, run: TeacherRun, here: slice, with_rounding: bool) -> Tensor:
-        """[n, V] float64 on the CPU."""
-        logits = self.head.logits(run.inputs[here])
-        logits = self.rounding(logits) if with_rounding else logits
-        return (logits.cpu().double() / self.rule.temperature).log_softmax(dim=1)
-
     def _nearest(self, row: cf.CacheRow, alone: TeacherRun, layer: int) -> Tensor:
         """[n, D] float32: of the states that are rounded to the stored ones those nearest to the teacher's."""
         assert row.hidden is not None
         place = np.cumsum(row.hidden.mask)[self.stored(row)] - 1
-        return state_bounds(row.hidden, layer).nearest(alone.states(layer).double())[place].float()
+        return state_bounds(row.hidden, layer).nearest(_states(alone, layer).double())[place].float()
 
     def _states(
         self, row: cf.CacheRow, alone: TeacherRun, rounded: TeacherRun, in_batch: TeacherRun
@@ -151,12 +134,12 @@ class RowChecker:
         assert hidden is not None and self.metadata.hidden is not None
         position, found = np.flatnonzero(hidden.mask), []
         for layer in self.metadata.hidden.layers if len(position) else ():
-            teacher = alone.states(layer).double()
+            teacher = _states(alone, layer).double()
             off, *others = (
                 state_distances(stored, teacher)
                 for stored in (
                     state_bounds(hidden, layer),
-                    *(exactly(run.states(layer)) for run in (rounded, in_batch)),
+                    *(exactly(_states(run, layer)) for run in (rounded, in_batch)),
                 )
             )
             found.append(
@@ -169,6 +152,12 @@ class RowChecker:
                 )
             )
         return worst(found) if found else None
+
+
+def _states(run: TeacherRun, layer: int) -> Tensor:
+    """[m, D]"""
+    assert run.row.hidden is not None
+    return torch.from_numpy(run.row.hidden.values(layer))
 
 
 def _means(name: str, row: int, *distances: Tensor) -> Comparison:

@@ -43,11 +43,15 @@ class FakeApi(FakeServer):
 
 
 class FakeLlamaCpp(FakeApi):
-    def __init__(self, model: Path, **options: Any) -> None:
+    """Args: slots: requests that it works on at once."""
+
+    def __init__(self, model: Path, *, slots: int = 4, **options: Any) -> None:
         super().__init__(model, "llama.cpp", **options)
+        self.slots = slots
 
     def routes(self, body: Any) -> dict[str, Callable[[], Any]]:
         settings = {"default_generation_settings": {"n_ctx": self.max_length}, "build_info": "b11434-fake"}
+        settings["total_slots"] = self.slots
         return {"/props": lambda: settings, "/completion": lambda: self.completion(body)}
 
     def prompt_of(self, body: Any) -> tuple[int, ...]:
@@ -83,6 +87,9 @@ class FakeLlamaCpp(FakeApi):
                 stop = "eos"
                 break
             token, logprobs = drawn.send(token)  # type: ignore[attr-defined]
+        if _is_damaged(text) and not _is_indifferent(body.get("chat_parser")):
+            message = "The model produced output that does not match the expected Content-only format"
+            raise Status(500, {"error": {"message": message}})
         answer = {"tokens": token_ids, "tokens_evaluated": len(prompt), "stop_type": stop}
         return {**answer, **({"completion_probabilities": items} if items else {})}
 
@@ -136,6 +143,14 @@ class FakeHosted(FakeApi):
 
 def _is_damaged(text: bytes) -> bool:
     return "\ufffd" in text.decode(errors="replace")
+
+
+def _is_indifferent(parser: str | None) -> bool:
+    """Whether a parser, as llama.cpp writes them, accepts a text whatever it holds."""
+    if parser is None:
+        return False
+    found = json.loads(parser)
+    return bool(found["parsers"][found["root"]]["type"] == "start" and found["rules"] == {})
 
 
 def _ends_within_a_character(text: bytes) -> bool:

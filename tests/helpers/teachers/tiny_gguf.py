@@ -25,7 +25,8 @@ NAMES = {
 }
 
 
-def write_gguf(model: Path, path: Path) -> Path:
+def write_gguf(model: Path, path: Path, *, pre: str = "gpt-2") -> Path:
+    """Args: pre: llama.cpp's name for how the tokenizer cuts a text into words."""
     weights = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     config, tokenizer = weights.config, AutoTokenizer.from_pretrained(model)
     writer = gguf.GGUFWriter(path, "llama")
@@ -42,7 +43,7 @@ def write_gguf(model: Path, path: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    _add_tokenizer(writer, tokenizer)
+    _add_tokenizer(writer, tokenizer, pre)
     tensors = weights.state_dict()
     for i in range(config.num_hidden_layers):
         for name, short in NAMES.items():
@@ -68,13 +69,13 @@ def _interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: AutoTokenizer) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: AutoTokenizer, pre: str) -> None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     special = set(tokenizer.all_special_ids)
     kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokenizer))]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)

@@ -24,7 +24,7 @@ from pipeline.teacher import opening
 from pipeline.teacher.capture import Capture
 from pipeline.teacher.engines.answer_writer import AnswerWriter
 from pipeline.teacher.engines.engine_config import EngineConfig
-from pipeline.teacher.generation import answering, caching
+from pipeline.teacher.generation import caching
 from pipeline.teacher.generation import generate as generation
 from pipeline.teacher.generation.answer_store import AnswerStore
 from pipeline.teacher.targets.rules import TargetRule

@@ -131,10 +131,14 @@ class HttpClient:
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0), pool=None),
             limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency, self._slots = concurrency, asyncio.Semaphore(concurrency)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
+
+    def limit(self, concurrency: int) -> None:
+        """Lowers the number of requests that are under way at once, while none is."""
+        self._slots = asyncio.Semaphore(min(concurrency, self._concurrency))
 
     def get(self, path: str) -> Any:
         """The JSON at `path`; None if the server has nothing there. Raises: ModelError."""

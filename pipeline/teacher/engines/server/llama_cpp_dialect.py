@@ -11,6 +11,7 @@ Each of them costs a request that generates any other token in its place.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -31,6 +32,9 @@ ALL = 2**30  # more tokens than any vocabulary has
 SAMPLERS = ("temperature", "top_k", "top_p")
 NEUTRAL = {"samplers": SAMPLERS, "dynatemp_range": 0.0, "mirostat": 0, "logit_bias": [], "ignore_eos": False}
 """Given always: where a request is silent, the server takes what it was started with."""
+NO_MESSAGE = json.dumps({"parsers": [{"type": "start"}], "rules": {}, "root": 0})
+"""A parser of answers that stops before the first character. The server's own parser, which looks for messages and
+tool calls, ends a request with status 500 if the text is not valid UTF-8 (llama.cpp #27543)."""
 FIELDS = ("tokens", "completion_probabilities", "tokens_evaluated", "stop_type")
 
 
@@ -188,6 +192,7 @@ def _body(token_ids: Sequence[int], k: int, temperature: float) -> dict[str, Any
         "temperature": temperature,
         "return_tokens": True,
         "response_fields": FIELDS,
+        "chat_parser": NO_MESSAGE,
         **NEUTRAL,
     }
 

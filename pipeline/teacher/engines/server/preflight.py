@@ -29,15 +29,22 @@ TEMPERED_NATS = 0.1
 """Mean difference of log-probabilities between two requests that is more than rounding in any precision."""
 
 
-def check_length(facts: ServerFacts, dialect: Dialect, seq_len: int, longest: int) -> None:
-    """Args: longest: tokens of the longest request, including one that is generated. Raises: ConfigError."""
+def check_length(facts: ServerFacts, dialect: Dialect, seq_len: int, longest: int, cache: str | None) -> None:
+    """
+    Args:
+        longest: tokens of the longest request, including one that is generated.
+        cache: as in `open_server`.
+
+    Raises: ConfigError.
+    """
     if facts.max_length is None or longest <= facts.max_length:
         return
     more = longest - seq_len
+    subject = f"`seq_len` {seq_len}" if cache is None else f"{cache}, documents of {seq_len} tokens"
+    instead = f", or use `seq_len` {facts.max_length - more} or less" if cache is None else ""
     raise ConfigError(
-        f"`seq_len` {seq_len}: the server takes at most {facts.max_length:,} tokens, expected {longest:,}"
-        f"{', since it generates one more' if more else ''}. {dialect.advice.length.format(length=longest)}, or use "
-        f"`seq_len` {facts.max_length - more} or less."
+        f"{subject}: the server takes at most {facts.max_length:,} tokens, expected {longest:,}"
+        f"{', since it generates one more' if more else ''}. {dialect.advice.length.format(length=longest)}{instead}."
     )
 
 
@@ -58,18 +65,36 @@ def check_tokenizer(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedT
         )
 
 
-def check_prompts(client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int) -> None:
-    """Asks twice for the distributions of a text. Args: size: V. Raises: ConfigError, ModelError."""
+def check_prompts(
+    client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int, subject: str
+) -> None:
+    """Asks twice for the distributions of a text.
+
+    Args:
+        size: V.
+        subject: where K comes from, for errors.
+
+    Raises: ConfigError, ModelError.
+    """
 
     def lists(k: int, temperature: float) -> TopLists:
         prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=k, temperature=temperature)
         return _result(client, dialect.prompt(prompt, size))
 
-    _check(client, dialect, lists, k, dialect.advice.raw)
+    _check(client, dialect, lists, k, dialect.advice.raw, subject)
 
 
-def check_answers(client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int) -> None:
-    """Asks twice for the next token of a text. Args: size: V. Raises: ConfigError, ModelError."""
+def check_answers(
+    client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int, subject: str
+) -> None:
+    """Asks twice for the next token of a text.
+
+    Args:
+        size: V.
+        subject: where K comes from, for errors.
+
+    Raises: ConfigError, ModelError.
+    """
 
     def lists(k: int, temperature: float) -> TopLists:
         sampling = Sampling(
@@ -86,7 +111,7 @@ def check_answers(client: HttpClient, dialect: Dialect, token_ids: Sequence[int]
         )
         return _result(client, dialect.answer(sampling, size)).lists
 
-    _check(client, dialect, lists, k, dialect.advice.raw_answers)
+    _check(client, dialect, lists, k, dialect.advice.raw_answers, subject)
 
 
 def local_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -94,7 +119,14 @@ def local_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(token) for token in tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
 
 
-def _check(client: HttpClient, dialect: Dialect, lists: Callable[[int, float], TopLists], k: int, advice: str) -> None:
+def _check(
+    client: HttpClient,
+    dialect: Dialect,
+    lists: Callable[[int, float], TopLists],
+    k: int,
+    advice: str,
+    subject: str,
+) -> None:
     """Args: lists: those of K entries at a temperature of sampling, which must not matter."""
     try:
         at_one, at_two = lists(k, 1.0), lists(k, 2.0)
@@ -106,7 +138,7 @@ def _check(client: HttpClient, dialect: Dialect, lists: Callable[[int, float], T
         if error.status not in (400, 422) or k == 1 or not _gives(lists, 1):
             raise
         raise ConfigError(
-            f"`top_k` {k}: more than this server gives: {error} {dialect.advice.cap.format(k=k)}"
+            f"{subject}: more than this server gives: {error} {dialect.advice.cap.format(k=k)}"
         ) from error
     difference = float(np.abs(at_one.logprobs - at_two.logprobs).mean())
     if difference > TEMPERED_NATS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError
@@ -71,18 +71,21 @@ class ServerConfig:
         return key or None
 
 
-def server_root(url: str) -> str:
+def server_root(url: str, name: str = "teacher") -> str:
     """The URL without the path /v1 and a slash at its end.
+
+    Args:
+        name: of the option that gives it.
 
     Raises: ConfigError if it names no host, or holds a password or key, which would be recorded.
     """
     parts = urlsplit(url)
     if not parts.hostname:
-        raise ConfigError(f"`teacher` {url}: found no host, expected a URL such as http://localhost:8000/v1.")
+        raise ConfigError(f"`{name}` {url}: found no host, expected a URL such as http://localhost:8000/v1.")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise ConfigError(
-            f"`teacher` {shown}: found a user name, password or parameters in the URL, which would be recorded with "
+            f"`{name}` {shown}: found a user name, password or parameters in the URL, which would be recorded with "
             "the cache. Leave them out, and put an API key into the environment variable that `server_api_key_env` "
             "names."
         )
@@ -107,29 +110,52 @@ SERVED_KINDS = ("top-k", "top-p")
 """Kinds of targets that lists of the most likely tokens are enough for."""
 
 
-def check_served(config: CacheTeacherConfig) -> None:
-    """Checks options against where the teacher is. Raises: ConfigError."""
-    given, engine, teacher = flat(config), config.running.engine, config.teacher
+class ServedConfig(Protocol):
+    """Options of a command that takes a teacher."""
+
+    @property
+    def teacher(self) -> Any: ...
+
+    @property
+    def on_server(self) -> bool:
+        """Whether the teacher is the URL of a server."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+def check_address(config: ServedConfig, name: str = "teacher") -> None:
+    """Checks options against where the teacher is. Args: name: of the option that says it. Raises: ConfigError."""
+    given, teacher = flat(config), config.teacher
     if not config.on_server:
-        if engine == "server":
-            raise ConfigError(f"`engine` server: found `teacher` {teacher}, expected a URL: http://localhost:8000/v1.")
-        for name, declared in options_of(type(config)).items():
-            if declared.metadata.group == SERVER and name in given:
-                raise ConfigError(f"`{name}`: only if `teacher` is the URL of a server. Leave it out.")
+        for option_name, declared in options_of(type(config)).items():
+            if declared.metadata.group == SERVER and option_name in given:
+                raise ConfigError(f"`{option_name}`: only if `{name}` is the URL of a server. Leave it out.")
         return
-    server_root(teacher)
-    if engine not in ("auto", "server"):
-        raise ConfigError(f"`engine` {engine}: `teacher` {teacher} is the URL of a server. Leave it out.")
-    for name, instead in WITHOUT_SERVER.items():
-        if name in given:
-            raise ConfigError(f"`{name}`: cannot be combined with a teacher on a server. Leave it out{instead}.")
-    if config.masking is not None or config.objective == "masked":
-        raise ConfigError(f"`teacher` {teacher}: a server has no masked language models. Give a directory.")
+    server_root(teacher, name)
+    for without, instead in WITHOUT_SERVER.items():
+        if without in given:
+            raise ConfigError(f"`{without}`: cannot be combined with a teacher on a server. Leave it out{instead}.")
     if config.tokenizer is None:
         raise ConfigError(
-            f"`tokenizer`: missing, and `teacher` {teacher} is the URL of a server, which takes token ids. Give the "
+            f"`tokenizer`: missing, and `{name}` {teacher} is the URL of a server, which takes token ids. Give the "
             "directory or hub name of the tokenizer of its model."
         )
+
+
+def check_served(config: CacheTeacherConfig) -> None:
+    """Checks options against a teacher on a server, if it is on one. Raises: ConfigError."""
+    given, engine, teacher = flat(config), config.running.engine, config.teacher
+    if engine == "server" and not config.on_server:
+        raise ConfigError(f"`engine` server: found `teacher` {teacher}, expected a URL: http://localhost:8000/v1.")
+    check_address(config)
+    if not config.on_server:
+        return
+    if engine not in ("auto", "server"):
+        raise ConfigError(f"`engine` {engine}: `teacher` {teacher} is the URL of a server. Leave it out.")
+    if config.masking is not None or config.objective == "masked":
+        raise ConfigError(f"`teacher` {teacher}: a server has no masked language models. Give a directory.")
     if config.server.kind == "openai":
         if config.generation is None:
             raise ConfigError(

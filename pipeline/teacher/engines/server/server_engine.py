@@ -10,6 +10,7 @@ transformers engine within rounding: what shares a batch with a document is up t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import numpy as np
 import cache_format as cf
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.engine_config import Tokens
-from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Usage
+from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing, Usage
 from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import HttpClient
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
@@ -46,37 +47,44 @@ class _Row:
     reported: bool = field(default=False)
 
 
-@dataclass(frozen=True)
 class _RunningRows:
-    """See `RunningRows`."""
+    """See `RunningRows`. Args: k: number of most likely tokens that were asked for."""
 
-    pending: Sequence[_Row]
-    rule: TargetRule
-    vocab_size: int
-    on_batch: OnBatch
+    def __init__(
+        self, pending: Sequence[_Row], rules: Sequence[TargetRule], k: int, vocab_size: int, on_batch: OnBatch
+    ) -> None:
+        self.pending, self.rules, self.k, self.vocab_size, self.on_batch = pending, rules, k, vocab_size, on_batch
+        self.timing = Timing(tokens=sum(row.request.tokens for row in pending), selection=[0.0] * len(rules))
+        self.started = time.perf_counter()
 
     def rows(self, rule: int = 0) -> list[cf.CacheRow]:
         found = []
         for row in self.pending:
-            found.append(self._row(row))
+            lists = self._lists(row)
+            began = time.perf_counter()
+            found.append(self._row(row.request, lists, self.rules[rule]))
             if not row.reported:
                 row.reported = True
+                self.timing.forward = began - self.started - self.timing.selection[rule]
                 self.on_batch([row.request])
+            self.timing.selection[rule] += time.perf_counter() - began
         return found
 
-    def _row(self, row: _Row) -> cf.CacheRow:
-        request = row.request
+    def _lists(self, row: _Row) -> TopLists:
         try:
             lists = [part.result() for part in row.parts]
         except ModelError as error:
-            raise ModelError(f"row {request.index}: {error}") from error
-        together = TopLists.cat([TopLists.empty(entries(self.rule, self.vocab_size)), *lists])
-        targets = together.targets(self.rule, self.vocab_size)
+            raise ModelError(f"row {row.request.index}: {error}") from error
+        return TopLists.cat([TopLists.empty(self.k), *lists])
+
+    def _row(self, request: RowRequest, lists: TopLists, rule: TargetRule) -> cf.CacheRow:
+        targets = lists.first(entries(rule, self.vocab_size)).targets(rule, self.vocab_size)
         return cache_row(request.index, request.row, request.stored, targets)
 
     def measured(self) -> list[Measured]:
-        """Nothing: the time is the server's."""
-        return []
+        """All rows as one batch: the server works on them together."""
+        requests = [row.request for row in self.pending]
+        return [Measured(requests=requests, timing=self.timing, label_logprobs=None)]
 
 
 def entries(rule: TargetRule, vocab_size: int) -> int:
@@ -148,13 +156,13 @@ class ServerEngine:
     def run(
         self, requests: Sequence[RowRequest], rules: Sequence[TargetRule], on_batch: OnBatch = lambda _: None
     ) -> _RunningRows:
-        (rule,) = rules
-        rows = [_Row(request, list(self._started(request, rule))) for request in requests]
-        return _RunningRows(rows, rule, self.vocab_size, on_batch)
+        k = max(entries(rule, self.vocab_size) for rule in rules)
+        rows = [_Row(request, list(self._started(request, k))) for request in requests]
+        return _RunningRows(rows, rules, k, self.vocab_size, on_batch)
 
-    def _started(self, request: RowRequest, rule: TargetRule) -> Iterator[Future[TopLists]]:
+    def _started(self, request: RowRequest, k: int) -> Iterator[Future[TopLists]]:
         """A request for every document that the teacher reads for a row and that has targets."""
-        start, k, read = 0, entries(rule, self.vocab_size), request.read
+        start, read = 0, request.read
         stored = np.zeros(len(read.input_ids), bool)
         stored[request.places(request.stored)] = True
         for length in np.asarray(read.segment_lengths).tolist():

@@ -25,12 +25,14 @@ class ServerFacts:
         version: None if it does not say.
         model: name on the server.
         max_length: tokens of prompt and answer; None if it does not say.
+        slots: requests that it works on at once; None if it does not say.
     """
 
     kind: ServerKind
     version: str | None
     model: str
     max_length: int | None
+    slots: int | None = None
 
 
 def find_server(client: HttpClient, config: ServerConfig) -> ServerFacts:
@@ -40,11 +42,13 @@ def find_server(client: HttpClient, config: ServerConfig) -> ServerFacts:
     card = _model_card(client, config.model)
     kind, said = _kind(client, config)
     version, length = said.get("version"), card.get("max_model_len") or said.get("context_length")
+    slots = said.get("slots")
     return ServerFacts(
         kind=kind,
         version=None if version is None else str(version),
         model=str(card["id"]),
         max_length=length if isinstance(length, int) else None,
+        slots=slots if isinstance(slots, int) and slots > 0 else None,
     )
 
 
@@ -84,7 +88,8 @@ def _kind(client: HttpClient, config: ServerConfig) -> tuple[ServerKind, dict[st
     if config.kind in ("auto", "llama.cpp"):
         said = client.get("/props")
         if isinstance(said, dict) and (settings := said.get("default_generation_settings")):
-            return "llama.cpp", {"version": said.get("build_info"), "context_length": settings.get("n_ctx")}
+            about = {"version": said.get("build_info"), "context_length": settings.get("n_ctx")}
+            return "llama.cpp", {**about, "slots": said.get("total_slots")}
     if config.kind != "auto":
         return config.kind, {}
     raise ModelError(

@@ -39,6 +39,7 @@ def open_server(
     seq_len: int,
     all_positions: bool,
     generates: bool = False,
+    cache: str | None = None,
 ) -> ServerEngine:
     """A teacher on a server.
 
@@ -48,9 +49,11 @@ def open_server(
         seq_len: tokens of the longest document.
         all_positions: whether the last position of a document gets targets too.
         generates: the teacher will write answers.
+        cache: one whose rows are to be computed again; its name stands in errors in place of options.
 
     Raises: ConfigError, ModelError, each with what to change, on the server or here.
     """
+    check_client()
     vocab_size = real_vocab_size(tokenizer, MOST_TOKENS)
     client = HttpClient(
         server_root(url),
@@ -62,13 +65,16 @@ def open_server(
     )
     try:
         facts = find_server(client, config)
+        if facts.slots is not None:  # further requests would only wait there, each with a connection and its thread
+            client.limit(facts.slots)
         dialect = dialect_of(facts, tokenizer)
         rule.check_vocabulary(vocab_size)
         more = 0 if generates else 2 if all_positions else 1  # tokens of a request beyond its document
-        check_length(facts, dialect, seq_len, seq_len + more)
+        check_length(facts, dialect, seq_len, seq_len + more, cache)
         check_tokenizer(client, dialect, tokenizer)
-        check = check_answers if generates else check_prompts
-        check(client, dialect, local_tokens(tokenizer)[: seq_len - 1], entries(rule, vocab_size), vocab_size)
+        check, k = check_answers if generates else check_prompts, entries(rule, vocab_size)
+        subject = f"`top_k` {k}" if cache is None else f"{cache}, {k} entries"
+        check(client, dialect, local_tokens(tokenizer)[: seq_len - 1], k, vocab_size, subject)
     except BaseException:
         client.close()
         raise

@@ -92,6 +92,10 @@ class TopLists:
     def cat(cls, parts: Sequence[TopLists]) -> TopLists:
         return cls(np.concatenate([each.ids for each in parts]), np.concatenate([each.logprobs for each in parts]))
 
+    def first(self, k: int) -> TopLists:
+        """The K most likely ones."""
+        return TopLists(self.ids[:, :k], self.logprobs[:, :k])
+
     def targets(self, rule: TargetRule, vocab_size: int) -> ChunkTargets:
         """Exact entries by a rule of kind top-k or top-p, as `sparse_targets` selects them from all V logits."""
         ids, logprobs = torch.from_numpy(self.ids), torch.from_numpy(self.logprobs).clamp(max=0.0)

@@ -90,6 +90,13 @@ def test_sampled_answers_have_the_models_own_log_probabilities(
             np.testing.assert_allclose(logprobs, expected[t, ids], atol=0.1)  # as stored
 
 
+def test_no_more_requests_at_once_than_the_server_has_slots(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    with FakeLlamaCpp(teacher_dir, slots=2) as server:
+        capture(server.url, teacher_dir, text_file, tmp_path / "cache")
+    assert server.most_in_work == 2
+    assert cf.open_cache(tmp_path / "cache").metadata.capture["batch_size"] == 16
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
 def test_lists_are_placed_only_where_they_must_belong(tokens: list[tuple[int, bool]]) -> None:
     generated = [token for token, _ in tokens]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.server.server_config import ServerConfig, server_root
-from pipeline.teacher.plan import plan_cache
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig
 from runs import command
@@ -228,21 +226,3 @@ def test_the_command_line_names_its_flags(teacher_dir: Path, text_file: Path, tm
         line = command(*first, "--top-k", 65, status=1).stderr.splitlines()[-1]
         assert line.startswith("Error: --top-k 65: more than this server gives") and "--max-logprobs 65" in line
         command(*first, "--top-k", 20)
-
-
-@pytest.mark.long
-def test_what_needs_the_model_itself(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    with FakeServer(teacher_dir, "vllm") as server:
-        config = CacheTeacherConfig(
-            teacher=server.url,
-            tokenizer=str(teacher_dir),
-            data=DataConfig(data=str(text_file)),
-            output=str(tmp_path / "cache"),
-            targets=TargetRule(top_k=8),
-        )
-        with pytest.raises(ConfigError, match="a plan needs a teacher in this process"):
-            plan_cache(config)
-        cache_teacher(replace(config, data=DataConfig(data=str(text_file), seq_len=48, max_documents=2)))
-        words = ["verify", tmp_path / "cache", "--against-teacher", server.url, "--device", "cpu"]
-        line = command(*words, status=1).stderr.splitlines()[-1]
-    assert line.startswith(f"Error: {server.url}: found the URL of a server, expected a model directory")
