@@ -9,6 +9,9 @@ from pipeline.errors import ConfigError
 from pipeline.models.loading_options import DEVICE, DTYPE, PADDING_FREE, REVISION, TRUST_REMOTE_CODE, Dtype
 from pipeline.options import check_ranges, option
 
+FEW_TOKENS, FEW_ROWS = 1000, 10
+"""With fewer loss tokens, or rows that hold them, a value of `by` is marked: neither it nor its interval says much."""
+
 IO, TASKS, STUDENT, READING, HARDWARE = "Input", "Tasks", "Student", "Reading the cache", "Hardware"
 
 
@@ -35,6 +38,13 @@ class EvaluateConfig:
     # A directory, hub name or .gguf file; or (Python only) a loaded model.
     teacher: Any = option(None, help="Teacher whose scores on the tasks are shown beside the students'.", group=TASKS)
     max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
+    by: str | None = option(
+        None,
+        help="Show the metrics for each value of this column too, such as a domain; the cache must keep it.",
+        group=IO,
+        metavar="COLUMN",
+        common=True,
+    )
     cross_tokenizer: Literal["project", "uld"] | None = option(
         None,
         help="For a student whose tokenizer differs: compare where tokens of both end together. The same measure for "

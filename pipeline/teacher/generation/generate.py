@@ -57,6 +57,7 @@ from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.formats.kept_columns import describe_kept
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.workers import this_worker
 
@@ -336,8 +337,13 @@ def _corpus(
         "ignored_files": prompts.source.ignored_files,
         **prompts.findings,
     }
-    description = {**prompts.description, "generation": written}
-    return AnswerCorpus(kept, prompts, description, report)
+    file = None
+    if prompts.kept is not None:
+        origin = np.array([answer.document for group in kept.groups() for answer in group.answers])
+        file = prompts.kept.file(origin, np.ones_like(origin))
+    about = describe_kept(prompts.config.keep_columns, file)
+    description = {**prompts.description, **about, "generation": written}
+    return AnswerCorpus(kept, prompts, description, report, file)
 
 
 def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
