@@ -77,7 +77,7 @@ def test_numbers_of_each_value(
         group = by.groups[domain]
         assert group.tokens == count
         for name, total in zip(("kl", "ce", "agreement"), expected, strict=True):
-            assert group.metrics[name].value == pytest.approx(total / count, rel=1e-5)
+            assert group.metrics[name].value == pytest.approx(total / count, rel=1e-4)
     assert list(by.groups) == sorted(sums, key=lambda domain: -sums[domain][0])
     # The whole is what it is without groups, acceptance along documents included.
     for name, metric in whole.metrics.items():
