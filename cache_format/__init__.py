@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     )
     from cache_format.manifest.answers_file import ANSWERS, write_answers
     from cache_format.manifest.differences import FINGERPRINTS, differences, ignoring_names, listed
+    from cache_format.manifest.documents_file import KeptColumn, describe_documents, documents_bytes, write_documents
     from cache_format.manifest.fields import CODEBOOK_COLUMNS
     from cache_format.manifest.manifest import Manifest, sha256
     from cache_format.manifest.metadata import (
@@ -86,6 +87,7 @@ __all__ = [
     "HeadSpec",
     "HiddenSpec",
     "HiddenStates",
+    "KeptColumn",
     "Manifest",
     "MismatchError",
     "ReadCache",
@@ -98,7 +100,9 @@ __all__ = [
     "check_writable",
     "convert_cache",
     "default_codebooks",
+    "describe_documents",
     "differences",
+    "documents_bytes",
     "entropy_codebook",
     "entropy_lower_bound",
     "find_invalid_state",
@@ -120,6 +124,7 @@ __all__ = [
     "verify_cache",
     "weight_codebook",
     "write_answers",
+    "write_documents",
 ]
 
 _LAZY = {
@@ -134,6 +139,7 @@ _LAZY = {
         ),
         "manifest.answers_file": ("ANSWERS", "write_answers"),
         "manifest.differences": ("FINGERPRINTS", "but_for_names", "differences", "ignoring_names", "listed"),
+        "manifest.documents_file": ("KeptColumn", "describe_documents", "documents_bytes", "write_documents"),
         "manifest.fields": ("CODEBOOK_COLUMNS",),
         "manifest.manifest": ("Manifest", "sha256"),
         "manifest.metadata": ("EXACT_LEVELS", "FORMAT_VERSION", "CacheMetadata", "default_codebooks"),

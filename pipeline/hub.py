@@ -1,4 +1,4 @@
-"""Upload a finished cache to a dataset repository on the Hugging Face hub, or a trained student to a model repository.
+"""The Hugging Face hub: whether it can be reached; uploads of finished caches as datasets and of students as models.
 
 The card of a cache lists its shards, so `datasets.load_dataset("OWNER/NAME")` opens it, and a student trains from
 hf://datasets/OWNER/NAME.
@@ -7,11 +7,13 @@ hf://datasets/OWNER/NAME.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -27,6 +29,7 @@ FILES = (
     "lexicon.arrow",
     "head.safetensors",
     "answers.jsonl",
+    "documents.arrow",
     "shards/*.arrow",
     "shards/*.json",
     "tokenizer/**",
@@ -68,11 +71,13 @@ def push_cache(
     path: str | os.PathLike[str],
     repository: str,
     *,
-    private: bool = False,
+    private: bool = True,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Upload a cache and return the address of its repository; an existing repository gets the files that differ.
+
+    A new repository is private unless `private` is False; an existing one keeps its visibility.
 
     All checksums are verified first. The manifest is uploaded last, in a commit of its own: until then the repository
     is an unfinished cache and is read as one.
@@ -87,7 +92,7 @@ def push_cache(
     cf.verify_cache(path, on_progress)
     on_stage(f"uploading to {repository}")
     api, folder = HfApi(), Path(path)
-    with _refusals(path, repository, "cache"):
+    with _refusals(path, repository, "cache", private):
         address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         for patterns, message in ((FILES[1:], "shards"), (FILES[:1], "manifest")):
             api.upload_folder(
@@ -136,7 +141,7 @@ def push_student(
     path: str | os.PathLike[str],
     repository: str,
     *,
-    private: bool = False,
+    private: bool = True,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Upload a trained student with its card, without checkpoints and logs; returns the address of its repository.
@@ -151,7 +156,7 @@ def push_student(
         raise ConfigError(f"{path}: the training run has not finished. Continue it with `resume=True`, then push it.")
     on_stage(f"uploading to {repository}")
     api = HfApi()
-    with _refusals(path, repository, "student"):
+    with _refusals(path, repository, "student", private):
         address = api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository,
@@ -164,7 +169,36 @@ def push_student(
 
 
 @contextlib.contextmanager
-def _refusals(path: str | os.PathLike[str], repository: str, what: str) -> Iterator[None]:
+def copies_if_unreachable() -> Iterator[None]:
+    """If the hub does not answer, the block runs in the offline mode of its libraries: it finds what has been
+    downloaded before, and an error comes at once. Otherwise they would repeat every request for half a minute."""
+    if constants.is_offline_mode() or _hub_answers():
+        yield
+        return
+    settings = [(constants, "HF_HUB_OFFLINE"), (sys.modules.get("datasets.config"), "HF_HUB_OFFLINE")]
+    before = [(module, name, getattr(module, name)) for module, name in settings if module is not None]
+    try:
+        for module, name, _ in before:
+            setattr(module, name, True)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """One request, asked once in a process: any answer will do."""
+    try:
+        with _errors_of_the_hub():
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except _HubError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _refusals(path: str | os.PathLike[str], repository: str, what: str, private: bool) -> Iterator[None]:
     """Errors of the hub and of the connection as `DataError`."""
     try:
         with _errors_of_the_hub():
@@ -173,6 +207,7 @@ def _refusals(path: str | os.PathLike[str], repository: str, what: str) -> Itera
         raise DataError(
             f"{repository}: the hub did not accept the {what}: {error}. {path} is complete and "
             f"unchanged; log in (hf auth login) or check the connection, then: distill push {path} {repository}"
+            f"{'' if private else ' --public'}"
         ) from error
 
 

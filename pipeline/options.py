@@ -211,6 +211,7 @@ def build(config: type[T], values: Mapping[str, Any]) -> T:
 
 def _build(config: type[T], prefix: str, values: Mapping[str, Any]) -> T:
     given: dict[str, Any] = {}
+    hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         nested: Part | None = field.metadata.get("part")
         if nested is not None:
@@ -227,7 +228,8 @@ def _build(config: type[T], prefix: str, values: Mapping[str, Any]) -> T:
         elif (metadata := field.metadata.get("option")) is not None:
             name = metadata.name or prefix + field.name
             if name in values:
-                given[field.name] = values[name]
+                single = isinstance(values[name], str) and typing.get_origin(hints[field.name]) is tuple
+                given[field.name] = (values[name],) if single else values[name]
     return config(**given)
 
 

@@ -52,6 +52,11 @@ def number(least: float = 0.0, most: float = MOST, *, above: bool = True) -> Kin
     return Kind(words, holds)
 
 
+def is_kept_text(value: Any) -> bool:
+    """Whether it may be a value of a kept column: it becomes part of tables and messages."""
+    return isinstance(value, str) and 1 <= len(value) <= MOST_KEPT_CHARACTERS and value.isprintable()
+
+
 def one_of(*names: str) -> Kind:
     return Kind(" or ".join(names), lambda value: isinstance(value, str) and value in names)
 
@@ -77,6 +82,7 @@ LEVEL = Kind(
 
 MOST_VOCABULARY = MOST_TOKENS = 2**24  # MOST_TOKENS: of a row
 KINDS = ("top-k", "top-p", "threshold", "random", "hidden")
+MOST_KEPT_VALUES, MOST_KEPT_CHARACTERS = 256, 100  # of documents.arrow
 LOWER_BOUND = "lower-bound"  # of targets.entropy
 CODEBOOK_COLUMNS = ("target_logprobs", "residual_logprob", "entropy")
 """Columns whose values are rounded to those of a codebook."""
@@ -165,6 +171,8 @@ METADATA = {
         "teacher_window_length?": whole(1, MOST_TOKENS),
         "teacher_stream_sha256?": DIGEST,
         "packing?": FLAG,
+        "keep_columns?": list_of(TEXT),
+        "documents_file?": FILE,
         "generation?": GENERATION,
     },
     "capture": {"batch_size?": whole(1), "converted?": list_of(object_of(ANYTHING))},

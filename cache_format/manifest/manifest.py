@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from cache_format.cache_errors import CacheError, CorruptShardError, FormatError
 from cache_format.manifest.answers_file import ANSWERS, recorded_answers
+from cache_format.manifest.documents_file import DOCUMENTS, recorded_documents
 from cache_format.manifest.fields import FILE, FILES, SHARDS, SIDECAR, check_fields
 from cache_format.manifest.metadata import (
     FORMAT_NAME,
@@ -158,6 +159,7 @@ class Manifest:
     raw: Mapping[str, Any]  # the JSON as it stands, unknown keys included
     lexicon: FileInfo | None = None  # lexicon.arrow; packed encoding only
     answers: FileInfo | None = None  # answers.jsonl; of text that the teacher wrote
+    documents: FileInfo | None = None  # documents.arrow; with kept columns
 
     @property
     def num_rows(self) -> int:
@@ -181,16 +183,14 @@ class Manifest:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of shards, lexicon, head and answers."""
+        """Bytes of the shards and of the files beside them."""
         return self.shard_bytes + sum(self.bytes_beside.values())
 
     @property
     def bytes_beside(self) -> dict[str, int]:
-        """Bytes of lexicon, head and answers, by file name."""
-        lexicon = 0 if self.lexicon is None else self.lexicon.bytes
-        answers = 0 if self.answers is None else self.answers.bytes
-        sizes = {LEXICON: lexicon, HEAD: self.head_bytes, ANSWERS: answers}
-        return {name: size for name, size in sizes.items() if size}
+        """Bytes of lexicon, head, answers and kept columns, by file name."""
+        files = {LEXICON: self.lexicon, HEAD: self.metadata.head, ANSWERS: self.answers, DOCUMENTS: self.documents}
+        return {name: file.bytes for name, file in files.items() if file is not None and file.bytes}
 
     @property
     def head_bytes(self) -> int:
@@ -226,7 +226,8 @@ class Manifest:
             if metadata.encoding == "packed":
                 check_fields(raw, {"lexicon": FILE})
                 lexicon = FileInfo(**_known(FileInfo, raw["lexicon"]))
-            return cls(metadata, shards, tokenizer_files, raw, lexicon, answers_file(metadata))
+            beside = answers_file(metadata), documents_file(metadata)
+            return cls(metadata, shards, tokenizer_files, raw, lexicon, *beside)
 
         return _manifest(data, build, where)
 
@@ -234,6 +235,12 @@ class Manifest:
 def answers_file(metadata: CacheMetadata) -> FileInfo | None:
     """Size and checksum of answers.jsonl, or None. Raises: KeyError."""
     recorded = recorded_answers(metadata)
+    return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
+
+
+def documents_file(metadata: CacheMetadata) -> FileInfo | None:
+    """Size and checksum of documents.arrow, or None."""
+    recorded = recorded_documents(metadata)
     return None if recorded is None else FileInfo(**_known(FileInfo, recorded))
 
 

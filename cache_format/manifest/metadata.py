@@ -81,6 +81,8 @@ class CacheMetadata:
             )
         if not self.codebooks:
             object.__setattr__(self, "codebooks", default_codebooks(self.vocab_size))
+        if bool(self.corpus.get("keep_columns")) != (self.corpus.get("documents_file") is not None):
+            raise ValueError("metadata.corpus: keep_columns and documents_file belong together, found one of them")
         _ = self.hidden  # raises if it is invalid
         self._check_head()
         if set(self.codebooks) != set(CODEBOOK_COLUMNS):

@@ -17,6 +17,7 @@ import pyarrow as pa
 from cache_format.cache_errors import CorruptShardError, FormatError
 from cache_format.codecs.encodings import Codec, PackedStreams, codec_for
 from cache_format.manifest.answers_file import answers_bytes, read_answers, recorded_answers
+from cache_format.manifest.documents_file import DOCUMENTS, KeptColumn, kept_columns, read_documents
 from cache_format.manifest.manifest import (
     LEXICON,
     MANIFEST,
@@ -242,6 +243,16 @@ class Cache(Sequence[CacheRow]):
         """Contents of answers.jsonl, checked. Raises: FormatError."""
         recorded = recorded_answers(self.metadata)
         return None if recorded is None else answers_bytes(self._directory, recorded)
+
+    def documents_bytes(self) -> bytes | None:
+        """Contents of documents.arrow, checked; None without kept columns. Raises: FormatError."""
+        return read_documents(self._directory, self.metadata)
+
+    @cached_property
+    def kept(self) -> dict[str, KeptColumn]:
+        """The kept columns of the data by name (`cache_format.manifest.documents_file`). Raises: FormatError."""
+        data = self.documents_bytes()
+        return {} if data is None else kept_columns(data, self.metadata, self._directory.path(DOCUMENTS))
 
     def head(self) -> StoredHead | None:
         """The teacher's head of a cache of hidden targets, checked; otherwise None. Raises: FormatError."""

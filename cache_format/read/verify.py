@@ -21,7 +21,7 @@ class VerifySummary:
     tokens: int
     counted_tokens: int
     entries: int
-    bytes: int  # shards, lexicon, head and answers
+    bytes: int  # of the shards and the files beside them
     shards: int
 
 
@@ -42,6 +42,7 @@ def verify_cache(
     cache = open_cache(path)
     cache.tokenizer_files()
     cache.answers_bytes()
+    cache.documents_bytes()
     cache.head()
     for done in _check_values(cache) if deep else cache.check_bytes():
         if progress is not None:

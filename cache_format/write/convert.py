@@ -19,6 +19,7 @@ import numpy as np
 from cache_format.cache_errors import CacheError, MismatchError
 from cache_format.codecs.codebook import Codebook, sqrt_probability_codebook, weight_codebook
 from cache_format.manifest.answers_file import ANSWERS
+from cache_format.manifest.documents_file import write_documents
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import StoredHead
 from cache_format.read.reader import Cache, open_cache
@@ -61,12 +62,14 @@ def convert_cache(
     metadata = converted_metadata(cache, conversion)
     if conversion.drop_hidden:
         cache = cache.with_hidden([] if cache.metadata.head is None else [cache.metadata.head.layer])
-    answers = cache.answers_bytes()
+    answers, documents = cache.answers_bytes(), cache.documents_bytes()
     head = None if metadata.head is None else cache.head_bytes()
     rebuilding = cache.head() if cache.metadata.head is not None and metadata.head is None else None
     with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), head=head, resume=True) as writer:
         if answers is not None:
             write_bytes(open_directory(output), ANSWERS, answers)
+        if documents is not None:
+            write_documents(output, documents)
         for batch in cache.iter_record_batches():
             if int(batch.rows[-1]) >= writer.next_row:
                 if rebuilding is not None:

@@ -10,6 +10,7 @@ import os
 
 from cache_format.cache_errors import CacheError
 from cache_format.manifest.answers_file import ANSWERS
+from cache_format.manifest.documents_file import DOCUMENTS
 from cache_format.manifest.manifest import LEXICON, MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.manifest.stored_head import HEAD
@@ -18,7 +19,8 @@ from cache_format.storage.directory import Directory, is_temporary, open_directo
 from cache_format.storage.remote import check_can_be_written
 
 FOLDERS = ("shards", TOKENIZER_DIR)
-OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, LEXICON, HEAD, ANSWERS, "README.md", "distill_config.json", *FOLDERS, CLAIMS}
+BESIDE = (LEXICON, HEAD, ANSWERS, DOCUMENTS, "README.md", "distill_config.json")
+OWN_NAMES = {MANIFEST, PARTIAL_MANIFEST, *BESIDE, *FOLDERS, CLAIMS}
 
 
 def recorded_manifest(directory: Directory) -> str | None:

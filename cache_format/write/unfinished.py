@@ -16,6 +16,7 @@ from cache_format.cache_errors import CacheError, CorruptShardError, MismatchErr
 from cache_format.codecs.encodings import codec_for
 from cache_format.manifest.card import card
 from cache_format.manifest.differences import Difference, differences, ignoring_names, listed
+from cache_format.manifest.documents_file import DOCUMENTS
 from cache_format.manifest.manifest import (
     LEXICON,
     MANIFEST,
@@ -26,6 +27,7 @@ from cache_format.manifest.manifest import (
     ShardInfo,
     Sidecar,
     answers_file,
+    documents_file,
     manifest_bytes,
     partial_contents,
     sha256,
@@ -52,7 +54,7 @@ class CacheSize:
     rows: int
     tokens: int
     counted_tokens: int
-    bytes: int  # including the head, the lexicon and the answers
+    bytes: int  # including the files beside the shards
 
 
 class UnfinishedCache:
@@ -82,8 +84,8 @@ class UnfinishedCache:
     def size(self, without: Collection[int] = ()) -> CacheSize:
         """Size of the complete shards, some of them left out. Another thread may complete shards meanwhile."""
         shards = [shard for index, shard in list(self.complete.items()) if index not in without]
-        head, answers = self.metadata.head, answers_file(self.metadata)
-        beside = sum(file.bytes for file in (head, answers, self.lexicon_file) if file is not None)
+        files = self.metadata.head, answers_file(self.metadata), documents_file(self.metadata), self.lexicon_file
+        beside = sum(file.bytes for file in files if file is not None)
         return CacheSize(
             shards=len(shards),
             rows=sum(shard.rows for shard in shards),
@@ -336,8 +338,9 @@ def finish_cache(
                 raise CacheError(
                     f"{directory.path(f'{TOKENIZER_DIR}/{name}')}: missing or not the recorded file. Copy it here."
                 )
-        if metadata.head is not None and not file_is_there(directory, HEAD, metadata.head.sha256):
-            raise CacheError(f"{directory.path(HEAD)}: missing or not the recorded file. Copy it here.")
+        for name, file in ((HEAD, metadata.head), (DOCUMENTS, documents_file(metadata))):
+            if file is not None and not file_is_there(directory, name, file.sha256):
+                raise CacheError(f"{directory.path(name)}: missing or not the recorded file. Copy it here.")
         cache.finish(claims)
     finally:
         claims.close()

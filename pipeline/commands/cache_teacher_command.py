@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.commands.push_command import check_repository, push
+from pipeline.commands.push_command import check_repository, public_option, push
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.engine_config import rows_per_pass
 from pipeline.terminal.click_options import build_config, config_options, distill_command, interrupted, json_option
@@ -25,8 +25,11 @@ from pipeline.terminal.click_options import build_config, config_options, distil
 )
 @config_options(CacheTeacherConfig)
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished cache, as distill push does.")
+@public_option()
 @json_option()
-def command(config_file: str | None, push_to_hub: str | None, json_file: str | None, **given: Any) -> None:
+def command(
+    config_file: str | None, push_to_hub: str | None, public: bool | None, json_file: str | None, **given: Any
+) -> None:
     """Run a teacher over a text and cache its targets.
 
     The text comes from a column of strings, chat messages or token ids, or from prompt and completion columns. After an
@@ -37,12 +40,11 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
     continue. With --writer, another model answers them, and the teacher scores its answers.
     """
     config = build_config(CacheTeacherConfig, given, config_file)
-    if push_to_hub is not None:
-        check_repository(config.output, push_to_hub)
+    check_repository(config.output, push_to_hub, public)
     check_inputs(config)
     if config.generation is not None:
-        return _generate(config, push_to_hub, json_file)
-    _capture(config, push_to_hub, json_file)
+        return _generate(config, push_to_hub, bool(public), json_file)
+    _capture(config, push_to_hub, bool(public), json_file)
 
 
 def check_inputs(config: CacheTeacherConfig) -> None:
@@ -62,7 +64,7 @@ def check_inputs(config: CacheTeacherConfig) -> None:
     local_paths(config.data.data)
 
 
-def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
+def _capture(config: CacheTeacherConfig, push_to_hub: str | None, public: bool, json_file: str | None) -> None:
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
@@ -91,9 +93,9 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str
             interrupted(f"complete shards are kept in {config.output}. Run {_again(config)} to continue.")
     if push_to_hub is not None:
         # Only one of several processes finishes the cache, and that one pushes it.
-        by_hand = f"distill push {config.output} {push_to_hub}"
+        by_hand = f"distill push {config.output} {push_to_hub}{' --public' if public else ''}"
         if summary.wrote_manifest:
-            push(config.output, push_to_hub, private=False)
+            push(config.output, push_to_hub, public)
         elif summary.finished:
             status.line(f"Not pushed: another process finished the cache and pushes it. If it did not: {by_hand}")
         else:
@@ -102,7 +104,7 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str
         show_result(lambda: capture_view(summary, config.targets.to_json()), lambda: asdict(summary), json_file)
 
 
-def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: str | None) -> None:
+def _generate(config: CacheTeacherConfig, push_to_hub: str | None, public: bool, json_file: str | None) -> None:
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
@@ -131,7 +133,7 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, json_file: st
         except KeyboardInterrupt:
             interrupted(f"answers are kept in {store_location(config.output)}. Run {_again(config)} to continue.")
     if push_to_hub is not None:
-        push(config.output, push_to_hub, private=False)
+        push(config.output, push_to_hub, public)
     show_result(
         lambda: generation_view(summary, config.targets.to_json(), judged=judged), lambda: asdict(summary), json_file
     )

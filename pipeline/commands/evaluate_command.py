@@ -42,7 +42,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
 
     quiet_libraries()
     from pipeline.evaluation.held_out import evaluate, teacher_scores
-    from pipeline.evaluation.metrics import compare
+    from pipeline.evaluation.metrics import compare, compare_by_value
     from pipeline.terminal.evaluation_view import evaluation_view
 
     found: dict[str, Evaluation] = {}
@@ -59,9 +59,16 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     scores = {name: asdict(score) for name, score in teacher.items()}
     first, *others = found
     comparisons = {other: compare(found[first], found[other]) for other in others}
-    cache = configs[0].cache
+    by_value = {other: compare_by_value(found[first], found[other]) for other in others}
+    cache, by = configs[0].cache, configs[0].by
     show_result(
-        lambda: evaluation_view(f"Held out: {cache}", results, comparisons, scores),
-        lambda: {"cache": cache, "students": results, "compared_with_first": comparisons, "teacher_tasks": scores},
+        lambda: evaluation_view(f"Held out: {cache}", results, comparisons, scores, by=by),
+        lambda: {
+            "cache": cache,
+            "students": results,
+            "compared_with_first": comparisons,
+            "teacher_tasks": scores,
+            **({} if by is None else {"by": by, "groups_compared_with_first": by_value}),
+        },
         json_file,
     )

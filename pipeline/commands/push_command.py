@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 from pipeline.terminal.click_options import distill_command, json_option
 
 
+def public_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--public/--private`, named as by the hub's own command line."""
+    return click.option(
+        "--public/--private",
+        default=None,
+        help="Visibility of a new repository; an existing one keeps its own.  [default: private]",
+    )
+
+
 @distill_command(
     "push",
-    "distill push caches/train owner/name --private",
+    "distill push caches/train owner/name",
     "distill push students/first owner/student",
 )
 @click.argument("directory")
 @click.argument("repository")
-@click.option("--private", is_flag=True, help="Create the repository as private.")
+@public_option()
 @json_option()
-def command(directory: str, repository: str, private: bool, json_file: str | None) -> None:
+def command(directory: str, repository: str, public: bool | None, json_file: str | None) -> None:
     """Upload a cache (as a dataset) or a trained student (as a model) to the Hugging Face hub.
 
     REPOSITORY is OWNER/NAME. Every byte of a cache is checked first. Others can read the cache as
@@ -26,12 +38,12 @@ def command(directory: str, repository: str, private: bool, json_file: str | Non
     from pipeline.terminal.console import show_result
 
     kind = "student" if is_student(directory) else "cache"
-    address = (upload_student if kind == "student" else push)(directory, repository, private)
+    address = (upload_student if kind == "student" else push)(directory, repository, bool(public))
     if json_file is not None:
         show_result(lambda: "", lambda: {kind: directory, "repository": repository, "address": address}, json_file)
 
 
-def push(cache: str, repository: str, private: bool) -> str:
+def push(cache: str, repository: str, public: bool) -> str:
     from pipeline.hub import push_cache
     from pipeline.terminal.console import Status, err
 
@@ -39,7 +51,7 @@ def push(cache: str, repository: str, private: bool) -> str:
         address = push_cache(
             cache,
             repository,
-            private=private,
+            private=not public,
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows checked"),
         )
@@ -47,18 +59,27 @@ def push(cache: str, repository: str, private: bool) -> str:
     return address
 
 
-def upload_student(student: str, repository: str, private: bool) -> str:
+def upload_student(student: str, repository: str, public: bool) -> str:
     from pipeline.hub import push_student
     from pipeline.terminal.console import Status, err
 
     with Status() as status:
-        address = push_student(student, repository, private=private, on_stage=status.stage)
+        address = push_student(student, repository, private=not public, on_stage=status.stage)
     err.print(f"Pushed to {address}")
     return address
 
 
-def check_repository(output: str, repository: str) -> None:
+def check_repository(output: str, repository: str | None, public: bool | None) -> None:
     """Before days of work rather than after."""
-    from pipeline.hub import check_push
+    check_visibility(repository, public)
+    if repository is not None:
+        from pipeline.hub import check_push
 
-    check_push(output, repository)
+        check_push(output, repository)
+
+
+def check_visibility(repository: str | None, public: bool | None) -> None:
+    """Raises: click.UsageError for a visibility without a repository."""
+    if repository is None and public is not None:
+        flag = "--public" if public else "--private"
+        raise click.UsageError(f"{flag}: only with --push-to-hub. Add it, or leave this out.")

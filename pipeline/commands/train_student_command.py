@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.commands.push_command import upload_student
+from pipeline.commands.push_command import check_visibility, public_option, upload_student
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.terminal.click_options import build_config, config_options, distill_command, interrupted, json_option
 
@@ -24,22 +24,26 @@ from pipeline.terminal.click_options import build_config, config_options, distil
 @click.option(
     "--push-to-hub",
     metavar="OWNER/NAME",
-    help="Upload the trained student, as distill push does. A new repository is private.",
+    help="Upload the trained student, as distill push does.",
 )
+@public_option()
 @json_option()
-def command(config_file: str | None, push_to_hub: str | None, json_file: str | None, **given: Any) -> None:
+def command(
+    config_file: str | None, push_to_hub: str | None, public: bool | None, json_file: str | None, **given: Any
+) -> None:
     """Train a student on a cache.
 
     The result is a plain transformers directory with its tokenizer. On several GPUs: torchrun --nproc-per-node N
     --no-python distill train-student …
     """
     config = build_config(TrainStudentConfig, given, config_file)
+    check_visibility(push_to_hub, public)
     _check_inputs(config)
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes of torchrun
     if push_to_hub is not None and first:
         from pipeline.hub import open_student_repository
 
-        open_student_repository(push_to_hub, private=True)
+        open_student_repository(push_to_hub, private=not public)
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
@@ -77,7 +81,7 @@ def command(config_file: str | None, push_to_hub: str | None, json_file: str | N
     if not status.silent:
         show_result(lambda: training_view(asdict(summary)), lambda: asdict(summary), json_file)
     if push_to_hub is not None and first:
-        upload_student(config.output, push_to_hub, private=True)
+        upload_student(config.output, push_to_hub, bool(public))
 
 
 def _check_inputs(config: TrainStudentConfig) -> None:

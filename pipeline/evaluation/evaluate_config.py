@@ -10,6 +10,9 @@ from pipeline.models.loading_options import DEVICE, DTYPE, PADDING_FREE, REVISIO
 from pipeline.options import check_ranges, option
 from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
+FEW_TOKENS, FEW_ROWS = 1000, 10
+"""With fewer loss tokens, or rows that hold them, a value of `by` is marked: neither it nor its interval says much."""
+
 IO, TASKS, STUDENT, READING, HARDWARE = "Input", "Tasks", "Student", "Reading the cache", "Hardware"
 
 
@@ -36,6 +39,13 @@ class EvaluateConfig:
     # A directory, hub name or .gguf file; or (Python only) a loaded model.
     teacher: Any = option(None, help="Teacher to score on the same tasks.", group=TASKS)
     max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
+    by: str | None = option(
+        None,
+        help="Show the metrics for each value of this column too, such as a domain; the cache must keep it.",
+        group=IO,
+        metavar="COLUMN",
+        common=True,
+    )
     cross_tokenizer: Literal["project", "uld"] | None = option(
         None,
         help="For students whose tokenizer differs: compare only where tokens of both end at the same byte. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.intervals import COLUMN, Supported, metrics_of, reliability
-from pipeline.evaluation.measures import row_sums
+from pipeline.evaluation.groups import Grouping, groups_of
+from pipeline.evaluation.intervals import COLUMN, Supported, Table, metrics_of, reliability
+from pipeline.evaluation.measures import column_names, group_sums
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.student_head import open_student
 from pipeline.evaluation.tasks import TaskScore, check_tasks, task_scores
 from pipeline.losses import DistillLoss
-from pipeline.models.head import evaluating
+from pipeline.models.head import Head, evaluating
 from pipeline.models.loading import load_model, load_tokenizer, resolve_device
 from pipeline.student.data.cross_tokenizer import for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
@@ -46,6 +47,7 @@ def evaluate(
         raise ConfigError("`card`: the student is not a local directory, so it has no README.md. Leave it out.")
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies).with_states()
+    grouping = None if config.by is None else Grouping(cache, config.by)
     tokenizer, _ = check_student(
         [cache],
         config.student,
@@ -68,7 +70,12 @@ def evaluate(
     model = head.model
     rows = min(len(cache), config.max_rows or len(cache))
     on_stage(f"evaluating on {rows:,} rows")
-    loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=dataset.collate)
+
+    def collate(rows: Sequence[cf.CacheRow]) -> Batch:
+        batch = dataset.collate(rows)
+        return batch if grouping is None else {**batch, "groups": grouping.codes(rows, batch["labels"].shape[1])}
+
+    loader = DataLoader(dataset, batch_size=config.batch_size, sampler=range(rows), collate_fn=collate)
 
     compared = 0
 
@@ -83,7 +90,7 @@ def evaluate(
 
     loss = loss_for_cache(cache, kd_weight=1.0, tail=tail, exact_only=config.cross_tokenizer is not None)
     with evaluating(model):
-        table = np.concatenate([row_sums(head, batch, loss) for batch in batches()])
+        table, by_group, codes = _sums(head, batches(), loss, rows)
         if config.tasks:
             on_stage(f"scoring {', '.join(config.tasks)}")
         scores = task_scores(model, tokenizer, config.tasks, batch_size=config.batch_size)
@@ -94,6 +101,7 @@ def evaluate(
         Evaluation.from_sums(kl, ce, agreement, count, loss.kl_estimate_kind),
         metrics=metrics_of(table, supported),
         tasks=scores,
+        groups={} if grouping is None else groups_of(by_group, codes, grouping.values, supported),
         rows=table,
         supported=supported,
     )
@@ -105,6 +113,19 @@ def evaluate(
                 f"{config.student}: found no README.md that distill wrote and nobody edited, so nothing was written"
             )
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
+
+
+def _sums(head: Head, batches: Iterable[Batch], loss: DistillLoss, rows: int) -> tuple[Table, Table, np.ndarray]:
+    """[rows, columns] sums of each row; [n, columns] those of each group in a row; int [n] which group that is."""
+    table, first = np.zeros((rows, len(column_names()))), 0
+    sums, codes = [np.zeros((0, table.shape[1]))], []
+    for batch in batches:
+        for row, code, here in group_sums(head, batch, loss):
+            table[first + row] += here
+            sums.append(here[None])
+            codes.append(code)
+        first += len(batch["labels"])
+    return table, np.concatenate(sums), np.array(codes, np.int64)
 
 
 def teacher_scores(config: EvaluateConfig) -> dict[str, TaskScore]:

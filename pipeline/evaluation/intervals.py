@@ -133,6 +133,13 @@ def metrics_of(table: Table, supported: Supported) -> dict[str, Metric]:
     }
 
 
+def mean_with_error(sums: Table) -> tuple[float, float | None]:
+    """Mean and half width of its interval, from [R, 2]: sum of a quantity and number of loss tokens of each row."""
+    total, count = sums.sum(axis=0)
+    spread = resampled(sums)[0] if len(sums) > 1 else None
+    return float(total / count), None if spread is None else _error(spread[:, 0] / spread[:, 1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """b − a, with its 95 % half-width over the same rows. better: "a", "b", or "" within the error."""

@@ -22,6 +22,7 @@ Cost: one walk over chunks of positions, V-wide memory for one chunk.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,24 +67,45 @@ class Measured:
 
 
 @torch.no_grad()
-def row_sums(head: Head, batch: Batch, loss: DistillLoss) -> np.ndarray:
-    """[B, columns] float64: sums over the loss tokens of each row of a collated batch."""
+def group_sums(head: Head, batch: Batch, loss: DistillLoss) -> list[tuple[int, int, np.ndarray]]:
+    """Row of the batch, group, and float64 [columns]: sums over the loss tokens of one group in one row, wherever there
+    are any.
+
+    Args:
+        batch: collated; `groups` int64 [B, T] is the group of each position, the same in a whole document. Without it
+            all are in group 0.
+    """
+    found, groups = [], batch.get("groups", torch.zeros_like(batch["labels"]))
+    for i, (states, targets, position_ids) in enumerate(_rows(head, batch, loss)):
+        kept = targets.loss_mask.nonzero().squeeze(1)
+        here = groups[i].to(kept.device)[kept]
+        for group in here.unique().tolist():
+            sums = _sums(head, states, targets, position_ids, loss, kept[here == group])
+            found.append((i, group, sums))
+    return found
+
+
+def _rows(
+    head: Head, batch: Batch, loss: DistillLoss
+) -> Iterator[tuple[Tensor, SparseTargetBatch | FullTargets, Tensor]]:
+    """Hidden states, targets and position ids of each row."""
     inputs = batch["input_ids"], batch["position_ids"], batch.get("attention_mask")
     states = head.hidden_states(*inputs, documents=batch.get("documents"))
     targets = batch["targets"].prepare(loss)
     rows, length = batch["labels"].shape
-    return np.stack(
-        [
-            _sums_of_row(head, states[i], targets[i * length : (i + 1) * length], loss, batch["position_ids"][i])
-            for i in range(rows)
-        ]
-    )
+    for i in range(rows):
+        yield states[i], targets[i * length : (i + 1) * length], batch["position_ids"][i]
 
 
-def _sums_of_row(
-    head: Head, states: Tensor, targets: SparseTargetBatch | FullTargets, loss: DistillLoss, position_ids: Tensor
+def _sums(
+    head: Head,
+    states: Tensor,
+    targets: SparseTargetBatch | FullTargets,
+    position_ids: Tensor,
+    loss: DistillLoss,
+    kept: Tensor,
 ) -> np.ndarray:
-    kept = targets.loss_mask.nonzero().squeeze(1)
+    """[columns] over the places `kept`, int64 [n] in ascending order, of a row."""
     parts, totals = [], torch.zeros(5, dtype=torch.float64)
     for places in kept.split(targets.CHUNK_POSITIONS):
         logits = head.logits(states[places])
@@ -96,8 +118,6 @@ def _sums_of_row(
         else:
             parts.append(_against_entries(chunk, logits))
         totals += chunk.loss_and_dlogits(logits, loss, None)[0].cpu().double()  # last: it overwrites the logits
-    if not parts:
-        return np.zeros(len(column_names()))
     found = Measured(*(torch.cat([getattr(part, name) for part in parts]) for name in Measured.__annotations__))
     _, kl, ce, agreement, count = totals.tolist()
     sums = [count, kl, ce, agreement, *(x.sum().item() for x in (found.top5, found.low, found.high, found.hidden_p))]

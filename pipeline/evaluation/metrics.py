@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation import intervals
+from pipeline.evaluation.groups import Group, compare_groups
 from pipeline.evaluation.intervals import Metric, Supported, Table
 from pipeline.evaluation.tasks import TaskScore
 from pipeline.losses import HeadOutput, KlEstimateKind
@@ -41,6 +42,7 @@ class Evaluation:
     compared: float | None = None  # with another tokenizer: share of tokens with teacher targets; others add no KL
     metrics: dict[str, Metric] = field(default_factory=dict)
     tasks: dict[str, TaskScore] = field(default_factory=dict)  # by "task metric", if tasks were asked for
+    groups: dict[str, Group] = field(default_factory=dict)  # by value of a column, if one was asked for
     rows: Table | None = field(default=None, repr=False, compare=False)  # sums by row, [R, columns]
     supported: Supported | None = field(default=None, repr=False, compare=False)
 
@@ -51,6 +53,7 @@ class Evaluation:
         return plain | {
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
             "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+            "groups": {value: group.to_json() for value, group in self.groups.items()},
         }
 
     @classmethod
@@ -74,6 +77,11 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
     if a.rows is None or b.rows is None or a.supported is None or not intervals.same_rows(a.rows, b.rows):
         return {}
     return {name: asdict(each) for name, each in intervals.compare(a.rows, b.rows, a.supported).items()}
+
+
+def compare_by_value(a: Evaluation, b: Evaluation) -> dict[str, dict[str, dict[str, Any]]]:
+    """`compare` for each value of the column that both were evaluated by."""
+    return {} if a.supported is None else compare_groups(a.groups, b.groups, a.supported)
 
 
 @torch.no_grad()

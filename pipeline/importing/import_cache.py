@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 import cache_format as cf
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.importing.import_config import ImportConfig
@@ -17,6 +19,7 @@ from pipeline.importing.survey import Survey, survey_source, usable_rows
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
 from pipeline.options import CONFIG_FILE, flat
+from pipeline.teacher.text.formats.kept_columns import KeptValues, describe_kept
 from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS, SHARD_TOKENS
 
 LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
@@ -81,11 +84,14 @@ def import_cache(
 
     if config.overwrite:
         cf.remove_cache(config.output)
-    metadata = import_metadata(config, reader, mapper, survey, tokenizer_fingerprint(tokenizer))
+    documents = _documents_file(config, survey)
+    metadata = import_metadata(config, reader, mapper, survey, tokenizer_fingerprint(tokenizer), documents)
     on_stage(f"writing {config.output}")
     files = tokenizer_files(tokenizer)
     with cf.CacheWriter(config.output, metadata, tokenizer_files=files, resume=True, allow_finished=True) as writer:
         _save_config(config)
+        if documents is not None:
+            cf.write_documents(config.output, documents)
         if writer.begin_shard() is not None:
             for number, row in usable_rows(reader, mapper, survey, writer.next_row):
                 writer.write([row.numbered(number)])
@@ -107,10 +113,24 @@ def import_cache(
     )
 
 
+def _documents_file(config: ImportConfig, survey: Survey) -> bytes | None:
+    """Contents of documents.arrow: all documents of a record have its values. Raises: DataError."""
+    if not config.keep_columns:
+        return None
+    documents = np.array(survey.documents)
+    kept = KeptValues.of(survey.kept, config.source)
+    return kept.file(np.repeat(np.arange(len(documents)), documents), documents)
+
+
 def import_metadata(
-    config: ImportConfig, reader: Reader, mapper: RowMapper, survey: Survey, tokenizer: dict[str, str]
+    config: ImportConfig,
+    reader: Reader,
+    mapper: RowMapper,
+    survey: Survey,
+    tokenizer: dict[str, str],
+    documents: bytes | None,
 ) -> cf.CacheMetadata:
-    """Args: tokenizer: its fingerprint."""
+    """Args: tokenizer: its fingerprint; documents: contents of documents.arrow, with kept columns."""
     together = max(1, RECORD_BATCH_TOKENS // survey.longest)
     whole = -(-max(1, SHARD_TOKENS // survey.longest) // together) * together
     alike = survey.most_entries == survey.fewest_entries
@@ -136,6 +156,7 @@ def import_metadata(
             "window_length": survey.longest,
             "token_stream_sha256": survey.token_stream_sha256,
             "packing": survey.packed,
+            **describe_kept(config.keep_columns, documents),
         },
         capture={
             "imported": {

@@ -67,6 +67,11 @@ class ImportConfig:
         default_text="the one next to the files",
         metavar="FILE",
     )
+    keep_columns: tuple[str, ...] = option(
+        (),
+        help="Column to keep for each document, such as its domain; may be given several times. Not of llama-cpp.",
+        group=SOURCE,
+    )
     temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0)
     drop_repeated_bos: bool = option(
         False, help="Remove the first of two BOS tokens at the beginning of a document.", group=SOURCE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,11 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.importing.readers.foreign_rows import BadRow, UnusableRow
 from pipeline.importing.readers.format_reader import Reader
+from pipeline.importing.readers.nested_values import plain
+from pipeline.importing.readers.source_files import Record
 from pipeline.importing.row_mapping import MappedRow, RowMapper
 from pipeline.importing.shift_evidence import ShiftEvidence
+from pipeline.teacher.text.formats.kept_columns import kept_texts
 
 PROBED_POSITIONS = 20_000  # after as many, a wrong shift is reported without reading the rest
 NAMED = 3  # unusable rows that are named for each reason
@@ -33,6 +36,7 @@ class Survey:
         unusable: reason -> number of records; `examples`: reason -> the first of them.
         skipped: numbers of those records.
         changed: what was adjusted or left out -> how often.
+        kept: column to keep -> its value of each row; `documents`: the number of documents of each row.
     """
 
     rows: int = 0
@@ -47,6 +51,8 @@ class Survey:
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: set[int] = field(default_factory=set)
     changed: Counter[str] = field(default_factory=Counter)
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    documents: list[int] = field(default_factory=list)
     evidence: ShiftEvidence = field(default_factory=ShiftEvidence)
 
 
@@ -70,6 +76,8 @@ def survey_source(
                 names.append(record.where)
             continue
         _count(found, row)
+        if reader.keep_columns:
+            _keep(found, reader.keep_columns, record, len(row.segment_lengths))
         digest.update(row.input_ids.astype("<i8").tobytes())
         if not probed and found.evidence.positions >= PROBED_POSITIONS:
             probed = True
@@ -117,6 +125,13 @@ def check_shift(evidence: ShiftEvidence, source: str) -> None:
         f"{source}: the lists are off by one: over {evidence.positions:,} loss tokens they give the next token a mean "
         f"log-probability of {means[1]:.2f}, and {about} {means[1 + offset]:.2f} nats. {remedy}."
     )
+
+
+def _keep(found: Survey, names: Sequence[str], record: Record, documents: int) -> None:
+    values = {name: plain(record.get(name)) for name in names}
+    for name, texts in kept_texts([values], [record.where], names).items():
+        found.kept.setdefault(name, []).extend(texts)
+    found.documents.append(documents)
 
 
 def _count(found: Survey, row: MappedRow) -> None:

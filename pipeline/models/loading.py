@@ -9,6 +9,7 @@ Code that comes with a model runs only with `trust_remote_code`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
+from pipeline.hub import copies_if_unreachable
 from pipeline.models.adapters import with_adapter
 from pipeline.models.devices.placement import (
     begin_tensor_parallel,
@@ -83,8 +85,10 @@ def load_tokenizer(
     place, gguf_file = locate_model(name, TOKENIZER_FILES)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **_gguf(gguf_file)}
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        with _hub_or_copies(place):
+            return AutoTokenizer.from_pretrained(place, **options)
     except UNREADABLE as error:
+        _check_available(place, error)
         raise ModelError(
             f"{name}: its tokenizer cannot be loaded: {reason(error)}. Check the path, and the tokenizer's files there."
         ) from error
@@ -109,8 +113,10 @@ def load_config(
     if gguf_file is not None:
         return None
     try:
-        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        with _hub_or_copies(place):
+            return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
+        _check_available(place, error)
         raise ModelError(
             f"{name}: its configuration cannot be read: {reason(error)}. Check its config.json, or the name."
         ) from error
@@ -178,16 +184,18 @@ def load_model(
         folder = tempfile.TemporaryDirectory(prefix="distill-offload-")
         options |= {"device_map": parse_device_map(device_map), "offload_folder": folder.name}
     try:
-        loaded, info = auto_class(objective).from_pretrained(
-            place,
-            dtype=resolve_dtype(dtype, device),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # reported below, with the missing ones
-            output_loading_info=True,
-            **options,
-        )
+        with _hub_or_copies(place):
+            loaded, info = auto_class(objective).from_pretrained(
+                place,
+                dtype=resolve_dtype(dtype, device),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # reported below, with the missing ones
+                output_loading_info=True,
+                **options,
+            )
     except UNREADABLE as error:
+        _check_available(place, error)
         raise ModelError(
             f"{name}: cannot be loaded as a {NAMES[objective]}: {reason(error)}. Check that it is one and complete."
         ) from error
@@ -207,6 +215,20 @@ def load_model(
         _check_tied(loaded, device_map)
         weakref.finalize(loaded, folder.cleanup)  # the files are needed for as long as the model
     return (loaded if tensor_parallel or device_map is not None else loaded.to(device)).eval()
+
+
+def _hub_or_copies(place: str) -> contextlib.AbstractContextManager[None]:
+    """For a hub name, `copies_if_unreachable`."""
+    return contextlib.nullcontext() if os.path.exists(place) else copies_if_unreachable()
+
+
+def _check_available(place: str, error: BaseException) -> None:
+    """Raises: ModelError for a name that is neither a local directory nor on the hub, as far as it can be reached."""
+    if isinstance(error, OSError) and not os.path.exists(place):
+        raise ModelError(
+            f"{place}: neither a local directory nor a model that the hub can provide: {reason(error)}. Check the "
+            "spelling and the network; a private model needs a login."
+        ) from error
 
 
 def _prepared(

@@ -70,10 +70,31 @@ def locate_model(name: str, files: tuple[str, ...] = MODEL_FILES) -> tuple[str, 
                 "Check the path."
             )
         return str(path), None
-    # A hub name is `name` or `owner/name`.
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise ModelError(f"{name}: no such directory. Check the path.")
+    if looks_local(name):
+        raise ModelError(f"{name}: no such directory. Check the path{or_elsewhere(name)}.")
     return name, None
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that is not on this disk can only be a misspelt path. A hub name is `name` or `owner/name`."""
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.endswith("/")
+        or "\\" in name
+        or name.count("/") > 1
+        or _has_parent(name)
+    )
+
+
+def or_elsewhere(name: str) -> str:
+    """What to do if a missing path was meant as a hub name."""
+    return ", or start where there is no directory of that owner if you mean the hub" if _has_parent(name) else ""
+
+
+def _has_parent(name: str) -> bool:
+    """Whether `models` of the missing `models/student` is a directory here: then it is hardly an owner on the hub."""
+    owner, slash, rest = name.partition("/")
+    return bool(slash and owner and rest and "/" not in rest) and Path(owner).is_dir()
 
 
 def adapter_base(name: str) -> str | None:

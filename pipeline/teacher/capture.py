@@ -110,6 +110,8 @@ def cache_teacher(
         ) as writer:
             if not worker.follows:
                 save_config(config)
+                if corpus.documents_file is not None:
+                    cf.write_documents(config.output, corpus.documents_file)
             for holder in writer.taken_over:
                 on_warning(f"{config.output}: {holder} is gone; this run takes over")
             request = partial(row_request, config, corpus, hidden=metadata.hidden)

@@ -102,6 +102,9 @@ class CachedText(Text, Protocol):
     @property
     def report(self) -> Mapping[str, float]: ...
 
+    @property
+    def documents_file(self) -> bytes | None: ...
+
 
 def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
     """Checks where the inputs of a run lie, and that its engine is installed.

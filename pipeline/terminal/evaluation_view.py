@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.evaluation.evaluate_config import FEW_ROWS, FEW_TOKENS
 from pipeline.terminal.tables import Unbroken, titled
 from pipeline.terminal.training_views import KL_NOTES
 
@@ -18,11 +19,12 @@ COLUMNS = 4  # that fit 80 characters
 
 # Metric, title, format. Metrics that a cache cannot give have no row.
 NATS, SHARE, COUNT = "{:.4f}", "{:.1%}", "{:,.2f}"
+AGREEMENT = ("agreement", "agreement", SHARE)
 ROWS = (
     ("kl", "KL to teacher", NATS),
     ("ce", "CE (nats)", NATS),
     ("perplexity", "perplexity", COUNT),
-    ("agreement", "agreement", SHARE),
+    AGREEMENT,
     ("top5_agreement", "agreement, top 5", SHARE),
     ("ece", "calibration error", SHARE),
     ("ece_teacher", "calibration, teacher", SHARE),
@@ -36,12 +38,14 @@ def evaluation_view(
     students: Mapping[str, Values],
     comparisons: Mapping[str, Values] | None = None,
     teacher_tasks: Values | None = None,
+    by: str | None = None,
 ) -> RenderableType:
     """Students side by side; up to two with the half width of each 95 % confidence interval.
 
     Args:
         comparisons: with the first student, by the name of each other one.
         teacher_tasks: the teacher's scores on the tasks; it has no column without them.
+        by: the column of the data that the groups of the students are the values of.
     """
     letters = [f"student {chr(65 + i)}" if len(students) > 1 else "student" for i in range(len(students))]
     columns = list(zip(letters, students.values(), strict=True))
@@ -53,6 +57,10 @@ def evaluation_view(
         _table(columns[i : i + COLUMNS], crossed=crossed, with_error=with_error)
         for i in range(0, len(columns), COLUMNS)
     ]
+    if by is not None:
+        tables += [
+            _groups(by, columns[i : i + COLUMNS], with_error=with_error) for i in range(0, len(students), COLUMNS)
+        ]
     lines = [f"{letter}: {student}" for letter, student in zip(letters, students, strict=True)]
     for letter, student in zip(letters, students, strict=True):
         line = comparison_line(letters[0], letter, (comparisons or {}).get(student, {}))
@@ -65,6 +73,8 @@ def evaluation_view(
         lines.append(
             "±: 95 % confidence interval over rows" + ("" if with_error else "; --json has that of each value")
         )
+    if any(group["few"] for values in students.values() for group in values.get("groups", {}).values()):
+        lines.append(f"*: fewer than {FEW_TOKENS:,} loss tokens or {FEW_ROWS} rows, too few to rely on")
     if any(values.get("tasks") for values in students.values()):
         lines.append("tasks: ± is the standard error of lm-eval")
     if crossed:
@@ -89,6 +99,26 @@ def _table(columns: Sequence[tuple[str, Values]], *, crossed: bool, with_error: 
     table.add_row("loss tokens", *(f"{values['tokens']:,}" if "tokens" in values else "" for values in students))
     for task in dict.fromkeys(task for values in students for task in values.get("tasks", {})):
         table.add_row(task, *(_task(values.get("tasks", {}).get(task), with_error) for values in students))
+    return table
+
+
+def _groups(by: str, columns: Sequence[tuple[str, Values]], *, with_error: bool) -> Table:
+    """A row for each value of the column `by`, those with most loss tokens first."""
+    students = [(name, values) for name, values in columns if "groups" in values]
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column(by, overflow="ellipsis", no_wrap=True, max_width=24)
+    table.add_column("loss tokens", justify="right", no_wrap=True)
+    shown = [("kl", "KL", NATS)] if len(students) > 1 else [("kl", "KL", NATS), ("ce", "CE", NATS), AGREEMENT]
+    for name, _ in students:
+        for _, title, _ in shown:
+            table.add_column(f"{title} {name[-1]}" if len(students) > 1 else title, justify="right", no_wrap=True)
+    for value, group in students[0][1]["groups"].items():
+        cells = [
+            _cell(values["groups"].get(value, {"metrics": {}}), metric, form, with_error)
+            for _, values in students
+            for metric, _, form in shown
+        ]
+        table.add_row(Text(value), f"{'*' if group['few'] else ''}{group['tokens']:,}", *cells)
     return table
 
 

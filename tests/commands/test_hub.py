@@ -88,7 +88,7 @@ def push(*words: Any, status: int = 0) -> Result:
 
 def test_the_repository_is_the_cache_and_its_manifest_comes_last(cache: Path, fake: Hub):
     (cache / "stray.txt").write_text("not of the cache")
-    result = push(cache, "someone/targets", "--private")
+    result = push(cache, "someone/targets")
     (cache / "stray.txt").unlink()
     assert "Pushed to https://hub/datasets/someone/targets" in result.stderr
     (_, _, options), (_, _, first), (_, _, last) = fake.calls
@@ -202,11 +202,44 @@ def test_a_student_is_pushed_as_a_model_without_its_checkpoints(fake: Hub, tmp_p
     (student / "trainer_state.json").write_text("{}")
     found = push(student, "someone/student", "--json", tmp_path / "out.json")
     (_, _, options), (_, _, files) = fake.calls
-    assert options == {"repo_type": "model", "private": False, "exist_ok": True}
+    assert options == {"repo_type": "model", "private": True, "exist_ok": True}
     assert sorted(files) == sorted([*names[:4], "trainer_state.json"])
     assert json.loads((tmp_path / "out.json").read_text())["student"] == str(student), found.output
     fake.error = OSError("no route")
     assert "the hub did not accept the student: no route" in push(student, "someone/student", status=1).stderr
+
+
+@pytest.mark.parametrize("flags, private", [((), True), (("--private",), True), (("--public",), False)])
+def test_a_new_repository_is_private_by_default(
+    flags: tuple[str, ...], private: bool, cache: Path, fake: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same for caches and students, after a run or by hand."""
+    (tmp_path / "student").mkdir()
+    for name in ("config.json", "distill_config.json", "trainer_state.json"):
+        (tmp_path / "student" / name).write_text("{}")
+    push(cache, "someone/targets", *flags)
+    push(tmp_path / "student", "someone/student", *flags)
+    monkeypatch.setattr("pipeline.student.training.train.train_student", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.terminal.training_views.training_view", lambda *_: "")
+    monkeypatch.setattr("pipeline.commands.train_student_command.asdict", lambda _: {})
+    monkeypatch.setattr("pipeline.commands.train_student_command._check_inputs", lambda _: None)
+    result = CliRunner().invoke(main, [*training(cache, tmp_path, tmp_path / "student", "someone/new"), *flags])
+    assert result.exit_code == 0, result.output
+    created = [options["private"] for kind, _, options in (call for call in fake.calls if call[0] == "create")]
+    assert created == [private] * 4
+    fake.error = OSError("no route")
+    again = push(cache, "someone/targets", *flags, status=1).stderr.rstrip()
+    assert again.endswith(" --public" if not private else "someone/targets")
+
+
+@pytest.mark.parametrize("command", ["cache-teacher", "train-student"])
+def test_a_visibility_needs_a_repository(command: str, cache: Path, teacher_dir: Path, text_file: Path, tmp_path: Path):
+    words = {
+        "cache-teacher": ["--teacher", teacher_dir, "--data", text_file],
+        "train-student": ["--cache", cache, "--student", teacher_dir],
+    }[command]
+    result = CliRunner().invoke(main, [command, *map(str, words), "--output", str(tmp_path / "out"), "--public"])
+    assert result.exit_code == 2 and "--public: only with --push-to-hub" in result.stderr
 
 
 # -- train-student --push-to-hub --------------------------------------------------------------------------------------

@@ -7,9 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pytest
 import torch
+from huggingface_hub import constants
+from pipeline.teacher.text.data_paths import local_paths
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline import hub
+from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.models.head import open_head
 from pipeline.models.loading import (
     load_config,
@@ -168,6 +174,50 @@ def test_where_a_model_lies(teacher_dir: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_wrong_path_is_never_a_hub_name(name: str) -> None:
     with pytest.raises(ModelError, match=f"{name}: no such (file|directory). Check the path."):
         check_model_path(name)
+
+
+def test_a_missing_directory_beside_others_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `models/student` where there is `models`; the same for data."""
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("models/student") == ("models/student", None) and local_paths("data/set") == []
+    (tmp_path / "models").mkdir()
+    (tmp_path / "data").mkdir()
+    with pytest.raises(
+        ModelError, match=r"models/student: no such directory\. Check the path, or start where there is"
+    ):
+        locate_model("models/student")
+    with pytest.raises(DataError, match=r"data/set: no such file or directory\. Check the path, or start where"):
+        local_paths("data/set")
+    assert locate_model("model") == ("model", None)
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_a_hub_that_does_not_answer_is_asked_once(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        asked.append(args)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=fail, request=fail, get=fail))
+    hub._hub_answers.cache_clear()
+    for _ in range(2):
+        with pytest.raises(ModelError, match="owner/missing: neither a local directory nor a model that the hub can"):
+            load("owner/missing")
+    assert len(asked) == 1 and not constants.HF_HUB_OFFLINE
+    hub._hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_local_copies_alone_are_read_if_the_hub_does_not_answer(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = (constants, datasets.config)
+    for module in modules:
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: answers)
+    with hub.copies_if_unreachable():
+        assert [module.HF_HUB_OFFLINE for module in modules] == [not answers] * 2
+    assert [module.HF_HUB_OFFLINE for module in modules] == [False] * 2
 
 
 def test_a_directory_must_hold_a_model_or_an_adapter(tmp_path: Path, model: PreTrainedModel) -> None:

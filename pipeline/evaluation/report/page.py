@@ -20,6 +20,7 @@ from markupsafe import Markup
 from pipeline.evaluation.report.bins import LEVEL_NAMES, level
 from pipeline.evaluation.report.charts import CHART_STYLE, key
 from pipeline.evaluation.report.figures import TEACHER, Figure
+from pipeline.evaluation.report.group_table import GroupTable
 from pipeline.evaluation.report.passages import Chosen, Passage
 from pipeline.evaluation.report.provenance import Pairs
 from pipeline.evaluation.report.report_sources import Student
@@ -57,6 +58,7 @@ class Contents:
     token_text: Callable[[int], str]
     details: Mapping[str, Any]
     differences: Sequence[Figure]
+    by: GroupTable | None = None
     training: Sequence[Figure]
     sizes: Sequence[tuple[str, int]]
     tokens_in_cache: int

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.evaluation.groups import Grouping
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.report.figures import difference_figures, training_figures
+from pipeline.evaluation.report.group_table import group_table
 from pipeline.evaluation.report.page import Contents, render
 from pipeline.evaluation.report.passages import choose, cut, details, token_texts
 from pipeline.evaluation.report.provenance import cache_facts, column_sizes, run_facts
@@ -70,6 +72,7 @@ def write_report(
     _check_output(config.output)
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(sources.cache, hidden_layers=[], read_cache=copies).with_states()
+    grouping = None if config.by is None else Grouping(cache, config.by)
     for student in sources.students:
         _check_student(cache, student, config)
     rows = min(len(cache), config.max_rows or len(cache))
@@ -98,6 +101,7 @@ def write_report(
             token_text=texts,
             details=details(shown, teacher, positions, texts),
             differences=difference_figures(teacher, positions, at_one=cache.metadata.targets["temperature"] == 1.0),
+            by=None if grouping is None else group_table(grouping, text, teacher, positions),
             training=training_figures(sources.students),
             sizes=column_sizes(cache),
             tokens_in_cache=cache.num_tokens,

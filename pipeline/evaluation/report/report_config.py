@@ -26,6 +26,12 @@ class ReportConfig:
     max_rows: int | None = option(
         256, help="Read only the first N rows of the cache.", group=IO, minimum=1, common=True
     )
+    by: str | None = option(
+        None,
+        help="Compare the values of this column of the data, such as domains; the cache must keep it.",
+        group=IO,
+        metavar="COLUMN",
+    )
     passages: int = option(
         24,
         help="Number of passages whose text is shown; the numbers are about all rows that were read.",

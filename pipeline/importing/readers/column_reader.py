@@ -111,7 +111,7 @@ class ColumnReader(Reader):
         return {"columns": dict(self.columns), "flat_k": self.flat_k}
 
     def records(self) -> Iterator[Record]:
-        return records(self.files, [_PART.sub(r"\1", name) for name in self.columns.values()])
+        return records(self.files, [*(_PART.sub(r"\1", name) for name in self.columns.values()), *self.keep_columns])
 
     def decode(self, record: Record) -> ForeignRow:
         input_ids = integers(self._value(record, "ids"), self.columns["ids"])

@@ -205,7 +205,7 @@ class DistillKitReader(Reader):
         return {"d": c.d, "k": c.k, "exact_k": c.exact_k, "terms": list(c.terms), "delta_encoding": c.delta}
 
     def records(self) -> Iterator[Record]:
-        return records(self.files, COLUMNS)
+        return records(self.files, [*COLUMNS, *self.keep_columns])
 
     def decode(self, record: Record) -> ForeignRow:
         compression = self.compression

@@ -17,11 +17,13 @@ class Reader(ABC):
     """Args:
     values: what the numbers of entries are.
     shift: of the rows, see `ForeignRow`.
+    keep_columns: further columns of the records that are asked for.
     """
 
     files: Sequence[Path]
     values: Values = "logprobs"
     shift: int = 0
+    keep_columns: Sequence[str] = ()
 
     @property
     def renormalised(self) -> bool:

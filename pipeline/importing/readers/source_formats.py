@@ -39,19 +39,19 @@ def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
     files = find_files(config.source, endings=BASE_FILES if config.format == "llama-cpp" else DATA_FILES)
     form = _form(config, files)
     _check_options(config, form)
-    shift: dict[str, Any] = {} if config.shift is None else {"shift": config.shift}
+    common: dict[str, Any] = {"files": files, "keep_columns": config.keep_columns}
+    if config.shift is not None:
+        common["shift"] = config.shift
     if form == "columns" or form in PRESETS:
         return _columns(config, files, form)
     if form == "distillkit":
-        return DistillKitReader(
-            files=files, compression=Compression.from_yaml(find_layout(config.layout, files)), **shift
-        )
+        return DistillKitReader(compression=Compression.from_yaml(find_layout(config.layout, files)), **common)
     if form == "axolotl":
         columns = first_columns(files)
         column = next((each for each in LISTS if each in columns), None)
-        return AxolotlReader(files=files, tokenizer=tokenizer, column=column, **shift)
+        return AxolotlReader(tokenizer=tokenizer, column=column, **common)
     if form == "responses":
-        return ServerReader(files=files, tokenizer=tokenizer, **shift)
+        return ServerReader(tokenizer=tokenizer, **common)
     return LlamaCppReader(files=files, top_k=config.top_k or LLAMA_CPP_TOP_K)
 
 
@@ -83,6 +83,7 @@ def _check_options(config: ImportConfig, form: str) -> None:
         ("flat_k", config.flat_k, columns),
         ("layout", config.layout, ("distillkit",)),
         ("shift", config.shift, (*columns, "distillkit", "axolotl", "responses")),
+        ("keep_columns", config.keep_columns, (*columns, "distillkit", "axolotl", "responses")),
     ):
         if given not in (None, ()) and form not in takers:
             raise ConfigError(
@@ -106,6 +107,7 @@ def _columns(config: ImportConfig, files: Sequence[Path], form: str) -> ColumnRe
         )
     return ColumnReader(
         files=files,
+        keep_columns=config.keep_columns,
         columns=columns,
         values=values,
         shift=shift,

@@ -59,10 +59,12 @@ class ConvertedRow(CacheRow):
     Attributes:
         aligned: [T'] the teacher's position that ends at the same place in the text, else -1.
         teacher: the teacher's own targets.
+        documents: [S'] the document of the teacher's row that each of the student's is a piece of.
     """
 
     aligned: np.ndarray = None  # type: ignore[assignment]
     teacher: SparseTargets = None  # type: ignore[assignment]
+    documents: np.ndarray = None  # type: ignore[assignment]
 
 
 class CrossTokenizerDataset(CacheDataset):
@@ -111,14 +113,16 @@ class CrossTokenizerDataset(CacheDataset):
         counted: list[bool] = []
         aligned: list[int] = []
         lengths: list[int] = []
-        for document in documents_of(row, self.retokeniser, self.max_length):
+        documents: list[int] = []
+        for number, document in enumerate(documents_of(row, self.retokeniser, self.max_length)):
             for piece in document.pieces:
                 ids += [token.id for token in piece.tokens]
                 counted += piece.counted
                 aligned += piece.teachers.tolist()
                 lengths.append(len(piece.tokens))
+                documents.append(number)
         if not ids:  # the student has no token for any of it
-            ids, counted, aligned, lengths = [0], [False], [-1], [1]
+            ids, counted, aligned, lengths, documents = [0], [False], [-1], [1], [0]
         return ConvertedRow(
             row=row.row,
             input_ids=np.asarray(ids, np.int64),
@@ -127,6 +131,7 @@ class CrossTokenizerDataset(CacheDataset):
             targets=self._project(row.targets, aligned),
             aligned=np.asarray(aligned),
             teacher=row.targets,
+            documents=np.asarray(documents),
         )
 
     def _project(self, targets: SparseTargets, aligned: Sequence[int]) -> SparseTargets:

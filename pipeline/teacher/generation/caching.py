@@ -60,6 +60,8 @@ def cache_answers(
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
         save_config(config)
         cf.write_answers(config.output, corpus.kept.lines())
+        if corpus.documents_file is not None:
+            cf.write_documents(config.output, corpus.documents_file)
         if scored is None:
             _copy(corpus.kept, writer)
             return None

@@ -40,6 +40,7 @@ def finished_cache(
         data["template_date"] = config.data.template_date
     if config.data.teacher_seq_len is not None:
         data["teacher_window_length"] = config.data.teacher_seq_len
+    data["keep_columns"] = list(config.data.keep_columns) or None
     written = corpus.get("generation", {})
     compared = [
         ("targets", recorded["targets"], config.targets.to_json()),

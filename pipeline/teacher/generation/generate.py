@@ -58,6 +58,7 @@ from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.formats.kept_columns import describe_kept
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.workers import this_worker
 
@@ -102,7 +103,8 @@ def generate_cache(
         CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
     """
     if generation.writer is not None and _is_teacher(generation, config):
-        generation = replace(generation, writer=None, **dict.fromkeys(LOADING_THE_WRITER))
+        unused: dict[str, Any] = dict.fromkeys(("writer", *LOADING_THE_WRITER))
+        generation = replace(generation, **unused)
     config = replace(config, generation=generation)  # checks that they fit together
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
@@ -360,8 +362,13 @@ def _corpus(
         "ignored_files": prompts.source.ignored_files,
         **prompts.findings,
     }
-    description = {**prompts.description, "generation": written}
-    return AnswerCorpus(kept, prompts, description, report)
+    file = None
+    if prompts.kept is not None:
+        origin = np.array([answer.document for group in kept.groups() for answer in group.answers])
+        file = prompts.kept.file(origin, np.ones_like(origin))
+    about = describe_kept(prompts.config.keep_columns, file)
+    description = {**prompts.description, **about, "generation": written}
+    return AnswerCorpus(kept, prompts, description, report, file)
 
 
 def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:

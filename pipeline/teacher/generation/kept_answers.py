@@ -116,6 +116,7 @@ class AnswerCorpus:
     prompts: Prompts
     description: dict[str, Any]
     report: Mapping[str, float]
+    documents_file: bytes | None = None  # contents of documents.arrow, with kept columns
     objective: Objective = "causal"
 
     def __len__(self) -> int:

@@ -31,8 +31,9 @@ from pipeline.teacher.text.chat import arguments, messages, template, turns
 from pipeline.teacher.text.chat.template import ChatTemplate
 from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Affixes
-from pipeline.teacher.text.formats import examples, row_format, teacher_prompts, token_ids
+from pipeline.teacher.text.formats import examples, kept_columns, row_format, teacher_prompts, token_ids
 from pipeline.teacher.text.formats.examples import Example, read_examples
+from pipeline.teacher.text.formats.kept_columns import KeptValues, check_kept
 from pipeline.teacher.text.formats.row_format import IDS, Columns, check_chat_options, find_columns
 from pipeline.teacher.text.reading import records
 from pipeline.teacher.text.reading.data_paths import data_name
@@ -67,6 +68,7 @@ class Documents:
     findings: Mapping[str, int] = field(default_factory=dict)  # name -> number of documents, where there are any
     options: dict[str, Any] = field(default_factory=dict)  # of chats, for the manifest
     warnings: tuple[str, ...] = ()
+    kept: KeptValues | None = None  # columns of the data that the cache keeps
 
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
         """(document, id) of the first token with an id of `limit` or more, of student or teacher; reads up to there."""
@@ -116,6 +118,7 @@ def tokenise_documents(
     elif columns.teacher is not None and not special_tokens:
         raise ConfigError(f"{name}: {columns.teacher!r} is for causal teachers. Remove this column.")
     check_chat_options(config, columns, name)
+    check_kept(config.keep_columns, source, name)
     if config.turns == "last" and loss_on == "all":
         raise ConfigError("`turns=last`: the loss is on all tokens with `loss_on=all`. Leave one of them out.")
     append_eos = config.append_eos is not False and special_tokens and not (columns.is_chat or columns.is_ids)
@@ -131,6 +134,7 @@ def tokenise_documents(
             reader=source.reader,
             columns=columns,
             loss_on=loss_on,
+            keep_columns=config.keep_columns,
             turns=config.turns,
             template=chat_template,
             affixes=affixes,
@@ -141,7 +145,8 @@ def tokenise_documents(
     )
     counts = {name: pc.sum(tokens.data.column(name)).as_py() or 0 for name in _FINDINGS}
     findings = {name: count for name, count in counts.items() if count}
-    documents = Documents(tokens, columns, loss_on, source, affixes.prefix, findings)
+    kept = KeptValues.read(tokens, config.keep_columns, name) if config.keep_columns else None
+    documents = Documents(tokens, columns, loss_on, source, affixes.prefix, findings, kept=kept)
     if chat_template is None:
         unused = IDS in source.reader.names and not columns.is_ids
         return replace(documents, warnings=(f"{name}: {_UNUSED_IDS}",)) if unused else documents
@@ -206,6 +211,7 @@ def _tokenise_batch(
     reader: RecordReader,
     columns: Columns,
     loss_on: str,
+    keep_columns: Sequence[str],
     turns: str,
     template: ChatTemplate | None,
     affixes: Affixes,
@@ -213,18 +219,21 @@ def _tokenise_batch(
 ) -> dict[str, list[Any]]:
     """Rows of the source to the columns of `_FEATURES` and `_FINDINGS`; a row may become several documents."""
     with reading(data, indices):
-        rows = reader.read(batch, columns.to_read(reader.names))
+        rows = reader.read(batch, [*columns.to_read(reader.names), *keep_columns])
     places = [f"{data}, row {index}" for index in indices]
     if columns.is_ids:
         options: dict[str, Any] = {"names": columns.names, "all_in_loss": loss_on == "all", "teacher": columns.teacher}
         documents = [token_ids.read_token_ids(row, where, **options) for row, where in zip(rows, places, strict=True)]
+        origins = list(range(len(rows)))
     else:
+        how: dict[str, Any] = {"columns": columns, "loss_on": loss_on, "turns": turns, "template": template}
         texts = [
-            (example, where)
-            for row, where in zip(rows, places, strict=True)
-            for example in read_examples(row, where, columns=columns, loss_on=loss_on, turns=turns, template=template)
+            (example, origin)
+            for origin, (row, where) in enumerate(zip(rows, places, strict=True))
+            for example in read_examples(row, where, **how)
         ]
-        documents = _encode(texts, tokenizer, affixes)
+        documents = _encode([(example, places[origin]) for example, origin in texts], tokenizer, affixes)
+        origins = [origin for _, origin in texts]
     ends = {*affixes.suffix, tokenizer.eos_token_id} - {None}
     findings = (
         [each.had_affixes for each in documents],
@@ -235,6 +244,7 @@ def _tokenise_batch(
         "input_ids": [each.ids for each in documents],
         "is_target": [each.targets for each in documents],
         **({} if columns.teacher is None else teacher_prompts.columns_of(documents)),
+        **kept_columns.columns_of([rows[i] for i in origins], [places[i] for i in origins], keep_columns),
         **dict(zip(_FINDINGS, findings, strict=True)),
     }
 
@@ -260,8 +270,9 @@ def _only_ends(document: encoding.Tokens, ends: Iterable[int]) -> bool:
 def _map_cached(
     rows: datasets.Dataset, function: partial[Any], fingerprint: str, num_proc: int | None
 ) -> datasets.Dataset:
-    of_teacher = teacher_prompts.FEATURES if function.keywords["columns"].teacher is not None else {}
-    features = datasets.Features({**_FEATURES, **of_teacher, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))})
+    further = teacher_prompts.FEATURES if function.keywords["columns"].teacher is not None else {}
+    further = {**further, **kept_columns.features_of(function.keywords["keep_columns"])}
+    features = datasets.Features({**_FEATURES, **further, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))})
     # An explicit file: the default is next to the source, which may be the user's own folder.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "distill"
     cache.mkdir(parents=True, exist_ok=True)
@@ -310,13 +321,14 @@ def _fingerprint(
     """Fingerprint of everything that decides the tokens, including this code: once corrected, it must not find its
     earlier results. `datasets` would hash the pickled tokenizer, which changes with use."""
     of_text = (__file__, row_format.__file__, examples.__file__, records.__file__, encoding.__file__)
-    of_ids_and_prompts = (token_ids.__file__, teacher_prompts.__file__)
+    of_ids_and_prompts = (token_ids.__file__, teacher_prompts.__file__, kept_columns.__file__)
     of_chats = (arguments.__file__, messages.__file__, template.__file__, turns.__file__)
     code = (*of_text, *of_ids_and_prompts, *of_chats)
     decides = {
         "rows": rows._fingerprint,
         "columns": [columns.format, *columns.all_names],
         "loss_on": loss_on,
+        "keep_columns": list(config.keep_columns),
         "append_eos": append_eos,
         "special_tokens": special_tokens,
         "tokenizer": tokenizer_fingerprint(tokenizer),

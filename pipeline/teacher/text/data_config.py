@@ -82,6 +82,9 @@ class DataConfig:
         group=TEXT,
         minimum=1,
     )
+    keep_columns: tuple[str, ...] = option(
+        (), help="Column to keep for each document, such as its domain; may be given several times.", group=TEXT
+    )
     num_proc: int | None = option(None, help="Number of processes that tokenize the text.", group=TEXT, minimum=1)
 
     def __post_init__(self) -> None:
@@ -96,7 +99,7 @@ class DataConfig:
     def to_json(self) -> dict[str, Any]:
         """What decides the rows, besides the text itself, as in the manifest."""
         # Not asdict: it would copy `data`, which may be a generator.
-        left_out = {"data", "num_proc", *_OF_CHATS} | (set() if self.overlap > 1 else {"overlap"})
+        left_out = {*_NOT_OF_ROWS, *_OF_CHATS} | (set() if self.overlap > 1 else {"overlap"})
         left_out |= {"teacher_seq_len"} if self.teacher_seq_len is None else set()
         names = [field.name for field in fields(self) if field.name not in left_out]
         return {_RECORDED_AS.get(name, name): getattr(self, name) for name in names} | self.chat_options()
@@ -104,7 +107,7 @@ class DataConfig:
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any], data: Any) -> DataConfig:
         """The options that a manifest records, for the text itself."""
-        names = [field.name for field in fields(cls) if field.name not in ("data", "num_proc")]
+        names = [field.name for field in fields(cls) if field.name not in _NOT_OF_ROWS]
         given = {name: recorded.get(_RECORDED_AS.get(name, name)) for name in names}
         return cls(data=data, **{name: value for name, value in given.items() if value is not None})
 
@@ -114,6 +117,7 @@ class DataConfig:
 
 
 _RECORDED_AS = {"seq_len": "window_length", "teacher_seq_len": "teacher_window_length"}
+_NOT_OF_ROWS = ("data", "keep_columns", "num_proc")
 _OF_CHATS = ("turns", "chat_template_kwargs", "template_date")
 # What the messages of a row and the rendering itself set.
 _NOT_ARGUMENTS = {"messages", "conversation", "conversations", "chat_template", "add_generation_prompt"} | {

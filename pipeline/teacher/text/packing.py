@@ -32,6 +32,7 @@ from pipeline.models.objective import Objective
 from pipeline.teacher.text import windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.formats.kept_columns import describe_kept
 from pipeline.teacher.text.formats.teacher_prompts import TeacherPrompts, TeacherText, with_length
 from pipeline.teacher.text.reading.data_paths import data_name
 from pipeline.teacher.text.token_stream import StreamFacts, add_rows_to, load_or_compute
@@ -145,6 +146,7 @@ class TokenCorpus:
         report: counts by name of what was cut, dropped and packed.
         description: the source of the text and all options that shaped it, for the cache's metadata.
         warnings: what the user should see but need not act on.
+        documents_file: contents of documents.arrow; None without `keep_columns`.
     """
 
     objective: Objective = "causal"
@@ -189,7 +191,9 @@ class TokenCorpus:
             "ignored_files": documents.source.ignored_files,
             **documents.findings,
         }
-        self.description = describe(documents, config)
+        kept = documents.kept
+        self.documents_file = None if kept is None else kept.file(plan.pieces.document, np.diff(plan.offsets))
+        self.description = {**describe(documents, config), **describe_kept(config.keep_columns, self.documents_file)}
         if plan.pieces.special.any():
             self.description["window_prefix"] = list(documents.prefix)
         self.warnings = documents.warnings

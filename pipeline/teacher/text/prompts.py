@@ -36,6 +36,7 @@ from pipeline.teacher.text.formats.examples import (
     read_teacher_messages,
     read_teacher_prompt,
 )
+from pipeline.teacher.text.formats.kept_columns import KeptValues, check_kept, kept_texts
 from pipeline.teacher.text.formats.row_format import Columns, check_chat_options, find_prompt
 from pipeline.teacher.text.formats.teacher_prompts import TeacherText, behind_prompts, with_length
 from pipeline.teacher.text.reading.data_paths import data_name
@@ -177,6 +178,20 @@ class Prompts:
         return read_messages(row, where, self.columns)
 
     @cached_property
+    def kept(self) -> KeptValues | None:
+        """The values of the columns that the cache keeps. Raises: DataError."""
+        names, data, reader = self.config.keep_columns, data_name(self.config.data), self.source.reader
+        if not names:
+            return None
+        texts: dict[str, list[str]] = {name: [] for name in names}
+        for start in range(0, len(self), _PROMPTS_PER_BATCH):
+            rows = reader.read(self.rows[start : start + _PROMPTS_PER_BATCH], names)
+            places = [f"{data}, row {row}" for row in range(start, start + len(rows))]
+            for name, found in kept_texts(rows, places, names).items():
+                texts[name] += found
+        return KeptValues.of(texts, data)
+
+    @cached_property
     def _affixes(self) -> Affixes:
         # No suffix, because the answer continues the prompt.
         prefix, _ = encoding.special_affixes(self.tokenizer)
@@ -245,8 +260,10 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, posi
     name = data_name(config.data)
     columns = find_prompt(source, config.text_column, name)
     check_chat_options(config, columns, name)
+    check_kept(config.keep_columns, source, name)
     template = arguments.open_template(config, tokenizer) if columns.is_chat else None
     prompts = Prompts(with_length(config, columns, positions), rows, columns, source, tokenizer, template)
+    _ = prompts.kept  # raises for a value that cannot be kept
     if not prompts.answerable.any():
         empty, long = np.count_nonzero(prompts.empty), np.count_nonzero(prompts.too_long)
         for_teacher = f" (for the teacher {prompts.longest_read:,})" if prompts.has_teacher_prompts else ""

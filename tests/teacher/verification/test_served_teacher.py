@@ -11,8 +11,8 @@ import pytest
 import cache_format as cf
 from fake_servers import FakeServer
 from pipeline.errors import ConfigError
-from pipeline.teacher.cache_config import HiddenRule
 from pipeline.teacher.engines.server.server_config import ServerConfig
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification import TeacherCheck, verify_against_teacher
 from pipeline.teacher.verify_config import TeacherCheckConfig

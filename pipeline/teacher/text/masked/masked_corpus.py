@@ -25,6 +25,7 @@ from pipeline.models.objective import Objective
 from pipeline.teacher.text import encoding, packing, windows
 from pipeline.teacher.text.corpus import Documents, tokenise_documents
 from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.formats.kept_columns import describe_kept
 from pipeline.teacher.text.masked import masking
 from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masking import Masker
@@ -56,6 +57,7 @@ class MaskedCorpus:
         report: counts by name of what was cut and dropped.
         description: the source of the text and all options that shaped it, for the cache's metadata.
         warnings: what the user should see but need not act on.
+        documents_file: contents of documents.arrow; None without `keep_columns`.
     """
 
     objective: Objective = "masked"
@@ -105,7 +107,10 @@ class MaskedCorpus:
             "ignored_files": documents.source.ignored_files,
             **documents.findings,
         }
-        self.description: dict[str, Any] = {**describe(documents, config), "masking": masker.describe()}
+        origin = np.tile(self._windows.document, masker.rule.copies)
+        self.documents_file = None if documents.kept is None else documents.kept.file(origin, np.ones_like(origin))
+        kept = describe_kept(config.keep_columns, self.documents_file)
+        self.description: dict[str, Any] = {**describe(documents, config), **kept, "masking": masker.describe()}
         self.warnings = documents.warnings
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from pipeline.errors import DataError
+from pipeline.models.paths import looks_local, or_elsewhere
 
 # Each also with .gz behind it.
 EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
@@ -51,7 +52,7 @@ def find_local(data: str) -> list[Path] | None:
             return files
         raise DataError(f"{data}: no file matches this pattern. Check it with ls.")
     if _looks_local(data):
-        raise DataError(f"{data}: no such file or directory. Check the path.")
+        raise DataError(f"{data}: no such file or directory. Check the path{or_elsewhere(data)}.")
     return None
 
 
@@ -70,12 +71,5 @@ def extension(path: Path) -> str:
 
 
 def _looks_local(data: str) -> bool:
-    """Hub names are `name` or `owner/name`, without the extension of a file."""
-    return (
-        data.startswith(("/", ".", "~"))
-        or data.endswith("/")
-        or "\\" in data
-        or data.count("/") > 1
-        or extension(Path(data)) in EXTENSIONS
-        or data.lower().endswith(".gz")
-    )
+    """Hub names have no extension of a file either."""
+    return looks_local(data) or extension(Path(data)) in EXTENSIONS or data.lower().endswith(".gz")

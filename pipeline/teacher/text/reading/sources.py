@@ -27,6 +27,7 @@ import datasets
 import pyarrow as pa
 
 from pipeline.errors import DataError
+from pipeline.hub import copies_if_unreachable
 from pipeline.teacher.text.reading.data_paths import (
     EXTENSIONS,
     PathLike,
@@ -249,7 +250,8 @@ def _choose_split(given: datasets.Dataset | datasets.DatasetDict, name: str, spl
 
 def _hub_source(name: str, config: str | None, split: str) -> Source:
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        with copies_if_unreachable():
+            rows = datasets.load_dataset(name, config, split=split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name}: neither a local file or directory nor a dataset that the hub can provide: "
