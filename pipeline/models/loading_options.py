@@ -24,6 +24,11 @@ PADDING_FREE = partial(
     help="Run the model on documents laid end to end, without padding and masks (variable-length attention).",
     default_text="on CUDA, where the model allows it",
 )
+COMPILE = partial(
+    option,
+    False,
+    help="Compile the layers of the model with torch.compile: fewer kernels, after a minute or so of compiling.",
+)
 DEVICE_MAP = partial(
     option,
     None,

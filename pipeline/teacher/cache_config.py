@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import (
+    COMPILE,
     DEVICE,
     DEVICE_MAP,
     DTYPE,
@@ -306,6 +307,7 @@ WITHOUT_VLLM = {
     "device_map": "",
     "tensor_parallel": ", and use `tensor_parallel_size`",
     "padding_free": "",
+    "compile": "; vLLM compiles by itself",
 }
 """Option that cannot be combined with `engine=vllm` -> what to do instead."""
 
@@ -333,6 +335,7 @@ class CacheTeacherConfig:
     batch_size: int | None = BATCH_SIZE()
     batch_tokens: Tokens | None = BATCH_TOKENS()
     padding_free: bool | None = PADDING_FREE(group=TEACHER)
+    compile: bool = COMPILE(group=TEACHER)
     device: str = DEVICE(group=TEACHER)
     dtype: Dtype = DTYPE(
         group=TEACHER,
