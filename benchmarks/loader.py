@@ -5,8 +5,9 @@
     ahead          the same, and a thread of the worker decodes the next window meanwhile: the default on a GPU
 
 A step of 14 ms is what a student of 0.1 B parameters would take on an H100 for 8 rows of 1,024 tokens. The targets are
-synthetic, and every record batch holds the same rows. Each loader reads in a new process, after its first two batches.
-On a machine with other work on it, or with fewer cores than decoding needs, ratios are larger.
+synthetic, and every record batch holds the same rows. Record batches have the rows of one batch, a quarter of the
+default, so that a window lasts 16 steps; the steps of two windows are measured, after the first two batches. On a
+machine with other work on it, or with fewer cores than decoding needs, ratios are larger.
 
     python -m benchmarks loader
 """
@@ -29,7 +30,8 @@ from pipeline.losses import RaggedTargets, SparseTargetBatch
 from pipeline.student.data.dataset import WINDOW, CacheDataset
 from pipeline.student.data.upcoming import Upcoming
 
-VOCAB, TOKENS, BATCH_ROWS, ROWS_PER_RECORD_BATCH = 49_152, 1024, 8, 32
+VOCAB, TOKENS, BATCH_ROWS, WARM_UP = 49_152, 1024, 8, 2
+WINDOWS = 2  # measured; the cache has one more
 SLEEP_S, TARGET = 0.014, 1.02
 LOADERS = {"0 workers": (0, False), "1 worker": (1, False), "ahead": (1, True)}
 CACHES = {
@@ -40,22 +42,18 @@ CACHES = {
 
 
 def run(settings: Settings) -> Result:
-    record_batches = 4 if settings.quick else 3 * WINDOW
+    steps = 10 if settings.quick else WINDOWS * WINDOW
     rows, sizes, summary = [], [], {}
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         for name, (encoding, entries) in CACHES.items():
             path = Path(scratch) / f"{encoding}-{entries}"
-            write_cache(path, encoding, entries, record_batches)
+            write_cache(path, encoding, entries, record_batches=steps + WINDOW)
             read = cf.open_cache(path)[:BATCH_ROWS]
             ragged, padded = (_bytes(kind.from_rows(read)) for kind in (RaggedTargets, SparseTargetBatch))
             decoding = _decoding_seconds(path)
             sizes.append([name, ragged / 1e6, padded / 1e6, decoding * 1e3, BATCH_ROWS * TOKENS / decoding])
-            found: dict[str, list[float]] = {loader: [] for loader in LOADERS}
-            for _ in range(settings.rounds):
-                for loader, options in LOADERS.items():
-                    steps = 10 if settings.quick else 150
-                    found[loader].append(in_a_process(wait, path, *options, steps)["step_s"] / SLEEP_S)
-            for loader, ratios in found.items():
+            for loader, seconds in in_a_process(step_seconds, path, steps, settings.rounds).items():
+                ratios = [each / SLEEP_S for each in seconds]
                 middle = statistics.median(ratios)
                 rows.append([name, loader, middle, f"{min(ratios):.2f} to {max(ratios):.2f}"])
                 summary[f"{encoding}_{entries}_{loader.replace(' ', '_')}"] = round(middle, 3)
@@ -63,7 +61,7 @@ def run(settings: Settings) -> Result:
         name="loader",
         question=f"Time of a step that sleeps {SLEEP_S * 1e3:g} ms, with its batch from the loader, ÷ the sleep.",
         bound=f"1; the target is {TARGET}. One worker cannot be faster than it decodes a batch (second table).",
-        settings={"rows": BATCH_ROWS, "tokens_per_row": TOKENS, "rounds": settings.rounds},
+        settings={"rows": BATCH_ROWS, "tokens_per_row": TOKENS, "steps": steps, "rounds": settings.rounds},
         tables=[
             Table("Steps", ["targets", "loader", "step/sleep", "range"], rows),
             Table(
@@ -84,17 +82,26 @@ def write_cache(path: Path, encoding: str, entries: int, record_batches: int) ->
         vocab_size=VOCAB,
         alignment="next",
         targets={"kind": "top-k", "k": entries, "temperature": 1.0},
-        corpus={"rows": record_batches * ROWS_PER_RECORD_BATCH},
-        rows_per_record_batch=ROWS_PER_RECORD_BATCH,
+        corpus={"rows": record_batches * BATCH_ROWS},
+        rows_per_record_batch=BATCH_ROWS,
         encoding=encoding,
     )
-    rows = [_row(entries, np.random.default_rng(i)) for i in range(ROWS_PER_RECORD_BATCH)]
+    rows = [_row(entries, np.random.default_rng(i)) for i in range(BATCH_ROWS)]
     with cf.CacheWriter(path, metadata) as writer:
-        for number in range(record_batches * ROWS_PER_RECORD_BATCH):
+        for number in range(record_batches * BATCH_ROWS):
             writer.write([replace(rows[number % len(rows)], row=number)])
 
 
-def wait(path: Path, workers: int, ahead: bool, steps: int) -> dict[str, float]:
+def step_seconds(path: Path, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Mean seconds of a step in each round, by loader; the loaders take turns."""
+    found: dict[str, list[float]] = {loader: [] for loader in LOADERS}
+    for _ in range(rounds):
+        for loader, options in LOADERS.items():
+            found[loader].append(wait(path, *options, steps))
+    return found
+
+
+def wait(path: Path, workers: int, ahead: bool, steps: int) -> float:
     """Mean seconds of a step."""
     dataset = CacheDataset(cf.open_cache(path, cached_record_batches=WINDOW + 1))
     batches = BatchSampler(dataset.sampler(seed=0), BATCH_ROWS, drop_last=False)
@@ -103,13 +110,13 @@ def wait(path: Path, workers: int, ahead: bool, steps: int) -> dict[str, float]:
     context = "fork" if workers else None  # as in training on Linux
     options = {"num_workers": workers, "multiprocessing_context": context}
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate, **options))
-    for _ in range(2):
+    for _ in range(WARM_UP):
         next(loader)
     start = time.perf_counter()
     for _ in range(steps):
         time.sleep(SLEEP_S)
         next(loader)
-    return {"step_s": (time.perf_counter() - start) / steps}
+    return (time.perf_counter() - start) / steps
 
 
 def _row(entries: int, rng: np.random.Generator) -> cf.CacheRow:
@@ -135,13 +142,14 @@ def _row(entries: int, rng: np.random.Generator) -> cf.CacheRow:
 
 
 def _decoding_seconds(path: Path) -> float:
-    """Processor time of a batch's share of a record batch."""
+    """Processor time of a record batch, which is a batch; the median of seven."""
     cache = cf.open_cache(path, cached_record_batches=1)
-    _ = cache[0]
-    start = time.process_time()
-    for record_batch in (1, 2, 3):
-        _ = cache[record_batch * ROWS_PER_RECORD_BATCH]
-    return (time.process_time() - start) / 3 * BATCH_ROWS / ROWS_PER_RECORD_BATCH
+    seconds = []
+    for record_batch in range(8):
+        start = time.process_time()
+        _ = cache[record_batch * BATCH_ROWS]
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds[1:])
 
 
 def _bytes(targets: RaggedTargets | SparseTargetBatch) -> int:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ SHARD_BYTES = 4_000_000
 SHARDS = (10, 100, 1000, 10_000)
 WORKERS = (0, 1, 2)
 READ_TOKENS = 4_000_000  # maximum per cache
+
+Found = TypeVar("Found")
 
 
 def run(settings: Settings) -> Result:
@@ -234,7 +236,7 @@ def _anonymous_mb() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1e3
 
 
-def in_a_process(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+def in_a_process(work: Callable[..., Found], *arguments: Any) -> Found:
     """Runs `work` in a new interpreter, so that memory belongs to it alone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:

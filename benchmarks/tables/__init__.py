@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "readers": (speed_tables.readers, 1),
     "mixing": (speed_tables.mixing, 1),
     "rows decoded": (speed_tables.rows_decoded, 1),
+    "loader waits": (speed_tables.loader_waits, 1),
     "loader workers": (speed_tables.loader_workers, 1),
     "architectures": (architectures.table, 6),
     "architectures not built": (architectures.not_built, 2),

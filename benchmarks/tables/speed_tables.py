@@ -123,6 +123,18 @@ def rows_decoded() -> list[list[str]]:
     return table
 
 
+def loader_waits() -> list[list[str]]:
+    """Steps that sleep instead of computing, and what decoding their batches takes."""
+    batches, steps = by_name("loader", "A batch"), rows("loader", "Steps")
+    loaders = list(dict.fromkeys(row["loader"] for row in steps))
+    table = [["targets", "processor ms to decode a batch", *(f"step ÷ sleep, {loader}" for loader in loaders)]]
+    for targets, batch in batches.items():
+        found = [matching(steps, {"targets": targets, "loader": loader})["step/sleep"] for loader in loaders]
+        ratios = [each if isinstance(each, str) else f"{each:.2f}" for each in found]
+        table.append([targets, significant(batch["decoding, processor ms"]), *ratios])
+    return table
+
+
 def loader_workers() -> list[list[str]]:
     """Rows decoded ÷ rows, with several loader workers per process."""
     results = rows("shuffle", "The same with several loader workers")

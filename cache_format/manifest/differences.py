@@ -19,6 +19,7 @@ ROUNDING = {
     "capture.logits": "logits of another precision round differently",
     "capture.selection": "sums over the vocabulary by other kernels round differently",
     "capture.server_version": "another version of the server rounds differently",
+    "capture.compiled": "compiled layers round differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }
 FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")

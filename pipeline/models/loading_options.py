@@ -24,6 +24,11 @@ PADDING_FREE = partial(
     help="Run documents end to end, without padding or attention masks (variable-length attention).",
     default_text="on for CUDA if the model supports it",
 )
+COMPILE = partial(
+    option,
+    False,
+    help="Compile the layers of the model with torch.compile: fewer kernels, after a minute or so of compiling.",
+)
 DEVICE_MAP = partial(
     option,
     None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
-from pipeline.models.loading_options import PADDING_FREE, REVISION, TRUST_REMOTE_CODE
+from pipeline.models.loading_options import COMPILE, PADDING_FREE, REVISION, TRUST_REMOTE_CODE
 from pipeline.options import check_ranges, option
 from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
@@ -217,6 +217,7 @@ class TrainStudentConfig:
         common=True,
     )
     padding_free: bool | None = PADDING_FREE(group=HARDWARE)
+    compile: bool = COMPILE(group=HARDWARE)
     gradient_checkpointing: bool | None = option(
         None, help="Trade time for memory by recomputing activations.", group=HARDWARE, default_text="off"
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import (
+    COMPILE,
     DEVICE,
     DEVICE_MAP,
     DTYPE,
@@ -55,6 +56,7 @@ WITHOUT_VLLM = {
     "device_map": "",
     "tensor_parallel": ", and use `tensor_parallel_size`",
     "padding_free": "",
+    "compile": "; vLLM compiles by itself",
 }
 """Option that cannot be combined with `engine=vllm` -> what to do instead."""
 
@@ -82,6 +84,7 @@ class CacheTeacherConfig:
     batch_size: int | None = BATCH_SIZE()
     batch_tokens: Tokens | None = BATCH_TOKENS()
     padding_free: bool | None = PADDING_FREE(group=TEACHER)
+    compile: bool = COMPILE(group=TEACHER)
     device: str = DEVICE(group=TEACHER)
     dtype: Dtype = DTYPE(
         group=TEACHER,

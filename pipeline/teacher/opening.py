@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import cache_format as cf
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.devices.compilation import CompiledLayers
 from pipeline.models.devices.cpu_dtype import measure_dtypes, multiplies_bfloat16
 from pipeline.models.devices.placement import check_split
 from pipeline.models.head import Head, open_head
@@ -321,6 +322,7 @@ def open_engine(
         batch_tokens=tokens_per_pass(config, device.type),
         export=export,
         hidden=states_spec(config.hidden, head, export),
+        compiled=CompiledLayers(head) if config.compile else None,
         divisible=not config.tensor_parallel,
         timed=timed,
     )

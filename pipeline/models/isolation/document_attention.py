@@ -151,6 +151,21 @@ def attention(
     """
     if documents is None:
         return otherwise(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    return _by_document(module, query, key, value, documents, dropout, scaling, options)
+
+
+@torch.compiler.disable  # compiled code would be that of these lengths alone
+def _by_document(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    dropout: float,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """[1, H, N, C], [1, G, N, C] → [1, N, H, C]"""
     window, softcap, sinks = (options.get(name) for name in ("sliding_window", "softcap", "s_aux"))
     causal = options.get("is_causal")
     if options.get("position_bias") is not None or not (

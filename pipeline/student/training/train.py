@@ -6,7 +6,7 @@ check_run ─▶ caches as datasets ─▶ student ─▶ DistillTrainer ─▶ 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import merged
+from pipeline.models.devices.compilation import CompiledLayers
 from pipeline.models.head import evaluating
 from pipeline.models.loading import model_name
 from pipeline.models.teacher_head import TeacherHead
@@ -121,7 +122,8 @@ def _train_student(
         if len(data.parts) > 1:
             on_log({"mixture": mix.seen(budget.rows_after(budget.steps))})
         on_stage(_training_stage(run, data, student, matching))
-        seconds = _fit(trainer, run)
+        with closing(CompiledLayers(student.head)) if config.compile else nullcontext():
+            seconds = _fit(trainer, run)
         state, stopped = trainer.state, stopped_by(trainer.state)
         if stopped is not None and state.is_world_process_zero:
             on_log({"stopped": stopped["reasons"], "step": stopped["step"]})

@@ -33,6 +33,7 @@ RESERVED = {
     "fp16": "use `bf16`: gradients divided by the tokens of a step underflow in float16 (see `training.arithmetic`)",
     "label_names": "the labels are in the cache",
     "label_smoothing_factor": "the loss is set by `kd_weight`, `divergence`, `temperature` and `tail`",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "use `compile`"),
     "use_liger_kernel": "head and loss are fused already",
     "disable_tqdm": "distill shows its own progress",
 }
@@ -149,6 +150,8 @@ def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) 
             f"{_source(config)}: deepspeed with ZeRO stage 3 gathers a weight only inside its module, but the fused "
             "loss reads the head outside of it. Use stage 2, or fsdp (docs/scaling.md)."
         )
+    if config.compile and (arguments.fsdp or deepspeed is not None):
+        raise ConfigError(f"{_source(config)}: fsdp and deepspeed cannot be combined with `compile`. Leave it out.")
     for name in ("split_batches", "dispatch_batches"):
         if getattr(arguments.accelerator_config, name):
             raise ConfigError(

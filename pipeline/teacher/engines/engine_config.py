@@ -94,7 +94,10 @@ class EngineConfig:
 
 
 def check_batches(config: CacheTeacherConfig) -> None:
-    """Checks how rows are put together. Raises: ConfigError."""
+    """Checks how rows are put together and computed. Raises: ConfigError."""
+    for name in ("device_map", "tensor_parallel"):
+        if config.compile and getattr(config, name):
+            raise ConfigError(f"`compile`: cannot be combined with `{name}`. Leave one of them out.")
     if config.batch_tokens is None:
         return
     if config.generation is None and config.batch_size is not None:

@@ -19,6 +19,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.devices import kernels
+from pipeline.models.devices.compilation import CompiledLayers
 from pipeline.models.devices.placement import device_names
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
@@ -71,6 +72,7 @@ class TransformersEngine:
         batch_tokens: tokens per forward pass over rows, instead of `batch_size`; "auto": found by the first `run`.
         export: the head as it is stored, for hidden targets.
         hidden: the hidden states to store, as far as the engine computes them.
+        compiled: layers of the teacher, closed with the engine.
         divisible: whether either may be halved when out of memory.
         timed: measure every pass, which makes the host wait for the device.
     """
@@ -88,6 +90,7 @@ class TransformersEngine:
         batch_tokens: Tokens | None = None,
         export: HeadExport | None = None,
         hidden: cf.HiddenSpec | None = None,
+        compiled: CompiledLayers | None = None,
         divisible: bool = True,
         timed: bool = False,
     ) -> None:
@@ -95,7 +98,7 @@ class TransformersEngine:
         self.batch_tokens = batch_tokens
         # Those of a shard may be other ones: they are in its sidecar.
         self._asked = {"batch_size": batch_size} if batch_tokens is None else {"batch_tokens": batch_tokens}
-        self.divisible = divisible
+        self.divisible, self.compiled = divisible, compiled
         self.vocab_size = head.vocab_size
         self.forward = ForwardPass(head, export=export, hidden=hidden, timed=timed)
 
@@ -139,6 +142,7 @@ class TransformersEngine:
             "head": "linear" if self.head.linear else "own",
             "chunk_positions": self.forward.chunk,
             **({"padding_free": True} if self.head.padding_free else {}),
+            **({"compiled": True} if self.compiled is not None else {}),
             **({"logits": "float32"} if self.head.sums_in_fp32 else {}),
             **({"selection": "triton"} if kernels.triton_kernels(self.head.device) is not None else {}),
         }
@@ -193,7 +197,9 @@ class TransformersEngine:
         return answers
 
     def close(self) -> None:
-        """Nothing to do: the model is freed with the object, unless it was given as one."""
+        """The model is freed with the object, unless it was given as one: then it gets its own layers back."""
+        if self.compiled is not None:
+            self.compiled.close()
 
     def _within_memory(self, compute: Callable[[], T], rows: Sequence[RowRequest] = ()) -> T:
         """
