@@ -88,7 +88,8 @@ def looks_local(name: str) -> bool:
 
 def or_elsewhere(name: str) -> str:
     """What to do if a missing path was meant as a hub name."""
-    return ", or start where there is no directory of that owner if you mean the hub" if _has_parent(name) else ""
+    owner = name.partition("/")[0]
+    return f", or start in a folder without {owner}/ if you mean the hub" if _has_parent(name) else ""
 
 
 def _has_parent(name: str) -> bool:

@@ -211,25 +211,23 @@ def test_a_student_is_pushed_as_a_model_without_its_checkpoints(fake: Hub, tmp_p
 
 @pytest.mark.parametrize("flags, private", [((), True), (("--private",), True), (("--public",), False)])
 def test_a_new_repository_is_private_by_default(
-    flags: tuple[str, ...], private: bool, cache: Path, fake: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], private: bool, cache: Path, student_dir: Path, fake: Hub, tmp_path: Path
 ):
-    """The same for caches and students, after a run or by hand."""
-    (tmp_path / "student").mkdir()
+    """The same for caches and students, by hand or for a run, which creates it before it begins."""
+    student = tmp_path / "student"
+    student.mkdir()
     for name in ("config.json", "distill_config.json", "trainer_state.json"):
-        (tmp_path / "student" / name).write_text("{}")
-    push(cache, "someone/targets", *flags)
-    push(tmp_path / "student", "someone/student", *flags)
-    monkeypatch.setattr("pipeline.student.training.train.train_student", lambda *_, **__: None)
-    monkeypatch.setattr("pipeline.terminal.training_views.training_view", lambda *_: "")
-    monkeypatch.setattr("pipeline.commands.train_student_command.asdict", lambda _: {})
-    monkeypatch.setattr("pipeline.commands.train_student_command._check_inputs", lambda _: None)
-    result = CliRunner().invoke(main, [*training(cache, tmp_path, tmp_path / "student", "someone/new"), *flags])
-    assert result.exit_code == 0, result.output
-    created = [options["private"] for kind, _, options in (call for call in fake.calls if call[0] == "create")]
-    assert created == [private] * 4
+        (student / name).write_text("{}")
+    for pushed in (cache, student):
+        push(pushed, "someone/new", *flags)
+        assert [call[2]["private"] for call in fake.calls if call[0] == "create"] == [private]
+        fake.calls.clear()
+    fake.write_error = OSError("no access")
+    result = CliRunner().invoke(main, [*training(cache, student_dir, tmp_path / "out", "someone/new"), *flags])
+    assert result.exit_code == 1 and fake.calls[1][2]["private"] == private
     fake.error = OSError("no route")
-    again = push(cache, "someone/targets", *flags, status=1).stderr.rstrip()
-    assert again.endswith(" --public" if not private else "someone/targets")
+    again = push(cache, "someone/new", *flags, status=1).stderr.rstrip()
+    assert again.endswith(f"distill push {cache} someone/new{'' if private else ' --public'}")
 
 
 @pytest.mark.parametrize("command", ["cache-teacher", "train-student"])

@@ -183,10 +183,12 @@ def test_a_missing_directory_beside_others_is_a_path(tmp_path: Path, monkeypatch
     (tmp_path / "models").mkdir()
     (tmp_path / "data").mkdir()
     with pytest.raises(
-        ModelError, match=r"models/student: no such directory\. Check the path, or start where there is"
+        ModelError, match=r"models/student: no such directory\. Check the path, or start in a folder without"
     ):
         locate_model("models/student")
-    with pytest.raises(DataError, match=r"data/set: no such file or directory\. Check the path, or start where"):
+    with pytest.raises(
+        DataError, match=r"data/set: no such file or directory\. Check the path, or start in a folder without"
+    ):
         local_paths("data/set")
     assert locate_model("model") == ("model", None)
 

@@ -115,22 +115,19 @@ def one(**columns: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "rows, error, message",
+    "rows, message",
     [
-        (one(), DataError, "no column 'domain' to keep, found text"),
-        (one(domain="web") + one(domain=None), DataError, "row 1: found null in the column 'domain'"),
-        (one(domain="a\nb"), DataError, r"row 0: found 'a\\nb' in the column 'domain', expected a string of 1 to 100"),
-        (one(domain="x" * 101), DataError, "expected a string of 1 to 100 printable characters"),
-        (one(domain=1.5), DataError, "found '1.5' in the column 'domain'"),
-        ([one(domain=str(i))[0] for i in range(257)], DataError, "found 257 different values in the column 'domain'"),
+        (one(), "no column 'domain' to keep, found text"),
+        (one(domain="web") + one(domain=None), "row 1: found null in the column 'domain'"),
+        (one(domain="a\nb"), r"row 0: found 'a\\nb' in the column 'domain', expected a string of 1 to 100"),
+        (one(domain="x" * 101), "expected a string of 1 to 100 printable characters"),
+        (one(domain=1.5), "found '1.5' in the column 'domain'"),
+        ([one(domain=str(i))[0] for i in range(257)], "found 257 different values in the column 'domain'"),
     ],
 )
-def test_what_cannot_be_kept(
-    rows: list[dict[str, Any]], error: type[Exception], message: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    for names in (("domain",), ("domain", "domain")):
-        with pytest.raises(error, match=message):
-            build_corpus(DataConfig(data=rows, seq_len=32, keep_columns=names), tokenizer)
+def test_what_cannot_be_kept(rows: list[dict[str, Any]], message: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=message):
+        build_corpus(DataConfig(data=rows, seq_len=32, keep_columns=("domain",)), tokenizer)
 
 
 def test_a_column_is_kept_once(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -176,8 +173,8 @@ def test_workers_on_several_machines(data: Path, teacher_dir: Path, tmp_path: Pa
     words = ["cache-teacher", "--teacher", teacher_dir, "--data", data, "--seq-len", 48, "--keep-columns", "domain"]
     words += ["--rows-per-shard", 8, "--targets", "top-k", "--top-k", 8, "--device", "cpu", "--batch-size", 4]
     whole = capture(teacher_dir, data, tmp_path / "whole")
-    assert whole.metadata.num_shards == 2
-    for part, output in (("0:1", "a"), ("1:2", "b")):
+    assert whole.metadata.num_shards == 3
+    for part, output in (("0:1", "a"), ("1:3", "b")):
         command(*words, "--output", tmp_path / output, "--shard-range", part)
     for file in (tmp_path / "b/shards").iterdir():
         file.rename(tmp_path / "a/shards" / file.name)
