@@ -15,7 +15,7 @@ from pipeline.terminal.click_options import build_config, config_options, distil
     "verify",
     "distill verify caches/train",
     "distill verify caches/train --deep --against-teacher models/teacher --rows 16",
-    "distill verify caches/train --against-teacher http://localhost:8000/v1 --tokenizer models/teacher",
+    "distill verify caches/train --against-teacher http://host:8000/v1 --tokenizer models/teacher",
     config=TeacherCheckConfig,
 )
 @click.argument("cache")

@@ -25,7 +25,7 @@ TEACHER = options_of(CacheTeacherConfig)
 BASE = {"teacher": "t", "data": "d", "output": "o"}
 # Options that are of use with generated text as well.
 ALSO_GENERATED = {"data_config", "split", "text_column", "sample_by", "max_documents", "seq_len", "teacher_seq_len"}
-ALSO_GENERATED |= {"chat_template_kwargs", "template_date", "allow_rounding", "stale_after"}
+ALSO_GENERATED |= {"keep_columns", "chat_template_kwargs", "template_date", "allow_rounding", "stale_after"}
 VALUES = {"chat_template_kwargs": '{"enable_thinking": false}', "template_date": "2026-01-31", "device_map": "auto"}
 
 
