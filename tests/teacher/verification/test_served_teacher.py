@@ -114,7 +114,7 @@ def test_the_command(teacher_dir: Path, few: Path, tmp_path: Path) -> None:
     build_cache(tmp_path / "cache", teacher_dir, few, targets=TOP)
     with FakeServer(teacher_dir, "vllm") as server:
         words = ["verify", tmp_path / "cache", "--against-teacher", server.url, "--tokenizer", teacher_dir, "--rows", 2]
-        assert "unknown (a server does not give them)" in command(*words).stdout
+        assert "unknown (a server does not tell)" in command(*words).stdout
         found = json.loads(command(*words, "--json").stdout)
     assert found["ok"] and found["teacher"]["same_weights"] is None and found["teacher"]["dtype"] == "unknown"
     assert cf.open_cache(tmp_path / "cache").metadata.entropy_known
