@@ -138,7 +138,7 @@ def run(teacher: Path, work: Path, seeds: int, sizes: Sizes) -> measure.Result:
     write_data(work, problems[: sizes.train])
     generate = ["--generate", *GENERATE, "--gen-answers-per-prompt", sizes.answers]
     generate += ["--gen-max-new-tokens", sizes.new_tokens, "--gen-keep-if", KEEP_IF]
-    for name, options in (("solutions", []), ("answers", generate)):
+    for name, options in (("solutions", ["--no-packing"]), ("answers", generate)):
         demo.distill(  # a finished cache is checked and left as it is
             *("cache-teacher", "--teacher", teacher, "--data", work / f"{name}.jsonl"),
             *("--output", work / "caches" / name, *options),
