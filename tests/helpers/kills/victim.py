@@ -37,10 +37,11 @@ import cache_format as cf  # noqa: E402
 from cache_format.storage.directory import LocalDirectory  # noqa: E402
 from cache_format.write import unfinished  # noqa: E402
 from pipeline.models.head import Head  # noqa: E402
-from pipeline.teacher.cache_config import CacheTeacherConfig, WorkerConfig  # noqa: E402
+from pipeline.teacher.cache_config import CacheTeacherConfig  # noqa: E402
 from pipeline.teacher.capture import cache_teacher  # noqa: E402
 from pipeline.teacher.targets.rules import TargetRule  # noqa: E402
 from pipeline.teacher.text.data_config import DataConfig  # noqa: E402
+from pipeline.teacher.writing.worker_config import WorkerConfig  # noqa: E402
 from tiny import english, tiny_llama, tiny_tokenizer  # noqa: E402
 
 DEADLINE_S = 120.0  # of a process that nobody kills
