@@ -62,11 +62,12 @@ def verify_against_teacher(
     chosen = np.unique(np.linspace(0, len(cache) - 1, min(config.rows, len(cache))).round().astype(int)).tolist()
     rows = cache.rows(chosen)
     on_stage(f"asking {config.teacher}" if config.on_server else "loading the teacher")
-    with closing(
+    teacher: LoadedTeacher | ServedTeacher = (
         ServedTeacher(config, cache, tokenizer, rows, reading)
         if config.on_server
         else LoadedTeacher(config, cache, worker.device(config.device), reading)
-    ) as teacher:
+    )
+    with closing(teacher):
         on_stage(f"computing {len(chosen)} of {len(cache):,} rows again, {teacher.times}")
         found = []
         for each in teacher.check(rows):

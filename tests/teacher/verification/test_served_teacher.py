@@ -36,8 +36,7 @@ def check(cache: Path, url: str, tokenizer: Path, **options: Any) -> TeacherChec
     return verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=url, **config))
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-@pytest.mark.parametrize("rule", [TOP, NUCLEUS], ids=lambda rule: rule.kind)
+@pytest.mark.parametrize(("kind", "rule"), [("vllm", TOP), ("sglang", NUCLEUS)], ids=["vllm", "sglang"])
 def test_a_right_cache_whichever_engine_made_it(
     kind: str, rule: TargetRule, teacher_dir: Path, few: Path, tmp_path: Path
 ) -> None:
