@@ -341,20 +341,23 @@ def test_deterministic() -> None:
 
 
 @every_tail
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_is_no_worse_than_the_reference_in_bfloat16(tail: str, autocast: bool) -> None:
-    problem = Problem(n=96, padding=PADDING).rounded(torch.bfloat16)
-    dtype = torch.float32 if autocast else torch.bfloat16
+def test_16_bits_are_no_worse_than_the_reference_in_16_bits(tail: str, low: torch.dtype, autocast: bool) -> None:
+    problem = Problem(n=96, padding=PADDING).rounded(low)
+    dtype = torch.float32 if autocast else low
     for temperature, kd_weight in ((1.0, 1.0), (2.0, 0.5)):
         options = {"tail": tail, "temperature": temperature, "kd_weight": kd_weight}
         truth = reference(problem, **options)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", low, enabled=autocast):
             plain = reference(problem, dtype, **options)
             found = by_fused(problem, dtype, chunk_size=40, **options)
         assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[1:])
+        # In float16 the product of a chunk is rounded to few bits before it is added to the others (not on CUDA).
+        times = 2 if low == torch.bfloat16 else 3
         for error, allowed in zip(relative_errors(found, truth), relative_errors(plain, truth), strict=True):
-            # The loss is one number, and may be right by luck; its error is then bounded by bfloat16 alone.
-            assert error <= max(2 * allowed, 2**-9)
+            # The loss is one number, and may be right by luck; its error is then bounded by the dtype alone.
+            assert error <= max(times * allowed, torch.finfo(low).eps / 4)
 
 
 # ---- agreement
