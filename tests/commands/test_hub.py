@@ -227,7 +227,7 @@ def test_a_new_repository_is_private_by_default(
     assert result.exit_code == 1 and fake.calls[1][2]["private"] == private
     fake.error = OSError("no route")
     again = push(cache, "someone/new", *flags, status=1).stderr.rstrip()
-    assert again.endswith(f"distill push {cache} someone/new{'' if private else ' --public'}")
+    assert again.endswith(f"distill push {cache} someone/new{'' if private else ' with --public'}")
 
 
 @pytest.mark.parametrize("command", ["cache-teacher", "train-student"])
