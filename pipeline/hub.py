@@ -207,7 +207,7 @@ def _refusals(path: str | os.PathLike[str], repository: str, what: str, private:
         raise DataError(
             f"{repository}: the hub did not accept the {what}: {error}. {path} is complete and "
             f"unchanged; log in (hf auth login) or check the connection, then: distill push {path} {repository}"
-            f"{'' if private else ' with `public`'}"
+            f"{'' if private else ' with `public=True`'}"
         ) from error
 
 
