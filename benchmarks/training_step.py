@@ -37,9 +37,10 @@ from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.initialization import load_student
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 
 TOP_K, BATCH_ROWS, LAYERS, UNTIMED = 64, 2, 6, 2
 LEARNING_RATE = 1e-4

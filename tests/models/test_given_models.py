@@ -14,7 +14,6 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import constants
-from pipeline.teacher.text.data_paths import local_paths
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -37,6 +36,7 @@ from pipeline.models.loading import (
     teacher_fingerprints,
 )
 from pipeline.models.paths import adapter_base, check_model_path, locate_model
+from pipeline.teacher.text.reading.data_paths import local_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigError
 from pipeline.models.devices import compilation
-from pipeline.teacher.cache_config import HiddenRule
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from runs import Stop, build_cache, distance, train, weights
 
 

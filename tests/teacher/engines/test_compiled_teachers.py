@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.devices import compilation
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, WorkerConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.writing.worker_config import WorkerConfig
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ from generating import generate
 from pipeline.errors import ConfigError, DataError
 from pipeline.hub import FILES
 from pipeline.options import build, flat
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig, MaskRule
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, build_corpus
 from runs import command

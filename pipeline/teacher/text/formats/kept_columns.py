@@ -20,7 +20,7 @@ from cache_format.manifest.fields import MOST_KEPT_CHARACTERS, MOST_KEPT_VALUES,
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from pipeline.teacher.text.sources import Source
+    from pipeline.teacher.text.reading.sources import Source
 
 _PREFIX = "kept "  # of the columns beside the tokens, whose own names could be the same
 

@@ -10,10 +10,11 @@ import pytest
 from test_server_engine import capture
 
 from fake_servers import FakeServer
-from pipeline.teacher.cache_config import CacheTeacherConfig, DataConfig
+from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.plan import Plan, plan_cache
 from pipeline.teacher.targets.rules import TargetRule
+from pipeline.teacher.text.data_config import DataConfig
 from runs import command
 
 ROWS, LATENCY_S = 8, 0.05
