@@ -102,7 +102,8 @@ def generate_cache(
         CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
     """
     if generation.writer is not None and _is_teacher(generation, config):
-        generation = replace(generation, writer=None, **dict.fromkeys(LOADING_THE_WRITER))
+        nobody: dict[str, Any] = dict.fromkeys(("writer", *LOADING_THE_WRITER))
+        generation = replace(generation, **nobody)
     config = replace(config, generation=generation)  # checks that they fit together
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
