@@ -221,7 +221,7 @@ def test_windows_tables_and_biases_of_other_models(name: str) -> None:
     for row, found in zip(rows, of_batch(head, rows), strict=True):
         torch.testing.assert_close(found, alone(model, row), rtol=1e-5, atol=2e-5)
     if name in NOT_PACKED:
-        with pytest.raises(ModelError, match="attend to one another"):
+        with pytest.raises(ModelError, match="or attends to it"):
             check_packing(model, head, 64)
 
 

@@ -202,7 +202,7 @@ def test_every_option_of_the_real_thing_is_there_and_complains_alike(words: list
     real, planning = ({p.name for p in command.params} for command in commands if command is not None)
     declared = options_of(CacheTeacherConfig).values()
     writing = {each.name for each in declared if each.metadata.group in (GENERATION, PROCESSES)}
-    assert real - planning == writing | {"overwrite", "push_to_hub"}
+    assert real - planning == writing | {"overwrite", "push_to_hub", "public"}
     assert planning - real == {"rows", "cost_per_hour"}
     given = [*words, "--output", tmp_path / "c"]
     for wrong in (["--targets", "random", "--top-p", 0.5], ["--top-k", 5000]):

@@ -232,7 +232,7 @@ def test_a_cache_records_what_was_asked_for_and_every_shard_what_was_found(
         ({"batch_tokens": 0}, "`batch_tokens` 0: expected 1 or more"),
         ({"batch_tokens": "many"}, "`batch_tokens` many: expected a number or auto"),
         ({"batch_tokens": "auto", "tensor_parallel": True}, "`batch_tokens` auto: .* `tensor_parallel`"),
-        ({"batch_tokens": 64, "generation": GenerationConfig()}, "`batch_tokens` 64: the teacher's answers"),
+        ({"batch_tokens": 64, "generation": GenerationConfig()}, "`batch_tokens` 64: `generate` takes"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], expected: str, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_states_of_other_layers_may_stand_beside_them(
     bert = build_full(masked_dir / "bert", masked_dir / "text.txt", tmp_path / "bert", layers="last", dtype="float32")
     assert cf.open_cache(bert).metadata.hidden.layers == (2, 3)
     assert errors(bert, AutoModelForMaskedLM.from_pretrained(masked_dir / "bert", dtype=torch.float64).eval()) < 1e-4
-    with pytest.raises(ConfigError, match="states have width 32, what its head multiplies has 16"):
+    with pytest.raises(ConfigError, match="states have width 32, the input of its head has width 16"):
         build_full(masked_dir / "electra", masked_dir / "text.txt", tmp_path / "electra", layers="last")
 
 

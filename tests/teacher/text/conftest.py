@@ -11,5 +11,5 @@ import pytest
 @pytest.fixture(autouse=True)
 def tokenised_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where tokenised text is kept."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "distill"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tokenised"))
+    return tmp_path / "tokenised" / "distill"

@@ -221,7 +221,7 @@ def test_long_text_is_tokenised_in_blocks_without_loss(
 
 def test_loss_must_go_with_the_format(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     data = jsonl(tmp_path, {"text": "a"})
-    with pytest.raises(ConfigError, match="`loss_on` assistant does not go with text data"):
+    with pytest.raises(ConfigError, match="`loss_on` assistant cannot be used with text data"):
         tokenise_documents(DataConfig(data=data, loss_on="assistant"), tokenizer)
     data = jsonl(tmp_path, {"messages": CHAT})
     with pytest.raises(ConfigError, match="`loss_on` completion .* expected assistant or all"):

@@ -195,7 +195,7 @@ def test_options_that_would_change_the_ids(tmp_path: Path) -> None:
     data = as_jsonl(rows_of(2), tmp_path).as_posix()
     with pytest.raises(ConfigError, match="`append_eos=True`: token ids are scored as they are"):
         corpus_of(data, append_eos=True)
-    with pytest.raises(ConfigError, match="`loss_on` assistant does not go with token-ids data .*labels or all"):
+    with pytest.raises(ConfigError, match="`loss_on` assistant cannot be used with token-ids data .*labels or all"):
         corpus_of(data, loss_on="assistant")
     with pytest.raises(ConfigError, match="`turns` is for chats"):
         corpus_of(data, turns="last")

@@ -104,5 +104,5 @@ def test_a_bos_that_the_server_adds_is_refused(kind: str, teacher_dir: Path, pro
         return answer
 
     with FakeServer(teacher_dir, kind, change=add_bos) as server:
-        with pytest.raises(ModelError, match="the server (scored other tokens|read 6[0-9] tokens)"):
+        with pytest.raises(ModelError, match="the server (scored tokens that it was not sent|read 6[0-9] tokens)"):
             generate(server.url, teacher_dir, prompts, tmp_path / "cache")
