@@ -261,7 +261,9 @@ def test_nothing_kept_changes_nothing_and_keeps_the_answers(
 ) -> None:
     shutil.copytree(whole, tmp_path / "cache")
     options = {**ANSWERS, "overwrite": True}
-    with pytest.raises(DataError, match="none of 24 answers passed .*nothing was changed. The answers are in .*checks them"):
+    with pytest.raises(
+        DataError, match="none of 24 answers passed .*nothing was changed. The answers are in .*checks them"
+    ):
         generate(teacher_dir, data, tmp_path / "cache", **options, keep_if=f"{predicates}:none")
     assert contents(tmp_path / "cache") == contents(whole)
     sizes = count_batches(monkeypatch)
