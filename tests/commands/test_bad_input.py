@@ -217,7 +217,7 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
     found = complain(here, instead(command, "--student", student), *expected)
     if student == "stranger":  # what can be done about it is an option of either, of another kind
         assert ("--cross-tokenizer project or --cross-tokenizer uld" in found) == (command == TRAIN)
-        assert ("end at the same place: --cross-tokenizer project." in found) == (command == EVALUATE)
+        assert ("end at the same byte: --cross-tokenizer project." in found) == (command == EVALUATE)
 
 
 @pytest.mark.long
