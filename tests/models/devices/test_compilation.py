@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def gradients(head: Head, lengths: list[list[int]]) -> list[Tensor]:
     """States, and gradients of all weights that have one."""
     head.model.zero_grad()
     found = states(head, lengths)
-    found.square().sum().backward()
+    # Not Σ state²: it is constant behind a norm, and its gradients are rounding errors.
+    (found * torch.linspace(-1.0, 1.0, found.shape[-1])).sum().backward()
     return [found.detach(), *(p.grad.clone() for p in head.model.parameters() if p.grad is not None)]
 
 
@@ -155,9 +157,9 @@ def test_layers_with_hooks_of_another_library_are_refused(graphs: CompileCounter
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("architecture, free", [("llama", False), ("gemma2", True), ("qwen3_moe", False)])
 def test_by_the_compiler_of_torch(architecture: str, free: bool) -> None:
-    """By inductor, which needs a C++ compiler here."""
     head = opened(architecture, free=free)
     expected = [gradients(head, batch) for batch in BATCHES]
     with closing(CompiledLayers(head)):
