@@ -65,7 +65,7 @@ test-architectures: $(STAMP)  ## run a tiny model of each causal architecture of
 test-vllm: .venv-vllm/.setup-done  ## test the vLLM engine with a real vLLM, in a separate environment (large download)
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm
 
-test-vllm-small: .venv-vllm/.setup-done  ## of these, one tiny model against transformers, and both model runners
+test-vllm-small: .venv-vllm/.setup-done  ## test the vLLM engine on one tiny model only, in the same environment
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/teacher/engines/vllm -k "llama or second"
 
 # With a llama-server on the PATH, or LLAMA_SERVER=/path/to/llama-server, its tests run too.
