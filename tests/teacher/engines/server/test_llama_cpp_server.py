@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("impatient")
 FAULTS = ("dropped connection", "429 with Retry-After", "500", "truncated JSON", "malformed JSON", "another object")
 
 
+@pytest.mark.long
 @each_text_and_rule
 def test_rows_are_those_of_the_model_in_this_process(
     data: str,
@@ -70,6 +71,7 @@ def test_greedy_answers_are_those_of_the_model_in_this_process(
         np.testing.assert_array_equal(row.targets.ids, expected.targets.ids)
 
 
+@pytest.mark.long
 def test_sampled_answers_have_the_models_own_log_probabilities(
     teacher_dir: Path, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -90,6 +92,7 @@ def test_sampled_answers_have_the_models_own_log_probabilities(
             np.testing.assert_allclose(logprobs, expected[t, ids], atol=0.1)  # as stored
 
 
+@pytest.mark.long
 def test_no_more_requests_at_once_than_the_server_has_slots(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     with FakeLlamaCpp(teacher_dir, slots=2) as server:
         capture(server.url, teacher_dir, text_file, tmp_path / "cache")

@@ -53,6 +53,7 @@ def test_the_speed_is_that_of_the_server(concurrency: int, teacher_dir: Path, te
     assert found.position_loss is None and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.long
 def test_the_size_is_that_of_the_cache(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
     with FakeServer(teacher_dir, "sglang") as server:
         found = plan(server, teacher_dir, text_file, tmp_path / "cache", targets=TargetRule(top_k=8), rows_per_shard=8)
