@@ -49,6 +49,14 @@ DEMO = {
     "distilled": "**distilled**, `--kd-weight 0.9`",
     "teacher": "the teacher itself",
 }
+REASONING = {
+    "the student before": "nothing yet",
+    "the solutions": "the solutions alone",
+    "right answers": "the teacher's right answers, `--kd-weight 0`",
+    "right answers and their distributions": "the same with their distributions, `--kd-weight 0.9`",
+    "the teacher": "the teacher itself, without examples",
+    "the teacher, shown examples": "the teacher itself, shown examples",
+}
 
 
 def demo() -> list[list[str]]:
@@ -59,6 +67,17 @@ def demo() -> list[list[str]]:
         row = results[name]
         shares = [f"{row[column]:.1%}".replace("%", " %") for column in ("agreement", "top 5")]
         table.append([shown, minus(f"{row['KL']:.2f}"), *shares, significant(row["perplexity"], 3)])
+    return table
+
+
+def reasoning() -> list[list[str]]:
+    """Held-out sums that students and teacher of `make demo-generate` solve."""
+    table = [["learned from", "solved", "each of the students"]]
+    results = by_name("reasoning", "Median over seeds")
+    for name, shown in REASONING.items():
+        row = results[name]
+        each = row["each seed"].replace("%", " %")
+        table.append([shown, f"{row['solved']:.1f} %", each if "," in each else ""])
     return table
 
 
