@@ -13,6 +13,8 @@ from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 FEW_TOKENS, FEW_ROWS = 1000, 10
 """With fewer loss tokens, or rows that hold them, a value of `by` is marked: neither it nor its interval says much."""
 
+FEW_NOTE = f"*: fewer than {FEW_TOKENS:,} loss tokens or {FEW_ROWS} rows, too few to rely on"
+
 IO, TASKS, STUDENT, READING, HARDWARE = "Input", "Tasks", "Student", "Reading the cache", "Hardware"
 
 

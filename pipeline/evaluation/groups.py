@@ -90,6 +90,11 @@ class Grouping:
         )
 
 
+def is_few(tokens: int, rows: int) -> bool:
+    """Whether a group of so many loss tokens, in so many rows, is too small to rely on."""
+    return tokens < FEW_TOKENS or rows < FEW_ROWS
+
+
 def groups_of(table: Table, codes: np.ndarray, values: Sequence[str], supported: Supported) -> dict[str, Group]:
     """The groups by value, those with most loss tokens first.
 
@@ -100,8 +105,8 @@ def groups_of(table: Table, codes: np.ndarray, values: Sequence[str], supported:
     for code in np.unique(codes):
         here = table[codes == code]
         tokens = int(here[:, COLUMN["count"]].sum())
-        few = tokens < FEW_TOKENS or len(here) < FEW_ROWS
         metrics = intervals.metrics_of(here, supported)
+        few = is_few(tokens, len(here))
         found[values[code]] = Group(tokens=tokens, rows=len(here), few=few, metrics=metrics, table=here)
     return dict(sorted(found.items(), key=lambda item: -item[1].tokens))
 

@@ -6,8 +6,8 @@ real writer, once for every kind of targets and encoding; everything is then in 
     seconds a token = forward pass and head (the same for all kinds) + choosing and sampling entries (of the kind),
                       or what the background thread takes to encode and write, if that is more
 
-Of a teacher on a server the forward pass is the time from the first request to the last answer, as many at once as the
-run will send.
+For a teacher on a server, the forward pass is the time from the first request to the last answer, with as many requests
+at once as the run will send.
 
 Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
 there from a whole shard, and with hidden states beside the targets, which are counted as they are before compression.

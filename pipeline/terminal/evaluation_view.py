@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.evaluation.evaluate_config import FEW_ROWS, FEW_TOKENS
+from pipeline.evaluation.evaluate_config import FEW_NOTE
 from pipeline.terminal.tables import Unbroken, titled
 from pipeline.terminal.training_views import KL_NOTES
 
@@ -74,7 +74,7 @@ def evaluation_view(
             "±: 95 % confidence interval over rows" + ("" if with_error else "; --json has that of each value")
         )
     if any(group["few"] for values in students.values() for group in values.get("groups", {}).values()):
-        lines.append(f"*: fewer than {FEW_TOKENS:,} loss tokens or {FEW_ROWS} rows, too few to rely on")
+        lines.append(FEW_NOTE)
     if any(values.get("tasks") for values in students.values()):
         lines.append("tasks: ± is the standard error of lm-eval")
     if crossed:

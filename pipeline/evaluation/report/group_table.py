@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.evaluate_config import FEW_ROWS, FEW_TOKENS
-from pipeline.evaluation.groups import Grouping
+from pipeline.evaluation.evaluate_config import FEW_NOTE
+from pipeline.evaluation.groups import Grouping, is_few
 from pipeline.evaluation.intervals import mean_with_error
 from pipeline.evaluation.report.student_positions import StudentPositions
 from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
@@ -42,13 +42,12 @@ def group_table(
             sums = np.stack([np.bincount(places, values[here]), counts], axis=1)
             mean, error = mean_with_error(sums)
             cells.append(f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-        mark = "*" if counts.sum() < FEW_TOKENS or len(rows) < FEW_ROWS else ""
         tokens = int(counts.sum())
+        mark = "*" if is_few(tokens, len(rows)) else ""
         found.append((tokens, [grouping.values[code], f"{mark}{tokens:,}", f"{len(rows):,}", *cells]))
     return GroupTable(
         by=grouping.column,
-        note=f"Nats, with 95 % intervals over rows. *: fewer than {FEW_TOKENS:,} loss tokens or {FEW_ROWS} rows, too "
-        "few to rely on.",
+        note=f"Nats, with 95 % intervals over rows. {FEW_NOTE}.",
         columns=[grouping.column, "loss tokens", "rows", *means],
         rows=[cells for _, cells in sorted(found, key=lambda each: -each[0])],
     )

@@ -78,7 +78,7 @@ class ServedTeacher:
 
     Args:
         tokenizer: of the cache.
-        rows: those that will be checked.
+        rows: the rows to check.
         reading: what the teacher of the cache read.
 
     Raises: ConfigError if a server cannot compute targets of this kind again, or as `open_server`.
