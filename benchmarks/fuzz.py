@@ -156,10 +156,12 @@ def _outcome(path: Path, name: str, expected: Any) -> str:
 
 
 def values(path: Path) -> list[Any]:
-    """All contents of a cache: metadata, tokenizer, answers, head and rows."""
+    """All contents of a cache: metadata, tokenizer, answers, kept columns, head and rows."""
     cache = cf.open_cache(path)
     said: list[Any] = [json.dumps(cache.metadata.to_json(), sort_keys=True), *cache.tokenizer_files().values()]
     said += [json.dumps(answer) for answer in cache.answers()]
+    for name, column in cache.kept.items():
+        said += [name, column.values, column.codes, column.offsets]
     if (head := cache.head()) is not None:
         said.append(head.weight)
     for row in cache.iter_rows():

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import cache_format as cf
+from cache_format.manifest.documents_file import DOCUMENTS
 
 SHARD, SIDECAR, LEXICON = "shards/shard-00000.arrow", "shards/shard-00000.json", "lexicon.arrow"
 VOCAB, ROWS, TOKENS, WIDTH = 300, 6, 9, 4
@@ -29,7 +30,8 @@ def sound_cache(kind: str) -> Files:
     """Files of a small cache by name.
 
     Args:
-        kind: `columns` or `packed`, with exact entries and two samples of the tail; `hidden`, with head and answers.
+        kind: `columns` or `packed`, with exact entries and two samples of the tail; `hidden`, with head, answers and
+            a kept column.
     """
     rng = np.random.default_rng(0)
     common: dict[str, Any] = {
@@ -45,7 +47,9 @@ def sound_cache(kind: str) -> Files:
         if kind == "hidden":
             contents = cf.head_contents(rng.standard_normal((VOCAB, WIDTH)).astype(np.float32), None, "float32")
             recorded = cf.write_answers(Path(folder), map(_answer, range(ROWS)))
-            corpus = {"rows": ROWS, "generation": {"answers_file": recorded}}
+            documents = cf.documents_bytes({"domain": _kept_column()})
+            kept = {"keep_columns": ["domain"], "documents_file": cf.describe_documents(documents)}
+            corpus = {"rows": ROWS, "generation": {"answers_file": recorded}, **kept}
             metadata = cf.CacheMetadata(**common, targets=_hidden_targets(contents), corpus=corpus)
             rows = [_hidden_row(i, rng) for i in range(ROWS)]
         else:
@@ -57,6 +61,7 @@ def sound_cache(kind: str) -> Files:
             writer.write(rows)
             if kind == "hidden":
                 (Path(folder) / cf.ANSWERS).rename(cache / cf.ANSWERS)
+                cf.write_documents(cache, documents)
         return {str(f.relative_to(cache)): f.read_bytes() for f in sorted(cache.rglob("*")) if f.is_file()}
 
 
@@ -69,6 +74,11 @@ def _hidden_targets(contents: bytes) -> dict[str, Any]:
         "head": {**head, "bytes": len(contents), "sha256": _digest(contents)},
         "hidden": {"layers": [HIDDEN_LAYER], "teacher_layers": 2, "width": WIDTH, "dtype": "int8", "every": 1},
     }
+
+
+def _kept_column() -> cf.KeptColumn:
+    """One document in each row, as `_row` has."""
+    return cf.KeptColumn.of(("web", "code", "books"), np.arange(ROWS) % 3, np.ones(ROWS, np.int64))
 
 
 def _answer(row: int) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def _row(index: int, rng: np.random.Generator) -> cf.CacheRow:
 def resealed(files: Files) -> Files:
     """The files with valid checksums, where they can still be parsed."""
     files = dict(files)
-    for seal in (_seal_shard, _seal_lexicon, _seal_head, _seal_answers, seal_manifest):
+    for seal in (_seal_shard, _seal_lexicon, _seal_head, _seal_answers, _seal_documents, seal_manifest):
         with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
             seal(files)
     return files
@@ -149,6 +159,10 @@ def _seal_head(files: Files) -> None:
 
 def _seal_answers(files: Files) -> None:
     _record(files, cf.ANSWERS, lambda manifest: manifest["corpus"]["generation"]["answers_file"])
+
+
+def _seal_documents(files: Files) -> None:
+    _record(files, DOCUMENTS, lambda manifest: manifest["corpus"]["documents_file"])
 
 
 def _record(files: Files, name: str, place: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -199,6 +213,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     "head": ("hidden", cf.HEAD),
     "states": ("hidden", "record batch"),
     "answers": ("hidden", cf.ANSWERS),
+    "documents": ("hidden", DOCUMENTS),
 }
 
 
@@ -220,11 +235,14 @@ def read_all(cache: cf.Cache) -> None:
     cache.column_bytes()
     head = cache.head()
     sum(1 for _ in cache.answers())
+    kept = cache.kept
     for index in range(min(len(cache), ROWS)):
         row = cache[index]
         _, _, targets = row.label_ids, row.position_ids, row.targets
         if head is not None:
             targets = cf.rebuilt_targets(row, head, 3, slice(None))
         targets.merged().sorted_by_probability()
+        for column in kept.values():
+            _ = column[index]
         for sample in range(row.targets.num_samples):
             row.targets.sample(sample)

@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,8 @@ def kept_columns(data: bytes, metadata: CacheMetadata, where: str) -> dict[str, 
         batch = pa.ipc.open_stream(pa.py_buffer(data).slice(MAGIC_BYTES)).read_next_batch()
         batch.validate(full=True)
         if batch.schema.names != names or len(batch) != metadata.num_rows:
-            raise ValueError(f"{len(batch)} rows of {batch.schema.names}, expected {metadata.num_rows} of {names}")
+            found = shortened(batch.schema.names)
+            raise ValueError(f"{len(batch)} rows of {found}, expected {metadata.num_rows} of {names}")
         return {name: _column(batch.column(name)) for name in names}
     except UNREADABLE as error:
         raise _damaged(where, f"not the kept columns of this cache ({' '.join(str(error).split())})") from error
@@ -151,9 +153,12 @@ def kept_columns(data: bytes, metadata: CacheMetadata, where: str) -> dict[str, 
 def _column(array: pa.ListArray) -> KeptColumn:
     """Raises: ValueError."""
     if array.type != _TYPE or array.null_count or array.values.null_count:
-        raise ValueError(f"{array.type} with {array.null_count} nulls, expected lists of text without nulls")
+        raise ValueError(f"{shortened(array.type)}, expected {_TYPE} without nulls")
     offsets = array.offsets.to_numpy().astype(np.int64)
-    values = array.values.dictionary.to_pylist()
+    dictionary = array.values.dictionary
+    if len(dictionary) > MOST_KEPT_VALUES:  # before each becomes a Python string
+        raise ValueError(f"{len(dictionary):,} values, expected at most {MOST_KEPT_VALUES}")
+    values = dictionary.to_pylist()
     if len(set(values)) != len(values) or not all(map(is_kept_text, values)):
         raise ValueError("values that repeat or cannot be printed")
     if offsets[0] != 0 or (np.diff(offsets) < 1).any() or offsets[-1] != len(array.values):

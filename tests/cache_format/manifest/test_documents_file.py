@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def test_a_long_run_of_one_value_can_be_read(monkeypatch: pytest.MonkeyPatch) ->
     assert len(kept_columns(contents, about(contents, ["domain"], rows=1), "here")["domain"].codes) == documents
 
 
-def file_of(**columns: pa.Array) -> bytes:
+def file_of(compression: str | None = None, **columns: pa.Array) -> bytes:
     batch = pa.record_batch(list(columns.values()), names=list(columns))
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as file:
+    with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as file:
         file.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
@@ -87,6 +88,26 @@ def test_other_contents_are_one_error(contents: bytes) -> None:
     with pytest.raises(cf.FormatError, match=r"^here: .*Restore it from a copy, or make the cache again\.$") as error:
         kept_columns(contents, about(contents, ["domain"]), "here")
     assert "\n" not in str(error.value)
+
+
+def test_contents_cannot_expand_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros compress a thousandfold: sizes are added up before anything is decompressed."""
+    contents = file_of("zstd", domain=lists(["web"], [[0] * 2**18]))
+    kept_columns(contents, about(contents, ["domain"], rows=1), "here")
+    monkeypatch.setattr(ipc, "EXPANDS_ANYWAY", 2**12)
+    with pytest.raises(cf.FormatError, match="here: .*expand to .*, expected at most 64 times as many"):
+        kept_columns(contents, about(contents, ["domain"], rows=1), "here")
+
+
+def test_many_values_are_refused_before_they_are_decoded() -> None:
+    """Codes of one byte can name 256 of them; each would take fifty bytes more as a Python string."""
+    contents = file_of(domain=lists(["ab"] * 2**17, [[0]]))
+    tracemalloc.start()
+    with pytest.raises(cf.FormatError, match="here: .*131,072 values, expected at most 256"):
+        kept_columns(contents, about(contents, ["domain"], rows=1), "here")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**18
 
 
 def test_names_and_file_belong_together() -> None:
