@@ -10,6 +10,7 @@ temperature    the same for requests at temperature 1 and 2: the model's own dis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -65,69 +66,29 @@ def check_tokenizer(client: HttpClient, dialect: Dialect, tokenizer: PreTrainedT
         )
 
 
-def check_prompts(
-    client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int, subject: str
-) -> None:
-    """Asks twice for the distributions of a text.
-
-    Args:
-        size: V.
-        subject: where K comes from, for errors.
-
-    Raises: ConfigError, ModelError.
-    """
-
-    def lists(k: int, temperature: float) -> TopLists:
-        prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=k, temperature=temperature)
-        return _result(client, dialect.prompt(prompt, size))
-
-    _check(client, dialect, lists, k, dialect.advice.raw, subject)
-
-
-def check_answers(
-    client: HttpClient, dialect: Dialect, token_ids: Sequence[int], k: int, size: int, subject: str
-) -> None:
-    """Asks twice for the next token of a text.
-
-    Args:
-        size: V.
-        subject: where K comes from, for errors.
-
-    Raises: ConfigError, ModelError.
-    """
-
-    def lists(k: int, temperature: float) -> TopLists:
-        sampling = Sampling(
-            token_ids=token_ids,
-            messages=lambda: [{"role": "user", "content": PROBE}],
-            k=k,
-            max_tokens=1,
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            seed=0,
-            stop=(),
-            stop_tokens=(),
-        )
-        return _result(client, dialect.answer(sampling, size)).lists
-
-    _check(client, dialect, lists, k, dialect.advice.raw_answers, subject)
-
-
-def local_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Of the probe, without special tokens."""
-    return [int(token) for token in tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
-
-
-def _check(
+def check_distributions(
     client: HttpClient,
     dialect: Dialect,
-    lists: Callable[[int, float], TopLists],
+    token_ids: Sequence[int],
     k: int,
-    advice: str,
+    size: int,
     subject: str,
+    *,
+    generates: bool,
 ) -> None:
-    """Args: lists: those of K entries at a temperature of sampling, which must not matter."""
+    """Asks at two temperatures of sampling, which must not matter, for the distributions of a text.
+
+    Args:
+        size: V.
+        subject: where K comes from, for errors.
+        generates: ask for those of a generated token, otherwise for those of the text's own positions.
+
+    Raises: ConfigError, ModelError.
+    """
+    ask, advice = _of_prompt, dialect.advice.raw
+    if generates:
+        ask, advice = _of_answer, dialect.advice.raw_answers
+    lists = partial(ask, client, dialect, token_ids, size)
     try:
         at_one, at_two = lists(k, 1.0), lists(k, 2.0)
     except Unusable as error:
@@ -146,6 +107,36 @@ def _check(
             f"{client.root}: its log-probabilities depend on the temperature of sampling (by {difference:.2f} nats at "
             f"2 instead of 1), so they are not the teacher's own. {advice}"
         )
+
+
+def local_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of the probe, without special ones."""
+    return [int(token) for token in tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
+
+
+def _of_prompt(
+    client: HttpClient, dialect: Dialect, token_ids: Sequence[int], size: int, k: int, temperature: float
+) -> TopLists:
+    prompt = Prompt(token_ids=token_ids, positions=range(len(token_ids) - 1), k=k, temperature=temperature)
+    return _result(client, dialect.prompt(prompt, size))
+
+
+def _of_answer(
+    client: HttpClient, dialect: Dialect, token_ids: Sequence[int], size: int, k: int, temperature: float
+) -> TopLists:
+    sampling = Sampling(
+        token_ids=token_ids,
+        messages=lambda: [{"role": "user", "content": PROBE}],
+        k=k,
+        max_tokens=1,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        seed=0,
+        stop=(),
+        stop_tokens=(),
+    )
+    return _result(client, dialect.answer(sampling, size)).lists
 
 
 def _gives(lists: Callable[[int, float], TopLists], k: int) -> bool:

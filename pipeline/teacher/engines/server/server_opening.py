@@ -10,9 +10,8 @@ from pipeline.errors import ConfigError
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.teacher.engines.server.http_client import HttpClient
 from pipeline.teacher.engines.server.preflight import (
-    check_answers,
+    check_distributions,
     check_length,
-    check_prompts,
     check_tokenizer,
     local_tokens,
 )
@@ -72,9 +71,9 @@ def open_server(
         more = 0 if generates else 2 if all_positions else 1  # tokens of a request beyond its document
         check_length(facts, dialect, seq_len, seq_len + more, cache)
         check_tokenizer(client, dialect, tokenizer)
-        check, k = check_answers if generates else check_prompts, entries(rule, vocab_size)
+        k, probe = entries(rule, vocab_size), local_tokens(tokenizer)[: seq_len - 1]
         subject = f"`top_k` {k}" if cache is None else f"{cache}, {k} entries"
-        check(client, dialect, local_tokens(tokenizer)[: seq_len - 1], k, vocab_size, subject)
+        check_distributions(client, dialect, probe, k, vocab_size, subject, generates=generates)
     except BaseException:
         client.close()
         raise
