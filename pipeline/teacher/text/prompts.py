@@ -131,16 +131,11 @@ class Prompts:
         """A row of the source with all its columns."""
         return self.source.reader.row(self.rows, document)
 
-    def tokens(self, documents: range) -> list[np.ndarray]:
-        """Token ids int32 [P] of each prompt; an empty array for an empty prompt.
-
-        Raises:
-            DataError: a row cannot be used; names it.
-        """
-        return [prompt.ids for prompt in self.read(documents)]
-
     def read(self, documents: range) -> list[Tokens]:
-        """The prompts, with those of the teacher where they are others. Raises: DataError."""
+        """The prompts, with those of the teacher where they differ; an empty prompt has no tokens.
+
+        Raises: DataError naming a row that cannot be used.
+        """
         data, reader = data_name(self.config.data), self.source.reader
         with reading(data, documents):
             batch = self.rows[documents.start : documents.stop]

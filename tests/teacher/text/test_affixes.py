@@ -84,14 +84,14 @@ def test_rendered_conversation_begins_with_one_bos(tokenizer: PreTrainedTokenize
     documents = tokenise_documents(DataConfig(data=[{"text": rendered}], append_eos=False), tokenizer)
     assert documents.tokens[0]["input_ids"] == expected and documents.findings == {COUNT: 1}
     prompts = open_prompts(DataConfig(data=[{"messages": messages[:1]}]), tokenizer)
-    (ids,) = prompts.tokens(range(1))
-    assert ids.tolist().count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    (prompt,) = prompts.read(range(1))
+    assert prompt.ids.tolist().count(tokenizer.bos_token_id) == 1 and prompt.ids[0] == tokenizer.bos_token_id
 
 
 def test_prompt_to_answer_begins_with_one_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["One and one?", tokenizer.bos_token + "One and one?", ""]
     prompts = open_prompts(DataConfig(data=[{"prompt": text} for text in texts]), tokenizer)
-    plain, brought, empty = (ids.tolist() for ids in prompts.tokens(range(3)))
+    plain, brought, empty = (prompt.ids.tolist() for prompt in prompts.read(range(3)))
     assert plain == tokenizer(texts[0])["input_ids"]
     assert brought == tokenizer(texts[1], add_special_tokens=False)["input_ids"]
     assert empty == [] and prompts.lengths.tolist() == [len(plain), len(brought), 0]

@@ -170,7 +170,7 @@ def test_arguments_of_row_and_option(tmp_path: Path) -> None:
         )["input_ids"]
 
     expected = [prompt(0, True, TOOLS[0]), prompt(1, True, TOOLS[0]), prompt(2, False, TOOLS[0])]
-    assert [each.tolist() for each in found.tokens(range(4))] == [*expected, prompt(3, False, TOOLS[1])]
+    assert [each.ids.tolist() for each in found.read(range(4))] == [*expected, prompt(3, False, TOOLS[1])]
     assert found.description["chat_template_kwargs"] == options["chat_template_kwargs"]
 
 

@@ -179,9 +179,9 @@ def test_prompts_are_rendered_alike(name: str, tmp_path: Path) -> None:
         row["tools"] = TOOLS
     options = {"template_date": DATE, "chat_template_kwargs": {"enable_thinking": False}}
     config = DataConfig(data=str(write_jsonl(tmp_path / "data.jsonl", [row])), **options)
-    (prompt,) = open_prompts(config, FORMATS[name].tokenizer()).tokens(range(1))
+    (prompt,) = open_prompts(config, FORMATS[name].tokenizer()).read(range(1))
     if name == "deepseek-r1":
         messages = [messages[0], call("forecast"), messages[2]]
         messages[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Graz"}'
     expected = apply(name, messages, tools=row.get("tools"), add_generation_prompt=True, enable_thinking=False)
-    assert prompt.tolist() == expected
+    assert prompt.ids.tolist() == expected

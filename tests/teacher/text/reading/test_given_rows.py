@@ -109,7 +109,7 @@ def test_conversations_and_prompts_may_be_given(tokenizer: PreTrainedTokenizerFa
     documents = tokenise_documents(config([{"messages": chat}]), tokenizer)
     assert documents.columns.format == "messages" and documents.loss_on == "assistant"
     prompts = open_prompts(config([{"prompt": "One"}, {"prompt": "Two"}]), tokenizer)
-    assert [tokenizer.decode(ids) for ids in prompts.tokens(range(2))] == ["One", "Two"]
+    assert [tokenizer.decode(prompt.ids) for prompt in prompts.read(range(2))] == ["One", "Two"]
     assert prompts.description["source"] == "given list"
 
 
