@@ -28,7 +28,8 @@ class Upcoming:
         self.batches, self.announced = batches, False
 
     def announce(self, first: Sequence[int], caches: Sequence[Cache], record_batches: int) -> None:
-        """
+        """Tells each cache which of its rows this worker will read, from the batch `first` on.
+
         Args:
             first: the batch that the worker was given.
             caches: of the dataset, whose indices count their rows one after another.

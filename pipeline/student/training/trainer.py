@@ -211,9 +211,8 @@ class DistillTrainer(Trainer):
         stopping = self.early_stopping
         if stopping is not None and stopping.needs_rows:
             rows = self._row_sums(dataset)
-            stopping.rows = dict(
-                zip(HeadOutput._fields, rows.numpy(), strict=False)
-            )  # the hidden-state sums, if any, come last
+            # Not strict: the sums of hidden states, if any, come last and have no name.
+            stopping.rows = dict(zip(HeadOutput._fields, rows.numpy(), strict=False))
             loss, kl, ce, agreement, count, *distance = rows.sum(dim=1).tolist()
         else:
             loss, kl, ce, agreement, count, *distance = self._sums_over(dataset)

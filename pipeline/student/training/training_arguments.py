@@ -71,7 +71,8 @@ GPU_DEFAULTS: dict[str, Any] = {
 
 
 def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] | None = None) -> TrainingArguments:
-    """
+    """The arguments of a run for transformers' Trainer.
+
     Args:
         recorded: `used_arithmetic` of the run that is continued.
 
@@ -126,7 +127,11 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
 
 
 def _options(config: TrainStudentConfig, known: set[str], *, explicit: bool = False) -> dict[str, Any]:
-    """The options that are arguments, by the argument's name; or only those that were given."""
+    """Values of the options that are arguments, by the argument's name.
+
+    Args:
+        explicit: only the options that were given.
+    """
     found = {}
     for name, declared in options_of(TrainStudentConfig).items():
         argument, value = ARGUMENTS.get(name, name), getattr(config, name)

@@ -21,8 +21,8 @@ PROBED_RECORD_BATCHES = 4
 
 
 def default_tail(cache: Cache, divergence: str) -> TailPolicy:
-    """ "sampled" if the cache has a sample of the tail and the divergence can use it, "renormalise" if the tail mass is
-    unknown, else "bucket".
+    """The tail policy for a cache: `sampled` if it has a sample of the tail and the divergence can use one,
+    `renormalise` if the tail mass is unknown, else `bucket`.
 
     Raises: ConfigError for a divergence that cannot be parsed, or that these targets cannot serve.
     """
