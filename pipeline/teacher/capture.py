@@ -272,7 +272,11 @@ class Capture:
         self.broken = False
 
     def _report(self, progress: _Progress, batch: Sequence[RowRequest]) -> None:
-        """Args: progress: of the shard that the batch belongs to."""
+        """Counts a batch and reports the progress of the run.
+
+        Args:
+            progress: that of the batch's shard, which is added to.
+        """
         progress.rows += len(batch)
         progress.tokens += sum(request.tokens for request in batch)
         tokens_done = self.others.tokens + self._own().tokens
@@ -298,7 +302,7 @@ class Capture:
         return self.others.rows + self._own().rows
 
     def _own(self) -> _Progress:
-        """Of this run."""
+        """The progress of this run, over all of its shards."""
         total = _Progress()
         for each in (self.finished, *list(self.unfinished.values())):
             total.add(each)

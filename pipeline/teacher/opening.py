@@ -130,7 +130,7 @@ def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
 
 
 def open_corpus(config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """The rows that the teacher of a run is to see: of what it predicts, masked or not.
+    """The rows of a run, masked if the teacher is a masked language model.
 
     Raises: DataError, ModelError, ConfigError, each with the next step.
     """
@@ -178,11 +178,12 @@ def with_dtype(
     alone: bool,
     on_stage: Callable[[str], None],
 ) -> CacheTeacherConfig:
-    """The configuration with the dtype that "auto" stands for on a CPU that multiplies bfloat16 in hardware: of a
-    bfloat16 checkpoint the faster one, unless an earlier run has chosen. Elsewhere nothing is measured or changed.
+    """The configuration with the dtype that "auto" stands for on a CPU that multiplies bfloat16 in hardware: the faster
+    one of bfloat16 and float32 for a bfloat16 checkpoint, unless an earlier run has chosen. Elsewhere nothing is
+    measured or changed.
 
     Args:
-        recorded: of a cache that was begun.
+        recorded: the dtype of a cache that was begun.
         alone: whether no other process writes the cache; several could choose differently.
     """
     kept = isinstance(config.teacher, PreTrainedModel) or config.on_server or config.running.engine == "vllm"

@@ -144,7 +144,7 @@ def plan_cache(
         stored_head = engine.stored_head
         beside = None if engine.hidden is None else without_states_of(engine.hidden, stored_head)
         states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
-        # Of other layers the bytes are known beforehand.
+        # States beside the targets need not be computed: their size is known beforehand.
         engine.hidden = None if stored_head is None else _states_of_targets(config, engine, stored_head)
         requests = [row_request(config, corpus, index, engine.hidden) for index in chosen]
         sample = _Sample(config, engine, rules, states)
@@ -170,7 +170,7 @@ def plan_cache(
 
 
 def _others(config: CacheTeacherConfig, vocab_size: int) -> list[TargetRule]:
-    """Kinds of targets to compare with the user's own: of a server, what its lists are long enough for."""
+    """Kinds of targets to compare with the user's own; for a server, those that its lists are long enough for."""
     if config.on_server:
         return [rule for rule in OTHERS if rule.kind in SERVED_KINDS and rule.candidates < config.targets.candidates]
     return [rule for rule in OTHERS if (rule.top_k or 0) <= vocab_size]
@@ -183,7 +183,7 @@ def _beside(rule: TargetRule, chosen: TargetRule) -> TargetRule:
 
 
 def _main_part(rule: TargetRule) -> tuple[object, object]:
-    """What a kind is called by in a table."""
+    """The kind and its main option, by which tables name it."""
     return rule.kind, rule.tail_threshold or rule.draws or rule.top_p or rule.top_k
 
 
@@ -243,7 +243,7 @@ class _Sample:
         per_row = stored_positions(self.config, corpus) / len(corpus)
         hidden = self.config.hidden
         if full is None and hidden is not None and hidden.layers is None:
-            hidden = None  # it says of what dtype hidden targets are, which these are not
+            hidden = None  # only the dtype of hidden targets, which these are not
         spec = states_spec(hidden, self.engine, full)
         per_shard = grouping(self.config, spec, per_row)["rows_per_shard"]
         for encoding in ENCODINGS if full is None else ENCODINGS[:1]:

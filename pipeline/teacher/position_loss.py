@@ -23,7 +23,7 @@ _STANDARD_ERRORS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class MeanLoss:
-    """The cross-entropy of some tokens."""
+    """The mean cross-entropy of some tokens."""
 
     nats: float  # per token
     standard_error: float  # as if tokens were independent
@@ -70,7 +70,11 @@ class PositionLossMeter:
         self._later: list[np.ndarray] = [np.zeros(0, bool)]
 
     def add(self, batch: Sequence[RowRequest], label_logprobs: np.ndarray) -> None:
-        """Args: label_logprobs: [n] of the token that follows each stored position."""
+        """Adds the loss tokens of a batch.
+
+        Args:
+            label_logprobs: [n] float32, log-probability of the token that follows each stored position.
+        """
         in_loss, positions, later = (np.concatenate(parts) for parts in zip(*map(self._facts, batch), strict=True))
         self._losses.append(-label_logprobs[in_loss].astype(np.float64))
         self._positions.append(positions[in_loss])

@@ -36,7 +36,7 @@ class RowRequest:
 
     Attributes:
         index: number of the row in the cache.
-        row: token ids, segments, loss mask and, of masked models, labels.
+        row: token ids, segments, loss mask and, for masked models, labels.
         place: key of the row's random numbers: its number, or the place of an answer.
         stored: bool [T], positions that get targets.
         with_states: bool [T], positions whose hidden states are stored; None: none.
@@ -78,9 +78,9 @@ class Timing:
     """Seconds that a pass took.
 
     Attributes:
-        tokens: of its rows.
+        tokens: number of tokens in its rows.
         forward: body and head.
-        selection: of the targets, for each rule.
+        selection: choosing the targets, by rule.
     """
 
     tokens: int = 0
@@ -93,8 +93,8 @@ class Measured:
     """What a timed engine found out about some rows that it ran together.
 
     Attributes:
-        label_logprobs: [n] float32 of the token that follows each stored position, row by row; None of a masked model,
-            and of a server, which lists only the most likely tokens.
+        label_logprobs: [n] float32 of the token that follows each stored position, row by row; None for a masked model,
+            and for a server, which lists only the most likely tokens.
     """
 
     requests: Sequence[RowRequest]

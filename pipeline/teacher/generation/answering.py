@@ -146,7 +146,11 @@ class Answering:
         return self.predicate(self.prompts.example(answer.document), answer, where)
 
     def _report(self, in_group: int = 0) -> None:
-        """Args: in_group: answers so far in the current, incomplete group."""
+        """Reports the progress of the run.
+
+        Args:
+            in_group: answers so far in the current, incomplete group.
+        """
         seconds = time.perf_counter() - self.started
         answers = self.selection.answers + in_group
         total = int(self.prompts.answerable.sum()) * self.answers_per_prompt

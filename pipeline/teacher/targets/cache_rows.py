@@ -53,7 +53,11 @@ def cache_row(index: int, row: TokenRow | cf.CacheRow, stored: np.ndarray, targe
 def cache_rows(
     indices: Sequence[int], rows: Sequence[TokenRow | cf.CacheRow], stored: Sequence[np.ndarray], targets: ChunkTargets
 ) -> list[cf.CacheRow]:
-    """`cache_row` of several rows, of whose stored positions `targets` has those of one row after the other's."""
+    """`cache_row` for several rows.
+
+    Args:
+        targets: of the stored positions of all rows, row by row.
+    """
     stops = np.cumsum([mask.sum() for mask in stored])[:-1].tolist()
     of_rows = zip(*(tensor.tensor_split(stops) for tensor in targets), strict=True)
     parts = zip(indices, rows, stored, of_rows, strict=True)

@@ -58,7 +58,7 @@ class ChunkTargets(NamedTuple):
 
 
 def draws(rule: TargetRule, rows: np.ndarray, positions: np.ndarray) -> Tensor | None:
-    """[n, rule.uniforms] float64: what decides a sample at n places of the corpus; None of rules that draw none."""
+    """[n, rule.uniforms] float64, the random numbers of n places of the corpus; None for a rule without sampling."""
     if not rule.uniforms:
         return None
     return torch.from_numpy(uniforms(rule.seed or 0, rows, positions, rule.uniforms))
@@ -190,7 +190,7 @@ def _counted(draws: Tensor, n_draws: int) -> tuple[Tensor, Tensor]:
     draws = draws.sort(dim=1).values
     new = torch.ones_like(draws, dtype=torch.bool)
     torch.ne(draws[:, 1:], draws[:, :-1], out=new[:, 1:])
-    which = new.cumsum(dim=1) - 1  # [n, N]: of the different ids
+    which = new.cumsum(dim=1) - 1  # [n, N], each draw's place among the different ids
     ids = torch.full_like(draws, -1).scatter_(1, which, draws)
     counts = torch.zeros_like(draws).scatter_add_(1, which, torch.ones_like(draws))
     return ids, (counts / n_draws).log()

@@ -38,8 +38,8 @@ CAPS = {"divergence": 0.25, "deviation": 0.5, "draws": 0.1, "states": 0.5}
 UNKNOWN = "unknown"
 """The dtype of a teacher on a server."""
 
-SAME_FACTOR = 0.75  # of the share of entries that are chosen again under random rounding
-SAME_ERRORS = 3.0  # standard errors of that share
+SAME_FACTOR = 0.75  # least share of entries chosen again ÷ that share under random rounding
+SAME_ERRORS = 3.0  # standard errors of that share, which are subtracted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def nan_last(value: float) -> float:
 
 
 def worst(comparisons: Iterable[Comparison]) -> Comparison:
-    """Of several rows or layers: the largest distances."""
+    """The largest distances of several rows or layers."""
     known = list(comparisons)
     furthest = max(known, key=lambda each: nan_last(each.found))
     rounding, batch = (max((getattr(each, name) for each in known), key=nan_last) for name in ("rounding", "batch"))
@@ -87,7 +87,7 @@ def worst(comparisons: Iterable[Comparison]) -> Comparison:
 
 
 def mean(comparisons: Sequence[Comparison], weights: Sequence[int]) -> Comparison:
-    """Of several rows: the mean distances, weighted by the number of positions."""
+    """The mean distances of several rows, weighted by their numbers of positions."""
     total = max(1, sum(weights))
     found, rounding, batch = (
         sum(getattr(each, name) * weight for each, weight in zip(comparisons, weights, strict=True)) / total
@@ -98,17 +98,17 @@ def mean(comparisons: Sequence[Comparison], weights: Sequence[int]) -> Compariso
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCheck:
-    """What came out.
+    """The result of comparing a cache with its teacher.
 
     Attributes:
-        entries: exact entries that were compared; of hidden targets all V of every position.
+        entries: exact entries that were compared; for hidden targets all V of every position.
         draws: None if nothing is sampled.
         states: None if there are no hidden states.
-        same_entries: share of the stored entries that the teacher, asked again, chooses; of hidden targets, of
-            positions with the same most likely token.
+        same_entries: share of the stored entries that the teacher, asked again, chooses; for hidden targets, share of
+            the positions with the same most likely token.
         same_entries_rounding: that share for the teacher with random rounding errors.
         same_entries_of: how many these are shares of.
-        same_weights: by fingerprint, which another dtype changes too; None of a teacher on a server.
+        same_weights: by fingerprint, which another dtype changes too; None for a teacher on a server.
         same_template: the teacher's chat template is the one that the rows were written with; True without chats.
         dtype: of the teacher in this check.
         cache_dtype: as recorded.

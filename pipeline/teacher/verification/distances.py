@@ -59,7 +59,11 @@ class Distances:
         return max(each, key=lambda found: nan_last(found.value), default=Worst("", 0, 0.0))
 
     def of_states(self, rebuilt: Distances, layer: int) -> Distances:
-        """These, of a position that has a state and no entries; `rebuilt`: of the distribution that the state gives."""
+        """These distances for positions that have a state and no entries.
+
+        Args:
+            rebuilt: distances of the distribution that the state gives.
+        """
         deviations = {f"hidden_{layer}": rebuilt.deviations["probabilities"], "entropy": self.deviations["entropy"]}
         return replace(rebuilt, deviations=deviations)
 
@@ -215,7 +219,7 @@ def state_bounds(hidden: cf.HiddenStates, layer: int) -> Bounds:
     if layer in hidden.scales:
         half = np.broadcast_to(hidden.scales[layer][:, None] * np.float32(0.5001), values.shape)
     else:
-        # Of the magnitude: below a power of two numbers lie closer, and numpy looks upwards from a negative one.
+        # By magnitude: at a negative power of two np.spacing(float16) is that towards zero, half of the other one.
         half = np.spacing(np.abs(hidden.states[layer])).astype(np.float32) * np.float32(0.5001)
     return Bounds(*(torch.from_numpy(each).double() for each in (values - half, values + half)))
 

@@ -45,10 +45,10 @@ class TeacherRun(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowCheck:
-    """Of one row, as `TeacherCheck` has it of all.
+    """The result for one row; `TeacherCheck` has it for all.
 
     Attributes:
-        same: how many entries (of hidden targets: most likely tokens) are those of the teacher, of how many.
+        same: how many entries (for hidden targets: most likely tokens) are the teacher's, and of how many.
         same_rounding: the same for the teacher with rounding errors.
     """
 
@@ -63,7 +63,11 @@ class RowCheck:
 
 
 class RowChecker:
-    """Args: stored_head: of hidden targets."""
+    """Checks the rows of one cache.
+
+    Args:
+        stored_head: the head in the cache, for hidden targets.
+    """
 
     def __init__(self, metadata: cf.CacheMetadata, rule: TargetRule, stored_head: TeacherHead | None = None) -> None:
         self.metadata, self.rule, self.stored_head = metadata, rule, stored_head
@@ -77,7 +81,11 @@ class RowChecker:
     def check(
         self, row: cf.CacheRow, place: int, alone: TeacherRun, rounded: TeacherRun, in_batch: TeacherRun
     ) -> RowCheck:
-        """Args: place: key of the row's random numbers."""
+        """Compares a row of the cache with three runs of the teacher.
+
+        Args:
+            place: key of the row's random numbers.
+        """
         mask, vocab_size = self.stored(row), self.metadata.vocab_size
         targets = StoredTargets(row, mask, self.metadata, self.rule, place)
         nearest = None if self.stored_head is None else self._nearest(row, alone, self.stored_head.spec.layer)
@@ -122,7 +130,7 @@ class RowChecker:
         )
 
     def _nearest(self, row: cf.CacheRow, alone: TeacherRun, layer: int) -> Tensor:
-        """[n, D] float32: of the states that are rounded to the stored ones those nearest to the teacher's."""
+        """[n, D] float32: the states nearest to the teacher's among those that are rounded to the stored ones."""
         assert row.hidden is not None
         place = np.cumsum(row.hidden.mask)[self.stored(row)] - 1
         return state_bounds(row.hidden, layer).nearest(_states(alone, layer).double())[place].float()
@@ -161,7 +169,7 @@ def _states(run: TeacherRun, layer: int) -> Tensor:
 
 
 def _means(name: str, row: int, *distances: Tensor) -> Comparison:
-    """Of [n] distances of the cache, of the pass with rounding errors and of the one in a batch."""
+    """Means of three [n] distances: of the cache, of the pass with rounding errors, and of the pass in a batch."""
     found, rounding, batch = (float(each.mean()) if len(each) else 0.0 for each in distances)
     return Comparison(name=name, found=found, at=f"row {row}", rounding=rounding, batch=batch)
 

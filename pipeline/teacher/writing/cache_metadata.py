@@ -1,4 +1,4 @@
-"""What a cache says of itself: teacher, text, targets, and all that decided its numbers."""
+"""What a manifest records: teacher, text, targets, and all that decided the numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def cache_metadata(
     engine: TeacherEngine,
     tokenizer: dict[str, str],
 ) -> cf.CacheMetadata:
-    """Args: tokenizer: its fingerprints."""
+    """The metadata of the cache that a run writes.
+
+    Args:
+        tokenizer: the fingerprints of the tokenizer.
+    """
     rule, hidden = config.targets, engine.hidden
     rule.check_vocabulary(engine.vocab_size)
     libraries = (*engine.libraries, "datasets", "pyarrow", "numpy")

@@ -116,7 +116,11 @@ class TopLists:
 
 
 def _check(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> None:
-    """Args: [n, K], sorted."""
+    """Raises UnusableAnswer for numbers that cannot be one distribution for each position.
+
+    Args:
+        ids, logprobs: [n, K] float64, most likely first.
+    """
     bad = ~np.isfinite(logprobs) | (logprobs <= MINUS_INFINITY)
     if bad.any():
         i = int(bad.any(axis=1).argmax())
