@@ -32,7 +32,7 @@ class _Run:
 
     Attributes:
         inputs: [n, D] what the head is applied to.
-        rounding: of the logits.
+        rounding: random errors that its logits get; None: none.
     """
 
     row: cf.CacheRow
@@ -87,7 +87,7 @@ class LoadedTeacher:
         self.rounding = Rounding(at_least=0.0 if recorded_dtype is None else torch.finfo(recorded_dtype).eps)
         self.checker = RowChecker(metadata, self.rule, None if metadata.head is None else TeacherHead(cache))
         places = np.array([(line["document"], line["answer"]) for line in cache.answers()], np.uint64).reshape(-1, 2)
-        # What the draws of each row are keyed by: its number, or whose answer it is.
+        # Keys of each row's random numbers: the row's number, or the place of its answer.
         self.places = place_of(*places.T) if len(places) else np.arange(len(cache))
 
     def close(self) -> None:

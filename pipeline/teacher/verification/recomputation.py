@@ -1,6 +1,6 @@
 """The run: some rows of a cache ─▶ teacher alone, with rounding errors and in a batch ─▶ comparison of each ─▶ result.
 
-Cost: three forward passes over the rows (two of a teacher on a server, see `served_teacher`), and for each position a
+Cost: three forward passes over the rows (two by a teacher on a server, see `served_teacher`), and for each position a
 few passes over V log-probabilities in float64.
 """
 
@@ -34,8 +34,9 @@ def verify_against_teacher(
     """Runs the teacher over a few rows of its cache.
 
     Raises:
-        MismatchError: the teacher's tokenizer is not the cache's. ConfigError: of this kind of targets nothing can be
-        computed again. ModelError, CacheError: either cannot be read.
+        MismatchError: the teacher's tokenizer is not the cache's.
+        ConfigError: targets of this kind cannot be computed again.
+        ModelError, CacheError: the teacher or the cache cannot be read.
     """
     worker = this_worker(WorkerConfig(), tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     cache = cf.open_cache(config.cache)

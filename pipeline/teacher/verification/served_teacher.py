@@ -7,6 +7,7 @@ that run one model in float32, or a server and transformers, differ by that much
 A server lists the K most likely tokens. The rest of its distribution is spread evenly over the other tokens, so that
 distances are those of entries and tail. A stored token that is not listed has at most the probability of the last one
 that is, which is what it gets, or less if less is stored.
+
 Shapes: n positions that have targets, V vocabulary.
 """
 
@@ -74,10 +75,10 @@ def _entries(row: cf.CacheRow, position: int) -> tuple[Tensor, Tensor]:
 
 
 class ServedTeacher:
-    """Owns the connections.
+    """Asks a server for rows of a cache again and compares them; owns the connections.
 
     Args:
-        tokenizer: of the cache.
+        tokenizer: the tokenizer of the cache.
         rows: the rows to check.
         reading: what the teacher of the cache read.
 

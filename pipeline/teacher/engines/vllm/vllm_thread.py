@@ -38,7 +38,13 @@ class Document:
 
 
 class VllmThread:
-    """Args: arguments: of vLLM's `EngineArgs`. Raises: what vLLM raises when it cannot load the model."""
+    """Owns vLLM: every call of it runs in one thread.
+
+    Args:
+        arguments: for vLLM's `EngineArgs`.
+
+    Raises: what vLLM raises when it cannot load the model.
+    """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._inbox: queue.SimpleQueue[Callable[[LLMEngine], None] | None] = queue.SimpleQueue()
