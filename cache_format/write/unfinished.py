@@ -55,6 +55,7 @@ class CacheSize:
     tokens: int
     counted_tokens: int
     bytes: int  # including the files beside the shards
+    head_bytes: int = 0  # of these, the teacher's head
 
 
 class UnfinishedCache:
@@ -92,6 +93,7 @@ class UnfinishedCache:
             tokens=sum(shard.tokens for shard in shards),
             counted_tokens=sum(shard.counted_tokens for shard in shards),
             bytes=sum(shard.bytes for shard in shards) + beside,
+            head_bytes=0 if self.metadata.head is None else self.metadata.head.bytes,
         )
 
     @property

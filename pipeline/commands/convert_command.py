@@ -61,7 +61,7 @@ def command(cache: str, output: str, json_file: str | None, **changes: Any) -> N
     before, after = (cf.open_cache(path).manifest.stored_bytes for path in (cache, output))
     rows, tokens = len(source), source.num_tokens
     show_result(
-        lambda: conversion_view(output, rows, tokens, before, after),
+        lambda: conversion_view(output, rows, tokens, before, after, source.manifest.head_bytes),
         lambda: {"rows": rows, "tokens": tokens, "bytes": {cache: before, output: after}},
         json_file,
     )

@@ -321,6 +321,7 @@ class Capture:
             tokens=size.tokens,
             counted_tokens=size.counted_tokens,
             bytes=size.bytes,
+            head_bytes=size.head_bytes,
             exact_mass=self._exact_mass() if self._own().mass_count == self.corpus.num_loss_tokens else None,
             seconds=seconds,
             tokens_per_s=(size.tokens - self.resumed_tokens) / seconds,

@@ -30,6 +30,7 @@ class CaptureSummary:
     tokens: int
     counted_tokens: int
     bytes: int
+    head_bytes: int = 0  # of these, the teacher's head, which is stored once
     exact_mass: float | None  # mean probability mass of the exact entries; None if others wrote part of the rows
     seconds: float
     tokens_per_s: float

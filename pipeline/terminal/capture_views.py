@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.inspection import describe_targets
-from pipeline.terminal.tables import Unbroken, duration, pairs, size
+from pipeline.terminal.tables import Unbroken, duration, pairs, size, size_per_token
 
 if TYPE_CHECKING:
     from pipeline.teacher.engines.interface import Usage
@@ -51,7 +51,7 @@ def capture_view(summary: CaptureSummary, targets: Mapping[str, Any]) -> Rendera
             ("tokens", f"{summary.tokens:,}, {summary.counted_tokens:,} of them loss tokens"),
             ("left out or cut", _left_out(summary.corpus_report)),
             ("exact mass", mass),
-            ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
+            ("size", size_per_token(summary.bytes, summary.tokens, summary.head_bytes)),
             ("time", _time(summary.seconds, summary.tokens_per_s, "tokens/s")),
         ],
     )
@@ -71,7 +71,7 @@ def generation_view(summary: GenerationSummary, targets: Mapping[str, Any], *, j
             ("left out", _left_out(summary.corpus_report)),
             ("log-prob.", f"{summary.mean_logprob:.3f} nats per token of the kept answers (mean)"),
             ("exact mass", "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"),
-            ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
+            ("size", size_per_token(summary.bytes, summary.tokens)),
             *_usage(summary.usage),
             ("time", _time(summary.seconds, summary.tokens_per_s, "tokens/s generated")),
         ],

@@ -6,7 +6,7 @@ from rich.console import RenderableType
 
 from pipeline.importing.export_cache import ExportSummary
 from pipeline.importing.import_cache import ImportSummary
-from pipeline.terminal.tables import pairs, size
+from pipeline.terminal.tables import pairs, size, size_per_token
 
 
 def import_view(summary: ImportSummary) -> RenderableType:
@@ -14,7 +14,7 @@ def import_view(summary: ImportSummary) -> RenderableType:
         ("rows", f"{summary.rows:,}"),
         ("tokens", f"{summary.tokens:,}, {summary.loss_tokens:,} of them loss tokens"),
         ("entries", f"{summary.entries:,}, {summary.entries / summary.loss_tokens:.1f} per loss token"),
-        ("size", f"{size(summary.bytes)}, {summary.bytes / summary.tokens:.1f} bytes per token"),
+        ("size", size_per_token(summary.bytes, summary.tokens)),
     ]
     if summary.renormalised:
         rows.append(("values", "renormalised: the tail mass is unknown"))

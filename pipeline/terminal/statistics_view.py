@@ -10,7 +10,7 @@ from rich.text import Text
 
 from cache_format.codecs.packed.streams import FREQUENCIES
 from pipeline.inspection import describe_targets
-from pipeline.terminal.tables import bar, pairs, size
+from pipeline.terminal.tables import bar, pairs, size_per_token
 
 
 def statistics_view(stats: dict[str, Any]) -> RenderableType:
@@ -20,10 +20,8 @@ def statistics_view(stats: dict[str, Any]) -> RenderableType:
     kept = f"mean {_number(stats['exact_mass_mean'])}, 5th percentile {_number(stats['exact_mass_p5'])}"
     weights, error = stats["weight_sum_mean"], stats["weight_sum_standard_error"]
     at_least = "" if targets.get("entropy") is None else "at least "  # only lower bounds are stored
-    once = ""
     if targets["kind"] == "hidden":
         entries, kept = "none: states, from which the head computes the full distribution", "all"
-        once = f", {size(stats['head_bytes'])} of it for the head"
     summary = pairs(
         stats["path"],
         [
@@ -32,7 +30,7 @@ def statistics_view(stats: dict[str, Any]) -> RenderableType:
             ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
             ("tokens", f"{stats['tokens']:,}, {stats['counted_tokens']:,} of them loss tokens"),
             ("entries", entries),
-            ("size", f"{size(stats['bytes'])}, {stats['bytes_per_token']:.1f} bytes per token{once}"),
+            ("size", size_per_token(stats["bytes"], stats["tokens"], stats["head_bytes"])),
             ("exact mass", kept),
             *([] if weights is None else [("sum of weights", f"mean {weights:.5f} ± {error:.5f} (standard error)")]),
             ("entropy", f"mean {at_least}{_number(stats['entropy_mean_nats'], 2)} nats"),
@@ -81,14 +79,14 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
 
 
-def conversion_view(output: str, rows: int, tokens: int, before: int, after: int) -> RenderableType:
-    """A finished `convert`: sizes in bytes."""
+def conversion_view(output: str, rows: int, tokens: int, before: int, after: int, head: int) -> RenderableType:
+    """A finished `convert`: sizes in bytes, and that of the teacher's head, which stays as it is."""
     return pairs(
         f"Converted {output}",
         [
             ("rows", f"{rows:,}"),
             ("tokens", f"{tokens:,}"),
-            ("size", f"{size(after)}, {after / tokens:.1f} bytes per token"),
-            ("before", f"{size(before)}, {before / tokens:.1f} bytes per token"),
+            ("size", size_per_token(after, tokens, head)),
+            ("before", size_per_token(before, tokens, head)),
         ],
     )

@@ -30,6 +30,13 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def size_per_token(count: float, tokens: int, head: int = 0) -> str:
+    """Bytes of a cache, in all and per token. The teacher's `head`, stored once, is left out of those per token."""
+    if not head:
+        return f"{size(count)}, {count / tokens:.1f} bytes per token"
+    return f"{size(count)}: {size(head)} for the head, and {(count - head) / tokens:.1f} bytes per token"
+
+
 def duration(seconds: float) -> str:
     """2:05 or 1:02:05; — if unknown."""
     if not math.isfinite(seconds):

@@ -44,6 +44,14 @@ def test_output_that_is_taken(here: Path, command: str, output: str, expected: t
     complain(here, instead(command, "--output", output), *expected)
 
 
+@pytest.mark.long
+def test_unfinished_run_without_a_checkpoint(here: Path):
+    """`--resume` could not continue it."""
+    shutil.copytree(here / "stopped", here / "begun", ignore=shutil.ignore_patterns("checkpoint-*"))
+    line = complain(here, instead(TRAIN, "--output", "begun"), "an unfinished run without a checkpoint", "--overwrite")
+    assert "--resume" not in line
+
+
 INPUTS_IN_OUTPUT = [
     (TRAIN, "trained", "--student", "trained"),
     (TRAIN, "trained", "--student", "elsewhere"),  # a link into it

@@ -102,15 +102,10 @@ def downloaded_models(root: Path) -> None:
 
 
 def two_domains(root: Path) -> None:
-    """Two teachers, and text for each of them."""
+    """Two teachers and a student. The page makes its text itself."""
     tiny_llama(root / "models/code-teacher", tiny_tokenizer(), layers=2, hidden=32)
     tiny_llama(root / "models/chat-teacher", tiny_tokenizer(), layers=2, hidden=32, seed=2)
     tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
-    for name, count in (("", 20), ("heldout-", 8)):
-        write_jsonl(root / f"data/{name}chats.jsonl", conversations(count, seed=count))
-        write_jsonl(
-            root / f"data/{name}code.jsonl", [{"text": text} for text in english(count, seed=count).splitlines()]
-        )
 
 
 def with_domains(root: Path) -> None:

@@ -68,12 +68,13 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
             )
         return str(checkpoint)
     if occupied and not config.overwrite and ours:
-        finished = is_finished(output)
-        state = "a finished" if finished else "an unfinished"
-        next_step = "Replace it with" if finished else "Continue it with `resume=True`, replace it with"
+        state, next_step = "an unfinished run without a checkpoint", "Replace it with"
+        if is_finished(output):
+            state = "a finished run"
+        elif last_checkpoint(output) is not None:
+            state, next_step = "an unfinished run", "Continue it with `resume=True`, replace it with"
         raise ConfigError(
-            f"{output}: found {state} run, nothing was changed. {next_step} `overwrite=True`, or choose another "
-            "directory."
+            f"{output}: found {state}, nothing was changed. {next_step} `overwrite=True`, or choose another directory."
         )
     if occupied and not config.overwrite:
         raise ConfigError(

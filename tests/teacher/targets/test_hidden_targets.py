@@ -360,11 +360,14 @@ def test_every_command_says_what_there_is(teacher_dir: Path, text_file: Path, tm
 
     data = ["--teacher", teacher_dir, "--data", text_file, "--seq-len", 40, "--device", "cpu", "--targets", "hidden"]
     assert "▶ hidden" in run("plan", *data, "--output", tmp_path / "cache", "--rows", 4)
-    assert "all: states and head give the full distribution" in run(
-        "cache-teacher", *data, "--output", tmp_path / "cache", "--hidden-dtype", "float32"
-    )
+    cached = run("cache-teacher", *data, "--output", tmp_path / "cache", "--hidden-dtype", "float32")
+    assert "all: states and head give the full distribution" in cached
     view = run("stats", tmp_path / "cache")
-    assert "hidden, D = 32, float32" in view and "none: states" in view and "51.3 kB of it for the head" in view
+    manifest = cf.open_cache(tmp_path / "cache").manifest
+    without_head = (manifest.stored_bytes - manifest.head_bytes) / manifest.num_tokens
+    for printed in (cached, view):
+        assert f"51.3 kB for the head, and {without_head:.1f} bytes per token" in printed
+    assert "hidden, D = 32, float32" in view and "none: states" in view
     stats = json.loads(run("stats", tmp_path / "cache", "--json"))
     assert (
         stats["exact_mass_mean"] is None and stats["head_bytes"] == (tmp_path / "cache/head.safetensors").stat().st_size

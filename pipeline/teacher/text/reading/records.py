@@ -188,8 +188,9 @@ def _parsed(text: str, path: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}, line {first_line + error.lineno - 1}"
+        found = error.msg.removesuffix(" at")  # "Unterminated string starting at"
         raise DataError(
-            f"{where}: invalid JSON: {error.msg} at column {error.colno}. Correct or remove the line."
+            f"{where}: invalid JSON: {found} at column {error.colno}. Correct or remove the line."
         ) from error
 
 

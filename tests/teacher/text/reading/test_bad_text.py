@@ -30,7 +30,12 @@ BAD_FILES = [
     ("empty.txt", "", {}, "is empty"),
     ("empty.jsonl", "", {}, "is empty"),
     ("header.csv", "text\n", {}, "no rows in it"),
-    ("broken.jsonl", '{"text": "a"}\n{"text": "b\n', {}, "broken.jsonl, line 2: invalid JSON"),
+    (
+        "broken.jsonl",
+        '{"text": "a"}\n{"text": "b\n',
+        {},
+        "line 2: invalid JSON: Invalid control character at column 12.",
+    ),
     ("broken.json", '[{"text": "a"}, \n{"text": ', {}, "broken.json, line 2: invalid JSON"),
     ("broken.parquet", "not parquet", {}, "cannot be read as parquet"),
     ("broken.arrow", "not arrow", {}, "cannot be read as arrow"),
