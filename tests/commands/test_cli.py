@@ -195,12 +195,15 @@ def test_a_long_path_with_brackets_is_printed_as_it_is(folder: Path, tmp_path: P
     assert str(name) in run("stats", name).stdout
 
 
+def test_a_run_is_repeated_from_the_configuration_it_saved(folder: Path, tmp_path: Path):
+    run("train-student", "--config", folder / "trained", "--output", tmp_path / "again")
+    first, again = (path / "model.safetensors" for path in (folder / "trained", tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
-SIGNALS = pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
-)
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 
 
 def cache_command(teacher: Path, text: Path, output: Path) -> list[str]:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 import cache_format as cf
 from benchmarks import fuzzed
+from cache_format.storage import directory
 from cache_format.write.convert import Conversion, convert_cache
 from pipeline.inspection import cache_statistics, inspect_row
 from pipeline.student.data.dataset import CacheDataset
@@ -87,6 +88,14 @@ def resealed(files: fuzzed.Files, name: str, tree: dict[str, Any]) -> fuzzed.Fil
     return {**files, "manifest.json": fuzzed.with_own_digest(json.loads(files["manifest.json"]))}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_flushes() -> Iterator[None]:
+    """To the disk, a third of the time: here nothing is killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "_fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def caches(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzzed.Files]:
     """By name: a captured one, and made-up ones of other kinds."""
@@ -148,7 +157,7 @@ def uses(path: Path, student: Path) -> Iterator[Callable[[], Any]]:
     yield merged
     yield lambda: converted(Conversion(levels=32))
     yield lambda: converted(Conversion(top_k=1, samples=1))
-    yield lambda: converted(Conversion(rows_per_shard=2))
+    yield lambda: converted(Conversion(rows_per_shard=64))
     output = str(path.with_name("trained"))
     yield lambda: check_run(TrainStudentConfig(cache=str(path), output=output, student=str(student), device="cpu"))
 

@@ -6,9 +6,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import on_processes
 from test_resume import contents
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
@@ -28,9 +26,7 @@ from pipeline.models.head import open_head
 from pipeline.models.loading import load_model, weights_fingerprint
 from pipeline.teacher import opening
 from pipeline.teacher.capture import cache_teacher
-from runs import settings
-
-ROOT = Path(__file__).resolve().parents[2]
+from runs import command, settings
 
 LAYERS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 MAPS: dict[str, dict[str, str]] = {
@@ -145,26 +141,15 @@ def test_a_spread_teacher_can_be_compared_with_its_cache(tmp_path: Path, padded_
     assert found["ok"] and found["teacher"]["same_weights"] and found["teacher"]["deviation"]["found"] <= 1e-5
 
 
+def say(folder: Path, words: list[str]) -> None:
+    result = command(*words)
+    (folder / f"said-{os.environ['RANK']}.json").write_text(json.dumps([result.stdout, result.stderr]))
+
+
 def on_two(folder: Path, words: list[str]) -> list[tuple[str, str]]:
     """stdout and stderr of `distill` in each of two processes that split a teacher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cli", *words],
-            cwd=folder,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=110) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return said
+    on_processes(2, say, folder, words)
+    return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.slow

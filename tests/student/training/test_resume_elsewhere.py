@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import on_processes
 
 import cache_format as cf
 from pipeline.student.data.cache_mix import open_mix
@@ -15,34 +18,32 @@ from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.data.mixed_dataset import MixedDataset
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
-from runs import SGD, build_cache, distance, on_two_processes, weights
+from runs import SGD, build_cache, distance, weights
 from tiny import conversations, english, write_jsonl
 
 pytestmark = pytest.mark.slow
 
-# Trains and writes, for each process, the rows of each forward pass.
-WORKER = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-from pipeline.student.train_config import TrainStudentConfig
-import pipeline.student.data.dataset as data, pipeline.student.data.mixed_dataset as mixing
-from pipeline.student.training.train import train_student
 
-seen = []
-for rows in (data.CacheDataset, mixing.MixedDataset):
-    def getitems(self, indices, plain=rows.__getitems__):
+def rank(jobs: list[dict[str, Any]]) -> None:
+    """Trains and writes, for each process, the rows of each forward pass."""
+    seen: list[list[int]] = []
+    for rows in (CacheDataset, MixedDataset):
+        rows.__getitems__ = watched(rows.__getitems__, seen)
+    for job in jobs:
+        seen.clear()
+        warnings: list[str] = []
+        train_student(TrainStudentConfig(**job), on_warning=warnings.append)
+        file = Path(f"{job['output']}-rank-{os.environ['RANK']}.json")
+        file.write_text(json.dumps({"seen": seen, "warnings": warnings}))
+
+
+def watched(plain: Callable[..., Any], seen: list[list[int]]) -> Callable[..., Any]:
+    def getitems(self: Any, indices: list[int]) -> Any:
         seen.append(indices)
         return plain(self, indices)
-    rows.__getitems__ = getitems
-for job in json.loads(sys.argv[1]):
-    seen.clear()
-    warnings = []
-    job["cache"] = tuple(job["cache"])
-    train_student(TrainStudentConfig(**job), on_warning=warnings.append)
-    with open(f"{job['output']}-rank-{os.environ['RANK']}.json", "w") as file:
-        json.dump({"seen": seen, "warnings": warnings}, file)
-"""
+
+    return getitems
+
 
 CASES = {"one cache": ("chats",), "a mixture": ("chats:0.6", "text:0.4")}
 LAST, KEPT_BY_ONE, KEPT_BY_TWO = 13, 4, 9
@@ -76,8 +77,7 @@ def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPa
         for words in jobs[-1], {**jobs[-1], "batch_size": 8}:
             with pytest.raises(cf.MismatchError, match=r"a step had 8 rows, has (4|16): `batch_size`"):
                 train_student(TrainStudentConfig(**words))
-    (folder / "worker.py").write_text(WORKER)
-    on_two_processes(folder, str(folder / "worker.py"), json.dumps(jobs))
+    on_processes(2, rank, jobs)
     return folder
 
 

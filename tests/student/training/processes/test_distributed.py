@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import on_processes
 from transformers import TrainerState
 
 import cache_format as cf
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
+from pipeline.student.training import train as training
+from pipeline.student.training.train import DistillTrainer
 from pipeline.teacher.targets.rules import TargetRule
-from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
+from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import conversations, english, write_jsonl
 
-# Trains and writes the weights and logs of each rank next to the output.
-WORKER = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-from runs import train
-import pipeline.student.training.train as module
 
-class Trainer(module.DistillTrainer):
-    def save_model(self, output_dir=None, _internal_call=False):
+class Watched(DistillTrainer):
+    """Writes the weights and logs of each rank next to the output."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
             name = f"{self.args.output_dir}-rank-{os.environ['RANK']}"
             torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{name}.pt")
-            with open(f"{name}.json", "w") as file:
-                json.dump(self.state.log_history, file)
+            Path(f"{name}.json").write_text(json.dumps(self.state.log_history))
         super().save_model(output_dir, _internal_call)
 
-module.DistillTrainer = Trainer
-from pathlib import Path
-given = json.loads(sys.argv[1])
-output, cache, student = (Path(given.pop(name)) for name in ("output", "cache", "student"))
-train(output, cache, student=student, **given)
-"""
+
+def watched_train(output: Path, cache: Path, **options: Any) -> None:
+    training.DistillTrainer = Watched
+    train(output, cache, **options)
 
 
 pytestmark = pytest.mark.slow
@@ -72,12 +68,11 @@ def runs(
     }
     train(folder / "one", cache, student=student_dir, batch_size=4, **options)
 
-    (folder / "worker.py").write_text(WORKER)
-    given = {"output": folder / "two", "cache": cache, "student": student_dir, "batch_size": 2}
     # Written here, because both processes read it.
-    given["training_args"] = folder / "arguments.json"
-    given["training_args"].write_text(json.dumps(options.pop("arguments")))
-    on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
+    file = folder / "arguments.json"
+    file.write_text(json.dumps(options.pop("arguments")))
+    given = {"student": student_dir, "batch_size": 2, "training_args": str(file)}
+    on_processes(2, watched_train, folder / "two", cache, **given, **options)
     return folder
 
 

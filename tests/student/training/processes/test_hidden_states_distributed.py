@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import on_processes
 from safetensors.torch import load_file
-from test_distributed import WORKER
 
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig
-from runs import SGD, distance, log_history, on_two_processes, train, weights
+from runs import SGD, distance, log_history, train, weights
 from tiny import conversations, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -39,9 +39,10 @@ def runs(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPath
         "arguments": {**SGD, "learning_rate": 0.1},
     }
     train(folder / "one", cache, student=student_dir, batch_size=4, **options)
-    (folder / "worker.py").write_text(WORKER)
-    given = {"output": folder / "two", "cache": cache, "student": student_dir, "batch_size": 2}
-    on_two_processes(folder, str(folder / "worker.py"), json.dumps({**options, **given}, default=str))
+    file = folder / "arguments.json"
+    file.write_text(json.dumps(options.pop("arguments")))
+    given = {"student": student_dir, "batch_size": 2, "training_args": str(file)}
+    on_processes(2, train, folder / "two", cache, **given, **options)
     return folder
 
 

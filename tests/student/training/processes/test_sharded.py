@@ -1,105 +1,62 @@
 """Training on four processes, and with weights sharded over processes (FSDP2), gives the weights of one process.
 
-Processes are forks of one that has imported everything, over gloo on a CPU. accelerate shards on GPUs only, so the
-worker makes it believe that there are GPUs; everything after that is the same as on GPUs.
+Over gloo on a CPU. accelerate shards on GPUs only, so each rank makes it believe that there are GPUs; everything after
+that is the same as on GPUs.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate.state
 import pytest
+from accelerate.utils import DistributedType
+from ranks import on_processes
 from safetensors.torch import load_file
 
 import cache_format as cf
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
+from pipeline.student.training import forward
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import LONGROPE, conversations, english, tiny_llama, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[4]
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-LAUNCHER = """
-import json, os, signal, socket, sys, traceback
-from pathlib import Path
-import torch
-from accelerate import state as accelerate_state
-from accelerate.utils import DistributedType
-import pipeline.student.training.forward as forward
-from runs import train
 
+def shard_on_a_cpu() -> None:
+    begin = accelerate.state.PartialState.__init__
 
-def shard_on_a_cpu():
-    begin = accelerate_state.PartialState.__init__
-
-    def as_if_on_gpus(self, *args, **options):
+    def as_if_on_gpus(self: Any, *args: Any, **options: Any) -> None:
         begin(self, *args, **options)
-        shared = accelerate_state.PartialState._shared_state
+        shared = accelerate.state.PartialState._shared_state
         if shared.get("distributed_type") == DistributedType.MULTI_CPU:
             shared["distributed_type"] = DistributedType.MULTI_GPU
 
-    accelerate_state.PartialState.__init__ = as_if_on_gpus
+    accelerate.state.PartialState.__init__ = as_if_on_gpus
 
 
-def watch_the_head(seen):
+def watch_the_head(seen: list[Any]) -> None:
     fused_head = forward.fused_head
 
-    def watched(hidden, weight, *args, **options):
+    def watched(hidden: Any, weight: Any, *args: Any, **options: Any) -> Any:
         seen.append([type(weight).__name__, list(weight.shape)])
         return fused_head(hidden, weight, *args, **options)
 
     forward.fused_head = watched
 
 
-def rank(job, number):
-    torch.set_num_threads(1)
-    output, options = Path(job["output"]), job["options"]
-    seen = []
+def rank(output: Path, cache: Path, *, sharded: bool, **options: Any) -> None:
+    seen: list[Any] = []
     watch_the_head(seen)
-    if job["sharded"]:
+    if sharded:
         shard_on_a_cpu()
-    train(output, Path(job["cache"]), student=Path(job["student"]), **options)
-    output.with_name(f"{output.name}-rank-{number}.json").write_text(json.dumps(seen))
+    train(output, cache, **options)
+    output.with_name(f"{output.name}-rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
-
-def launch(job):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    count, children = job["processes"], []
-    for number in range(count):
-        pid = os.fork()
-        if pid == 0:
-            names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in names.items()})
-            try:
-                rank(job, number)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-        children.append(pid)
-    while children:
-        pid, status = os.wait()
-        children.remove(pid)
-        if status:  # the others would wait forever
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(f"{job['output']} failed")
-
-
-for job in json.loads(sys.argv[1]):
-    launch(job)
-"""
 
 PROCESSES = {"four": 4, "sharded": 2, "sharded-untied": 2, "sharded-lora": 2, "sharded-lora-head": 2}
 ADAPTERS = {
@@ -124,7 +81,6 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
     options |= {"eval_cache": str(held_out), "eval_steps": 2, "save_steps": 2}
     plain = {**SGD, "learning_rate": 0.5}
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    jobs = []
     for name, processes in PROCESSES.items():
         student = untied if "untied" in name else student_dir
         adapter = ADAPTERS.get(name, {})
@@ -134,12 +90,8 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
         file = folder / f"{name}.json"
         file.write_text(json.dumps({**plain, **(fsdp if "sharded" in name else {})}))
         given = {**options, **adapter, "training_args": str(file), "batch_size": 4 // processes}
-        paths = {"output": str(folder / name), "cache": str(cache), "student": str(student)}
-        jobs.append({"processes": processes, "options": given, "sharded": "sharded" in name, **paths})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}
-    command = [sys.executable, "-c", LAUNCHER, json.dumps(jobs)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=270)
-    assert done.returncode == 0, done.stderr
+        given |= {"student": student, "sharded": "sharded" in name}
+        on_processes(processes, rank, folder / name, cache, **given)
     return folder
 
 
