@@ -52,8 +52,10 @@ class ReadAhead:
         self._lock = threading.Lock()  # for several threads that read the same cache
         self._todo: Todo = queue.SimpleQueue()
         # Daemons, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
-        options = {"target": _decode_all, "args": (self._todo, decode), "name": "read-ahead", "daemon": True}
-        running = [threading.Thread(**options) for _ in range(threads)]
+        running = [
+            threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
+            for _ in range(threads)
+        ]
         for thread in running:
             thread.start()
         self._end = weakref.finalize(self, _stop, self._todo, running)

@@ -70,6 +70,7 @@ class DistillTrainer(Trainer):
         eval_loss: the loss on the held-out targets; default: `loss` at the last step, with uniform weights.
         matching: the hidden-state loss; becomes part of `head.model`.
         resample: use a different stored sample of the tail in each epoch.
+        train_dataset: the rows of the batches.
         Others: as for `Trainer`; `args.remove_unused_columns` must be False.
     """
 
@@ -97,13 +98,10 @@ class DistillTrainer(Trainer):
             matching.attach(head.model)
         model = model or head.model
         install_distillation_forward(model, head, loss, matching)
+        self.batches = BatchesAhead(train_dataset, pinned=args.dataloader_pin_memory)
         with _same_use_cache(head.model.config):
             super().__init__(
-                model=model,
-                args=args,
-                train_dataset=BatchesAhead(train_dataset, pinned=args.dataloader_pin_memory),
-                data_collator=BatchesAhead.collate,
-                **kwargs,
+                model=model, args=args, train_dataset=self.batches, data_collator=self.batches.collate, **kwargs
             )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Sums of this process, on the device so that adding does not wait: [loss, kl, ce, agreement, count, tokens].
@@ -325,11 +323,11 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        self.train_dataset.order = loader.batch_sampler
+        self.batches.order = loader.batch_sampler
         return loader
 
-    def _get_train_sampler(self, train_dataset: BatchesAhead | None = None) -> Sampler[int]:
-        dataset = (train_dataset or self.train_dataset).rows
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        dataset = self.batches.rows
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         processes, size = self.accelerator.num_processes, self._train_batch_size
         if processes == 1:
@@ -345,7 +343,7 @@ class DistillTrainer(Trainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with contextlib.closing(self.train_dataset):
+        with contextlib.closing(self.batches):
             return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -60,17 +60,25 @@ def same(found: Batch, expected: Batch) -> bool:
     return torch.equal(found["input_ids"], expected["input_ids"]) and torch.equal(targets[0].ids, targets[1].ids)
 
 
+class NoCache:
+    def __len__(self) -> int:
+        return 100
+
+    def expect(self, rows: Iterator[int], record_batches: int, threads: int) -> None: ...
+    def expect_nothing(self) -> None: ...
+
+
 class Made:
     """Rows that are their own batch; records which batches were made, and in which threads."""
 
-    caches: Sequence[cf.Cache] = ()
+    caches = (NoCache(),)
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.threads: set[str] = set()
 
     def __len__(self) -> int:
-        return 100
+        return len(self.caches[0])
 
     def __getitems__(self, indices: list[int]) -> list[int]:
         self.batches.append(indices)
