@@ -169,8 +169,9 @@ def _plain(bench: Bench, model: PreTrainedModel, shape: Shape, cache: Path, batc
 
 def loader(bench: Bench) -> list[Table]:
     """Batches as training gets them, without a model."""
-    from torch.utils.data import DataLoader
+    from torch.utils.data import BatchSampler, DataLoader
 
+    from pipeline.student.data.batches_ahead import BatchesAhead
     from pipeline.student.data.dataset import CacheDataset, to_device
 
     columns = ["encoding", "workers", "tokens/s"]
@@ -183,14 +184,11 @@ def loader(bench: Bench) -> list[Table]:
     batch = max(1, bench.sizes.step_tokens // row_tokens)
     for encoding, path in (("columns", source), ("packed", packed)):
         for workers in (0, 2, 4, 8):
-            dataset = CacheDataset(cf.open_cache(path))
+            rows, pinned = CacheDataset(cf.open_cache(path)), bench.device.type == "cuda"
+            order = BatchSampler(rows.sampler(seed=0), batch, drop_last=False)
+            ahead = BatchesAhead(rows, order, pinned=pinned)
             batches = DataLoader(
-                dataset,
-                batch_size=batch,
-                sampler=dataset.sampler(seed=0),
-                collate_fn=dataset.collate,
-                num_workers=workers,
-                pin_memory=bench.device.type == "cuda",
+                ahead, batch_sampler=order, collate_fn=ahead.collate, num_workers=workers, pin_memory=pinned
             )
             tokens, began = 0, 0.0
             for i, each in enumerate(batches):

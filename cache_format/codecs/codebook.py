@@ -100,7 +100,7 @@ class Codebook:
         return np.searchsorted(self._thresholds, values).astype(np.uint8)
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.values[codes]
+        return self.values.take(codes)
 
     def rounded_from(self, values: ArrayLike) -> tuple[Float64, Float64]:
         """(low, high): bounds before rounding of values of this table."""

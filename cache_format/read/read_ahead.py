@@ -1,4 +1,4 @@
-"""Record batches decoded before their rows are asked for, in a thread.
+"""Record batches decoded before their rows are asked for, in threads.
 
 A shuffled pass reads the rows of a few record batches, then those of the next few, so decoding comes in bursts: the
 first rows of a window need all its record batches at once. Who knows which rows will be read spreads that work over the
@@ -22,17 +22,18 @@ from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow
 
 Key = tuple[int, int]  # shard, record batch in it
-Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the thread
+Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the threads
 
 
 class ReadAhead:
-    """The rows of a cache in an order that is known beforehand.
+    """The rows of a cache in an order that is known beforehand. The first other row ends it.
 
     Args:
         rows: those that will be read, in order.
         place: row -> (shard, record batch, row in the record batch).
-        decode: reads a record batch; called from the thread.
+        decode: reads a record batch; called from the threads.
         limit: number of record batches, at least 1.
+        threads: number of record batches that are decoded at the same time.
     """
 
     def __init__(
@@ -41,33 +42,42 @@ class ReadAhead:
         place: Callable[[int], tuple[int, int, int]],
         decode: Callable[[int, int], RowBatch],
         limit: int,
+        threads: int = 1,
     ) -> None:
         self._coming, self._place, self._limit = rows, place, limit
         self._seen: deque[int] = deque()  # rows whose record batches are decoded or queued
         self._beyond: int | None = None  # the next one, whose record batch has no room yet
         self._batches: dict[Key, Future[RowBatch]] = {}
         self._wanted: Counter[Key] = Counter()  # rows of `_seen` in each
+        self._lock = threading.Lock()  # for several threads that read the same cache
         self._todo: Todo = queue.SimpleQueue()
-        # A daemon, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
-        thread = threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
-        thread.start()
-        self._end = weakref.finalize(self, _stop, self._todo, thread)
+        # Daemons, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
+        running = [
+            threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
+            for _ in range(threads)
+        ]
+        for thread in running:
+            thread.start()
+        self._end = weakref.finalize(self, _stop, self._todo, running)
 
     def row(self, row: int) -> CacheRow | None:
         """The row; None if another one was expected. Raises: as `decode`."""
-        self._look_ahead()
-        if not self._seen or self._seen.popleft() != row:
-            return None
-        *key, index = self._place(row)
-        shard, batch = key
-        found = self._batches[shard, batch].result().row(index)
-        self._wanted[shard, batch] -= 1
-        if not self._wanted[shard, batch]:
-            del self._wanted[shard, batch], self._batches[shard, batch]
-        return found
+        with self._lock:
+            self._look_ahead()
+            if not self._seen or self._seen.popleft() != row:
+                self._seen.clear()
+                self._coming, self._beyond = iter(()), None
+                return None
+            *key, index = self._place(row)
+            shard, batch = key
+            found = self._batches[shard, batch].result().row(index)
+            self._wanted[shard, batch] -= 1
+            if not self._wanted[shard, batch]:
+                del self._wanted[shard, batch], self._batches[shard, batch]
+            return found
 
     def close(self) -> None:
-        """Ends the thread, after the record batch that it is decoding."""
+        """Ends the threads, after the record batches that they are decoding."""
         self._end()
 
     def _look_ahead(self) -> None:
@@ -88,12 +98,13 @@ class ReadAhead:
             self._beyond = None
 
 
-def _stop(todo: Todo, thread: threading.Thread) -> None:
+def _stop(todo: Todo, threads: list[threading.Thread]) -> None:
     with contextlib.suppress(queue.Empty):
         while True:
             todo.get_nowait()
     todo.put(None)
-    thread.join()
+    for thread in threads:
+        thread.join()
 
 
 def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
@@ -103,3 +114,4 @@ def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
             future.set_result(decode(*key))
         except BaseException as error:  # for whoever reads the row
             future.set_exception(error)
+    todo.put(None)  # for the next thread

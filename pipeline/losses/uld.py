@@ -38,7 +38,7 @@ class SortedTargets(PositionTensors):
         entries: labels, and the entries that have a counterpart in the student's vocabulary, for the reported KL.
     """
 
-    CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.CHUNK_POSITIONS
+    CHUNK_POSITIONS: ClassVar[int] = 512
     GPU_CHUNK_POSITIONS: ClassVar[int] = 1024
 
     PER_POSITION: ClassVar = ("logprobs", "residual_logprob", "aligned", "entries")

@@ -25,7 +25,6 @@ from pipeline.losses import IGNORE_INDEX, FullTargets, RaggedTargets, SparseTarg
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.padding import pad_rows, padding_mask
 from pipeline.student.data.row_index import RowIndex
-from pipeline.student.data.upcoming import WINDOWS_AHEAD, Upcoming
 
 WINDOW = 16
 """Record batches that are mixed with one another, and that the reader must keep decoded."""
@@ -39,10 +38,14 @@ class CacheDataset(Dataset[CacheRow]):
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.upcoming = Upcoming([])
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    @property
+    def caches(self) -> list[Cache]:
+        """Those whose rows the indices count, one cache after another."""
+        return [self.cache]
 
     @property
     def name(self) -> str:
@@ -64,7 +67,6 @@ class CacheDataset(Dataset[CacheRow]):
         return row
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
-        self.upcoming.announce(indices, [self.cache], WINDOWS_AHEAD * WINDOW)
         self.cache.fetch([RowIndex.decode(index, len(self.cache)).row for index in indices])
         # In the sampler's order, not sorted: a batch that reaches into the next window must be through with this one
         # before the reader drops its record batches for those of the next.

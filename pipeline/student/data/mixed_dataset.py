@@ -19,10 +19,9 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Dataset, Sampler
 
-from cache_format import CacheRow
-from pipeline.student.data.dataset import WINDOW, Batch, CacheDataset, LocalShuffle
+from cache_format import Cache, CacheRow
+from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle
 from pipeline.student.data.row_index import RowIndex
-from pipeline.student.data.upcoming import WINDOWS_AHEAD, Upcoming
 
 
 class MixedDataset(Dataset[CacheRow]):
@@ -36,10 +35,13 @@ class MixedDataset(Dataset[CacheRow]):
     def __init__(self, parts: Sequence[CacheDataset], counts: Sequence[int]) -> None:
         self.parts, self.counts = parts, counts
         self._starts = [0, *itertools.accumulate(map(len, parts))]
-        self.upcoming = Upcoming([])
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    @property
+    def caches(self) -> list[Cache]:
+        return [part.cache for part in self.parts]
 
     @property
     def name(self) -> str:
@@ -52,7 +54,6 @@ class MixedDataset(Dataset[CacheRow]):
         return part[wanted._replace(row=wanted.row - self._starts[number]).encode(len(part))]
 
     def __getitems__(self, indices: Sequence[int]) -> list[CacheRow]:
-        self.upcoming.announce(indices, [part.cache for part in self.parts], WINDOWS_AHEAD * WINDOW)
         rows = [RowIndex.decode(index, len(self)).row for index in indices]
         for part, start in zip(self.parts, self._starts, strict=False):
             part.cache.fetch([row - start for row in rows if start <= row < start + len(part)])

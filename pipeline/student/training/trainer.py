@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from pipeline.errors import DivergedError
 from pipeline.evaluation.metrics import Evaluation, sum_over
 from pipeline.losses import DistillLoss, HeadOutput
 from pipeline.models.head import Head, evaluating
+from pipeline.student.data.batches_ahead import BatchesAhead
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device, without_loss_tokens
+from pipeline.student.data.mixed_dataset import Rows
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
-from pipeline.student.data.upcoming import Upcoming
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.early_stopping import EarlyStopping
 from pipeline.student.training.forward import FeatureOutput, install_distillation_forward
@@ -68,6 +70,7 @@ class DistillTrainer(Trainer):
         eval_loss: the loss on the held-out targets; default: `loss` at the last step, with uniform weights.
         matching: the hidden-state loss; becomes part of `head.model`.
         resample: use a different stored sample of the tail in each epoch.
+        train_dataset: the rows of the batches.
         Others: as for `Trainer`; `args.remove_unused_columns` must be False.
     """
 
@@ -82,6 +85,8 @@ class DistillTrainer(Trainer):
         resample: bool = False,
         model: nn.Module | None = None,
         matching: HiddenStateMatching | None = None,
+        args: TrainingArguments,
+        train_dataset: Rows,
         **kwargs: Any,
     ) -> None:
         self.loss, self.resample = loss, resample
@@ -93,8 +98,11 @@ class DistillTrainer(Trainer):
             matching.attach(head.model)
         model = model or head.model
         install_distillation_forward(model, head, loss, matching)
+        self.batches = BatchesAhead(train_dataset, pinned=args.dataloader_pin_memory)
         with _same_use_cache(head.model.config):
-            super().__init__(model=model, data_collator=kwargs["train_dataset"].collate, **kwargs)
+            super().__init__(
+                model=model, args=args, train_dataset=self.batches, data_collator=self.batches.collate, **kwargs
+            )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Sums of this process, on the device so that adding does not wait: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
@@ -280,18 +288,18 @@ class DistillTrainer(Trainer):
         rows = share_of(len(dataset), processes, rank)
         batches = math.ceil(len(share_of(len(dataset), processes, 0)) / size)
         shares = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-        dataset.upcoming = Upcoming(shares)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=shares,
-            collate_fn=dataset.collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
         batch = None
-        for batch in loader:
-            batch = to_device(batch, self.args.device)
-            yield batch
+        with contextlib.closing(BatchesAhead(dataset, shares, pinned=self.args.dataloader_pin_memory)) as ahead:
+            loader = DataLoader(
+                ahead,
+                batch_sampler=shares,
+                collate_fn=ahead.collate,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+            for batch in loader:
+                batch = to_device(batch, self.args.device)
+                yield batch
         for _ in range(batches - len(shares)):
             yield without_loss_tokens(batch or to_device(dataset.collate([dataset[0]]), self.args.device))
 
@@ -314,11 +322,11 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        self.train_dataset.upcoming = Upcoming(loader.batch_sampler)
+        self.batches.order = loader.batch_sampler
         return loader
 
-    def _get_train_sampler(self, train_dataset: CacheDataset | None = None) -> Sampler[int]:
-        dataset = train_dataset or self.train_dataset
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        dataset = self.batches.rows
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         processes, size = self.accelerator.num_processes, self._train_batch_size
         if processes == 1:
@@ -332,6 +340,10 @@ class DistillTrainer(Trainer):
             accumulation=self.args.gradient_accumulation_steps,
             batch_size=size,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with contextlib.closing(self.batches):
+            return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer checks these only after a step: resumed from its last one, it would train another.

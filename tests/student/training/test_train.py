@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,7 @@ def test_resume_is_exact(tmp_path: Path, cache: Path, held_out: Path, gpt2_confi
         with pytest.raises(KeyboardInterrupt):
             again = {"resume": resume, "dataloader_num_workers": reading, "on_step": stop}
             train(tmp_path / "parts", cache, **again, **options)
+        assert not [each for each in threading.enumerate() if "-ahead" in each.name]
     assert stop.steps == []
     parts = train(tmp_path / "parts", cache, resume=True, dataloader_num_workers=workers[3], **options)
 
