@@ -1,7 +1,7 @@
 """The tasks of the benchmark on on-policy rounds: their teachers, their students and their texts.
 
     word problems   teacher: 4 layers, trained here     students: 2 of its layers, first trained on worked answers
-    demo            teacher: SmolLM2-135M, 30 layers    students: 16 of its layers, first trained on its answers
+    demo            teacher: SmolLM2-135M, 30 layers    students: 24 of its layers, first trained on its answers
 
 Prompts are of three kinds, all different: for before the round, for the round, and held out.
 """
@@ -62,7 +62,7 @@ class Task(ABC):
     def writing(self, *, seed: int) -> dict[str, Any]:
         """Options of a cache of written answers."""
         sampling = {"gen_temperature": self.gen_temperature, "gen_max_new_tokens": self.new_tokens, "gen_seed": seed}
-        return {"generate": True, "batch_size": 64, **sampling}
+        return {"generate": True, "batch_size": 128, **sampling}
 
     def writing_held_out(self, *, seed: int) -> dict[str, Any]:
         return {**self.writing(seed=seed), "gen_answers_per_prompt": self.held_out_answers}
@@ -132,7 +132,7 @@ class Demo(Task):
 
     name = "demo"
     before: int = 126
-    before_epochs: float = 2
+    before_epochs: float = 1
     round: int = 123
     round_epochs: float = 1
     held_out: int = 36
@@ -140,7 +140,7 @@ class Demo(Task):
     new_tokens: int = 64
     gen_temperature: float = 0.7
     teacher_layers: int = 30
-    student_layers: int = 16
+    student_layers: int = demo.STUDENT_LAYERS
     top_k: int = 64
 
     def teacher(self, work: Path) -> Path:
