@@ -108,7 +108,7 @@ bench-gpu: $(STAMP)  ## measure both stages on one CUDA device, and compare with
 bench-methods: $(STAMP)  ## train students with each method of distillation, on word problems: an hour, resumable
 	$(PY) -m benchmarks.methods
 
-bench-on-policy: $(STAMP)  ## compare a round on the student's own text with one on the teacher's: fifteen minutes, resumable
+bench-on-policy: $(STAMP)  ## compare a round on the student's own text with one on the teacher's, on two tasks: an hour, resumable
 	$(PY) -m benchmarks.on_policy
 
 docs: $(STAMP)  ## write the tables of README.md and docs/ from benchmarks/results

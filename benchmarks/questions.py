@@ -30,8 +30,13 @@ def questions(*, held_out: bool) -> list[str]:
     return [form.format(topic) for topic in topics for form in FORMS]
 
 
+def chat(question: str) -> dict[str, list[dict[str, str]]]:
+    """A row of data: the question as a chat without an answer."""
+    return {"messages": [{"role": "user", "content": question}]}
+
+
 def write_questions(file: Path, *, held_out: bool) -> None:
     """Writes the questions as chats without an answer."""
     with file.open("w", encoding="utf-8") as stream:
         for question in questions(held_out=held_out):
-            stream.write(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+            stream.write(json.dumps(chat(question)) + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from benchmarks import architectures
 from benchmarks.tables import speed_tables, student_tables, target_tables
@@ -50,7 +51,7 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "learned": (student_tables.learned, 1),
     "regimes": (student_tables.regimes, 1),
     "methods": (student_tables.methods, 1),
-    "on policy": (student_tables.on_policy, 1),
+    "on policy": (partial(student_tables.on_policy, "word_problems"), 1),
     "speed": (speed_tables.speed, 3),
     "engines": (speed_tables.engines, 1),
     "servers": (speed_tables.servers, 0),

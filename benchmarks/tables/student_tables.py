@@ -130,7 +130,7 @@ def methods() -> list[list[str]]:
     return table
 
 
-def on_policy() -> list[list[str]]:
+def on_policy(task: str) -> list[list[str]]:
     """A round on the student's own text, on the teacher's, and on half of each."""
     columns = {  # column in the results: heading, unit
         "KL, the student's own text": ("KL on its own answers", ""),
@@ -138,7 +138,7 @@ def on_policy() -> list[list[str]]:
         "agreement": ("agreement on its own answers", " %"),
     }
     table = [["learned from", *(heading for heading, _ in columns.values())]]
-    for row in rows("on_policy", "KL(teacher"):
+    for row in rows(f"on_policy_{task}", "KL(teacher"):
         table.append([row[""], *(f"{row[column]}{unit}" for column, (_, unit) in columns.items())])
     return table
 

@@ -1,7 +1,8 @@
-"""The benchmark of on-policy rounds, complete, with tiny sizes."""
+"""The benchmark of on-policy rounds: its prompts, and all of it on tiny teachers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +10,58 @@ import pytest
 
 import cache_format as cf
 import distill
-from benchmarks import on_policy
+from benchmarks import demo, on_policy, questions
+from benchmarks.on_policy_tasks import QUICK, TASKS
+
+
+def test_questions_of_the_demo_are_about_other_topics_in_and_out_of_the_round() -> None:
+    task = TASKS["demo"]
+    asked = {name: [row["messages"][0]["content"] for row in rows] for name, rows in task.prompts().items()}
+    assert [len(found) for found in asked.values()] == [task.before, task.round, task.held_out]
+    assert set().union(*asked.values()) == {q for held_out in (0, 1) for q in questions.questions(held_out=held_out)}
+    form = questions.FORMS[0]
+    topics = [{topic for topic in questions.TOPICS if form.format(topic) in found} for found in asked.values()]
+    assert sum(map(len, topics)) == len(questions.TOPICS) == len(set().union(*topics))
 
 
 @pytest.mark.long
-def test_students_of_a_round_see_as_many_loss_tokens_and_are_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", TASKS)
+def test_students_of_a_round_see_as_many_loss_tokens_and_are_trained_and_measured_once(
+    name: str, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("reasoning_gym")
-    trained: list[dict[str, Any]] = []
-    train = distill.train_student
+    monkeypatch.setattr(demo, "unpacked_teacher", lambda work: teacher_dir)
+    task = QUICK[name] if name != "demo" else replace(QUICK[name], student_layers=1)
+    trained: dict[Path, dict[str, Any]] = {}
+    train, measured, students = distill.train_student, on_policy.measured, []
 
-    def train_student(cache: Any, student: Any, output: Any, **options: Any) -> Any:
-        summary = train(cache, student, output, **options)
-        trained.append({"cache": cache, **options})
-        return summary
+    def train_student(cache: Any, student: Any, output: Path, **options: Any) -> Any:
+        assert output not in trained
+        trained[output] = options
+        return train(cache, student, output, **options)
+
+    def interrupted_once(student: Path, *caches: Path) -> dict[str, float]:
+        students.append(student.name)
+        if len(students) == 3:
+            raise KeyboardInterrupt
+        return measured(student, *caches)
 
     monkeypatch.setattr(distill, "train_student", train_student)
-    result = on_policy.run(tmp_path, 1, on_policy.QUICK)
+    monkeypatch.setattr(on_policy, "measured", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        on_policy.run(task, tmp_path, 1)
+    result = on_policy.run(task, tmp_path, 1)
     (table,) = result.tables
-    names = [on_policy.BEFORE, on_policy.OWN, on_policy.TEACHERS, on_policy.MIXED]
-    assert [row[0] for row in table.rows] == names
-    assert len(trained) == 5 and all(each["kd_weight"] == 1.0 for each in trained[1:])
+    assert [row[0] for row in table.rows] == list(on_policy.STUDENTS)
+    assert [students.count(student) for student in dict.fromkeys(students)] == [1, 1, 2, 1]
+    assert not (tmp_path / "seed-0/students").exists()
+
+    found = [options for output, options in trained.items() if output != tmp_path / "teacher"]
+    assert len(found) == 4 and all(options["kd_weight"] == 1.0 for options in found)
     written = {name: cf.open_cache(tmp_path / "seed-0/caches" / name).metadata.corpus for name in ("own", "teachers")}
     assert "writer" in written["own"]["generation"] and "writer" not in written["teachers"]["generation"]
-    budget = min(corpus["counted_tokens"] for corpus in written.values()) * on_policy.QUICK.round_epochs
-    for each, names in zip(trained[2:], (["own"], ["teachers"], ["own", "teachers"]), strict=True):
+    budget = min(corpus["counted_tokens"] for corpus in written.values()) * task.round_epochs
+    for options, names in zip(found[1:], (["own"], ["teachers"], ["own", "teachers"]), strict=True):
         per_loss_token = [written[name]["tokens"] / written[name]["counted_tokens"] for name in names]
-        assert each["max_tokens"] == pytest.approx(budget * sum(per_loss_token) / len(names), abs=1)
-    trained.clear()
-    assert on_policy.run(tmp_path, 1, on_policy.QUICK).tables == result.tables and trained == []  # from what is there
+        assert options["max_tokens"] == pytest.approx(budget * sum(per_loss_token) / len(names), abs=1)
+    assert on_policy.run(task, tmp_path, 1).tables == result.tables  # from what is there
