@@ -54,6 +54,7 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "on policy": (partial(student_tables.on_policy, "word_problems"), 1),
     "speed": (speed_tables.speed, 3),
     "engines": (speed_tables.engines, 1),
+    "engine students": (student_tables.engine_students, 1),
     "servers": (speed_tables.servers, 0),
     "server rounding": (speed_tables.server_rounding, 1),
     "a trillion tokens": (speed_tables.trillion_tokens, 1),

@@ -143,6 +143,17 @@ def on_policy(task: str) -> list[list[str]]:
     return table
 
 
+def engine_students() -> list[list[str]]:
+    """Students trained on the targets of either engine, and their differences."""
+    shown = {"transformers": "`transformers`", "vllm": "`vllm`", "vllm − transformers": "difference within a seed"}
+    columns = {"KL": "KL (nats)", "CE": "CE (nats)", "agreement, %": "agreement"}  # as in the results
+    table = [["targets by", *columns.values()]]
+    for row in rows("engine_students", "Held-out answers"):
+        cells = [minus(str(row[column])) + (" %" if "%" in column else "") for column in columns]
+        table.append([shown[row["targets by"]], *cells])
+    return table
+
+
 def _mean(value: str) -> float:
     return float(value.partition(" ± ")[0])
 
