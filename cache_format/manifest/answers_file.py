@@ -15,8 +15,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from cache_format.cache_errors import FormatError
 from cache_format.manifest.metadata import CacheMetadata
+from cache_format.storage.checked_file import damaged, read_checked
 from cache_format.storage.directory import Directory, open_directory
 
 ANSWERS = "answers.jsonl"
@@ -48,14 +48,7 @@ def write_answers(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any
 
 def answers_bytes(directory: Directory, recorded: Mapping[str, Any]) -> bytes:
     """The whole file. Raises: FormatError if it is missing or not as it was written."""
-    where = directory.path(ANSWERS)
-    try:
-        data = directory.read_bytes(ANSWERS)
-    except OSError as error:
-        raise _damaged(where, "no such file") from error
-    if (found := hashlib.sha256(data).hexdigest()) != recorded.get("sha256"):
-        raise _damaged(where, f"checksum {found[:8]}…, expected {str(recorded.get('sha256'))[:8]}…")
-    return data
+    return read_checked(directory, ANSWERS, recorded["sha256"])
 
 
 def read_answers(directory: Directory, metadata: CacheMetadata) -> Iterator[dict[str, Any]]:
@@ -66,19 +59,13 @@ def read_answers(directory: Directory, metadata: CacheMetadata) -> Iterator[dict
     where = directory.path(ANSWERS)
     lines = answers_bytes(directory, recorded).split(b"\n")
     if lines.pop() or len(lines) != metadata.num_rows:
-        raise _damaged(where, f"{len(lines)} lines, expected {metadata.num_rows}, one for each row")
+        raise damaged(where, f"{len(lines)} lines, expected {metadata.num_rows}, one for each row")
     for number, data in enumerate(lines):
         try:
             line = json.loads(data)
             wrong = [key for key, kind in KINDS.items() if not isinstance(line[key], kind)]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise _damaged(where, f"line {number + 1} is no answer ({' '.join(str(error).split())})") from error
+            raise damaged(where, f"line {number + 1} is no answer ({' '.join(str(error).split())})") from error
         if wrong or line["row"] != number:
-            raise _damaged(where, f"line {number + 1} is no answer (row {line['row']!r}; wrong: {', '.join(wrong)})")
+            raise damaged(where, f"line {number + 1} is no answer (row {line['row']!r}; wrong: {', '.join(wrong)})")
         yield line
-
-
-def _damaged(where: str, problem: str) -> FormatError:
-    return FormatError(
-        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
-    )

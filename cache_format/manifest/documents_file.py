@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_format.cache_errors import FormatError
 from cache_format.codecs.ipc import MAGIC_BYTES, check_expansion, message_buffers
 from cache_format.manifest.fields import MOST_KEPT_CHARACTERS, MOST_KEPT_VALUES, is_kept_text
 from cache_format.manifest.metadata import CacheMetadata
+from cache_format.storage.checked_file import damaged, read_checked
 from cache_format.storage.directory import Directory, open_directory, write_bytes
 
 DOCUMENTS = "documents.arrow"
@@ -122,16 +122,8 @@ def write_documents(path: str | os.PathLike[str], contents: bytes) -> None:
 
 def read_documents(directory: Directory, metadata: CacheMetadata) -> bytes | None:
     """The whole file, checked against its checksum. Raises: FormatError if it is missing or not as it was written."""
-    recorded, where = recorded_documents(metadata), directory.path(DOCUMENTS)
-    if recorded is None:
-        return None
-    try:
-        data = directory.read_bytes(DOCUMENTS)
-    except OSError as error:
-        raise _damaged(where, "no such file") from error
-    if (found := hashlib.sha256(data).hexdigest()) != recorded["sha256"]:
-        raise _damaged(where, f"checksum {found[:8]}…, expected {recorded['sha256'][:8]}…")
-    return data
+    recorded = recorded_documents(metadata)
+    return None if recorded is None else read_checked(directory, DOCUMENTS, recorded["sha256"])
 
 
 def kept_columns(data: bytes, metadata: CacheMetadata, where: str) -> dict[str, KeptColumn]:
@@ -147,7 +139,7 @@ def kept_columns(data: bytes, metadata: CacheMetadata, where: str) -> dict[str, 
             raise ValueError(f"{len(batch)} rows of {found}, expected {metadata.num_rows} of {names}")
         return {name: _column(batch.column(name)) for name in names}
     except UNREADABLE as error:
-        raise _damaged(where, f"not the kept columns of this cache ({' '.join(str(error).split())})") from error
+        raise damaged(where, f"not the kept columns of this cache ({' '.join(str(error).split())})") from error
 
 
 def _column(array: pa.ListArray) -> KeptColumn:
@@ -177,9 +169,3 @@ def _check_size(data: bytes) -> None:
     """Raises: ValueError, struct.error for anything else than messages that expand moderately."""
     stream = pa.py_buffer(data).slice(MAGIC_BYTES)
     check_expansion(sum(sum(each.uncompressed) for each in message_buffers(stream, with_end=True)), len(data))
-
-
-def _damaged(where: str, problem: str) -> FormatError:
-    return FormatError(
-        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
-    )

@@ -33,6 +33,7 @@ from cache_format.read.read_ahead import ReadAhead
 from cache_format.read.shard_reader import ShardReader, repair
 from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow
+from cache_format.storage.checked_file import damaged, read_checked
 from cache_format.storage.directory import Directory, LocalDirectory, open_directory
 from cache_format.storage.read_cache import ReadCache
 
@@ -229,16 +230,10 @@ class Cache(Sequence[CacheRow]):
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The teacher's tokenizer files, checked. Raises: FormatError."""
-        files = {}
-        for name, expected in self.manifest.tokenizer_files.items():
-            inside = f"{TOKENIZER_DIR}/{name}"
-            try:
-                files[name] = self._directory.read_bytes(inside)
-            except OSError as error:
-                raise _damaged(self._directory.path(inside), "no such file") from error
-            if (found := sha256(files[name])) != expected:
-                raise _damaged(self._directory.path(inside), f"checksum {found[:8]}…, expected {expected[:8]}…")
-        return files
+        return {
+            name: read_checked(self._directory, f"{TOKENIZER_DIR}/{name}", expected)
+            for name, expected in self.manifest.tokenizer_files.items()
+        }
 
     def answers(self) -> Iterator[dict[str, Any]]:
         """For generated text, facts about each row (`cache_format.manifest.answers_file`); otherwise nothing.
@@ -282,7 +277,7 @@ class Cache(Sequence[CacheRow]):
         try:
             file = self._directory.open(HEAD)
             if file.size != self.metadata.head.bytes:
-                raise _damaged(where, f"{file.size:,} bytes, expected {self.metadata.head.bytes:,}")
+                raise damaged(where, f"{file.size:,} bytes, expected {self.metadata.head.bytes:,}")
             for _ in range(file.readings):
                 data = file.read(0, file.size)
                 if (found := sha256(data)) == expected:
@@ -290,8 +285,8 @@ class Cache(Sequence[CacheRow]):
                         self._read_cache.put(expected, data)
                     return data
         except OSError as error:
-            raise _damaged(where, "no such file") from error
-        raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
+            raise damaged(where, "no such file") from error
+        raise damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
 
     @cached_property
     def _codec(self) -> Codec:
@@ -299,15 +294,8 @@ class Cache(Sequence[CacheRow]):
         codec = codec_for(self.metadata)
         if self.manifest.lexicon is None:
             return codec
-        expected = self.manifest.lexicon.sha256
-        where = self._directory.path(LEXICON)
-        try:
-            data = self._directory.read_bytes(LEXICON)
-        except OSError as error:
-            raise _damaged(where, "no such file") from error
-        if (found := sha256(data)) != expected:
-            raise _damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
-        return codec.with_lexicon(data, where)
+        data = read_checked(self._directory, LEXICON, self.manifest.lexicon.sha256)
+        return codec.with_lexicon(data, self._directory.path(LEXICON))
 
     def _check_sizes(self) -> None:
         """Compare file sizes with the manifest, so that a list of all record batches is never much longer than the
@@ -356,9 +344,3 @@ def _no_manifest(directory: Directory) -> FormatError:
     if not names and not directory.exists():
         return FormatError(f"{where}: no such directory. Give the one that cache-teacher wrote.")
     return FormatError(f"{where}: found no manifest.json: not a cache. Give the one that cache-teacher wrote.")
-
-
-def _damaged(where: str, problem: str) -> FormatError:
-    return FormatError(
-        f"{where}: {problem}: it was changed or damaged after writing. Restore it from a copy, or make the cache again."
-    )
