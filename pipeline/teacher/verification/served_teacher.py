@@ -29,7 +29,6 @@ from pipeline.teacher.engines.server.server_engine import entries
 from pipeline.teacher.engines.server.server_opening import open_server
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification.criterion import UNKNOWN, Comparison
-from pipeline.teacher.verification.distances import TINY
 from pipeline.teacher.verification.row_check import RowCheck, RowChecker
 from pipeline.teacher.verification.teacher_reading import Reading
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -37,8 +36,8 @@ from pipeline.teacher.verify_config import TeacherCheckConfig
 ROUNDING = {"divergence": 2e-6, "deviation": 5e-4}
 """What Δ = 0.002 nats more or less in every log-probability make of them: Δ²/2, and √p·Δ/2 at p = 1/4."""
 
-SUM_ERROR = 1e-6
-"""Of a sum of probabilities from lists in float32, which may be larger than 1."""
+LEAST_REST = 1e-7
+"""Of what a list leaves: the probabilities in it may sum to 1 or more, by some 1e-6, because they are rounded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +66,11 @@ class _Run:
             ids, cached = _entries(self.cached, t)
             unlisted = of_position[ids] == 0.0
             guessed = cached[unlisted].clamp(max=listed.min())
-            room = (1.0 - listed.sum()).clamp(min=SUM_ERROR)
+            room = (1.0 - listed.sum()).clamp(min=LEAST_REST)
             of_position[ids[unlisted]] = guessed * (room / guessed.sum().clamp(min=room))
         others = probs == 0.0
-        rest = (1.0 - probs.sum(dim=1, keepdim=True)).clamp(min=0.0) / others.sum(dim=1, keepdim=True).clamp(min=1)
-        return torch.where(others, rest, probs).clamp(min=TINY).log()
+        rest = (1.0 - probs.sum(dim=1, keepdim=True)).clamp(min=LEAST_REST)
+        return torch.where(others, rest / others.sum(dim=1, keepdim=True).clamp(min=1), probs).log()
 
 
 def _entries(row: cf.CacheRow, position: int) -> tuple[Tensor, Tensor]:

@@ -66,14 +66,14 @@ def test_the_cache_of_another_teacher(rule: TargetRule, teacher_dir: Path, few: 
 def test_lists_that_leave_no_probability(few: Path, tmp_path: Path) -> None:
     """The tokens that a sure teacher lists sum to 1 in float32, or to more; another teacher's cache has others."""
     for name, seed in (("teacher", 1), ("other", 5)):
-        tiny_llama(tmp_path / name, tiny_tokenizer(), seed=seed, scale=1.5)
+        tiny_llama(tmp_path / name, tiny_tokenizer(), seed=seed, hidden=128, scale=1.0)
     for name in ("teacher", "other"):
         build_cache(tmp_path / f"cache-{name}", tmp_path / name, few, targets=TargetRule(top_k=64))
     with FakeServer(tmp_path / "teacher", "vllm") as server:
         right, wrong = (
             check(tmp_path / f"cache-{name}", server.url, tmp_path / "teacher") for name in ("teacher", "other")
         )
-    assert right.agrees and right.divergence.found < 1e-7
+    assert right.agrees and right.divergence.found < 1e-6
     assert wrong.repeatable and not wrong.divergence.agrees and not wrong.deviation.agrees
 
 
