@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
 from pipeline.losses.entries import PositionTensors, TargetEntries
 from pipeline.losses.reference import student_values
-from pipeline.losses.sparse_targets import SparseTargetBatch, agreement
+from pipeline.losses.sparse_targets import agreement
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import entries_of
 

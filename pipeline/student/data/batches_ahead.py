@@ -1,6 +1,6 @@
 """Finished batches, made in threads before the data loader asks for them.
 
-    record batches ─▶ a thread decodes (`Cache.expect`) ─▶ another one: rows of a batch, padded, pinned ─▶ 2 of them wait
+    record batches ─▶ one thread decodes (`Cache.expect`) ─▶ another one pads and pins batches ─▶ two of them wait
 
 The loader's batch sampler gives the same batches each time it is iterated. So the process that makes them iterates its
 own copy, from the first batch that it is asked for. The loader still draws the indices one batch at a time: where an
