@@ -1,4 +1,4 @@
-"""Record batches decoded before their rows are asked for, in threads.
+"""Record batches decoded before their rows are asked for, in a thread.
 
 A shuffled pass reads the rows of a few record batches, then those of the next few, so decoding comes in bursts: the
 first rows of a window need all its record batches at once. Who knows which rows will be read spreads that work over the
@@ -22,7 +22,7 @@ from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow
 
 Key = tuple[int, int]  # shard, record batch in it
-Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the threads
+Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the thread
 
 
 class ReadAhead:
@@ -31,9 +31,8 @@ class ReadAhead:
     Args:
         rows: those that will be read, in order.
         place: row -> (shard, record batch, row in the record batch).
-        decode: reads a record batch; called from the threads.
+        decode: reads a record batch; called from the thread.
         limit: number of record batches, at least 1.
-        threads: number of record batches that are decoded at the same time.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class ReadAhead:
         place: Callable[[int], tuple[int, int, int]],
         decode: Callable[[int, int], RowBatch],
         limit: int,
-        threads: int = 1,
     ) -> None:
         self._coming, self._place, self._limit = rows, place, limit
         self._seen: deque[int] = deque()  # rows whose record batches are decoded or queued
@@ -51,14 +49,10 @@ class ReadAhead:
         self._wanted: Counter[Key] = Counter()  # rows of `_seen` in each
         self._lock = threading.Lock()  # for several threads that read the same cache
         self._todo: Todo = queue.SimpleQueue()
-        # Daemons, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
-        running = [
-            threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
-            for _ in range(threads)
-        ]
-        for thread in running:
-            thread.start()
-        self._end = weakref.finalize(self, _stop, self._todo, running)
+        # A daemon, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
+        thread = threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _stop, self._todo, thread)
 
     def row(self, row: int) -> CacheRow | None:
         """The row; None if another one was expected. Raises: as `decode`."""
@@ -77,7 +71,7 @@ class ReadAhead:
             return found
 
     def close(self) -> None:
-        """Ends the threads, after the record batches that they are decoding."""
+        """Ends the thread, after the record batch that it is decoding."""
         self._end()
 
     def _look_ahead(self) -> None:
@@ -98,13 +92,12 @@ class ReadAhead:
             self._beyond = None
 
 
-def _stop(todo: Todo, threads: list[threading.Thread]) -> None:
+def _stop(todo: Todo, thread: threading.Thread) -> None:
     with contextlib.suppress(queue.Empty):
         while True:
             todo.get_nowait()
     todo.put(None)
-    for thread in threads:
-        thread.join()
+    thread.join()
 
 
 def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
@@ -114,4 +107,3 @@ def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
             future.set_result(decode(*key))
         except BaseException as error:  # for whoever reads the row
             future.set_exception(error)
-    todo.put(None)  # for the next thread

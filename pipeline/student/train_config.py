@@ -223,10 +223,10 @@ class TrainStudentConfig:
     )
     dataloader_num_workers: int | None = option(
         None,
-        help="Number of processes that read the cache.",
+        help="Number of processes that read the cache; with 0, threads of the training process read ahead.",
         group=HARDWARE,
         minimum=0,
-        default_text="0; 1 on a GPU or for a URL",
+        default_text="0; 1 for a URL, or on a GPU with another tokenizer",
     )
     # A JSON file, or (in Python and in a config file) its contents.
     training_args: Any = option(

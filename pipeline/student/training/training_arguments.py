@@ -62,10 +62,9 @@ DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": False,
 }
 
-# The same on a GPU: a worker decodes the next batches, which are copied to the device while it computes.
+# The same on a GPU: batches are copied to the device while it computes.
 GPU_DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": True,
-    "dataloader_num_workers": 1,
     "accelerator_config": {"non_blocking": True},
 }
 
@@ -84,6 +83,8 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
     defaults = DEFAULTS
     if config.device != "cpu" and not given.get("use_cpu") and torch.cuda.is_available():
         defaults = {**DEFAULTS, **GPU_DEFAULTS, **default_arithmetic()}
+        if config.cross_tokenizer is not None:
+            defaults["dataloader_num_workers"] = 1  # rows are converted in Python, which would hold up the step
         if isinstance(own := given.get("accelerator_config"), Mapping):
             given["accelerator_config"] = {**defaults["accelerator_config"], **own}
     if recorded is not None:

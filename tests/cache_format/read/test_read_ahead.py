@@ -103,23 +103,6 @@ def test_the_thread_ends_with_the_order_and_before_the_interpreter() -> None:
     assert not thread.is_alive() and not other.is_alive()
 
 
-def test_several_record_batches_are_decoded_at_once_and_given_in_order() -> None:
-    together = threading.Barrier(3, timeout=20)
-
-    def decode(shard: int, index: int) -> RowBatch:
-        if index < 3:
-            together.wait()
-        return batch_of(shard, index)
-
-    threads = set(threading.enumerate())
-    ahead = ReadAhead(iter(range(ROWS)), place, decode, 4, threads=3)
-    own = set(threading.enumerate()) - threads
-    found = [ahead.row(row) for row in range(ROWS)]
-    assert [each and each.row for each in found] == list(range(ROWS))
-    ahead.close()
-    assert len(own) == 3 and not any(each.is_alive() for each in own)
-
-
 def test_two_threads_that_read_one_cache_end_it_without_waiting_for_ever(cache: cf.Cache) -> None:
     order = [row % 4 for row in range(400)]
     cache.expect(iter(order), 2)

@@ -64,7 +64,7 @@ class NoCache:
     def __len__(self) -> int:
         return 100
 
-    def expect(self, rows: Iterator[int], record_batches: int, threads: int) -> None: ...
+    def expect(self, rows: Iterator[int], record_batches: int) -> None: ...
     def expect_nothing(self) -> None: ...
 
 
@@ -168,17 +168,6 @@ def test_batches_are_pinned_in_the_thread(monkeypatch: pytest.MonkeyPatch) -> No
         with closing(ahead_of(Made(), ORDER[:1], pinned=True)) as ahead:
             ahead.__getitems__(ORDER[0])
     assert pinned == ORDER[:1] and devices == [(3, "batches-ahead_0")]
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "expected"), [(1, "1", 1), (2, "1", 2), (64, "1", 8), (16, "8", 2), (4, "8", 1)]
-)
-def test_decoding_takes_the_cores_of_the_process(
-    cores: int, processes: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batches_ahead.os, "sched_getaffinity", lambda _: range(cores), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert batches_ahead.decoding_threads() == expected
 
 
 @pytest.mark.long

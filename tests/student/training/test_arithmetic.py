@@ -45,7 +45,7 @@ def test_defaults_follow_the_gpu_and_are_what_is_recorded_and_shown(gpu: str, tm
         assert used_arithmetic(found) == {"bf16": modern, "tf32": modern, "optim": "adamw_torch_fused"}
         kind = "bfloat16 on NVIDIA H100" if modern else "float32 on Tesla T4, which has no bfloat16"
         assert describe_arithmetic(found) == f"in {kind}"
-    assert found.dataloader_pin_memory and found.dataloader_num_workers == 1
+    assert found.dataloader_pin_memory and found.dataloader_num_workers == 0
     assert found.accelerator_config.non_blocking
     assert getattr(torch.backends, "fp32_precision", "none") == "none"
 
@@ -53,7 +53,9 @@ def test_defaults_follow_the_gpu_and_are_what_is_recorded_and_shown(gpu: str, tm
 def test_options_win_over_the_gpu(gpu: str, tmp_path: Path) -> None:
     given = {"tf32": False, "optim": "sgd", "accelerator_config": {"even_batches": False}}
     with precision_restored():
-        found = arguments(tmp_path, bf16=False, dataloader_num_workers=0, training_args=given)
+        assert arguments(tmp_path, cross_tokenizer="project").dataloader_num_workers == 1
+        options = {"cross_tokenizer": "project", "dataloader_num_workers": 0}
+        found = arguments(tmp_path, bf16=False, training_args=given, **options)
         assert used_arithmetic(found) == {"bf16": False, "tf32": False, "optim": "sgd"}
         assert found.dataloader_num_workers == 0
         assert found.accelerator_config.non_blocking and not found.accelerator_config.even_batches
