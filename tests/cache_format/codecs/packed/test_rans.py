@@ -62,7 +62,7 @@ def some_model(rng: np.random.Generator, contexts: int, symbols: int, skew: floa
 
 def draw(rng: np.random.Generator, model: Model, contexts: np.ndarray) -> np.ndarray:
     """Symbols with the model's own frequencies."""
-    return model.symbols[contexts, rng.integers(0, TOTAL, len(contexts))].astype(np.int64)
+    return model.tables[0].reshape(-1, TOTAL)[contexts, rng.integers(0, TOTAL, len(contexts))].astype(np.int64)
 
 
 def around(lanes: int) -> st.SearchStrategy[int]:
