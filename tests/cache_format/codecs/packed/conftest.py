@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from cache_format.codecs.packed import lexicon, block, loops, numpy_loops, rans
+from cache_format.codecs.packed import block, lexicon, numpy_loops, rans
 
 
 @pytest.fixture(autouse=True, scope="module", params=["numpy", "numba"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "numba":
         pytest.importorskip("numba")
         from cache_format.codecs.packed import numba_loops as chosen
     else:
         chosen = numpy_loops
     with pytest.MonkeyPatch.context() as patch:
-        for module in (block, lexicon, loops, rans):
+        for module in (block, lexicon, rans):
             patch.setattr(module, "loops", lambda: chosen)
-        yield request.param
+        yield
