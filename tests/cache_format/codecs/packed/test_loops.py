@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rans import some_model
 
 from cache_format.codecs.packed import loops as seam
 from cache_format.codecs.packed import numpy_loops
 from cache_format.codecs.packed.loops import BITS, ENDED, LOW
 from cache_format.rows.row_batch import concatenate
-from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, through
+from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, some_model, through
 
 numba = pytest.importorskip("numba")
 from cache_format.codecs.packed import numba_loops  # noqa: E402

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_format.codecs.packed.rans import BITS, LOW, TOTAL, Decoder, Encoder, Model
+from cache_format.codecs.packed.loops import BITS, LOW, TOTAL
+from cache_format.codecs.packed.rans import Decoder, Encoder, Model
+from packed_samples import some_model
 
 LANES = [1, 2, 3, 8, 64]
 
@@ -50,14 +52,6 @@ def reference_decode(data: bytes, lanes: int, calls: list[list[list[int]]]) -> l
             found[-1].append(symbol)
     assert not words and set(states) == {1 << 16}
     return found
-
-
-def some_model(rng: np.random.Generator, contexts: int, symbols: int, skew: float) -> Model:
-    """Any frequencies that add up; the greater the skew, the fewer symbols have nearly all places."""
-    shares = rng.dirichlet(np.full(symbols, 1 / (1 + skew)), contexts)
-    frequencies = np.floor(shares * (TOTAL - symbols)).astype(np.int64) + 1
-    frequencies[np.arange(contexts), shares.argmax(axis=1)] += TOTAL - frequencies.sum(axis=1)
-    return Model(frequencies)
 
 
 def draw(rng: np.random.Generator, model: Model, contexts: np.ndarray) -> np.ndarray:
