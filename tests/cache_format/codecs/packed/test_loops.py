@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_format.codecs.packed import block, numpy_loops, rans
+from cache_format.codecs.packed import lexicon as lexicon_module
 from cache_format.codecs.packed import loops as seam
-from cache_format.codecs.packed import numpy_loops
 from cache_format.codecs.packed.loops import BITS, ENDED, LOW
 from cache_format.rows.row_batch import concatenate
 from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, some_model, through
@@ -93,6 +94,31 @@ def test_compiled_code_reads_nothing_outside_of_its_arrays():
         ranks, found = np.zeros(1, np.int64), np.empty(1, np.uint32)
         with pytest.raises(IndexError):
             numba_loops.ids(np.array([token]), np.array([count]), ranks, starts, ranked, found)
+
+
+def test_damaged_blocks_have_the_same_outcome(monkeypatch: pytest.MonkeyPatch):
+    """Rows or an error, and then the same rows and the same error."""
+    rng, metadata = np.random.default_rng(0), metadata_of(KINDS["threshold, three samples"], encoding="packed")
+    rows = [row_of(metadata, row, tokens=5) for row in range(2)]
+    batch, lexicon = concatenate(rows), lexicon_of(rows * 2, metadata.vocab_size, 100.0)
+    data = bytearray(block.pack(batch, metadata, lexicon))
+    outcomes = []
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        both = []
+        for implementation in (numpy_loops, numba_loops):
+            for module in (block, lexicon_module, rans):
+                monkeypatch.setattr(module, "loops", lambda: implementation)  # noqa: B023
+            tokens = batch.input_ids.astype(np.int64)
+            try:
+                found = block.unpack(memoryview(damaged), tokens, batch.loss_mask, metadata, lexicon, batch.num_entries)
+                both.append({name: values.tolist() for name, values in found.items()})
+            except ValueError as error:
+                both.append(str(error))
+        assert both[0] == both[1]
+        outcomes.append(both[0])
+    assert len({each for each in outcomes if isinstance(each, str)}) > 2
 
 
 # -- which one --------------------------------------------------------------------------------------------------------
