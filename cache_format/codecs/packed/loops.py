@@ -82,7 +82,7 @@ def loops() -> Loops:
     try:
         import numba
 
-        if numba.config.DISABLE_JIT:
+        if getattr(numba.config, "DISABLE_JIT", 0):  # set when numba reads its environment
             return numpy_loops
         from cache_format.codecs.packed import numba_loops
     except ImportError as error:

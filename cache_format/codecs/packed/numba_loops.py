@@ -10,7 +10,7 @@ is forked while a thread decodes never waits for a lock of the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -27,7 +27,7 @@ _STATE, _WORDS, _INTS, _SYMBOLS, _STEPS = uint32[::1], uint16[::1], int64[::1], 
 _READ_SYMBOLS = int64(_STATE, _WORDS, int64, _INTS, _SYMBOLS, _STEPS, _INTS)
 
 
-def _compiled(signature: object) -> Callable[[Function], Function]:
+def _compiled(signature: Any) -> Callable[[Function], Function]:
     def compiled(function: Function) -> Function:
         try:
             fast: Function = numba.njit(signature, nogil=True, cache=True)(function)
