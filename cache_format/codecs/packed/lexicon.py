@@ -18,18 +18,16 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from cache_format.cache_errors import FormatError
 from cache_format.codecs.ipc import MAGIC_BYTES, check_expansion, message_buffers
+from cache_format.codecs.packed.loops import U32, Ints, loops
 from cache_format.rows.types import joint_index
 
 # What pyarrow and our own parser of messages raise for bytes of something else.
 UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 MOST_CANDIDATES = 256  # of one token
 COST, SAVING = 14, 4  # bits that a candidate takes in the lexicon and saves per entry; estimates, not critical
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +72,7 @@ class Lexicon:
             ranks = np.where(pairs[found] == wanted, places[found], ranks)
         return ranks
 
-    def ids(self, contexts: Ints, ranks: Ints, counts: Ints | int = 1) -> Ints:
+    def ids(self, contexts: Ints, ranks: Ints, counts: Ints) -> U32:
         """[E] inverse of `ranks`.
 
         Args:
@@ -84,17 +82,15 @@ class Lexicon:
 
         Raises: ValueError for a rank that no token has.
         """
-        lists, starts = np.diff(self.starts)[contexts], self.starts[contexts]
-        listed = ranks < np.repeat(lists, counts)
-        place = ranks + np.where(listed, np.repeat(starts, counts), np.repeat(len(self.candidates) - lists, counts))
-        if place.max(initial=0) >= len(self._ranked) or ranks.min(initial=0) < 0:
+        found = np.empty(len(ranks), np.uint32)
+        if not loops().ids(contexts, counts, ranks, self.starts, self._ranked, found):
             raise ValueError("packed targets hold a rank that no token has")
-        return self._ranked[place]
+        return found
 
     @cached_property
-    def _ranked(self) -> Ints:
+    def _ranked(self) -> U32:
         """[P + V] what a rank names: the candidates of all tokens, then all tokens in order."""
-        return np.concatenate([self.candidates, self.order])
+        return np.concatenate([self.candidates, self.order]).astype(np.uint32)
 
     @cached_property
     def _place_in_order(self) -> Ints:

@@ -4,12 +4,8 @@ J. Duda, "Asymmetric numeral systems", https://arxiv.org/abs/1311.2540; interlea
 https://arxiv.org/abs/1402.3392. A symbol that takes f of 2^12 places costs 12 - log2 f bits, to within a thousandth.
 
 Symbol i belongs to lane i mod L. All lanes share one stream of 16-bit words and do the same at the same time, which is
-what numpy is fast at: a step over 512 lanes costs some ten calls. The last symbols are coded first, so the decoder
-reads forward. All arithmetic is on integers, so any language gives the same bytes.
-
-In a step, only the state depends on the step before. So the decoder's loop keeps the place that each symbol was read
-from, a table of 4 bytes per place says how the state goes on, and everything else is looked up or shifted for all
-symbols at once.
+what numpy is fast at. The last symbols are coded first, so the decoder reads forward; its loops are in `loops`. All
+arithmetic is on integers, so any language gives the same bytes.
 
 Shapes: n symbols, L lanes, C contexts, S different symbols.
 """
@@ -21,18 +17,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.codecs.packed.loops import BITS, ENDED, LOW, TOTAL, U16, U32, Ints, loops
 from cache_format.rows.types import joint_index
 
-BITS = 12
-TOTAL = 1 << BITS
 KEPT_BITS = 4  # leading bits of a frequency
-LOW = 1 << 16  # a state is in [LOW, LOW << 16)
 
 U64 = NDArray[np.uint64]
-U32 = NDArray[np.uint32]
-Ints = NDArray[np.int64]
-
-_BITS, _WORD, _PLACE = np.uint32(BITS), np.uint32(16), np.uint32(TOTAL - 1)
 
 
 class Model:
@@ -40,28 +30,27 @@ class Model:
 
     def __init__(self, frequencies: NDArray[np.integer]) -> None:
         """Raises: ValueError if a row does not add up."""
-        if frequencies.ndim != 2 or (frequencies < 0).any() or (frequencies.sum(axis=1) != TOTAL).any():
+        counts = frequencies.astype(np.int64)
+        if counts.ndim != 2 or (counts < 0).any() or (counts.sum(axis=1) != TOTAL).any():
             raise ValueError(f"frequencies of a model do not add up to {TOTAL} in every context")
-        self.frequencies = frequencies.astype(np.uint64)  # [C, S]
-        self.starts = np.cumsum(self.frequencies, axis=1) - self.frequencies
+        self.frequencies = counts  # [C, S]
         # A symbol that is certain in every context is not coded.
-        certain = np.flatnonzero((frequencies == TOTAL).all(axis=0))
+        certain = np.flatnonzero(counts.min(axis=0, initial=TOTAL) == TOTAL)
         self.certain = int(certain[0]) if len(certain) else None
 
     @cached_property
-    def symbols(self) -> NDArray[np.uint16]:
-        """[C, 2^12] the symbol at each place."""
-        contexts, symbols = self.frequencies.shape
-        every = np.tile(np.arange(symbols, dtype=np.uint16), contexts)
-        return np.repeat(every, self.frequencies.ravel().astype(np.int64)).reshape(contexts, TOTAL)
+    def starts(self) -> Ints:
+        """[C, S] the first place of each symbol."""
+        starts: Ints = np.cumsum(self.frequencies, axis=1) - self.frequencies
+        return starts
 
     @cached_property
-    def steps(self) -> U32:
-        """[C·2^12] frequency of the symbol at each place · 2^12, plus the number of earlier places with this symbol."""
-        frequencies, starts = self.frequencies.ravel().astype(np.int64), self.starts.ravel().astype(np.int64)
-        before = np.arange(frequencies.sum()) % TOTAL - np.repeat(starts, frequencies)
-        steps: U32 = (np.repeat(frequencies << BITS, frequencies) + before).astype(np.uint32)
-        return steps
+    def tables(self) -> tuple[U16, U32]:
+        """[C·2^12] the symbol at each place, and the step to the next state; see `Loops.tables`."""
+        places = len(self.frequencies) << BITS
+        symbols, steps = np.empty(places, np.uint16), np.empty(places, np.uint32)
+        loops().tables(self.frequencies, symbols, steps)
+        return symbols, steps
 
     @classmethod
     def of(cls, symbols: Ints, contexts: Ints, num_contexts: int, num_symbols: int) -> Model:
@@ -102,7 +91,8 @@ class Encoder:
 
     def symbols(self, symbols: Ints, contexts: Ints, model: Model) -> None:
         if model.certain is None:
-            self._parts.append((model.frequencies[contexts, symbols], model.starts[contexts, symbols]))
+            frequencies, starts = (of[contexts, symbols] for of in (model.frequencies, model.starts))
+            self._parts.append((frequencies.astype(np.uint64), starts.astype(np.uint64)))
 
     def bits(self, values: Ints, widths: Ints) -> None:
         """Values of `widths` bits each (0 to 12), uncompressed."""
@@ -133,55 +123,40 @@ class Decoder:
     def __init__(self, data: bytes | memoryview, lanes: int) -> None:
         if len(data) < 4 * lanes or len(data) % 2:
             raise ValueError("packed targets are cut short")
-        self.lanes = lanes
         self._state = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
         if (self._state < LOW).any():
             raise ValueError(f"packed targets begin with a state below {LOW}")
-        self._words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
+        # One more than there are, so that a loop may look at the next word before it knows that it needs one.
+        self._words = np.append(np.frombuffer(data, "<u2", offset=4 * lanes), 0).astype(np.uint16)
         self._next = 0
 
     def symbols(self, contexts: Ints, model: Model) -> Ints:
         """One symbol for each context."""
         if model.certain is not None:
             return np.full(len(contexts), model.certain, np.int64)
-        places = contexts << BITS  # in the tables of the model; the loop adds the place in the context
-        for start in range(0, len(places), self.lanes):
-            here = places[start : start + self.lanes]
-            x = self._state[: len(here)]
-            here += x & _PLACE
-            step = model.steps[here]
-            self._advance(x, step >> _BITS, step & _PLACE)
-        found: Ints = model.symbols.ravel()[places].astype(np.int64)
+        found = np.empty(len(contexts), np.int64)
+        self._go_to(loops().symbols(self._state, self._words, self._next, contexts, *model.tables, found))
+        return found
+
+    def numbers(self, contexts: Ints, model: Model) -> Ints:
+        """One number ≥ 1 for each context: its bucket is a symbol of the model, its low bits follow as they are."""
+        # Nothing is special about a model with a certain symbol: reading it changes no state.
+        found = np.empty(len(contexts), np.int64)
+        self._go_to(loops().numbers(self._state, self._words, self._next, contexts, *model.tables, found))
         return found
 
     def bits(self, widths: Ints) -> Ints:
-        """Values of `widths` bits each."""
-        places = np.zeros(len(widths), np.uint32)
-        shifts = _BITS - widths.astype(np.uint32)
-        frequencies = np.uint32(1) << shifts
-        starts = np.arange(0, len(widths), self.lanes)
-        for start in starts[np.maximum.reduceat(widths, starts) > 0]:  # widths of 0 change no state
-            here = slice(start, start + self.lanes)
-            f = frequencies[here]
-            x = self._state[: len(f)]
-            place = places[here] = x & _PLACE
-            self._advance(x, f, place & (f - np.uint32(1)))
-        found: Ints = (places >> shifts).astype(np.int64)
+        """Values of `widths` bits each (0 to 12)."""
+        found = np.empty(len(widths), np.int64)
+        self._go_to(loops().bits(self._state, self._words, self._next, widths, found))
         return found
 
     def finish(self) -> None:
         """Raises: ValueError unless all words were read and every state is back at its start."""
-        if self._next != len(self._words) or (self._state != LOW).any():
+        if self._next != len(self._words) - 1 or (self._state != LOW).any():
             raise ValueError("packed targets do not end where they should")
 
-    def _advance(self, x: U32, frequency: U32, before: U32) -> None:
-        """The next states in place of x. They fit: frequency ≤ 2^12 and x < 2^32."""
-        x >>= _BITS
-        x *= frequency
-        x += before
-        (empty,) = (x < LOW).nonzero()
-        words = self._words[self._next : self._next + len(empty)]
-        if len(words) < len(empty):
+    def _go_to(self, word: int) -> None:
+        if word == ENDED:
             raise ValueError("packed targets are cut short")
-        self._next += len(empty)
-        x[empty] = x[empty] << _WORD | words
+        self._next = word

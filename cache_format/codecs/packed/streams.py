@@ -15,7 +15,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cache_format.codecs.packed.rans import BITS, Ints, Model
+from cache_format.codecs.packed.loops import BITS, Ints
+from cache_format.codecs.packed.rans import Model
 
 FREQUENCIES = "frequencies"
 LOW_BITS = "_low_bits"  # suffix of the name of a model

@@ -21,7 +21,7 @@ REQUIRED = (
     *("safetensors", "pyarrow", "numpy", "zstandard", "fsspec", "click", "rich"),
 )
 OPTIONAL = (
-    *("vllm", "peft", "lm-eval", "gguf", "s3fs", "httpx2", "triton", "flash-attn", "kernels", "bitsandbytes"),
+    *("vllm", "peft", "lm-eval", "gguf", "numba", "s3fs", "httpx2", "triton", "flash-attn", "kernels", "bitsandbytes"),
     *("tensorboard", "trackio", "wandb", "mlflow"),
 )
 

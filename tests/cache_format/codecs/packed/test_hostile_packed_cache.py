@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 from test_hostile_packed import HEADER, MEGABYTE, peak_bytes
 
 import cache_format as cf
+from benchmarks import fuzz, fuzzed
 from cache_format.manifest.manifest import LEXICON
 from cache_samples import SHARD, SIDECAR, complaint, contents, edit_json, forge_shard, seal_manifest
 from packed_samples import (
@@ -249,3 +251,12 @@ def test_a_manifest_of_before_there_were_two_encodings(tmp_path):
     seal_manifest(tmp_path / "cache", lambda m: m.pop("encoding"))
     assert cf.open_cache(tmp_path / "cache").metadata.encoding == "columns"
     assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["packed", "lexicon"])
+def test_kept_inputs_of_fuzzing(target: str, tmp_path: Path):
+    """As tests/cache_format/test_fuzz.py, which runs with one implementation of the loops."""
+    _, instead = fuzzed.part_of(*fuzzed.TARGETS[target])
+    accepted = [fuzzed.read(instead(data), tmp_path / "cache") for data in fuzz.seeds(target)]
+    assert not all(accepted)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_format.codecs.packed.rans import BITS, LOW, TOTAL, Decoder, Encoder, Model
+from cache_format.codecs.packed.loops import BITS, LOW, TOTAL
+from cache_format.codecs.packed.rans import Decoder, Encoder, Model
+from packed_samples import some_model
 
 LANES = [1, 2, 3, 8, 64]
 
@@ -52,17 +54,9 @@ def reference_decode(data: bytes, lanes: int, calls: list[list[list[int]]]) -> l
     return found
 
 
-def some_model(rng: np.random.Generator, contexts: int, symbols: int, skew: float) -> Model:
-    """Any frequencies that add up; the greater the skew, the fewer symbols have nearly all places."""
-    shares = rng.dirichlet(np.full(symbols, 1 / (1 + skew)), contexts)
-    frequencies = np.floor(shares * (TOTAL - symbols)).astype(np.int64) + 1
-    frequencies[np.arange(contexts), shares.argmax(axis=1)] += TOTAL - frequencies.sum(axis=1)
-    return Model(frequencies)
-
-
 def draw(rng: np.random.Generator, model: Model, contexts: np.ndarray) -> np.ndarray:
     """Symbols with the model's own frequencies."""
-    return model.symbols[contexts, rng.integers(0, TOTAL, len(contexts))].astype(np.int64)
+    return model.tables[0].reshape(-1, TOTAL)[contexts, rng.integers(0, TOTAL, len(contexts))].astype(np.int64)
 
 
 def around(lanes: int) -> st.SearchStrategy[int]:

@@ -1,0 +1,92 @@
+"""The loops over symbols and entries in which decoding packed targets spends its time, in two implementations.
+
+    numpy_loops     numpy: a call for each step over all lanes
+    numba_loops     one pass over the symbols, compiled by numba (the extra `fast`): several times faster
+
+Both compute with integers and give the same arrays and errors. Arrays named `found` are filled by the call; they and
+the contexts are as long as the symbols to be read. `words` has one word more than there are to read, and `at` is the
+next one; a reading function returns the next `at`, or `ENDED` if there were too few words.
+
+Shapes: n symbols, L lanes, C contexts, S different symbols, N positions, E entries, V vocabulary, P candidates.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+BITS = 12
+TOTAL = 1 << BITS
+LOW = 1 << 16  # a state is in [LOW, LOW << 16)
+ENDED = -1
+# Number of context classes of: entries left, exponent of a rank.
+LEFT, RANK = 4, 16
+QUARTERS = 4  # buckets of a number in each octave: the two bits after the leading one
+
+U16 = NDArray[np.uint16]
+U32 = NDArray[np.uint32]
+Ints = NDArray[np.int64]
+
+
+class Loops(Protocol):
+    def tables(self, frequencies: Ints, symbols: U16, steps: U32, /) -> None:
+        """Fill in, for each of the 2^12 places of each context, the symbol and the step to the next state.
+
+        Args:
+            frequencies: [C, S] each row adds up to 2^12.
+            symbols: [C·2^12] the symbol at each place.
+            steps: [C·2^12] its frequency · 2^12, plus the number of earlier places with this symbol.
+        """
+        ...
+
+    def symbols(self, state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps: U32, found: Ints, /) -> int:
+        """Read one symbol for each context. Raises: IndexError for a context that the tables do not have."""
+        ...
+
+    def bits(self, state: U32, words: U16, at: int, widths: Ints, found: Ints, /) -> int:
+        """Read a number of each width, at most 12 bits; 0 bits are the number 0."""
+        ...
+
+    def numbers(self, state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps: U32, found: Ints, /) -> int:
+        """Read numbers ≥ 1: the bucket of each (exponent and the next two bits), then the low bits of all."""
+        ...
+
+    def rank_contexts(self, before: Ints, left: Ints, found: Ints, /) -> None:
+        """LEFT · min(⌊log2(before + 1)⌋ + 1, RANK) + min(left, LEFT) - 1, the first of which is 0 for `before` = -1."""
+        ...
+
+    def ids(self, tokens: Ints, counts: Ints, ranks: Ints, starts: Ints, ranked: U32, found: U32, /) -> bool:
+        """Look up the token of each rank; False if there is a rank that no token has.
+
+        Args:
+            tokens, counts: [N] input tokens, and the number of ranks after each; together as many as there are ranks.
+            ranks: [E] position by position.
+            starts: [V + 1] place of each input token's candidates in `ranked`.
+            ranked: [P + V] candidates of all tokens, then all tokens in order.
+        """
+        ...
+
+
+@cache
+def loops() -> Loops:
+    """The compiled loops if numba can be imported and is not switched off (`NUMBA_DISABLE_JIT=1`), else numpy's.
+
+    Compiling takes some seconds, once for each user and version; loading what was compiled takes half a second.
+    """
+    from cache_format.codecs.packed import numpy_loops
+
+    try:
+        import numba
+
+        if getattr(numba.config, "DISABLE_JIT", 0):  # set when numba reads its environment
+            return numpy_loops
+        from cache_format.codecs.packed import numba_loops
+    except ImportError as error:
+        if error.name != "numba":  # installed, but not for this numpy
+            warnings.warn(f"numba cannot be used, so packed targets are decoded more slowly: {error}", stacklevel=2)
+        return numpy_loops
+    return numba_loops

@@ -1,0 +1,22 @@
+"""Everything about packed targets is tested with both implementations of the loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cache_format.codecs.packed import block, lexicon, numpy_loops, rans
+
+
+@pytest.fixture(autouse=True, scope="module", params=["numpy", "numba"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        from cache_format.codecs.packed import numba_loops as chosen
+    else:
+        chosen = numpy_loops
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (block, lexicon, rans):
+            patch.setattr(module, "loops", lambda: chosen)
+        yield

@@ -1,0 +1,202 @@
+"""Both implementations of the loops give the same arrays, for any bytes; which one is used; threads and forks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache_format.codecs.packed import block, numpy_loops, rans
+from cache_format.codecs.packed import lexicon as lexicon_module
+from cache_format.codecs.packed import loops as seam
+from cache_format.codecs.packed.loops import BITS, ENDED, LOW
+from cache_format.rows.row_batch import concatenate
+from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, some_model, through
+
+numba = pytest.importorskip("numba")
+from cache_format.codecs.packed import numba_loops  # noqa: E402
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def implementation() -> Iterator[None]:
+    """Not each in turn, as in the other modules of this folder: here they are compared."""
+    yield
+
+
+def stream(rng: np.random.Generator, lanes: int, words: int) -> tuple[np.ndarray, np.ndarray]:
+    """Any states and words: bytes that no encoder wrote. The last word is never read."""
+    state = rng.integers(LOW, 2**32, lanes, dtype=np.uint32)
+    return state, rng.integers(0, 2**16, words + 1, dtype=np.uint16)
+
+
+@settings(max_examples=60)
+@given(
+    seed=SEEDS,
+    lanes=st.sampled_from([1, 2, 7, 64]),
+    size=st.integers(0, 300),
+    words=st.sampled_from([0, 1, 20, 400]),
+    width=st.sampled_from([1, 60, 104]),
+)
+def test_reading_gives_the_same_or_ends_for_both(seed: int, lanes: int, size: int, words: int, width: int):
+    rng = np.random.default_rng(seed)
+    model = some_model(rng, 3, width, 3)
+    contexts, widths = rng.integers(0, 3, size), rng.integers(0, BITS + 1, size)
+    state, data = stream(rng, lanes, words)
+    for what, first in (("symbols", contexts), ("bits", widths), ("numbers", contexts)):
+        tables = () if what == "bits" else model.tables
+        outcomes = []
+        for implementation in (numpy_loops, numba_loops):
+            states, found = state.copy(), np.empty(size, np.int64)
+            at = getattr(implementation, what)(states, data, 0, first, *tables, found)
+            outcomes.append((at, at == ENDED or (states.tolist(), found.tolist())))
+        assert outcomes[0] == outcomes[1], what
+
+
+@settings(max_examples=40)
+@given(seed=SEEDS, size=st.integers(0, 50))
+def test_the_rest_is_the_same_for_both(seed: int, size: int):
+    rng = np.random.default_rng(seed)
+    frequencies = some_model(rng, 4, int(rng.integers(1, 300)), 3).frequencies
+    before = np.where(rng.random(size) < 0.3, -1, rng.integers(0, 2 ** rng.integers(0, 30, size)))
+    left, counts = rng.integers(1, 9, size), rng.integers(0, 4, 9)
+    lists, ranks = rng.integers(0, 5, 8), rng.integers(-1 if seed % 5 == 0 else 0, 9, int(counts.sum()))
+    starts = np.concatenate([[0], np.cumsum(lists)])
+    ranked = rng.integers(0, 8, int(lists.sum()) + 8).astype(np.uint32)
+    outcomes = []
+    for implementation in (numpy_loops, numba_loops):
+        symbols, steps = np.empty(4 << BITS, np.uint16), np.empty(4 << BITS, np.uint32)
+        implementation.tables(frequencies, symbols, steps)
+        contexts, ids = np.empty(size, np.int64), np.zeros(len(ranks), np.uint32)
+        implementation.rank_contexts(before, left, contexts)
+        known = implementation.ids(np.arange(9) % 8, counts, ranks, starts, ranked, ids)
+        outcomes.append([symbols.tolist(), steps.tolist(), contexts.tolist(), known, known and ids.tolist()])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_compiled_code_reads_nothing_outside_of_its_arrays():
+    """Indices that only a fault of this package could pass: numpy refuses them, and compiled code would not notice."""
+    model = some_model(np.random.default_rng(0), 3, 5, 1)
+    state, words = stream(np.random.default_rng(0), 1, 5)
+    for context in (-1, 3, 2**50):
+        with pytest.raises(IndexError):
+            numba_loops.symbols(state, words, 0, np.array([context]), *model.tables, np.empty(1, np.int64))
+    starts, ranked = np.zeros(4, np.int64), np.arange(3, dtype=np.uint32)
+    for token, count in ((-1, 1), (3, 1), (0, 2)):
+        ranks, found = np.zeros(1, np.int64), np.empty(1, np.uint32)
+        with pytest.raises(IndexError):
+            numba_loops.ids(np.array([token]), np.array([count]), ranks, starts, ranked, found)
+
+
+def test_damaged_blocks_have_the_same_outcome(monkeypatch: pytest.MonkeyPatch):
+    """Rows or an error, and then the same rows and the same error."""
+    rng, metadata = np.random.default_rng(0), metadata_of(KINDS["threshold, three samples"], encoding="packed")
+    rows = [row_of(metadata, row, tokens=5) for row in range(2)]
+    batch, lexicon = concatenate(rows), lexicon_of(rows * 2, metadata.vocab_size, 100.0)
+    data = bytearray(block.pack(batch, metadata, lexicon))
+    outcomes = []
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        both = []
+        for implementation in (numpy_loops, numba_loops):
+            for module in (block, lexicon_module, rans):
+                monkeypatch.setattr(module, "loops", lambda: implementation)  # noqa: B023
+            tokens = batch.input_ids.astype(np.int64)
+            try:
+                found = block.unpack(memoryview(damaged), tokens, batch.loss_mask, metadata, lexicon, batch.num_entries)
+                both.append({name: values.tolist() for name, values in found.items()})
+            except ValueError as error:
+                both.append(str(error))
+        assert both[0] == both[1]
+        outcomes.append(both[0])
+    assert len({each for each in outcomes if isinstance(each, str)}) > 2
+
+
+# -- which one --------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_loops_are_used_where_numba_is(monkeypatch: pytest.MonkeyPatch):
+    chosen = seam.loops.__wrapped__
+    assert chosen() is numba_loops
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert chosen() is numpy_loops
+
+
+def test_numpy_is_used_without_numba(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert seam.loops.__wrapped__() is numpy_loops
+
+
+def test_a_numba_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch):
+    class Unfit:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "numba":
+                raise ImportError("Numba needs NumPy 2.0 or less. Got NumPy 2.4.")
+
+    monkeypatch.delitem(sys.modules, "numba")
+    monkeypatch.setattr(sys, "meta_path", [Unfit(), *sys.meta_path])
+    with pytest.warns(UserWarning, match="decoded more slowly: Numba needs NumPy 2.0"):
+        assert seam.loops.__wrapped__() is numpy_loops
+
+
+def test_code_is_compiled_even_if_it_cannot_be_stored(monkeypatch: pytest.MonkeyPatch):
+    """A read-only installation of a user without a writable home: numba finds no place for its cache."""
+    from numba.core import caching
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(numba.int64(numba.int64), cache=True)(successor)
+    assert numba_loops._compiled(numba.int64(numba.int64))(successor)(4) == 5
+
+
+def successor(value: int) -> int:
+    return value + 1
+
+
+# -- threads and forks ------------------------------------------------------------------------------------------------
+
+
+def test_threads_and_a_process_forked_meanwhile_decode_the_same():
+    """As a data loader: the training process decodes ahead in a thread while workers are forked."""
+    metadata = metadata_of(KINDS["threshold, three samples"])
+    rows = [row_of(metadata, row, tokens=50) for row in range(3)]
+    batch, lexicon = concatenate(rows), lexicon_of(rows, metadata.vocab_size)
+    expected, stop, faults = through(batch, metadata, lexicon), threading.Event(), []
+
+    def decode_on() -> None:
+        while not stop.is_set():
+            try:
+                assert_same_batch(through(batch, metadata, lexicon), expected)
+            except BaseException as error:
+                faults.append(error)
+                raise
+
+    def in_the_child() -> None:
+        assert_same_batch(through(batch, metadata, lexicon), expected)
+
+    threads = [threading.Thread(target=decode_on) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from Python 3.12 on
+            child = multiprocessing.get_context("fork").Process(target=in_the_child)
+            child.start()
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not faults
