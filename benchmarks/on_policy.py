@@ -115,12 +115,14 @@ def compare(shared: Shared, place: Path, files: Mapping[str, Path], seed: int) -
 
 
 def train(place: Path, name: str, caches: list[Path], start: Path, seed: int, **options: Any) -> Path:
-    """Trained once. On text that a student has written, labels are its own tokens: only the targets are learned."""
+    """Trained once, on as many loss tokens of each cache. Only the targets are learned: labels of a student's text are
+    its own tokens."""
     student = place / "students" / name.replace(" ", "-").replace("'", "")
     if not (student / demo.FINISHED).exists():
         say(f"training {student}")
         options = {"kd_weight": 1.0, "learning_rate": 1e-3, "batch_size": 8, "seed": seed, **options}
-        distill.train_student(tuple(map(str, caches)), start, student, **options, device="cpu", overwrite=True)
+        weighted = tuple(f"{cache}:1" for cache in caches)
+        distill.train_student(weighted, start, student, **options, device="cpu", overwrite=True)
     return student
 
 
