@@ -107,8 +107,9 @@ def compare(shared: Shared, place: Path, files: Mapping[str, Path], seed: int) -
             continue
         student = before
         if caches:
-            length = {"max_tokens": input_tokens(caches, round(budget * task.round_epochs))}
-            student = train(place, name, caches, before, seed, **length)
+            length = input_tokens(caches, round(budget * task.round_epochs))
+            options = {"learning_rate": task.round_learning_rate, "max_tokens": length}
+            student = train(place, name, caches, before, seed, **options)
         own_heldout = place / "caches" / f"heldout-{student.name}"
         shared.cache("heldout", own_heldout, writer=student, **task.writing_held_out(seed=2))
         write_json(files[name], {**measured(student, own_heldout, heldout), "loss tokens": budget})
@@ -169,6 +170,7 @@ def report(task: Task, runs: Mapping[str, list[dict[str, float]]]) -> measure.Re
             "held_out_answers": task.held_out * task.held_out_answers,
             "loss_tokens_per_epoch": round(mean(one["loss tokens"] for one in runs[OWN])),
             "epochs": task.round_epochs,
+            "learning_rate": task.round_learning_rate,
             "seeds": max(map(len, runs.values())),
         },
         tables=[
