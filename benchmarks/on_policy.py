@@ -107,20 +107,23 @@ def compare(shared: Shared, place: Path, files: Mapping[str, Path], seed: int) -
             continue
         student = before
         if caches:
-            length = {"max_tokens": input_tokens(caches, round(budget * task.round_epochs))}
-            student = train(place, name, caches, before, seed, **length)
+            length = input_tokens(caches, round(budget * task.round_epochs))
+            options = {"learning_rate": task.round_learning_rate, "max_tokens": length}
+            student = train(place, name, caches, before, seed, **options)
         own_heldout = place / "caches" / f"heldout-{student.name}"
         shared.cache("heldout", own_heldout, writer=student, **task.writing_held_out(seed=2))
         write_json(files[name], {**measured(student, own_heldout, heldout), "loss tokens": budget})
 
 
 def train(place: Path, name: str, caches: list[Path], start: Path, seed: int, **options: Any) -> Path:
-    """Trained once. On text that a student has written, labels are its own tokens: only the targets are learned."""
+    """Trained once, on as many loss tokens of each cache. Only the targets are learned: labels of a student's text are
+    its own tokens."""
     student = place / "students" / name.replace(" ", "-").replace("'", "")
     if not (student / demo.FINISHED).exists():
         say(f"training {student}")
         options = {"kd_weight": 1.0, "learning_rate": 1e-3, "batch_size": 8, "seed": seed, **options}
-        distill.train_student(tuple(map(str, caches)), start, student, **options, device="cpu", overwrite=True)
+        weighted = tuple(f"{cache}:1" for cache in caches)
+        distill.train_student(weighted, start, student, **options, device="cpu", overwrite=True)
     return student
 
 
@@ -167,6 +170,7 @@ def report(task: Task, runs: Mapping[str, list[dict[str, float]]]) -> measure.Re
             "held_out_answers": task.held_out * task.held_out_answers,
             "loss_tokens_per_epoch": round(mean(one["loss tokens"] for one in runs[OWN])),
             "epochs": task.round_epochs,
+            "learning_rate": task.round_learning_rate,
             "seeds": max(map(len, runs.values())),
         },
         tables=[

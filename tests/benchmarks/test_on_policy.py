@@ -37,7 +37,7 @@ def test_students_of_a_round_see_as_many_loss_tokens_and_are_trained_and_measure
 
     def train_student(cache: Any, student: Any, output: Path, **options: Any) -> Any:
         assert output not in trained
-        trained[output] = options
+        trained[output] = {"cache": cache, **options}
         return train(cache, student, output, **options)
 
     def interrupted_once(student: Path, *caches: Path) -> dict[str, float]:
@@ -63,5 +63,6 @@ def test_students_of_a_round_see_as_many_loss_tokens_and_are_trained_and_measure
     budget = min(corpus["counted_tokens"] for corpus in written.values()) * task.round_epochs
     for options, names in zip(found[1:], (["own"], ["teachers"], ["own", "teachers"]), strict=True):
         per_loss_token = [written[name]["tokens"] / written[name]["counted_tokens"] for name in names]
+        assert options["cache"] == tuple(f"{tmp_path}/seed-0/caches/{name}:1" for name in names)
         assert options["max_tokens"] == pytest.approx(budget * sum(per_loss_token) / len(names), abs=1)
     assert on_policy.run(task, tmp_path, 1).tables == result.tables  # from what is there
