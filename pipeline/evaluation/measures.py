@@ -37,7 +37,6 @@ from pipeline.student.data.dataset import Batch
 BINS = 15
 DRAFTS = range(1, 9)
 TOP = 5
-MOST_POSITIONS = 512  # of a chunk, of which there are several tensors
 SUMS = ("count", "kl", "ce", "agreement", "top5_agreement", "accepted_low", "accepted_high", "hidden_p")
 BIN_SUMS = ("bin_confidence", "bin_correct", "bin_teacher", "bin_count")
 
@@ -108,7 +107,7 @@ def _sums(
 ) -> np.ndarray:
     """[columns] over the places `kept`, int64 [n] in ascending order, of a row."""
     parts, totals = [], torch.zeros(5, dtype=torch.float64)
-    for places in kept.split(min(MOST_POSITIONS, targets.CHUNK_POSITIONS)):
+    for places in kept.split(targets.CHUNK_POSITIONS):
         logits = head.logits(states[places])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chunk = targets[places].to(logits.device, logits.dtype)

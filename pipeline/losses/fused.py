@@ -28,8 +28,8 @@ from pipeline.losses.targets import Targets
 from pipeline.losses.weighting import PositionWeighting
 from pipeline.models.devices.products import add_product, product
 
-GENERAL_CHUNK_POSITIONS, GENERAL_GPU_CHUNK_POSITIONS = 512, 1024
-"""At most, on a CPU and elsewhere, for heads that are not linear, whose own code keeps several tensors of chunk·V."""
+GENERAL_GPU_CHUNK_POSITIONS = 1024
+"""For heads that are not linear, whose own code keeps several tensors of chunk·V."""
 
 
 class HeadOutput(NamedTuple):
@@ -139,8 +139,7 @@ def general_head(
     checkpointing), so here too nothing larger than chunk·V is kept. Costs one more matrix product than `fused_head`.
     """
     hidden, targets = _loss_tokens(hidden, targets, loss)
-    most = GENERAL_CHUNK_POSITIONS if hidden.device.type == "cpu" else GENERAL_GPU_CHUNK_POSITIONS
-    chunk_size = chunk_size or min(most, chunk_positions(targets, hidden.device))
+    chunk_size = chunk_size or min(GENERAL_GPU_CHUNK_POSITIONS, chunk_positions(targets, hidden.device))
 
     def chunk_sums(states: Tensor, chunk: Targets) -> tuple[Tensor, Tensor]:
         logits = head(states)[:, :vocab_size]

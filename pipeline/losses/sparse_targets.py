@@ -39,9 +39,8 @@ from pipeline.models.devices.exponentials import exponentials
 class SparseTargetBatch(TargetEntries):
     """`TargetEntries` of N positions as targets of a loss."""
 
-    CHUNK_POSITIONS: ClassVar[int] = 1024
-    """Enough rows for the matrix products to run at full speed, and a fifth of the memory of plain cross-entropy with
-    2,048 positions (benchmarks/results/fused_loss.md)."""
+    CHUNK_POSITIONS: ClassVar[int] = 512
+    """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
     GPU_CHUNK_POSITIONS: ClassVar[int] = 4096
     """Each chunk reads and writes the head's gradient once: 8·D bytes per token of the vocabulary, beside 46 bytes for
     each logit, 18 with Triton (benchmarks/results/loss_counts.md)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
 from pipeline.losses.entries import PositionTensors, TargetEntries
 from pipeline.losses.reference import student_values
-from pipeline.losses.sparse_targets import agreement
+from pipeline.losses.sparse_targets import SparseTargetBatch, agreement
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import entries_of
 
@@ -38,7 +38,7 @@ class SortedTargets(PositionTensors):
         entries: labels, and the entries that have a counterpart in the student's vocabulary, for the reported KL.
     """
 
-    CHUNK_POSITIONS: ClassVar[int] = 512
+    CHUNK_POSITIONS: ClassVar[int] = SparseTargetBatch.CHUNK_POSITIONS
     GPU_CHUNK_POSITIONS: ClassVar[int] = 1024
 
     PER_POSITION: ClassVar = ("logprobs", "residual_logprob", "aligned", "entries")

@@ -13,7 +13,6 @@ from head_sums import fused_sums, general_sums
 from pipeline.losses import (
     sparse_kl,
 )
-from pipeline.losses.fused import chunk_positions
 from pipeline.models.head import open_head
 from pipeline.student.training.forward import (
     DistillLoss,
@@ -56,19 +55,6 @@ def test_general_head_equals_the_fused_one(tail: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     for a, b in zip(*(gradients(x.loss, hidden, weight, bias) for x in (general, fused_output)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-
-
-def test_a_head_of_another_form_works_on_fewer_positions_at_a_time() -> None:
-    """Its own code keeps several tensors of the size of a chunk's logits."""
-    problem, seen = Problem(n=1100), []
-    hidden, weight, bias = problem.leaves(torch.float32)
-
-    def head(states: Tensor) -> Tensor:
-        seen.append(len(states))
-        return F.linear(states, weight, bias)
-
-    general_sums(hidden, head, problem.targets)
-    assert max(seen) == 512 < chunk_positions(problem.targets, hidden.device) == 1024
 
 
 def test_a_student_whose_head_is_its_own_trains_through_its_forward() -> None:
