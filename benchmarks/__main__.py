@@ -20,6 +20,7 @@ NAMES = (
     "fused_loss",
     "loss_counts",
     "training_step",
+    "compiled_layers",
     "loader",
     "capture",
     "stage_one_counts",
