@@ -28,6 +28,8 @@ EXPANDS_ANYWAY = 2**26  # ... above this number of uncompressed bytes
 VERSION_5 = 4  # MetadataVersion, in Schema.fbs
 COMPRESSION = 3  # field of RecordBatch
 SCHEMA, DICTIONARY_BATCH, RECORD_BATCH = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
+# What pyarrow and the parser below raise for bytes of something else.
+UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shortened
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_format.codecs.ipc import MAGIC_BYTES, check_expansion, message_buffers
+from cache_format.codecs.ipc import MAGIC_BYTES, UNREADABLE, check_expansion, message_buffers
 from cache_format.manifest.fields import MOST_KEPT_CHARACTERS, MOST_KEPT_VALUES, is_kept_text
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.storage.checked_file import damaged, read_checked
@@ -30,7 +29,6 @@ from cache_format.storage.directory import Directory, open_directory, write_byte
 
 DOCUMENTS = "documents.arrow"
 """File of the kept columns, in caches that keep any."""
-UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 _LEVEL = 19  # of zstd
 _TYPE = pa.list_(pa.field("item", pa.dictionary(pa.uint8(), pa.string()), nullable=False))
 

@@ -12,7 +12,6 @@ Shapes: V vocabulary, P candidates of all tokens, E entries.
 from __future__ import annotations
 
 import io
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,12 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from cache_format.cache_errors import FormatError
-from cache_format.codecs.ipc import MAGIC_BYTES, check_expansion, message_buffers
+from cache_format.codecs.ipc import MAGIC_BYTES, UNREADABLE, check_expansion, message_buffers
 from cache_format.codecs.packed.loops import U32, Ints, loops
 from cache_format.rows.types import joint_index
 
-# What pyarrow and our own parser of messages raise for bytes of something else.
-UNREADABLE = (pa.ArrowException, ValueError, OSError, LookupError, AttributeError, struct.error, StopIteration)
 MOST_CANDIDATES = 256  # of one token
 COST, SAVING = 14, 4  # bits that a candidate takes in the lexicon and saves per entry; estimates, not critical
 
