@@ -97,7 +97,7 @@ def files_of_other_tools(root: Path) -> None:
 
 def downloaded_models(root: Path) -> None:
     """What the tutorials download. They make their data themselves."""
-    tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=6, hidden=32)
+    tiny_llama(root / "models/teacher", tiny_tokenizer(), layers=24, hidden=16)
     tiny_llama(root / "models/student", tiny_tokenizer(), layers=1, hidden=16, seed=1)
 
 
