@@ -1,4 +1,4 @@
-"""Everything about packed targets is tested with both implementations of the loops."""
+"""What reads single symbols, or bytes that nobody wrote, is tested with both implementations of the loops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from cache_format.codecs.packed import block, lexicon, numpy_loops, rans
 
 
-@pytest.fixture(autouse=True, scope="module", params=["numpy", "numba"])
+@pytest.fixture(scope="module", params=["numpy", "numba"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "numba":
         pytest.importorskip("numba")

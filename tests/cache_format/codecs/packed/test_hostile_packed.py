@@ -31,6 +31,8 @@ from packed_samples import (
     through,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 HEADER = "<IHI"  # entries, lanes, bytes of the frequencies
 MEGABYTE = 2**20
 AS_EXPECTED = len(cf.default_codebooks(1000)["residual_logprob"].values) - 1  # a residual that entries tell

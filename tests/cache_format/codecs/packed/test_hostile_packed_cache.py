@@ -26,6 +26,8 @@ from packed_samples import (
     write_cache,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):

@@ -13,6 +13,8 @@ import cache_format as cf
 from cache_format.codecs.packed.lexicon import Lexicon
 from packed_samples import empty_lexicon
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 @pytest.fixture(scope="module")
 def lexicon():

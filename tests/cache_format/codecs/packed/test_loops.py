@@ -6,7 +6,6 @@ import multiprocessing
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -24,12 +23,6 @@ numba = pytest.importorskip("numba")
 from cache_format.codecs.packed import numba_loops  # noqa: E402
 
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(scope="module")
-def implementation() -> Iterator[None]:
-    """Not each in turn, as in the other modules of this folder: here they are compared."""
-    yield
 
 
 def stream(rng: np.random.Generator, lanes: int, words: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,8 @@ from cache_format.codecs.packed.block import pack
 from cache_format.rows.row_batch import concatenate
 from packed_samples import KINDS, lexicon_of, metadata_of, model_sizes, row_of, through
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 class SpecReader:
     """A block read as SPEC.md §4 says, one symbol and one Python integer at a time."""

@@ -14,6 +14,8 @@ from cache_format.codecs.packed.loops import BITS, LOW, TOTAL
 from cache_format.codecs.packed.rans import Decoder, Encoder, Model
 from packed_samples import some_model
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 LANES = [1, 2, 3, 8, 64]
 
 
