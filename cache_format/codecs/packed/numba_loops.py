@@ -104,6 +104,8 @@ def bits(state: U32, words: U16, at: int, widths: Ints, found: Ints) -> int:
 @_compiled(_READ_SYMBOLS)
 def numbers(state: U32, words: U16, at: int, contexts: Ints, table: U16, steps: U32, found: Ints) -> int:
     at = symbols(state, words, at, contexts, table, steps, found)
+    if at == ENDED:  # the rest of `found` is whatever was in memory
+        return at
     widths, widest = np.empty(len(found), np.int64), 0
     for i in range(len(found)):
         exponent, leading = found[i] // QUARTERS, found[i] % QUARTERS
@@ -111,8 +113,9 @@ def numbers(state: U32, words: U16, at: int, contexts: Ints, table: U16, steps: 
         widths[i], widest = below, max(widest, below)
         found[i] = (4 | leading) << below if exponent >= 2 else leading if exponent == 1 else 1
     for shift in range(0, widest, BITS):
-        if at != ENDED:
-            at = _add_bits(state, words, at, widths, shift, found)
+        at = _add_bits(state, words, at, widths, shift, found)
+        if at == ENDED:
+            break
     return at
 
 

@@ -48,7 +48,7 @@ def test_reading_gives_the_same_or_ends_for_both(seed: int, lanes: int, size: in
         tables = () if what == "bits" else model.tables
         outcomes = []
         for implementation in (numpy_loops, numba_loops):
-            states, found = state.copy(), np.empty(size, np.int64)
+            states, found = state.copy(), np.full(size, 2**62)  # memory that was something else before
             at = getattr(implementation, what)(states, data, 0, first, *tables, found)
             outcomes.append((at, at == ENDED or (states.tolist(), found.tolist())))
         assert outcomes[0] == outcomes[1], what
