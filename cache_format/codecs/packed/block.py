@@ -17,64 +17,25 @@ Shapes: N positions of a record batch, E entries, M samples.
 
 from __future__ import annotations
 
-import struct
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from cache_format.codecs.codebook import Codebook
+from cache_format.codecs.packed.coders import Alphabets, BlockReader, BlockWriter, Coder
 from cache_format.codecs.packed.lexicon import Lexicon
-from cache_format.codecs.packed.loops import BITS, LEFT, QUARTERS, RANK, Ints, loops
-from cache_format.codecs.packed.numpy_loops import exponents
-from cache_format.codecs.packed.rans import Decoder, Encoder, Model
+from cache_format.codecs.packed.loops import LEFT, QUARTERS, RANK, Ints, loops
 from cache_format.codecs.packed.streams import PackedStreams
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import entry_groups, group_counts, joint_index
 
 LANES = 512
-HEADER = struct.Struct("<IHI")  # entries, lanes, bytes of the compressed frequencies
-LEVEL = 19
 PREDICTED, ENTROPY = 16, 16  # number of context classes of: predicted residual, entropy
 CODE_BITS = 8  # of a log-probability
-
-
-@dataclass(frozen=True)
-class Alphabets:
-    """Contexts and symbols of each model, in the order in which their frequencies are stored."""
-
-    entropy: tuple[int, int]
-    exact_counts: tuple[int, int]
-    exact_ranks: tuple[int, int]
-    exact_codes: tuple[int, int]
-    residual: tuple[int, int]
-    sample_counts: tuple[int, int]
-    sample_ranks: tuple[int, int]
-    sample_codes: tuple[int, int]
-
-    @classmethod
-    def of(cls, metadata: CacheMetadata, lexicon: Lexicon) -> Alphabets:
-        books = {name: len(book.values) for name, book in metadata.codebooks.items()}
-        most = metadata.max_entries + 1
-        longest = int(np.diff(lexicon.starts).max(initial=0))
-        buckets = QUARTERS * ((metadata.vocab_size + longest).bit_length() + 1)
-        ranks = ((1 + RANK) * LEFT, buckets)
-        codes = (RANK * LEFT, books["target_logprobs"])
-        return cls(
-            entropy=(2, books["entropy"]),
-            exact_counts=(2 * ENTROPY, most),
-            exact_ranks=ranks,
-            exact_codes=codes,
-            residual=(PREDICTED, 2 * books["residual_logprob"] - 1),
-            sample_counts=(books["residual_logprob"], most),
-            sample_ranks=ranks,
-            sample_codes=codes,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +55,7 @@ class Codes:
 def pack(batch: RowBatch, metadata: CacheMetadata, lexicon: Lexicon) -> bytes:
     """The targets of a checked batch. Raises: ValueError for a value that no code represents."""
     lanes = min(LANES, 1 << max(0, batch.num_entries.bit_length() - 7))  # a lane costs four bytes
-    coder = _Writer(Alphabets.of(metadata, lexicon), lanes)
+    coder = BlockWriter(_alphabets(metadata, lexicon), lanes)
     tokens = batch.input_ids.astype(np.int64)
     _walk(coder, batch.loss_mask, _codes(batch, tokens, metadata, lexicon), metadata)
     return coder.finish(batch.num_entries)
@@ -118,12 +79,31 @@ def unpack(
 
     Raises: ValueError for bytes that `pack` would not write.
     """
-    coder = _Reader(data, Alphabets.of(metadata, lexicon), most_entries, measured=streams is not None)
+    coder = BlockReader(data, _alphabets(metadata, lexicon), most_entries, measured=streams is not None)
     codes = _walk(coder, loss_mask, None, metadata)
     coder.finish()
     if streams is not None:
         coder.add_to(streams)
     return _fields(codes, tokens, metadata, lexicon)
+
+
+def _alphabets(metadata: CacheMetadata, lexicon: Lexicon) -> Alphabets:
+    books = {name: len(book.values) for name, book in metadata.codebooks.items()}
+    most = metadata.max_entries + 1
+    longest = int(np.diff(lexicon.starts).max(initial=0))
+    buckets = QUARTERS * ((metadata.vocab_size + longest).bit_length() + 1)
+    ranks = ((1 + RANK) * LEFT, buckets)
+    codes = (RANK * LEFT, books["target_logprobs"])
+    return {
+        "entropy": (2, books["entropy"]),
+        "exact_counts": (2 * ENTROPY, most),
+        "exact_ranks": ranks,
+        "exact_codes": codes,
+        "residual": (PREDICTED, 2 * books["residual_logprob"] - 1),
+        "sample_counts": (books["residual_logprob"], most),
+        "sample_ranks": ranks,
+        "sample_codes": codes,
+    }
 
 
 def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexicon) -> Codes:
@@ -258,13 +238,6 @@ def _entries(
     return ranks, coder.symbols(f"{what}_codes", context, known_codes)
 
 
-def _buckets(values: Ints) -> tuple[Ints, Ints]:
-    """Bucket of each number (exponent and the next two bits), and how many bits are below."""
-    exponent = exponents(values)
-    below = np.maximum(exponent - 2, 0)
-    return joint_index(exponent, values >> below & 3, QUARTERS), below
-
-
 def _rank_contexts(before: Ints, left: Ints) -> Ints:
     contexts = np.empty(len(before), np.int64)
     loops().rank_contexts(before, left, contexts)
@@ -281,122 +254,3 @@ def _expected_residual(books: Mapping[str, Codebook], counts: Ints, codes: Ints)
     thresholds = np.rint(((roots[1:] + roots[:-1]) / 2) ** 2 * one)
     expected: Ints = np.searchsorted(thresholds, left).astype(np.int64)
     return expected
-
-
-class Coder(Protocol):
-    """Encoder or decoder. A writer is given symbols and values, a reader None; both return them."""
-
-    def announce(self, counts: Ints) -> int: ...
-    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints: ...
-    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints: ...
-
-
-class _Writer:
-    """Collects the symbols; their frequencies are known at the end."""
-
-    def __init__(self, alphabets: Alphabets, lanes: int) -> None:
-        self._alphabets, self._lanes = alphabets, lanes
-        self._parts: list[tuple[str, Ints, Ints]] = []  # model or "", contexts or widths, symbols or values
-
-    def announce(self, counts: Ints) -> int:
-        return int(counts.sum())
-
-    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
-        assert symbols is not None
-        self._parts.append((name, contexts, symbols))
-        return symbols
-
-    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
-        assert values is not None
-        buckets, below = _buckets(values)
-        self.symbols(name, contexts, buckets)
-        rest = values & ((1 << below) - 1)
-        while below.any():
-            width = np.minimum(below, BITS)
-            self._parts.append(("", width, rest & ((1 << width) - 1)))
-            rest, below = rest >> width, below - width
-        return values
-
-    def finish(self, entries: int) -> bytes:
-        models, tables = {}, []
-        for field in fields(self._alphabets):
-            used = [(contexts, symbols) for name, contexts, symbols in self._parts if name == field.name]
-            nothing = np.zeros(0, np.int64)
-            contexts = np.concatenate([*(part for part, _ in used), nothing])
-            symbols = np.concatenate([*(part for _, part in used), nothing])
-            models[field.name] = Model.of(symbols, contexts, *getattr(self._alphabets, field.name))
-            tables.append(models[field.name].frequencies.astype("<u2").tobytes())
-        encoder = Encoder(self._lanes)
-        for name, contexts, symbols in self._parts:
-            if name:
-                encoder.symbols(symbols, contexts, models[name])
-            else:
-                encoder.bits(symbols, contexts)
-        frequencies = zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(tables))
-        return HEADER.pack(entries, self._lanes, len(frequencies)) + frequencies + encoder.finish()
-
-
-class _Reader:
-    """Returns the symbols. Raises: ValueError, from every method, for bytes that no writer wrote."""
-
-    def __init__(self, data: memoryview, alphabets: Alphabets, most_entries: int, *, measured: bool = False) -> None:
-        if len(data) < HEADER.size:
-            raise ValueError("packed targets are cut short")
-        self._left, lanes, length = HEADER.unpack_from(data)
-        if self._left > most_entries or not 1 <= lanes <= 2**12:
-            raise ValueError(f"packed targets announce {self._left} entries in {lanes} lanes")
-        sizes = {field.name: getattr(alphabets, field.name) for field in fields(alphabets)}
-        expected = 2 * sum(contexts * symbols for contexts, symbols in sizes.values())
-        tables = _decompress(data[HEADER.size : HEADER.size + length], expected)
-        self._models, start = {}, 0
-        for name, (contexts, symbols) in sizes.items():
-            self._models[name] = Model(tables[start : start + contexts * symbols].reshape(contexts, symbols))
-            start += contexts * symbols
-        self._decoder = Decoder(data[HEADER.size + length :], lanes)
-        self._table_bytes = length
-        self._counts = {name: np.zeros(size, np.int64) for name, size in sizes.items()} if measured else {}
-        self._low_bits: Counter[str] = Counter()
-
-    def announce(self, counts: Ints) -> int:
-        total = int(counts.sum())
-        self._left -= total
-        if self._left < 0:
-            raise ValueError("packed targets hold more entries than they announce")
-        return total
-
-    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
-        found = self._decoder.symbols(contexts, self._models[name])
-        if self._counts:
-            np.add.at(self._counts[name], (contexts, found), 1)
-        return found
-
-    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
-        found = self._decoder.numbers(contexts, self._models[name])
-        if self._counts:
-            buckets, below = _buckets(found)
-            np.add.at(self._counts[name], (contexts, buckets), 1)
-            self._low_bits[name] += int(below.sum())
-        return found
-
-    def finish(self) -> None:
-        if self._left:
-            raise ValueError("packed targets hold fewer entries than they announce")
-        self._decoder.finish()
-
-    def add_to(self, streams: PackedStreams) -> None:
-        """Add the sizes of a block that was read to its end with `measured`."""
-        streams.add_block(self._counts, self._models, self._low_bits, self._table_bytes)
-
-
-def _decompress(data: memoryview, expected: int) -> NDArray[np.uint16]:
-    """Decompress to exactly `expected` bytes. Raises: ValueError."""
-    try:
-        # Checked first: the announced size is allocated, whatever max_output_size says.
-        if (announced := zstandard.frame_content_size(data)) not in (expected, -1):
-            raise ValueError(f"the frequencies of packed targets announce {announced} bytes, expected {expected}")
-        tables = zstandard.ZstdDecompressor().decompress(data, max_output_size=expected)
-        if len(tables) != expected:
-            raise ValueError(f"the frequencies of packed targets have {len(tables)} bytes, expected {expected}")
-    except zstandard.ZstdError as error:
-        raise ValueError(f"the frequencies of packed targets are damaged: {error}") from error
-    return np.frombuffer(tables, "<u2")

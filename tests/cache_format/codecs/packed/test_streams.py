@@ -9,7 +9,8 @@ from math import log2
 import pytest
 
 import cache_format as cf
-from cache_format.codecs.packed.block import HEADER, LANES, pack, unpack
+from cache_format.codecs.packed.block import LANES, pack, unpack
+from cache_format.codecs.packed.coders import HEADER
 from cache_format.codecs.packed.streams import FREQUENCIES, PackedStreams
 from cache_format.rows.row_batch import concatenate
 from packed_samples import KINDS, lexicon_of, metadata_of, row_of
