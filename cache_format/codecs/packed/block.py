@@ -161,7 +161,7 @@ def _by_id(ids: NDArray[np.uint32], codes: Ints, counts: Ints) -> tuple[NDArray[
         ids, codes: [E] by group, position and turn.
         counts: [1 + M, N].
     """
-    keys = ids.astype(np.uint32) << np.uint32(CODE_BITS) | codes.astype(np.uint32)  # an id has at most 24 bits
+    keys = ids << np.uint32(CODE_BITS) | codes.astype(np.uint32)  # an id has at most 24 bits
     lengths = np.unique(counts)
     if len(counts) == 1 and np.count_nonzero(lengths) <= 1:  # rows of a matrix are sorted ten times faster than a list
         keys = keys.reshape(-1, max(lengths.max(initial=1), 1))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from numba import boolean, int64, uint16, uint32, void
+from numba.core.types import UniTuple
 
 from cache_format.codecs.packed.loops import BITS, ENDED, LEFT, LOW, QUARTERS, RANK, TOTAL, U16, U32, Ints
 
@@ -51,6 +52,13 @@ def tables(frequencies: Ints, symbols: U16, steps: U32) -> None:
             place += frequency
 
 
+@_compiled(UniTuple(int64, 2)(int64, _WORDS, int64))
+def _refilled(x: int, words: U16, at: int) -> tuple[int, int]:
+    """The state, with the next word in it if it is below `LOW`, and the next `at`, which may then be too large."""
+    word = np.int64(words[at])  # read whether or not it is needed: a branch would often be mispredicted
+    return (x << 16 | word, at + 1) if x < LOW else (x, at)
+
+
 @_compiled(_READ_SYMBOLS)
 def symbols(state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps: U32, found: Ints) -> int:
     lanes, end, known = len(state), len(words) - 1, len(steps) >> BITS
@@ -64,12 +72,9 @@ def symbols(state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps
             found[start + lane] = symbols[place]
             step = np.int64(steps[place])
             x = (x >> BITS) * (step >> BITS) + (step & _PLACE)
-            word = np.int64(words[at])  # read whether or not it is needed: a branch would often be mispredicted
-            if x < LOW:
-                x = x << 16 | word
-                at += 1
-                if at > end:
-                    return ENDED
+            x, at = _refilled(x, words, at)
+            if at > end:
+                return ENDED
             state[lane] = x
     return at
 
@@ -85,12 +90,9 @@ def _add_bits(state: U32, words: U16, at: int, widths: Ints, shift: int, found: 
             place, free = x & _PLACE, BITS - width
             found[start + lane] += place >> free << shift
             x = (x >> BITS << free) + (place & ((1 << free) - 1))
-            word = np.int64(words[at])
-            if x < LOW:
-                x = x << 16 | word
-                at += 1
-                if at > end:
-                    return ENDED
+            x, at = _refilled(x, words, at)
+            if at > end:
+                return ENDED
             state[lane] = x
     return at
 

@@ -127,7 +127,9 @@ class Decoder:
         if (self._state < LOW).any():
             raise ValueError(f"packed targets begin with a state below {LOW}")
         # One more than there are, so that a loop may look at the next word before it knows that it needs one.
-        self._words = np.append(np.frombuffer(data, "<u2", offset=4 * lanes), 0).astype(np.uint16)
+        words = np.frombuffer(data, "<u2", offset=4 * lanes)
+        self._words = np.zeros(len(words) + 1, np.uint16)
+        self._words[:-1] = words
         self._next = 0
 
     def symbols(self, contexts: Ints, model: Model) -> Ints:
