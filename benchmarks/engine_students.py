@@ -23,7 +23,7 @@ from transformers.utils import logging
 import cache_format as cf
 import distill
 from benchmarks import measure
-from benchmarks.files import write_json, write_text
+from benchmarks.files import write_json, write_json_lines
 
 BENCHMARKS = Path(__file__).parent
 ENGINES = ("transformers", "vllm")
@@ -68,12 +68,11 @@ def run(demo: Path, work: Path, seeds: int, layers: int = STUDENT_LAYERS) -> mea
 
 def write_tokens(cache: Path, file: Path) -> Path:
     """The rows of a cache as token ids, with the tokens that are in the loss."""
-    lines = []
+    rows = []
     for row in cf.open_cache(cache).iter_rows():
         in_loss = [0, *row.loss_mask[:-1].astype(int).tolist()]  # the mask of a row is that of the next token
-        lines.append(json.dumps({"input_ids": row.input_ids.tolist(), "loss_mask": in_loss}))
-    write_text(file, "\n".join(lines) + "\n")
-    return file
+        rows.append({"input_ids": row.input_ids.tolist(), "loss_mask": in_loss})
+    return write_json_lines(file, rows)
 
 
 def trained(cache: Path, teacher: Path, student: Path, seed: int, layers: int) -> Path:

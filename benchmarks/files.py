@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,9 @@ def write_text(file: Path, text: str) -> None:
 
 def write_json(file: Path, data: Any) -> None:
     write_text(file, json.dumps(data, indent=1) + "\n")
+
+
+def write_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Returns the file."""
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file

@@ -28,8 +28,8 @@ from transformers.utils import logging
 import cache_format as cf
 import distill
 from benchmarks import demo, measure
-from benchmarks.files import write_json
-from benchmarks.on_policy_tasks import QUICK, TASKS, Task, write_rows
+from benchmarks.files import write_json, write_json_lines
+from benchmarks.on_policy_tasks import QUICK, TASKS, Task
 
 BENCHMARKS = Path(__file__).parent
 STUDENTS = BEFORE, OWN, TEACHERS, MIXED = "before the round", "the student's text", "the teacher's text", "half of each"
@@ -54,7 +54,7 @@ def on_policy(tasks: tuple[str, ...], work: Path, seeds: int, quick: bool, resul
 
 def run(task: Task, work: Path, seeds: int) -> measure.Result:
     """Makes and measures what is missing; returns the table."""
-    prompts = {name: write_rows(work / "data" / f"{name}.jsonl", rows) for name, rows in task.prompts().items()}
+    prompts = {name: write_json_lines(work / "data" / f"{name}.jsonl", rows) for name, rows in task.prompts().items()}
     shared = Shared(task, task.teacher(work), prompts, work / "caches")
     runs: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):

@@ -9,7 +9,6 @@ Prompts are of three kinds, all different: for before the round, for the round, 
 from __future__ import annotations
 
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import distill
 from benchmarks import demo
-from benchmarks.files import write_text
+from benchmarks.files import write_json_lines
 from benchmarks.questions import FORMS, chat, questions
+from benchmarks.text import byte_pair_tokenizer
 
-EOS = "<|endoftext|>"
 SUFFIX = " Give the result as your final answer"
 
 
@@ -96,8 +94,8 @@ class WordProblems(Task):
         if not (teacher / demo.FINISHED).exists():
             rows = list(problems(self.teacher_problems, seed=1))
             data, new, labels = work / "data/teacher.jsonl", work / "untrained", work / "caches/labels"
-            write_rows(data, rows)
-            tokenizer = byte_pairs((text for row in rows for text in row.values()), self.vocabulary)
+            write_json_lines(data, rows)
+            tokenizer = byte_pair_tokenizer((text for row in rows for text in row.values()), self.vocabulary)
             tokenizer.save_pretrained(new)
             self._untrained(tokenizer).save_pretrained(new)
             distill.cache_teacher(new, data, labels, seq_len=self.seq_len, loss_on="all", top_k=1, device="cpu")
@@ -186,20 +184,3 @@ def problems(size: int, seed: int) -> Iterator[dict[str, str]]:
     for problem in itertools.islice(reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed), size):
         question = problem["question"].partition(SUFFIX)[0]
         yield {"prompt": f"{question}\n", "completion": problem["metadata"]["answer_cot"]}
-
-
-def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def byte_pairs(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS)

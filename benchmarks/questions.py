@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from benchmarks.files import write_json_lines
 
 FORMS = (
     "What is {}? Answer in two sentences.",
@@ -37,6 +38,4 @@ def chat(question: str) -> dict[str, list[dict[str, str]]]:
 
 def write_questions(file: Path, *, held_out: bool) -> None:
     """Writes the questions as chats without an answer."""
-    with file.open("w", encoding="utf-8") as stream:
-        for question in questions(held_out=held_out):
-            stream.write(json.dumps(chat(question)) + "\n")
+    write_json_lines(file, map(chat, questions(held_out=held_out)))

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from benchmarks.files import write_json_lines
+
 if TYPE_CHECKING:
     from benchmarks import measure
 
@@ -106,10 +108,8 @@ def write_data(folder: Path, problems: Sequence[tuple[str, str]]) -> None:
                 "solution": solution,
             }
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_json_lines(folder / f"{name}.jsonl", lines)
 
 
 @click.command()

@@ -16,7 +16,6 @@ Bound: twice the tokens per second of 1 × 1; on a CPU, the tokens per second of
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_json_lines
 from benchmarks.measure import Result, Settings, Table, ratio, spread
 from benchmarks.text import prose
 
@@ -38,9 +38,7 @@ def run(settings: Settings) -> Result:
     tokens = shards = 0
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.jsonl"
-        with text.open("w", encoding="utf-8") as stream:
-            for document in itertools.islice(prose(4 * row_tokens), documents):
-                stream.write(json.dumps({"text": document}) + "\n")
+        write_json_lines(text, ({"text": each} for each in itertools.islice(prose(4 * row_tokens), documents)))
         for i in range(settings.rounds):
             for name in list(WAYS)[:: -1 if i % 2 else 1]:
                 output = Path(scratch) / f"cache-{i}-{name}"

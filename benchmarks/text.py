@@ -7,17 +7,19 @@ library. Every Python installation has both, identical for the same Python versi
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MODULES = (
     *("argparse", "ast", "datetime", "difflib", "doctest", "fractions", "heapq", "inspect", "ipaddress", "mailbox"),
     *("optparse", "pickle", "shutil", "statistics", "tarfile", "textwrap", "turtle", "typing", "zipfile"),
 )
+EOS = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 1200  # some 300 tokens
 
 
@@ -48,6 +50,19 @@ def windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], rows: 
             break
         tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     return np.resize(np.array(tokens, np.int64), (rows, length))  # repeats a text that is too short
+
+
+def byte_pair_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the texts."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS)
 
 
 def _documents(text: str, characters: int) -> Iterator[str]:

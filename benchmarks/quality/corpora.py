@@ -6,7 +6,6 @@ documents in one row do not attend to one another.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import click
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.files import write_text
+from benchmarks.files import write_json_lines
 from benchmarks.quality.sources import Domain, cut
 from benchmarks.quality.tracks import Track
 from pipeline.teacher.text.data_config import DataConfig
@@ -47,7 +46,7 @@ def build_corpora(
     corpora = []
     for name, (trained_on, documents, tokens) in chosen.items():
         file = directory / "text" / f"{name}.jsonl"
-        write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in documents))
+        write_json_lines(file, ({"text": text} for text in documents))
         corpus = build_corpus(DataConfig(data=str(file), seq_len=track.window), tokenizer)
         rows = len(corpus)
         if name == TRAIN:  # complete record batches, also in the share of an arm of several epochs

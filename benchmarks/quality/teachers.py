@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.quality.corpora import TRAIN, Corpus
@@ -20,26 +19,18 @@ from benchmarks.quality.objectives import labels_objective, order
 from benchmarks.quality.sources import Domain
 from benchmarks.quality.tracks import Shape, Track
 from benchmarks.quality.train import train
+from benchmarks.text import byte_pair_tokenizer
 from pipeline.models.head import Head, open_head
 from pipeline.models.loading import load_model
 
-EOS = "<|endoftext|>"
 SEED = 0
 
 
 def bpe_tokenizer(vocab_size: int, domains: Sequence[Domain], directory: Path) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the training documents, or loaded from `directory` if it exists."""
     if not (directory / "tokenizer.json").exists():
-        core = Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-        )
         documents = (d.text for domain in domains if domain.trained_on for d in domain.documents if not d.held_out)
-        core.train_from_iterator(documents, trainer)
-        PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS).save_pretrained(directory)
+        byte_pair_tokenizer(documents, vocab_size).save_pretrained(directory)
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
