@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from numba import boolean, int64, uint16, uint32, void
-from numba.core.types import UniTuple
 
 from cache_format.codecs.packed.loops import BITS, ENDED, LEFT, LOW, QUARTERS, RANK, TOTAL, U16, U32, Ints
 
@@ -52,7 +51,7 @@ def tables(frequencies: Ints, symbols: U16, steps: U32) -> None:
             place += frequency
 
 
-@_compiled(UniTuple(int64, 2)(int64, _WORDS, int64))
+@_compiled("UniTuple(int64, 2)(int64, uint16[::1], int64)")
 def _refilled(x: int, words: U16, at: int) -> tuple[int, int]:
     """The state, with the next word in it if it is below `LOW`, and the next `at`, which may then be too large."""
     word = np.int64(words[at])  # read whether or not it is needed: a branch would often be mispredicted
