@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import cache_format as cf
 from cache_format.codecs.encodings import codec_for
+from cache_format.codecs.packed import block, rans
+from cache_format.codecs.packed import lexicon as lexicon_module
 from cache_format.codecs.packed.lexicon import Lexicon
-from cache_format.codecs.packed.loops import TOTAL
+from cache_format.codecs.packed.loops import TOTAL, Loops
 from cache_format.codecs.packed.packed_codec import PackedCodec
 from cache_format.codecs.packed.rans import Model
 from cache_format.rows.row_batch import concatenate
@@ -164,3 +167,9 @@ def some_model(rng: np.random.Generator, contexts: int, symbols: int, skew: floa
     frequencies = np.floor(shares * (TOTAL - symbols)).astype(np.int64) + 1
     frequencies[np.arange(contexts), shares.argmax(axis=1)] += TOTAL - frequencies.sum(axis=1)
     return Model(frequencies)
+
+
+def use_loops(patch: pytest.MonkeyPatch, implementation: Loops) -> None:
+    """Decode with this implementation, whatever is installed."""
+    for module in (block, lexicon_module, rans):
+        patch.setattr(module, "loops", lambda: implementation)

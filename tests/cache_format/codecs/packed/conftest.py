@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cache_format.codecs.packed import block, lexicon, numpy_loops, rans
+from cache_format.codecs.packed import numpy_loops
+from packed_samples import use_loops
 
 
 @pytest.fixture(scope="module", params=["numpy", "numba"])
@@ -17,6 +18,5 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         chosen = numpy_loops
     with pytest.MonkeyPatch.context() as patch:
-        for module in (block, lexicon, rans):
-            patch.setattr(module, "loops", lambda: chosen)
+        use_loops(patch, chosen)
         yield

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_format.codecs.packed import block, numpy_loops, rans
-from cache_format.codecs.packed import lexicon as lexicon_module
+from cache_format.codecs.packed import block, numpy_loops
 from cache_format.codecs.packed import loops as seam
 from cache_format.codecs.packed.loops import BITS, ENDED, LOW
 from cache_format.rows.row_batch import concatenate
-from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, some_model, through
+from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, some_model, through, use_loops
 
 numba = pytest.importorskip("numba")
 from cache_format.codecs.packed import numba_loops  # noqa: E402
@@ -101,8 +100,7 @@ def test_damaged_blocks_have_the_same_outcome(monkeypatch: pytest.MonkeyPatch):
         damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
         both = []
         for implementation in (numpy_loops, numba_loops):
-            for module in (block, lexicon_module, rans):
-                monkeypatch.setattr(module, "loops", lambda: implementation)  # noqa: B023
+            use_loops(monkeypatch, implementation)
             tokens = batch.input_ids.astype(np.int64)
             try:
                 found = block.unpack(memoryview(damaged), tokens, batch.loss_mask, metadata, lexicon, batch.num_entries)
