@@ -91,7 +91,7 @@ class Grouping:
 
 
 def is_few(tokens: int, rows: int) -> bool:
-    """Whether a group of so many loss tokens, in so many rows, is too small to rely on."""
+    """Whether a group is too small to rely on, by its numbers of loss tokens and of rows that hold them."""
     return tokens < FEW_TOKENS or rows < FEW_ROWS
 
 

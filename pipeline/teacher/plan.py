@@ -170,7 +170,7 @@ def plan_cache(
 
 
 def _others(config: CacheTeacherConfig, vocab_size: int) -> list[TargetRule]:
-    """Kinds of targets to compare with the user's own; for a server, those that its lists are long enough for."""
+    """Kinds of targets to compare with the user's own. A server's lists must be long enough for them."""
     if config.on_server:
         return [rule for rule in OTHERS if rule.kind in SERVED_KINDS and rule.candidates < config.targets.candidates]
     return [rule for rule in OTHERS if (rule.top_k or 0) <= vocab_size]

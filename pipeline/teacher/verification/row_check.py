@@ -130,7 +130,7 @@ class RowChecker:
         )
 
     def _nearest(self, row: cf.CacheRow, alone: TeacherRun, layer: int) -> Tensor:
-        """[n, D] float32: the states nearest to the teacher's among those that are rounded to the stored ones."""
+        """[n, D] float32: of all states that round to the stored ones, the nearest to the teacher's."""
         assert row.hidden is not None
         place = np.cumsum(row.hidden.mask)[self.stored(row)] - 1
         return state_bounds(row.hidden, layer).nearest(_states(alone, layer).double())[place].float()

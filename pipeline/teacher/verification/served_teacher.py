@@ -37,7 +37,7 @@ ROUNDING = {"divergence": 2e-6, "deviation": 5e-4}
 """What Δ = 0.002 nats more or less in every log-probability make of them: Δ²/2, and √p·Δ/2 at p = 1/4."""
 
 LEAST_REST = 1e-7
-"""Of what a list leaves: the probabilities in it may sum to 1 or more, by some 1e-6, because they are rounded."""
+"""Least probability outside of a list. Listed probabilities are rounded, and may sum to 1 or slightly more."""
 
 
 @dataclass(frozen=True, eq=False)
