@@ -5,7 +5,8 @@
     an error        any other status, such as 400: the same request would fail again
 
 Waits double from half a second to half a minute, each shortened at random by up to a half, so that requests that failed
-together do not come back together. One thread owns the event loop and the connections; requests are futures.
+together do not come back together. If a server stays away, a warning says so once. One thread owns the event loop and
+the connections; requests are futures.
 
 The API key is sent as a header and occurs nowhere else: it is cut out of what a server says in an error.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import logging
 import random
 import threading
 import time
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     import httpx2
 
 T = TypeVar("T")
+logger = logging.getLogger("distill")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+REPORTED_AFTER_S = 5.0
 MOST_UNUSABLE = 8
 """Answers to one request that cannot be used. If one in twenty is spoilt by chance, eight in a row never are."""
 AGAIN = {408, 425, 429, 500, 502, 503, 504, 529}
@@ -125,6 +129,7 @@ class HttpClient:
         self.root, self.patience = root, patience
         self.usage = Usage()
         self._key, self._key_hint = api_key, key_hint
+        self._reported = False  # that the server does not work, since it last did
         self._client = httpx2.AsyncClient(
             base_url=root,
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
@@ -193,7 +198,9 @@ class HttpClient:
         unusable, wait = 0, FIRST_WAIT_S
         while True:
             try:
-                return await self._once(method, query)
+                found = await self._once(method, query)
+                self._reported = False
+                return found
             except _Again as problem:
                 now = time.monotonic()
                 failing_since = now if failing_since is None else failing_since
@@ -208,6 +215,12 @@ class HttpClient:
                         f"{self.patience:g}). Complete shards are kept: once the server works, run the same "
                         "command again."
                     ) from problem
+                if not self._reported and now + pause - failing_since > REPORTED_AFTER_S:
+                    self._reported = True
+                    logger.warning(
+                        "%s%s: %s. Asking again for up to %g seconds, as the server may be starting.",
+                        *(self.root, query.path, problem, self.patience),
+                    )
             await asyncio.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT_S)
 

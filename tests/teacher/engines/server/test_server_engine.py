@@ -15,6 +15,7 @@ from fake_servers import FAULTS, MODEL, SLOW_S, FakeServer, Faults
 from pipeline.errors import ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.engines.server import http_client
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.progress import CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
@@ -220,8 +221,17 @@ def test_a_server_that_never_gives_a_usable_answer_ends_the_run(
             capture(server.url, teacher_dir, text_file, tmp_path / "cache", of_data={"seq_len": 24})
 
 
-def test_a_server_that_stays_down_ends_the_run(teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_server_that_stays_down_is_reported_once_and_ends_the_run(
+    teacher_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(http_client, "REPORTED_AFTER_S", 0.05)
     with FakeServer(teacher_dir, "vllm") as server:
         url = server.url
     with pytest.raises(ModelError, match="no answer: .*`server_patience` 0.2.*run the same command again"):
         capture(url, teacher_dir, text_file, tmp_path / "cache", server=ServerConfig(patience=0.2))
+    (report,) = caplog.messages
+    assert report.startswith(f"{url}/models: no answer: ") and "for up to 0.2 seconds" in report
