@@ -197,6 +197,7 @@ def test_an_answer_that_does_not_come_in_time_is_asked_for_again(
 
 
 @pytest.mark.servers
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_requests_with_faults(
     kind: str, teacher_dir: Path, tmp_path: Path, raw_rows: list[cf.CacheRow]
