@@ -190,7 +190,7 @@ def test_no_value_of_the_json_gives_anything_but_an_error(
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["manifest.json", fuzzed.SIDECAR])
 @pytest.mark.parametrize("kind", ["captured", "packed", "hidden"])
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_nor_do_many_values(
     data: st.DataObject, kind: str, name: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path
