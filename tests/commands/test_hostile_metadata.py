@@ -21,7 +21,6 @@ from rich.console import Console
 
 import cache_format as cf
 from benchmarks import fuzzed
-from cache_format.storage import directory
 from cache_format.write.convert import Conversion, convert_cache
 from pipeline.inspection import cache_statistics, inspect_row
 from pipeline.student.data.dataset import CacheDataset
@@ -86,14 +85,6 @@ def resealed(files: fuzzed.Files, name: str, tree: dict[str, Any]) -> fuzzed.Fil
         manifest["shards"][0]["sidecar_sha256"] = cf.sha256(files[name])
         files["manifest.json"] = json.dumps(manifest).encode()
     return {**files, "manifest.json": fuzzed.with_own_digest(json.loads(files["manifest.json"]))}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_flushes() -> Iterator[None]:
-    """To the disk, a third of the time: here nothing is killed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "_fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +190,7 @@ def test_no_value_of_the_json_gives_anything_but_an_error(
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["manifest.json", fuzzed.SIDECAR])
 @pytest.mark.parametrize("kind", ["captured", "packed", "hidden"])
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_nor_do_many_values(
     data: st.DataObject, kind: str, name: str, caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path

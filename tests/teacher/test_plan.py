@@ -30,7 +30,7 @@ ROWS_TAKEN = 24
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "text.txt"
-    path.write_text(english(700), encoding="utf-8")
+    path.write_text(english(400), encoding="utf-8")
     return path
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,30 @@ BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class FakeApi(FakeServer):
+    @cached_property
+    def special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids)
+
     def pieces(self, token: int) -> bytes:
         """The bytes of a token; none of a special one, as servers print them."""
-        if token in self.tokenizer.all_special_ids:
+        if token in self.special:
             return b""
         return bytes(BYTES[letter] for letter in self.tokenizer.convert_ids_to_tokens(token))
 
-    def drawn(self, prompt: list[int], body: Answer) -> Iterator[tuple[int, Tensor]]:
-        """Tokens, with the log-probabilities that they were drawn from."""
+    def drawn(self, prompt: list[int], body: Answer, forced: Sequence[int] = ()) -> Iterator[tuple[int, Tensor]]:
+        """Tokens, with the log-probabilities that they were drawn from, or would have been if they are forced."""
+        if forced:
+            logprobs = self.logprobs([*prompt, *forced[:-1]], body["temperature"] or 1.0)
+            yield from zip(forced, logprobs[len(prompt) - 1 :], strict=True)
+            return
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         token_ids, temperature = list(prompt), body["temperature"]
         while True:
             logprobs = self.logprobs(token_ids, temperature or 1.0)[-1]
             probs = (logprobs / (temperature or 1.0)).softmax(dim=0)
             drawn = probs.argmax() if temperature == 0.0 else torch.multinomial(probs, 1, generator=generator)
-            forced = yield int(drawn), logprobs
-            token_ids.append(int(drawn) if forced is None else forced)
+            token_ids.append(int(drawn))
+            yield token_ids[-1], logprobs
 
 
 class FakeLlamaCpp(FakeApi):
@@ -61,15 +70,11 @@ class FakeLlamaCpp(FakeApi):
         prompt, forced = body["prompt"], [int(token) for token in FORCED.findall(body.get("grammar", ""))]
         if len(prompt) >= self.max_length:
             raise Status(400, {"error": {"message": "the request exceeds the available context size"}})
-        special = set(self.tokenizer.all_special_ids)
-        if any(token in special or _is_damaged(self.pieces(token)) for token in forced):
+        if any(token in self.special or _is_damaged(self.pieces(token)) for token in forced):
             raise Status(500, {"error": {"message": "the server aborts: the grammar allows no token"}})
         token_ids: list[int] = []
         items, text, stop = [], b"", "limit"
-        drawn = self.drawn(prompt, body)
-        token, logprobs = next(drawn)
-        for i in range(body["n_predict"]):
-            token = forced[i] if forced else token
+        for token, logprobs in itertools.islice(self.drawn(prompt, body, forced), body["n_predict"]):
             token_ids.append(token)
             text += self.pieces(token)
             if not _ends_within_a_character(text):
@@ -86,7 +91,6 @@ class FakeLlamaCpp(FakeApi):
             if token in (self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")):
                 stop = "eos"
                 break
-            token, logprobs = drawn.send(token)  # type: ignore[attr-defined]
         if _is_damaged(text) and not _is_indifferent(body.get("chat_parser")):
             message = "The model produced output that does not match the expected Content-only format"
             raise Status(500, {"error": {"message": message}})
