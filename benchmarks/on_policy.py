@@ -59,7 +59,7 @@ def run(task: Task, work: Path, seeds: int) -> measure.Result:
     runs: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):
         place = work / f"seed-{seed}"
-        files = {name: place / "runs" / f"{name}.json" for name in STUDENTS}
+        files = {name: place / "runs" / f"{name}.json" for name in STUDENTS if name != MIXED or task.mixed}
         if not all(file.exists() for file in files.values()):
             compare(shared, place, files, seed)
             shutil.rmtree(place / "students")  # those of the demo have a gigabyte each, with checkpoints
@@ -103,7 +103,7 @@ def compare(shared: Shared, place: Path, files: Mapping[str, Path], seed: int) -
     teachers = shared.cache("round", place / "caches/teachers", **answers)
     budget = min(cf.open_cache(cache).num_loss_tokens for cache in (own, teachers))
     for name, caches in {BEFORE: [], OWN: [own], TEACHERS: [teachers], MIXED: [own, teachers]}.items():
-        if files[name].exists():
+        if name not in files or files[name].exists():
             continue
         student = before
         if caches:
@@ -159,8 +159,8 @@ def report(task: Task, runs: Mapping[str, list[dict[str, float]]]) -> measure.Re
     better = [on_teachers["own"] - on_own["own"] for on_own, on_teachers in zip(runs[OWN], runs[TEACHERS], strict=True)]
     return measure.Result(
         name=f"on_policy_{task.name}",
-        question="A round of training on answers by the student, by the teacher, or half of each; the same number of "
-        "loss tokens, all with the teacher's targets.",
+        question="A round of training on answers by the student or by the teacher; the same number of loss tokens, all "
+        "with the teacher's targets.",
         bound="0: a student that predicts what the teacher predicts.",
         settings={
             "teacher_layers": task.teacher_layers,

@@ -29,7 +29,11 @@ SUFFIX = " Give the result as your final answer"
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """Numbers of prompts and answers, and what else decides how long it takes."""
+    """Numbers of prompts and answers, and what else decides how long it takes.
+
+    Attributes:
+        mixed: whether another student learns from half of each text.
+    """
 
     name: ClassVar[str]
     before: int
@@ -37,6 +41,7 @@ class Task(ABC):
     round: int
     round_epochs: float
     round_learning_rate: float
+    mixed: bool = True
     held_out: int
     held_out_answers: int = 3  # to each
     new_tokens: int
@@ -136,6 +141,7 @@ class Demo(Task):
     round: int = 123
     round_epochs: float = 1
     round_learning_rate: float = 3e-4  # 1e-3 raised the KL on the teacher's text, whoever wrote
+    mixed: bool = False  # each student takes five minutes
     held_out: int = 36
     held_out_answers: int = 2
     new_tokens: int = 64

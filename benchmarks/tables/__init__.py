@@ -52,6 +52,7 @@ TABLES: dict[str, tuple[Callable[[], list[list[str]]], int]] = {  # with the num
     "regimes": (student_tables.regimes, 1),
     "methods": (student_tables.methods, 1),
     "on policy": (partial(student_tables.on_policy, "word_problems"), 1),
+    "on policy, demo": (partial(student_tables.on_policy, "demo"), 1),
     "speed": (speed_tables.speed, 3),
     "engines": (speed_tables.engines, 1),
     "engine students": (student_tables.engine_students, 1),
