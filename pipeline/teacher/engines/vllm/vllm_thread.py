@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -59,6 +60,7 @@ class VllmThread:
         try:
             from vllm import EngineArgs, LLMEngine
 
+            let_llvmlite_be_read()
             engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except BaseException as error:
             self._ready.set_exception(error)
@@ -146,6 +148,16 @@ class VllmThread:
                     document.failed(ModelError(f"vLLM refuses a document of {len(document.token_ids)} tokens: {error}"))
 
         self._inbox.put(job)
+
+
+def let_llvmlite_be_read() -> None:
+    """Give llvmlite's library an empty `__dict__`.
+
+    On a CPU, vLLM 0.32 reads the `__dict__` of every value in every module. llvmlite, which numba loads, takes that for
+    a function of its library, and vLLM fails with "'_lib_fn_wrapper' object has no attribute 'get'".
+    """
+    if (ffi := sys.modules.get("llvmlite.binding.ffi")) is not None:
+        getattr(ffi.lib, "_fntab", {})["__dict__"] = {}
 
 
 def settle(future: Future[T], compute: Callable[[], T]) -> None:

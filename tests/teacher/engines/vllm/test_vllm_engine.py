@@ -71,6 +71,8 @@ TOP, TAIL = TargetRule(top_k=8), TargetRule(kind="threshold", tail_threshold=0.0
 
 @pytest.fixture(scope="module", autouse=True)
 def small_cache() -> Iterator[None]:
+    import numba  # noqa: F401, as when packed targets were decoded before vLLM is loaded
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         yield

@@ -15,6 +15,7 @@ from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.engines.vllm import vllm_opening
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary
+from pipeline.teacher.engines.vllm.vllm_thread import let_llvmlite_be_read
 from pipeline.teacher.text.data_config import DataConfig
 from tiny import LONGROPE
 
@@ -83,3 +84,10 @@ def test_files_of_engine_arguments(
     with pytest.raises(ConfigError, match="`max_model_len`: found in `engine_args` too"):
         run(teacher_dir, text_file, tmp_path / "cache", max_model_len=64, engine_args={"max_model_len": 64})
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_numba_loads_can_be_read_by_vllm() -> None:
+    ffi = pytest.importorskip("llvmlite.binding.ffi")
+    let_llvmlite_be_read()
+    assert vars(ffi.lib).get("kernel") is None  # as vLLM asks
+    assert ffi.lib.LLVMPY_GetVersionInfo() > 0
