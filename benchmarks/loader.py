@@ -8,8 +8,9 @@ All are compared with steps that only sleep, which also take longer than 14 ms, 
 
 A step of 14 ms is what a student of 0.1 B parameters would take on an H100 for 8 rows of 1,024 tokens. The targets are
 synthetic, and every record batch holds the same rows. Record batches have the rows of one batch, a quarter of the
-default, so that a window lasts 16 steps; the steps of two windows are measured, after the first two batches. On a
-machine with other work on it, or with fewer cores than decoding needs, ratios are larger.
+default, so that a window lasts 16 steps; the steps of two windows are measured, after those of a first one, in which
+the loader finds out whether one thread decodes fast enough. On a machine with other work on it, or with fewer cores
+than decoding needs, ratios are larger.
 
     python -m benchmarks loader
 """
@@ -35,8 +36,9 @@ from pipeline.losses import RaggedTargets, SparseTargetBatch
 from pipeline.student.data.batches_ahead import BatchesAhead
 from pipeline.student.data.dataset import WINDOW, CacheDataset
 
-VOCAB, TOKENS, BATCH_ROWS, WARM_UP = 49_152, 1024, 8, 2
-WINDOWS = 2  # measured; the cache has one more
+VOCAB, TOKENS, BATCH_ROWS = 49_152, 1024, 8
+WARM_UP = WINDOW + 2  # batches
+WINDOWS = 2  # measured; the cache has two more
 SLEEP_S, TARGET = 0.014, 1.02
 LOADERS = {"when asked": (0, False), "threads": (0, True), "worker": (1, True)}
 NONE = "none"
@@ -53,7 +55,7 @@ def run(settings: Settings) -> Result:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         for name, (encoding, entries) in CACHES.items():
             path = Path(scratch) / f"{encoding}-{entries}"
-            write_cache(path, encoding, entries, record_batches=steps + WINDOW)
+            write_cache(path, encoding, entries, record_batches=steps + 2 * WINDOW)
             read = cf.open_cache(path)[:BATCH_ROWS]
             ragged, padded = (_bytes(kind.from_rows(read)) for kind in (RaggedTargets, SparseTargetBatch))
             decoding = _decoding_seconds(path)

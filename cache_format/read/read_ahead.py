@@ -1,10 +1,15 @@
-"""Record batches decoded before their rows are asked for, in a thread.
+"""Record batches decoded before their rows are asked for, in threads.
 
 A shuffled pass reads the rows of a few record batches, then those of the next few, so decoding comes in bursts: the
 first rows of a window need all its record batches at once. Who knows which rows will be read spreads that work over the
 time in which the window before is used.
 
-Memory: at most `limit` record batches, of which none is kept longer than its known rows are wanted.
+One thread decodes. If it turns out too slow, another one helps from then on: from the first time that a reader has to
+wait although it has read all rows of a record batch before. Threads that are not needed would only compete with the
+reader for the interpreter.
+
+Record batches are begun in the order in which they will be wanted. Memory: at most `limit` of them, of which none is
+kept longer than its known rows are wanted.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from cache_format.rows.row_batch import RowBatch
 from cache_format.rows.types import CacheRow
 
 Key = tuple[int, int]  # shard, record batch in it
-Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the thread
+Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the threads
 
 
 class ReadAhead:
@@ -31,8 +36,9 @@ class ReadAhead:
     Args:
         rows: those that will be read, in order.
         place: row -> (shard, record batch, row in the record batch).
-        decode: reads a record batch; called from the thread.
+        decode: reads a record batch; called from the threads.
         limit: number of record batches, at least 1.
+        threads: largest number of threads that decode, at least 1.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class ReadAhead:
         place: Callable[[int], tuple[int, int, int]],
         decode: Callable[[int, int], RowBatch],
         limit: int,
+        threads: int = 1,
     ) -> None:
         self._coming, self._place, self._limit = rows, place, limit
         self._seen: deque[int] = deque()  # rows whose record batches are decoded or queued
@@ -49,10 +56,11 @@ class ReadAhead:
         self._wanted: Counter[Key] = Counter()  # rows of `_seen` in each
         self._lock = threading.Lock()  # for several threads that read the same cache
         self._todo: Todo = queue.SimpleQueue()
-        # A daemon, and ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
-        thread = threading.Thread(target=_decode_all, args=(self._todo, decode), name="read-ahead", daemon=True)
-        thread.start()
-        self._end = weakref.finalize(self, _stop, self._todo, thread)
+        self._decode, self._most_threads, self._threads = decode, threads, list[threading.Thread]()
+        self._used_up = False  # whether all rows of a record batch were read
+        self._start_thread()
+        # Ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
+        self._end = weakref.finalize(self, _stop, self._todo, self._threads)
 
     def row(self, row: int) -> CacheRow | None:
         """The row; None if another one was expected. Raises: as `decode`."""
@@ -64,15 +72,25 @@ class ReadAhead:
                 return None
             *key, index = self._place(row)
             shard, batch = key
-            found = self._batches[shard, batch].result().row(index)
+            decoded = self._batches[shard, batch]
+            if self._used_up and not decoded.done() and len(self._threads) < self._most_threads:
+                self._start_thread()
+            found = decoded.result().row(index)
             self._wanted[shard, batch] -= 1
             if not self._wanted[shard, batch]:
                 del self._wanted[shard, batch], self._batches[shard, batch]
+                self._used_up = True
             return found
 
     def close(self) -> None:
-        """Ends the thread, after the record batch that it is decoding."""
+        """Ends the threads, after the record batches that they are decoding."""
         self._end()
+
+    def _start_thread(self) -> None:
+        name = f"read-ahead_{len(self._threads)}"
+        thread = threading.Thread(target=_decode_all, args=(self._todo, self._decode), name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def _look_ahead(self) -> None:
         while True:
@@ -92,12 +110,13 @@ class ReadAhead:
             self._beyond = None
 
 
-def _stop(todo: Todo, thread: threading.Thread) -> None:
+def _stop(todo: Todo, threads: list[threading.Thread]) -> None:
     with contextlib.suppress(queue.Empty):
         while True:
             todo.get_nowait()
     todo.put(None)
-    thread.join()
+    for thread in threads:
+        thread.join()
 
 
 def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
@@ -107,3 +126,4 @@ def _decode_all(todo: Todo, decode: Callable[[int, int], RowBatch]) -> None:
             future.set_result(decode(*key))
         except BaseException as error:  # for whoever reads the row
             future.set_exception(error)
+    todo.put(None)  # for the other threads

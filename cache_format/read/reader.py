@@ -161,19 +161,20 @@ class Cache(Sequence[CacheRow]):
             list(pool.map(self._shard, sorted({shard for shard, _ in places})))
             list(pool.map(lambda place: self._record_batch(*place), places))
 
-    def expect(self, rows: Iterator[int], record_batches: int) -> None:
-        """Decode ahead in a thread for a reader that will read exactly `rows`, in this order and one at a time.
+    def expect(self, rows: Iterator[int], record_batches: int, *, threads: int = 1) -> None:
+        """Decode ahead in threads for a reader that will read exactly `rows`, in this order and one at a time.
 
         The first other row ends it. Does nothing for a remote cache, which has `fetch`.
 
         Args:
             rows: iterated as far as needed.
             record_batches: number of decoded record batches to keep, those in use included.
+            threads: largest number of threads that decode.
         """
         self.expect_nothing()
         if isinstance(self._directory, LocalDirectory):
             _ = self._codec
-            self._ahead = ReadAhead(rows, self._place, self._read_record_batch, record_batches)
+            self._ahead = ReadAhead(rows, self._place, self._read_record_batch, record_batches, threads)
 
     def expect_nothing(self) -> None:
         """End what `expect` began, and drop the record batches that it has decoded."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from cache_format.codecs.codebook import Codebook
 from cache_format.codecs.packed.coders import Alphabets, BlockReader, BlockWriter, Coder
 from cache_format.codecs.packed.lexicon import Lexicon
-from cache_format.codecs.packed.loops import LEFT, QUARTERS, RANK, Ints, loops
+from cache_format.codecs.packed.loops import I32, LEFT, QUARTERS, RANK, U8, U32, Ints, loops
 from cache_format.codecs.packed.streams import PackedStreams
 from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.row_batch import RowBatch
@@ -44,12 +44,12 @@ class Codes:
 
     entropy: Ints  # [N]
     exact_counts: Ints  # [N]
-    exact_ranks: Ints  # [of exact entries] ascending within a position
-    exact_codes: Ints  # [of exact entries]
+    exact_ranks: I32  # [of exact entries] ascending within a position
+    exact_codes: U8  # [of exact entries]
     residual: Ints  # [N]
     sample_counts: Ints  # [M, N]
-    sample_ranks: list[Ints]  # M times [of entries]
-    sample_codes: list[Ints]
+    sample_ranks: list[I32]  # M times [of entries]
+    sample_codes: list[U8]
 
 
 def pack(batch: RowBatch, metadata: CacheMetadata, lexicon: Lexicon) -> bytes:
@@ -114,13 +114,13 @@ def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexi
     group = entry_groups(counts)  # [E]
     position = batch.positions
     ranks = lexicon.ranks(tokens[position], batch.ids.astype(np.int64))
-    codes = books["target_logprobs"].encode(batch.logprobs).astype(np.int64)
+    codes = books["target_logprobs"].encode(batch.logprobs)
     ordered = np.argsort(joint_index(joint_index(group, position, batch.num_tokens), ranks, 2**32))
     ends = np.cumsum(counts.sum(axis=0))[:-1]
-    of_ranks, of_codes = (np.split(values[ordered], ends) for values in (ranks, codes))
+    of_ranks, of_codes = np.split(ranks[ordered].astype(np.int32), ends), np.split(codes[ordered], ends)
     return Codes(
         entropy=books["entropy"].encode(batch.entropy).astype(np.int64),
-        exact_counts=counts[:, 0],
+        exact_counts=np.ascontiguousarray(counts[:, 0]),
         exact_ranks=of_ranks[0],
         exact_codes=of_codes[0],
         residual=books["residual_logprob"].encode(batch.residual_logprob).astype(np.int64),
@@ -133,18 +133,16 @@ def _codes(batch: RowBatch, tokens: Ints, metadata: CacheMetadata, lexicon: Lexi
 def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexicon) -> dict[str, NDArray[Any]]:
     books = metadata.codebooks
     counts = np.concatenate([codes.exact_counts[None], codes.sample_counts])  # [1 + M, N]
-    ids, of_entries = _by_id(
-        lexicon.ids(
-            np.tile(tokens, len(counts)), np.concatenate([codes.exact_ranks, *codes.sample_ranks]), counts.ravel()
-        ),
-        np.concatenate([codes.exact_codes, *codes.sample_codes]),
-        counts,
-    )
+    ranks, of_entries = codes.exact_ranks, codes.exact_codes
+    if codes.sample_ranks:
+        ranks = np.concatenate([ranks, *codes.sample_ranks])
+        of_entries = np.concatenate([of_entries, *codes.sample_codes])
+    keys = _by_id(lexicon.ids(np.tile(tokens, len(counts)), ranks, counts.ravel()), of_entries, counts)
     narrow = metadata.count_type
     fields = {
         "counts": counts.sum(axis=0).astype(narrow),
-        "ids": ids.astype(metadata.id_type),
-        "logprobs": books["target_logprobs"].decode(of_entries),
+        "logprobs": books["target_logprobs"].decode(keys.astype(np.uint8)),
+        "ids": np.right_shift(keys, np.uint32(CODE_BITS), out=keys).astype(metadata.id_type),
         "exact_counts": codes.exact_counts.astype(narrow),
         "residual_logprob": books["residual_logprob"].decode(codes.residual.astype(np.uint8)),
         "entropy": books["entropy"].decode(codes.entropy.astype(np.uint8)),
@@ -154,43 +152,37 @@ def _fields(codes: Codes, tokens: Ints, metadata: CacheMetadata, lexicon: Lexico
     return fields
 
 
-def _by_id(ids: NDArray[np.uint32], codes: Ints, counts: Ints) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
-    """(ids, codes) of entries, ordered by position, group and id.
+def _by_id(ids: U32, codes: U8, counts: Ints) -> U32:
+    """[E] id and code of each entry in one number, ordered by position, group and id.
 
     Args:
-        ids, codes: [E] by group, position and turn.
+        ids, codes: [E] by group, position and turn. The ids are overwritten: arrays of this size are few on purpose.
         counts: [1 + M, N].
     """
-    keys = ids << np.uint32(CODE_BITS) | codes.astype(np.uint32)  # an id has at most 24 bits
-    lengths = np.unique(counts)
-    if len(counts) == 1 and np.count_nonzero(lengths) <= 1:  # rows of a matrix are sorted ten times faster than a list
-        keys = keys.reshape(-1, max(lengths.max(initial=1), 1))
-        keys.sort(axis=1)
-        keys = keys.ravel()
-    else:
-        groups, n = counts.shape
-        place = np.arange(n) * groups + np.arange(groups)[:, None]  # of each group of entries among all of them
-        placed = np.repeat(place.ravel() << 32, counts.ravel())
-        placed |= keys
-        placed.sort()  # several times faster than sorting indices
-        keys = placed.astype(np.uint32)
-    return keys >> np.uint32(CODE_BITS), keys.astype(np.uint8)
+    keys = ids
+    keys <<= np.uint32(CODE_BITS)  # an id has at most 24 bits
+    keys |= codes
+    longest = counts.max(initial=0)
+    if len(counts) > 1 or ((counts != 0) & (counts != longest)).any():
+        return loops().arranged(keys, counts)
+    keys.reshape(-1, max(longest, 1)).sort(axis=1)
+    return keys
 
 
 def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metadata: CacheMetadata) -> Codes:
     """Code `known`, or decode if it is None: one function, so that both use the same order and contexts."""
     books, counted = metadata.codebooks, loss_mask.astype(np.int64)
 
-    def given(name: str, sample: int | None = None) -> Ints | None:
+    def given(name: str, sample: int | None = None) -> Any:
         values: Any = None if known is None else getattr(known, name)
-        chosen: Ints | None = values if known is None or sample is None else values[sample]
-        return chosen
+        return values if known is None or sample is None else values[sample]
 
     levels = len(books["entropy"].values)
     entropy = coder.symbols("entropy", counted, given("entropy"))
     context = joint_index(counted, entropy * ENTROPY // levels, ENTROPY)
     exact_counts = coder.symbols("exact_counts", context, given("exact_counts"))
-    exact_ranks, exact_codes = _entries(coder, "exact", exact_counts, given("exact_ranks"), given("exact_codes"))
+    exact_ranks = coder.ranks("exact_ranks", exact_counts, given("exact_ranks"))
+    exact_codes = coder.codes("exact_codes", exact_counts, exact_ranks, given("exact_codes"))
     expected = _expected_residual(books, exact_counts, exact_codes)
     top = len(books["residual_logprob"].values) - 1
     off = None if known is None else known.residual - expected + top
@@ -198,10 +190,11 @@ def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metad
     residual = off + expected - top
     if (residual < 0).any() or (residual > top).any():
         raise ValueError("packed targets hold a residual that no code represents")
-    samples: list[tuple[Ints, Ints, Ints]] = []
+    samples: list[tuple[Ints, I32, U8]] = []
     for i in range(metadata.num_samples if metadata.sampled else 0):
         counts = coder.symbols("sample_counts", residual, given("sample_counts", i))
-        ranks, codes = _entries(coder, "sample", counts, given("sample_ranks", i), given("sample_codes", i))
+        ranks = coder.ranks("sample_ranks", counts, given("sample_ranks", i))
+        codes = coder.codes("sample_codes", counts, ranks, given("sample_codes", i))
         samples.append((counts, ranks, codes))
     return Codes(
         entropy=entropy,
@@ -215,41 +208,11 @@ def _walk(coder: Coder, loss_mask: NDArray[np.bool_], known: Codes | None, metad
     )
 
 
-def _entries(
-    coder: Coder, what: str, counts: Ints, known_ranks: Ints | None, known_codes: Ints | None
-) -> tuple[Ints, Ints]:
-    """(ranks, codes) of a group of entries; ranks ascend within a position."""
-    total = coder.announce(counts)
-    ranks = np.empty(total, np.int64)
-    here = np.flatnonzero(counts)  # positions with an entry at this turn
-    place, left, before = (np.cumsum(counts) - counts)[here], counts[here], np.full(len(here), -1)
-    while len(place):
-        context = _rank_contexts(before, left)
-        distance = None if known_ranks is None else known_ranks[place] - before
-        before += coder.number(f"{what}_ranks", context, distance)
-        ranks[place] = before
-        place += 1
-        left -= 1
-        if not left.all():
-            more = left > 0
-            place, left, before = place[more], left[more], before[more]
-    # A code has the context that a rank behind its own would have, less the classes for no entry before.
-    context = _rank_contexts(np.maximum(ranks, 0), np.repeat(counts, counts)) - LEFT
-    return ranks, coder.symbols(f"{what}_codes", context, known_codes)
-
-
-def _rank_contexts(before: Ints, left: Ints) -> Ints:
-    contexts = np.empty(len(before), np.int64)
-    loops().rank_contexts(before, left, contexts)
-    return contexts
-
-
-def _expected_residual(books: Mapping[str, Codebook], counts: Ints, codes: Ints) -> Ints:
+def _expected_residual(books: Mapping[str, Codebook], counts: Ints, codes: U8) -> Ints:
     """[N] the code of 1 - Σp, from the decoded entries. In integers, so that every machine gets the same."""
     one = 2.0**30
     shares = np.rint(np.exp(books["target_logprobs"].values.astype(np.float64)) * one).astype(np.int64)
-    sums, ends = np.concatenate([[0], np.cumsum(shares[codes])]), np.cumsum(counts)
-    left = np.maximum(one - (sums[ends] - sums[ends - counts]), 0.0)
+    left = np.maximum(one - loops().sums(counts, codes, shares), 0.0)
     roots = np.exp(books["residual_logprob"].values.astype(np.float64) / 2)
     thresholds = np.rint(((roots[1:] + roots[:-1]) / 2) ** 2 * one)
     expected: Ints = np.searchsorted(thresholds, left).astype(np.int64)

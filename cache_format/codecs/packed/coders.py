@@ -16,11 +16,11 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from cache_format.codecs.packed.loops import BITS, QUARTERS, Ints
-from cache_format.codecs.packed.numpy_loops import exponents
+from cache_format.codecs.packed.entry_symbols import before_and_left, buckets, code_contexts, rank_contexts, turns
+from cache_format.codecs.packed.loops import BITS, I32, U8, Ints
 from cache_format.codecs.packed.rans import Decoder, Encoder, Model
 from cache_format.codecs.packed.streams import PackedStreams
-from cache_format.rows.types import joint_index
+from cache_format.rows.types import IntArray
 
 HEADER = struct.Struct("<IHI")  # entries, lanes, bytes of the compressed frequencies
 LEVEL = 19
@@ -32,9 +32,9 @@ Alphabets: TypeAlias = "Mapping[str, tuple[int, int]]"
 class Coder(Protocol):
     """Encoder or decoder. A writer is given symbols and values, a reader None; both return them."""
 
-    def announce(self, counts: Ints) -> int: ...
     def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints: ...
-    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints: ...
+    def ranks(self, name: str, counts: Ints, ranks: I32 | None) -> I32: ...
+    def codes(self, name: str, counts: Ints, ranks: I32, codes: U8 | None) -> U8: ...
 
 
 class BlockWriter:
@@ -44,24 +44,29 @@ class BlockWriter:
         self._alphabets, self._lanes = alphabets, lanes
         self._parts: list[tuple[str, Ints, Ints]] = []  # model or "", contexts or widths, symbols or values
 
-    def announce(self, counts: Ints) -> int:
-        return int(counts.sum())
-
     def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
         assert symbols is not None
         self._parts.append((name, contexts, symbols))
         return symbols
 
-    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
-        assert values is not None
-        buckets, below = _buckets(values)
-        self.symbols(name, contexts, buckets)
-        rest = values & ((1 << below) - 1)
-        while below.any():
-            width = np.minimum(below, BITS)
-            self._parts.append(("", width, rest & ((1 << width) - 1)))
-            rest, below = rest >> width, below - width
-        return values
+    def ranks(self, name: str, counts: Ints, ranks: I32 | None) -> I32:
+        assert ranks is not None
+        before, _ = before_and_left(counts, ranks)
+        for place, left in turns(counts):
+            distance = ranks[place].astype(np.int64) - before[place]
+            of_symbols, below = buckets(distance)
+            self.symbols(name, rank_contexts(before[place], left), of_symbols)
+            rest = distance & ((1 << below) - 1)
+            while below.any():
+                width = np.minimum(below, BITS)
+                self._parts.append(("", width, rest & ((1 << width) - 1)))
+                rest, below = rest >> width, below - width
+        return ranks
+
+    def codes(self, name: str, counts: Ints, ranks: I32, codes: U8 | None) -> U8:
+        assert codes is not None
+        self.symbols(name, code_contexts(counts, ranks), codes.astype(np.int64))
+        return codes
 
     def finish(self, entries: int) -> bytes:
         models, tables = {}, []
@@ -102,25 +107,28 @@ class BlockReader:
         self._counts = {name: np.zeros(size, np.int64) for name, size in alphabets.items()} if measured else {}
         self._low_bits: Counter[str] = Counter()
 
-    def announce(self, counts: Ints) -> int:
+    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
+        found = self._decoder.symbols(contexts, self._models[name])
+        self._count(name, contexts, found)
+        return found
+
+    def ranks(self, name: str, counts: Ints, ranks: I32 | None) -> I32:
         total = int(counts.sum())
         self._left -= total
         if self._left < 0:
             raise ValueError("packed targets hold more entries than they announce")
-        return total
-
-    def symbols(self, name: str, contexts: Ints, symbols: Ints | None) -> Ints:
-        found = self._decoder.symbols(contexts, self._models[name])
+        found = self._decoder.ranks(counts, total, self._models[name])
         if self._counts:
-            np.add.at(self._counts[name], (contexts, found), 1)
+            before, left = before_and_left(counts, found)
+            of_symbols, below = buckets(found - before)
+            self._count(name, rank_contexts(before, left), of_symbols)
+            self._low_bits[name] += int(below.sum())
         return found
 
-    def number(self, name: str, contexts: Ints, values: Ints | None) -> Ints:
-        found = self._decoder.numbers(contexts, self._models[name])
+    def codes(self, name: str, counts: Ints, ranks: I32, codes: U8 | None) -> U8:
+        found = self._decoder.codes(counts, ranks, self._models[name])
         if self._counts:
-            buckets, below = _buckets(found)
-            np.add.at(self._counts[name], (contexts, buckets), 1)
-            self._low_bits[name] += int(below.sum())
+            self._count(name, code_contexts(counts, ranks), found)
         return found
 
     def finish(self) -> None:
@@ -128,16 +136,13 @@ class BlockReader:
             raise ValueError("packed targets hold fewer entries than they announce")
         self._decoder.finish()
 
+    def _count(self, name: str, contexts: Ints, symbols: IntArray) -> None:
+        if self._counts:
+            np.add.at(self._counts[name], (contexts, symbols), 1)
+
     def add_to(self, streams: PackedStreams) -> None:
         """Add the sizes of a block that was read to its end with `measured`."""
         streams.add_block(self._counts, self._models, self._low_bits, self._table_bytes)
-
-
-def _buckets(values: Ints) -> tuple[Ints, Ints]:
-    """Bucket of each number (exponent and the next two bits), and how many bits are below."""
-    exponent = exponents(values)
-    below = np.maximum(exponent - 2, 0)
-    return joint_index(exponent, values >> below & 3, QUARTERS), below
 
 
 def _decompress(data: memoryview, expected: int) -> NDArray[np.uint16]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from cache_format.cache_errors import FormatError
 from cache_format.codecs.ipc import MAGIC_BYTES, UNREADABLE, check_expansion, message_buffers
-from cache_format.codecs.packed.loops import U32, Ints, loops
+from cache_format.codecs.packed.loops import I32, U32, Ints, loops
 from cache_format.rows.types import joint_index
 
 MOST_CANDIDATES = 256  # of one token
@@ -69,7 +69,7 @@ class Lexicon:
             ranks = np.where(pairs[found] == wanted, places[found], ranks)
         return ranks
 
-    def ids(self, contexts: Ints, ranks: Ints, counts: Ints) -> U32:
+    def ids(self, contexts: Ints, ranks: I32, counts: Ints) -> U32:
         """[E] inverse of `ranks`.
 
         Args:

@@ -5,16 +5,18 @@
 
 Both compute with integers and give the same arrays and errors. Arrays named `found` are filled by the call; they and
 the contexts are as long as the symbols to be read. `words` has one word more than there are to read, and `at` is the
-next one; a reading function returns the next `at`, or `ENDED` if there were too few words.
+next one; a reading function returns the next `at`, or `ENDED` if there were too few words. `tables` are those that the
+same implementation made.
 
-Shapes: n symbols, L lanes, C contexts, S different symbols, N positions, E entries, V vocabulary, P candidates.
+Shapes: n symbols, L lanes, C contexts, S different symbols, N positions, E entries, G groups of entries, V vocabulary,
+P candidates.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,25 +27,26 @@ LOW = 1 << 16  # a state is in [LOW, LOW << 16)
 ENDED = -1
 # Number of context classes of: entries left, exponent of a rank.
 LEFT, RANK = 4, 16
+HIGHEST = 1 << 30  # rank that reading finds; no token has it
 QUARTERS = 4  # buckets of a number in each octave: the two bits after the leading one
 
 U16 = NDArray[np.uint16]
 U32 = NDArray[np.uint32]
 Ints = NDArray[np.int64]
+I32 = NDArray[np.int32]
+U8 = NDArray[np.uint8]
+Tables: TypeAlias = "tuple[U16, U32]"
 
 
 class Loops(Protocol):
-    def tables(self, frequencies: Ints, symbols: U16, steps: U32, /) -> None:
-        """Fill in, for each of the 2^12 places of each context, the symbol and the step to the next state.
+    def tables(self, frequencies: Ints, /) -> Tables:
+        """What reading looks up in a model of [C, S] frequencies, of which each row adds up to 2^12.
 
-        Args:
-            frequencies: [C, S] each row adds up to 2^12.
-            symbols: [C·2^12] the symbol at each place.
-            steps: [C·2^12] its frequency · 2^12, plus the number of earlier places with this symbol.
+        The first array is [C·2^12], the symbol at each place; the second says how the state goes on.
         """
         ...
 
-    def symbols(self, state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps: U32, found: Ints, /) -> int:
+    def symbols(self, state: U32, words: U16, at: int, contexts: Ints, tables: Tables, found: Ints, /) -> int:
         """Read one symbol for each context. Raises: IndexError for a context that the tables do not have."""
         ...
 
@@ -51,15 +54,24 @@ class Loops(Protocol):
         """Read a number of each width, at most 12 bits; 0 bits are the number 0."""
         ...
 
-    def numbers(self, state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps: U32, found: Ints, /) -> int:
-        """Read numbers ≥ 1: the bucket of each (exponent and the next two bits), then the low bits of all."""
+    def ranks(self, state: U32, words: U16, at: int, counts: Ints, tables: Tables, found: I32, /) -> int:
+        """Read the ranks of a group, turn by turn.
+
+        Args:
+            counts: [N] entries of each position, together as many as `found` has.
+            found: [E] position by position, ascending in each; `HIGHEST` for higher ones.
+        """
         ...
 
-    def rank_contexts(self, before: Ints, left: Ints, found: Ints, /) -> None:
-        """LEFT · min(⌊log2(before + 1)⌋ + 1, RANK) + min(left, LEFT) - 1, the first of which is 0 for `before` = -1."""
+    def codes(self, state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tables, found: U8, /) -> int:
+        """Read the codes of a group whose `counts` [N] and `ranks` [E] are known."""
         ...
 
-    def ids(self, tokens: Ints, counts: Ints, ranks: Ints, starts: Ints, ranked: U32, found: U32, /) -> bool:
+    def sums(self, counts: Ints, codes: U8, shares: Ints, /) -> Ints:
+        """[N] the sum over the entries of each position of shares[code]."""
+        ...
+
+    def ids(self, tokens: Ints, counts: Ints, ranks: I32, starts: Ints, ranked: U32, found: U32, /) -> bool:
         """Look up the token of each rank; False if there is a rank that no token has.
 
         Args:
@@ -67,6 +79,15 @@ class Loops(Protocol):
             ranks: [E] position by position.
             starts: [V + 1] place of each input token's candidates in `ranked`.
             ranked: [P + V] candidates of all tokens, then all tokens in order.
+        """
+        ...
+
+    def arranged(self, keys: U32, counts: Ints, /) -> U32:
+        """[E] the keys of entries ordered by position, group and key.
+
+        Args:
+            keys: [E] by group and position.
+            counts: [G, N] number of keys of each group at each position.
         """
         ...
 

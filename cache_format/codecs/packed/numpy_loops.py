@@ -8,20 +8,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from cache_format.codecs.packed.loops import BITS, ENDED, LEFT, LOW, QUARTERS, RANK, TOTAL, U16, U32, Ints
+from cache_format.codecs.packed.entry_symbols import code_contexts, rank_contexts, turns
+from cache_format.codecs.packed.loops import (
+    BITS,
+    ENDED,
+    HIGHEST,
+    I32,
+    LOW,
+    QUARTERS,
+    TOTAL,
+    U8,
+    U16,
+    U32,
+    Ints,
+    Tables,
+)
 
 _BITS, _WORD, _PLACE = np.uint32(BITS), np.uint32(16), np.uint32(TOTAL - 1)
 
 
-def tables(frequencies: Ints, symbols: U16, steps: U32) -> None:
+def tables(frequencies: Ints) -> Tables:
     contexts, size = frequencies.shape
     each, starts = frequencies.ravel(), (np.cumsum(frequencies, axis=1) - frequencies).ravel()
-    symbols[:] = np.repeat(np.tile(np.arange(size, dtype=np.uint16), contexts), each)
-    before = np.arange(len(steps)) % TOTAL - np.repeat(starts, each)
-    steps[:] = np.repeat(each << BITS, each) + before
+    symbols = np.repeat(np.tile(np.arange(size, dtype=np.uint16), contexts), each)
+    before = np.arange(len(symbols)) % TOTAL - np.repeat(starts, each)  # earlier places with this symbol
+    return symbols, (np.repeat(each << BITS, each) + before).astype(np.uint32)
 
 
-def symbols(state: U32, words: U16, at: int, contexts: Ints, symbols: U16, steps: U32, found: Ints) -> int:
+def symbols(state: U32, words: U16, at: int, contexts: Ints, tables: Tables, found: Ints) -> int:
+    symbols, steps = tables
     places = contexts << BITS  # in the tables of the model; the loop adds the place in the context
     for start in range(0, len(places), len(state)):
         here = places[start : start + len(state)]
@@ -50,8 +65,53 @@ def bits(state: U32, words: U16, at: int, widths: Ints, found: Ints) -> int:
     return at
 
 
-def numbers(state: U32, words: U16, at: int, contexts: Ints, table: U16, steps: U32, found: Ints) -> int:
-    if (at := symbols(state, words, at, contexts, table, steps, found)) == ENDED:
+def ranks(state: U32, words: U16, at: int, counts: Ints, tables: Tables, found: I32) -> int:
+    before = np.full(np.count_nonzero(counts), -1)
+    for place, left in turns(counts):
+        distance = np.empty(len(place), np.int64)
+        at = _numbers(state, words, at, rank_contexts(before, left), tables, distance)
+        if at == ENDED:
+            break
+        found[place] = np.minimum(before + distance, HIGHEST)
+        before = found[place[left > 1]].astype(np.int64)
+    return at
+
+
+def codes(state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tables, found: U8) -> int:
+    read = np.empty(len(ranks), np.int64)
+    at = symbols(state, words, at, code_contexts(counts, ranks), tables, read)
+    found[:] = read
+    return at
+
+
+def sums(counts: Ints, codes: U8, shares: Ints) -> Ints:
+    before, ends = np.concatenate([[0], np.cumsum(shares[codes])]), np.cumsum(counts)
+    found: Ints = before[ends] - before[ends - counts]
+    return found
+
+
+def ids(tokens: Ints, counts: Ints, ranks: I32, starts: Ints, ranked: U32, found: U32) -> bool:
+    lists, first = np.diff(starts)[tokens], starts[tokens]
+    listed = ranks < np.repeat(lists, counts)
+    place = ranks + np.where(listed, np.repeat(first, counts), np.repeat(starts[-1] - lists, counts))
+    if place.max(initial=0) >= len(ranked) or ranks.min(initial=0) < 0:
+        return False
+    found[:] = ranked[place]
+    return True
+
+
+def arranged(keys: U32, counts: Ints) -> U32:
+    groups, n = counts.shape
+    place = np.arange(n) * groups + np.arange(groups)[:, None]  # of each group of entries among all of them
+    placed = np.repeat(place.ravel() << 32, counts.ravel())
+    placed |= keys
+    placed.sort()  # several times faster than sorting indices
+    return placed.astype(np.uint32)
+
+
+def _numbers(state: U32, words: U16, at: int, contexts: Ints, tables: Tables, found: Ints) -> int:
+    """Read numbers ≥ 1: the bucket of each (exponent and the next two bits), then the low bits of all."""
+    if (at := symbols(state, words, at, contexts, tables, found)) == ENDED:
         return at
     exponent, leading = np.divmod(np.arange(found.max(initial=0) + 1), QUARTERS)
     below = np.maximum(exponent - 2, 0)
@@ -66,27 +126,6 @@ def numbers(state: U32, words: U16, at: int, contexts: Ints, table: U16, steps: 
         found += low << shift
         shift, below = shift + width, below - width
     return at
-
-
-def rank_contexts(before: Ints, left: Ints, found: Ints) -> None:
-    octave = np.minimum(exponents(before + 1) + (before >= 0), RANK)  # 0: no entry before
-    found[:] = octave * LEFT + np.minimum(left, LEFT) - 1
-
-
-def ids(tokens: Ints, counts: Ints, ranks: Ints, starts: Ints, ranked: U32, found: U32) -> bool:
-    lists, first = np.diff(starts)[tokens], starts[tokens]
-    listed = ranks < np.repeat(lists, counts)
-    place = ranks + np.where(listed, np.repeat(first, counts), np.repeat(starts[-1] - lists, counts))
-    if place.max(initial=0) >= len(ranked) or ranks.min(initial=0) < 0:
-        return False
-    found[:] = ranked[place]
-    return True
-
-
-def exponents(values: Ints) -> Ints:
-    """floor(log2(value)), from the exponent of the float64; 0 for 0."""
-    found: Ints = np.maximum((values.astype(np.float64).view(np.int64) >> 52) - 1023, 0)
-    return found
 
 
 def _advance(x: U32, frequency: U32, before: U32, words: U16, at: int) -> int:

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.codecs.packed.loops import BITS, ENDED, LOW, TOTAL, U16, U32, Ints, loops
+from cache_format.codecs.packed.loops import BITS, ENDED, I32, LOW, TOTAL, U8, Ints, Tables, loops
 from cache_format.rows.types import joint_index
 
 KEPT_BITS = 4  # leading bits of a frequency
@@ -45,12 +45,8 @@ class Model:
         return starts
 
     @cached_property
-    def tables(self) -> tuple[U16, U32]:
-        """[C·2^12] the symbol at each place, and the step to the next state; see `Loops.tables`."""
-        places = len(self.frequencies) << BITS
-        symbols, steps = np.empty(places, np.uint16), np.empty(places, np.uint32)
-        loops().tables(self.frequencies, symbols, steps)
-        return symbols, steps
+    def tables(self) -> Tables:
+        return loops().tables(self.frequencies)
 
     @classmethod
     def of(cls, symbols: Ints, contexts: Ints, num_contexts: int, num_symbols: int) -> Model:
@@ -137,14 +133,20 @@ class Decoder:
         if model.certain is not None:
             return np.full(len(contexts), model.certain, np.int64)
         found = np.empty(len(contexts), np.int64)
-        self._go_to(loops().symbols(self._state, self._words, self._next, contexts, *model.tables, found))
+        self._go_to(loops().symbols(self._state, self._words, self._next, contexts, model.tables, found))
         return found
 
-    def numbers(self, contexts: Ints, model: Model) -> Ints:
-        """One number ≥ 1 for each context: its bucket is a symbol of the model, its low bits follow as they are."""
+    def ranks(self, counts: Ints, entries: int, model: Model) -> I32:
+        """[E] the ranks of a group of `entries` entries, position by position."""
         # Nothing is special about a model with a certain symbol: reading it changes no state.
-        found = np.empty(len(contexts), np.int64)
-        self._go_to(loops().numbers(self._state, self._words, self._next, contexts, *model.tables, found))
+        found = np.empty(entries, np.int32)
+        self._go_to(loops().ranks(self._state, self._words, self._next, counts, model.tables, found))
+        return found
+
+    def codes(self, counts: Ints, ranks: I32, model: Model) -> U8:
+        """[E] the codes of a group."""
+        found = np.empty(len(ranks), np.uint8)
+        self._go_to(loops().codes(self._state, self._words, self._next, counts, ranks, model.tables, found))
         return found
 
     def bits(self, widths: Ints) -> Ints:

@@ -1,20 +1,21 @@
 """Finished batches, made in threads before the data loader asks for them.
 
-    record batches ─▶ one thread decodes (`Cache.expect`) ─▶ another one pads and pins batches ─▶ two of them wait
+    record batches ─▶ a thread or two decode (`Cache.expect`) ─▶ another one pads and pins batches ─▶ two of them wait
 
 The loader's batch sampler gives the same batches each time it is iterated. So the process that makes them iterates its
 own copy, from the first batch that it is asked for. The loader still draws the indices one batch at a time: where an
 epoch is, and so where a run continues, does not depend on what has been made ahead.
 
-Threads, because decoding is numpy, Arrow and zstd, which release the interpreter's lock; and what a thread made need
-not be copied from another process. More threads that decode were not faster (measured with 2 on two cores, where they
-wait for the lock). In a loader with workers, every worker does the same for its share of the batches.
+Threads, because decoding is numba or numpy, Arrow and zstd, which release the interpreter's lock; and what a thread
+made need not be copied from another process. A second thread decodes if the first one is too slow and there is a core
+for it. In a loader with workers, every worker does the same for its share of the batches.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from pipeline.student.data.row_index import RowIndex
 
 BATCHES_AHEAD = 2
 WINDOWS_AHEAD = 2  # of record batches: the one in use and the next
+DECODING_THREADS = 2  # at most, for each cache
 
 
 class BatchesAhead(Dataset[Batch]):
@@ -80,9 +82,11 @@ class BatchesAhead(Dataset[Batch]):
             self._thread = ThreadPoolExecutor(1, "batches-ahead", self._initializer())
         caches = self.rows.caches
         starts = [0, *itertools.accumulate(map(len, caches))]
+        threads = decoding_threads()
         for cache, start in zip(caches, starts, strict=False):
             here = range(start, start + len(cache))
-            cache.expect(_rows(self._batches_from(first), here, total=starts[-1]), WINDOWS_AHEAD * WINDOW)
+            rows = _rows(self._batches_from(first), here, total=starts[-1])
+            cache.expect(rows, WINDOWS_AHEAD * WINDOW, threads=threads)
         self._coming = self._batches_from(first)
         self._fill()
 
@@ -110,6 +114,13 @@ class BatchesAhead(Dataset[Batch]):
     def _initializer(self) -> Callable[[], None] | None:
         """Pinning would open the first GPU in a thread that has not chosen another."""
         return functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if self._pins() else None
+
+
+def decoding_threads() -> int:
+    """Largest number of threads that decode a cache in this process."""
+    # Those that the process may use; not every system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, DECODING_THREADS)
 
 
 def _rows(batches: Iterator[list[int]], here: range, total: int) -> Iterator[int]:

@@ -123,9 +123,9 @@ class LocalShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         sample = self.epoch % self.samples if self.samples > 1 else None
-        row = 0
+        row, first = 0, RowIndex(0, sample).encode(self.rows)
         for row in self.iter_rows():
-            yield RowIndex(row, sample).encode(self.rows)
+            yield first + row
         filler = RowIndex(row, sample, is_filler=True).encode(self.rows)
         yield from [filler] * self.fillers
 

@@ -47,12 +47,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("limit", [1, 2, 5, 100])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_rows_in_order_with_bounded_memory(limit: int, shuffled: bool) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_in_order_with_bounded_memory(limit: int, shuffled: bool, threads: int) -> None:
     decode = Decoding()
     order = list(range(ROWS)) + list(range(6))  # the beginning once more
     if shuffled:
         order = np.random.default_rng(0).permutation(order).tolist()
-    ahead = ReadAhead(iter(order), place, decode, limit)
+    ahead = ReadAhead(iter(order), place, decode, limit, threads)
     for row in order:
         found = ahead.row(row)
         assert found is not None and found.row == row
@@ -77,13 +78,34 @@ def test_the_next_record_batches_are_decoded_before_they_are_asked_for() -> None
     ahead.close()
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_second_thread_helps_once_a_reader_had_to_wait(slow: bool) -> None:
+    names = set()
+
+    def decode(shard: int, index: int) -> RowBatch:
+        names.add(threading.current_thread().name)
+        time.sleep(0.01 * slow)
+        return batch_of(shard, index)
+
+    ahead = ReadAhead(iter(range(ROWS)), place, decode, 4, threads=2)
+    for row in range(ROWS):
+        _, batch, _ = place(row)
+        if not slow:
+            wait_for(lambda batch=batch: (0, batch) not in ahead._batches or ahead._batches[0, batch].done())  # type: ignore[misc]
+        assert ahead.row(row) is not None
+        if row == 0:  # which everyone waits for
+            assert len(ahead._threads) == 1
+    ahead.close()
+    assert names == ({"read-ahead_0", "read-ahead_1"} if slow else {"read-ahead_0"})
+
+
 def test_an_error_reaches_who_reads_the_row() -> None:
     def decode(shard: int, index: int) -> RowBatch:
         if index == 1:
             raise cf.CorruptShardError("damaged")
         return batch_of(shard, index)
 
-    ahead = ReadAhead(iter(range(ROWS)), place, decode, 4)
+    ahead = ReadAhead(iter(range(ROWS)), place, decode, 4, threads=2)
     for row in range(PER_BATCH):
         assert ahead.row(row) is not None
     with pytest.raises(cf.CorruptShardError, match="damaged"):
@@ -91,16 +113,16 @@ def test_an_error_reaches_who_reads_the_row() -> None:
     ahead.close()
 
 
-def test_the_thread_ends_with_the_order_and_before_the_interpreter() -> None:
+def test_the_threads_end_with_the_order_and_before_the_interpreter() -> None:
     """A spawned loader process whose thread was in C++ code when the interpreter went away was killed by SIGABRT."""
-    threads = set(threading.enumerate())
-    whole, part = (ReadAhead(iter(range(ROWS)), place, batch_of, 4) for _ in range(2))
-    (thread, other) = set(threading.enumerate()) - threads
+    before = set(threading.enumerate())
+    whole, part = (ReadAhead(iter(range(ROWS)), place, batch_of, 4, threads=2) for _ in range(2))
+    started = set(threading.enumerate()) - before
     assert all(whole.row(row) is not None for row in range(ROWS))
-    wait_for(lambda: not (thread.is_alive() and other.is_alive()))
+    wait_for(lambda: sum(thread.is_alive() for thread in started) == 1)
     assert part._end.atexit and part.row(0) is not None
     part.close()
-    assert not thread.is_alive() and not other.is_alive()
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_two_threads_that_read_one_cache_end_it_without_waiting_for_ever(cache: cf.Cache) -> None:

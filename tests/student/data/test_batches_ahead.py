@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 import traceback
@@ -19,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader
 import cache_format as cf
 from cache_format.read.shard_reader import ShardReader
 from pipeline.student.data import batches_ahead
-from pipeline.student.data.batches_ahead import BATCHES_AHEAD, BatchesAhead
+from pipeline.student.data.batches_ahead import BATCHES_AHEAD, BatchesAhead, decoding_threads
 from pipeline.student.data.dataset import WINDOW, Batch, CacheDataset
 from pipeline.student.data.mixed_dataset import MixedDataset
 from runs import build_cache
@@ -64,7 +65,7 @@ class NoCache:
     def __len__(self) -> int:
         return 100
 
-    def expect(self, rows: Iterator[int], record_batches: int) -> None: ...
+    def expect(self, rows: Iterator[int], record_batches: int, *, threads: int) -> None: ...
     def expect_nothing(self) -> None: ...
 
 
@@ -137,6 +138,16 @@ def test_an_error_arrives_with_its_traceback(cache: Path, monkeypatch: pytest.Mo
         ahead.__getitems__(ORDER[0])
     names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
     assert {"_make", "_decode_all", "record_batch"} <= set(names)
+
+
+def test_decoding_may_use_two_threads_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in (({0}, 1), ({0, 1}, 2), (set(range(64)), 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
+        assert decoding_threads() == expected
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    for count, expected in ((None, 1), (1, 1), (8, 2)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert decoding_threads() == expected
 
 
 def test_the_threads_end_when_the_loader_is_dropped(cache: Path) -> None:

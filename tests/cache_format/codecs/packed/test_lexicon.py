@@ -11,6 +11,7 @@ import pytest
 
 import cache_format as cf
 from cache_format.codecs.packed.lexicon import Lexicon
+from cache_format.codecs.packed.loops import HIGHEST
 from packed_samples import empty_lexicon
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -30,20 +31,20 @@ def test_every_token_has_a_rank_after_every_token(lexicon):
         ranks = lexicon.ranks(contexts, tokens)
         assert len(set(ranks.tolist())) == 40 and ranks.min() >= 0
         assert ranks.max() < 40 + np.diff(lexicon.starts)[context]
-        np.testing.assert_array_equal(lexicon.ids(contexts, ranks, np.ones_like(ranks)), tokens)
+        np.testing.assert_array_equal(lexicon.ids(contexts, ranks.astype(np.int32), np.ones_like(ranks)), tokens)
 
 
 def test_every_rank_stands_for_a_token_or_for_nothing(lexicon):
     lists = np.diff(lexicon.starts)
     assert lists.min() == 0 < lists.max()
     for context in range(40):
-        known = np.arange(40 + lists[context])
+        known = np.arange(40 + lists[context], dtype=np.int32)
         tokens = lexicon.ids(np.array([context]), known, np.array([len(known)]))
         mine = lexicon.candidates[lexicon.starts[context] : lexicon.starts[context + 1]]
         np.testing.assert_array_equal(tokens, np.concatenate([mine, lexicon.order]))
-        for beyond in (len(known), len(known) + 1, 2**40, -1):
+        for beyond in (len(known), len(known) + 1, HIGHEST, -1):
             with pytest.raises(ValueError, match="a rank that no token has"):
-                lexicon.ids(np.array([context]), np.array([beyond]), np.array([1]))
+                lexicon.ids(np.array([context]), np.array([beyond], np.int32), np.array([1]))
 
 
 def test_likely_tokens_come_first():
@@ -68,7 +69,7 @@ def test_a_token_has_at_most_256_candidates():
     assert np.diff(found.starts).tolist() == [256] + [0] * 599
     every = np.arange(600)
     np.testing.assert_array_equal(
-        found.ids(contexts[:600], found.ranks(contexts[:600], every), np.ones_like(every)), every
+        found.ids(contexts[:600], found.ranks(contexts[:600], every).astype(np.int32), np.ones_like(every)), every
     )
 
 
@@ -173,7 +174,7 @@ def test_a_damaged_lexicon_is_a_lexicon_or_an_error(lexicon):
             outcomes.add("error")
         else:
             np.testing.assert_array_equal(
-                found.ids(contexts, found.ranks(contexts, tokens), np.ones_like(tokens)), tokens
+                found.ids(contexts, found.ranks(contexts, tokens).astype(np.int32), np.ones_like(tokens)), tokens
             )
             outcomes.add("lexicon")
     assert outcomes == {"error", "lexicon"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cache_format.codecs.packed import block, numpy_loops
 from cache_format.codecs.packed import loops as seam
-from cache_format.codecs.packed.loops import BITS, ENDED, LOW
+from cache_format.codecs.packed.loops import BITS, ENDED, LEFT, LOW, RANK
 from cache_format.rows.row_batch import concatenate
 from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, row_of, some_model, through, use_loops
 
@@ -30,62 +30,108 @@ def stream(rng: np.random.Generator, lanes: int, words: int) -> tuple[np.ndarray
     return state, rng.integers(0, 2**16, words + 1, dtype=np.uint16)
 
 
+def some_counts(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Of positions with `size` entries together: none, one, or many."""
+    ends = np.sort(rng.integers(0, size + 1, rng.integers(0, 40)))
+    return np.diff(np.concatenate([[0], ends, [size]]))
+
+
 @settings(max_examples=60)
 @given(
     seed=SEEDS,
     lanes=st.sampled_from([1, 2, 7, 64]),
     size=st.integers(0, 300),
-    words=st.sampled_from([0, 1, 20, 400]),
+    words=st.sampled_from([0, 1, 20, 400, 900]),
     width=st.sampled_from([1, 60, 104]),
 )
 def test_reading_gives_the_same_or_ends_for_both(seed: int, lanes: int, size: int, words: int, width: int):
     rng = np.random.default_rng(seed)
-    model = some_model(rng, 3, width, 3)
-    contexts, widths = rng.integers(0, 3, size), rng.integers(0, BITS + 1, size)
+    frequencies = some_model(rng, (1 + RANK) * LEFT, width, 3).frequencies
+    contexts, widths = rng.integers(0, len(frequencies), size), rng.integers(0, BITS + 1, size)
+    counts, before = some_counts(rng, size), rng.integers(-1, 2 ** rng.integers(1, 31, size)).astype(np.int32)
     state, data = stream(rng, lanes, words)
-    for what, first in (("symbols", contexts), ("bits", widths), ("numbers", contexts)):
-        tables = () if what == "bits" else model.tables
+    for what, first, kind in (
+        ("symbols", [contexts], np.int64),
+        ("bits", [widths], np.int64),
+        ("ranks", [counts], np.int32),
+        ("codes", [counts, before], np.uint8),
+    ):
         outcomes = []
         for implementation in (numpy_loops, numba_loops):
-            states, found = state.copy(), np.full(size, 2**62)  # memory that was something else before
-            at = getattr(implementation, what)(states, data, 0, first, *tables, found)
+            tables = () if what == "bits" else [implementation.tables(frequencies)]
+            states, found = state.copy(), np.full(size, 101, kind)  # memory that was something else before
+            at = getattr(implementation, what)(states, data, 0, *first, *tables, found)
             outcomes.append((at, at == ENDED or (states.tolist(), found.tolist())))
         assert outcomes[0] == outcomes[1], what
 
 
 @settings(max_examples=40)
-@given(seed=SEEDS, size=st.integers(0, 50))
-def test_the_rest_is_the_same_for_both(seed: int, size: int):
+@given(seed=SEEDS, groups=st.integers(1, 4), longest=st.sampled_from([1, 3, 9, 70]))
+def test_the_rest_is_the_same_for_both(seed: int, groups: int, longest: int):
     rng = np.random.default_rng(seed)
     frequencies = some_model(rng, 4, int(rng.integers(1, 300)), 3).frequencies
-    before = np.where(rng.random(size) < 0.3, -1, rng.integers(0, 2 ** rng.integers(0, 30, size)))
-    left, counts = rng.integers(1, 9, size), rng.integers(0, 4, 9)
-    lists, ranks = rng.integers(0, 5, 8), rng.integers(-1 if seed % 5 == 0 else 0, 9, int(counts.sum()))
+    counts = rng.integers(0, longest, (groups, 9))
+    each, lists = counts.ravel(), rng.integers(0, 5, 8)
+    ranks = rng.integers(-1 if seed % 5 == 0 else 0, 9, int(each.sum())).astype(np.int32)
+    codes, shares = rng.integers(0, 256, len(ranks)).astype(np.uint8), rng.integers(0, 2**30, 256)
     starts = np.concatenate([[0], np.cumsum(lists)])
     ranked = rng.integers(0, 8, int(lists.sum()) + 8).astype(np.uint32)
+    keys = rng.integers(0, 2**32, len(ranks), dtype=np.uint32)
     outcomes = []
     for implementation in (numpy_loops, numba_loops):
-        symbols, steps = np.empty(4 << BITS, np.uint16), np.empty(4 << BITS, np.uint32)
-        implementation.tables(frequencies, symbols, steps)
-        contexts, ids = np.empty(size, np.int64), np.zeros(len(ranks), np.uint32)
-        implementation.rank_contexts(before, left, contexts)
-        known = implementation.ids(np.arange(9) % 8, counts, ranks, starts, ranked, ids)
-        outcomes.append([symbols.tolist(), steps.tolist(), contexts.tolist(), known, known and ids.tolist()])
+        symbols, _ = implementation.tables(frequencies)
+        ids = np.zeros(len(ranks), np.uint32)
+        known = implementation.ids(np.arange(len(each)) % 8, each, ranks, starts, ranked, ids)
+        sums, arranged = implementation.sums(each, codes, shares), implementation.arranged(keys, counts)
+        found = [symbols.tolist(), known, known and ids.tolist(), sums.tolist(), arranged.tolist()]
+        assert arranged.dtype == np.uint32 and symbols.dtype == np.uint16
+        outcomes.append(found)
     assert outcomes[0] == outcomes[1]
 
 
+def test_keys_are_arranged_by_position_group_and_key():
+    keys = np.array([5, 4, 2**32 - 1, 9, 1, 7, 0], np.uint32)
+    counts = np.array([[2, 0, 2], [1, 2, 0]])  # exact: [5 4] [] [max 9]; a sample: [1] [7 0] []
+    for implementation in (numpy_loops, numba_loops):
+        assert implementation.arranged(keys, counts).tolist() == [4, 5, 1, 0, 7, 9, 2**32 - 1]
+
+
 def test_compiled_code_reads_nothing_outside_of_its_arrays():
-    """Indices that only a fault of this package could pass: numpy refuses them, and compiled code would not notice."""
-    model = some_model(np.random.default_rng(0), 3, 5, 1)
-    state, words = stream(np.random.default_rng(0), 1, 5)
+    """Indices that only a fault of this package could pass: numpy refuses most of them, and compiled code would not
+    notice."""
+    rng, one = np.random.default_rng(0), np.ones(1, np.int64)
+    model, every = some_model(rng, 3, 5, 1), some_model(rng, (1 + RANK) * LEFT, 5, 1).frequencies
+    wide = some_model(rng, (1 + RANK) * LEFT, 200, 1).frequencies
+    state, words = stream(rng, 1, 5)
+    few, enough, many = (numba_loops.tables(each) for each in (model.frequencies, every, wide))
+    ranks, keys = np.zeros(1, np.int32), np.empty(1, np.uint32)
     for context in (-1, 3, 2**50):
         with pytest.raises(IndexError):
-            numba_loops.symbols(state, words, 0, np.array([context]), *model.tables, np.empty(1, np.int64))
-    starts, ranked = np.zeros(4, np.int64), np.arange(3, dtype=np.uint32)
-    for token, count in ((-1, 1), (3, 1), (0, 2)):
-        ranks, found = np.zeros(1, np.int64), np.empty(1, np.uint32)
+            numba_loops.symbols(state, words, 0, np.array([context]), few, np.empty(1, np.int64))
+    for tables in (few, many):
         with pytest.raises(IndexError):
-            numba_loops.ids(np.array([token]), np.array([count]), ranks, starts, ranked, found)
+            numba_loops.ranks(state, words, 0, one, tables, ranks.copy())
+    with pytest.raises(IndexError):
+        numba_loops.codes(state, words, 0, one, ranks, few, np.empty(1, np.uint8))
+    codes, shares = np.array([4], np.uint8), np.zeros(4, np.int64)
+    with pytest.raises(IndexError):
+        numba_loops.sums(one, codes, shares)
+    for token in (-1, 3):
+        with pytest.raises(IndexError):
+            numba_loops.ids(np.array([token]), one, ranks, np.zeros(4, np.int64), np.arange(3, dtype=np.uint32), keys)
+    for counts in ([2], [-1, 2], [0], [2**62, -(2**62), 1], []):
+        wrong = np.array(counts, np.int64)
+        for call in (
+            lambda wrong: numba_loops.ranks(state, words, 0, wrong, enough, ranks.copy()),
+            lambda wrong: numba_loops.codes(state, words, 0, wrong, ranks, enough, np.empty(1, np.uint8)),
+            lambda wrong: numba_loops.sums(wrong, codes, np.zeros(9, np.int64)),
+            lambda wrong: numba_loops.ids(
+                np.zeros_like(wrong), wrong, ranks, np.zeros(4, np.int64), np.arange(3, dtype=np.uint32), keys
+            ),
+            lambda wrong: numba_loops.arranged(keys, wrong[None]),
+        ):
+            with pytest.raises(IndexError):
+                call(wrong)
 
 
 def test_damaged_blocks_have_the_same_outcome(monkeypatch: pytest.MonkeyPatch):
@@ -148,7 +194,7 @@ def test_code_is_compiled_even_if_it_cannot_be_stored(monkeypatch: pytest.Monkey
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="no locator available"):
         numba.njit(numba.int64(numba.int64), cache=True)(successor)
-    assert numba_loops._compiled(numba.int64(numba.int64))(successor)(4) == 5
+    assert numba_loops._compiled("int64", "int64")(successor)(4) == 5
 
 
 def successor(value: int) -> int:

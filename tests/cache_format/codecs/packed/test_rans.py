@@ -332,7 +332,7 @@ def test_more_symbols_than_places_are_refused():
 
 
 @pytest.fixture(scope="module", params=[1, 8])
-def coded(request):
+def coded(request, implementation):
     """Lanes, the bytes, and what reads them."""
     lanes, rng = request.param, np.random.default_rng(request.param)
     model = some_model(rng, 3, 20, 2)
