@@ -19,6 +19,7 @@ def cache_facts(cache: cf.Cache) -> dict[str, Pairs]:
     """Groups of names and values from a manifest."""
     about = cache.metadata
     corpus = {name: value for name, value in about.corpus.items() if name not in ("files", "report")}
+    report = about.corpus.get("report") or {}
     return {
         "Teacher": _pairs(about.teacher),
         "Targets": [("summary", describe_targets(about.targets)), *_pairs(about.targets)],
@@ -29,7 +30,7 @@ def cache_facts(cache: cf.Cache) -> dict[str, Pairs]:
                 for file in about.corpus.get("files") or ()
                 if isinstance(file, Mapping)
             ),
-            *_pairs(about.corpus.get("report") or {}),
+            *_pairs({name: value for name, value in report.items() if corpus.get(name) != value}),
         ],
         "Cache": [
             ("path", cache.path),
