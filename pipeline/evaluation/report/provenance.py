@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.evaluation.report.report_sources import Run
 from pipeline.inspection import describe_targets
 from pipeline.options import options_of
@@ -34,7 +35,7 @@ def cache_facts(cache: cf.Cache) -> dict[str, Pairs]:
         ],
         "Cache": [
             ("path", cache.path),
-            ("rows", f"{cache.num_rows:,} in {len(cache.manifest.shards):,} shards"),
+            ("rows", f"{cache.num_rows:,} in {quantity(len(cache.manifest.shards), 'shard')}"),
             ("tokens", f"{cache.num_tokens:,}, {cache.num_loss_tokens:,} of them loss tokens"),
             ("entries", f"{cache.manifest.num_entries:,}"),
             ("vocabulary", f"{about.vocab_size:,}"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.loading import model_name
@@ -148,7 +149,7 @@ def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: D
         different.append(f"rows per epoch from {paths} were {rows_per_epoch}, are {rows_now}: the weights changed")
     if rows_before not in (None, budget.rows_per_step):
         different.append(
-            f"a step had {rows_before} rows, has {budget.rows_per_step}: `batch_size` times "
+            f"a step had {quantity(rows_before, 'row')}, has {budget.rows_per_step}: `batch_size` times "
             "`gradient_accumulation_steps` times processes must stay the same"
         )
     if different:
