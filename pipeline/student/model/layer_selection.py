@@ -159,8 +159,8 @@ def _layer_lists(model: PreTrainedModel, smaller: PreTrainedModel, total: int, k
     found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if not found:
         raise ModelError(
-            f"{type(model).__name__}: found no list of {quantity(total, 'layer')}, so `student_layers` cannot select among "
-            "them. Use another architecture, or write a `student_config`."
+            f"{type(model).__name__}: found no list of {quantity(total, 'layer')}, so `student_layers` cannot "
+            "select among them. Use another architecture, or write a `student_config`."
         )
     return found
 
