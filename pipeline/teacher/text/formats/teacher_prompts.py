@@ -86,8 +86,8 @@ def with_teacher_prompt(student: Tokens, teacher: Tokens, where: str) -> Tokens:
         raise DataError(
             f"{where}: the completion has {quantity(ours.stop - ours.start, 'token')} after the student's prompt, and "
             f"{quantity(theirs.stop - theirs.start, 'token')}, not the same ones, after the teacher's. Expected the "
-            "same tokens, because the teacher's targets are stored at them. End both prompts in the same way, or remove "
-            "the row."
+            "same tokens, because the teacher's targets are stored at them. End both prompts in the same way, or "
+            "remove the row."
         )
     return with_prompt(student, teacher.ids[: theirs.start], where)
 
