@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cache_format.manifest.manifest import Manifest
 from cache_format.manifest.metadata import CacheMetadata
+from cache_format.wording import quantity
 
 # Read by the Hub and by `datasets.load_dataset` (for local directories too), which would otherwise guess the layout.
 HEADER = """\
@@ -34,7 +35,7 @@ For each token of a tokenised corpus: {expected}. Written for knowledge distilla
 | sequences | {rows:,} |
 | tokens | {tokens:,}, {counted_tokens:,} of them loss tokens |
 | target entries | {entries:,} |
-| size | {bytes:,} bytes in {shards} shards, {bytes_per_token:.1f} per token |
+| size | {bytes:,} bytes in {shards}, {bytes_per_token:.1f} per token |
 
 ## Reading it
 
@@ -143,7 +144,7 @@ def card(manifest: Manifest) -> str:
         counted_tokens=manifest.num_loss_tokens,
         entries=manifest.num_entries,
         bytes=manifest.stored_bytes,
-        shards=len(manifest.shards),
+        shards=quantity(len(manifest.shards), "shard"),
         bytes_per_token=manifest.stored_bytes / manifest.num_tokens,
     )
 

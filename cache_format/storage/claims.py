@@ -27,6 +27,7 @@ from typing import Any
 
 from cache_format.cache_errors import CacheError
 from cache_format.storage.directory import Directory, is_temporary
+from cache_format.wording import quantity
 
 CLAIMS = "claims"
 WHOLE = "all"
@@ -300,5 +301,5 @@ def _pid_started(pid: int) -> int | None:
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+        return quantity(round(seconds), "second")
+    return quantity(round(seconds / 60), "minute") if seconds < 7200 else quantity(round(seconds / 3600), "hour")

@@ -17,6 +17,7 @@ from cache_format.manifest.stored_head import HEAD
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused
 from cache_format.storage.directory import Directory, is_temporary, open_directory
 from cache_format.storage.remote import check_can_be_written
+from cache_format.wording import quantity
 
 FOLDERS = ("shards", TOKENIZER_DIR)
 BESIDE = (LEXICON, HEAD, ANSWERS, DOCUMENTS, "README.md", "distill_config.json")
@@ -100,8 +101,8 @@ def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
 def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:
     """The error of a writer that finds a finished cache where it should write."""
     return CacheError(
-        f"{open_directory(path).path()}: found a finished cache ({manifest.num_rows:,} rows){because}, nothing was "
-        "changed. Choose another directory, or replace it with `overwrite=True`."
+        f"{open_directory(path).path()}: found a finished cache ({quantity(manifest.num_rows, 'row')}){because}, "
+        "nothing was changed. Choose another directory, or replace it with `overwrite=True`."
     )
 
 

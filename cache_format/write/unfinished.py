@@ -39,6 +39,7 @@ from cache_format.manifest.stored_head import HEAD
 from cache_format.rows.row_batch import RowBatch
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, refused, wait_for
 from cache_format.storage.directory import Buffer, Directory, is_temporary, open_directory, write_bytes
+from cache_format.wording import quantity
 from cache_format.write.occupancy import recorded_manifest
 
 OnProgress = Callable[[int, int], None]  # with the number of shards done, and of all
@@ -368,7 +369,7 @@ def claim_name(shard: int) -> str:
 def _missing(missing: Sequence[int], claims: Claims) -> str:
     named = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
     busy = len([holder for holder in claims.others() if holder.name.startswith("shard-")])
-    return f"{len(missing)} shards are missing ({named}), {busy} of which are being written."
+    return f"{quantity(len(missing), 'missing shard')} ({named}), {busy} being written."
 
 
 def file_is_there(directory: Directory, name: str, digest: str) -> bool:

@@ -20,6 +20,7 @@ from cache_format.rows.row_batch import RowBatch, concatenate
 from cache_format.rows.types import CacheRow
 from cache_format.storage.claims import STALE_AFTER_S, WHOLE, Claims, Holder
 from cache_format.storage.directory import Buffer, open_directory
+from cache_format.wording import quantity
 from cache_format.write.occupancy import claim_alone, recorded_manifest
 from cache_format.write.shard_writer import ShardWriter
 from cache_format.write.unfinished import CacheSize, UnfinishedCache, shard_info
@@ -215,7 +216,7 @@ class CacheWriter:
         if missing := self._metadata.num_shards - len(self._cache.complete):
             raise CacheError(
                 f"{self._directory.path()}: rows written up to {next_row}, expected "
-                f"{self._metadata.num_rows}: {missing} shards are incomplete, so there is no "
+                f"{self._metadata.num_rows}: {quantity(missing, 'incomplete shard')}, so there is no "
                 "manifest. Resume to write the rest."
             )
         self._cache.finish(self._claims)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cache_format.wording import quantity
 from pipeline.commands.push_command import check_repository, public_option, push
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.engine_config import rows_per_pass
@@ -79,7 +80,7 @@ def _capture(config: CacheTeacherConfig, push_to_hub: str | None, public: bool, 
         if progress.bytes_per_token == progress.bytes_per_token:
             facts.append(f"{progress.bytes_per_token:.1f} bytes/token")
         if progress.batch_tokens is not None:
-            facts.append(f"{progress.batch_tokens:,} tokens per pass")
+            facts.append(f"{quantity(progress.batch_tokens, 'token')} per pass")
         else:
             facts += _reduced(progress.batch_size, config)
         rate = f"{progress.tokens_per_s:,.0f} tokens/s"
@@ -119,7 +120,9 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, public: bool,
     def show(progress: GenerationProgress) -> None:
         facts = [] if progress.passed is None else [f"{progress.passed:,} accepted"]
         if progress.usage is not None:
-            facts.append(f"{progress.usage.prompt_tokens:,} tokens sent, {progress.usage.completion_tokens:,} received")
+            facts.append(
+                f"{quantity(progress.usage.prompt_tokens, 'token')} sent, {progress.usage.completion_tokens:,} received"
+            )
         facts += _reduced(progress.batch_size, config)
         rate = f"{progress.tokens_per_s:,.0f} tokens/s"
         left = progress.seconds_left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from cache_format.wording import quantity
 from pipeline.terminal.click_options import distill_command, json_option
 
 
@@ -36,8 +37,8 @@ def command(cache: str, stale_after: float, json_file: str | None) -> None:
         )
     show_result(
         lambda: (
-            f"{cache}: finished. {manifest.num_rows:,} rows, {manifest.num_tokens:,} tokens, "
-            f"{size(manifest.stored_bytes)} in {len(manifest.shards):,} shards."
+            f"{cache}: finished. {quantity(manifest.num_rows, 'row')}, {quantity(manifest.num_tokens, 'token')}, "
+            f"{size(manifest.stored_bytes)} in {quantity(len(manifest.shards), 'shard')}."
         ),
         lambda: {
             "rows": manifest.num_rows,

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.groups import Grouping, groups_of
@@ -69,7 +70,7 @@ def evaluate(
     head = open_student(cache, config.student, vocab_size, config, padding_free=config.padding_free)
     model = head.model
     rows = min(len(cache), config.max_rows or len(cache))
-    on_stage(f"evaluating on {rows:,} rows")
+    on_stage(f"evaluating on {quantity(rows, 'row')}")
 
     def collate(rows: Sequence[cf.CacheRow]) -> Batch:
         batch = dataset.collate(rows)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
@@ -99,7 +100,7 @@ def cache_teacher(
 
         states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
         states += describe_head(stored_head, engine.vocab_size)
-        on_stage(f"caching {len(corpus):,} rows, {corpus.num_tokens:,} tokens{states}")
+        on_stage(f"caching {quantity(len(corpus), 'row')}, {quantity(corpus.num_tokens, 'token')}{states}")
         if config.overwrite and not worker.follows:
             # Not earlier: text and teacher have now been read successfully.
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
@@ -123,8 +124,8 @@ def cache_teacher(
 def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Corpus) -> str:
     positions = -(-stored_positions(config, corpus) // spec.every)
     size = hidden_states.predicted_bytes(spec, stored_positions(config, corpus)) / 1e6
-    layers = f"{len(spec.layers)} layer{'s' if len(spec.layers) > 1 else ''}"
-    return f"hidden states of {positions:,} positions × {layers} × {spec.width} × {spec.dtype} = {size:,.1f} MB"
+    numbers = f"{quantity(positions, 'position')} × {quantity(len(spec.layers), 'layer')}"
+    return f"hidden states of {numbers} × {spec.width} × {spec.dtype} = {size:,.1f} MB"
 
 
 @dataclass

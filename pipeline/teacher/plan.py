@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
@@ -140,7 +141,8 @@ def plan_cache(
 
         taken = min(sample_rows or rows_together(config), len(corpus))
         chosen = np.unique(np.linspace(0, len(corpus) - 1, taken).round().astype(int)).tolist()
-        on_stage(f"running the teacher on {len(chosen)} of {len(corpus):,} rows, with {len(rules)} kinds of targets")
+        rows, kinds = quantity(len(corpus), "row"), quantity(len(rules), "kind")
+        on_stage(f"running the teacher on {len(chosen)} of {rows}, with {kinds} of targets")
         stored_head = engine.stored_head
         beside = None if engine.hidden is None else without_states_of(engine.hidden, stored_head)
         states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cache_format.wording import quantity
 from pipeline.inspection import describe_targets
 from pipeline.terminal.tables import Unbroken, duration, pairs, size, size_per_token
 
@@ -65,8 +66,8 @@ def generation_view(summary: GenerationSummary, targets: Mapping[str, Any], *, j
         f"Cached {summary.output}",
         [
             ("targets", describe_targets(targets)),
-            ("answers", f"{summary.answers:,} to {summary.prompts:,} prompts, ended {ended}"),
-            ("kept", f"{summary.rows:,} for {summary.prompts_kept:,} prompts{accepted}"),
+            ("answers", f"{summary.answers:,} to {quantity(summary.prompts, 'prompt')}, ended {ended}"),
+            ("kept", f"{summary.rows:,} for {quantity(summary.prompts_kept, 'prompt')}{accepted}"),
             ("tokens", f"{summary.tokens:,}, {summary.counted_tokens:,} of them loss tokens"),
             ("left out", _left_out(summary.corpus_report)),
             ("log-prob.", f"{summary.mean_logprob:.3f} nats per token of the kept answers (mean)"),
@@ -113,6 +114,10 @@ def _position_losses(loss: PositionLoss | None) -> list[tuple[str, str]]:
     return lines
 
 
+def _rows(rows: int, tokens: int) -> str:
+    return f"{quantity(rows, 'row')}, {quantity(tokens, 'token')}"
+
+
 def _speeds(slowest: float, fastest: float) -> str:
     if slowest == fastest:
         return f"{fastest:,.0f} tokens/s"
@@ -142,8 +147,8 @@ def plan_view(plan: Plan) -> RenderableType:
             cells.append(f"{(plan.cost_per_hour or 0.0) * rule.seconds / 3600:,.2f}")
         table.add_row(*cells, style="bold" if rule.chosen else "")
     facts = [
-        ("text", f"{plan.rows:,} rows, {plan.tokens:,} tokens, {plan.counted_tokens:,} of them loss tokens"),
-        ("measured on", f"{plan.sample_rows:,} rows, {plan.sample_tokens:,} tokens"),
+        ("text", f"{_rows(plan.rows, plan.tokens)}, {plan.counted_tokens:,} of them loss tokens"),
+        ("measured on", _rows(plan.sample_rows, plan.sample_tokens)),
         ("teacher alone", _speeds(*plan.forward_tokens_per_s)),
         *_position_losses(plan.position_loss),
         ("free on disk", "unknown" if plan.free_bytes is None else size(plan.free_bytes)),

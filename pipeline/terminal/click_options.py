@@ -299,9 +299,11 @@ def json_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def interrupted(what_is_kept: str) -> NoReturn:
-    """Says what an interrupt left behind, once, and exits with status 130."""
+    """Says what an interrupt left behind, once, and exits with status 130. A second interrupt says nothing more."""
     from pipeline.terminal.console import err
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    meta = click.get_current_context().meta
+    if int(os.environ.get("RANK", "0")) == 0 and not meta.get("distill.interrupted"):
+        meta["distill.interrupted"] = True
         err.print(f"Interrupted: {what_is_kept}")
     raise SystemExit(130)

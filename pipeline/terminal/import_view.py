@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import RenderableType
 
+from cache_format.wording import quantity
 from pipeline.importing.export_cache import ExportSummary
 from pipeline.importing.import_cache import ImportSummary
 from pipeline.terminal.tables import pairs, size, size_per_token
@@ -28,7 +29,7 @@ def import_view(summary: ImportSummary) -> RenderableType:
         )
     for reason, count in summary.unusable.items():
         more = f" and {count - len(summary.examples[reason]):,} more" if count > len(summary.examples[reason]) else ""
-        rows.append(("left out", f"{count:,} records, {reason}: {'; '.join(summary.examples[reason])}{more}"))
+        rows.append(("left out", f"{quantity(count, 'record')}, {reason}: {'; '.join(summary.examples[reason])}{more}"))
     rows += [("noted", f"{count:,} {what}") for what, count in summary.changed.items()]
     return pairs(f"Imported {summary.output}", rows)
 
@@ -38,7 +39,7 @@ def export_view(summary: ExportSummary) -> RenderableType:
         f"Exported {summary.output}",
         [
             ("format", summary.format),
-            ("rows", f"{summary.rows:,} in {summary.files:,} files"),
+            ("rows", f"{summary.rows:,} in {quantity(summary.files, 'file')}"),
             ("size", f"{size(summary.bytes)}"),
         ],
     )

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cache_format.wording import quantity
 from pipeline.terminal.tables import bar
 
 
@@ -48,8 +49,8 @@ def row_view(row: dict[str, Any]) -> RenderableType:
             )
     documents = len(row["segment_lengths"])
     head = (
-        f"row {row['row']}: {row['tokens']:,} tokens, {row['counted_tokens']:,} of them loss tokens, "
-        f"{documents} document{'s' if documents != 1 else ''}.  ◀ the true {true_token}"
+        f"row {row['row']}: {quantity(row['tokens'], 'token')}, {row['counted_tokens']:,} of them loss tokens, "
+        f"{quantity(documents, 'document')}.  ◀ the true {true_token}"
         + (
             "  ~ weight of a sampled token"
             if any(c["sampled"] for p in row["positions"] for c in p["candidates"])

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cache_format.codecs.packed.streams import FREQUENCIES
+from cache_format.wording import quantity
 from pipeline.inspection import describe_targets
 from pipeline.terminal.tables import bar, pairs, size_per_token
 
@@ -27,7 +28,7 @@ def statistics_view(stats: dict[str, Any]) -> RenderableType:
         [
             ("teacher", stats["teacher"]),
             ("targets", describe_targets(targets)),
-            ("rows", f"{stats['rows']:,} in {stats['shards']:,} shards"),
+            ("rows", f"{stats['rows']:,} in {quantity(stats['shards'], 'shard')}"),
             ("tokens", f"{stats['tokens']:,}, {stats['counted_tokens']:,} of them loss tokens"),
             ("entries", entries),
             ("size", size_per_token(stats["bytes"], stats["tokens"], stats["head_bytes"])),

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from cache_format.wording import quantity
 from pipeline.terminal.tables import bar, duration, pairs, titled
 
 
@@ -42,8 +43,9 @@ KL_NOTES = {
 def mixture_lines(mixture: Sequence[Mapping[str, Any]]) -> list[str]:
     """How much of each of several caches a run sees, one line each."""
     return [
-        f"{each['cache']}: {each['share']:.1%} of the loss tokens · {each['rows_per_epoch']:,} rows an epoch · "
-        f"{each['passes']:.2f} passes, {each['tokens']:,} tokens in all"
+        f"{each['cache']}: {each['share']:.1%} of the loss tokens · "
+        f"{quantity(each['rows_per_epoch'], 'row')} an epoch · {each['passes']:.2f} passes, "
+        f"{quantity(each['tokens'], 'token')} in all"
         for each in mixture
     ]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from cache_format.wording import quantity
 from pipeline.terminal.tables import pairs, size
 
 if TYPE_CHECKING:
@@ -35,15 +36,20 @@ def verify_view(
 ) -> RenderableType:
     """An intact cache, and how it compares with its teacher."""
     line = Text(
-        f"{cache}: intact. {summary.rows:,} rows, {summary.tokens:,} tokens, {summary.entries:,} entries, "
-        f"{size(summary.bytes)} in {summary.shards:,} shards: every checksum holds"
+        f"{cache}: intact. {quantity(summary.rows, 'row')}, {quantity(summary.tokens, 'token')}, "
+        f"{quantity(summary.entries, 'entry', 'entries')}, "
+        f"{size(summary.bytes)} in {quantity(summary.shards, 'shard')}: every checksum holds"
         + (", and every rule." if deep else ".")
     )
     if found is None:
         return line
     dtypes = found.dtype if found.dtype == found.cache_dtype else f"{found.dtype} (cache: {found.cache_dtype})"
     facts = [
-        ("compared", f"{found.rows:,} rows, {found.positions:,} positions, {found.entries:,} log-probabilities"),
+        (
+            "compared",
+            f"{quantity(found.rows, 'row')}, {quantity(found.positions, 'position')}, "
+            f"{quantity(found.entries, 'log-probability', 'log-probabilities')}",
+        ),
         ("dtype", dtypes),
         *((each.name, _measured(each)) for each in found.comparisons),
         (

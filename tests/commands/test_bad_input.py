@@ -224,7 +224,7 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ("--student-layers 3", ("--student-layers 3", "1 layers", "from 1 to 1")),
+        ("--student-layers 3", ("--student-layers 3", "1 layer.", "from 1 to 1")),
         ("--student-config student/config.json", ("both --student and --student-config", "Leave one out")),
         ("--learning-rate nan", ("--learning-rate nan", "expected a finite number, 0 or more")),
         ("--weight-decay inf", ("--weight-decay inf", "expected a finite number, 0 or more")),

@@ -24,6 +24,7 @@ from cache_samples import shards
 from cli import main
 from pipeline import commands
 from pipeline.commands import COMMANDS, SUMMARIES
+from pipeline.terminal.click_options import interrupted
 from runs import build_cache, distance, train, weights
 from runs import command as run
 
@@ -279,6 +280,18 @@ def test_interrupt_anywhere_else(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cf, "verify_cache", verify_cache)
     result = run("verify", folder / "cache", status=130)
     assert result.stderr == "Interrupted: nothing was changed.\n"
+
+
+def test_a_second_interrupt_does_not_contradict_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def verify_cache(*_: object, **__: object) -> None:
+        try:
+            interrupted("complete shards are kept.")
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cf, "verify_cache", verify_cache)
+    result = run("verify", folder / "cache", status=130)
+    assert result.stderr == "Interrupted: complete shards are kept.\n"
 
 
 def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch):

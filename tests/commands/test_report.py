@@ -95,8 +95,9 @@ def test_stats_are_those_of_the_rows(cache: cf.Cache):
 def test_stats_for_people(cache: cf.Cache):
     stats = cache_statistics(cache)
     text = shown(statistics_view(stats))
-    for words in ("top-k, K = 16", f"{stats['rows']:,} in 1 shards", f"{stats['bytes_per_token']:.1f} bytes per token"):
+    for words in ("top-k, K = 16", f"{stats['rows']:,} in 1 shard", f"{stats['bytes_per_token']:.1f} bytes per token"):
         assert words in text
+    assert "1 shards" not in text
     assert all(name in text for name in stats["column_bytes_per_token"]) and "order-zero entropy" not in text
     assert cache.path in text.replace("\n", "")
 

@@ -256,7 +256,7 @@ def test_shard_ranges_of_two_machines_are_merged(whole, teacher_dir: Path, text_
     first = run(*words_of(config), "--shard-range", ":2")
     assert "is not complete yet" in first.stdout and "distill merge" in first.stdout
     failed = run("merge", config.output, status=1)
-    assert "shards are missing (2, 3" in failed.stderr and "Run cache-teacher again" in failed.stderr
+    assert "missing shards (2, 3" in failed.stderr and "Run cache-teacher again" in failed.stderr
     second = json.loads(run(*words_of(config), "--shard-range", "2:", "--json").stdout)
     assert second["finished"] and second["resumed_rows"] == 16 and second["exact_mass"] is None
     assert contents(tmp_path / "cache") == expected

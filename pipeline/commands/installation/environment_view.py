@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from cache_format.wording import quantity
 from pipeline.terminal.tables import pairs, size
 
 
@@ -18,14 +19,17 @@ def environment_view(found: dict[str, Any]) -> RenderableType:
         ("system", found["system"]),
         *((name, version or "not installed") for name, version in found["packages"].items()),
         ("optional", ", ".join(f"{name} {version}" for name, version in found["optional_packages"].items()) or "none"),
-        ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {memory}"),
+        ("CPU", f"{cpu['name']}, {quantity(cpu['cores'], 'core')}, {memory}"),
     ]
     if "error" in found:
         rows.append(("torch", found["error"]))
     else:
         built = found["cuda"] and f"CUDA {found['cuda']}" or found["rocm"] and f"ROCm {found['rocm']}" or "CPU only"
         rows += [
-            ("CPU features", f"{_features(found)} (torch uses {found['cpu_capability']}, {found['threads']} threads)"),
+            (
+                "CPU features",
+                f"{_features(found)} (torch uses {found['cpu_capability']}, {quantity(found['threads'], 'thread')})",
+            ),
             ("dtype on the CPU", _cpu_dtype(found)),
             ("torch built for", built),
             *(("device", _device(each)) for each in found["devices"] or [None]),

@@ -14,8 +14,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 CHART_STYLE = Path(__file__).parent / "template/charts.css"
-WIDTH, HEIGHT = 340, 232
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
+WIDTH, HEIGHT = 340, 246
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 26, 40
 MARKERS = ("circle", "square", "triangle", "diamond")
 
 Points = Sequence[tuple[float, float]]
@@ -77,16 +77,24 @@ def _round_step(span: float) -> float:
 
 
 def number(value: float) -> str:
-    """A tick's number: 0.25, 1,200, 12k."""
+    """A tick's number: 0.25, 1,200, 12k, 5e-5."""
+    if 1e-10 < abs(value) < 0.001:
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     if abs(value) >= 10_000:
         return f"{value / 1e6:.3g}M" if abs(value) >= 1e6 else f"{value / 1e3:.3g}k"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 10):.3g}"
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> Markup:
-    """Curves over a number, such as the step. The y axis is logarithmic if the values span more than a factor of 20."""
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, always_linear: bool = False
+) -> Markup:
+    """Curves over a number, such as the step.
+
+    The y axis is logarithmic if the values span more than a factor of 20, unless it is `always_linear`.
+    """
     values = [y for each in series for _, y in each.points]
-    log = min(values, default=0.0) > 0 and max(values) / min(values) > 20
+    log = not always_linear and min(values, default=0.0) > 0 and max(values) / min(values) > 20
     x = Axis.around([x for each in series for x, _ in each.points], zero=True)
     y = Axis.around(values, log=log)
     parts = [_axes(x_label, y_label + (" (log scale)" if log else ""), y), _x_ticks(x)]
@@ -151,16 +159,15 @@ def _place(x: Axis, y: Axis, a: float, b: float) -> tuple[float, float]:
 
 
 def _axes(x_label: str, y_label: str, y: Axis) -> Markup:
-    """Labels, and a grid line with its number at every tick of y."""
+    """Labels, that of y above its axis, and a grid line with its number at every tick of y."""
     parts = []
     for tick in y.ticks:
         at = HEIGHT - BOTTOM - y.share(tick) * (HEIGHT - TOP - BOTTOM)
         parts.append(_tag("line", "grid", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at))
         parts.append(_text(number(tick), LEFT - 5, at + 3.5, "tick y"))
     parts.append(_text(x_label, LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 4, "label"))
-    middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
-    turned = Markup('<text class="label" transform="translate(11 {:.1f}) rotate(-90)">{}</text>')
-    return Markup("").join([*parts, turned.format(middle, y_label)])
+    parts.append(_text(y_label, 4, TOP - 13, "label y"))
+    return Markup("").join(parts)
 
 
 def _x_ticks(x: Axis) -> Markup:

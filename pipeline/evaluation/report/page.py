@@ -76,6 +76,7 @@ def render(contents: Contents) -> bytes:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = _breakable
     script = Markup((TEMPLATE / "page.js").read_text(encoding="utf-8"))
     style = Markup("").join(Markup(path.read_text(encoding="utf-8")) for path in (CHART_STYLE, TEMPLATE / "page.css"))
     positions = contents.positions
@@ -94,6 +95,11 @@ def render(contents: Contents) -> bytes:
     )
     # Names in records may hold what UTF-8 cannot.
     return page.encode("utf-8", "replace")
+
+
+def _breakable(name: str) -> Markup:
+    """A name or path that may go on in the next line after each slash."""
+    return Markup("/<wbr>").join(name.split("/"))
 
 
 def _groups(contents: Contents) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.evaluation.report.report_sources import Run
 from pipeline.inspection import describe_targets
 from pipeline.options import options_of
@@ -19,6 +20,7 @@ def cache_facts(cache: cf.Cache) -> dict[str, Pairs]:
     """Groups of names and values from a manifest."""
     about = cache.metadata
     corpus = {name: value for name, value in about.corpus.items() if name not in ("files", "report")}
+    report = about.corpus.get("report") or {}
     return {
         "Teacher": _pairs(about.teacher),
         "Targets": [("summary", describe_targets(about.targets)), *_pairs(about.targets)],
@@ -29,11 +31,11 @@ def cache_facts(cache: cf.Cache) -> dict[str, Pairs]:
                 for file in about.corpus.get("files") or ()
                 if isinstance(file, Mapping)
             ),
-            *_pairs(about.corpus.get("report") or {}),
+            *_pairs({name: value for name, value in report.items() if corpus.get(name) != value}),
         ],
         "Cache": [
             ("path", cache.path),
-            ("rows", f"{cache.num_rows:,} in {len(cache.manifest.shards):,} shards"),
+            ("rows", f"{cache.num_rows:,} in {quantity(len(cache.manifest.shards), 'shard')}"),
             ("tokens", f"{cache.num_tokens:,}, {cache.num_loss_tokens:,} of them loss tokens"),
             ("entries", f"{cache.manifest.num_entries:,}"),
             ("vocabulary", f"{about.vocab_size:,}"),

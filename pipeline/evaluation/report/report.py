@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.evaluation.groups import Grouping
 from pipeline.evaluation.metrics import Evaluation
@@ -77,11 +78,11 @@ def write_report(
         _check_student(cache, student, config)
     rows = min(len(cache), config.max_rows or len(cache))
     device = resolve_device(config.device)
-    on_stage(f"reading {rows:,} rows of {sources.cache}")
+    on_stage(f"reading {quantity(rows, 'row')} of {sources.cache}")
     text, teacher = read_positions(cache, rows, device, batch_size=config.batch_size, on_progress=on_progress)
     positions = {}
     for student in sources.students:
-        on_stage(f"running {student.name} on {rows:,} rows")
+        on_stage(f"running {student.name} on {quantity(rows, 'row')}")
         positions[student.label] = _run_student(cache, student, teacher, rows, config, on_progress)
     on_stage("writing the report")
     passages = cut(text)
@@ -170,11 +171,12 @@ def _run_student(
 def _facts(
     cache: cf.Cache, sources: Sources, rows: int, tokens: int, loss_tokens: int, shown: int, passages: int
 ) -> list[str]:
-    total = "" if rows == len(cache) else f" of {len(cache):,}"
+    some = "" if rows == len(cache) else f"{rows:,} of "
+    read = f"{some}{quantity(len(cache), 'row')}, {quantity(tokens, 'token')}"
     facts = [
         f"cache {sources.cache}",
-        f"{rows:,}{total} rows, {tokens:,} tokens, {loss_tokens:,} of them loss tokens",
-        f"{shown:,} of {passages:,} passages shown",
+        f"{read}, {loss_tokens:,} of them loss tokens",
+        f"{shown:,} of {quantity(passages, 'passage')} shown",
     ]
     if sources.trained_on:
         facts.append("text that a student was trained on, so its numbers are better than on other text")

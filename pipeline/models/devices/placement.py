@@ -11,7 +11,6 @@ its weight; see `is_here`.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cache_format.json_object import json_object
 from pipeline.errors import ConfigError, ModelError
 
 BALANCED = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -108,12 +108,10 @@ def parse_device_map(text: str, option: str = "device_map") -> str | dict[str, A
     path = Path(text)
     if not path.is_file():
         raise ConfigError(f"`{option}` {text}: expected {', '.join(BALANCED)}, or a JSON file. Check the path.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"`{option}` {text}: not JSON: {error}. Correct it.") from error
-    if not isinstance(found, dict) or not all(isinstance(place, int | str) for place in found.values()):
-        raise ConfigError(f"`{option}` {text}: expected an object of module names and devices. Correct it.")
+    where, expected = f"`{option}` {text}", "an object of module names and devices"
+    found = json_object(path.read_bytes(), where, expected=expected, next_step="Correct it.", error=ConfigError)
+    if not all(isinstance(place, int | str) for place in found.values()):
+        raise ConfigError(f"{where}: expected {expected}. Correct it.")
     return found
 
 

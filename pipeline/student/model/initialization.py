@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from cache_format.json_object import json_object
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import load_config, load_model, model_name, reason
 from pipeline.models.objective import NAMES, Objective, auto_class, objective_of
@@ -110,12 +110,13 @@ def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:
     path = path / "config.json" if path.is_dir() else path
     expected = "expected a transformers config.json"
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file, {expected}. Check `student_config`.") from error
-    except ValueError as error:  # JSON or UTF-8
-        raise ConfigError(f"{path}: not JSON ({error}), {expected}. Correct it.") from error
-    if not isinstance(given, dict) or "model_type" not in given:
+    given = json_object(
+        data, str(path), expected="a transformers config.json", next_step="Check `student_config`.", error=ConfigError
+    )
+    if "model_type" not in given:
         raise ConfigError(f"{path}: has no model_type, {expected}. Check `student_config`.")
     try:
         return AutoConfig.for_model(**{"vocab_size": vocab_size, **given})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import reason
 
@@ -83,7 +84,9 @@ def with_layers(config: PreTrainedConfig, keep: int) -> PreTrainedConfig:
             "configuration. Leave `student_layers` out, or write a `student_config`."
         )
     if not 1 <= keep <= total:
-        raise ConfigError(f"`student_layers` {keep}: the model has {total} layers. Use a number from 1 to {total}.")
+        raise ConfigError(
+            f"`student_layers` {keep}: the model has {quantity(total, 'layer')}. Use a number from 1 to {total}."
+        )
     kept = kept_layers(total, keep)
     following = _following(text, counts)
     settings = text.to_dict()
@@ -156,8 +159,8 @@ def _layer_lists(model: PreTrainedModel, smaller: PreTrainedModel, total: int, k
     found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if not found:
         raise ModelError(
-            f"{type(model).__name__}: found no list of {total} layers, so `student_layers` cannot select among them. "
-            "Use another architecture, or write a `student_config`."
+            f"{type(model).__name__}: found no list of {quantity(total, 'layer')}, so `student_layers` cannot "
+            "select among them. Use another architecture, or write a `student_config`."
         )
     return found
 

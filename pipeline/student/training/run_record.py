@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import cache_format as cf
+from cache_format.json_object import json_object
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.loading import model_name
@@ -74,7 +76,7 @@ def check_base_weights(config: TrainStudentConfig, base_weights: str) -> None:
     Earlier versions did not record the weights; their runs pass.
     """
     file = Path(config.output) / CONFIG_FILE
-    before = json.loads(file.read_text()).get("adapted_weights")
+    before = _read_record(file).get("adapted_weights")
     if before not in (None, base_weights):
         name = "" if config.student is None else model_name(config.student)
         raise cf.MismatchError(
@@ -87,7 +89,17 @@ def check_base_weights(config: TrainStudentConfig, base_weights: str) -> None:
 def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:
     """Adds to the record how much of each cache a finished run has used, from `Mix.seen`."""
     output = Path(config.output)
-    write_record(output, {**json.loads((output / CONFIG_FILE).read_text()), "seen": seen})
+    write_record(output, {**_read_record(output / CONFIG_FILE), "seen": seen})
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    return json_object(
+        file.read_bytes(),
+        str(file),
+        expected="the record of a training run",
+        next_step="Restore it from a copy, or start again with `overwrite=True`.",
+        error=ConfigError,
+    )
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
@@ -111,15 +123,16 @@ def record_of(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Distil
 
 def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, file: Path) -> None:
     """Raises: MismatchError unless the run in `file` had the same settings; ConfigError if the file is unreadable."""
+    recorded = _read_record(file)
     try:
-        recorded = json.loads(file.read_text())
         before, recorded_cache = dict(recorded["config"]), recorded["cache"]
         arguments_before = dict(before["training_args"])
         rows_per_epoch = [each["rows_per_epoch"] for each in recorded.get("mixture", [])]
         resolved_before = dict(recorded.get("resolved", {}))  # not recorded by earlier versions
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{file}: cannot be read, so the run cannot be resumed. Start again with `overwrite=True`."
+            f"{file}: not the record of a training run ({error}), so the run cannot be resumed. Restore it from a "
+            "copy, or start again with `overwrite=True`."
         ) from error
     record = json.loads(json.dumps(record_of(config, mix, budget, loss)))
     now, arguments_now = record["config"], record["config"]["training_args"]
@@ -148,7 +161,7 @@ def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: D
         different.append(f"rows per epoch from {paths} were {rows_per_epoch}, are {rows_now}: the weights changed")
     if rows_before not in (None, budget.rows_per_step):
         different.append(
-            f"a step had {rows_before} rows, has {budget.rows_per_step}: `batch_size` times "
+            f"a step had {quantity(rows_before, 'row')}, has {budget.rows_per_step}: `batch_size` times "
             "`gradient_accumulation_steps` times processes must stay the same"
         )
     if different:

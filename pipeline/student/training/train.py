@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import merged
@@ -234,7 +235,7 @@ def _training_stage(run: CheckedRun, data: RunData, student: RunStudent, matchin
     repeats = "" if passes == 1.0 else f", {passes:.3g} times"
     portions = zip(run.mix.portions, data.parts, strict=True)
     loss_tokens = sum(each.passes(each.rows) * part.counted_tokens for each, part in portions)
-    text = f"{run.mix.rows:,} rows, {loss_tokens:,.0f} loss tokens{repeats}"
+    text = f"{quantity(run.mix.rows, 'row')}, {loss_tokens:,.0f} loss tokens{repeats}"
     return f"training {trained / 1e6:.1f}{total} M parameters on {text}, {describe_arithmetic(run.arguments)}"
 
 

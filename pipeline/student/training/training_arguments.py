@@ -7,7 +7,6 @@ continued keeps the precision it began with, on whatever device.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, integrations
 
+from cache_format.json_object import json_object
 from pipeline.errors import ConfigError
 from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
@@ -181,18 +181,17 @@ def read_training_args(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """
     if given is None:
         return {}
-    example = 'expected an object of training arguments, such as {"max_grad_norm": 0.5}'
+    expected = 'an object of training arguments, such as {"max_grad_norm": 0.5}'
     file = given if isinstance(given, str) else "`training_args`"
     values: Any = given
     if isinstance(given, str):
         try:
-            values = json.loads(Path(given).read_text(encoding="utf-8"))
+            data = Path(given).read_bytes()
         except FileNotFoundError as error:
-            raise ConfigError(f"{file}: no such file, {example}. Check `training_args`.") from error
-        except ValueError as error:  # JSON or UTF-8
-            raise ConfigError(f"{file}: not JSON ({error}), {example}. Correct it.") from error
+            raise ConfigError(f"{file}: no such file, expected {expected}. Check `training_args`.") from error
+        values = json_object(data, given, expected=expected, next_step="Correct it.", error=ConfigError)
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{file}: found a {type(values).__name__}, {example}. Correct it.")
+        raise ConfigError(f"{file}: found a {type(values).__name__}, expected {expected}. Correct it.")
     known = {field.name for field in fields(TrainingArguments)}
     for name in values:
         if name in RESERVED:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 import cache_format as cf
+from cache_format.json_object import json_object
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, Holder
 from cache_format.storage.directory import is_temporary, open_directory, write_bytes
 from pipeline.teacher.generation.answers import Answer
@@ -107,15 +108,11 @@ class AnswerStore:
         settings = json.loads(json.dumps(settings))  # as it will be read back
         names = self._directory.names()
         if SETTINGS in names:
-            recorded = json.loads(self._directory.read_bytes(SETTINGS))
-            found = cf.ignoring_names(cf.differences(recorded, settings), recorded)
-            different = [each for each in found if not (allow_rounding and each.rounding)]
-            if different and not replace:
-                raise cf.MismatchError(
-                    f"{self.location}: holds answers of an unfinished run with other settings: "
-                    f"{cf.listed(different)}. Use the same, choose another `output`, or start again with `overwrite`."
-                )
-            if different:
+            try:
+                self._check_same(settings, allow_rounding=allow_rounding)
+            except cf.CacheError:
+                if not replace:
+                    raise
                 for name in names:
                     if name not in (CLAIMS, SETTINGS):
                         self._directory.remove(name)
@@ -129,11 +126,30 @@ class AnswerStore:
             write_bytes(self._directory, SETTINGS, data)
         self._names = {int(match[1]): name for name in names if (match := _GROUP.fullmatch(name))}
 
+    def _recorded(self) -> dict[str, Any]:
+        return json_object(
+            self._directory.read_bytes(SETTINGS),
+            f"{self.location}/{SETTINGS}",
+            expected="the settings of the unfinished run whose answers are in this directory",
+            next_step="Restore it from a copy, or start again with `overwrite`.",
+            error=cf.CacheError,
+        )
+
+    def _check_same(self, settings: Mapping[str, Any], *, allow_rounding: bool) -> None:
+        recorded = self._recorded()
+        found = cf.ignoring_names(cf.differences(recorded, settings), recorded)
+        if different := [each for each in found if not (allow_rounding and each.rounding)]:
+            raise cf.MismatchError(
+                f"{self.location}: holds answers of an unfinished run with other settings: "
+                f"{cf.listed(different)}. Use the same, choose another `output`, or start again with `overwrite`."
+            )
+
     def prompts(self) -> dict[str, Any] | None:
         """The description of the prompts of the unfinished run that has answers here, if there is one."""
         if SETTINGS not in self._directory.names():
             return None
-        return dict(json.loads(self._directory.read_bytes(SETTINGS))["prompts"])
+        found = self._recorded().get("prompts")
+        return found if isinstance(found, dict) else None
 
     def load(self, number: int) -> Group | None:
         """A stored group; None if it is missing or damaged."""

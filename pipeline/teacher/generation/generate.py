@@ -36,6 +36,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.models.devices.placement import parse_device_map
 from pipeline.models.loading import load_config, model_name
@@ -156,7 +157,7 @@ def generate_cache(
             tokens_per_s = answering.tokens_written / (time.perf_counter() - answering.started)
             resumed, selection, usage = answering.resumed, answering.selection, engine.usage
             if writer is None:
-                on_stage(f"caching {len(corpus):,} of {selection.answers:,} answers")
+                on_stage(f"caching {len(corpus):,} of {quantity(selection.answers, 'answer')}")
                 cache(corpus, engine)
                 exact_mass: float | None = 1.0 - selection.outside_sum / selection.counted_tokens
         if writer is not None:
@@ -166,7 +167,7 @@ def generate_cache(
             rows = config.batch_size if config.batch_tokens is None else None
             scoring = replace(config, generation=None, batch_size=rows)
             with closing(open_engine(scoring, corpus, tokenizer, device)) as engine:
-                on_stage(f"scoring {len(corpus):,} of {selection.answers:,} answers")
+                on_stage(f"scoring {len(corpus):,} of {quantity(selection.answers, 'answer')}")
                 exact_mass = cache(corpus, engine, scored=lambda state: on_progress(_scored(state)))
                 usage = engine.usage
         store.remove()
@@ -199,7 +200,8 @@ def _answer(
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
 
-    on_stage(f"writing {generation.answers_per_prompt} answers to each of {prompts.answerable.sum():,} prompts")
+    answers, asked = quantity(generation.answers_per_prompt, "answer"), quantity(prompts.answerable.sum(), "prompt")
+    on_stage(f"writing {answers} to each of {asked}")
     answering = Answering(
         prompts,
         store,

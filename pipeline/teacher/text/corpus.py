@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format.storage.claims import Claims, wait_for
 from cache_format.storage.directory import open_directory
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.tokenizers import tokenizer_fingerprint
 from pipeline.teacher.text import encoding
@@ -153,7 +154,7 @@ def tokenise_documents(
     warnings = list(arguments.find_unused(config, chat_template, source, columns.names))
     if len(tokens) > len(rows):
         warnings.append(
-            f"{len(rows):,} chat{'s' if len(rows) > 1 else ''} became {len(tokens):,} documents: the chat template "
+            f"{quantity(len(rows), 'chat')} became {quantity(len(tokens), 'document')}: the chat template "
             "renders earlier turns differently when more messages follow, so each answer gets a document of its own. "
             "Use `turns=last` to keep only the last answer of each chat."
         )

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.models.loading import load_tokenizer, model_name
 from pipeline.models.tokenizers import tokenizer_fingerprint
@@ -69,7 +70,7 @@ def verify_against_teacher(
         else LoadedTeacher(config, cache, worker.device(config.device), reading)
     )
     with closing(teacher):
-        on_stage(f"computing {len(chosen)} of {len(cache):,} rows again, {teacher.times}")
+        on_stage(f"computing {len(chosen)} of {quantity(len(cache), 'row')} again, {teacher.times}")
         found = []
         for each in teacher.check(rows):
             found.append(each)

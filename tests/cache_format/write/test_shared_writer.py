@@ -219,7 +219,7 @@ def test_shards_of_two_machines_are_brought_together_and_finished(tmp_path, whol
         shutil.copy(tmp_path / "a/manifest.partial.json", tmp_path / "b")
         shutil.copy(tmp_path / "a" / LEXICON, tmp_path / "b")
     work(tmp_path / "b", cf.Share(first=3), encoding=encoding)
-    with pytest.raises(cf.CacheError, match=r"4 shards are missing \(3, 4, 5, 6\), 0 of which are being written"):
+    with pytest.raises(cf.CacheError, match=r"4 missing shards \(3, 4, 5, 6\), 0 being written"):
         cf.finish_cache(tmp_path / "a")
     shutil.copytree(tmp_path / "b/shards", tmp_path / "a/shards", dirs_exist_ok=True)
     for _ in range(2):  # it may be said twice
@@ -231,12 +231,12 @@ def test_finishing_changes_nothing_where_something_is_missing(tmp_path):
     work(tmp_path / "cache")
     (tmp_path / "cache/shards/shard-00004.json").unlink()
     before = contents(tmp_path / "cache")
-    with pytest.raises(cf.CacheError, match=r"1 shards are missing \(4\).*Run cache-teacher again"):
+    with pytest.raises(cf.CacheError, match=r"1 missing shard \(4\).*Run cache-teacher again"):
         cf.finish_cache(tmp_path / "cache")
     assert contents(tmp_path / "cache") == before
 
     (tmp_path / "cache/tokenizer/tokenizer.json").write_text("another")
-    with pytest.raises(cf.CacheError, match="1 shards are missing"):
+    with pytest.raises(cf.CacheError, match="1 missing shard "):
         cf.finish_cache(tmp_path / "cache")
     assert work(tmp_path / "cache") == [4]  # which also puts the tokenizer right
     assert contents(tmp_path / "cache") == alone(tmp_path / "whole")

@@ -101,7 +101,7 @@ def test_an_abandoned_shard_starts_again(tmp_path):
 
 
 def test_too_few_rows_make_no_cache_and_lose_nothing(tmp_path):
-    with pytest.raises(cf.CacheError, match="up to 9, expected 10: 1 shards are incomplete"):
+    with pytest.raises(cf.CacheError, match="up to 9, expected 10: 1 incomplete shard, so"):
         with cf.CacheWriter(tmp_path / "cache", sample_metadata()) as writer:
             writer.write([sample_row(row) for row in range(9)])
     with pytest.raises(cf.FormatError, match="unfinished cache with 2 complete shards"):

@@ -6,7 +6,8 @@ Skipped where playwright or Chromium is missing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 
 import distill
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.report.figures import difference_figures
+from pipeline.evaluation.report.figures import difference_figures, training_figures
+from pipeline.evaluation.report.group_table import GroupTable
 from pipeline.evaluation.report.page import Contents, render
 from pipeline.evaluation.report.passages import choose, cut, details
-from pipeline.evaluation.report.report_sources import Student
+from pipeline.evaluation.report.report_sources import Run, Student
 from pipeline.evaluation.report.student_positions import StudentPositions
 from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
 from runs import build_cache, train
@@ -45,6 +47,33 @@ def file(teacher_dir: Path, student_dir: Path, chat_file: Path, tmp_path_factory
     train(folder / "run", folder / "cache", student=student_dir, **options)
     distill.report([folder / "cache", folder / "run"], folder / "report.html", student=student_dir, device="cpu")
     return folder / "report.html"
+
+
+LONG_NAMES = [
+    "SmolLM2-135M-Instruct-distilled-from-360M-threshold-tail-0.05",
+    "runs/2026-11-30/a_run_with_a_long_name_and_no_place_to_break_it",
+    *(f"kd-{weight}" for weight in range(4)),
+]
+
+
+@pytest.fixture(scope="module")
+def wide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of six students, some with long names, with a table of groups and curves of long trainings."""
+    path = tmp_path_factory.mktemp("wide") / "wide.html"
+    history = [
+        {"step": float(s), "learning_rate": 2.5e-5 * (1 - s / 12_000), "kl": 3 * 0.9**s} for s in range(0, 1300, 100)
+    ]
+    run = Run(path="run", record={}, history=tuple(history), max_steps=12_000)
+    contents = made_up_contents(2000, LONG_NAMES)
+    students = [replace(each, run=run) for each in contents.students]
+    columns = ["domain", "loss tokens", "rows", *LONG_NAMES]
+    by = GroupTable(
+        by="domain", note="", columns=columns, rows=[["mathematics", "1,000", "20", *["1.2345 ± 0.0123"] * 6]]
+    )
+    facts = {"Text": [("generation stop reasons stop-string", "0"), ("weights fingerprint", "0123456789abcdef" * 4)]}
+    training = training_figures(students)
+    path.write_bytes(render(replace(contents, students=students, by=by, training=training, cache_facts=facts)))
+    return path
 
 
 def opened(browser: Browser, file: Path, **options: Any) -> Page:
@@ -165,21 +194,64 @@ def test_every_width_fits_and_every_text_has_contrast(browser: Browser, file: Pa
         page.close()
 
 
+WIDER_THAN_THE_WINDOW = """() => [...document.querySelectorAll("body *")].filter(element => {
+  const box = element.getBoundingClientRect();
+  return (box.left < -1 || box.right > innerWidth + 1) && !element.closest(".scroll table, #tip table");
+}).map(element => [element.tagName, element.className, element.textContent.slice(0, 40)])"""
+
+
 @pytest.mark.long
-def test_chart_text_stays_inside_its_chart(browser: Browser, file: Path):
-    page = opened(browser, file)
+def test_only_boxes_that_scroll_are_wider_than_a_small_window(browser: Browser, wide_file: Path):
+    page = opened(browser, wide_file, viewport={"width": 400, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert page.evaluate(WIDER_THAN_THE_WINDOW) == []
+    boxes = [box for box in page.locator(".scroll").all() if box.evaluate("box => box.scrollWidth > box.clientWidth")]
+    assert len(boxes) >= 4
+    for box in boxes:
+        assert box.get_attribute("tabindex") == "0" and box.get_attribute("aria-label")
+    boxes[0].focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.activeElement.scrollLeft > 0")
+    first = boxes[0].locator("tbody th").first.bounding_box()
+    assert first["x"] >= boxes[0].bounding_box()["x"] - 1  # the names of the rows stay
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [400, 1000])
+def test_distributions_never_cover_their_token(browser: Browser, wide_file: Path, width: int):
+    page = opened(browser, wide_file, viewport={"width": width, "height": 900})
+    for y in (10, 450, 880):  # where the token is in the window
+        token = page.locator(".tokens b").nth(5)
+        token.evaluate("(token, y) => scrollBy(0, token.getBoundingClientRect().top - y)", y)
+        token.hover()
+        box, tip = token.bounding_box(), page.locator("#tip").bounding_box()
+        assert tip["y"] >= box["y"] + box["height"] or tip["y"] + tip["height"] <= box["y"]
+        assert 0 <= tip["y"] and tip["y"] + tip["height"] <= 900 and tip["x"] >= 0 and tip["x"] + tip["width"] <= width
+    assert page.problems == []
+
+
+@pytest.mark.long
+def test_texts_of_a_chart_stay_inside_it_and_apart(browser: Browser, file: Path, wide_file: Path):
     outside = """() => [...document.querySelectorAll("figure > svg text")].filter(text => {
       const [a, b] = [text.getBoundingClientRect(), text.closest("svg").getBoundingClientRect()];
       return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
     }).map(text => text.textContent)"""
-    assert page.evaluate(outside) == []
+    overlapping = """() => [...document.querySelectorAll("figure > svg")].flatMap(svg => {
+      const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
+      return boxes.flatMap(([one, a], i) => boxes.slice(i + 1).filter(([, b]) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+        Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3).map(([other]) => [one, other]));
+    })"""
+    for each in (file, wide_file):
+        page = opened(browser, each)
+        assert page.evaluate(outside) == [] and page.evaluate(overlapping) == []
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tokens_open_in_two_seconds(browser: Browser, tmp_path: Path):
     """Half of them loss tokens, with one student. In CPU seconds of the page's thread, since others may be busy too."""
     file = tmp_path / "large.html"
-    file.write_bytes(render(made_up_contents(100_000, students=1)))
+    file.write_bytes(render(made_up_contents(100_000, ["student"])))
     page = browser.new_page()
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
@@ -193,7 +265,7 @@ def test_a_hundred_thousand_tokens_open_in_two_seconds(browser: Browser, tmp_pat
     assert metrics["TaskDuration"] < 2.0
 
 
-def made_up_contents(tokens: int, students: int) -> Contents:
+def made_up_contents(tokens: int, students: Sequence[str]) -> Contents:
     """Random numbers for documents of 200 tokens, of which the second half is in the loss."""
     rng = np.random.default_rng(0)
     documents = np.arange(0, tokens + 1, 200)
@@ -224,7 +296,7 @@ def made_up_contents(tokens: int, students: int) -> Contents:
         label_probs=probabilities(1)[:, 0],
     )
     positions = {
-        f"student {i}": StudentPositions(
+        name: StudentPositions(
             kl=some(),
             ce=some(),
             agrees=rng.random(tokens) < 0.5,
@@ -236,7 +308,7 @@ def made_up_contents(tokens: int, students: int) -> Contents:
             label_probs=probabilities(1)[:, 0],
             evaluation=Evaluation.from_sums(1.0, 1.0, 1.0, 1.0, "full"),
         )
-        for i in range(students)
+        for name in students
     }
     passages = cut(text)
     chosen = choose(passages, teacher.entropy, len(passages))

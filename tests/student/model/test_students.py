@@ -140,7 +140,7 @@ def test_student_with_random_weights_gets_the_tokenizer_of_the_cache(tmp_path: P
     [
         (None, "no such file"),
         ("{", "not JSON"),
-        ("[]", "no model_type"),
+        ("[]", "found a list"),
         ('{"vocab_size": 400}', "no model_type"),
         ('{"model_type": "unheard-of"}', "no causal or masked language model"),
         ('{"model_type": "t5", "vocab_size": 400}', "no causal or masked language model"),

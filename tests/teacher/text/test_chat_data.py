@@ -278,7 +278,7 @@ def test_a_cache_has_one_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     begun = iter([0])
     with monkeypatch.context() as patch:
         patch.setattr(cf.CacheWriter, "begin_shard", lambda writer, **_: next(begun, None))
-        with pytest.raises(cf.CacheError, match="2 shards are incomplete"):
+        with pytest.raises(cf.CacheError, match="2 incomplete shards"):
             run("resumed")
     assert ["here 2026-01-01. Give `template_date=2026-01-01`" in warning for warning in warnings] == [True]
     on(2, monkeypatch)

@@ -25,7 +25,7 @@ def test_prompt_of_the_teacher() -> None:
     [
         (tokens([1, 2, 5, 7], [0, 0, 1, 1]), "2 tokens after the student's prompt, and 2 tokens, not the same"),
         (tokens([1, 2, 5, 6, 7], [0, 0, 1, 1, 1]), "and 3 tokens"),
-        (tokens([1, 2, 5, 6], [0, 0, 0, 1]), "and 1 tokens"),
+        (tokens([1, 2, 5, 6], [0, 0, 0, 1]), "and 1 token,"),
         (tokens([5, 6], [1, 1]), "empty prompt"),
     ],
 )

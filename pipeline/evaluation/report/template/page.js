@@ -4,6 +4,7 @@
 (() => {
   const tip = document.getElementById("tip");
   const UNKNOWN = -1;
+  const SHOWN = 12; // candidates of a token: all of those of the teacher and two students
   let columns = null; // parsed when it is first needed
   let active = null; // the token that is shown
 
@@ -66,7 +67,8 @@
       });
     }
     const largest = (probs) => Math.max(...probs.map((each) => each.value ?? each.sampled ?? 0));
-    return [...known].sort((a, b) => largest(b[1]) - largest(a[1]));
+    const sorted = [...known].sort((a, b) => largest(b[1]) - largest(a[1]));
+    return sorted.filter(([id], i) => i < SHOWN || id === label[n]);
   }
 
   function describe(n) {
@@ -75,7 +77,9 @@
     students.forEach((each) => facts.push(`${each.name}: KL ${nats(each.kl[n])}, CE ${nats(each.ce[n])} nats`));
     const table = element("table");
     const head = table.createTHead().insertRow();
-    ["token", "teacher", ...students.map((each) => each.name)].forEach((name) => head.append(element("th", name)));
+    for (const name of ["token", "teacher", ...students.map((each) => each.name)]) {
+      head.appendChild(element("th")).append(element("span", name)); // a long name is cut after a few lines
+    }
     const body = table.createTBody();
     const rest = [null, ...students].map(() => 10000);
     const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
@@ -106,10 +110,13 @@
     token.classList.add("active");
     tip.replaceChildren(...describe(place(token)));
     tip.hidden = false;
-    const [at, size] = [token.getClientRects()[0] ?? token.getBoundingClientRect(), tip.getBoundingClientRect()];
-    const under = at.bottom + 8;
+    const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
+    const [above, under] = [at.top - 16, innerHeight - at.bottom - 16]; // room for it, with 8 pixels on both sides
+    tip.style.maxHeight = `${Math.max(above, under)}px`;
+    tip.style.left = "0";
+    const size = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - size.width - 8))}px`;
-    tip.style.top = `${under + size.height < innerHeight ? under : Math.max(8, at.top - size.height - 8)}px`;
+    tip.style.top = `${size.height <= under ? at.bottom + 8 : at.top - size.height - 8}px`;
   }
 
   function hide() {
@@ -136,6 +143,7 @@
   document.addEventListener("mouseover", (event) => {
     const token = event.target.closest?.(".tokens b");
     if (token) show(token);
+    else if (tip.contains(event.target)) return;
     else if (!document.activeElement?.matches(".tokens")) hide();
   });
   document.addEventListener("focusin", (event) => {

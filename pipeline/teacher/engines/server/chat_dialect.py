@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cache_format.wording import quantity
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
@@ -78,7 +79,7 @@ class ChatDialect:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnusableAnswer(f"found no choice with logprobs.content in the answer ({error!r})", "whole") from None
         if finish not in ("stop", "length"):
-            raise UnusableAnswer(f"the server ended an answer of {len(content)} tokens by {finish}")
+            raise UnusableAnswer(f"the server ended an answer of {quantity(len(content), 'token')} by {finish}")
         if not content:
             raise UnusableAnswer("found no token in the answer, expected at least one")
         if thoughts:

@@ -25,6 +25,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from cache_format.wording import quantity
 from pipeline.errors import ConfigError, DataError
 from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.encoding import Tokens
@@ -83,9 +84,10 @@ def with_teacher_prompt(student: Tokens, teacher: Tokens, where: str) -> Tokens:
         student.targets[ours], teacher.targets[theirs]
     ):
         raise DataError(
-            f"{where}: the completion has {ours.stop - ours.start} tokens after the student's prompt, and "
-            f"{theirs.stop - theirs.start} tokens, not the same ones, after the teacher's. Expected the same tokens, "
-            "because the teacher's targets are stored at them. End both prompts in the same way, or remove the row."
+            f"{where}: the completion has {quantity(ours.stop - ours.start, 'token')} after the student's prompt, and "
+            f"{quantity(theirs.stop - theirs.start, 'token')}, not the same ones, after the teacher's. Expected the "
+            "same tokens, because the teacher's targets are stored at them. End both prompts in the same way, or "
+            "remove the row."
         )
     return with_prompt(student, teacher.ids[: theirs.start], where)
 

@@ -171,7 +171,7 @@ def no_lists(answer: Any, body: Any) -> Any:
     [
         (thinking, "the model thought before it answered"),
         (counted_thoughts, "the model thought before it answered"),
-        (filtered, "ended an answer of 1 tokens by content_filter"),
+        (filtered, "ended an answer of 1 token by content_filter"),
         (unlikely, "found a token without a log-probability|twice at one position"),
         (no_lists, "found no choice with logprobs.content"),
     ],
