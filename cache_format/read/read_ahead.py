@@ -4,9 +4,8 @@ A shuffled pass reads the rows of a few record batches, then those of the next f
 first rows of a window need all its record batches at once. Who knows which rows will be read spreads that work over the
 time in which the window before is used.
 
-One thread decodes. If it turns out too slow, another one helps from then on: from the first time that a reader has to
-wait although it has read all rows of a record batch before. Threads that are not needed would only compete with the
-reader for the interpreter.
+One thread decodes. If readers wait for it for a tenth of their time, another one helps from then on; the wait for the
+first record batch does not count. Threads that are not needed would only compete with the reader for the interpreter.
 
 Record batches are begun in the order in which they will be wanted. Memory: at most `limit` of them, of which none is
 kept longer than its known rows are wanted.
@@ -17,10 +16,11 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeAlias
 
 from cache_format.rows.row_batch import RowBatch
@@ -28,6 +28,9 @@ from cache_format.rows.types import CacheRow
 
 Key = tuple[int, int]  # shard, record batch in it
 Todo: TypeAlias = "queue.SimpleQueue[tuple[Key, Future[RowBatch]] | None]"  # None ends the threads
+
+TOO_SLOW = 0.1  # share of the time that readers wait
+LEAST_WAIT_S = 0.05  # before that is judged
 
 
 class ReadAhead:
@@ -57,7 +60,8 @@ class ReadAhead:
         self._lock = threading.Lock()  # for several threads that read the same cache
         self._todo: Todo = queue.SimpleQueue()
         self._decode, self._most_threads, self._threads = decode, threads, list[threading.Thread]()
-        self._used_up = False  # whether all rows of a record batch were read
+        self._since: float | None = None  # when all rows of a record batch had first been read
+        self._waited_s = 0.0  # since then
         self._start_thread()
         # Ended before the interpreter is: a thread that is in C++ code at that moment aborts the process.
         self._end = weakref.finalize(self, _stop, self._todo, self._threads)
@@ -73,18 +77,27 @@ class ReadAhead:
             *key, index = self._place(row)
             shard, batch = key
             decoded = self._batches[shard, batch]
-            if self._used_up and not decoded.done() and len(self._threads) < self._most_threads:
-                self._start_thread()
+            if self._since is not None and not decoded.done():
+                self._wait(decoded, self._since)
             found = decoded.result().row(index)
             self._wanted[shard, batch] -= 1
             if not self._wanted[shard, batch]:
                 del self._wanted[shard, batch], self._batches[shard, batch]
-                self._used_up = True
+                self._since = time.monotonic() if self._since is None else self._since
             return found
 
     def close(self) -> None:
         """Ends the threads, after the record batches that they are decoding."""
         self._end()
+
+    def _wait(self, decoded: Future[RowBatch], since: float) -> None:
+        began = time.monotonic()
+        wait([decoded])
+        now = time.monotonic()
+        self._waited_s += now - began
+        too_slow = self._waited_s > max(LEAST_WAIT_S, TOO_SLOW * (now - since))
+        if too_slow and len(self._threads) < self._most_threads:
+            self._start_thread()
 
     def _start_thread(self) -> None:
         name = f"read-ahead_{len(self._threads)}"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import cache_format as cf
+from cache_format.read import read_ahead
 from cache_format.read.read_ahead import ReadAhead
 from cache_format.rows.row_batch import RowBatch, concatenate
 from cache_samples import sample_row, write_sample
@@ -79,7 +80,8 @@ def test_the_next_record_batches_are_decoded_before_they_are_asked_for() -> None
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_a_second_thread_helps_once_a_reader_had_to_wait(slow: bool) -> None:
+def test_a_second_thread_helps_if_readers_wait_for_long(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "LEAST_WAIT_S", 0.005)
     names = set()
 
     def decode(shard: int, index: int) -> RowBatch:
@@ -154,4 +156,4 @@ def test_a_cache_that_expects_rows_and_is_asked_for_others(cache: cf.Cache) -> N
     assert cache._ahead is not None
     assert [cache[row].row for row in (7, 2, 0, 3)] == [7, 2, 0, 3]
     assert cache._ahead is None
-    wait_for(lambda: threading.active_count() == threads)
+    wait_for(lambda: threading.active_count() <= threads)
