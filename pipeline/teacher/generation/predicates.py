@@ -120,7 +120,8 @@ def _from_file(place: str) -> Any:
         raise ConfigError(f"`gen_keep_if` {place}: not a Python file. Check the path.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    # Not by the loader, which would write `__pycache__` beside the file, perhaps into a cache.
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
 
 
