@@ -48,7 +48,7 @@ demo: $(STAMP)   ## cache a real teacher, train two students, compare them: ten 
 demo-generate: $(STAMP) ## teach students to add, from the teacher's right answers: an hour, resumable
 	$(PY) -m benchmarks.reasoning --output demo-output
 
-test: $(STAMP)   ## run the suite with tiny models and no network: five to eight minutes on two cores
+test: $(STAMP)   ## run the suite with tiny models and no network: about five minutes on two cores
 	$(PY) -m pytest -n $(JOBS) --maxprocesses 8
 
 test-slow: $(STAMP)  ## kills, several processes and the wheel, one by one; then tests that take long, on all cores
