@@ -231,3 +231,21 @@ def test_an_attention_mask_of_ones_would_let_documents_attend_to_each_other() ->
     )[0][0, 6:]
     torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
     assert (with_mask - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_token_may_amplify_rounding_errors_in_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(LINEAR["llama"], dtype)
+    head, states = open_head(model, V), Head.hidden_states
+
+    def noisy(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = states(head, input_ids, position_ids).clone()
+        hidden[:, -2] *= 1 + input_ids.shape[1] / 10  # depends on the length of the row, not on its tokens
+        return hidden
+
+    monkeypatch.setattr(Head, "hidden_states", noisy)
+    if dtype == torch.bfloat16:
+        check_packing(model, head)
+        return
+    with pytest.raises(ModelError, match="or attends to it"):
+        check_packing(model, head)

@@ -21,7 +21,8 @@ from dense import Deviation, captured_for, check_row, document_logprobs
 from head_sums import fused_sums
 from pipeline.losses import TAIL_POLICIES, sparse_kl
 from pipeline.models.head import open_head
-from pipeline.models.isolation.shared_rows import check_packing
+from pipeline.models.isolation.causality import check_causal
+from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.student.data.dataset import CacheDataset, LocalShuffle, collate
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
@@ -45,6 +46,15 @@ def teacher_dir(real_teacher: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(teacher_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
+
+
+def test_it_may_be_packed_in_16_bits_too(teacher_dir: Path) -> None:
+    """One token of the probe amplifies rounding errors, to 12 in a state whose largest value is 46."""
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.bfloat16).eval()
+    head = open_head(model, VOCAB)
+    check_causal(head)
+    check_packing(model, head)
+    check_padding(model, head)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, deviation, evaluating, tolerance
+from pipeline.models.head import Head, deviation, deviation_of_most, evaluating, tolerance
 
 
 def check_causal(head: Head) -> None:
@@ -37,7 +37,7 @@ def check_causal(head: Head) -> None:
             "the model sees the tokens that it would have to predict. Use a causal language model (if its "
             "configuration has `is_decoder`, it must be true)."
         )
-    off, allowed = deviation(before_end, expected), tolerance(expected, roundings=16)
+    off, allowed = deviation_of_most(before_end, expected), tolerance(expected, roundings=16)
     if not off <= allowed:
         raise ModelError(
             f"{name}: the states of a text differ by {off:.2g} (allowed {allowed:.2g}) from those it has without "

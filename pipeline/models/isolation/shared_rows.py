@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, deviation, evaluating, tolerance
+from pipeline.models.head import Head, deviation, deviation_of_most, evaluating, tolerance
 from pipeline.models.isolation.length_limits import longest_packed_row
 from pipeline.models.objective import most_positions
 
@@ -41,8 +41,8 @@ def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(second, alone)[0]
         behind_first, behind_other = head.hidden_states(rows, packed.expand(2, -1))[:, first.shape[1] :]
-    for found, than, roundings in ((behind_first, expected, 16), (behind_first, behind_other, 4)):
-        off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
+    for off, roundings in ((deviation_of_most(behind_first, expected), 16), (deviation(behind_first, behind_other), 4)):
+        allowed = tolerance(expected, roundings=roundings)
         if not off <= allowed:
             raise ModelError(
                 f"{name}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when it is packed "
@@ -69,8 +69,8 @@ def check_padding(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     with evaluating(model), torch.no_grad():
         expected = head.hidden_states(document, positions[:, : document.shape[1]])[0]
         zeros, others = head.hidden_states(rows, positions.expand(len(rows), -1), there)[:, : document.shape[1]]
-    for found, than, roundings in ((zeros, expected, 16), (zeros, others, 4)):
-        off, allowed = deviation(found, than), tolerance(expected, roundings=roundings)
+    for off, roundings in ((deviation_of_most(zeros, expected), 16), (deviation(zeros, others), 4)):
+        allowed = tolerance(expected, roundings=roundings)
         if not off <= allowed:
             raise ModelError(
                 f"{type(model).__name__}: the states of a document change by {off:.2g} (allowed {allowed:.2g}) when "
