@@ -16,7 +16,7 @@ from cache_format.rows.types import joint_index
 
 
 def turns(counts: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Of each turn: ([n] places among the E entries, [n] number of entries from each to the last of its position)."""
+    """Yield, turn by turn, [n] places among the E entries and [n] numbers of entries left there, itself included."""
     here = np.flatnonzero(counts)
     place, left = (np.cumsum(counts) - counts)[here], counts[here]
     while len(place):

@@ -31,7 +31,7 @@ def stream(rng: np.random.Generator, lanes: int, words: int) -> tuple[np.ndarray
 
 
 def some_counts(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Of positions with `size` entries together: none, one, or many."""
+    """Draw the number of entries of each position; they add up to `size`."""
     ends = np.sort(rng.integers(0, size + 1, rng.integers(0, 40)))
     return np.diff(np.concatenate([[0], ends, [size]]))
 
