@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,6 @@ def _passage(contents: Contents, passage: Passage, first: int, marks: list[str])
     numbers = [("entropy", f"{contents.teacher.entropy[passage.loss_tokens].mean():.3f}")]
     for label, each in contents.positions.items():
         numbers.append((f"KL {label}", f"{each.kl[passage.loss_tokens].mean():.3f}"))
-    predictions = contents.text.predictions[passage.start : passage.stop].tolist()
-    ids = contents.text.input_ids[passage.start : passage.stop].tolist()
     return {
         "row": passage.row,
         "document": passage.document,
@@ -138,11 +137,19 @@ def _passage(contents: Contents, passage: Passage, first: int, marks: list[str])
         "loss_tokens": passage.last - passage.first,
         "numbers": numbers,
         "first": first,
-        "shown": [
-            (None if n < 0 else marks[n], contents.token_text(token).replace("\n", "↵\n"))
-            for n, token in zip(predictions, ids, strict=True)
-        ],
+        "shown": _shown(contents, passage, marks),
     }
+
+
+def _shown(contents: Contents, passage: Passage, marks: list[str]) -> list[tuple[str | None, str]]:
+    """Each loss token with its classes; the tokens between two of them together, with None."""
+    here = slice(passage.start, passage.stop)
+    tokens = zip(contents.text.predictions[here].tolist(), contents.text.input_ids[here].tolist(), strict=True)
+    shown: list[tuple[str | None, str]] = []
+    for predicted, run in itertools.groupby(tokens, key=lambda each: each[0] >= 0):
+        texts = [(n, contents.token_text(token).replace("\n", "↵\n")) for n, token in run]
+        shown += [(marks[n], text) for n, text in texts] if predicted else [(None, "".join(text for _, text in texts))]
+    return shown
 
 
 def _marks(contents: Contents) -> list[str]:

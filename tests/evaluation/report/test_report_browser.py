@@ -6,6 +6,7 @@ Skipped where playwright or Chromium is missing.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -211,7 +212,10 @@ def test_only_boxes_that_scroll_are_wider_than_a_small_window(browser: Browser, 
         assert box.get_attribute("tabindex") == "0" and box.get_attribute("aria-label")
     boxes[0].focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.activeElement.scrollLeft > 0")
+    deadline = time.monotonic() + 20  # the page's policy forbids what wait_for_function would evaluate
+    while page.evaluate("document.activeElement.scrollLeft") == 0:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(20)
     first = boxes[0].locator("tbody th").first.bounding_box()
     assert first["x"] >= boxes[0].bounding_box()["x"] - 1  # the names of the rows stay
 
@@ -248,21 +252,33 @@ def test_texts_of_a_chart_stay_inside_it_and_apart(browser: Browser, file: Path,
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_tokens_open_in_two_seconds(browser: Browser, tmp_path: Path):
-    """Half of them loss tokens, with one student. In CPU seconds of the page's thread, since others may be busy too."""
-    file = tmp_path / "large.html"
-    file.write_bytes(render(made_up_contents(100_000, ["student"])))
+def test_a_hundred_thousand_tokens_open_faster_than_a_bare_page_of_them(browser: Browser, tmp_path: Path):
+    """Half of them loss tokens, with one student. Takes 0.5 s, and the bare page 1 s, on a quiet core."""
+    large, bare = tmp_path / "large.html", tmp_path / "bare.html"
+    large.write_bytes(render(made_up_contents(100_000, ["student"])))
+    bare.write_text("<!doctype html>" + f"<p>{'<b>token</b>' * 200}</p>" * 500, encoding="utf-8")
+    seconds: dict[Path, list[float]] = {large: [], bare: []}
+    for file in [large, bare] * 3:
+        page, taken = measured(browser, file)
+        seconds[file].append(taken)
+        if file == large:
+            page.locator(".tokens b").first.hover()
+            assert page.locator("#tip").is_visible()
+            assert page.locator(".tokens b").count() == 50_000
+        page.close()
+    print(f"{seconds}, {large.stat().st_size / 1e6:.1f} MB")
+    assert min(seconds[large]) < 0.9 * min(seconds[bare])
+
+
+def measured(browser: Browser, file: Path) -> tuple[Page, float]:
+    """A page that is drawn, and the CPU seconds of its thread until then, since others may be busy too."""
     page = browser.new_page()
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
     page.goto(file.as_uri())
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
-    page.locator(".tokens b").first.hover()
-    assert page.locator("#tip").is_visible()
-    assert page.locator(".tokens b, .tokens i").count() == 100_000
-    print(f"{metrics['TaskDuration']:.2f} s, {file.stat().st_size / 1e6:.1f} MB")
-    assert metrics["TaskDuration"] < 2.0
+    return page, metrics["TaskDuration"]
 
 
 def made_up_contents(tokens: int, students: Sequence[str]) -> Contents:

@@ -98,16 +98,21 @@ def test_teacher_behind_each_token_is_what_the_reader_gives(kind: str, folder: P
     seen = 0
     for passage in page.passages:
         row, document = map(int, re.findall(r"\d+", passage.title)[:2])
-        offset = int(re.search(r"tokens (\d+)", passage.title)[1])
+        offset, last = map(int, re.search(r"tokens (\d+)–(\d+)", passage.title).groups())
         tokens = cache[row]
         assert np.sum(tokens.segment_lengths[:document]) <= offset < np.sum(tokens.segment_lengths[: document + 1])
         targets = tokens.targets.merged()
         if head is not None:
             targets = cf.rebuilt_targets(tokens, head, cache.metadata.vocab_size, slice(None))
         n = passage.first
-        for t, (shown, classes) in enumerate(passage.tokens, start=offset):
-            assert shown == text(int(tokens.input_ids[t])).replace("\n", "↵\n")
-            assert (classes is None) == (t == 0 or not tokens.loss_mask[t - 1])
+        t = offset - 1
+        for shown, classes in passage.tokens:
+            first = t = t + 1
+            if classes is None:  # all tokens up to the next loss token
+                while t < last and not tokens.loss_mask[t]:
+                    t += 1
+            assert shown == "".join(text(int(i)) for i in tokens.input_ids[first : t + 1]).replace("\n", "↵\n")
+            assert (classes is None) == (first == 0 or not tokens.loss_mask[first - 1])
             if classes is None:
                 continue
             ids, logprobs = targets.at(t - 1)
@@ -132,6 +137,7 @@ def test_teacher_behind_each_token_is_what_the_reader_gives(kind: str, folder: P
             assert (f"e{shade}" in classes.split()) == (shade > 0)
             n += 1
             seen += 1
+        assert t == last
     assert seen == cache.num_loss_tokens
 
 
@@ -235,8 +241,9 @@ def test_masked_models_are_shown_with_the_original_tokens(masked_dir: Path, tmp_
     text, row = token_texts(cache), cache[0]
     (first,) = [each for each in page.passages if each.title.startswith("Row 0,")]
     expected = np.where(row.loss_mask, row.labels, row.input_ids)
-    assert [shown for shown, _ in first.tokens] == [text(int(token)) for token in expected]
-    assert [classes is not None for _, classes in first.tokens] == row.loss_mask.tolist()
+    assert "".join(shown for shown, _ in first.tokens) == "".join(text(int(token)) for token in expected)
+    predicted = [shown for shown, classes in first.tokens if classes is not None]
+    assert predicted == [text(int(token)) for token in row.labels[row.loss_mask]]
 
 
 def test_no_loss_token_and_a_single_row(student_dir: Path, tmp_path: Path):
