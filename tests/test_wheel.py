@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,11 @@ PACKAGES = ["cache_format", "distill", "pipeline"]
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", *PACKAGES]
 
 pytestmark = pytest.mark.timeout(300)
+# Without the tests' import path: pip would take the checkout for an installation.
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+def run(*command: str | Path, cwd: Path, env: Mapping[str, str] = OUTSIDE) -> str:
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     shown = " ".join(str(part) for part in command)
     assert done.returncode == 0, f"{shown}: exit status {done.returncode}\n{done.stderr}"
@@ -68,10 +71,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A working directory that holds nothing, and an environment without the tests' import path."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """A working directory that holds nothing, and the environment."""
     # Rich asks these for the width and the colours of the help page.
-    return tmp_path, variables | {"COLUMNS": "100", "NO_COLOR": "1"}
+    return tmp_path, OUTSIDE | {"COLUMNS": "100", "NO_COLOR": "1"}
 
 
 def test_wheel_holds_the_modules_and_nothing_else(wheel: Path):
