@@ -18,7 +18,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -52,6 +52,7 @@ class Metadata:
         metavar: placeholder of the value in the help.
         python_only: no option of the command line, such as an object.
         table: whether a config file may give the contents of the file that the option names.
+        several: whether a config file may give a list of strings, though the command line takes one.
     """
 
     help: str
@@ -68,6 +69,7 @@ class Metadata:
     metavar: str | None = None
     python_only: bool = False
     table: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,16 +333,24 @@ def _number(value: float) -> str:
 # ---- files
 
 
-def read_config(file: str, config: type) -> dict[str, Any]:
+def read_config(file: str, config: type, given: Collection[str] = ()) -> dict[str, Any]:
     """The options in a TOML or JSON file, checked by name and type; a distill_config.json gives those of its run.
+
+    Args:
+        given: names of options that are given beside the file.
 
     Raises: ConfigError naming the file and the key.
     """
     path = Path(file).expanduser()
     values = read_table("config", str(path / CONFIG_FILE if path.is_dir() else path))
-    if isinstance(values.get("config"), dict):  # what a run has saved
-        values = values["config"]
     known = options_of(config)
+    if isinstance(values.get("config"), dict):  # what a run has saved
+        values = _recorded(values, known)
+        if (predicate := values.pop("gen_keep_if", None)) is not None and "gen_keep_if" not in given:
+            raise ConfigError(
+                f"`config` {file}: its answers were chosen by {predicate}, and code is not taken from a record. Give "
+                "`gen_keep_if` again."
+            )
     found = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -373,13 +383,24 @@ def read_table(option_name: str, file: str) -> dict[str, Any]:
 CONFIG_FILE = "distill_config.json"
 """Written into every cache and every student: the options of the run under "config"."""
 
+NOT_REPEATED = {"overwrite", "resume", "trust_remote_code"}
+"""Not taken from the record of a run: they delete, continue or run something that the reader may not have looked at."""
+
+
+def _recorded(record: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that a run was given. Earlier versions recorded all options, and not which of them were given."""
+    values, given = record["config"], record.get("given")
+    if not isinstance(given, list):
+        given = [name for name, value in values.items() if name not in known or value != known[name].default]
+    return {name: values[name] for name in given if name in values and name not in NOT_REPEATED}
+
 
 def _converted(value: Any, declared: Option, file: str) -> Any:
     expected: dict[Any, tuple[type, ...]] = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}
     choices = declared.metadata.choices
     if value is None or (declared.metadata.table and isinstance(value, dict)) or value in choices:
         return value
-    if declared.type is tuple:
+    if declared.type is tuple or (declared.metadata.several and isinstance(value, list)):
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return tuple(items)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cache_format as cf
 import distill
 from cache_samples import shards
-from pipeline.options import options_of
+from pipeline.options import build, flat, options_of, read_config
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from runs import distance, weights
@@ -108,15 +108,71 @@ def test_a_loaded_student_is_trained_in_place(made: Path, student_dir: Path, tmp
     assert found == distill.evaluate(made / "cache", tmp_path / "path", device="cpu")
 
 
-def test_a_saved_configuration_repeats_the_run(made: Path, student_dir: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 4, "device": "cpu"}
-    distill.train_student(made / "cache", student_dir, tmp_path / "first", **options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 3, "learning_rate": 1e-2},
+        {"max_steps": 3, "training_args": {"learning_rate": 1e-2, "weight_decay": 0.5}},
+        {"max_steps": 3, "training_args": {"learning_rate": 1e-2, "weight_decay": 0.5}, "learning_rate": 3e-4},
+        {"max_steps": 3, "kd_schedule": "linear:1:0"},
+        {"max_tokens": 1500},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_a_saved_configuration_repeats_the_run(
+    options: dict[str, Any], made: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    """Options that were left at their default do not take part, as in the run itself."""
+    distill.train_student(made / "cache", student_dir, tmp_path / "first", batch_size=4, device="cpu", **options)
     distill.train_student(config=tmp_path / "first", output=tmp_path / "again")
     assert distance(weights(tmp_path / "first"), weights(tmp_path / "again")) == 0.0
+    first, again = (json.loads((tmp_path / name / "distill_config.json").read_text()) for name in ("first", "again"))
+    same = first["config"].keys() - {"output", "cache"}
+    assert first["given"] == again["given"] and all(first["config"][name] == again["config"][name] for name in same)
+
+
+def test_a_saved_configuration_repeats_a_cache(made: Path, tmp_path: Path) -> None:
     distill.cache_teacher(config=made / "cache", output=tmp_path / "cache")
     assert shards(tmp_path / "cache") == shards(made / "cache")
-    recorded = json.loads((tmp_path / "again" / "distill_config.json").read_text())["config"]
-    assert recorded["learning_rate"] == 1e-2 and recorded["max_steps"] == 3
+
+
+def test_what_a_saved_configuration_does_not_repeat(
+    made: Path, student_dir: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """It deletes nothing, and runs no code that the caller has not named."""
+    options: dict[str, Any] = {"max_steps": 1, "batch_size": 4, "device": "cpu", "trust_remote_code": True}
+    distill.train_student(made / "cache", student_dir, tmp_path / "student", overwrite=True, **options)
+    (tmp_path / "student" / "notes.txt").write_text("mine")
+    with pytest.raises(distill.ConfigError, match="finished"):
+        distill.train_student(config=tmp_path / "student")
+    assert (tmp_path / "student" / "notes.txt").read_text() == "mine"
+    assert not {"overwrite", "trust_remote_code"} & read_config(str(tmp_path / "student"), TrainStudentConfig).keys()
+
+    (tmp_path / "checks.py").write_text("def even(example, answer):\n    return example['n'] % 2 == 0\n")
+    prompts = [{"prompt": f"The cat {n}", "n": n} for n in range(6)]
+    chosen = {"gen_keep_if": f"{tmp_path / 'checks.py'}:even"}
+    generated = distill.cache_teacher(
+        teacher_dir, prompts, tmp_path / "even", generate=True, gen_max_new_tokens=4, **chosen, **SMALL
+    )
+    again = {"config": tmp_path / "even", "data": prompts, "output": tmp_path / "again"}
+    with pytest.raises(distill.ConfigError, match="its answers were chosen by .*even, .* Give `gen_keep_if` again"):
+        distill.cache_teacher(**again)
+    assert not (tmp_path / "again").exists()
+    assert distill.cache_teacher(**again, **chosen).rows == generated.rows == 3
+
+
+def test_objects_leave_a_configuration_that_can_be_read(made: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    rows = ({"text": "The cat sat on the mat."}, {"text": "A dog ran."})
+    distill.cache_teacher(teacher_dir, rows, tmp_path / "rows", **SMALL)
+    assert "data" not in read_config(str(tmp_path / "rows"), CacheTeacherConfig)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("The cat sat on the mat.")
+    distill.cache_teacher(teacher_dir, (tmp_path / "a.txt", tmp_path / "b.txt"), tmp_path / "paths", **SMALL)
+    found = read_config(str(tmp_path / "paths"), CacheTeacherConfig)
+    assert found["data"] == (str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
+    values = {"teacher": "t", "data": "d", "output": "o", "engine": "vllm", "engine_args": {"max_num_seqs": 2}}
+    (tmp_path / "run.json").write_text(json.dumps({"config": flat(build(CacheTeacherConfig, values))}))
+    assert values.items() <= read_config(str(tmp_path / "run.json"), CacheTeacherConfig).items()
 
 
 def test_plan_and_verify(made: Path, teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import COMPILE, PADDING_FREE, REVISION, TRUST_REMOTE_CODE
-from pipeline.options import check_ranges, option
+from pipeline.options import check_ranges, option, options_of
 from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class TrainStudentConfig:
         metavar="FILE",
         table=True,
     )
-    # Names of the options that were given, even if at their default: these win over `training_args`.
+    # Names of the options that were given, even if at their default; see `given`.
     explicit: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -259,6 +259,12 @@ class TrainStudentConfig:
         """Raises: ConfigError for a weight of the soft loss next to its schedule."""
         if self.kd_schedule is not None and "kd_weight" in (*self.explicit, *names):
             raise ConfigError("`kd_schedule`: replaces `kd_weight`. Give one of them.")
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that were given, which win over `training_args`."""
+        declared = options_of(TrainStudentConfig)
+        return self.explicit.union(name for name in declared if getattr(self, name) != declared[name].default)
 
     @property
     def sizes(self) -> Sizes:

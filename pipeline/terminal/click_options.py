@@ -271,10 +271,8 @@ def read_values(config: type, given: dict[str, Any], config_file: str | None) ->
 
     Raises: UsageError (exit status 2) if one that must be given is missing.
     """
-    values = {} if config_file is None else read_config(config_file, config)
-    for name, value in given.items():
-        if value is not None and value != ():
-            values[name] = value
+    named = {name: value for name, value in given.items() if value is not None and value != ()}
+    values = {**({} if config_file is None else read_config(config_file, config, named)), **named}
     for each in options_of(config).values():
         if each.required and each.name in given and values.get(each.name) is None:
             raise click.UsageError(f"Missing option '{each.flag}'.")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
-from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.training_arguments import read_training_args
 
@@ -64,11 +63,10 @@ def check_one_length(config: TrainStudentConfig) -> None:
     """Raises ConfigError if `max_tokens` is given together with another length of the run."""
     if config.max_tokens is None:
         return
-    declared, arguments = options_of(TrainStudentConfig), read_training_args(config.training_args)
+    arguments = read_training_args(config.training_args)
     for name, argument, unset in (("max_steps", "max_steps", -1), ("epochs", "num_train_epochs", None)):
-        value = getattr(config, name)
-        if name in config.explicit or value != declared[name].default:
-            found = f"`{name}` {value}"
+        if name in config.given:
+            found = f"`{name}` {getattr(config, name)}"
         elif arguments.get(argument, unset) != unset:
             found = f"{argument} {arguments[argument]} in `training_args`"
         else:

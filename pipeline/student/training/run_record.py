@@ -1,6 +1,7 @@
 """The record of a run, distill_config.json in its output directory, and whether a run to resume has the same settings.
 
-config           options as given; `training_args` has the contents of the file
+config           every option; `training_args` has the contents of the file
+given            names of those that were given, which `config` takes back
 resolved         values of options that were left open
 rows_per_step    over all processes and accumulated batches
 cache            identity of the cache; a list for several caches
@@ -112,6 +113,7 @@ def record_of(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Distil
     """The record of a run that has not begun."""
     record: dict[str, Any] = {
         "config": _settings(config),
+        "given": sorted(config.given),
         "resolved": loss.resolved,
         "rows_per_step": budget.rows_per_step,
     }

@@ -134,10 +134,9 @@ def _options(config: TrainStudentConfig, known: set[str], *, explicit: bool = Fa
         explicit: only the options that were given.
     """
     found = {}
-    for name, declared in options_of(TrainStudentConfig).items():
+    for name in config.given if explicit else options_of(TrainStudentConfig):
         argument, value = ARGUMENTS.get(name, name), getattr(config, name)
-        was_given = name in config.explicit or value != declared.default
-        if argument in known and value is not None and (was_given or not explicit):
+        if argument in known and value is not None:
             found[argument] = list(value) if isinstance(value, tuple) else value
     return found
 

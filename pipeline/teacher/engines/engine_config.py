@@ -63,12 +63,13 @@ class EngineConfig:
     gpu_memory_utilization: float | None = option(
         None, help="Share of the GPU's memory that vLLM may use.", group=VLLM, above=0, maximum=1, default_text="vLLM's"
     )
-    # A file, or (Python only) a mapping.
+    # A file, or (in Python and in a config file) its contents.
     engine_args: Any = option(
         None,
         help="TOML or JSON file with other arguments of vLLM's EngineArgs, such as max_num_seqs.",
         group=VLLM,
         metavar="FILE",
+        table=True,
     )
     allow_untested: bool = option(False, help="Use a version of vLLM that was not tested.", group=VLLM)
 

@@ -18,11 +18,13 @@ IO, TEXT = "Input and output", "Text"
 class DataConfig:
     """Which text, and how it becomes rows of tokens."""
 
-    # A path or hub name; several paths; or (Python only) a datasets.Dataset or an iterable of dicts.
+    # A path or hub name; several paths (in Python and in a config file); or (Python only) a datasets.Dataset or an
+    # iterable of dicts.
     data: Any = option(
         help="Text: file, glob or directory (.txt .jsonl .parquet .csv .arrow), or a dataset on the hub.",
         group=IO,
         common=True,
+        several=True,
     )
     data_config: str | None = option(None, help="Configuration (subset) of a hub dataset.", group=TEXT)
     split: str = option("train", help="Split of the dataset, or a slice such as train[:10%].", group=TEXT)

@@ -6,11 +6,11 @@ import json
 
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.models.loading import model_name
-from pipeline.options import CONFIG_FILE, flat, options_of
+from pipeline.options import CONFIG_FILE, NOT_REPEATED, flat, options_of
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.writing.worker_config import PROCESSES
 
-NOT_SAVED = {"output", "overwrite", "trust_remote_code", "gen_keep_if"}
+NOT_SAVED = {"output", *NOT_REPEATED}
 
 
 def save_config(config: CacheTeacherConfig) -> None:
@@ -18,7 +18,7 @@ def save_config(config: CacheTeacherConfig) -> None:
     cache is without it.
 
     It leaves out the output and which process wrote what, so that every run with the same settings writes the same
-    bytes; text given as an object, which no file can hold; and what would run code of the cache's author.
+    bytes; text given as an object, which no file can hold; and what is not repeated.
     """
     directory = open_directory(config.output)
     if CONFIG_FILE in directory.names():
@@ -30,7 +30,8 @@ def save_config(config: CacheTeacherConfig) -> None:
         if name not in NOT_SAVED and declared[name].metadata.group != PROCESSES
     }
     options["teacher"] = model_name(config.teacher)
-    if not isinstance(config.data.data, str | tuple):
+    data = config.data.data
+    if not (isinstance(data, str) or (isinstance(data, tuple) and all(isinstance(each, str) for each in data))):
         options.pop("data", None)
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
