@@ -101,8 +101,12 @@ def choose(passages: Sequence[Passage], score: NDArray[Any], count: int) -> Chos
 
 
 def token_texts(cache: cf.Cache) -> Callable[[int], str]:
-    """The text of a token by its id; bytes that are no character alone are written as \\xe2."""
+    """The text of a token by its id; bytes that are no character alone are written as \\xe2.
+
+    WordPiece has no spaces: in front of every token that does not continue a word, one is shown.
+    """
     tokenizer = load_cache_tokenizer(cache)
+    continuing = getattr(getattr(tokenizer.backend_tokenizer, "model", None), "continuing_subword_prefix", None)
     try:
         known = TokenText(tokenizer, "teacher").bytes
     except ConfigError:
@@ -111,6 +115,8 @@ def token_texts(cache: cf.Cache) -> Callable[[int], str]:
     def text(token: int) -> str:
         raw = known.get(token)
         decoded = tokenizer.decode([token]) if raw is None else codecs.decode(raw, "utf-8", "backslashreplace")
+        if continuing and not decoded.startswith(continuing):
+            decoded = f" {decoded}"
         return "".join(c if c in "\n\t" or c.isprintable() else _escaped(c) for c in decoded)
 
     return text

@@ -22,6 +22,7 @@ from pipeline.evaluation.report.bins import level
 from pipeline.evaluation.report.passages import token_texts
 from pipeline.evaluation.report.teacher_positions import TOP
 from pipeline.inspection import cache_statistics
+from pipeline.student.validation.compatibility import load_cache_tokenizer
 from pipeline.teacher.targets.rules import TargetRule
 from report_pages import Page, read_page
 from runs import build_cache, command, train
@@ -242,6 +243,8 @@ def test_masked_models_are_shown_with_the_original_tokens(masked_dir: Path, tmp_
     (first,) = [each for each in page.passages if each.title.startswith("Row 0,")]
     expected = np.where(row.loss_mask, row.labels, row.input_ids)
     assert "".join(shown for shown, _ in first.tokens) == "".join(text(int(token)) for token in expected)
+    pieces = load_cache_tokenizer(cache).convert_ids_to_tokens(expected)  # of WordPiece
+    assert "".join(shown for shown, _ in first.tokens).split() == pieces
     predicted = [shown for shown, classes in first.tokens if classes is not None]
     assert predicted == [text(int(token)) for token in row.labels[row.loss_mask]]
 
