@@ -1,8 +1,8 @@
 """A teacher on a server that is asked for rows of its cache again: one row at a time, and all of them together.
 
 What random rounding errors do to the teacher cannot be tried on a server. In their place stands how far its two answers
-are from each other, since it computes a row in another way when others share the batch, plus `ROUNDING`. Two servers
-that run one model in float32, or a server and transformers, differ by that much (docs/servers.md).
+are from each other, since it computes a row in another way when others share the batch, plus `ROUNDING`: two servers
+that run one model, or a server and transformers, differ by that much (docs/servers.md).
 
 A server lists the K most likely tokens. The rest of its distribution is spread evenly over the other tokens, so that
 distances are those of entries and tail. A stored token that is not listed has at most the probability of the last one
@@ -13,7 +13,7 @@ Shapes: n positions that have targets, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.models.loading import DTYPES
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.server.server_config import SERVED_KINDS
 from pipeline.teacher.engines.server.server_engine import entries
@@ -33,8 +34,15 @@ from pipeline.teacher.verification.row_check import RowCheck, RowChecker
 from pipeline.teacher.verification.teacher_reading import Reading
 from pipeline.teacher.verify_config import TeacherCheckConfig
 
-ROUNDING = {"divergence": 2e-6, "deviation": 5e-4}
-"""What Δ = 0.002 nats more or less in every log-probability make of them: Δ²/2, and √p·Δ/2 at p = 1/4."""
+ROUNDING = {
+    32: {"divergence": 2e-6, "deviation": 5e-4},
+    16: {"divergence": 1e-3, "deviation": 5e-2},
+}
+"""How far two engines are from each other, by the bits of the dtype that they compute in.
+
+Δ nats more or less in every log-probability amount to a divergence of Δ²/2, and to a deviation of √p·Δ/2 at p = 1/4.
+Δ is 0.002 in 32 bits. In 16 bits it is 0.045 on average, and 0.2 at the position where it is largest.
+"""
 
 LEAST_REST = 1e-7
 """Least probability outside of a list. Listed probabilities are rounded, and may sum to 1 or slightly more."""
@@ -109,6 +117,8 @@ class ServedTeacher:
         metadata = replace(metadata, targets={**metadata.targets, "entropy": "lower-bound"})
         self.checker = RowChecker(metadata, self.rule)
         self.vocab_size = metadata.vocab_size
+        dtype = DTYPES.get(str(metadata.teacher.get("dtype")))  # None if a server computed the cache
+        self.bits = 32 if dtype is None else torch.finfo(dtype).bits
         requests = [self._request(row) for row in rows]
         self.engine = open_server(
             config.teacher,
@@ -128,7 +138,8 @@ class ServedTeacher:
         for row, in_batch in zip(rows, together, strict=True):
             (alone,) = self._runs([row])
             found = self.checker.check(row, row.row, alone, in_batch, in_batch)
-            yield replace(found, divergence=_widened(found.divergence), deviation=_widened(found.deviation))
+            more = ROUNDING[self.bits]
+            yield replace(found, divergence=_widened(found.divergence, more), deviation=_widened(found.deviation, more))
 
     def _runs(self, rows: Sequence[cf.CacheRow]) -> list[_Run]:
         requests = [self._request(row) for row in rows]
@@ -143,8 +154,8 @@ class ServedTeacher:
         return RowRequest(index=row.row, row=row, place=row.row, stored=stored, teacher=self.reading(row))
 
 
-def _widened(comparison: Comparison) -> Comparison:
-    return replace(comparison, rounding=comparison.rounding + ROUNDING[comparison.name])
+def _widened(comparison: Comparison, rounding: Mapping[str, float]) -> Comparison:
+    return replace(comparison, rounding=comparison.rounding + rounding[comparison.name])
 
 
 def _check_kind(location: str, metadata: cf.CacheMetadata, rule: TargetRule) -> None:

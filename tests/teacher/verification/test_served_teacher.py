@@ -77,9 +77,14 @@ def test_lists_that_leave_no_probability(few: Path, tmp_path: Path) -> None:
     assert wrong.repeatable and not wrong.divergence.agrees and not wrong.deviation.agrees
 
 
-@pytest.mark.parametrize("nats", [0.001, 0.1])
-def test_how_far_a_server_may_be_off(nats: float, teacher_dir: Path, few: Path, tmp_path: Path) -> None:
-    """Within what servers differ by, the cache is right; a smaller model, or a coarser dtype, is not."""
+@pytest.mark.parametrize(
+    ("dtype", "nats", "agrees"),
+    [("float32", 0.001, True), ("float32", 0.1, False), ("bfloat16", 0.1, True), ("bfloat16", 0.4, False)],
+)
+def test_how_far_a_server_may_be_off(
+    dtype: str, nats: float, agrees: bool, teacher_dir: Path, few: Path, tmp_path: Path
+) -> None:
+    """A right cache may be as far off as two engines are in its dtype; not a smaller model or a coarser dtype."""
 
     def shifted(answer: Any, body: Any) -> Any:
         for entries in answer["choices"][0]["prompt_logprobs"][1:]:
@@ -87,9 +92,11 @@ def test_how_far_a_server_may_be_off(nats: float, teacher_dir: Path, few: Path, 
                 each["logprob"] += nats if each["rank"] % 2 else -nats
         return answer
 
-    build_cache(tmp_path / "cache", teacher_dir, few, targets=TOP)
+    words = ["--teacher", teacher_dir, "--data", few, "--seq-len", 48, "--top-k", 8, "--dtype", dtype]
+    command("cache-teacher", *words, "--output", tmp_path / "cache")
     with FakeServer(teacher_dir, "vllm", change=shifted) as server:
-        assert check(tmp_path / "cache", server.url, teacher_dir).agrees is (nats < 0.01)
+        found = check(tmp_path / "cache", server.url, teacher_dir)
+    assert found.agrees is agrees and found.cache_dtype == dtype
 
 
 @pytest.mark.parametrize(
