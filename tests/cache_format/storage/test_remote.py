@@ -140,8 +140,14 @@ def test_a_store_that_fsspec_has_nothing_for_is_one_line(url: str, words: str, m
         assert result.exit_code == 1 and re.search(f"^Error: {re.escape(url)}: {words}", line), line
 
 
-def test_a_repository_of_the_hub_is_read_and_not_written():
-    url = "hf://datasets/owner/name"
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("hf://datasets/owner/name", "can be read as a cache, not written.* distill push DIRECTORY OWNER/NAME"),
+        ("https://host/cache", "can be read as a cache, not written. Write to a directory"),
+    ],
+)
+def test_what_is_not_a_store_is_read_and_not_written(url: str, words: str):
     assert isinstance(open_directory(url), RemoteDirectory)
     for write in (
         cf.check_writable,
@@ -149,9 +155,7 @@ def test_a_repository_of_the_hub_is_read_and_not_written():
         cf.finish_cache,
         lambda url: cf.CacheWriter(url, sample_metadata()),
     ):
-        with pytest.raises(
-            cf.CacheError, match="can be read as a cache, not written.* distill push DIRECTORY OWNER/NAME"
-        ):
+        with pytest.raises(cf.CacheError, match=words):
             write(url)
 
 
