@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill.run_progress import OnProgress, Reporter, quiet
+from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.importing.import_config import ImportConfig
-from pipeline.options import Option, build, options_of, read_config
+from pipeline.options import Option, build, options_of, read_config, unknown_option
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.verify_config import TeacherCheckConfig
@@ -341,6 +342,7 @@ def verify(
     *,
     deep: bool = False,
     against_teacher: Any = None,
+    config: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> Verification:
@@ -350,25 +352,37 @@ def verify(
         cache: cache directory or URL.
         deep: also check every value: counts, ids, order, sums of probabilities, entropy.
         against_teacher: the teacher, as in `cache_teacher`, to compute some rows again.
+        config: TOML or JSON file of the options of this comparison; keyword arguments override it.
         on_progress: called with a `Progress`.
 
     Raises:
         CacheError: the cache is damaged; the message names the file and the place. A teacher that disagrees is not an
         error: see `Verification.ok`.
+        ConfigError, ModelError: the options or the teacher cannot be used; nothing was read.
     """
     import cache_format
 
+    run = _comparison(config, {"cache": cache, "against_teacher": against_teacher, **options})
     report = Reporter(on_progress)
     report.stage(f"checking {cache}")
     summary = cache_format.verify_cache(str(cache), report.step, deep=deep)
-    if against_teacher is None:
-        if options:
-            from pipeline.errors import ConfigError
-
-            raise ConfigError(f"`{next(iter(options))}`: only with `against_teacher`. Name the teacher.")
+    if run is None:
         return Verification(summary, None)
     from pipeline.teacher.verification import verify_against_teacher
 
-    run = _config(TeacherCheckConfig, None, {"cache": cache, "against_teacher": against_teacher, **options})
-    with quiet(against_teacher):
+    with quiet(run.teacher):
         return Verification(summary, verify_against_teacher(run, on_stage=report.stage, on_progress=report.step))
+
+
+def _comparison(config_file: str | os.PathLike[str] | None, given: dict[str, Any]) -> TeacherCheckConfig | None:
+    """The comparison with a teacher that `verify` was asked for, if any. Raises: ConfigError, ModelError."""
+    if given["against_teacher"] is None and config_file is None:
+        others = [name for name, value in given.items() if name != "cache" and value is not None]
+        if not others:
+            return None
+        if others[0] not in (known := options_of(TeacherCheckConfig)):
+            raise unknown_option(others[0], known)
+        raise ConfigError(f"`{others[0]}`: only with `against_teacher`. Name the teacher.")
+    run: TeacherCheckConfig = _config(TeacherCheckConfig, config_file, given)
+    run.check_paths()
+    return run

@@ -182,6 +182,26 @@ def test_plan_and_verify(made: Path, teacher_dir: Path, student_dir: Path, text_
     assert found.ok and found.teacher is not None and found.cache.rows == len(cf.open_cache(made / "cache"))
     with pytest.raises(distill.ConfigError, match="`rows`: only with `against_teacher`"):
         distill.verify(made / "cache", rows=2)
+    (tmp_path / "check.toml").write_text(f'against_teacher = "{teacher_dir}"\nrows = 3\ndevice = "cpu"\n')
+    found = distill.verify(made / "cache", config=tmp_path / "check.toml", rows=1)
+    assert found.ok and found.teacher is not None and found.teacher.rows == 1
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"rowz": 2}, distill.ConfigError, "`rowz`: no such option. Did you mean `rows`"),
+        ({"config": "none.toml"}, distill.ConfigError, "none.toml: No such file"),
+        ({"against_teacher": "./nowhere"}, distill.ModelError, "nowhere: no such directory"),
+        ({"against_teacher": "t", "tokenizer": "./nowhere"}, distill.ModelError, "nowhere: no such directory"),
+    ],
+)
+def test_options_of_verify_are_checked_before_the_cache_is_read(
+    options: dict[str, Any], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cf, "verify_cache", lambda *_, **__: pytest.fail("read the cache"))
+    with pytest.raises(error, match=words):
+        distill.verify("cache", **options)
 
 
 def test_errors_and_warnings(made: Path, teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class Cache(Sequence[CacheRow]):
                     if self._read_cache is not None:
                         self._read_cache.put(expected, data)
                     return data
-        except OSError as error:
+        except FileNotFoundError as error:
             raise damaged(where, "no such file") from error
         raise damaged(where, f"checksum {found[:8]}…, expected {expected[:8]}…")
 

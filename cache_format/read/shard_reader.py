@@ -34,7 +34,7 @@ from cache_format.storage.read_cache import ReadCache
 class ShardReader:
     """The record batches of one shard. Has no file position, so threads and forks may share it.
 
-    Raises: CorruptShardError, from every method.
+    Raises: CorruptShardError, from every method; OSError if a file is there but the disk or the store fails.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ShardReader:
         where = directory.path(name)
         try:
             data = directory.read_bytes(name)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise self._missing(where, error) from error
         expected = manifest.shards[index].sidecar_sha256
         if sha256(data) != expected:
@@ -147,7 +147,7 @@ class ShardReader:
     def _open(self, directory: Directory) -> ShardFile:
         try:
             file = directory.open(self._name)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise self._missing(self._where, error) from error
         if file.size != self.sidecar.file_bytes:
             raise CorruptShardError(
@@ -165,7 +165,7 @@ class ShardReader:
         for _ in range(self._file.readings):
             try:
                 data = self._file.read(part.start, part.stop)
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise self._missing(f"{self._where}, {name}", error) from error
             if (found := sha256(data)) == part.sha256:
                 if self._read_cache is not None:
@@ -185,7 +185,7 @@ class ShardReader:
         except (ValueError, pa.ArrowException, OSError, struct.error) as error:
             raise self._false("header", _line(error)) from error
 
-    def _missing(self, where: str, error: OSError) -> CorruptShardError:
+    def _missing(self, where: str, error: FileNotFoundError) -> CorruptShardError:
         return CorruptShardError(
             f"{where}: cannot be read ({_line(error)}), expected by the manifest. {repair(self._name)}"
         )

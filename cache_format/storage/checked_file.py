@@ -9,11 +9,14 @@ from cache_format.storage.directory import Directory
 
 
 def read_checked(directory: Directory, name: str, sha256: str) -> bytes:
-    """The contents of a file. Raises: FormatError if it is missing, or not as it was written."""
+    """The contents of a file.
+
+    Raises: FormatError if it is missing, or not as it was written; OSError if the disk or the store fails.
+    """
     where = directory.path(name)
     try:
         data = directory.read_bytes(name)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise damaged(where, "no such file") from error
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise damaged(where, f"checksum {found[:8]}…, expected {sha256[:8]}…")

@@ -114,6 +114,11 @@ class RemoteFile:
 
         def fetch() -> bytes:
             data = fs.cat_file(full_name, start=start, end=stop)
+            if stop - start < len(data) == self.size:
+                raise CacheError(
+                    f"{self.directory.path(self.name)}: the server sends the whole file, expected a part of it (it "
+                    "does not support range requests). Copy the cache to a disk first."
+                )
             if len(data) != stop - start:
                 raise CutShortError(f"{len(data)} bytes arrived, expected {stop - start}")
             return bytes(data)
@@ -134,17 +139,23 @@ class RemoteDirectory:
         return _file_system(self.url, os.getpid())
 
     def names(self, name: str = "") -> list[str]:
-        return sorted(_plain(entry) for entry in self._listed(name, detail=False))
+        return sorted(_plain(entry["name"]) for entry in self._listed(name))
 
     def sizes(self, name: str) -> dict[str, int]:
-        found = self._listed(name, detail=True)
-        return {_plain(entry["name"]): int(entry["size"]) for entry in found if entry["type"] == "file"}
+        sizes = {entry["name"]: entry["size"] for entry in self._listed(name) if entry["type"] == "file"}
+        if unknown := [full_name for full_name, size in sizes.items() if size is None]:  # from a web server
+            found = self._repeated(lambda: self.fs.sizes(unknown), name)
+            sizes.update(zip(unknown, found, strict=True))
+        return {_plain(full_name): int(size) for full_name, size in sizes.items() if size is not None}
 
-    def _listed(self, name: str, *, detail: bool) -> list[Any]:
-        def entries() -> list[Any]:
+    def _listed(self, name: str) -> list[dict[str, Any]]:
+        """Entries of a folder, without the empty object named like the folder that some tools create for it."""
+        marker = f"{self.full(name)}/"
+
+        def entries() -> list[dict[str, Any]]:
             self.fs.invalidate_cache()
             try:
-                return list(self.fs.ls(self.full(name), detail=detail))
+                return [entry for entry in self.fs.ls(self.full(name), detail=True) if entry["name"] != marker]
             except FileNotFoundError:
                 return []
 
@@ -242,7 +253,9 @@ class RemoteDirectory:
 
     def _size(self, name: str) -> int:
         self.fs.invalidate_cache()
-        return int(self.fs.size(self.full(name)))
+        if (size := self.fs.size(self.full(name))) is None:
+            raise CacheError(f"{self.path(name)}: the server does not say its size. Copy the cache to a disk first.")
+        return int(size)
 
     def _make_folder(self, name: str) -> None:
         # On an object store folders are part of the name, and creating one may create a bucket.
@@ -280,6 +293,8 @@ def check_can_be_written(url: str) -> None:
             "two processes could create the same one unnoticed. Write to a directory, then run: distill push DIRECTORY "
             "OWNER/NAME"
         )
+    if url.startswith(("http://", "https://")):
+        raise CacheError(f"{url}: a web server can be read as a cache, not written. Write to a directory.")
 
 
 def _line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cache_format.cache_errors import CacheError, CorruptShardError, MismatchError
 from cache_format.codecs.encodings import codec_for
+from cache_format.manifest.answers_file import ANSWERS
 from cache_format.manifest.card import card
 from cache_format.manifest.differences import Difference, differences, ignoring_names, listed
 from cache_format.manifest.documents_file import DOCUMENTS
@@ -137,7 +138,7 @@ class UnfinishedCache:
     def read(self, on_progress: OnProgress = lambda done, total: None) -> str:
         """Compares the metadata with what is recorded, and finds the complete shards; changes nothing.
 
-        Returns: the name of the manifest that was found. Raises: MismatchError.
+        Returns: the name of the manifest that was found. Raises: MismatchError; CacheError if the lexicon is lost.
         """
         recorded, data = self._read_recorded()
         where = self.directory.path(recorded)
@@ -146,6 +147,7 @@ class UnfinishedCache:
         if recorded == MANIFEST:
             shards = Manifest.from_bytes(data, where).shards
             self._promised = {index: shard.sidecar_sha256 for index, shard in enumerate(shards)}
+        self._check_lexicon_not_lost()
         self.find_complete(on_progress=on_progress)
         return recorded
 
@@ -277,12 +279,25 @@ class UnfinishedCache:
         )
 
     def _load_lexicon(self) -> bool:
-        if LEXICON not in self.directory.names():
+        try:  # without listing the directory: on network file systems a listing may be older than that of the shards
+            data = self.directory.read_bytes(LEXICON)
+        except FileNotFoundError:
             return False
-        data = self.directory.read_bytes(LEXICON)
         self.codec = self.codec.with_lexicon(data, self.directory.path(LEXICON))
         self.lexicon_file = FileInfo(sha256=sha256(data), bytes=len(data))
         return True
+
+    def _check_lexicon_not_lost(self) -> None:
+        """The lexicon is written before any shard. A copy may exist, and a new one would cost all of the shards."""
+        if not self.codec.needs_lexicon:
+            return
+        packed = [name for name in self.directory.names("shards") if name.endswith(".json")]  # before the lexicon
+        if packed and not self._load_lexicon():
+            raise CacheError(
+                f"{self.directory.path(LEXICON)}: no such file, and {quantity(len(packed), 'shard')} cannot be read "
+                "without it. Copy it here from where shard 0 was written, or delete the folder shards to make them "
+                "again."
+            )
 
     def _fits(self, index: int, sidecar: Sidecar, digest: str) -> bool:
         lexicon = None if self.lexicon_file is None else self.lexicon_file.sha256
@@ -314,7 +329,7 @@ def finish_cache(
         stale_after_s: seconds without a sign of life after which a writer on another machine counts as dead.
         on_progress: called with the number of shards that have been looked at, and of all.
 
-    Raises: CacheError if shards or tokenizer files are missing, or if a process has claimed the whole cache.
+    Raises: CacheError if shards or files beside them are missing, or if a process has claimed the whole cache.
     """
     directory = open_directory(path)
     where = directory.path()
@@ -341,7 +356,8 @@ def finish_cache(
                 raise CacheError(
                     f"{directory.path(f'{TOKENIZER_DIR}/{name}')}: missing or not the recorded file. Copy it here."
                 )
-        for name, file in ((HEAD, metadata.head), (DOCUMENTS, documents_file(metadata))):
+        beside = {HEAD: metadata.head, ANSWERS: answers_file(metadata), DOCUMENTS: documents_file(metadata)}
+        for name, file in beside.items():
             if file is not None and not file_is_there(directory, name, file.sha256):
                 raise CacheError(f"{directory.path(name)}: missing or not the recorded file. Copy it here.")
         cache.finish(claims)

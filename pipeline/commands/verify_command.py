@@ -33,25 +33,22 @@ def command(
     If anything is wrong, the error names the file and the place, and the exit status is 1.
     """
     del checksums  # always
-    if given["against_teacher"] is None and config_file is None:
+    config = None
+    if given["against_teacher"] is not None or config_file is not None:
+        config = build_config(TeacherCheckConfig, {**given, "cache": cache}, config_file)
+        config.check_paths()
+    else:
         for name, value in given.items():
             if value is not None:
                 raise click.UsageError(here_with_flags(f"`{name}`: only with `against_teacher`. Name the teacher."))
     import cache_format as cf
-    from pipeline.terminal.console import Status, show_result
+    from pipeline.terminal.console import Status, quiet_libraries, show_result
     from pipeline.terminal.verify_view import failed_check, verify_view
 
     with Status() as status:
         summary = cf.verify_cache(cache, lambda done, total: status.step(done, total, "rows checked"), deep=deep)
         found = None
-        if given["against_teacher"] is not None or config_file is not None:
-            config = build_config(TeacherCheckConfig, {**given, "cache": cache}, config_file)
-            from pipeline.models.paths import TOKENIZER_FILES, check_model_path
-            from pipeline.terminal.console import quiet_libraries
-
-            if not config.on_server:
-                check_model_path(config.teacher)
-            check_model_path(config.tokenizer, TOKENIZER_FILES)
+        if config is not None:
             quiet_libraries()
             from pipeline.teacher.verification import verify_against_teacher
 
@@ -62,7 +59,7 @@ def command(
             )
     if status.silent:  # one of several processes that compute together: the first one reports
         return
-    teacher = given["against_teacher"]
+    teacher = None if config is None else config.teacher
     compared = {} if found is None else {"teacher": found.to_json()}
     show_result(
         lambda: verify_view(cache, summary, deep, teacher, found),

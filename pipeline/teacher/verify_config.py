@@ -15,7 +15,7 @@ from pipeline.models.loading_options import (
     TRUST_REMOTE_CODE,
     Dtype,
 )
-from pipeline.models.paths import is_url
+from pipeline.models.paths import TOKENIZER_FILES, check_model_path, is_url
 from pipeline.options import check_ranges, option, part
 from pipeline.teacher.engines.server.server_config import ServerConfig, check_address
 
@@ -71,3 +71,9 @@ class TeacherCheckConfig:
     def on_server(self) -> bool:
         """Whether the teacher is the URL of a server."""
         return is_url(self.teacher)
+
+    def check_paths(self) -> None:
+        """Check before hours of reading that teacher and tokenizer are there. Raises: ModelError."""
+        if not self.on_server:
+            check_model_path(self.teacher)
+        check_model_path(self.tokenizer, TOKENIZER_FILES)

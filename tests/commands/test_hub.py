@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import cache_format as cf
 from cli import main
+from made_up import made_up
 from pipeline import hub
 from runs import build_cache
 from sampled import threshold
@@ -29,6 +30,10 @@ class Hub:
         self.folder, self.calls, self.error = folder, [], None
         self.token_error: Exception | None = None
         self.write_error: Exception | None = None
+        self.upload_errors: list[Exception | None] = []  # of the next uploads
+
+    def files(self) -> list[str]:
+        return sorted(f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
 
     def __call__(self) -> Hub:
         return self
@@ -56,13 +61,18 @@ class Hub:
         folder_path: Path,
         allow_patterns: Sequence[str] = ("*",),
         ignore_patterns: Sequence[str] = (),
+        delete_patterns: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
+        if (error := self.upload_errors.pop(0) if self.upload_errors else None) is not None:
+            raise error
         files = [f.relative_to(folder_path).as_posix() for f in sorted(folder_path.rglob("*")) if f.is_file()]
         chosen = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         self.calls.append(("upload", options["repo_id"], chosen))
         (created, *_) = [call for call in self.calls if call[0] == "create"]
         assert options["repo_type"] == created[2]["repo_type"]
+        for name in filter_repo_objects(self.files(), allow_patterns=delete_patterns or ()):
+            (self.folder / name).unlink()
         for name in chosen:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder_path / name, self.folder / name)
@@ -97,6 +107,22 @@ def test_the_repository_is_the_cache_and_its_manifest_comes_last(cache: Path, fa
     pushed = cf.open_cache(fake.folder)
     cf.verify_cache(fake.folder, deep=True)
     assert pushed.tokenizer_files() == cf.open_cache(cache).tokenizer_files()
+
+
+def test_a_cache_replaces_the_one_that_is_there(fake: Hub, tmp_path: Path):
+    """Shards that are left over would be read by `datasets`, and the old manifest would describe new shards."""
+    made_up(tmp_path / "large", rows=40, encoding="packed", tokenizer_files={"old.json": b"{}", "both.json": b"{}"})
+    made_up(tmp_path / "small", rows=12, seed=1, tokenizer_files={"both.json": b"{}", "new.json": b"{}"})
+    push(tmp_path / "large", "someone/targets")
+    (fake.folder / "LICENSE").write_text("of its owner")
+    fake.upload_errors = [None, OSError("connection reset")]
+    push(tmp_path / "small", "someone/targets", status=1)
+    with pytest.raises(cf.FormatError, match=r"no manifest\.json"):
+        cf.open_cache(fake.folder)
+    push(tmp_path / "small", "someone/targets")
+    of_the_cache = [f.relative_to(tmp_path / "small") for f in (tmp_path / "small").rglob("*") if f.is_file()]
+    assert fake.files() == sorted([*map(str, of_the_cache), "LICENSE"])
+    assert cf.verify_cache(fake.folder, deep=True).rows == 12
 
 
 def test_datasets_opens_it_by_its_card(cache: Path, fake: Hub, tmp_path: Path):
@@ -205,6 +231,10 @@ def test_a_student_is_pushed_as_a_model_without_its_checkpoints(fake: Hub, tmp_p
     assert options == {"repo_type": "model", "private": True, "exist_ok": True}
     assert sorted(files) == sorted([*names[:4], "trainer_state.json"])
     assert json.loads((tmp_path / "out.json").read_text())["student"] == str(student), found.output
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json", "LICENSE"):
+        (fake.folder / name).write_text("of what was pushed before")
+    push(student, "someone/student")
+    assert fake.files() == sorted([*files, "LICENSE"])
     fake.error = OSError("no route")
     assert "the hub did not accept the student: no route" in push(student, "someone/student", status=1).stderr
 

@@ -220,3 +220,27 @@ def test_bytes_are_compared_without_decoding(top16: Path, monkeypatch: pytest.Mo
         flipped = shard[:place] + bytes([shard[place] ^ 4]) + shard[place + 1 :]
         (damaged / "shards/shard-00000.arrow").write_bytes(flipped)
         assert "shard-00000.arrow" in verify(damaged, status=1)
+
+
+def test_the_teacher_may_be_named_in_a_file(top16: Path, teacher_dir: Path, tmp_path: Path):
+    file = tmp_path / "check.toml"
+    file.write_text(f'against_teacher = "{teacher_dir}"\nrows = 2\ndevice = "cpu"\n')
+    assert f"Against {teacher_dir}" in " ".join(verify(top16, "--config", file).split())
+    other = tmp_path / "other"
+    tiny_llama(other, tiny_tokenizer(), seed=5)
+    file.write_text(f'against_teacher = "{other}"\nrows = 2\ndevice = "cpu"\n')
+    assert f"does not match {other}" in verify(top16, "--config", file, status=1)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--config", "none.toml"), "none.toml: No such file"),
+        (("--against-teacher", "./nowhere"), "nowhere: no such directory"),
+    ],
+)
+def test_options_are_checked_before_the_cache_is_read(
+    words: tuple[str, ...], said: str, top16: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cf, "verify_cache", lambda *_, **__: pytest.fail("read the cache"))
+    assert said in verify(top16, *words, status=1)

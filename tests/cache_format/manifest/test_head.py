@@ -429,3 +429,16 @@ def test_a_head_on_an_object_store_is_kept_on_the_disk(tmp_path: Path) -> None:
     copy.write_bytes(copy.read_bytes()[:-1] + b"!")  # what is damaged there is fetched again, and here cannot be
     with pytest.raises(cf.FormatError, match="head.safetensors: no such file"):
         cf.open_cache(url, read_cache=copies).head()
+
+
+def test_a_head_that_may_not_be_read_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    write(url)  # type: ignore[arg-type]
+
+    def refused(*_: object, **__: object) -> bytes:
+        raise PermissionError("Forbidden")
+
+    cache = cf.open_cache(url)
+    monkeypatch.setattr(fsspec.filesystem("memory").__class__, "cat_file", refused)
+    with pytest.raises(PermissionError, match=f"Forbidden.*{url}/head.safetensors"):
+        cache.head()

@@ -17,7 +17,7 @@ from cache_format.storage import remote
 from cache_format.storage.directory import open_directory, write_bytes
 from cache_format.storage.read_cache import ReadCache
 from cache_format.storage.remote import RemoteDirectory, is_transient, repeated
-from cache_samples import SHARD, sample_metadata, sample_row, write_sample
+from cache_samples import SHARD, sample_metadata, sample_row, several_samples, write_sample
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -93,6 +93,31 @@ def test_missing_credentials_say_what_to_set(name: str, fickle: Any):
     assert "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in line and "permissions" not in line
 
 
+@pytest.mark.parametrize("name", ["shard-00001.arrow", "shard-00001.json", "tokenizer.json", "lexicon.arrow"])
+def test_a_failure_of_the_store_is_not_a_damaged_or_missing_file(
+    name: str, fickle: Any, monkeypatch: pytest.MonkeyPatch
+):
+    from click.testing import CliRunner
+
+    from cli import main
+
+    directory, fs = fickle
+    write_sample(directory.url, encoding="packed", **several_samples(1))
+    cat = fs.fs.cat_file
+
+    def broken(path: str, *args: Any, **options: Any) -> bytes:
+        if path.endswith(name):
+            raise ConnectionResetError("by peer")
+        return bytes(cat(path, *args, **options))
+
+    monkeypatch.setattr(type(fs.fs), "cat_file", lambda _, *args, **options: broken(*args, **options))
+    result = CliRunner().invoke(main, ["verify", directory.url])
+    line = result.stderr.splitlines()[-1]
+    assert result.exit_code == 1
+    assert re.match(rf"Error: {directory.url}/.*{name}: gave up after 8 attempts", line), line
+    assert line.endswith("Check the connection (or the disk), and run the same command again.")
+
+
 # -- stores that are not there ----------------------------------------------------------------------------------------
 
 
@@ -115,8 +140,14 @@ def test_a_store_that_fsspec_has_nothing_for_is_one_line(url: str, words: str, m
         assert result.exit_code == 1 and re.search(f"^Error: {re.escape(url)}: {words}", line), line
 
 
-def test_a_repository_of_the_hub_is_read_and_not_written():
-    url = "hf://datasets/owner/name"
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("hf://datasets/owner/name", "can be read as a cache, not written.* distill push DIRECTORY OWNER/NAME"),
+        ("https://host/cache", "can be read as a cache, not written. Write to a directory"),
+    ],
+)
+def test_what_is_not_a_store_is_read_and_not_written(url: str, words: str):
     assert isinstance(open_directory(url), RemoteDirectory)
     for write in (
         cf.check_writable,
@@ -124,9 +155,7 @@ def test_a_repository_of_the_hub_is_read_and_not_written():
         cf.finish_cache,
         lambda url: cf.CacheWriter(url, sample_metadata()),
     ):
-        with pytest.raises(
-            cf.CacheError, match="can be read as a cache, not written.* distill push DIRECTORY OWNER/NAME"
-        ):
+        with pytest.raises(cf.CacheError, match=words):
             write(url)
 
 

@@ -166,6 +166,22 @@ def test_what_somebody_else_has_just_created_is_found(server: Any):
 
 
 @pytest.mark.long
+def test_a_folder_that_the_console_created_is_empty(server: Any):
+    """The S3 console's "Create folder" makes an empty object with the name of the folder and a slash."""
+    from s3fs import S3FileSystem
+
+    fs = S3FileSystem()
+    for name in ("folder", "folder/shards"):
+        fs.call_s3("put_object", Bucket=server.bucket, Key=f"{name}/", Body=b"")
+    directory = open_directory(server.url("folder"))
+    assert directory.names() == ["shards"] and directory.names("shards") == [] and directory.sizes("shards") == {}
+    cf.check_writable(server.url("folder"))
+    written(server.url("folder"))
+    assert cf.verify_cache(server.url("folder")).rows == 10
+    assert [batch for batch in cf.open_cache(server.url("folder")).record_batches()][-1] == (8, 10)
+
+
+@pytest.mark.long
 def test_reading_survives_a_fork(server: Any):
     written(server.url("fork"))
     cache = cf.open_cache(server.url("fork"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -289,19 +290,33 @@ def test_shards_that_were_abandoned_do_not_teach(tmp_path, whole):
 # -- a lost lexicon ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("written", [4, 8])
-def test_shards_of_a_lost_lexicon_are_written_again(tmp_path, whole, written):
-    write_until(tmp_path / "cache", written)
-    assert SIDECAR in contents(tmp_path / "cache")
-    (tmp_path / "cache" / LEXICON).unlink()
-    assert finish(tmp_path / "cache") == 0
-    assert cf.verify_cache(tmp_path / "cache", deep=True).rows == 10
-    assert contents(tmp_path / "cache") == whole
+def test_shards_of_a_lost_lexicon_are_not_written_over(tmp_path, whole):
+    """A copy may exist, and a lexicon from a teacher that rounds differently would cost every shard."""
+    for name, stop in (("finished", None), ("unfinished", 8)):
+        path = tmp_path / name
+        finish(path) if stop is None else write_until(path, stop)
+        lexicon = (path / LEXICON).read_bytes()
+        (path / LEXICON).unlink()
+        before = contents(path)
+        shards = sum(name.startswith("shards/") and name.endswith(".json") for name in before)
+        lost = f"{LEXICON}: no such file, and {shards} shards cannot be read without it. Copy it here"
+        with pytest.raises(cf.CacheError, match=lost):
+            cf.CacheWriter(path, METADATA, resume=True)
+        with pytest.raises(cf.CacheError, match=lost):
+            cf.SharedCacheWriter(path, METADATA, share=cf.Share())
+        with pytest.raises(cf.CacheError, match=lost):
+            cf.finish_cache(path)
+        assert contents(path) == before
+        (path / LEXICON).write_bytes(lexicon)
+        if stop is not None:
+            assert finish(path) == stop
+        assert contents(path) == whole
 
 
-def test_a_finished_cache_without_its_lexicon_is_written_again(tmp_path, whole):
+def test_without_lexicon_and_shards_both_are_made_again(tmp_path, whole):
     finish(tmp_path / "cache")
     (tmp_path / "cache" / LEXICON).unlink()
+    shutil.rmtree(tmp_path / "cache/shards")
     assert finish(tmp_path / "cache") == 0
     assert contents(tmp_path / "cache") == whole
 

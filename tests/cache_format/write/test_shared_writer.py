@@ -17,7 +17,7 @@ import cache_format as cf
 from cache_format.manifest.manifest import LEXICON
 from cache_format.storage.claims import CLAIMS, Claims
 from cache_format.storage.directory import open_directory
-from cache_samples import contents
+from cache_samples import contents, sample_metadata
 from shared_writing import FILES, ROWS, alone, metadata, sample_row, shared, work, write_shard
 
 
@@ -246,6 +246,24 @@ def test_finishing_changes_nothing_where_something_is_missing(tmp_path):
         cf.finish_cache(tmp_path / "cache")
     with pytest.raises(cf.CacheError, match="no cache there, finished or not"):
         cf.finish_cache(tmp_path / "nothing")
+
+
+def test_a_cache_without_its_answers_is_not_finished(tmp_path):
+    path = tmp_path / "cache"
+    answers = cf.write_answers(path, [{"row": row} for row in range(10)])
+    corpus = {"source": "nowhere", "rows": 10, "generation": {"answers_file": answers}}
+    with cf.CacheWriter(path.with_name("written"), sample_metadata(corpus=corpus)) as writer:
+        writer.write([sample_row(row) for row in range(10)])
+    shutil.copytree(path.with_name("written"), path, dirs_exist_ok=True)
+    (path / "manifest.json").rename(path / "manifest.partial.json")
+    data = (path / "answers.jsonl").read_bytes()
+    (path / "answers.jsonl").unlink()
+    with pytest.raises(cf.CacheError, match=r"answers.jsonl: missing or not the recorded file. Copy it here"):
+        cf.finish_cache(path)
+    assert not (path / "manifest.json").exists()
+    (path / "answers.jsonl").write_bytes(data)
+    cf.finish_cache(path)
+    assert cf.open_cache(path).answers_bytes() == data
 
 
 def test_killed_after_the_manifest_leaves_a_finished_cache_that_is_tidied(tmp_path):
