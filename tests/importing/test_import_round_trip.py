@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from foreign_files import (
 )
 from made_up import THRESHOLD, made_up
 from pipeline.errors import ConfigError
+from pipeline.importing import import_cache as importing
 from pipeline.importing.export_cache import export_cache
 from runs import SGD, build_cache, command, distance, train, weights
 from torture import contents
@@ -74,6 +76,74 @@ def test_a_finished_import_is_left_alone(tmp_path: Path, tokenizer: Any):
         import_rows(source, tmp_path / "cache", tokenizer, **NESTED, top_k=2)
     cache, _ = import_rows(source, tmp_path / "cache", tokenizer, **NESTED, top_k=2, overwrite=True)
     assert cache.metadata.max_entries == 2
+
+
+@pytest.mark.parametrize("what", ["values", "entries", "mask", "segments"])
+def test_an_import_of_a_changed_source_is_not_continued(
+    what: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Same text, so that only the digest of the rows tells the sources apart."""
+    columns = nested(made_up_rows(4), K)
+    columns |= {"mask": [[1] * 40 for _ in range(4)], "segments": [[1] * 40 for _ in range(4)]}
+    roles = f"{NESTED['column'][0]} mask=mask attention=segments"
+    options = {**NESTED, "column": (roles,), "rows_per_shard": 1}
+    source = write_parquet(tmp_path / "rows.parquet", columns)
+    import_rows(source, tmp_path / "finished", tokenizer, **options)
+    write = cf.CacheWriter.write
+
+    def stopping(writer: cf.CacheWriter, batch: list[cf.CacheRow]) -> None:
+        if batch[0].row == 2:
+            raise KeyboardInterrupt
+        write(writer, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cf.CacheWriter, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            import_rows(source, tmp_path / "begun", tokenizer, **options)
+    row = 1  # complete in both caches
+    if what == "values":
+        columns["logprobs"][row] = [[value - 0.7 for value in values] for values in columns["logprobs"][row]]
+    elif what == "entries":
+        unlisted = next(i for i in range(400) if i not in columns["top"][row][7])
+        columns["top"][row][7][-1] = unlisted
+    else:
+        columns[what][row][20:] = [0 if what == "mask" else 2] * 20
+    write_parquet(source, columns)
+    for name in ("begun", "finished"):
+        with pytest.raises(cf.MismatchError, match="rows_sha256"):
+            import_rows(source, tmp_path / name, tokenizer, **options)
+    again, _ = import_rows(source, tmp_path / "finished", tokenizer, **options, overwrite=True)
+    assert again.metadata.capture["imported"]["shift"] == 0
+
+
+def test_the_shift_is_among_the_settings(tmp_path: Path, tokenizer: Any):
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(2, length=20), K))
+    import_rows(source, tmp_path / "cache", tokenizer, **{**NESTED, "shift": 1})
+    with pytest.raises(cf.MismatchError, match=r"capture\.imported\.shift recorded 1, given 0"):
+        import_rows(source, tmp_path / "cache", tokenizer, **NESTED)
+
+
+def test_a_finished_import_of_older_versions_is_left_alone(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """One that was made with other libraries, and by a version that recorded neither `shift` nor a digest."""
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(3), K))
+    make = importing.import_metadata
+
+    def older(*arguments: Any) -> cf.CacheMetadata:
+        metadata = make(*arguments)
+        imported = metadata.capture["imported"]
+        known = {name: imported[name] for name in imported if name not in ("shift", "rows_sha256")}
+        return replace(metadata, capture={"imported": known}, libraries={**metadata.libraries, "numpy": "1.0"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importing, "import_metadata", older)
+        import_rows(source, tmp_path / "cache", tokenizer, **NESTED)
+    before = contents(tmp_path / "cache")
+    import_rows(source, tmp_path / "cache", tokenizer, **NESTED)
+    assert contents(tmp_path / "cache") == before
+    with pytest.raises(cf.MismatchError, match=r"top_k"):
+        import_rows(source, tmp_path / "cache", tokenizer, **NESTED, top_k=2)
 
 
 def test_a_directory_of_something_else_is_refused_before_reading(tmp_path: Path, tokenizer: Any):
