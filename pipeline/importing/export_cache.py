@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 import cache_format as cf
 from pipeline.errors import ConfigError
+from pipeline.importing.exported_facts import ExportedFacts
 
 FORMATS = ("parquet", "axolotl")
 IGNORED = -100  # label of a token that is not in the loss
@@ -90,10 +91,7 @@ def _schema(format: str, metadata: cf.CacheMetadata) -> pa.Schema:
     else:
         columns = {"input_ids": ids, "labels": ids, "attention_mask": ids}
         columns |= {"target_token_ids": lists, "target_logprobs": value, "target_mask": lists}
-    facts = {"teacher": metadata.teacher["name"], "temperature": str(metadata.targets["temperature"])}
-    if metadata.renormalised:
-        facts["renormalised"] = "true"
-    return pa.schema(columns, facts)
+    return pa.schema(columns, ExportedFacts.of_cache(metadata).to_schema())
 
 
 def _columns(format: str, rows: list[cf.CacheRow], width: int) -> list[pa.Array]:

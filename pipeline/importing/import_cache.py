@@ -11,6 +11,7 @@ import numpy as np
 
 import cache_format as cf
 from cache_format.storage.directory import open_directory, write_bytes
+from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.source_formats import open_source
@@ -77,6 +78,7 @@ def import_cache(
         top_k=config.top_k,
         bos_id=tokenizer.bos_token_id,
         drop_repeated_bos=config.drop_repeated_bos,
+        max_error=reader.exported.max_error if reader.exported else 0.0,
     )
     on_stage(f"reading and checking {config.source}")
     survey = survey_source(reader, mapper, config.source, on_step)
@@ -145,14 +147,15 @@ def import_metadata(
     together = max(1, RECORD_BATCH_TOKENS // survey.longest)
     whole = -(-max(1, SHARD_TOKENS // survey.longest) // together) * together
     alike = survey.most_entries == survey.fewest_entries
+    exported = reader.exported or ExportedFacts(teacher="unknown", temperature=1.0)
     return cf.CacheMetadata(
-        teacher={"name": config.teacher},
+        teacher={"name": config.teacher or exported.teacher},
         tokenizer=tokenizer,
         vocab_size=mapper.vocab_size,
         alignment="next",
         targets={
             "kind": "top-k",
-            "temperature": config.temperature,
+            "temperature": config.temperature or exported.temperature,
             **({"k": survey.most_entries} if alike else {}),
             "max_entries": survey.most_entries,
             "positions": "counted",

@@ -27,7 +27,7 @@ from foreign_files import (
     write_parquet,
 )
 from made_up import THRESHOLD, made_up
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.importing import import_cache as importing
 from pipeline.importing.export_cache import export_cache
 from runs import SGD, build_cache, command, distance, train, weights
@@ -186,6 +186,46 @@ def test_export_and_import_give_the_same_entries(
         kept = np.repeat(ours.loss_mask, ours.targets.counts)
         assert theirs.targets.ids.tolist() == ours.targets.ids[kept].tolist()
         assert theirs.targets.logprobs.tolist() == ours.targets.logprobs[kept].tolist()
+
+
+@pytest.mark.parametrize("format", ["parquet", "axolotl"])
+def test_export_and_import_keep_what_the_columns_do_not_say(format: str, tmp_path: Path, tokenizer: Any):
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(3), K))
+    options = {**NESTED, "values": "renormalised", "temperature": 2.0, "teacher": "ours"}
+    first, _ = import_rows(source, tmp_path / "cache", tokenizer, **options, rows_per_shard=2)
+    export_cache(first.path, str(tmp_path / "files"), format)
+    again, summary = import_rows(tmp_path / "files", tmp_path / "again", tokenizer)
+    assert summary.renormalised and again.metadata.targets == first.metadata.targets
+    assert again.metadata.targets["temperature"] == 2.0 and again.metadata.teacher == {"name": "ours"}
+    for name, given in (("values", "logprobs"), ("temperature", 1.0)):
+        with pytest.raises(ConfigError, match=f"^`{name}` {given}: .*Leave it out"):
+            import_rows(tmp_path / "files", tmp_path / "other", tokenizer, **{name: given})
+    export_cache(
+        import_rows(source, tmp_path / "plain", tokenizer, **NESTED)[0].path, str(tmp_path / "plain-files"), format
+    )
+    (tmp_path / "plain-files/part-00000.parquet").rename(tmp_path / "files/part-00002.parquet")
+    with pytest.raises(DataError, match="part-00002.parquet: not of the same export"):
+        import_rows(tmp_path / "files", tmp_path / "other", tokenizer)
+
+
+@pytest.mark.parametrize("format", ["parquet", "axolotl"])
+def test_probabilities_that_rounding_moved_above_1_are_imported_again(format: str, tmp_path: Path, tokenizer: Any):
+    """32 equal tokens: the codebook's value next to 1/32 is 5.8 % larger."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "tokens": [rng.integers(5, 400, 20).tolist()],
+        "top": [[rng.permutation(400)[:32].tolist() for _ in range(20)]],
+        "logprobs": [[[float(np.log(1 / 32))] * 32] * 20],
+    }
+    first, _ = import_rows(write_parquet(tmp_path / "a.parquet", columns), tmp_path / "cache", tokenizer, **NESTED)
+    assert np.exp(first[0].targets.at(0)[1]).sum() > 1.05
+    export_cache(first.path, str(tmp_path / "files"), format)
+    again, summary = import_rows(tmp_path / "files", tmp_path / "again", tokenizer)
+    assert again[0].targets.logprobs.tolist() == first[0].targets.logprobs.tolist()
+    assert summary.changed["positions whose probabilities summed to more than 1"] == 19
+    columns["logprobs"] = [[[float(np.log(1.058 / 32))] * 32] * 20]  # of another program
+    with pytest.raises(DataError, match=r"sum to 1\.058, expected at most 1\.02"):
+        import_rows(write_parquet(tmp_path / "b.parquet", columns), tmp_path / "other", tokenizer, **NESTED)
 
 
 def test_prepared_columns_of_axolotl(tmp_path: Path):
