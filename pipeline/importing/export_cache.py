@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cache_format as cf
+from cache_format.storage.directory import inside
 from pipeline.errors import ConfigError
 from pipeline.importing.exported_facts import ExportedFacts
 
@@ -40,14 +41,18 @@ class ExportSummary:
 def export_cache(
     path: str, output: str, format: str, *, on_step: Callable[[float, float], None] = lambda done, total: None
 ) -> ExportSummary:
-    """Raises: MismatchError for targets that a list of entries cannot express; CacheError, ConfigError."""
+    """
+    Raises:
+        MismatchError: targets that a list of entries cannot express.
+        ConfigError: an unknown `format`; or `output` is a URL, or lies in the cache.
+        CacheError: the cache cannot be read, or `output` is not empty.
+    """
     if format not in FORMATS:
         raise ConfigError(f"`format` {format}: expected {' or '.join(FORMATS)}.")
     cache = cf.open_cache(path)
     _check(cache)
     folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise cf.CacheError(f"{output}: found files there, expected an empty directory or none. Choose another.")
+    _check_output(path, output)
     folder.mkdir(parents=True, exist_ok=True)
     shards = cache.metadata.num_shards
     for shard in range(shards):
@@ -75,6 +80,22 @@ def _check(cache: cf.Cache) -> None:
         problem = "targets at masked tokens fit neither format. Export a cache of a causal model"
     if problem is not None:
         raise cf.MismatchError(f"{cache.path}: {problem}.")
+
+
+def _check_output(path: str, output: str) -> None:
+    if "://" in output:
+        raise ConfigError(
+            f"`output` {output}: found a URL, expected a local directory, because files are renamed there when "
+            "they are complete. Export to a local directory and copy the files afterwards."
+        )
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise cf.CacheError(f"{output}: found files there, expected an empty directory or none. Choose another.")
+    if inside(output, path):
+        raise ConfigError(
+            f"`output` {output}: it lies in the cache to export ({path}), which no command would accept afterwards. "
+            "Choose another directory."
+        )
 
 
 def _rows_of(cache: cf.Cache, shard: int) -> Iterator[list[cf.CacheRow]]:
