@@ -282,7 +282,7 @@ def export_cache(
         on_progress: called with a `Progress`.
 
     Raises: CacheError: the cache cannot be read, or `output` is not empty. MismatchError: its targets are sampled or
-        hidden. ConfigError: an unknown `format`.
+        hidden. ConfigError: an unknown `format`; or `output` is a URL, or lies in the cache.
     """
     from pipeline.importing.export_cache import export_cache as run_export
 

@@ -336,7 +336,7 @@ def _parse(data: bytes, build: Callable[[dict[str, Any]], T], where: str, error:
         detail = f"no key {e}" if isinstance(e, KeyError) else str(e)
         raise error(
             f"{where}: {detail}: it was changed, damaged or written by something else. "
-            "Restore it from a copy, or make the cache again with cache-teacher."
+            "Restore it from a copy, or make the cache again."
         ) from e
 
 

@@ -119,6 +119,13 @@ class CacheMetadata:
         return bool(self.targets.get("renormalised"))
 
     @property
+    def command(self) -> str:
+        """The command that writes this cache, for messages that propose to run it again."""
+        if self.capture.get("converted"):
+            return "convert"
+        return "import" if "imported" in self.capture else "cache-teacher"
+
+    @property
     def rounded_once(self) -> bool:
         """Whether values are within their codebook's rounding of the teacher's: not if `convert` rounded them again."""
         changes = self.capture.get("converted") or ()

@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 
-from cache_format.cache_errors import CorruptShardError, FormatError
+from cache_format.cache_errors import CacheError, CorruptShardError, FormatError
 from cache_format.codecs.encodings import Codec, PackedStreams, codec_for
 from cache_format.manifest.answers_file import answers_bytes, read_answers, recorded_answers
 from cache_format.manifest.documents_file import DOCUMENTS, KeptColumn, kept_columns, read_documents
@@ -24,6 +24,7 @@ from cache_format.manifest.manifest import (
     PARTIAL_MANIFEST,
     TOKENIZER_DIR,
     Manifest,
+    metadata_of,
     sha256,
     sidecar_name,
 )
@@ -306,7 +307,9 @@ class Cache(Sequence[CacheRow]):
                 problem = f"found {found} bytes, expected {shard.bytes}: the file was cut short or replaced"
                 if found is None:
                     problem = "cannot be read (no such file), expected by the manifest"
-                raise CorruptShardError(f"{self._directory.path(shard.name)}: {problem}. {repair(shard.name)}")
+                raise CorruptShardError(
+                    f"{self._directory.path(shard.name)}: {problem}. {repair(shard.name, self.metadata)}"
+                )
 
     def _place(self, row: int) -> tuple[int, int, int]:
         """(shard, record batch in the shard, row in the record batch)."""
@@ -329,6 +332,14 @@ class Cache(Sequence[CacheRow]):
         return self._shard(shard).record_batch(index, streams)
 
 
+def _command(directory: Directory) -> str:
+    """The command that was writing an unfinished cache; the usual one if its manifest cannot be read."""
+    try:
+        return metadata_of(directory.read_bytes(PARTIAL_MANIFEST), directory.path(PARTIAL_MANIFEST)).command
+    except (CacheError, OSError):
+        return "cache-teacher"
+
+
 def _no_manifest(directory: Directory) -> FormatError:
     where, names = directory.path(), directory.names()
     if PARTIAL_MANIFEST in names:
@@ -338,7 +349,7 @@ def _no_manifest(directory: Directory) -> FormatError:
             complete += 1
         return FormatError(
             f"{where}: found an unfinished cache with {complete} complete shards, expected "
-            "manifest.json: the run that wrote it has not ended. Run distill cache-teacher again to "
+            f"manifest.json: the run that wrote it has not ended. Run distill {_command(directory)} again to "
             "continue it."
         )
     if not names and not directory.exists():

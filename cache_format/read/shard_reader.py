@@ -24,6 +24,7 @@ from cache_format.manifest.manifest import (
     sha256,
     sidecar_name,
 )
+from cache_format.manifest.metadata import CacheMetadata
 from cache_format.rows.hidden import PREFIX
 from cache_format.rows.invariants import find_violation
 from cache_format.rows.row_batch import RowBatch
@@ -131,7 +132,7 @@ class ShardReader:
             raise self._missing(where, error) from error
         expected = manifest.shards[index].sidecar_sha256
         if sha256(data) != expected:
-            raise _damaged(where, sha256(data), expected, self._name)
+            raise self._damaged(where, sha256(data), expected)
         sidecar = Sidecar.from_bytes(data, where)
         lexicon = None if manifest.lexicon is None else manifest.lexicon.sha256
         if sidecar.annotations.get("lexicon_sha256") != lexicon:
@@ -152,7 +153,7 @@ class ShardReader:
         if file.size != self.sidecar.file_bytes:
             raise CorruptShardError(
                 f"{self._where}: found {file.size} bytes, expected {self.sidecar.file_bytes}: the "
-                f"file was cut short or replaced. {repair(self._name)}"
+                f"file was cut short or replaced. {self._repair}"
             )
         return file
 
@@ -171,7 +172,7 @@ class ShardReader:
                 if self._read_cache is not None:
                     self._read_cache.put(part.sha256, data)
                 return data
-        raise _damaged(f"{self._where}, {name}", found, part.sha256, self._name)
+        raise self._damaged(f"{self._where}, {name}", found, part.sha256)
 
     def _check_header(self) -> None:
         try:
@@ -186,13 +187,21 @@ class ShardReader:
             raise self._false("header", _line(error)) from error
 
     def _missing(self, where: str, error: FileNotFoundError) -> CorruptShardError:
+        return CorruptShardError(f"{where}: cannot be read ({_line(error)}), expected by the manifest. {self._repair}")
+
+    def _damaged(self, where: str, found: str, expected: str) -> CorruptShardError:
         return CorruptShardError(
-            f"{where}: cannot be read ({_line(error)}), expected by the manifest. {repair(self._name)}"
+            f"{where}: checksum {found[:8]}…, expected {expected[:8]}…: the file was changed or "
+            f"damaged after writing. {self._repair}"
         )
+
+    @property
+    def _repair(self) -> str:
+        return repair(self._name, self._metadata)
 
     def _false(self, part: str, problem: str) -> CorruptShardError:
         return CorruptShardError(
-            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. {repair(self._name)}"
+            f"{self._where}, {part}: {problem}: the checksums hold, so it was written like this. {self._repair}"
         )
 
 
@@ -200,15 +209,8 @@ def _is_optional(field: pa.Field) -> bool:
     return bool(field.name.startswith(PREFIX))
 
 
-def _damaged(where: str, found: str, expected: str, shard: str) -> CorruptShardError:
-    return CorruptShardError(
-        f"{where}: checksum {found[:8]}…, expected {expected[:8]}…: the file was changed or "
-        f"damaged after writing. {repair(shard)}"
-    )
-
-
-def repair(shard: str) -> str:
-    return f"Delete {shard} and run cache-teacher again: it redoes only what is missing."
+def repair(shard: str, metadata: CacheMetadata) -> str:
+    return f"Delete {shard} and run {metadata.command} again: it redoes only what is missing."
 
 
 def _line(error: Exception) -> str:

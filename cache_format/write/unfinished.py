@@ -270,12 +270,17 @@ class UnfinishedCache:
             self.metadata = replace(self.metadata, **kept)
             return
         found = essential if only_rounding else found
-        advice = "Choose another directory" + (", or replace it with `overwrite=True`." if finished else ".")
+        command = self.metadata.command  # not all have these options
+        advice = "Choose another directory"
         if only_rounding:
-            advice = "Use the same, allow it with `allow_rounding=True`, or choose another directory."
+            advice = "Use the same, or choose another directory"
+            if command == "cache-teacher":
+                advice = "Use the same, allow it with `allow_rounding=True`, or choose another directory"
+        elif finished and command != "convert":
+            advice += ", or replace it with `overwrite=True`"
         raise MismatchError(
             f"{where}: recorded and given metadata differ: {listed(found)}: a cache must be made with the same "
-            f"settings throughout. {advice}"
+            f"settings throughout. {advice}."
         )
 
     def _load_lexicon(self) -> bool:
@@ -349,7 +354,7 @@ def finish_cache(
         if not cache.is_complete:
             missing = [index for index in range(metadata.num_shards) if index not in cache.complete]
             raise CacheError(
-                f"{where}: {_missing(missing, claims)} Run cache-teacher again: it writes what is missing."
+                f"{where}: {_missing(missing, claims)} Run {metadata.command} again: it writes what is missing."
             )
         for name, digest in raw["tokenizer_files"].items():
             if not file_is_there(directory, f"{TOKENIZER_DIR}/{name}", digest):

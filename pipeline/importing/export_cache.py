@@ -21,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cache_format as cf
+from cache_format.storage.directory import inside
 from pipeline.errors import ConfigError
+from pipeline.importing.exported_facts import ExportedFacts
 
 FORMATS = ("parquet", "axolotl")
 IGNORED = -100  # label of a token that is not in the loss
@@ -39,14 +41,18 @@ class ExportSummary:
 def export_cache(
     path: str, output: str, format: str, *, on_step: Callable[[float, float], None] = lambda done, total: None
 ) -> ExportSummary:
-    """Raises: MismatchError for targets that a list of entries cannot express; CacheError, ConfigError."""
+    """
+    Raises:
+        MismatchError: targets that a list of entries cannot express.
+        ConfigError: an unknown `format`; or `output` is a URL, or lies in the cache.
+        CacheError: the cache cannot be read, or `output` is not empty.
+    """
     if format not in FORMATS:
         raise ConfigError(f"`format` {format}: expected {' or '.join(FORMATS)}.")
     cache = cf.open_cache(path)
     _check(cache)
     folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise cf.CacheError(f"{output}: found files there, expected an empty directory or none. Choose another.")
+    _check_output(path, output)
     folder.mkdir(parents=True, exist_ok=True)
     shards = cache.metadata.num_shards
     for shard in range(shards):
@@ -76,6 +82,22 @@ def _check(cache: cf.Cache) -> None:
         raise cf.MismatchError(f"{cache.path}: {problem}.")
 
 
+def _check_output(path: str, output: str) -> None:
+    if "://" in output:
+        raise ConfigError(
+            f"`output` {output}: found a URL, expected a local directory, because files are renamed there when "
+            "they are complete. Export to a local directory and copy the files afterwards."
+        )
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise cf.CacheError(f"{output}: found files there, expected an empty directory or none. Choose another.")
+    if inside(output, path):
+        raise ConfigError(
+            f"`output` {output}: it lies in the cache to export ({path}), which no command would accept afterwards. "
+            "Choose another directory."
+        )
+
+
 def _rows_of(cache: cf.Cache, shard: int) -> Iterator[list[cf.CacheRow]]:
     for rows in cache.metadata.record_batch_rows(shard):
         yield [cache[row] for row in rows]
@@ -90,10 +112,7 @@ def _schema(format: str, metadata: cf.CacheMetadata) -> pa.Schema:
     else:
         columns = {"input_ids": ids, "labels": ids, "attention_mask": ids}
         columns |= {"target_token_ids": lists, "target_logprobs": value, "target_mask": lists}
-    facts = {"teacher": metadata.teacher["name"], "temperature": str(metadata.targets["temperature"])}
-    if metadata.renormalised:
-        facts["renormalised"] = "true"
-    return pa.schema(columns, facts)
+    return pa.schema(columns, ExportedFacts.of_cache(metadata).to_schema())
 
 
 def _columns(format: str, rows: list[cf.CacheRow], width: int) -> list[pa.Array]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 import cache_format as cf
 from cache_format.storage.directory import open_directory, write_bytes
+from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.source_formats import open_source
@@ -64,7 +65,8 @@ def import_cache(
     Raises:
         DataError: the source cannot be read, or a row of it cannot be right; the message names the row.
         ConfigError, ModelError: the options or the tokenizer cannot be used.
-        CacheError: `output` holds something else; MismatchError: it holds a cache with other settings.
+        CacheError: `output` holds something else.
+        MismatchError: `output` holds a cache of another source, of a source that was changed, or of other settings.
     """
     cf.check_writable(config.output, replace=True)
     tokenizer = load_tokenizer(config.tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code)
@@ -76,6 +78,7 @@ def import_cache(
         top_k=config.top_k,
         bos_id=tokenizer.bos_token_id,
         drop_repeated_bos=config.drop_repeated_bos,
+        max_error=reader.exported.max_error if reader.exported else 0.0,
     )
     on_stage(f"reading and checking {config.source}")
     survey = survey_source(reader, mapper, config.source, on_step)
@@ -86,9 +89,19 @@ def import_cache(
         cf.remove_cache(config.output)
     documents = _documents_file(config, survey)
     metadata = import_metadata(config, reader, mapper, survey, tokenizer_fingerprint(tokenizer), documents)
+    finished = cf.finished_manifest(config.output)
+    if finished is not None:
+        metadata = _recorded_facts_only(metadata, finished.metadata)
     on_stage(f"writing {config.output}")
     files = tokenizer_files(tokenizer)
-    with cf.CacheWriter(config.output, metadata, tokenizer_files=files, resume=True, allow_finished=True) as writer:
+    with cf.CacheWriter(
+        config.output,
+        metadata,
+        tokenizer_files=files,
+        resume=True,
+        allow_finished=True,
+        allow_rounding=finished is not None,  # nothing is written with other libraries
+    ) as writer:
         _save_config(config)
         if documents is not None:
             cf.write_documents(config.output, documents)
@@ -134,14 +147,15 @@ def import_metadata(
     together = max(1, RECORD_BATCH_TOKENS // survey.longest)
     whole = -(-max(1, SHARD_TOKENS // survey.longest) // together) * together
     alike = survey.most_entries == survey.fewest_entries
+    exported = reader.exported or ExportedFacts(teacher="unknown", temperature=1.0)
     return cf.CacheMetadata(
-        teacher={"name": config.teacher},
+        teacher={"name": config.teacher or exported.teacher},
         tokenizer=tokenizer,
         vocab_size=mapper.vocab_size,
         alignment="next",
         targets={
             "kind": "top-k",
-            "temperature": config.temperature,
+            "temperature": config.temperature or exported.temperature,
             **({"k": survey.most_entries} if alike else {}),
             "max_entries": survey.most_entries,
             "positions": "counted",
@@ -162,11 +176,13 @@ def import_metadata(
             "imported": {
                 "reader": type(reader).__name__.removesuffix("Reader"),
                 "values": reader.values,
+                "shift": reader.shift,
                 **reader.description,
                 "top_k": config.top_k,
                 "drop_repeated_bos": config.drop_repeated_bos,
                 "unusable": dict(sorted(survey.unusable.items())),
                 "changed": dict(sorted(survey.changed.items())),
+                "rows_sha256": survey.rows_sha256,
             }
         },
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -175,6 +191,13 @@ def import_metadata(
         encoding=config.encoding,
         compression={"codec": "zstd", "level": config.compression_level},
     )
+
+
+def _recorded_facts_only(metadata: cf.CacheMetadata, recorded: cf.CacheMetadata) -> cf.CacheMetadata:
+    """The metadata to compare with a finished cache, which an older version may have imported with fewer facts."""
+    known = recorded.capture.get("imported", {})
+    imported = {name: value for name, value in metadata.capture["imported"].items() if name in known}
+    return replace(metadata, capture={"imported": imported})
 
 
 def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]:

@@ -72,11 +72,23 @@ class ImportConfig:
         help="Column to keep for each document, such as its domain; may be given several times. Not of llama-cpp.",
         group=SOURCE,
     )
-    temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0)
+    temperature: float | None = option(
+        None,
+        help="Temperature of the teacher's softmax.",
+        group=SOURCE,
+        above=0,
+        default_text="that of an export, otherwise 1",
+    )
     drop_repeated_bos: bool = option(
         False, help="Remove the first of two BOS tokens at the beginning of a document.", group=SOURCE
     )
-    teacher: str = option("unknown", help="Name of the teacher to record in the manifest.", group=TARGETS, common=True)
+    teacher: str | None = option(
+        None,
+        help="Name of the teacher to record in the manifest.",
+        group=TARGETS,
+        default_text="that of an export, otherwise unknown",
+        common=True,
+    )
     top_k: int | None = option(
         None,
         help="Number of most likely entries to keep per position; the others join the tail mass.",

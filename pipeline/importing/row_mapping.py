@@ -22,7 +22,8 @@ from pipeline.importing.readers.foreign_rows import BadRow, Floats, ForeignRow, 
 from pipeline.importing.shift_evidence import ShiftEvidence
 
 MOST_MASS = 1.02
-"""Largest sum of the probabilities of a position: 16-bit values and lossy encodings overshoot 1 by a per cent."""
+"""Largest sum of the probabilities of a position: 16-bit values and lossy encodings overshoot 1 by a per cent. Values
+of a codebook may exceed it, see `_most_mass`."""
 
 MOST_FOREIGN = 1e-3
 """Largest probability of a token outside the vocabulary: padding rows of an embedding get next to nothing."""
@@ -66,6 +67,7 @@ class RowMapper:
         top_k: entries to keep per position, most likely first; None for all.
         bos_id: token that begins a text, if the tokenizer has one.
         drop_repeated_bos: remove the first of two at the beginning of a document.
+        max_error: of the square roots of the probabilities, as by a codebook.
     """
 
     vocab_size: int
@@ -74,6 +76,7 @@ class RowMapper:
     top_k: int | None = None
     bos_id: int | None = None
     drop_repeated_bos: bool = False
+    max_error: float = 0.0
 
     def map(self, row: ForeignRow) -> MappedRow:
         """Raises: BadRow for a row that cannot be right, UnusableRow for one without loss tokens."""
@@ -194,13 +197,17 @@ class RowMapper:
         number = len(counts)
         with np.errstate(over="ignore"):  # of logits given as log-probabilities
             mass = np.bincount(position, np.exp(logprobs), number)
-        if (bad := mass > MOST_MASS).any():
+        limit = _most_mass(counts, self.max_error)
+        if (bad := mass > limit).any():
             place = int(bad.argmax())
             hint = ""
             if self.values == "logprobs":
                 positive = logprobs[position == place].max() > 0
                 hint = "; logits, perhaps (`values=logits`)" if positive else ""
-            raise BadRow(f"position {place}: its probabilities sum to {mass[place]:.4g}, expected at most 1{hint}")
+            raise BadRow(
+                f"position {place}: its probabilities sum to {mass[place]:.5g}, expected at most "
+                f"{limit[place]:.4g}{hint}"
+            )
         over = mass > 1.0
         changed["positions whose probabilities summed to more than 1"] += int((mass > 1.0 + 1e-4).sum())
         logprobs = np.minimum(logprobs - np.log(np.where(over, mass, 1.0))[position], 0.0)
@@ -276,6 +283,12 @@ def _logprobs(kind: str, values: Floats, position: Ints, number: int, normaliser
         with np.errstate(divide="ignore"):
             return shifted - np.log(np.bincount(position, np.exp(shifted), number))[position]
     return values
+
+
+def _most_mass(counts: Ints, max_error: float) -> Floats:
+    """[T] largest sum of the probabilities of a position: n numbers p with Σ p ≤ 1, each off by at most e in √p, have
+    a sum of at most (1 + e·√n)² (Cauchy–Schwarz)."""
+    return np.maximum(MOST_MASS, np.square(1 + max_error * np.sqrt(counts)))
 
 
 def _most_likely(entries: _Entries, top_k: int) -> _Entries:

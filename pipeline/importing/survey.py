@@ -19,6 +19,7 @@ from pipeline.importing.readers.foreign_rows import BadRow, UnusableRow
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import plain
 from pipeline.importing.readers.source_files import Record
+from pipeline.importing.row_digest import RowDigest
 from pipeline.importing.row_mapping import MappedRow, RowMapper
 from pipeline.importing.shift_evidence import ShiftEvidence
 from pipeline.teacher.text.formats.kept_columns import kept_texts
@@ -35,6 +36,7 @@ class Survey:
     Attributes:
         unusable: reason -> number of records; `examples`: reason -> the first of them.
         skipped: numbers of those records.
+        rows_sha256: of everything that is stored of the rows, see `RowDigest`.
         changed: what was adjusted or left out -> how often.
         kept: column to keep -> its value of each row; `documents`: the number of documents of each row.
     """
@@ -47,6 +49,7 @@ class Survey:
     fewest_entries: int = 2**31
     packed: bool = False
     token_stream_sha256: str = ""
+    rows_sha256: str = ""
     unusable: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: set[int] = field(default_factory=set)
@@ -64,7 +67,7 @@ def survey_source(
     Raises: DataError for a record that cannot be right, with its place; if the lists fit another shift clearly better;
         or if no row can be used.
     """
-    found, digest = Survey(), hashlib.sha256()
+    found, digest, rows = Survey(), hashlib.sha256(), RowDigest(mapper.vocab_size)
     total, number, probed = reader.total, -1, False
     for number, record in enumerate(reader.records()):
         try:
@@ -79,6 +82,7 @@ def survey_source(
         if reader.keep_columns:
             _keep(found, reader.keep_columns, record, len(row.segment_lengths))
         digest.update(row.input_ids.astype("<i8").tobytes())
+        rows.add(row)
         if not probed and found.evidence.positions >= PROBED_POSITIONS:
             probed = True
             check_shift(found.evidence, source)
@@ -88,7 +92,7 @@ def survey_source(
     if not found.rows:
         reasons = "; ".join(f"{count} {reason}" for reason, count in found.unusable.items()) or "no records"
         raise DataError(f"{source}: no row can be used ({reasons}). Check the source and the `format`.")
-    found.token_stream_sha256 = digest.hexdigest()
+    found.token_stream_sha256, found.rows_sha256 = digest.hexdigest(), rows.hexdigest()
     return found
 
 

@@ -52,6 +52,21 @@ def test_unfinished_run_without_a_checkpoint(here: Path):
     assert "--resume" not in line
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "output, expected",
+    [
+        ("s3://bucket/files", ("--output s3://bucket/files: found a URL", "copy the files afterwards")),
+        ("cache/files", ("--output cache/files: it lies in the cache to export (cache)", "Choose another directory")),
+        ("link/files", ("--output link/files: it lies in the cache to export", "Choose another directory")),
+        ("cache", ("cache: found files there", "Choose another")),
+    ],
+)
+def test_output_of_an_export(here: Path, output: str, expected: tuple[str, ...]):
+    (here / "link").symlink_to("cache")
+    complain(here, f"export cache --output {output}", *expected)
+
+
 INPUTS_IN_OUTPUT = [
     (TRAIN, "trained", "--student", "trained"),
     (TRAIN, "trained", "--student", "elsewhere"),  # a link into it

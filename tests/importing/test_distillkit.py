@@ -80,7 +80,9 @@ def test_packed_integers(bits: int):
 def test_import(tmp_path: Path, tokenizer: Any):
     cache, summary = import_rows(write_distillkit(tmp_path / "data", ROWS), tmp_path / "cache", tokenizer)
     check_entries(cache, ROWS, 16)
-    assert cache.metadata.capture["imported"]["reader"] == "DistillKit"
+    imported = cache.metadata.capture["imported"]
+    assert imported["reader"] == "DistillKit"
+    assert {"d", "k", "exact_k", "exact_dtype", "terms", "term_dtype", "bins", "normalize_t"} <= set(imported)
     assert not summary.renormalised
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from foreign_files import (
     write_parquet,
 )
 from made_up import THRESHOLD, made_up
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
+from pipeline.importing import import_cache as importing
 from pipeline.importing.export_cache import export_cache
 from runs import SGD, build_cache, command, distance, train, weights
 from torture import contents
@@ -76,6 +78,74 @@ def test_a_finished_import_is_left_alone(tmp_path: Path, tokenizer: Any):
     assert cache.metadata.max_entries == 2
 
 
+@pytest.mark.parametrize("what", ["values", "entries", "mask", "segments"])
+def test_an_import_of_a_changed_source_is_not_continued(
+    what: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Same text, so that only the digest of the rows tells the sources apart."""
+    columns = nested(made_up_rows(4), K)
+    columns |= {"mask": [[1] * 40 for _ in range(4)], "segments": [[1] * 40 for _ in range(4)]}
+    roles = f"{NESTED['column'][0]} mask=mask attention=segments"
+    options = {**NESTED, "column": (roles,), "rows_per_shard": 1}
+    source = write_parquet(tmp_path / "rows.parquet", columns)
+    import_rows(source, tmp_path / "finished", tokenizer, **options)
+    write = cf.CacheWriter.write
+
+    def stopping(writer: cf.CacheWriter, batch: list[cf.CacheRow]) -> None:
+        if batch[0].row == 2:
+            raise KeyboardInterrupt
+        write(writer, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cf.CacheWriter, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            import_rows(source, tmp_path / "begun", tokenizer, **options)
+    row = 1  # complete in both caches
+    if what == "values":
+        columns["logprobs"][row] = [[value - 0.7 for value in values] for values in columns["logprobs"][row]]
+    elif what == "entries":
+        unlisted = next(i for i in range(400) if i not in columns["top"][row][7])
+        columns["top"][row][7][-1] = unlisted
+    else:
+        columns[what][row][20:] = [0 if what == "mask" else 2] * 20
+    write_parquet(source, columns)
+    for name in ("begun", "finished"):
+        with pytest.raises(cf.MismatchError, match="rows_sha256"):
+            import_rows(source, tmp_path / name, tokenizer, **options)
+    again, _ = import_rows(source, tmp_path / "finished", tokenizer, **options, overwrite=True)
+    assert again.metadata.capture["imported"]["shift"] == 0
+
+
+def test_the_shift_is_among_the_settings(tmp_path: Path, tokenizer: Any):
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(2, length=20), K))
+    import_rows(source, tmp_path / "cache", tokenizer, **{**NESTED, "shift": 1})
+    with pytest.raises(cf.MismatchError, match=r"capture\.imported\.shift recorded 1, given 0"):
+        import_rows(source, tmp_path / "cache", tokenizer, **NESTED)
+
+
+def test_a_finished_import_of_older_versions_is_left_alone(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """One that was made with other libraries, and by a version that recorded neither `shift` nor a digest."""
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(3), K))
+    make = importing.import_metadata
+
+    def older(*arguments: Any) -> cf.CacheMetadata:
+        metadata = make(*arguments)
+        imported = metadata.capture["imported"]
+        known = {name: imported[name] for name in imported if name not in ("shift", "rows_sha256")}
+        return replace(metadata, capture={"imported": known}, libraries={**metadata.libraries, "numpy": "1.0"})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importing, "import_metadata", older)
+        import_rows(source, tmp_path / "cache", tokenizer, **NESTED)
+    before = contents(tmp_path / "cache")
+    import_rows(source, tmp_path / "cache", tokenizer, **NESTED)
+    assert contents(tmp_path / "cache") == before
+    with pytest.raises(cf.MismatchError, match=r"top_k"):
+        import_rows(source, tmp_path / "cache", tokenizer, **NESTED, top_k=2)
+
+
 def test_a_directory_of_something_else_is_refused_before_reading(tmp_path: Path, tokenizer: Any):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/thesis.tex").write_text("x")
@@ -116,6 +186,46 @@ def test_export_and_import_give_the_same_entries(
         kept = np.repeat(ours.loss_mask, ours.targets.counts)
         assert theirs.targets.ids.tolist() == ours.targets.ids[kept].tolist()
         assert theirs.targets.logprobs.tolist() == ours.targets.logprobs[kept].tolist()
+
+
+@pytest.mark.parametrize("format", ["parquet", "axolotl"])
+def test_export_and_import_keep_what_the_columns_do_not_say(format: str, tmp_path: Path, tokenizer: Any):
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(3), K))
+    options = {**NESTED, "values": "renormalised", "temperature": 2.0, "teacher": "ours"}
+    first, _ = import_rows(source, tmp_path / "cache", tokenizer, **options, rows_per_shard=2)
+    export_cache(first.path, str(tmp_path / "files"), format)
+    again, summary = import_rows(tmp_path / "files", tmp_path / "again", tokenizer)
+    assert summary.renormalised and again.metadata.targets == first.metadata.targets
+    assert again.metadata.targets["temperature"] == 2.0 and again.metadata.teacher == {"name": "ours"}
+    for name, given in (("values", "logprobs"), ("temperature", 1.0)):
+        with pytest.raises(ConfigError, match=f"^`{name}` {given}: .*Leave it out"):
+            import_rows(tmp_path / "files", tmp_path / "other", tokenizer, **{name: given})
+    export_cache(
+        import_rows(source, tmp_path / "plain", tokenizer, **NESTED)[0].path, str(tmp_path / "plain-files"), format
+    )
+    (tmp_path / "plain-files/part-00000.parquet").rename(tmp_path / "files/part-00002.parquet")
+    with pytest.raises(DataError, match="part-00002.parquet: not of the same export"):
+        import_rows(tmp_path / "files", tmp_path / "other", tokenizer)
+
+
+@pytest.mark.parametrize("format", ["parquet", "axolotl"])
+def test_probabilities_that_rounding_moved_above_1_are_imported_again(format: str, tmp_path: Path, tokenizer: Any):
+    """32 equal tokens: the codebook's value next to 1/32 is 5.8 % larger."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "tokens": [rng.integers(5, 400, 20).tolist()],
+        "top": [[rng.permutation(400)[:32].tolist() for _ in range(20)]],
+        "logprobs": [[[float(np.log(1 / 32))] * 32] * 20],
+    }
+    first, _ = import_rows(write_parquet(tmp_path / "a.parquet", columns), tmp_path / "cache", tokenizer, **NESTED)
+    assert np.exp(first[0].targets.at(0)[1]).sum() > 1.05
+    export_cache(first.path, str(tmp_path / "files"), format)
+    again, summary = import_rows(tmp_path / "files", tmp_path / "again", tokenizer)
+    assert again[0].targets.logprobs.tolist() == first[0].targets.logprobs.tolist()
+    assert summary.changed["positions whose probabilities summed to more than 1"] == 19
+    columns["logprobs"] = [[[float(np.log(1.058 / 32))] * 32] * 20]  # of another program
+    with pytest.raises(DataError, match=r"sum to 1\.058, expected at most 1\.02"):
+        import_rows(write_parquet(tmp_path / "b.parquet", columns), tmp_path / "other", tokenizer, **NESTED)
 
 
 def test_prepared_columns_of_axolotl(tmp_path: Path):

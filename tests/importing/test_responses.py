@@ -140,6 +140,81 @@ def test_sglang(tmp_path: Path, tokenizer: Any):
         import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "other", tokenizer)
 
 
+def echoed(row: MadeUp) -> dict[str, Any]:
+    """A completion with `echo`: tokens and lists of the prompt come first, and its first token has none."""
+    return {
+        "tokens": [f"token_id:{i}" for i in row.ids],
+        "token_logprobs": [None, *(float(row.logprobs[t - 1, row.ids[t]]) for t in range(1, len(row.ids)))],
+        "top_logprobs": [None, *(numbered(row, t) for t in range(1, len(row.ids)))],
+    }
+
+
+@pytest.mark.parametrize("server", ["plain", "vllm", "text"])
+def test_completions_with_echo(server: str, tmp_path: Path, tokenizer: Any):
+    lines = []
+    for row in ROWS:
+        choice: dict[str, Any] = {"logprobs": echoed(row)}
+        if server == "vllm":  # has the prompt's lists twice, and the answer's tokens only
+            choice |= {"prompt_logprobs": vllm_prompt(row, PROMPT), "token_ids": row.ids[PROMPT:].tolist()}
+        if server == "text":  # names of the prompt that no token has do not matter
+            choice["logprobs"]["tokens"][3] = "\ufffd"
+        lines.append({"prompt_token_ids": row.ids[:PROMPT].tolist(), "choices": [choice]})
+    cache, _ = import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", tokenizer)
+    check(cache, ROWS, 0)
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], [*ROWS[0].ids.tolist(), 7]])
+def test_an_echo_of_another_prompt_is_refused(prompt: list[int], tmp_path: Path, tokenizer: Any):
+    line = {"prompt_token_ids": prompt, "choices": [{"logprobs": echoed(ROWS[0])}]}
+    with pytest.raises(DataError, match="line 1: made with echo, but its tokens do not begin with the"):
+        import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+
+
+# ---- fields of the request that change the prompt
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+WITH_TOOLS = (
+    "{% if tools %}TOOLS {{ tools | tojson }} {% endif %}{% if brief %}BRIEF {% endif %}"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def with_tools(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tokenizer whose template prints the tools."""
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", ["responses", "axolotl"])
+def test_arguments_of_the_chat_template_are_passed_to_it(form: str, tmp_path: Path, with_tools: Any):
+    messages = [{"role": "user", "content": "hello"}]
+    line: dict[str, Any] = {"messages": messages, "tools": TOOLS, "chat_template_kwargs": {"brief": True}}
+    answer = [] if form == "axolotl" else ROWS[0].ids[PROMPT:].tolist()
+    text = with_tools.apply_chat_template(messages, tools=TOOLS, brief=True, tokenize=False)
+    prompt = with_tools(text, add_special_tokens=False)["input_ids"]
+    if form == "responses":
+        line |= {"choices": [{"logprobs": {"content": chat_content(ROWS[0])}}], "usage": {"prompt_tokens": len(prompt)}}
+    else:
+        line["logprobs"] = [[{"token": f"token_id:{i}", "logprob": -0.1}] for i in prompt[-3:]]
+    cache, _ = import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", with_tools)
+    assert cache[0].input_ids.tolist() == prompt + answer and "weather" in with_tools.decode(prompt)
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": "hello"}, {"messages": [{"role": "user", "content": "hello"}]}])
+def test_a_prompt_that_the_server_counted_otherwise_is_refused(prompt: Any, tmp_path: Path, tokenizer: Any):
+    line = {**prompt, "choices": [{"logprobs": {"content": chat_content(ROWS[0])}}], "usage": {"prompt_tokens": 57}}
+    with pytest.raises(DataError, match=r"line 1: the prompt has \d+ tokens by the tokenizer, and 57 by the server"):
+        import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+
+
+def test_arguments_that_the_template_cannot_take_are_refused(tmp_path: Path, tokenizer: Any):
+    line = {"messages": [{"role": "user", "content": "hello"}], "tools": "weather", "choices": [{"logprobs": {}}]}
+    with pytest.raises(DataError, match="line 1, column 'tools': found a string that is not JSON"):
+        import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+
+
 # ---- tokens by text
 
 

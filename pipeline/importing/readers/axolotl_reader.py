@@ -4,7 +4,7 @@
     second form    `target_token_ids` [L][K] and `target_logprobs` [L][K]
 
 The L lists are about the last L tokens of the text, each about its own token, as servers return them. The text is
-`input_ids`, or `messages` through the tokenizer's chat template.
+`input_ids`, or `messages` through the tokenizer's chat template, with `tools`, `documents` and `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, lists, numbers, plain
 from pipeline.importing.readers.numbered_tokens import token_of
 from pipeline.importing.readers.source_files import Record
+from pipeline.teacher.text.chat.arguments import COLUMNS, read_arguments
 
 LISTS = ("logprobs", "llm_text_generation_vllm_logprobs")
 IDS, LOGPROBS = "target_token_ids", "target_logprobs"
@@ -65,14 +66,23 @@ class AxolotlReader(Reader):
         if record.get("input_ids") is not None:
             return integers(record.column("input_ids"), "input_ids")
         messages = plain(record.column("messages"))
-        return chat_tokens(self.tokenizer, messages, add_generation_prompt=False)
+        arguments = read_arguments({name: plain(record.get(name)) for name in COLUMNS}, record.where)
+        return np.asarray(chat_tokens(self.tokenizer, messages, arguments, add_generation_prompt=False), np.int64)
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, *, add_generation_prompt: bool) -> Ints:
-    """[T] tokens of a conversation. Raises: BadRow if the chat template refuses it."""
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Any, arguments: Mapping[str, Any], *, add_generation_prompt: bool
+) -> list[int]:
+    """Tokens of a conversation.
+
+    Args: arguments: of the chat template, besides the messages.
+    Raises: BadRow if the chat template refuses it.
+    """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         raise BadRow(f"the tokenizer's chat template does not take the messages: {error}") from error
 

@@ -177,6 +177,10 @@ class _Parts:
         return data.view(dtype) if number else torch.zeros(len(data), 0, dtype=dtype)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _centred(packed: Ints, bits: int) -> Ints:
     return packed * 2 - 1 if bits == 1 else packed - 2 ** (bits - 1)
 
@@ -202,7 +206,11 @@ class DistillKitReader(Reader):
     @property
     def description(self) -> Mapping[str, Any]:
         c = self.compression
-        return {"d": c.d, "k": c.k, "exact_k": c.exact_k, "terms": list(c.terms), "delta_encoding": c.delta}
+        return {
+            **{"d": c.d, "k": c.k, "exact_k": c.exact_k, "terms": list(c.terms), "delta_encoding": c.delta},
+            **{"exact_dtype": _name(c.exact_dtype), "term_dtype": _name(c.term_dtype), "normalize_t": c.unit_interval},
+            "bins": [[_name(each.scale_dtype), each.element_bits, each.num_elements] for each in c.bins],
+        }
 
     def records(self) -> Iterator[Record]:
         return records(self.files, [*COLUMNS, *self.keep_columns])

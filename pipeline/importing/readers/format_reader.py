@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.readers.foreign_rows import ForeignRow, Values
 from pipeline.importing.readers.source_files import Record, count_records, records
 
@@ -18,12 +19,14 @@ class Reader(ABC):
     values: what the numbers of entries are.
     shift: of the rows, see `ForeignRow`.
     keep_columns: further columns of the records that are asked for.
+    exported: what `distill export` recorded, if it wrote the files.
     """
 
     files: Sequence[Path]
     values: Values = "logprobs"
     shift: int = 0
     keep_columns: Sequence[str] = ()
+    exported: ExportedFacts | None = None
 
     @property
     def renormalised(self) -> bool:

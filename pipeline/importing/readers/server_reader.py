@@ -3,7 +3,9 @@
 A line is one response as it came over HTTP, with the request's fields beside it where the response lacks them:
 
     prompt           `prompt_token_ids` of the response or the line, `input_ids`, `prompt` as tokens or text, `messages`
-    prompt lists     `prompt_logprobs` (vLLM), `meta_info.input_top_logprobs` (SGLang); optional
+                     with `tools`, `documents` and `chat_template_kwargs`
+    prompt lists     `prompt_logprobs` (vLLM), `meta_info.input_top_logprobs` (SGLang), or the first lists of a
+                     completion with `echo`; optional
     answer           `token_ids` of a choice or the tokens of its lists, `meta_info.output_token_logprobs`
     answer lists     `choices[].logprobs.content[].top_logprobs` of chats, `choices[].logprobs.top_logprobs` of
                      completions, `meta_info.output_top_logprobs`
@@ -29,6 +31,7 @@ from pipeline.importing.readers.nested_values import integers, plain
 from pipeline.importing.readers.numbered_tokens import token_of
 from pipeline.importing.readers.source_files import Record, records
 from pipeline.teacher.engines.server.token_names import TokenNames
+from pipeline.teacher.text.chat.arguments import read_arguments
 
 Entry = tuple[int | None, Any]  # token, if it is known, and its log-probability
 
@@ -61,7 +64,7 @@ class ServerReader(Reader):
         if isinstance(data.get("meta_info"), Mapping):
             prompt, prompt_lists, answer, answer_lists = self._sglang(data)
         elif isinstance(choice := data.get("choice"), Mapping):
-            prompt, prompt_lists, answer, answer_lists = self._openai(data, choice)
+            prompt, prompt_lists, answer, answer_lists = self._openai(record, choice)
         elif data.get("choices") == []:
             raise UnusableRow("no choices")
         else:
@@ -81,9 +84,9 @@ class ServerReader(Reader):
 
     # ---- OpenAI's shape, with vLLM's additions
 
-    def _openai(self, data: Mapping[str, Any], choice: Mapping[str, Any]) -> Any:
-        prompt_lists = choice.get("prompt_logprobs", data.get("prompt_logprobs"))
-        prompt = self._prompt(data, choice)
+    def _openai(self, record: Record, choice: Mapping[str, Any]) -> Any:
+        prompt_lists = choice.get("prompt_logprobs", record.data.get("prompt_logprobs"))
+        prompt = self._prompt(record, choice)
         if prompt_lists is not None:
             if len(prompt_lists) != len(prompt):
                 raise BadRow(f"{len(prompt_lists)} prompt_logprobs for {len(prompt)} tokens of the prompt")
@@ -101,6 +104,10 @@ class ServerReader(Reader):
             ]
             if len(lists) != len(named):
                 raise BadRow(f"{len(lists)} top_logprobs for {len(named)} tokens")
+            if _is_echoed(logprobs):
+                self._check_echo(prompt, named)
+                echoed, named, lists = lists[: len(prompt)], named[len(prompt) :], lists[len(prompt) :]
+                prompt_lists = echoed if prompt_lists is None else prompt_lists
         answer = choice.get("token_ids")
         if answer is None:
             answer = [self._own_token(name, its_bytes, p) for p, (name, its_bytes) in enumerate(named)]
@@ -129,7 +136,17 @@ class ServerReader(Reader):
             )
         return found
 
-    def _prompt(self, data: Mapping[str, Any], choice: Mapping[str, Any]) -> list[int]:
+    def _check_echo(self, prompt: list[int], named: list[tuple[Any, Any]]) -> None:
+        """Raises: BadRow unless the tokens of a completion with `echo` begin with the prompt's, as far as known."""
+        echoed = [self.names.find(*each) for each in named[: len(prompt)]]
+        if len(echoed) < len(prompt) or any(e not in (None, p) for e, p in zip(echoed, prompt, strict=True)):
+            raise BadRow(
+                f"made with echo, but its tokens do not begin with the {len(prompt)} tokens of the prompt; expected "
+                "prompt_token_ids beside the response, or a response without echo"
+            )
+
+    def _prompt(self, record: Record, choice: Mapping[str, Any]) -> list[int]:
+        data = record.data
         for found in (choice.get("prompt_token_ids"), data.get("prompt_token_ids"), data.get("input_ids")):
             if found is not None:
                 return integers(found, "prompt_token_ids").tolist()
@@ -137,9 +154,10 @@ class ServerReader(Reader):
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return integers(prompt, "prompt").tolist()
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
+            return _as_counted(list(self.tokenizer(prompt)["input_ids"]), data)
         if messages is not None:
-            return chat_tokens(self.tokenizer, messages, add_generation_prompt=True).tolist()
+            arguments = read_arguments(data, record.where)
+            return _as_counted(chat_tokens(self.tokenizer, messages, arguments, add_generation_prompt=True), data)
         raise BadRow(
             "no prompt: expected prompt_token_ids, prompt or messages beside the response, because the answer's "
             "distributions depend on it"
@@ -170,6 +188,27 @@ class ServerReader(Reader):
         if len(answer) != len(answer_lists):
             raise BadRow(f"{len(answer_lists)} output_top_logprobs for {len(answer)} tokens of the answer")
         return list(prompt), prompt_lists, answer, answer_lists
+
+
+def _as_counted(prompt: list[int], data: Mapping[str, Any]) -> list[int]:
+    """The tokens of a text. Raises: BadRow if the server counted another number of them."""
+    usage = data.get("usage")
+    counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    if counted not in (None, len(prompt)):
+        raise BadRow(
+            f"the prompt has {len(prompt)} tokens by the tokenizer, and {counted} by the server (usage.prompt_tokens): "
+            "the teacher read another prompt; expected prompt_token_ids (vLLM: return_token_ids), or all fields of the "
+            "request that reach the chat template (tools, documents, chat_template_kwargs)"
+        )
+    return prompt
+
+
+def _is_echoed(logprobs: Mapping[str, Any]) -> bool:
+    """Whether the lists of a completion begin with the prompt, whose first token has no log-probability."""
+    if own := logprobs.get("token_logprobs"):
+        return own[0] is None
+    lists = logprobs.get("top_logprobs") or [None]
+    return not lists[0] and any(lists)
 
 
 def _vllm_list(entries: Any, position: int) -> list[Entry]:

@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.axolotl_reader import LISTS, AxolotlReader
 from pipeline.importing.readers.column_reader import PRESETS, REQUIRED, ColumnReader, first_columns, parse_columns
 from pipeline.importing.readers.distillkit_reader import INDICES, LOGPROBS, Compression, DistillKitReader, find_layout
+from pipeline.importing.readers.foreign_rows import Values
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.llama_cpp_reader import MAGIC, LlamaCppReader
 from pipeline.importing.readers.server_reader import ServerReader
@@ -97,6 +99,9 @@ def _columns(config: ImportConfig, files: Sequence[Path], form: str) -> ColumnRe
     if missing := [role for role in REQUIRED if role not in columns]:
         raise ConfigError(f"`column`: {missing[0]} is missing, expected {', '.join(REQUIRED)}. Add {missing[0]}=NAME.")
     values, shift = config.values, config.shift
+    exported = None if preset is None or "values" in given else ExportedFacts.of_files(files)
+    if exported is not None:
+        values = _exported_values(config, exported)
     if preset is not None:
         values, shift = values or preset.values, preset.shift if shift is None else shift
     if values is None or shift is None:
@@ -113,7 +118,22 @@ def _columns(config: ImportConfig, files: Sequence[Path], form: str) -> ColumnRe
         shift=shift,
         flat_k=config.flat_k,
         optional=(preset.optional if preset else frozenset()) - set(given),
+        exported=exported,
     )
+
+
+def _exported_values(config: ImportConfig, exported: ExportedFacts) -> Values:
+    """What the values of exported files are. Raises: ConfigError if an option says something else."""
+    values: Values = "renormalised" if exported.renormalised else "logprobs"
+    for option, given, recorded in (
+        ("values", config.values, values),
+        ("temperature", config.temperature, exported.temperature),
+    ):
+        if given not in (None, recorded):
+            raise ConfigError(
+                f"`{option}` {given}: the source was exported from a cache with {option} {recorded}. Leave it out."
+            )
+    return values
 
 
 def _is_base(files: Sequence[Path]) -> bool:
