@@ -1,0 +1,32 @@
+"""The training loop of docs/python.md computes what `evaluate` computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distill
+from pages import blocks
+from runs import build_cache
+from tiny import conversations, tiny_llama, tiny_tokenizer, write_jsonl
+
+
+def test_the_loop_computes_the_kl_of_a_row_of_several_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's head has rows beyond the teacher's vocabulary, with large logits."""
+    monkeypatch.chdir(tmp_path)
+    teacher = tiny_llama(tmp_path / "models/teacher", tiny_tokenizer())
+    tiny_llama(tmp_path / "models/student", tiny_tokenizer(), layers=1, seed=1, pad_vocab=8)
+    text = write_jsonl(tmp_path / "chats.jsonl", conversations(2))
+    cache = build_cache(tmp_path / "caches/train", teacher, text, seq_len=512)
+    (row,) = distill.open_cache(cache)
+    assert len(row.segment_lengths) == 2
+
+    (loop,) = [block for block in blocks("docs/python.md", "python") if "sparse_kl" in block]
+    names: dict[str, Any] = {}
+    exec(loop.replace('tail="sampled"', 'tail="bucket"'), names)  # `evaluate` computes this for any targets
+    expected = distill.evaluate(cache, tmp_path / "models/student", device="cpu").kl
+    assert names["loss"].item() == pytest.approx(expected, rel=1e-4)
