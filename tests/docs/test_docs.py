@@ -212,7 +212,7 @@ def test_every_option_in_the_pages_exists() -> None:
     others |= {"--max-logprobs", "--logprobs-mode", "--no-enable-prefix-caching"}  # vllm serve
     others |= {"--context-length", "--disable-radix-cache"}  # SGLang
     others |= {"--ctx-size", "--parallel", "--kl-divergence-base"}  # llama.cpp
-    others |= {"--local-dir"}  # hf download
+    others |= {"--exclude", "--local-dir"}  # hf download
     others |= {"--constraint"}  # pip
     for page in ["README.md", *PAGES]:
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text(page)))
