@@ -20,6 +20,7 @@ from tiny_masked import tiny_masked
 
 RECIPES = "docs/recipes.md"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+(CHECKS,) = [code for code in blocks("docs/tutorials/reasoning-data.md", "python") if code.startswith("# checks.py")]
 TUTORIALS = [page for page in PAGES if page.startswith("docs/tutorials/")]
 
 
@@ -57,6 +58,7 @@ def write_questions(root: Path) -> None:
     write_jsonl(root / "data/questions.jsonl", [{"prompt": record["messages"][-2:-1]} for record in conversations(12)])
     sums = [{"prompt": f"{i % 10} + 0 =", "solution": str(i % 10)} for i in range(20)]
     write_jsonl(root / "data/sums.jsonl", sums)
+    (root / "checks.py").write_text(CHECKS, encoding="utf-8")
 
 
 def everything(root: Path) -> None:
@@ -193,6 +195,12 @@ def test_every_file_it_names_exists(page: str) -> None:
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_every_heading_it_links_to_exists(page: str) -> None:
     assert [link for link in linked_anchors(page) if link[1] not in anchors(link[0])] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_commands_need_no_module_of_the_checkout_and_extras_no_package_index(page: str) -> None:
+    assert [word for words in commands(page) for word in words if word.startswith("benchmarks.")] == []
+    assert re.findall(r"pip install '?distill\[", text(page)) == []
 
 
 def test_the_indexes_list_every_page() -> None:
