@@ -183,6 +183,8 @@ def train_student(
 ) -> TrainSummary:
     """Train a student on a cache and save it as a plain transformers directory, as `distill train-student` does.
 
+    `resume=True` continues an interrupted run with the same settings.
+
     Args:
         cache: cache directory or URL; several to mix them, with weights as in "caches/a:0.7".
         student: transformers directory, hub name or .gguf file; or a loaded transformers model, which is trained in

@@ -221,7 +221,7 @@ def test_every_option_in_the_pages_exists() -> None:
     others |= {"--context-length", "--disable-radix-cache"}  # SGLang
     others |= {"--ctx-size", "--parallel", "--kl-divergence-base"}  # llama.cpp
     others |= {"--exclude", "--local-dir"}  # hf download
-    others |= {"--constraint"}  # pip
+    others |= {"--constraint", "--no-deps"}  # pip
     for page in ["README.md", *PAGES]:
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text(page)))
         assert found - known - others == set(), page

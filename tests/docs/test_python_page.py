@@ -1,14 +1,16 @@
-"""The training loop of docs/python.md computes what `evaluate` computes."""
+"""docs/python.md: its training loop computes what `evaluate` computes, and its table names what functions take."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import distill
-from pages import blocks
+from pages import blocks, tables
 from runs import build_cache
 from tiny import conversations, tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -30,3 +32,12 @@ def test_the_loop_computes_the_kl_of_a_row_of_several_documents(
     exec(loop.replace('tail="sampled"', 'tail="bucket"'), names)  # `evaluate` computes this for any targets
     expected = distill.evaluate(cache, tmp_path / "models/student", device="cpu").kl
     assert names["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_table_of_functions_names_their_parameters() -> None:
+    (table,) = [table for table in tables("docs/python.md") if table[0][0] == "function"]
+    for row in table[1:]:
+        name, given = re.findall(r"^`(\w+)\((.*)\)`$", row[0])[0]
+        named = [each.removesuffix("=…") for each in given.split(", ") if each != "…"]
+        parameters = inspect.signature(getattr(distill, name)).parameters
+        assert [each for each in named if each not in parameters] == [], name
