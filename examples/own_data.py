@@ -26,8 +26,8 @@ def lessons(count: int) -> Iterator[dict[str, str]]:
     for i in range(count):
         a, b = i % 13 + 2, i % 7 + 3
         yield {
-            "prompt": f"How many apples are in {a} baskets of {b}? ",
-            "completion": f"Each of the {a} baskets has {b} apples, so there are {a} × {b} = {a * b}.",
+            "prompt": f"How many apples are in {a} baskets of {b}?",
+            "completion": f" Each of the {a} baskets has {b} apples, so there are {a} × {b} = {a * b}.",
         }
 
 

@@ -21,7 +21,8 @@ class DataConfig:
     # A path or hub name; several paths (in Python and in a config file); or (Python only) a datasets.Dataset or an
     # iterable of dicts.
     data: Any = option(
-        help="Text: file, glob or directory (.txt .jsonl .parquet .csv .arrow), or a dataset on the hub.",
+        help="Text: file, glob or directory (.txt .jsonl .json .parquet .csv .tsv .arrow, also .gz), or a dataset on "
+        "the hub.",
         group=IO,
         common=True,
         several=True,
@@ -76,7 +77,7 @@ class DataConfig:
         help="Maximum number of tokens that the teacher reads for a row, if the data have prompts for the teacher.",
         group=TEXT,
         minimum=2,
-        default_text="4 times seq_len, at most the number of positions of the teacher",
+        default_text="4 times `seq_len`, at most the number of positions of the teacher",
     )
     overlap: int = option(
         1,
