@@ -6,10 +6,10 @@
     ece_teacher      the same against the teacher's probability p of the student's most likely token
     acceptance       Σ min(p, q): share of this draft model's tokens that speculative sampling with this teacher accepts
                      (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192, theorem 3.5), at the cache's temperature
-    tokens_γ         tokens per run of the teacher when the student drafts γ: 1 + Σ_{k≤γ} a_t·…·a_{t+k−1}, the mean over
-                     runs of γ successive loss tokens of a document. Lengths are measured along the text, so acceptance
-                     may vary and be correlated between positions; what is assumed is that an accepted draft continues
-                     like the text
+    tokens_γ         tokens per pass of the teacher when the student drafts γ: 1 + Σ_{k≤γ} a_t·…·a_{t+k−1}, the mean
+                     over runs of γ successive loss tokens of a document. Lengths are measured along the text, so
+                     acceptance may vary and be correlated between positions; it is assumed that an accepted draft
+                     continues like the text
 
 Targets with entries bound what they cannot give. min(p, q) is not linear in p, and a sampled entry stores its weight
 instead of p, so acceptance is bounded by the exact entries and the tail mass m as one class:

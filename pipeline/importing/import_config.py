@@ -69,7 +69,8 @@ class ImportConfig:
     )
     keep_columns: tuple[str, ...] = option(
         (),
-        help="Column to keep for each document, such as its domain; may be given several times. Not of llama-cpp.",
+        help="Column to keep for each document, such as its domain; may be given several times. Not available for "
+        "llama-cpp.",
         group=SOURCE,
     )
     temperature: float | None = option(

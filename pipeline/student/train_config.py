@@ -31,7 +31,7 @@ class TrainStudentConfig:
 
     cache: str | tuple[str, ...] = option(
         help="Cache directory or URL; may be given several times. Caches are mixed by their weights, such as a:0.7 and "
-        "b:0.3, or without weights by size.",
+        "b:0.3, or, without weights, in proportion to their loss tokens.",
         group=IO,
         common=True,
         metavar="PATH[:WEIGHT]",
@@ -200,7 +200,7 @@ class TrainStudentConfig:
     early_stopping: tuple[str, ...] = option(
         (),
         help="Stop when a held-out metric has not improved by MIN_DELTA (0.01, 0.5% or noise) in PATIENCE evaluations; "
-        "may be given several times. default: kl:0.5%:3 with ce:noise:3.",
+        "may be given several times. The word default stands for kl:0.5%:3 and ce:noise:3.",
         group=STOPPING,
         metavar="METRIC:MIN_DELTA:PATIENCE",
     )

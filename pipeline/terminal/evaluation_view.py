@@ -29,7 +29,7 @@ ROWS = (
     ("ece", "calibration error", SHARE),
     ("ece_teacher", "calibration, teacher", SHARE),
     ("acceptance", "acceptance", SHARE),
-    *((f"tokens_{k}", f"tokens/run, γ = {k}", COUNT) for k in (1, 2, 4, 8)),
+    *((f"tokens_{k}", f"tokens/pass, γ = {k}", COUNT) for k in (1, 2, 4, 8)),
 )
 
 

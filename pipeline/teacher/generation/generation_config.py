@@ -66,7 +66,7 @@ class GenerationConfig:
         common=True,
     )
     writer_dtype: Dtype | None = option(
-        None, name="writer_dtype", help="Data type of the writer.", group=GENERATION, default_text="dtype"
+        None, name="writer_dtype", help="Data type of the writer.", group=GENERATION, default_text="that of `dtype`"
     )
     writer_device_map: str | None = DEVICE_MAP(
         name="writer_device_map",
