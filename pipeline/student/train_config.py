@@ -268,6 +268,11 @@ class TrainStudentConfig:
         return Sizes(width=self.student_width, intermediate=self.student_intermediate, heads=self.student_heads)
 
     @property
+    def creates_student(self) -> bool:
+        """Whether the student's initial weights are made by the run instead of loaded as they are."""
+        return bool(self.student_config or self.student_layers or self.student_random or self.sizes)
+
+    @property
     def lora(self) -> Lora | None:
         """The adapter to train; None for a student that is trained as a whole."""
         from pipeline.models.adapters import Lora

@@ -22,6 +22,7 @@ from pipeline.student.data.mixed_dataset import MixedDataset, Rows
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
+from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.run_record import check_base_weights
 from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits
 from pipeline.student.validation.run_checks import CheckedRun
@@ -99,7 +100,7 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
         freeze_embeddings(model)
     adapted = None
     if config.lora is not None:
-        adapted = attach(model, config.lora, base=_base_name(config.student), seed=arguments.seed)
+        adapted = attach(model, config.lora, base=_base_name(config), seed=arguments.seed)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     for cache in run.mix.caches:
@@ -127,9 +128,11 @@ def match_hidden_states(run: CheckedRun, head: Head) -> HiddenStateMatching | No
     return matching
 
 
-def _base_name(student: str | PreTrainedModel | None) -> str:
-    """How an adapter names its base model: an absolute path, or a hub name."""
-    if student is None:
+def _base_name(config: TrainStudentConfig) -> str:
+    """How an adapter names its base model: an absolute path, or a hub name. Empty for a student that the run creates,
+    which is nowhere to be loaded from."""
+    student = config.student
+    if student is None or config.creates_student:
         return ""
     name = student.name_or_path if isinstance(student, PreTrainedModel) else model_name(student)
     return str(Path(name).resolve()) if name and Path(name).exists() else name

@@ -257,8 +257,7 @@ def check_origin(config: TrainStudentConfig) -> None:
     if config.lora is None:
         return
     require_peft("`lora_rank`")
-    created = config.student_config or config.student_layers or config.student_random or config.sizes
-    if created and not config.merge_adapter:
+    if config.creates_student and not config.merge_adapter:
         raise ConfigError(
             "`lora_rank`: an adapter is saved without its base model, but this run creates the base model. Add "
             "`merge_adapter=True`, or train an adapter on a saved model."
