@@ -36,6 +36,8 @@ FILES = (
 )
 # Of a student: what only continues or watches its training, or has paths of this machine.
 NOT_PUSHED = ("checkpoint-*/**", "runs/**", "training_args.bin", "*.tmp")
+# What decides which model is loaded: left over from another student, it would be loaded instead, or mixed in.
+REPLACED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*")
 CONNECTION = (
     "httpx",
     "httpx2",
@@ -75,12 +77,13 @@ def push_cache(
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Upload a cache and return the address of its repository; an existing repository gets the files that differ.
+    """Upload a cache and return the address of its repository; it replaces a cache that is there.
 
-    A new repository is private unless `private` is False; an existing one keeps its visibility.
+    A new repository is private unless `private` is False; an existing one keeps its visibility, and files that are not
+    of a cache.
 
-    All checksums are verified first. The manifest is uploaded last, in a commit of its own: until then the repository
-    is an unfinished cache and is read as one.
+    All checksums are verified first. The first commit deletes the manifest and what the new cache does not have, and
+    the last one, after any number of them, adds the new manifest: in between, the repository is not read as a cache.
 
     Raises:
         ConfigError: `repository` is not the name of a repository, or the cache is not on a local disk.
@@ -94,12 +97,13 @@ def push_cache(
     api, folder = HfApi(), Path(path)
     with _refusals(path, repository, "cache", private):
         address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        for patterns, message in ((FILES[1:], "shards"), (FILES[:1], "manifest")):
+        for patterns, replaced, message in ((FILES[1:], FILES, "shards"), (FILES[:1], (), "manifest")):
             api.upload_folder(
                 repo_id=repository,
                 repo_type="dataset",
                 folder_path=folder,
                 allow_patterns=list(patterns),
+                delete_patterns=list(replaced) or None,
                 commit_message=f"distill cache: {message}",
             )
     return str(address)
@@ -146,6 +150,8 @@ def push_student(
 ) -> str:
     """Upload a trained student with its card, without checkpoints and logs; returns the address of its repository.
 
+    It replaces the weights and the configuration of a model that is there.
+
     Raises:
         ConfigError: `repository` is not the name of a repository, or the run has not finished.
         DataError: the hub refuses, or cannot be reached.
@@ -163,6 +169,7 @@ def push_student(
             repo_type="model",
             folder_path=folder,
             ignore_patterns=list(NOT_PUSHED),
+            delete_patterns=list(REPLACED),
             commit_message="distill student",
         )
     return str(address)
