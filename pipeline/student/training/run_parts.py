@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.adapters import attach
 from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.padding_free import without_padding
-from pipeline.models.loading import model_name, weights_fingerprint
+from pipeline.models.loading import config_fingerprint, model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student
 from pipeline.student.data.dataset import CacheDataset
@@ -23,9 +23,12 @@ from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.run_record import check_base_weights
+from pipeline.student.training.run_record import check_student_unchanged
 from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits
 from pipeline.student.validation.run_checks import CheckedRun
+
+# Trainer changes these in the configuration of a loaded model, which may be given again to resume.
+SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class RunStudent:
 
     model: nn.Module
     head: Head
+    fingerprint: str  # of the configuration of the model, without adapters
     base_weights: str | None  # fingerprint of the model that adapters are trained on
     adapted: nn.Module | None  # the model with its adapter
     parameters: int  # without the projections of hidden-state distillation, which are added later
@@ -91,11 +95,12 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
     )
     # Before pruning, which measures activity: rounding, and so the kept parts, may differ on another device.
     base_weights = None if config.lora is None else weights_fingerprint(model)
-    if base_weights is not None and run.resume_from is not None:
-        check_base_weights(config, base_weights)
     if config.sizes and not config.student_random:
         on_stage("measuring which parts of the student to keep")
         model = prune(model.to(arguments.device), config.sizes, calibration_batches(data.train))
+    fingerprint = config_fingerprint(model.config, ignoring=SET_BY_TRAINER)
+    if run.resume_from is not None:
+        check_student_unchanged(config, fingerprint, base_weights)
     if config.freeze_embeddings:
         freeze_embeddings(model)
     adapted = None
@@ -107,7 +112,7 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
         check_isolation(cache, head, batch_size=together)
     longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in run.mix.caches)
     head = without_padding(head, longest, wanted=config.padding_free, device=arguments.device)
-    return RunStudent(model, head, base_weights, adapted, sum(p.numel() for p in model.parameters()))
+    return RunStudent(model, head, fingerprint, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 
 
 def match_hidden_states(run: CheckedRun, head: Head) -> HiddenStateMatching | None:

@@ -99,7 +99,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
     warnings += [] if too_few is None else [too_few]
-    resume_from = check_output(config, mix, budget, loss)
+    resume_from = check_output(config, mix, held_out, budget, loss)
     warnings += _resume_warnings(resume_from, arguments.world_size)
     return CheckedRun(
         config=config,
