@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,7 +73,9 @@ class ImportConfig:
         help="Column to keep for each document, such as its domain; may be given several times. Not of llama-cpp.",
         group=SOURCE,
     )
-    temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0)
+    temperature: float = option(
+        1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0, below=math.inf
+    )
     drop_repeated_bos: bool = option(
         False, help="Remove the first of two BOS tokens at the beginning of a document.", group=SOURCE
     )

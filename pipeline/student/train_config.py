@@ -170,7 +170,7 @@ class TrainStudentConfig:
         below=math.inf,
     )
     weight_decay: float = option(0.0, help="Weight decay.", group=OPTIMIZATION, minimum=0, below=math.inf)
-    epochs: float = option(1.0, help="Passes over the cache.", group=OPTIMIZATION, above=0, common=True)
+    epochs: float = option(1.0, help="Passes over the cache.", group=OPTIMIZATION, above=0, below=math.inf, common=True)
     max_steps: int | None = option(None, help="Optimizer steps, instead of epochs.", group=OPTIMIZATION, minimum=1)
     max_tokens: int | None = option(
         None, help="Input tokens to train on, instead of epochs or steps.", group=OPTIMIZATION, minimum=1

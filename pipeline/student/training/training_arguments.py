@@ -105,7 +105,7 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     # Said even if there is nothing else: otherwise TrainingArguments refuses bfloat16, which CPUs have.
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False) or not torch.accelerator.is_available()
-    for name in ("learning_rate", "weight_decay", "warmup_steps"):
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs"):
         if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
             raise ConfigError(
                 f"{_source(config)}: {name} {values[name]}: expected a finite number, 0 or more. Correct it."

@@ -13,6 +13,8 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 import distill
@@ -231,6 +233,18 @@ def test_students_of_equal_names_are_told_apart(folder: Path, student_dir: Path,
     page, _ = report(tmp_path, folder / "top-k", student=[student_dir, tmp_path / "other/student"], max_rows=1)
     labels = [each["name"] for each in page.data["students"]]
     assert len(set(labels)) == 2 and labels[1] == "other/student"
+
+
+def test_loaded_students_of_one_name(folder: Path, student_dir: Path, tmp_path: Path):
+    """Each has numbers of its own and keeps its mode; without a tokenizer there is a warning."""
+    models = [AutoModelForCausalLM.from_pretrained(student_dir) for _ in range(2)]
+    with torch.no_grad():
+        models[1].get_input_embeddings().weight.mul_(2.0)
+    with pytest.warns(distill.DistillWarning, match="loaded model without `tokenizer`"):
+        page, summary = report(tmp_path, folder / "top-k", student=[models[0].train(), models[1].eval()], max_rows=1)
+    assert list(summary.students) == [each["name"] for each in page.data["students"]]
+    assert len({each.kl for each in summary.students.values()}) == 2
+    assert models[0].training and not models[1].training
 
 
 # -- odd caches -------------------------------------------------------------------------------------------------------
