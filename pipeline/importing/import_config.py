@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,9 +72,7 @@ class ImportConfig:
         help="Column to keep for each document, such as its domain; may be given several times. Not of llama-cpp.",
         group=SOURCE,
     )
-    temperature: float = option(
-        1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0, below=math.inf
-    )
+    temperature: float = option(1.0, help="Temperature of the teacher's softmax.", group=SOURCE, above=0)
     drop_repeated_bos: bool = option(
         False, help="Remove the first of two BOS tokens at the beginning of a document.", group=SOURCE
     )
