@@ -224,7 +224,8 @@ def evaluate(
         on_progress: called with a `Progress`.
 
     Returns: KL to the teacher and cross-entropy in nats per loss token, perplexity, and top-1 agreement; in `metrics`
-        these, calibration and acceptance, with 95 % confidence intervals; in `tasks` the scores on tasks.
+        these, calibration and acceptance, with 95 % confidence intervals; in `tasks` and `teacher_tasks` the scores of
+        student and `teacher` on tasks.
 
     Raises: MismatchError: the student's tokenizer is not the cache's. ModelError, CacheError: either cannot be read.
     """
@@ -232,7 +233,7 @@ def evaluate(
 
     run = _config(EvaluateConfig, config, {"cache": cache, "student": student, **options})
     report = Reporter(on_progress)
-    with quiet(student):
+    with quiet(run.student, run.teacher):
         return run_evaluation(run, on_stage=report.stage, on_progress=report.step, on_warning=report.warn)
 
 
@@ -313,7 +314,8 @@ def report(
         config: TOML or JSON file of options; keyword arguments override it.
         on_progress: called with a `Progress`.
 
-    Returns: what was written, and the numbers of each student as in `evaluate`.
+    Returns: what was written, and the numbers of each student as in `evaluate`, by its name; by its label in the page
+        where names are equal.
 
     Raises: ConfigError: `source` or `output` cannot be used; otherwise as `evaluate`.
     """
@@ -321,8 +323,8 @@ def report(
 
     run = _config(ReportConfig, config, {"source": source, "output": output, "student": student, **options})
     report = Reporter(on_progress)
-    with quiet():
-        return write_report(run, on_stage=report.stage, on_progress=report.step)
+    with quiet(*run.student):
+        return write_report(run, on_stage=report.stage, on_progress=report.step, on_warning=report.warn)
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,11 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def quiet(model: Any = None) -> Iterator[None]:
-    """No progress bars of transformers inside the block; the training mode of a loaded model is restored afterwards."""
+def quiet(*models: Any) -> Iterator[None]:
+    """No progress bars of transformers inside the block; the training mode of loaded models is restored afterwards."""
     from transformers.utils import logging as transformers_logging
 
-    training = getattr(model, "training", None)
+    loaded = [(model, model.training) for model in models if hasattr(model, "training")]
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -82,5 +82,5 @@ def quiet(model: Any = None) -> Iterator[None]:
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
-        if training is not None:
+        for model, training in loaded:
             model.train(training)

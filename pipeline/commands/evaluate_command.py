@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.evaluate_config import EvaluateConfig
@@ -31,6 +31,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
         build(EvaluateConfig, {**values, "student": student})
         for student in ((students,) if isinstance(students, str) else students)
     ]
+    configs[1:] = [replace(config, teacher=None) for config in configs[1:]]  # it is scored once
     import cache_format as cf
     from pipeline.models.paths import check_model_path
 
@@ -41,7 +42,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     from pipeline.terminal.console import Status, quiet_libraries, show_result
 
     quiet_libraries()
-    from pipeline.evaluation.held_out import evaluate, teacher_scores
+    from pipeline.evaluation.held_out import evaluate
     from pipeline.evaluation.metrics import compare, compare_by_value
     from pipeline.terminal.evaluation_view import evaluation_view
 
@@ -54,9 +55,8 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
                 on_warning=status.warn,
                 on_progress=lambda done, total: status.step(done, total, "rows"),
             )
-        teacher = teacher_scores(configs[0])
     results = {student: evaluation.to_json() for student, evaluation in found.items()}
-    scores = {name: asdict(score) for name, score in teacher.items()}
+    scores = [values.pop("teacher_tasks") for values in results.values()][0]
     first, *others = found
     comparisons = {other: compare(found[first], found[other]) for other in others}
     by_value = {other: compare_by_value(found[first], found[other]) for other in others}

@@ -41,5 +41,6 @@ def command(source: tuple[str, ...], config_file: str | None, json_file: str | N
             config,
             on_stage=status.stage,
             on_progress=lambda done, total: status.step(done, total, "rows"),
+            on_warning=status.warn,
         )
     show_result(lambda: report_view(summary), lambda: asdict(summary), json_file)

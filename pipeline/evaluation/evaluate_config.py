@@ -38,7 +38,7 @@ class EvaluateConfig:
         metavar="NAME|YAML",
         common=True,
     )
-    # A directory, hub name or .gguf file; or (Python only) a loaded model.
+    # A directory, hub name or .gguf file; or (Python only) a loaded model, with the tokenizer of the cache.
     teacher: Any = option(None, help="Teacher to score on the same tasks.", group=TASKS)
     max_rows: int | None = option(None, help="Use only the first N rows.", group=IO, minimum=1, common=True)
     by: str | None = option(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 import cache_format as cf
 from cache_format.wording import quantity
@@ -25,7 +26,7 @@ from pipeline.models.loading import load_model, load_tokenizer, resolve_device
 from pipeline.student.data.cross_tokenizer import for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
 from pipeline.student.model_card import add_metrics
-from pipeline.student.validation.compatibility import check_student, student_limits
+from pipeline.student.validation.compatibility import check_student, load_cache_tokenizer, student_limits
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_cache
 
@@ -37,19 +38,33 @@ def evaluate(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_warning: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Means over the loss tokens of a cache.
+    """Means over the loss tokens of a cache, and the scores of student and teacher on tasks.
 
     Raises:
         MismatchError: the student's tokenizer is not the cache's.
-        ModelError, CacheError: student or cache cannot be read.
+        ModelError, CacheError: student, teacher or cache cannot be read.
     """
+    found = _evaluate_student(config, on_stage, on_progress, on_warning)
+    if config.teacher is None:
+        return found
+    on_stage("loading the teacher")
+    return replace(found, teacher_tasks=_teacher_scores(config, on_stage))
+
+
+def _evaluate_student(
+    config: EvaluateConfig,
+    on_stage: Callable[[str], None],
+    on_progress: Callable[[int, int], None],
+    on_warning: Callable[[str], None],
+) -> Evaluation:
+    """Its model is no longer held when the teacher is loaded."""
     check_tasks(config.tasks)
     if config.card and not (isinstance(config.student, str) and Path(config.student).is_dir()):
         raise ConfigError("`card`: the student is not a local directory, so it has no README.md. Leave it out.")
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(config.cache, hidden_layers=[], read_cache=copies).with_states()
     grouping = None if config.by is None else Grouping(cache, config.by)
-    tokenizer, _ = check_student(
+    tokenizer, warnings = check_student(
         [cache],
         config.student,
         revision=config.revision,
@@ -58,6 +73,8 @@ def evaluate(
         tokenizer=config.tokenizer,
         otherwise="Or compare only where tokens of both end at the same byte: `cross_tokenizer=project`.",
     )
+    for warning in warnings:
+        on_warning(warning)
     dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
     if config.cross_tokenizer:
         tail = check_cross_tokenizer(cache)
@@ -129,21 +146,17 @@ def _sums(head: Head, batches: Iterable[Batch], loss: DistillLoss, rows: int) ->
     return table, np.concatenate(sums), np.array(codes, np.int64)
 
 
-def teacher_scores(config: EvaluateConfig) -> dict[str, TaskScore]:
-    """Scores of `config.teacher` on the tasks; empty without one.
-
-    Raises: ConfigError, ModelError as `evaluate`.
-    """
-    if config.teacher is None:
-        return {}
-    check_tasks(config.tasks)
-    tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
-    model = load_model(
-        config.teacher,
-        dtype=config.dtype,
-        device=resolve_device(config.device),
-        trust_remote_code=config.trust_remote_code,
+def _teacher_scores(config: EvaluateConfig, on_stage: Callable[[str], None]) -> dict[str, TaskScore]:
+    """Scores of the teacher on the tasks. One that is given as an object has the tokenizer of the cache."""
+    teacher, trust = config.teacher, config.trust_remote_code
+    tokenizer = (
+        load_cache_tokenizer(cf.open_cache(config.cache, hidden_layers=[]))
+        if isinstance(teacher, PreTrainedModel)
+        else load_tokenizer(teacher, trust_remote_code=trust)
     )
+    device = resolve_device(config.device)
+    model = load_model(teacher, dtype=config.dtype, device=device, trust_remote_code=trust)
+    on_stage(f"scoring the teacher on {', '.join(config.tasks)}")
     with evaluating(model):
         return task_scores(model, tokenizer, config.tasks, batch_size=config.batch_size)
 

@@ -42,6 +42,7 @@ class Evaluation:
     compared: float | None = None  # with another tokenizer: share of tokens with teacher targets; others add no KL
     metrics: dict[str, Metric] = field(default_factory=dict)
     tasks: dict[str, TaskScore] = field(default_factory=dict)  # by "task metric", if tasks were asked for
+    teacher_tasks: dict[str, TaskScore] = field(default_factory=dict)  # the teacher's, if one was named
     groups: dict[str, Group] = field(default_factory=dict)  # by value of a column, if one was asked for
     rows: Table | None = field(default=None, repr=False, compare=False)  # sums by row, [R, columns]
     supported: Supported | None = field(default=None, repr=False, compare=False)
@@ -53,6 +54,7 @@ class Evaluation:
         return plain | {
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
             "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+            "teacher_tasks": {name: asdict(score) for name, score in self.teacher_tasks.items()},
             "groups": {value: group.to_json() for value, group in self.groups.items()},
         }
 

@@ -71,6 +71,8 @@ class PositionTensors:
         return self._map(lambda each: each.pin_memory())
 
     def with_labels(self: Tensors, labels: Tensor) -> Tensors:
+        if labels.shape != self.labels.shape:
+            raise ValueError(f"found labels of shape {tuple(labels.shape)} for {len(self)} positions, one label each.")
         return replace(self, **{"labels": labels, "loss_tokens": None})
 
     def _map(self: Tensors, function: Callable[[Any], Any]) -> Tensors:

@@ -103,6 +103,8 @@ def fused_head(
         scale: multiplies `loss`, typically one over the loss tokens of the whole optimizer step. If it is given here
             and not multiplied afterwards, the backward pass has nothing left to do.
         chunk_size: positions at a time; the result depends on it only by rounding.
+
+    Raises: ValueError if there is not one state for each position, or as `Targets.prepare`.
     """
     vocab_size = vocab_size or weight.shape[0]
     hidden, targets = _loss_tokens(hidden, targets, loss)
@@ -165,8 +167,10 @@ def chunk_positions(targets: Targets, device: torch.device, vocab_size: int = 2*
 
 
 def _loss_tokens(hidden: Tensor, targets: Targets, loss: DistillLoss) -> tuple[Tensor, Targets]:
-    """States [n, D] and targets of the loss tokens alone."""
+    """States [n, D] and targets of the loss tokens alone. Raises: ValueError as `fused_head`."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    if len(hidden) != len(targets):
+        raise ValueError(f"found {len(hidden)} hidden states for {len(targets)} positions of targets, one state each.")
     kept = targets.loss_tokens
     if kept is None:
         kept = targets.loss_mask.nonzero().squeeze(1)

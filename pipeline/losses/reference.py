@@ -11,7 +11,7 @@ Takes full student logits, computes in fp32 (fp64 for fp64 logits), and leaves t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cache_format import SparseTargets
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
-from pipeline.losses.entries import IGNORE_INDEX, TargetEntries
+from pipeline.losses.entries import TargetEntries
 from pipeline.losses.sparse_targets import SparseTargetBatch
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
@@ -64,6 +64,8 @@ def sparse_kl(
         ValueError: shapes that do not match; a loss that needs labels without any; an unknown divergence, or one that
             cannot use this tail policy; an option out of range.
     """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"sparse_kl: `reduction` {reduction}: expected {', '.join(get_args(Reduction))}.")
     loss = DistillLoss(
         kd_weight=kd_weight,
         temperature=temperature,
@@ -74,16 +76,12 @@ def sparse_kl(
     logits = student_logits.reshape(-1, student_logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, SparseTargets):
-        if labels is None and (kd_weight != 1.0 or tail in ("label", "realized")):
-            raise ValueError(
-                f"sparse_kl: `kd_weight={kd_weight}` with `tail={tail}` needs labels. Pass labels=row.label_ids."
-            )
         targets = SparseTargetBatch.from_sparse(targets, temperature=capture_temperature)
-    if labels is not None or loss_mask is not None:
-        new = targets.labels if labels is None else torch.as_tensor(labels).reshape(-1)
-        if loss_mask is not None:
-            new = new.masked_fill(~torch.tensor(np.asarray(loss_mask), dtype=torch.bool).reshape(-1), IGNORE_INDEX)
-        targets = targets.with_labels(new)
+    if labels is not None:
+        targets = targets.with_labels(torch.as_tensor(labels).reshape(-1))
+    if loss_mask is not None:
+        targets = targets.masked(torch.tensor(np.asarray(loss_mask), dtype=torch.bool).reshape(-1))
+    targets.check_labels(loss)
     if len(targets) != len(logits):
         raise ValueError(f"sparse_kl: found {len(logits)} positions in the logits and {len(targets)} in the targets.")
     targets = entries_of(targets, tail, temperature).to(logits.device, logits.dtype)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -37,7 +37,11 @@ from pipeline.models.devices.exponentials import exponentials
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTargetBatch(TargetEntries):
-    """`TargetEntries` of N positions as targets of a loss."""
+    """`TargetEntries` of N positions as targets of a loss.
+
+    Attributes:
+        labelled: whether the labels are the true tokens; without them only the loss mask is known.
+    """
 
     CHUNK_POSITIONS: ClassVar[int] = 512
     """Enough rows for the matrix product to run at full speed (measured in `benchmarks/`)."""
@@ -45,14 +49,34 @@ class SparseTargetBatch(TargetEntries):
     """Each chunk reads and writes the head's gradient once: 8·D bytes per token of the vocabulary, beside 46 bytes for
     each logit, 18 with Triton (benchmarks/results/loss_counts.md)."""
 
+    labelled: bool = True
+
+    def with_labels(self, labels: Tensor) -> SparseTargetBatch:
+        return replace(super().with_labels(labels), labelled=True)
+
+    def masked(self, loss_mask: Tensor) -> SparseTargetBatch:
+        """With fewer loss tokens. Args: loss_mask: [N] bool."""
+        labels = self.labels.masked_fill(~loss_mask, IGNORE_INDEX)
+        return replace(super().with_labels(labels), labelled=self.labelled)
+
+    def check_labels(self, loss: DistillLoss) -> None:
+        """Raises: ValueError for a loss that reads the true tokens, which are not known."""
+        if not self.labelled and (loss.tail in ("label", "realized") or any(each != 1.0 for each in loss.kd_weights)):
+            raise ValueError(
+                f"`kd_weight={loss.kd_weight}` with `tail={loss.tail}` needs labels, but these targets have none. Pass "
+                "labels=row.label_ids."
+            )
+
     def prepare(self, loss: DistillLoss) -> SparseTargetBatch:
         """Without the sampled entries, unless the loss or the reported KL reads them.
 
-        Raises: ValueError for a loss on other targets, or at a temperature that these cannot be tempered to.
+        Raises: ValueError for a loss on other targets, one that needs labels where there are none, or one at a
+            temperature that these cannot be tempered to.
         """
         if loss.full or loss.uld:
             kind = "sorted" if loss.uld else "full"
             raise ValueError(f"found sparse targets for a loss on {kind} ones: collate with the dataset of the cache.")
+        self.check_labels(loss)
         of_loss = entries_of(self, loss.tail, loss.temperature)  # refuses what cannot be tempered
         return self if loss.kl_tail == "sampled" else of_loss
 
@@ -139,8 +163,10 @@ class SparseTargetBatch(TargetEntries):
     ) -> SparseTargetBatch:
         """One row's targets as read from a cache, with labels if the loss needs them.
 
-        Without `labels` every position (of `loss_mask`) is a loss token with label 0: right for a pure divergence,
-        refused by losses that use the label.
+        Without `labels` every position (of `loss_mask`) is a loss token: right for a pure divergence, refused by
+        losses that use the label.
+
+        Raises: ValueError for a number of labels other than that of positions.
         """
         targets = targets.merged()
         counts = np.asarray(targets.counts, np.int64)
@@ -150,19 +176,18 @@ class SparseTargetBatch(TargetEntries):
         logprobs = np.full(filled.shape, -np.inf, np.asarray(targets.logprobs).dtype)
         ids[filled] = targets.ids
         logprobs[filled] = targets.logprobs
-        if labels is None:
-            labels = torch.zeros(len(counts), dtype=torch.int64)
-        if loss_mask is not None:
-            labels = labels.masked_fill(~torch.as_tensor(loss_mask, dtype=torch.bool), IGNORE_INDEX)
-        return cls(
+        batch = cls(
             ids=torch.from_numpy(ids),
             logprobs=torch.from_numpy(logprobs),
             exact_counts=torch.tensor(np.asarray(targets.exact_counts, np.int64)),
             residual_logprob=torch.tensor(np.asarray(targets.residual_logprob)),
             entropy=torch.tensor(np.asarray(targets.entropy)),
-            labels=labels,
+            labels=torch.zeros(len(counts), dtype=torch.int64),
             temperature=temperature,
+            labelled=False,
         )
+        batch = batch if labels is None else batch.with_labels(torch.as_tensor(labels))
+        return batch if loss_mask is None else batch.masked(torch.as_tensor(loss_mask, dtype=torch.bool))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftM
     """Attach adapters to `model` in place and freeze everything else. A is random from `seed`, B is zero.
 
     Args:
-        base: the base model's name to write to adapter_config.json.
+        base: the base model's name to write to adapter_config.json. Empty: there is none to load, and `load_model`
+            refuses the adapter.
 
     Raises:
         ConfigError: the model has no such layers, or DoRA meets rows of zeros and the adapter is to be saved alone.
@@ -154,16 +155,23 @@ def with_adapter(model: PreTrainedModel, directory: str) -> PreTrainedModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    place = str(Path(directory).expanduser())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = PeftModel.from_pretrained(model, str(Path(directory).expanduser()))
+            adapted = PeftModel.from_pretrained(model, place)
+            keys = adapted.load_adapter(place, "default")  # again, for its result, which the first call only warns of
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{directory}: its adapter cannot be put on {adapter_base(directory)}: {first.rstrip('.')}. Check that the "
             "base model is the one it was trained on."
         ) from error
+    if unmatched := [key for key in (*keys.missing_keys, *keys.unexpected_keys) if ".lora_" in key]:
+        raise ModelError(
+            f"{directory}: its adapter does not fit {adapter_base(directory)}: {len(unmatched)} weights are in only "
+            f"one of them, such as {unmatched[0]}. Check that the base model is the one it was trained on."
+        )
     return merged(adapted)
 
 

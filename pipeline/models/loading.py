@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import weakref
+from collections.abc import Collection
 from typing import Any, TypeAlias
 
 import torch
@@ -323,22 +324,22 @@ def teacher_fingerprints(model: PreTrainedModel) -> dict[str, str]:
     return {"weights_fingerprint": weights_fingerprint(model), "config_fingerprint": config_fingerprint(model.config)}
 
 
-def config_fingerprint(config: PreTrainedConfig) -> str:
+def config_fingerprint(config: PreTrainedConfig, *, ignoring: Collection[str] = ()) -> str:
     """sha256 of the settings that differ from the defaults of the model's type.
 
     The same weights with other rotary embeddings or another attention window are another teacher. The path, the dtype
-    and the version that saved the model are left out.
+    and the version that saved the model are left out, and the settings `ignoring`.
     """
-    text = json.dumps(_settings(config.to_diff_dict()), sort_keys=True, default=str)
+    text = json.dumps(_settings(config.to_diff_dict(), NOT_FINGERPRINTED.union(ignoring)), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _settings(config: Any) -> Any:
+def _settings(config: Any, ignored: Collection[str]) -> Any:
     """With keys as in JSON: a configuration in memory may number layers or labels with integers."""
     if not isinstance(config, dict):
         return config
     named = {str(k): v for k, v in config.items()}
-    return {k: _settings(v) for k, v in named.items() if not k.startswith("_") and k not in NOT_FINGERPRINTED}
+    return {k: _settings(v, ignored) for k, v in named.items() if not k.startswith("_") and k not in ignored}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -111,6 +111,9 @@ def adapter_base(name: str) -> str | None:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: not an adapter's configuration ({error}). Check the directory.") from error
-    if not isinstance(base, str):
-        raise ModelError(f"{file}: names no base model to merge the adapter into. Check the directory.")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{file}: names no base model to merge the adapter into. A run that creates its student keeps only the "
+            "adapter in its checkpoints: finish it with `resume=True`, and use the student that it saves."
+        )
     return base

@@ -12,7 +12,7 @@ from pipeline.options import option
 
 # Options of every command that reads a cache row by row; a configuration adds the heading.
 CACHE_DIR = partial(option, None, help="Keep local copies of shards read from an object store here.")
-CACHE_DIR_GB = partial(option, 100.0, help="Size limit of these copies in GB.", minimum=0.001)
+CACHE_DIR_GB = partial(option, 100.0, help="Size limit of these copies in GB.", minimum=0.001, below=math.inf)
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -202,9 +203,10 @@ def _licence(student: str | None) -> str | None:
     if not isinstance(file, str | Path):
         return None
     try:
-        return ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError):
+        found = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # anything: a person wrote it
         return None
+    return found if isinstance(found, str) else None
 
 
 def _versions() -> list[str]:

@@ -170,7 +170,7 @@ class TrainStudentConfig:
         below=math.inf,
     )
     weight_decay: float = option(0.0, help="Weight decay.", group=OPTIMIZATION, minimum=0, below=math.inf)
-    epochs: float = option(1.0, help="Passes over the cache.", group=OPTIMIZATION, above=0, common=True)
+    epochs: float = option(1.0, help="Passes over the cache.", group=OPTIMIZATION, above=0, below=math.inf, common=True)
     max_steps: int | None = option(None, help="Optimizer steps, instead of epochs.", group=OPTIMIZATION, minimum=1)
     max_tokens: int | None = option(
         None, help="Input tokens to train on, instead of epochs or steps.", group=OPTIMIZATION, minimum=1
@@ -272,6 +272,11 @@ class TrainStudentConfig:
         from pipeline.student.model.pruning import Sizes
 
         return Sizes(width=self.student_width, intermediate=self.student_intermediate, heads=self.student_heads)
+
+    @property
+    def creates_student(self) -> bool:
+        """Whether the student's initial weights are made by the run instead of loaded as they are."""
+        return bool(self.student_config or self.student_layers or self.student_random or self.sizes)
 
     @property
     def lora(self) -> Lora | None:

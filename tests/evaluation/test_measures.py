@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cache_format as cf
 from cli import main
+from foreign_files import NESTED, import_rows, made_up_rows, nested, write_parquet
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import Evaluation, evaluate
 from pipeline.evaluation.intervals import COLUMN, Supported, compare, metrics_of
@@ -115,6 +116,19 @@ def test_all_kinds_agree_where_no_teacher_is_needed(found: dict[str, Evaluation]
 def test_a_sample_ranks_nothing(found: dict[str, Evaluation]):
     metrics = found["random"].metrics
     assert "top5_agreement" not in metrics and "acceptance" not in metrics and "tokens_1" not in metrics
+
+
+def test_renormalised_entries_bound_nothing(student_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    """Their tail mass is unknown. As 0, it would put the acceptance above its upper bound."""
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(4), 6))
+    found = {}
+    for values in ("logprobs", "renormalised"):
+        import_rows(source, tmp_path / values, tokenizer, **{**NESTED, "values": values})
+        config = EvaluateConfig(cache=str(tmp_path / values), student=str(student_dir), device="cpu")
+        found[values] = set(evaluate(config).metrics)
+    missing = found["logprobs"] - found["renormalised"]
+    assert {"acceptance", "acceptance_high", "tokens_1", "tokens_8_high", "ece_teacher", "ece_teacher_high"} <= missing
+    assert found["renormalised"] == {"kl", "ce", "perplexity", "agreement", "top5_agreement", "ece"}
 
 
 def rows(kl: np.ndarray) -> np.ndarray:

@@ -7,14 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+import distill
 from pipeline.errors import ConfigError
-from pipeline.evaluation import tasks
+from pipeline.evaluation import held_out, tasks
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.held_out import evaluate, teacher_scores
-from runs import build_cache
+from pipeline.evaluation.held_out import evaluate
+from pipeline.evaluation.tasks import TaskScore
+from runs import build_cache, command
 
 YAML = """
 task: capitals
@@ -67,12 +71,12 @@ def check_scores(model: Path, task: Path, cache: Path, folder: Path) -> None:
     config = EvaluateConfig(
         cache=str(cache), student=str(model), teacher=str(model), tasks=(str(task),), device="cpu", max_rows=1
     )
-    found, expected = evaluate(config).tasks, lm_eval_command(model, task, folder)
+    evaluation, expected = evaluate(config), lm_eval_command(model, task, folder)
     for metric in ("acc", "acc_norm"):
-        score = found[f"capitals {metric}"]
+        score = evaluation.tasks[f"capitals {metric}"]
         assert (score.value, score.error) == (expected[f"{metric},none"], expected[f"{metric}_stderr,none"])
         assert score.samples == len(QUESTIONS)
-    assert teacher_scores(config) == found
+    assert evaluation.teacher_tasks == evaluation.tasks
 
 
 @pytest.mark.slow
@@ -107,3 +111,29 @@ def test_an_unknown_name():
 def test_a_teacher_without_tasks():
     with pytest.raises(ConfigError, match="only with `tasks`"):
         EvaluateConfig(cache="c", student="s", teacher="t")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_python_scores_the_teacher(
+    loaded: bool, teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also a loaded one, with the tokenizer of the cache, whose mode is restored. lm-eval is replaced."""
+
+    def scores(model: Any, tokenizer: Any, tasks: Any, **_: Any) -> dict[str, TaskScore]:
+        assert not model.training and len(tokenizer) == 400 and tasks == ("capitals",)
+        return {"capitals acc": TaskScore(value=model.config.num_hidden_layers, error=None, samples=8)}
+
+    monkeypatch.setattr(held_out, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(held_out, "task_scores", scores)
+    cache = build_cache(tmp_path / "cache", teacher_dir, text_file)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_dir).train() if loaded else teacher_dir
+    options: dict[str, Any] = {"tasks": ["capitals"], "device": "cpu", "max_rows": 1}
+    found = distill.evaluate(cache, student_dir, teacher=teacher, **options)
+    assert found.tasks["capitals acc"].value == 1 and found.teacher_tasks["capitals acc"].value == 2
+    assert found.to_json()["teacher_tasks"]["capitals acc"]["value"] == 2
+    assert not loaded or teacher.training
+    command_line = ["--cache", cache, "--student", student_dir, "--student", teacher_dir, "--teacher", teacher_dir]
+    shown = command("evaluate", *command_line, "--tasks", "capitals", "--max-rows", 1, "--device", "cpu", "--json")
+    results = json.loads(shown.stdout)
+    assert results["teacher_tasks"]["capitals acc"]["value"] == 2
+    assert all("teacher_tasks" not in values for values in results["students"].values())

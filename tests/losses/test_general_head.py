@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from test_fused import PADDING, D, K, N, Problem, V, every_tail, every_temperature, gradients
+from test_losses import sample_row
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dense import random_targets
 from head_sums import fused_sums, general_sums
-from pipeline.losses import (
-    sparse_kl,
-)
+from pipeline.losses import SparseTargetBatch, fused_head_loss, sparse_kl
 from pipeline.models.head import open_head
 from pipeline.student.training.forward import (
     DistillLoss,
@@ -93,3 +95,37 @@ def test_a_student_whose_head_is_its_own_trains_through_its_forward() -> None:
     remove_distillation_forward(model)
     assert torch.equal(model(input_ids=batch["input_ids"], use_cache=False).logits[0], logits)
     assert torch.equal(distillation_output(head, batch, DistillLoss(kd_weight=0.9)).loss, loss)
+
+
+@pytest.mark.parametrize("more", [-1, 3])
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_states_that_do_not_fit_the_targets_are_refused(more: int, masked: float) -> None:
+    """Those of other positions would be read, which gives a number too."""
+    targets, hidden, weight = random_targets(N, V, K, masked=masked), torch.randn(N + more, D), torch.randn(V, D)
+    for walk in (
+        lambda: fused_sums(hidden, weight, None, targets),
+        lambda: general_sums(hidden, lambda states: states @ weight.T, targets),
+    ):
+        with pytest.raises(ValueError, match=f"{N + more} hidden states for {N} positions"):
+            walk()
+
+
+@pytest.mark.parametrize("options", [{"kd_weight": 0.5}, {"tail": "label"}, {"tail": "realized"}])
+def test_targets_without_labels_are_refused_by_losses_that_read_them(options: dict[str, Any]) -> None:
+    row, (hidden, weight) = sample_row(), (torch.randn(8, D), torch.randn(V, D))
+    mask = torch.from_numpy(row.loss_mask)
+    bare = SparseTargetBatch.from_sparse(row.targets, loss_mask=mask)
+    labelled = bare.with_labels(torch.from_numpy(row.label_ids))
+    assert torch.equal(fused_head_loss(hidden, weight, None, bare), fused_head_loss(hidden, weight, None, labelled))
+    for loss in (
+        lambda targets: fused_head_loss(hidden, weight, None, targets, **options),
+        lambda targets: general_sums(hidden, lambda states: states @ weight.T, targets, **options).loss,
+        lambda targets: sparse_kl(hidden @ weight.T, targets, **options),
+        lambda targets: sparse_kl(hidden @ weight.T, targets, loss_mask=mask, **options),
+    ):
+        for targets in (bare, bare[:], bare.masked(mask)):
+            with pytest.raises(ValueError, match="needs labels"):
+                loss(targets)
+        assert loss(labelled).isfinite()
+    with pytest.raises(ValueError, match=r"labels of shape \(7,\) for 8 positions"):
+        bare.with_labels(torch.from_numpy(row.label_ids)[:7])

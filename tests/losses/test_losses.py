@@ -344,6 +344,8 @@ def test_batched_shapes_and_masks() -> None:
     assert found == sparse_kl(logits, targets, labels=targets.labels.masked_fill(~mask, IGNORE_INDEX).view(3, 4))
     with pytest.raises(ValueError, match="11 positions in the logits and 12 in the targets"):
         sparse_kl(logits[:11], targets)
+    with pytest.raises(ValueError, match="`reduction` batchmean: expected mean, sum, none"):
+        sparse_kl(logits, targets, reduction="batchmean")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -78,6 +78,17 @@ def test_names_of_the_hub_and_the_licence(cache: Path, tmp_path: Path):
     assert write(tmp_path, cache, None).data.base_model is None
 
 
+@pytest.mark.parametrize(
+    "metadata", ["license: other: custom", "- mit", "1: mit", "license: [mit", "license: {a: b}", "license: \udce9"]
+)
+def test_a_damaged_card_of_the_student_has_no_licence(metadata: str, cache: Path, tmp_path: Path):
+    """It must not end a run that has been trained."""
+    (tmp_path / "student").mkdir()
+    text = f"---\n{metadata}\n---\n# Student\n"
+    (tmp_path / "student" / README).write_text(text, encoding="utf-8", errors="surrogateescape")
+    assert write(tmp_path, cache, str(tmp_path / "student")).data.license is None
+
+
 def test_an_edited_card_is_kept(cache: Path, tmp_path: Path, student_dir: Path):
     write(tmp_path, cache, None, kl=1.0)
     assert is_replaceable(tmp_path) and add_metrics(tmp_path, {"kl": 0.5}, "heldout")

@@ -42,7 +42,7 @@ class ReportSummary:
     Attributes:
         rows, tokens, loss_tokens: read from the cache.
         passages, passages_shown: of those rows; in the page.
-        students: by name, as `evaluate` gives them for these rows.
+        students: by name, as `evaluate` gives them for these rows; by label where names are equal.
     """
 
     output: str
@@ -61,6 +61,7 @@ def write_report(
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: OnProgress = lambda done, total: None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> ReportSummary:
     """Writes the file of `config.output`; nothing is written before everything is computed.
 
@@ -75,7 +76,8 @@ def write_report(
     cache = cf.open_cache(sources.cache, hidden_layers=[], read_cache=copies).with_states()
     grouping = None if config.by is None else Grouping(cache, config.by)
     for student in sources.students:
-        _check_student(cache, student, config)
+        for warning in _check_student(cache, student, config):
+            on_warning(warning)
     rows = min(len(cache), config.max_rows or len(cache))
     device = resolve_device(config.device)
     on_stage(f"reading {quantity(rows, 'row')} of {sources.cache}")
@@ -123,8 +125,13 @@ def write_report(
         loss_tokens=len(teacher.labels),
         passages=len(passages),
         passages_shown=len(shown),
-        students={each.name: positions[each.label].evaluation for each in sources.students},
+        students={_unique_name(each, sources): positions[each.label].evaluation for each in sources.students},
     )
+
+
+def _unique_name(student: Student, sources: Sources) -> str:
+    repeated = sum(each.name == student.name for each in sources.students) > 1
+    return student.label if repeated else student.name
 
 
 def _check_output(output: str) -> None:
@@ -135,14 +142,15 @@ def _check_output(output: str) -> None:
         raise ConfigError(f"`output` {output}: {folder} is not a writable directory. Choose another one.")
 
 
-def _check_student(cache: cf.Cache, student: Student, config: ReportConfig) -> None:
-    check_student(
+def _check_student(cache: cf.Cache, student: Student, config: ReportConfig) -> list[str]:
+    _, warnings = check_student(
         [cache],
         student.model,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         otherwise="A report compares token by token; `distill evaluate` can compare across tokenizers.",
     )
+    return warnings
 
 
 def _run_student(

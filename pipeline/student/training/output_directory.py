@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+import cache_format as cf
 from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
@@ -25,13 +26,15 @@ from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.early_stopping import stopped_by
-from pipeline.student.training.run_record import check_same_run, record_of, write_record
+from pipeline.student.training.run_record import check_same_run, write_record
 
 TRAINER_STATE = "trainer_state.json"
 INPUTS = ("cache", "eval_cache", "student", "tokenizer", "student_config", "training_args")
 
 
-def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> str | None:
+def check_output(
+    config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, budget: Budget, loss: DistillLoss
+) -> str | None:
     """The checkpoint to resume from; None for a new run. Changes nothing.
 
     Raises:
@@ -60,7 +63,7 @@ def check_output(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Dis
         if checkpoint is None:
             instead = "with `overwrite=True` instead of" if occupied else "without"
             raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} `resume=True`.")
-        check_same_run(config, mix, budget, loss, output / CONFIG_FILE)
+        check_same_run(config, mix, held_out, budget, loss, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
                 f"{output}: found a finished run{_early(output)}, nothing to resume. Choose another `output`, or "
@@ -131,24 +134,10 @@ def _state(file: Path) -> TrainerState | None:
         return None
 
 
-def begin_output(
-    config: TrainStudentConfig,
-    mix: Mix,
-    budget: Budget,
-    loss: DistillLoss,
-    arithmetic: dict[str, Any],
-    base_weights: str | None = None,
-) -> None:
-    """Empties the directory, which `check_output` has allowed, and writes the record of the run.
-
-    Args:
-        arithmetic: `used_arithmetic`.
-        base_weights: `weights_fingerprint` of the model that adapters are trained on; checkpoints of adapters do not
-            contain it.
-    """
+def begin_output(config: TrainStudentConfig, record: dict[str, Any]) -> None:
+    """Empties the directory, which `check_output` has allowed, and writes the record of the run."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     for old in output.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    record = {**record_of(config, mix, budget, loss), "arithmetic": arithmetic}
-    write_record(output, record if base_weights is None else {**record, "adapted_weights": base_weights})
+    write_record(output, record)

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.adapters import attach
 from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.padding_free import without_padding
-from pipeline.models.loading import model_name, weights_fingerprint
+from pipeline.models.loading import config_fingerprint, model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student
 from pipeline.student.data.dataset import CacheDataset
@@ -22,9 +22,13 @@ from pipeline.student.data.mixed_dataset import MixedDataset, Rows
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
-from pipeline.student.training.run_record import check_base_weights
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.run_record import check_student_unchanged
 from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits
 from pipeline.student.validation.run_checks import CheckedRun
+
+# Trainer changes these in the configuration of a loaded model, which may be given again to resume.
+SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class RunStudent:
 
     model: nn.Module
     head: Head
+    fingerprint: str  # of the configuration of the model, without adapters
     base_weights: str | None  # fingerprint of the model that adapters are trained on
     adapted: nn.Module | None  # the model with its adapter
     parameters: int  # without the projections of hidden-state distillation, which are added later
@@ -90,23 +95,24 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
     )
     # Before pruning, which measures activity: rounding, and so the kept parts, may differ on another device.
     base_weights = None if config.lora is None else weights_fingerprint(model)
-    if base_weights is not None and run.resume_from is not None:
-        check_base_weights(config, base_weights)
     if config.sizes and not config.student_random:
         on_stage("measuring which parts of the student to keep")
         model = prune(model.to(arguments.device), config.sizes, calibration_batches(data.train))
+    fingerprint = config_fingerprint(model.config, ignoring=SET_BY_TRAINER)
+    if run.resume_from is not None:
+        check_student_unchanged(config, fingerprint, base_weights)
     if config.freeze_embeddings:
         freeze_embeddings(model)
     adapted = None
     if config.lora is not None:
-        adapted = attach(model, config.lora, base=_base_name(config.student), seed=arguments.seed)
+        adapted = attach(model, config.lora, base=_base_name(config), seed=arguments.seed)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     for cache in run.mix.caches:
         check_isolation(cache, head, batch_size=together)
     longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in run.mix.caches)
     head = without_padding(head, longest, wanted=config.padding_free, device=arguments.device)
-    return RunStudent(model, head, base_weights, adapted, sum(p.numel() for p in model.parameters()))
+    return RunStudent(model, head, fingerprint, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 
 
 def match_hidden_states(run: CheckedRun, head: Head) -> HiddenStateMatching | None:
@@ -127,9 +133,11 @@ def match_hidden_states(run: CheckedRun, head: Head) -> HiddenStateMatching | No
     return matching
 
 
-def _base_name(student: str | PreTrainedModel | None) -> str:
-    """How an adapter names its base model: an absolute path, or a hub name."""
-    if student is None:
+def _base_name(config: TrainStudentConfig) -> str:
+    """How an adapter names its base model: an absolute path, or a hub name. Empty for a student that the run creates,
+    which is nowhere to be loaded from."""
+    student = config.student
+    if student is None or config.creates_student:
         return ""
     name = student.name_or_path if isinstance(student, PreTrainedModel) else model_name(student)
     return str(Path(name).resolve()) if name and Path(name).exists() else name

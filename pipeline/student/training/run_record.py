@@ -5,10 +5,11 @@ given            names of those that were given, which `config` takes back
 resolved         values of options that were left open
 rows_per_step    over all processes and accumulated batches
 cache            identity of the cache; a list for several caches
+eval_cache       identity of the held-out cache; null without one
 mixture          for several caches, the planned use of each (`Mix.seen`)
 
-A run adds arithmetic (`used_arithmetic`), adapted_weights (fingerprint of the base model of adapters) and seen (the
-actual use of several caches).
+A run adds arithmetic (`used_arithmetic`), student_fingerprint (of the configuration of the model that is trained),
+adapted_weights (fingerprint of the base model of adapters) and seen (the actual use of several caches).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.training_arguments import read_training_args
 
-# Settings that a resumed run may change. Models and caches may have moved; the contents of the caches must be the same.
+# Settings that a resumed run may change. Models and caches may have moved; the contents of the caches and the
+# configuration of the student must be the same.
 RESUME_MAY_CHANGE = {"resume", "overwrite", "device", "student", "tokenizer", "cache", "eval_cache", "output"}
 RESUME_MAY_CHANGE |= {"report_to", "run_name"}
 # How rows are read does not change them.
@@ -71,15 +73,23 @@ def recorded_arithmetic(config: TrainStudentConfig) -> dict[str, Any] | None:
         return None
 
 
-def check_base_weights(config: TrainStudentConfig, base_weights: str) -> None:
-    """Raises MismatchError if the run to resume trains adapters on other weights. Its path may have changed.
+def check_student_unchanged(config: TrainStudentConfig, fingerprint: str, base_weights: str | None) -> None:
+    """Raises MismatchError if the run to resume trains another model, or adapters on other weights. Its path may have
+    changed. Checkpoints have the weights of a student that is trained as a whole, so those may differ.
 
-    Earlier versions did not record the weights; their runs pass.
+    Earlier versions recorded neither; their runs pass.
     """
-    file = Path(config.output) / CONFIG_FILE
-    before = _read_record(file).get("adapted_weights")
-    if before not in (None, base_weights):
-        name = "" if config.student is None else model_name(config.student)
+    record = _read_record(Path(config.output) / CONFIG_FILE)
+    name = "" if config.student is None else model_name(config.student)
+    before = record.get("student_fingerprint")
+    if before not in (None, fingerprint):
+        raise cf.MismatchError(
+            f"`student` {name}: found another configuration than that of the student in {config.output} "
+            f"({fingerprint[:8]}…, expected {before[:8]}…), so its checkpoints are of another model. Use the same "
+            "student, or another `output`."
+        )
+    before = record.get("adapted_weights")
+    if base_weights is not None and before not in (None, base_weights):
         raise cf.MismatchError(
             f"`student` {name}: found weights {base_weights[:8]}…, expected {before[:8]}…, on which the adapter in "
             f"{config.output} was trained. Checkpoints have only the adapter, so resuming would put it on another "
@@ -109,13 +119,16 @@ def write_record(output: Path, record: dict[str, Any]) -> None:
     scratch.replace(output / CONFIG_FILE)
 
 
-def record_of(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss) -> dict[str, Any]:
+def record_of(
+    config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, budget: Budget, loss: DistillLoss
+) -> dict[str, Any]:
     """The record of a run that has not begun."""
     record: dict[str, Any] = {
         "config": _settings(config),
         "given": sorted(config.given),
         "resolved": loss.resolved,
         "rows_per_step": budget.rows_per_step,
+        "eval_cache": None if held_out is None else _identity(held_out),
     }
     if len(mix.portions) == 1:
         return {**record, "cache": _identity(mix.first)}
@@ -123,7 +136,9 @@ def record_of(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: Distil
     return {**record, "cache": [_identity(cache) for cache in mix.caches], "mixture": planned}
 
 
-def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: DistillLoss, file: Path) -> None:
+def check_same_run(
+    config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, budget: Budget, loss: DistillLoss, file: Path
+) -> None:
     """Raises: MismatchError unless the run in `file` had the same settings; ConfigError if the file is unreadable."""
     recorded = _read_record(file)
     try:
@@ -136,7 +151,7 @@ def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: D
             f"{file}: not the record of a training run ({error}), so the run cannot be resumed. Restore it from a "
             "copy, or start again with `overwrite=True`."
         ) from error
-    record = json.loads(json.dumps(record_of(config, mix, budget, loss)))
+    record = json.loads(json.dumps(record_of(config, mix, held_out, budget, loss)))
     now, arguments_now = record["config"], record["config"]["training_args"]
     rows_before = recorded.get("rows_per_step")  # not recorded by earlier versions
     may_change = RESUME_MAY_CHANGE if rows_before is None else RESUME_MAY_CHANGE | FACTORS_OF_A_STEP
@@ -161,6 +176,11 @@ def check_same_run(config: TrainStudentConfig, mix: Mix, budget: Budget, loss: D
     elif rows_per_epoch != [each["rows_per_epoch"] for each in record.get("mixture", [])]:
         rows_now = [portion.rows for portion in mix.portions]
         different.append(f"rows per epoch from {paths} were {rows_per_epoch}, are {rows_now}: the weights changed")
+    if recorded.get("eval_cache", record["eval_cache"]) != record["eval_cache"]:  # not recorded by earlier versions
+        different.append(
+            f"eval_cache {config.eval_cache} is not the held-out cache {before.get('eval_cache')}, and the best "
+            "checkpoint is chosen by one of them"
+        )
     if rows_before not in (None, budget.rows_per_step):
         different.append(
             f"a step had {quantity(rows_before, 'row')}, has {budget.rows_per_step}: `batch_size` times "

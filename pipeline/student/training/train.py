@@ -33,7 +33,7 @@ from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
-from pipeline.student.training.run_record import record_seen
+from pipeline.student.training.run_record import record_of, record_seen
 from pipeline.student.training.trainer import DistillTrainer
 from pipeline.student.training.training_arguments import read_ahead
 from pipeline.student.validation.run_checks import CheckedRun, check_run
@@ -116,7 +116,7 @@ def _train_student(
     # The old output is deleted only now, when everything has been loaded.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, mix, budget, run.loss, used_arithmetic(arguments), student.base_weights)
+        begin_output(config, _record(run, student))
     with _trainer(run, data, student, matching, _Report(on_step, on_log)) as trainer:
         for teacher in teachers:
             teacher.share(student.head)
@@ -155,6 +155,16 @@ def _train_student(
         warnings=run.warnings,
         mixture=seen,
     )
+
+
+def _record(run: CheckedRun, student: RunStudent) -> dict[str, Any]:
+    """The record of a run that begins."""
+    return {
+        **record_of(run.config, run.mix, run.held_out, run.budget, run.loss),
+        "arithmetic": used_arithmetic(run.arguments),
+        "student_fingerprint": student.fingerprint,
+        **({} if student.base_weights is None else {"adapted_weights": student.base_weights}),
+    }
 
 
 @contextmanager

@@ -7,7 +7,7 @@ continued keeps the precision it began with, on whatever device.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import default_arithmetic
+from pipeline.student.training.early_stopping import HIGHER_IS_BETTER
 
 # Decided by the run itself; `training_args` may not set them.
 RESERVED = {
@@ -94,8 +95,9 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         # The best checkpoint can only be kept if every evaluation has one.
         values |= {"eval_strategy": "steps", "load_best_model_at_end": True}
         values.setdefault("save_steps", values["eval_steps"])
-        values.setdefault("metric_for_best_model", "eval_loss")
-        values.setdefault("greater_is_better", False)
+        metric = values.setdefault("metric_for_best_model", "eval_loss") or "eval_loss"
+        if values.get("greater_is_better") is None:  # Trainer would prefer the highest KL
+            values["greater_is_better"] = str(metric).removeprefix("eval_") in HIGHER_IS_BETTER
         values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
     elif "eval_steps" not in given:
         values.pop("eval_steps", None)
@@ -103,7 +105,7 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     # Said even if there is nothing else: otherwise TrainingArguments refuses bfloat16, which CPUs have.
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False) or not torch.accelerator.is_available()
-    for name in ("learning_rate", "weight_decay", "warmup_steps"):
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs"):
         if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
             raise ConfigError(
                 f"{_source(config)}: {name} {values[name]}: expected a finite number, 0 or more. Correct it."
@@ -202,6 +204,22 @@ def read_training_args(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
                 + (f"Did you mean {near[0]}?" if near else "Remove it, or correct its spelling.")
             )
     return dict(values)
+
+
+def check_best_metric(config: TrainStudentConfig, arguments: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Trainer itself would miss it only after the first evaluation.
+
+    Args:
+        metrics: metrics that evaluations report, without eval_.
+
+    Raises: ConfigError if `metric_for_best_model` is none of them.
+    """
+    metric = arguments.metric_for_best_model
+    if config.eval_cache is not None and str(metric).removeprefix("eval_") not in metrics:
+        raise ConfigError(
+            f"{_source(config)}: metric_for_best_model {metric}: evaluations of this run report {', '.join(metrics)}. "
+            "Choose one of them."
+        )
 
 
 def _source(config: TrainStudentConfig) -> str:

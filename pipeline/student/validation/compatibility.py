@@ -97,7 +97,7 @@ def check_student(
     if isinstance(student, PreTrainedModel) and own is None:
         warnings.append(
             f"{name}: loaded model without `tokenizer`, so its tokens cannot be compared with those of {cache.path}. "
-            "The tokenizer of the cache is saved with the student"
+            "It is used, and saved, with the tokenizer of the cache"
         )
     rows = None if config is None else _token_rows(config)
     if rows is not None and rows < vocab_size:
@@ -136,7 +136,7 @@ def _foreign_tokenizer(
     except cf.MismatchError:
         return own, []
     return own, [
-        "`cross_tokenizer` is not needed: the student has the teacher's tokenizer. Training is faster without it"
+        "`cross_tokenizer` is not needed: the student has the teacher's tokenizer. Without it, everything is faster"
     ]
 
 

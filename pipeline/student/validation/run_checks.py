@@ -23,7 +23,7 @@ from pipeline.student.training.early_stopping import Condition, check_conditions
 from pipeline.student.training.output_directory import check_output, processes_of
 from pipeline.student.training.run_record import recorded_arithmetic
 from pipeline.student.training.trainer import held_out_metrics
-from pipeline.student.training.training_arguments import training_arguments
+from pipeline.student.training.training_arguments import check_best_metric, training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_held_out
@@ -63,10 +63,11 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     foreign = config.cross_tokenizer is not None
     eval_loss = None if held_out is None else loss_for_held_out(loss, held_out, exact_only=foreign)
     metrics = held_out_metrics(eval_loss or loss)
+    metrics = (*metrics, "features") if _serves_held_out(hidden_loss, held_out) else metrics
     stopping = check_conditions(
         config.early_stopping,
         config.early_stopping_mode,
-        metrics=(*metrics, "features") if _serves_held_out(hidden_loss, held_out) else metrics,
+        metrics=metrics,
         held_out_rows=None if held_out is None else len(held_out),
     )
     if config.resample:
@@ -86,6 +87,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     if held_out is not None and eval_loss is not None:
         warnings += _held_out_warnings(mix, held_out, loss, eval_loss, hidden_loss)
     arguments = training_arguments(config, recorded_arithmetic(config) if config.resume else None)
+    check_best_metric(config, arguments, metrics)
     warnings += _restrict_to_one_gpu(arguments)
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
@@ -97,7 +99,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
         stopping, config.early_stopping_mode, steps=budget.steps, every=arguments.eval_steps or 1
     )
     warnings += [] if too_few is None else [too_few]
-    resume_from = check_output(config, mix, budget, loss)
+    resume_from = check_output(config, mix, held_out, budget, loss)
     warnings += _resume_warnings(resume_from, arguments.world_size)
     return CheckedRun(
         config=config,
@@ -257,8 +259,7 @@ def check_origin(config: TrainStudentConfig) -> None:
     if config.lora is None:
         return
     require_peft("`lora_rank`")
-    created = config.student_config or config.student_layers or config.student_random or config.sizes
-    if created and not config.merge_adapter:
+    if config.creates_student and not config.merge_adapter:
         raise ConfigError(
             "`lora_rank`: an adapter is saved without its base model, but this run creates the base model. Add "
             "`merge_adapter=True`, or train an adapter on a saved model."

@@ -339,7 +339,7 @@ def made_up_contents(tokens: int, students: Sequence[str]) -> Contents:
         chosen=chosen,
         token_text=names.__getitem__,
         details=details(chosen.all, teacher, positions, names.__getitem__),
-        differences=difference_figures(teacher, positions, at_one=True),
+        differences=difference_figures(teacher, positions, calibrates=True),
         training=[],
         sizes=[("column", 1)],
         tokens_in_cache=tokens_in_cache,

@@ -9,19 +9,24 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import cache_format as cf
 import distill
 from cache_samples import sample_metadata, sample_row
+from foreign_files import NESTED, import_rows, made_up_rows, nested, write_parquet
 from pipeline.errors import ConfigError
 from pipeline.evaluation.report.bins import level
+from pipeline.evaluation.report.page import KL_NOTES
 from pipeline.evaluation.report.passages import token_texts
 from pipeline.evaluation.report.teacher_positions import TOP
 from pipeline.inspection import cache_statistics
+from pipeline.losses import KlEstimateKind
 from pipeline.student.validation.compatibility import load_cache_tokenizer
 from pipeline.teacher.targets.rules import TargetRule
 from report_pages import Page, read_page
@@ -231,6 +236,18 @@ def test_students_of_equal_names_are_told_apart(folder: Path, student_dir: Path,
     assert len(set(labels)) == 2 and labels[1] == "other/student"
 
 
+def test_loaded_students_of_one_name(folder: Path, student_dir: Path, tmp_path: Path):
+    """Each has numbers of its own and keeps its mode; without a tokenizer there is a warning."""
+    models = [AutoModelForCausalLM.from_pretrained(student_dir) for _ in range(2)]
+    with torch.no_grad():
+        models[1].get_input_embeddings().weight.mul_(2.0)
+    with pytest.warns(distill.DistillWarning, match="loaded model without `tokenizer`"):
+        page, summary = report(tmp_path, folder / "top-k", student=[models[0].train(), models[1].eval()], max_rows=1)
+    assert list(summary.students) == [each["name"] for each in page.data["students"]]
+    assert len({each.kl for each in summary.students.values()}) == 2
+    assert models[0].training and not models[1].training
+
+
 # -- odd caches -------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +264,28 @@ def test_masked_models_are_shown_with_the_original_tokens(masked_dir: Path, tmp_
     assert "".join(shown for shown, _ in first.tokens).split() == pieces
     predicted = [shown for shown, classes in first.tokens if classes is not None]
     assert predicted == [text(int(token)) for token in row.labels[row.loss_mask]]
+
+
+@pytest.mark.parametrize("values", ["logprobs", "renormalised"])
+def test_lists_of_another_program(values: str, student_dir: Path, tmp_path: Path):
+    """Their entropies are lower bounds; the tail mass of renormalised ones is unknown."""
+    source = write_parquet(tmp_path / "rows.parquet", nested(made_up_rows(4), 6))
+    import_rows(source, tmp_path / "cache", tiny_tokenizer(), **{**NESTED, "values": values})
+    renormalised = values == "renormalised"
+    for options in ({}, {"student": student_dir}):
+        page, summary = report(tmp_path, tmp_path / "cache", **options)
+        text = (tmp_path / "report.html").read_text()
+        assert "teacher entropy, at least (nats, mean" in text and "teacher entropies are lower bounds" in text
+        assert ">teacher entropy<" not in text and page.data["entropyName"] == "teacher entropy, at least"
+        assert (page.data["tail"] is None) == ("tail mass unknown" in text.partition("<script")[0]) == renormalised
+        assert ("teacher: share right" in text) == (not renormalised)
+    (found,) = summary.students.values()
+    assert found.kl_estimate_kind == ("entries only" if renormalised else "lower bound")
+    assert ("over the cached entries alone" in text) == renormalised
+
+
+def test_every_relation_of_the_kl_has_a_note():
+    assert KL_NOTES.keys() == set(get_args(KlEstimateKind))
 
 
 def test_no_loss_token_and_a_single_row(student_dir: Path, tmp_path: Path):

@@ -18,9 +18,12 @@ import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
+from pipeline.evaluation.report.report_config import ReportConfig
+from pipeline.evaluation.report.report_sources import find_sources
 from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.adapters import Lora, attach, merged
 from pipeline.models.head import open_head
+from pipeline.models.loading import load_model
 from pipeline.student.data.dataset import collate
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from runs import Stop, build_cache, distance, train, weights
@@ -226,6 +229,32 @@ def test_adapter_on_a_pruned_student_must_be_merged(tmp_path: Path, cache: Path,
         train(tmp_path / "t", cache, **{**options, "merge_adapter": False})
 
 
+@pytest.mark.parametrize("created", [{"student_layers": 1}, {"student_random": True}, {"student_width": 16}])
+def test_checkpoint_of_a_created_student_is_not_loaded_onto_another_model(
+    tmp_path: Path, cache: Path, teacher_dir: Path, created: dict[str, Any]
+):
+    """It has only the adapter, which peft would put on the teacher without a word."""
+    options = {
+        **OPTIONS,
+        **created,
+        "student": teacher_dir,
+        "merge_adapter": True,
+        "eval_cache": str(cache),
+        "eval_steps": 1,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "s", cache, on_step=Stop(3), **options)
+    for refused in (
+        lambda: evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "s/checkpoint-2"), device="cpu")),
+        lambda: find_sources(ReportConfig(source=(str(tmp_path / "s"),))),
+    ):
+        with pytest.raises(ModelError, match="checkpoint-2/adapter_config.json: names no base model .*`resume=True`"):
+            refused()
+    finished = train(tmp_path / "s", cache, resume=True, **options)
+    result = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "s"), device="cpu"))
+    assert result.kl == pytest.approx(finished.eval["kl"], abs=1e-5)
+
+
 @pytest.mark.long
 def test_adapter_directory_can_be_a_student(tmp_path: Path, cache: Path, student_dir: Path):
     train(tmp_path / "adapter", cache, student=student_dir, **OPTIONS)
@@ -317,3 +346,15 @@ def test_unusable_adapter_directories_are_refused(tmp_path: Path, cache: Path, s
     file.write_text("{")
     with pytest.raises(ModelError, match="adapter_config.json: .*configuration"):
         evaluate(config)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_adapter_to_a_model_of_another_depth_is_refused(
+    tmp_path: Path, cache: Path, tokenizer: PreTrainedTokenizerFast, layers: int
+):
+    base = tiny_llama(tmp_path / "base", tokenizer, layers=2, hidden=16)
+    other = tiny_llama(tmp_path / "other", tokenizer, layers=layers, hidden=16)
+    adapted = attach(AutoModelForCausalLM.from_pretrained(base), Lora(rank=2, alpha=2.0), base=str(other), seed=0)
+    adapted.save_pretrained(tmp_path / "s")
+    with pytest.raises(ModelError, match=f"does not fit {other}: 14 weights .*layers.{min(layers, 2)}"):
+        load_model(str(tmp_path / "s"))

@@ -373,3 +373,26 @@ def test_command_line_shows_the_reason_and_both_curves(tmp_path: Path, cache: Pa
     assert len([row for row in rows if "saved" in row]) == 1
     for entry, row in zip((e for e in log_history(tmp_path / "s") if "eval_kl" in e), rows, strict=True):
         assert row[1] == f"{entry['eval_kl']:.4f}" and f"{entry['eval_ce']:.4f}" in row
+
+
+def test_best_checkpoint_by_agreement_has_the_highest(tmp_path: Path, cache: Path, held_out: Path, student_dir: Path):
+    arguments = {**OPTIONS["arguments"], "metric_for_best_model": "agreement"}
+    options = {**OPTIONS, "max_steps": 8, "arguments": arguments, "eval_cache": str(held_out)}
+    summary = train(tmp_path / "s", cache, student=student_dir, **options)
+    curve = [each["agreement"] for each in summary.evaluations]
+    assert min(curve) < max(curve) == summary.eval["agreement"]
+    arguments["greater_is_better"] = (
+        None  # Trainer's own choice would be the highest value of every metric but the loss
+    )
+    options["arguments"] = {**arguments, "metric_for_best_model": "kl"}
+    summary = train(tmp_path / "kl", cache, student=student_dir, **options)
+    assert summary.eval["kl"] == min(each["kl"] for each in summary.evaluations)
+
+
+def test_unknown_metric_for_the_best_checkpoint_is_refused_before_training(
+    tmp_path: Path, cache: Path, held_out: Path, student_dir: Path
+):
+    options = {"student": student_dir, "eval_cache": str(held_out), "arguments": {"metric_for_best_model": "agrement"}}
+    with pytest.raises(ConfigError, match="metric_for_best_model agrement: .* report loss, kl, ce, .*agreement"):
+        train(tmp_path / "s", cache, **options)
+    assert not (tmp_path / "s").exists()
