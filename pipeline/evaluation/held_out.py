@@ -163,13 +163,15 @@ def _teacher_scores(config: EvaluateConfig, on_stage: Callable[[str], None]) -> 
 
 def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supported:
     """Converted to another tokenizer, positions without a teacher would count as disagreement: only KL and agreement
-    are defined there. A masked model drafts nothing."""
+    are defined there. A masked model drafts nothing. Renormalised entries are the teacher's probabilities times an
+    unknown factor, so they bound nothing."""
     about = cache.metadata
+    probabilities = not crossed and not about.renormalised
     ranks = not crossed and about.targets["kind"] != "random"  # weights of a sample do not rank tokens
     return Supported(
         kl=loss.kl_estimate_kind,
         sampled=about.sampled,
         ranks=ranks,
-        calibrates=not crossed and (loss.full or float(about.targets["temperature"]) == 1.0),
-        accepts=ranks and about.alignment == "next",
+        calibrates=probabilities and (loss.full or float(about.targets["temperature"]) == 1.0),
+        accepts=ranks and probabilities and about.alignment == "next",
     )

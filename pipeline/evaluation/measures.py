@@ -11,8 +11,9 @@
                      acceptance may vary and be correlated between positions; it is assumed that an accepted draft
                      continues like the text
 
-Targets with entries bound what they cannot give. min(p, q) is not linear in p, and a sampled entry stores its weight
-instead of p, so acceptance is bounded by the exact entries and the tail mass m as one class:
+Targets with entries bound what they cannot give, if their tail mass is known. min(p, q) is not linear in p, and a
+sampled entry stores its weight instead of p, so acceptance is bounded by the exact entries and the tail mass m as one
+class:
 Σ_S min(p, q) ≤ acceptance ≤ Σ_S min(p, q) + min(m, q outside). The probability p of one token is linear in p: samples
 estimate it without bias; without samples a token outside the entries counts as 0, at most min(m, smallest entry) less.
 

@@ -34,17 +34,17 @@ class Figure:
 
 
 def difference_figures(
-    teacher: TeacherPositions, students: Mapping[str, StudentPositions], *, at_one: bool
+    teacher: TeacherPositions, students: Mapping[str, StudentPositions], *, calibrates: bool
 ) -> list[Figure]:
     """Where students differ from the teacher; without students, where the teacher is uncertain and how often right.
 
     Args:
         students: by label, in the order of their colours.
-        at_one: the teacher's probabilities are at temperature 1, so its calibration can be judged.
+        calibrates: the teacher's probabilities are its own at temperature 1, so its calibration can be judged.
     """
     entropy, labels = teacher.entropy, teacher.labels
     mean = f", mean {entropy.mean():.3f}" if len(entropy) else ""
-    by_nats = {"x_label": f"teacher entropy (nats{mean})"}
+    by_nats = {"x_label": f"{teacher.entropy_name} (nats{mean})"}
     by_count = {"x_label": "occurrences of the true token"}
     if students:
         kl = {label: each.kl for label, each in students.items()}
@@ -61,13 +61,13 @@ def difference_figures(
         right = {} if np.isnan(teacher.confidence).all() else {"teacher right": teacher.right}
         figures = [
             _binned(by_entropy(entropy, right), [TEACHER], **by_nats),
-            _binned(by_frequency(labels, {"teacher entropy": entropy}), [TEACHER], **by_count),
+            _binned(by_frequency(labels, {teacher.entropy_name: entropy}), [TEACHER], **by_count),
         ]
     sides = {label: by_confidence(each.confidence, each.right) for label, each in students.items()}
-    if at_one:
+    if calibrates:
         sides = {"teacher": by_confidence(teacher.confidence, teacher.right), **sides}
     if any(bins.counts.any() for bins in sides.values()):
-        figures.append(_reliability(sides, first=TEACHER if at_one else TEACHER + 1))
+        figures.append(_reliability(sides, first=TEACHER if calibrates else TEACHER + 1))
     return figures
 
 

@@ -31,7 +31,7 @@ def group_table(
     codes = grouping.codes_of_documents(text.rows)
     documents = np.searchsorted(text.documents, np.flatnonzero(text.predictions >= 0), side="right") - 1
     group, row = codes[documents].astype(np.int64), text.rows[documents]  # [L] each
-    means = {f"KL {label}": each.kl for label, each in students.items()} or {"teacher entropy": teacher.entropy}
+    means = {f"KL {label}": each.kl for label, each in students.items()} or {teacher.entropy_name: teacher.entropy}
     found = []
     for code in np.unique(group):
         here = group == code

@@ -35,6 +35,7 @@ KL_NOTES: dict[KlEstimateKind, str] = {
     "full": "KL: exact, of the full distributions.",
     "estimate": "KL: an unbiased estimate from sampled entries. At a single token it is noisy, and can be negative.",
     "lower bound": "KL: a lower bound, because all tokens outside the exact entries count as one class.",
+    "entries only": "KL: over the cached entries alone, because the teacher's tail mass is unknown.",
 }
 
 

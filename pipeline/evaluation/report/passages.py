@@ -136,7 +136,7 @@ def details(
     """What is behind the loss tokens of `passages`, one after the other, as columns of integers.
 
     texts       of all tokens that occur; the other columns have indices into it, -1 for none
-    label       the true token; entropy in 1/1000 nats; tail in 1/10,000
+    label       the true token; entropy in 1/1000 nats, with its name; tail in 1/10,000, null where it is unknown
     top         the teacher's K candidates; topProbs in 1/10,000; -2 − weight for a sampled one; -1 for none
     labelProbs  in 1/10,000; -1 where the token is in the tail
     students    kl, ce in 1/1000 nats; labelProbs, atTeacher (K) and topProbs (J) in 1/10,000; top (J candidates)
@@ -161,7 +161,8 @@ def details(
         "texts": [text(int(i)) for i in ids[by_count]],
         "label": index(teacher.labels[chosen]),
         "entropy": _scaled(teacher.entropy[chosen], NATS).tolist(),
-        "tail": _scaled(teacher.tail[chosen], PROBABILITY).tolist(),
+        "entropyName": teacher.entropy_name,
+        "tail": _scaled(teacher.tail[chosen], PROBABILITY).tolist() if teacher.tail_known else None,
         "top": index(teacher.top_ids[chosen]),
         "topProbs": np.where(sampled, -2 - top_probs, top_probs).ravel().tolist(),
         "labelProbs": _scaled(teacher.label_probs[chosen], PROBABILITY).tolist(),

@@ -103,7 +103,7 @@ def write_report(
             chosen=chosen,
             token_text=texts,
             details=details(shown, teacher, positions, texts),
-            differences=difference_figures(teacher, positions, at_one=cache.metadata.targets["temperature"] == 1.0),
+            differences=difference_figures(teacher, positions, calibrates=_calibrates(cache)),
             by=None if grouping is None else group_table(grouping, text, teacher, positions),
             training=training_figures(sources.students),
             sizes=column_sizes(cache),
@@ -176,6 +176,11 @@ def _run_student(
         )
 
 
+def _calibrates(cache: cf.Cache) -> bool:
+    """Whether the stored probabilities are the teacher's own at temperature 1."""
+    return cache.metadata.targets["temperature"] == 1.0 and not cache.metadata.renormalised
+
+
 def _facts(
     cache: cf.Cache, sources: Sources, rows: int, tokens: int, loss_tokens: int, shown: int, passages: int
 ) -> list[str]:
@@ -190,4 +195,8 @@ def _facts(
         facts.append("text that a student was trained on, so its numbers are better than on other text")
     if (temperature := float(cache.metadata.targets["temperature"])) != 1.0:
         facts.append(f"distributions at temperature {temperature:g}")
+    if cache.metadata.renormalised:
+        facts.append("probabilities rescaled to sum to 1 over the listed tokens, tail mass unknown")
+    if not cache.metadata.entropy_known:
+        facts.append("teacher entropies are lower bounds, computed from lists of tokens")
     return facts

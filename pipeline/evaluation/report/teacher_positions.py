@@ -52,8 +52,8 @@ class TeacherPositions:
 
     Attributes:
         labels: [L] the true tokens.
-        entropy: [L] nats.
-        tail: [L] tail mass.
+        entropy: [L] nats; lower bounds unless `entropy_known`.
+        tail: [L] tail mass; meaningless unless `tail_known`.
         top_ids: [L, K] the most likely tokens, most likely first, then sampled ones; -1 where there are fewer.
         top_probs: [L, K] their probabilities; of sampled tokens their weights.
         sampled: [L, K] which of them are sampled.
@@ -67,6 +67,12 @@ class TeacherPositions:
     top_probs: Floats
     sampled: NDArray[np.bool_]
     label_probs: Floats
+    entropy_known: bool = True
+    tail_known: bool = True
+
+    @property
+    def entropy_name(self) -> str:
+        return "teacher entropy" if self.entropy_known else "teacher entropy, at least"
 
     @property
     def confidence(self) -> Floats:
@@ -111,7 +117,9 @@ def read_positions(
             rows=np.repeat(np.arange(rows), [len(each["lengths"]) for each in texts]),
             predictions=np.where(text["predicted"], np.cumsum(text["predicted"]) - 1, -1),
         ),
-        TeacherPositions(**teacher),
+        TeacherPositions(
+            **teacher, entropy_known=cache.metadata.entropy_known, tail_known=not cache.metadata.renormalised
+        ),
     )
 
 

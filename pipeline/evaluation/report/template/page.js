@@ -72,8 +72,9 @@
   }
 
   function describe(n) {
-    const { texts, label, entropy, tail, students } = data();
-    const facts = [`teacher entropy ${nats(entropy[n])} nats`, `tail mass ${percent(tail[n])}`];
+    const { texts, label, entropy, entropyName, tail, students } = data();
+    const facts = [`${entropyName} ${nats(entropy[n])} nats`];
+    facts.push(tail === null ? "tail mass unknown" : `tail mass ${percent(tail[n])}`);
     students.forEach((each) => facts.push(`${each.name}: KL ${nats(each.kl[n])}, CE ${nats(each.ce[n])} nats`));
     const table = element("table");
     const head = table.createTHead().insertRow();
