@@ -29,6 +29,7 @@ from pipeline.student.model_card import add_metrics
 from pipeline.student.validation.compatibility import check_student, load_cache_tokenizer, student_limits
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_cache
+from pipeline.student.validation.suitability import exact_entries
 
 
 def evaluate(
@@ -167,11 +168,11 @@ def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supporte
     unknown factor, so they bound nothing."""
     about = cache.metadata
     probabilities = not crossed and not about.renormalised
-    ranks = not crossed and about.targets["kind"] != "random"  # weights of a sample do not rank tokens
+    ranks = not crossed and exact_entries(cache)[0] > 0  # weights of a sample do not rank tokens
     return Supported(
         kl=loss.kl_estimate_kind,
         sampled=about.sampled,
         ranks=ranks,
         calibrates=probabilities and (loss.full or float(about.targets["temperature"]) == 1.0),
-        accepts=ranks and probabilities and about.alignment == "next",
+        accepts=not crossed and about.targets["kind"] != "random" and probabilities and about.alignment == "next",
     )

@@ -181,7 +181,7 @@ def _against_entries(targets: SparseTargetBatch, logits: Tensor) -> Measured:
     high = low + torch.minimum(tail, (1.0 - q.sum(dim=1)).clamp(min=0.0))
     is_choice = (targets.ids == choice[:, None]) & targets.valid
     teacher_p = (targets.logprobs.exp() * is_choice).sum(dim=1)
-    smallest = p.masked_fill(~exact.valid, 1.0).amin(dim=1)
+    smallest = p.masked_fill(~exact.leading, 1.0).amin(dim=1)
     unlisted = torch.minimum(tail, smallest).masked_fill((is_choice & exact.valid).any(dim=1), 0.0)
     return _measured(_in_top(logits, best), low, high.clamp(max=1.0), confidence, correct, teacher_p, unlisted)
 

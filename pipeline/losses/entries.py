@@ -122,6 +122,13 @@ class TargetEntries(PositionTensors):
         return self.logprobs > -torch.inf
 
     @property
+    def leading(self) -> Tensor:
+        """[N, K] bool: entries that no token of the tail is likelier than. The label is left out if there are others,
+        since servers list the token of the text even if it is not among the likeliest."""
+        is_label = self.ids == self.labels[:, None]
+        return self.valid & ~(is_label & (self.valid.sum(dim=1, keepdim=True) > 1))
+
+    @property
     def exact(self: Entries) -> Entries:
         """The exact entries alone: what every loss reads that is not linear in the teacher's probabilities."""
         place = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)

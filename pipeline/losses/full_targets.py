@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from pipeline.losses.divergence_sum import full_soft_losses
 from pipeline.losses.entries import PositionTensors
@@ -89,8 +90,7 @@ class FullTargets(PositionTensors):
             if loss.position_weighting == "teacher-entropy":
                 losses = losses * position_weight(self.entropy, vocab_size)
             elif loss.position_weighting == "student-entropy":
-                detached = log_q.detach()
-                losses = losses * position_weight(-(detached.exp() * detached).sum(dim=1), vocab_size)
+                losses = losses * position_weight(entr(log_q.detach().exp()).sum(dim=1), vocab_size)
             total = losses.sum()
             scaled = total if scale is None else total * scale
         count = torch.full((), len(losses), dtype=losses.dtype, device=losses.device)

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from cache_format import SparseTargets
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
@@ -93,7 +94,7 @@ def sparse_kl(
     ce = -log_q.gather(1, label[:, None]).squeeze(1)
     losses = loss.weighted(ce, soft)
     if position_weighting != "uniform":
-        entropy = targets.entropy if position_weighting == "teacher-entropy" else -(log_q.exp() * log_q).sum(dim=1)
+        entropy = targets.entropy if position_weighting == "teacher-entropy" else entr(log_q.exp()).sum(dim=1)
         # Outside the loss mask the entropy may be NaN, and NaN·0 would poison the gradient.
         losses = losses * position_weight(torch.where(targets.loss_mask, entropy, 0.0), logits.shape[-1])
 

@@ -72,8 +72,7 @@ class DistillLoss:
             given = _option("kd_weight", self.kd_weight, "kd_schedule", self.kd_schedule)
             numbers = "a number" if self.kd_schedule is None else "numbers"
             raise ValueError(f"{given}: expected {numbers} from 0 (labels only) to 1 (teacher only).")
-        temperatures = (self.temperature,) if self.temperature_schedule is None else self.temperature_schedule.values
-        if not all(0.0 < temperature < math.inf for temperature in temperatures):
+        if not all(0.0 < temperature < math.inf for temperature in self.temperatures):
             given = _option("temperature", self.temperature, "temperature_schedule", self.temperature_schedule)
             numbers = "a positive number" if self.temperature_schedule is None else "positive numbers"
             raise ValueError(f"{given}: expected {numbers}.")
@@ -94,6 +93,11 @@ class DistillLoss:
     def kd_weights(self) -> tuple[float, ...]:
         """All values between which `kd_weight` lies during a run; zero throughout: labels only."""
         return (self.kd_weight,) if self.kd_schedule is None else self.kd_schedule.values
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """All values between which `temperature` lies during a run."""
+        return (self.temperature,) if self.temperature_schedule is None else self.temperature_schedule.values
 
     @property
     def kl_estimate_kind(self) -> KlEstimateKind:

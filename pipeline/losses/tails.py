@@ -103,7 +103,7 @@ def teacher_classes(targets: TargetEntries, tail: TailPolicy, temperature: float
         logprobs = logprobs / temperature
         if tail == "bucket":
             tokens = (vocab_size - targets.valid.sum(dim=1)).clamp(min=1).to(rest.dtype)
-            smallest = targets.logprobs.masked_fill(~targets.valid, 0.0).amin(dim=1)
+            smallest = targets.logprobs.masked_fill(~targets.leading, 0.0).amin(dim=1)
             rest = tempered_tail(rest, smallest, tokens, temperature)
         else:
             rest = rest / temperature
@@ -124,7 +124,8 @@ def tempered_tail(rest: Tensor, smallest: Tensor, tokens: Tensor, temperature: f
     token with all of m has 1.6 (`benchmarks/results/temperature.md`).
 
     Args:
-        rest: [n] log m. smallest: [n] log-probability of the smallest exact entry, 0 if there is none.
+        rest: [n] log m. smallest: [n] log-probability that no token of the tail exceeds: that of the smallest exact
+            entry, 0 if there is none.
         tokens: [n] number of tokens in the tail.
     """
     s, log_n = 1.0 / temperature, tokens.log()

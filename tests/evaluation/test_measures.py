@@ -17,8 +17,9 @@ from foreign_files import NESTED, import_rows, made_up_rows, nested, write_parqu
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import Evaluation, evaluate
 from pipeline.evaluation.intervals import COLUMN, Supported, compare, metrics_of
-from pipeline.evaluation.measures import _tokens_per_run
+from pipeline.evaluation.measures import _against_entries, _tokens_per_run
 from pipeline.evaluation.metrics import compare as compare_evaluations
+from pipeline.losses import SparseTargetBatch
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, dense_logits
 from sampled import random, threshold
@@ -113,9 +114,32 @@ def test_all_kinds_agree_where_no_teacher_is_needed(found: dict[str, Evaluation]
             assert evaluation.metrics[name].value == pytest.approx(getattr(evaluation, name))
 
 
-def test_a_sample_ranks_nothing(found: dict[str, Evaluation]):
+def test_a_sample_ranks_nothing(
+    found: dict[str, Evaluation], teacher_dir: Path, student_dir: Path, text_file: Path, tmp_path: Path
+):
+    """Nor does a threshold without a least number of exact entries, where no token reaches it."""
     metrics = found["random"].metrics
     assert "top5_agreement" not in metrics and "acceptance" not in metrics and "tokens_1" not in metrics
+    build_cache(tmp_path / "cache", teacher_dir, text_file, targets=threshold(0.02, head=0))
+    metrics = evaluate(
+        EvaluateConfig(cache=str(tmp_path / "cache"), student=str(student_dir), device="cpu", max_rows=2)
+    ).metrics
+    assert "top5_agreement" not in metrics and metrics["agreement"].relation == "estimate"
+    assert metrics["acceptance"].relation == "lower bound"
+
+
+def test_a_listed_label_bounds_no_other_token():
+    """The student's choice is not listed and has p = .04; the label is listed, with next to nothing."""
+    logprobs = torch.full((1, 100), -20.0)
+    logprobs[0, :6] = torch.tensor([0.3, 0.25, 0.2, 0.12, 0.08, 0.04]).log()
+    logprobs = logprobs.log_softmax(dim=1)
+    logits = torch.zeros(1, 100).index_fill(1, torch.tensor([5]), 20.0)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 77]])
+    listed = logprobs.gather(1, ids)
+    targets = SparseTargetBatch(
+        ids=ids, logprobs=listed, residual_logprob=torch.log1p(-listed.exp().sum(dim=1)), labels=torch.tensor([77])
+    )
+    assert _against_entries(targets, logits).hidden_p.item() == pytest.approx(0.04, abs=1e-3)
 
 
 def test_renormalised_entries_bound_nothing(student_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):

@@ -180,7 +180,8 @@ def distributions(
         teacher = teacher**power
     else:
         outside = np.setdiff1d(np.arange(len(z)), ids)
-        teacher = np.append(p**power, tempered_mass(m, max(1, len(outside)), p.min(initial=1.0), power))
+        leading = p[ids != label] if len(ids) > 1 else p  # the label may be listed whatever its rank
+        teacher = np.append(p**power, tempered_mass(m, max(1, len(outside)), leading.min(initial=1.0), power))
         student = np.append(q[ids], q[outside].sum())
         if not len(outside):  # no such class
             teacher, student = teacher[:-1], student[:-1]

@@ -19,7 +19,7 @@ from pipeline.losses import (
     SparseTargetBatch,
     sparse_kl,
 )
-from pipeline.losses.tails import tempered_tail
+from pipeline.losses.tails import teacher_classes, tempered_tail
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 KD_WEIGHTS = (0.0, 0.3, 1.0)
@@ -127,6 +127,24 @@ def test_the_tempered_tail_is_near_that_of_a_power_law() -> None:
     tail = torch.tensor(p[64:])
     found = tempered_tail(tail.sum().log()[None], torch.tensor(p[63:64]).log(), torch.tensor([49_936.0]), 2.0)
     assert abs(found.item() - tail.sqrt().sum().log().item()) < 0.3
+
+
+def test_a_listed_label_does_not_bound_the_tail() -> None:
+    """A server lists the token of the text whatever its rank; the tail then holds likelier ones."""
+    p = 1.0 / np.arange(1, 50_001) ** 1.6
+    p /= p.sum()
+    taught = []
+    for label in (2, 9_000):
+        ids = np.unique([*range(20), label])
+        targets = SparseTargetBatch(
+            ids=torch.tensor(ids)[None],
+            logprobs=torch.tensor(p[ids]).log()[None],
+            residual_logprob=torch.tensor([1.0 - p[ids].sum()]).log(),
+            labels=torch.tensor([label]),
+        )
+        taught.append(teacher_classes(targets, "bucket", 2.0, 50_000)[0, -1].exp().item())
+    true = 1.0 - np.sqrt(p[:20]).sum() / np.sqrt(p).sum()
+    assert abs(taught[0] - true) < 0.01 and abs(taught[1] - true) < 0.01  # 0.88; bounded by the label, 0.96
 
 
 def test_renormalise_at_a_temperature_is_exact() -> None:

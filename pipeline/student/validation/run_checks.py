@@ -220,6 +220,12 @@ def _target_warnings(
         if held_out is not None and not any(cache.metadata.sampled for cache in caches):
             caches.append(held_out)  # otherwise the warning about the training caches is enough
         warnings += exact_entry_warnings(caches, loss.tail, name, loss.divergence)
+    if config.cross_tokenizer == "project" and loss.tail == "bucket" and set(loss.temperatures) != {1.0}:
+        warnings.append(
+            "`cross_tokenizer` project: entries without a token of the student join the tail, whose mass at "
+            f"another temperature (`temperature` {loss.temperature:g}) is estimated as if none of them were likely. "
+            "Temperature 1 needs no estimate"
+        )
     return warnings
 
 
