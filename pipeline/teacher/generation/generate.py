@@ -49,7 +49,7 @@ from pipeline.teacher.engines.interface import TeacherEngine, Usage
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
-from pipeline.teacher.generation.answering import Answering, GenerationProgress
+from pipeline.teacher.generation.answering import Answering, GenerationProgress, prompts_per_group
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.caching import cache_answers
 from pipeline.teacher.generation.finished import check_same_contents, finished_cache, has_other_names, kept_by
@@ -198,7 +198,7 @@ def _answer(
         check_decoding(engine.head, padding=rows_per_pass(config) > 1, longest=prompts.longest_read)
     stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
-    store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
+    begun = store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
 
     answers, asked = quantity(generation.answers_per_prompt, "answer"), quantity(prompts.answerable.sum(), "prompt")
     on_stage(f"writing {answers} to each of {asked}")
@@ -215,6 +215,7 @@ def _answer(
             longest_read=prompts.longest_read,
         ),
         answers_per_prompt=generation.answers_per_prompt,
+        prompts_per_group=prompts_per_group(begun["capture"]["batch_size"], generation.answers_per_prompt),
         predicate=predicate,
         keep=generation.keep,
         on_progress=on_progress,
