@@ -52,7 +52,7 @@ from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, GenerationProgress, prompts_per_group
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.caching import cache_answers
-from pipeline.teacher.generation.finished import check_same_contents, finished_cache, has_other_names, kept_by
+from pipeline.teacher.generation.finished import check_same_contents, finished_cache, kept_by
 from pipeline.teacher.generation.generation_config import LOADING_THE_WRITER, GenerationConfig
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
@@ -120,10 +120,6 @@ def generate_cache(
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = finished_cache(config, generation, predicate)
     store.check()
-    if manifest is not None and not has_other_names(config, generation, manifest):
-        if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
-            store.remove()  # killed between the last two steps
-        return _summary_of(config.output, manifest)
     device = worker.device(config.device)
     started = time.perf_counter()
 
@@ -145,6 +141,8 @@ def generate_cache(
     if manifest is not None:
         on_stage("comparing with the finished cache")
         check_same_contents(config, writer, manifest, prompts, tokenizer, device)
+        if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
+            store.remove()  # killed between the last two steps
         return _summary_of(config.output, manifest)
 
     cache = partial(cache_answers, config, worker, tokenizer=tokenizer, device=device, on_stage=on_stage)
