@@ -77,9 +77,11 @@ def check_same_contents(
     _check_same(teacher.output, manifest, was, given)
 
     was = {"teacher": recorded["teacher"], "writer": dict(_writer(manifest))}
-    models = {"teacher": teacher} if writer is None else {"teacher": teacher, "writer": writer}
-    others = {role: config for role, config in models.items() if _may_differ(config, was[role])}
-    given = {role: _facts(config, prompts, tokenizer, device) for role, config in others.items()}
+    models = {"teacher": (teacher, prompts)}
+    if writer is not None:
+        models["writer"] = (writer, prompts.for_writer())
+    others = {role: each for role, each in models.items() if _may_differ(each[0], was[role])}
+    given = {role: _facts(config, read, tokenizer, device) for role, (config, read) in others.items()}
     _check_same(teacher.output, manifest, was, given)
 
 

@@ -146,9 +146,10 @@ def generate_cache(
         return _summary_of(config.output, manifest)
 
     cache = partial(cache_answers, config, worker, tokenizer=tokenizer, device=device, on_stage=on_stage)
+    read = prompts if writer is None else prompts.for_writer()
     with store:
         on_stage(_opening("teacher" if writer is None else "writer", writer or config, device))
-        with closing(open_engine(writer or config, prompts, tokenizer, device)) as engine:
+        with closing(open_engine(writer or config, read, tokenizer, device)) as engine:
             corpus, answering = _answer(
                 writer or config, generation, prompts, store, engine, tokenizer, predicate, on_stage, on_progress
             )
@@ -193,7 +194,8 @@ def _answer(
     """Answers all prompts that are not answered in the store. Args: config: of the teacher or the writer."""
     config.targets.check_vocabulary(engine.vocab_size)
     if isinstance(engine, TransformersEngine):
-        check_decoding(engine.head, padding=rows_per_pass(config) > 1, longest=prompts.longest_read)
+        longest = (prompts if generation.writer is None else prompts.for_writer()).longest_read
+        check_decoding(engine.head, padding=rows_per_pass(config) > 1, longest=longest)
     stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
     begun = store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
