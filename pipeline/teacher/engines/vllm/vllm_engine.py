@@ -292,6 +292,10 @@ class VllmEngine:
         rows = [cache_row(request.index, request.row, request.stored, targets) for targets in all_targets]
         if request.with_states is None:
             return rows
+        assert self._hidden is not None
+        # A step in which no position is chosen collects no layer.
+        no_states, no_scales = hidden_states.nowhere(self._hidden)
+        states, scales = no_states | states, no_scales | scales
         (found,) = hidden_states.of_rows(states, scales, [request.with_states], [request.index])
         return [replace(each, hidden=found) for each in rows]
 

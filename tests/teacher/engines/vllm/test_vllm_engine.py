@@ -133,6 +133,20 @@ def test_hidden_states_and_the_head_are_those_of_transformers(
     assert agrees(tmp_path / "full", teachers[architecture])
 
 
+def test_a_step_without_hidden_states(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """One document in a step, so that the second row has no chosen position in any."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in ("The miller and his wife", "Well")])
+    options: dict[str, Any] = {
+        "of_data": {"sample_by": "document", "packing": False},
+        "running": EngineConfig(engine="vllm", engine_args={"max_num_seqs": 1}),
+        "hidden": HiddenRule(layers="1,3", every=40, dtype="int8"),
+    }
+    cache_teacher(config_of(teachers["llama"], data, tmp_path / "cache", **options))
+    rows = list(cf.open_cache(tmp_path / "cache").iter_rows())
+    assert [row.hidden.mask.sum() for row in rows if row.hidden is not None] == [1, 0]
+    assert agrees(tmp_path / "cache", teachers["llama"])
+
+
 def test_a_teacher_with_prompts_of_its_own(teachers: dict[str, Path], tmp_path: Path) -> None:
     rows = [
         {"prompt": row["prompt"], "completion": row["completion"], "teacher_prompt": hint + row["prompt"]}
