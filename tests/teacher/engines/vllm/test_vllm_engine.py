@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -367,8 +368,10 @@ def test_hidden_states_other_than_vllms_own_are_refused(
     """The probe at the start: here the states are off by one position."""
     add = StepTargets.add
     monkeypatch.setattr(StepTargets, "add", lambda self, hidden, spans: add(self, hidden.roll(1, 0), spans))
+    before = threading.enumerate()
     with pytest.raises(ModelError, match="differ from vLLM's own"):
         open_vllm(str(teachers["llama"]), vocab_size=V, seq_len=64, dtype="auto", engine_args={})
+    assert "vllm" not in [thread.name for thread in threading.enumerate() if thread not in before]
 
 
 @pytest.mark.parametrize(
