@@ -29,7 +29,7 @@ def finished_cache(
 ) -> cf.Manifest | None:
     """The finished cache that this run would write, if it exists already. Names of models and prompts may differ.
 
-    Raises: CacheError if a different cache exists.
+    Raises: CacheError if something else is there; MismatchError: a cache that was made with other settings.
     """
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
     replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
@@ -58,7 +58,7 @@ def finished_cache(
     if bool(written.get("writer")) != bool(generation.writer):  # else a name may have changed
         found += cf.differences({"writer": _writer(manifest).get("name")}, {"writer": generation.writer})
     if found:
-        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+        raise cf.finished_already(config.output, manifest, found)
     return manifest
 
 
@@ -70,7 +70,7 @@ def check_same_contents(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> None:
-    """Raises: CacheError if a finished cache was made by other models, or from other prompts."""
+    """Raises: MismatchError if a finished cache was made by other models, or from other prompts."""
     recorded = manifest.metadata.to_json()
     was = {"tokenizer": recorded["tokenizer"], "prompts": recorded["corpus"]}
     given = {"tokenizer": tokenizer_fingerprint(tokenizer), "prompts": json.loads(json.dumps(prompts.description))}
@@ -89,7 +89,7 @@ def _check_same(output: str, manifest: cf.Manifest, was: dict[str, Any], given: 
     """Compares the keys that are given."""
     was = {part: {name: was[part].get(name) for name in values} for part, values in given.items()}
     if found := cf.ignoring_names(cf.differences(was, given), was):
-        raise cf.finished_already(output, manifest, f" made with other settings ({cf.listed(found)})")
+        raise cf.finished_already(output, manifest, found)
 
 
 def _may_differ(config: CacheTeacherConfig, recorded: Mapping[str, Any]) -> bool:

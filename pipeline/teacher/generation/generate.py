@@ -101,7 +101,7 @@ def generate_cache(
 
     Raises:
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
-        CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
+        CacheError: the output holds something else; MismatchError: it holds a run with other settings.
     """
     if generation.writer is not None and _is_teacher(generation, config):
         unused: dict[str, Any] = dict.fromkeys(("writer", *LOADING_THE_WRITER))

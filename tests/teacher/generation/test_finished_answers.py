@@ -62,7 +62,7 @@ def test_an_option_that_changes_the_answers_is_refused(
 ) -> None:
     monkeypatch.setattr(opening, "check_installed", lambda **_: None)
     before, device = contents(finished), {"device": "auto"} if "running" in change else {}
-    with pytest.raises(cf.CacheError, match=f"finished cache .* made with other settings .*{named}"):
+    with pytest.raises(cf.MismatchError, match=f"finished cache .* made with other settings .*{named}"):
         generate(teacher, data, finished, **ANSWERS, **change, **device)
     assert contents(finished) == before
 
@@ -75,7 +75,7 @@ def test_other_prompts_of_the_same_name_are_refused(teacher: Path, tmp_path: Pat
     data, output = tmp_path / "prompts.jsonl", tmp_path / "cache"
     generate(teacher, write_jsonl(data, [{"prompt": "The miller"}]), output, **ANSWERS)
     write_jsonl(data, [{"prompt": "The river"}] * 2)
-    with pytest.raises(cf.CacheError, match=r"made with other settings \(prompts.files"):
+    with pytest.raises(cf.MismatchError, match=r"made with other settings \(prompts.files"):
         generate(teacher, data, output, **ANSWERS)
 
 
@@ -86,5 +86,5 @@ def test_another_tokenizer_is_refused(
     settings = tmp_path / "tokenizer/tokenizer_config.json"
     settings.write_text(settings.read_text().replace("{", '{"chat_template": "{{ messages }}",', 1))
     (tmp_path / "tokenizer/chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(cf.CacheError, match=r"made with other settings \(tokenizer.chat_template"):
+    with pytest.raises(cf.MismatchError, match=r"made with other settings \(tokenizer.chat_template"):
         generate(teacher, data, finished, **ANSWERS, tokenizer=str(tmp_path / "tokenizer"))
