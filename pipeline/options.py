@@ -271,7 +271,8 @@ def flat(config: Any) -> dict[str, Any]:
             value = True
         elif each.type is bool and value is None and not each.optional:
             value = False
-        if each.metadata.python_only or value is None or value == each.default:
+        # A required option has no default, and may be an object that compares item by item, such as a DataFrame.
+        if each.metadata.python_only or value is None or (not each.required and value == each.default):
             continue
         found[each.name] = list(value) if isinstance(value, tuple) else value
     return found

@@ -7,9 +7,11 @@ deleted.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
-from cache_format.cache_errors import CacheError
+from cache_format.cache_errors import CacheError, MismatchError
 from cache_format.manifest.answers_file import ANSWERS
+from cache_format.manifest.differences import Difference, listed
 from cache_format.manifest.documents_file import DOCUMENTS
 from cache_format.manifest.manifest import LEXICON, MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR, Manifest, metadata_of
 from cache_format.manifest.metadata import CacheMetadata
@@ -98,9 +100,14 @@ def recorded_metadata(path: str | os.PathLike[str]) -> CacheMetadata | None:
     return None
 
 
-def finished_already(path: str | os.PathLike[str], manifest: Manifest, because: str = "") -> CacheError:
-    """The error of a writer that finds a finished cache where it should write."""
-    return CacheError(
+def finished_already(path: str | os.PathLike[str], manifest: Manifest, found: Sequence[Difference] = ()) -> CacheError:
+    """The error of a writer that finds a finished cache where it should write.
+
+    Args:
+        found: how the settings that it was made with differ; a MismatchError then.
+    """
+    because = f" made with other settings ({listed(found)})" if found else ""
+    return (MismatchError if found else CacheError)(
         f"{open_directory(path).path()}: found a finished cache ({quantity(manifest.num_rows, 'row')}){because}, "
         "nothing was changed. Choose another directory, or replace it with `overwrite=True`."
     )

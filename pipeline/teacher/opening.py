@@ -37,7 +37,7 @@ from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.server.server_engine import ServerEngine
 from pipeline.teacher.engines.server.server_opening import check_client, open_server
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine, closed_on_error
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
@@ -283,7 +283,8 @@ def _open_vllm(
         generates=config.generation is not None,
         **_source(config),
     )
-    engine.hidden = states_spec(config.hidden, engine, engine.stored_head)
+    with closed_on_error(engine):
+        engine.hidden = states_spec(config.hidden, engine, engine.stored_head)
     return engine
 
 

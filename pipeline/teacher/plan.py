@@ -30,6 +30,7 @@ import numpy as np
 
 import cache_format as cf
 from cache_format.wording import quantity
+from pipeline.errors import ConfigError
 from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
@@ -125,6 +126,11 @@ def plan_cache(
 
     Raises: DataError, ModelError, ConfigError, as `cache_teacher` would.
     """
+    if config.generation is not None:
+        raise ConfigError(
+            f"{config.given('generation')}: plans are made for given text only; here it is not written yet. Plan "
+            "without it, with text of the same kind and length as `data`."
+        )
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     device = worker.device(config.device)
     on_stage("reading and tokenising the text")

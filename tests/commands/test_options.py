@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy
+import pandas
 import pytest
 
 from cli import main
@@ -98,6 +100,12 @@ def test_a_saved_configuration_makes_the_same_one_again(values: dict[str, Any], 
     file.write_text(json.dumps(flat(config)))
     assert build(CacheTeacherConfig, read_config(str(file), CacheTeacherConfig)) == config
     assert values.items() <= {n: tuple(v) if isinstance(v, list) else v for n, v in flat(config).items()}.items()
+
+
+@pytest.mark.parametrize("data", [pandas.DataFrame({"text": ["a", "b"]}), numpy.array(["a", "b"])])
+def test_objects_that_compare_item_by_item_may_be_given(data: Any) -> None:
+    config = build(CacheTeacherConfig, {"teacher": "teacher", "data": data, "output": "cache"})
+    assert flat(config)["data"] is data
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import cache_format as cf
+import distill
 from cli import main
 from pipeline.inspection import describe_targets
 from pipeline.options import options_of
@@ -195,6 +196,15 @@ def test_rows_are_taken_from_all_over_the_text(teacher_dir: Path, tmp_path: Path
     run("plan", *words, "--rows", 20)
     repeated = sum(share > 0.2 for share in seen)
     assert len(seen) == 20 and 4 <= repeated <= 16
+
+
+def test_answers_are_not_planned(teacher_dir: Path, text: Path, tmp_path: Path):
+    given = {"teacher": str(teacher_dir), "data": str(text), "output": str(tmp_path / "cache")}
+    with pytest.raises(distill.ConfigError, match="`generate`, `gen_seed`: plans are made for given text only"):
+        distill.plan(**given, generate=True, gen_seed=1)
+    (tmp_path / "run.json").write_text(json.dumps({**given, "generate": True}))
+    result = run("plan", "--config", tmp_path / "run.json", status=1)
+    assert "generate: plans are made for given text only" in result.stderr
 
 
 def test_every_option_of_the_real_thing_is_there_and_complains_alike(words: list[Any], tmp_path: Path):

@@ -93,23 +93,27 @@ class AnswerStore:
                 "unfinished run, which are kept there until the cache is written. Choose another `output`."
             )
 
-    def open(self, settings: Mapping[str, Any], *, replace: bool, allow_rounding: bool) -> None:
+    def open(self, settings: Mapping[str, Any], *, replace: bool, allow_rounding: bool) -> dict[str, Any]:
         """Starts a new store, or continues an existing one.
 
         Args:
             replace: remove answers made with other settings.
             allow_rounding: continue with answers that differ only by rounding.
 
+        Returns: the settings of the run that began the store.
+
         Raises: CacheError if something else is there or another process uses it; MismatchError if settings differ.
         """
         self.check()
         if (holder := self._claims.take(WHOLE)) is not None:
             raise self._refused(holder)
-        settings = json.loads(json.dumps(settings))  # as it will be read back
+        given: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read back
+        recorded = None
         names = self._directory.names()
         if SETTINGS in names:
             try:
-                self._check_same(settings, allow_rounding=allow_rounding)
+                recorded = self._recorded()
+                self._check_same(recorded, given, allow_rounding=allow_rounding)
             except cf.CacheError:
                 if not replace:
                     raise
@@ -117,14 +121,15 @@ class AnswerStore:
                     if name not in (CLAIMS, SETTINGS):
                         self._directory.remove(name)
                 self._directory.remove(SETTINGS)  # last: a directory without settings is not ours
-                names = []
+                names, recorded = [], None
         for name in names:
             if is_temporary(name):
                 self._directory.remove(name)
-        if SETTINGS not in names:
-            data = json.dumps(settings, indent=1, sort_keys=True).encode()
+        if recorded is None:
+            data = json.dumps(given, indent=1, sort_keys=True).encode()
             write_bytes(self._directory, SETTINGS, data)
         self._names = {int(match[1]): name for name in names if (match := _GROUP.fullmatch(name))}
+        return given if recorded is None else recorded
 
     def _recorded(self) -> dict[str, Any]:
         return json_object(
@@ -135,9 +140,8 @@ class AnswerStore:
             error=cf.CacheError,
         )
 
-    def _check_same(self, settings: Mapping[str, Any], *, allow_rounding: bool) -> None:
-        recorded = self._recorded()
-        found = cf.ignoring_names(cf.differences(recorded, settings), recorded)
+    def _check_same(self, recorded: Mapping[str, Any], given: Mapping[str, Any], *, allow_rounding: bool) -> None:
+        found = cf.ignoring_names(cf.differences(recorded, given), recorded)
         if different := [each for each in found if not (allow_rounding and each.rounding)]:
             raise cf.MismatchError(
                 f"{self.location}: holds answers of an unfinished run with other settings: "
@@ -151,17 +155,23 @@ class AnswerStore:
         found = self._recorded().get("prompts")
         return found if isinstance(found, dict) else None
 
-    def load(self, number: int) -> Group | None:
-        """A stored group; None if it is missing or damaged."""
+    def load(self, number: int, expected: Sequence[tuple[int, int]] | None = None) -> Group | None:
+        """A stored group; None if it is missing or damaged, or if its answers are not those that are expected.
+
+        Args:
+            expected: document and index of each answer, if they are to be checked.
+        """
         if number not in self._names:
             return None
         name = self._names[number]
         data = self._directory.read_bytes(name)
-        if _digest(data) != name.rpartition("-")[2].removesuffix(".arrow"):
-            self._directory.remove(name)
-            del self._names[number]
-            return None
-        return _decode(data)
+        if _digest(data) == name.rpartition("-")[2].removesuffix(".arrow"):
+            group = _decode(data)
+            if expected is None or [(answer.document, answer.index) for answer in group.answers] == list(expected):
+                return group
+        self._directory.remove(name)
+        del self._names[number]
+        return None
 
     def save(self, number: int, group: Group) -> None:
         data = _encode(group)

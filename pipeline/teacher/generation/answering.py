@@ -25,6 +25,11 @@ BATCHES_PER_GROUP = 4  # sorted by length; at most this much is lost when killed
 LEAST_PER_GROUP = 32  # answers
 
 
+def prompts_per_group(batch_size: int, answers_per_prompt: int) -> int:
+    """Args: batch_size: of the run that began the store. Its later groups hold as many prompts, whatever the batch."""
+    return max(1, max(LEAST_PER_GROUP, BATCHES_PER_GROUP * batch_size) // answers_per_prompt)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationProgress:
     """Progress of the run, reported after every batch."""
@@ -53,16 +58,14 @@ class Answering:
         settings: AnswerSettings,
         *,
         answers_per_prompt: int,
+        prompts_per_group: int,
         predicate: Predicate | None,
         keep: Keep,
         on_progress: Callable[[GenerationProgress], None],
     ) -> None:
         self.prompts, self.store, self.engine, self.settings = prompts, store, engine, settings
-        self.answers_per_prompt = answers_per_prompt
+        self.answers_per_prompt, self.prompts_per_group = answers_per_prompt, prompts_per_group
         self.predicate, self.keep, self.on_progress = predicate, keep, on_progress
-        self.prompts_per_group = max(
-            1, max(LEAST_PER_GROUP, BATCHES_PER_GROUP * engine.batch_size) // answers_per_prompt
-        )
         self.selection = Selection()
         self.resumed = 0  # answers found in the store
         self.tokens_written = 0
@@ -71,7 +74,7 @@ class Answering:
     def run(self) -> KeptAnswers:
         """Raises: ConfigError if the predicate fails; DataError if no answer passes it."""
         for number, documents in enumerate(self._documents()):
-            group = self.store.load(number)
+            group = self.store.load(number, self._asked(documents))
             if group is None:
                 group = self._write(documents)
                 self.store.save(number, group)
@@ -91,19 +94,23 @@ class Answering:
         for start in range(0, len(self.prompts), self.prompts_per_group):
             yield range(start, min(start + self.prompts_per_group, len(self.prompts)))
 
+    def _asked(self, documents: range) -> list[tuple[int, int]]:
+        """The answers to these prompts: document and index."""
+        answerable = [document for document in documents if self.prompts.answerable[document]]
+        return [(document, index) for document in answerable for index in range(self.answers_per_prompt)]
+
     def _write(self, documents: range) -> Group:
+        prompts = dict(zip(documents, self.prompts.read(documents), strict=True))
         requests = [
             Request(
                 document,
                 index,
-                prompt.ids,
-                prompt.teacher_prompt,
+                prompts[document].ids,
+                prompts[document].teacher_prompt,
                 by_teacher=self.settings.sampling.writer is None,
                 messages=partial(self.prompts.messages, document),
             )
-            for document, prompt in zip(documents, self.prompts.read(documents), strict=True)
-            if self.prompts.answerable[document]
-            for index in range(self.answers_per_prompt)
+            for document, index in self._asked(documents)
         ]
         tokens_before = self.tokens_written
         in_group = 0

@@ -1,7 +1,12 @@
-"""A finished cache in the output: whether it is the one that this run would write."""
+"""A finished cache in the output: whether it is the one that this run would write.
+
+Options are compared first, then tokenizer and prompts. The models are loaded only if something that identifies them
+differs from what is recorded, such as a name, which says nothing by itself: machines mount things differently.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -17,7 +22,6 @@ from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.generation.predicates import Predicate
 from pipeline.teacher.opening import open_engine
 from pipeline.teacher.text.prompts import Prompts
-from pipeline.teacher.text.reading.data_paths import data_name
 
 
 def finished_cache(
@@ -25,7 +29,7 @@ def finished_cache(
 ) -> cf.Manifest | None:
     """The finished cache that this run would write, if it exists already. Names of models and prompts may differ.
 
-    Raises: CacheError if a different cache exists.
+    Raises: CacheError if something else is there; MismatchError: a cache that was made with other settings.
     """
     manifest = None if config.overwrite else cf.finished_manifest(config.output)
     replaces, stale_after_s = config.overwrite or manifest is not None, config.workers.stale_after
@@ -34,7 +38,7 @@ def finished_cache(
         return None
     recorded = manifest.metadata.to_json()
     corpus = recorded["corpus"]
-    compared_options = ("data_config", "split", "text_column", "max_documents", "chat_template_kwargs")
+    compared_options = ("data_config", "split", "text_column", "sample_by", "max_documents", "chat_template_kwargs")
     data = {name: getattr(config.data, name) for name in compared_options}
     if config.data.template_date is not None:
         data["template_date"] = config.data.template_date
@@ -48,25 +52,14 @@ def finished_cache(
         ("generation", written, {**generation.to_json(), **kept_by(generation, predicate)}),
         ("manifest", recorded, {"encoding": config.encoding}),
     ]
-    found = [d for key, was, given in compared for d in cf.differences({k: was.get(k) for k in given}, given, key)]
+    engine = "server" if config.on_server else "vllm" if config.running.engine == "vllm" else "transformers"
+    found = cf.differences({"engine": recorded["capture"].get("engine", "transformers")}, {"engine": engine}, "capture")
+    found += [d for key, was, given in compared for d in cf.differences({k: was.get(k) for k in given}, given, key)]
     if bool(written.get("writer")) != bool(generation.writer):  # else a name may have changed
         found += cf.differences({"writer": _writer(manifest).get("name")}, {"writer": generation.writer})
     if found:
-        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+        raise cf.finished_already(config.output, manifest, found)
     return manifest
-
-
-def has_other_names(config: CacheTeacherConfig, generation: GenerationConfig, manifest: cf.Manifest) -> bool:
-    """Whether the name of a model or of the prompts differs from the recorded one. Contents are compared then."""
-    recorded = manifest.metadata
-    writer = _writer(manifest)
-    name, revision = generation.writer_source
-    return (model_name(config.teacher), data_name(config.data.data), name, revision or writer.get("revision")) != (
-        recorded.teacher.get("name"),
-        recorded.corpus.get("source"),
-        writer.get("name"),
-        writer.get("revision"),
-    )
 
 
 def check_same_contents(
@@ -77,24 +70,34 @@ def check_same_contents(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> None:
-    """Loads the models. Raises: CacheError if a finished cache was made by others, or from other prompts."""
+    """Raises: MismatchError if a finished cache was made by other models, or from other prompts."""
     recorded = manifest.metadata.to_json()
-    of_prompts = {name: prompts.description[name] for name in ("source", "files")}
-    given: dict[str, dict[str, Any]] = {
-        "teacher": _facts(teacher, prompts, tokenizer, device),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompts": of_prompts,
-    }
-    was = {
-        "teacher": {name: recorded["teacher"].get(name) for name in given["teacher"]},
-        "tokenizer": recorded["tokenizer"],
-        "prompts": {name: recorded["corpus"].get(name) for name in of_prompts},
-    }
+    was = {"tokenizer": recorded["tokenizer"], "prompts": recorded["corpus"]}
+    given = {"tokenizer": tokenizer_fingerprint(tokenizer), "prompts": json.loads(json.dumps(prompts.description))}
+    _check_same(teacher.output, manifest, was, given)
+
+    was = {"teacher": recorded["teacher"], "writer": dict(_writer(manifest))}
+    models = {"teacher": (teacher, prompts)}
     if writer is not None:
-        given["writer"] = _facts(writer, prompts, tokenizer, device)
-        was["writer"] = {name: recorded["corpus"]["generation"]["writer"].get(name) for name in given["writer"]}
+        models["writer"] = (writer, prompts.for_writer())
+    others = {role: each for role, each in models.items() if _may_differ(each[0], was[role])}
+    given = {role: _facts(config, read, tokenizer, device) for role, (config, read) in others.items()}
+    _check_same(teacher.output, manifest, was, given)
+
+
+def _check_same(output: str, manifest: cf.Manifest, was: dict[str, Any], given: dict[str, Any]) -> None:
+    """Compares the keys that are given."""
+    was = {part: {name: was[part].get(name) for name in values} for part, values in given.items()}
     if found := cf.ignoring_names(cf.differences(was, given), was):
-        raise cf.finished_already(teacher.output, manifest, f" made with other settings ({cf.listed(found)})")
+        raise cf.finished_already(output, manifest, found)
+
+
+def _may_differ(config: CacheTeacherConfig, recorded: Mapping[str, Any]) -> bool:
+    """Whether a model may be another one than the recorded: its name differs, or the revision or dtype if given."""
+    given = {"name": model_name(config.teacher), "revision": config.revision}
+    if config.dtype != "auto":
+        given["dtype"] = config.dtype
+    return any(value not in (None, recorded.get(name)) for name, value in given.items())
 
 
 def kept_by(generation: GenerationConfig, predicate: Predicate | None) -> dict[str, Any]:
@@ -113,4 +116,5 @@ def _facts(
 ) -> dict[str, str | None]:
     with closing(open_engine(config, prompts, tokenizer, device)) as engine:
         described = engine.describe_teacher()
-        return {name: described.get(name) for name in ("dtype", *cf.FINGERPRINTS)}
+        # A server has a name only, that of the model that it runs.
+        return {name: described.get(name) for name in ("dtype", *cf.FINGERPRINTS, *({"name"} & described.keys()))}

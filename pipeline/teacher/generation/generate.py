@@ -49,10 +49,10 @@ from pipeline.teacher.engines.interface import TeacherEngine, Usage
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
-from pipeline.teacher.generation.answering import Answering, GenerationProgress
+from pipeline.teacher.generation.answering import Answering, GenerationProgress, prompts_per_group
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.caching import cache_answers
-from pipeline.teacher.generation.finished import check_same_contents, finished_cache, has_other_names, kept_by
+from pipeline.teacher.generation.finished import check_same_contents, finished_cache, kept_by
 from pipeline.teacher.generation.generation_config import LOADING_THE_WRITER, GenerationConfig
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
@@ -101,7 +101,7 @@ def generate_cache(
 
     Raises:
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
-        CacheError: the output holds something else; MismatchError: it holds an unfinished run with other settings.
+        CacheError: the output holds something else; MismatchError: it holds a run with other settings.
     """
     if generation.writer is not None and _is_teacher(generation, config):
         unused: dict[str, Any] = dict.fromkeys(("writer", *LOADING_THE_WRITER))
@@ -120,10 +120,6 @@ def generate_cache(
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = finished_cache(config, generation, predicate)
     store.check()
-    if manifest is not None and not has_other_names(config, generation, manifest):
-        if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
-            store.remove()  # killed between the last two steps
-        return _summary_of(config.output, manifest)
     device = worker.device(config.device)
     started = time.perf_counter()
 
@@ -145,12 +141,15 @@ def generate_cache(
     if manifest is not None:
         on_stage("comparing with the finished cache")
         check_same_contents(config, writer, manifest, prompts, tokenizer, device)
+        if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
+            store.remove()  # killed between the last two steps
         return _summary_of(config.output, manifest)
 
     cache = partial(cache_answers, config, worker, tokenizer=tokenizer, device=device, on_stage=on_stage)
+    read = prompts if writer is None else prompts.for_writer()
     with store:
         on_stage(_opening("teacher" if writer is None else "writer", writer or config, device))
-        with closing(open_engine(writer or config, prompts, tokenizer, device)) as engine:
+        with closing(open_engine(writer or config, read, tokenizer, device)) as engine:
             corpus, answering = _answer(
                 writer or config, generation, prompts, store, engine, tokenizer, predicate, on_stage, on_progress
             )
@@ -195,10 +194,11 @@ def _answer(
     """Answers all prompts that are not answered in the store. Args: config: of the teacher or the writer."""
     config.targets.check_vocabulary(engine.vocab_size)
     if isinstance(engine, TransformersEngine):
-        check_decoding(engine.head, padding=rows_per_pass(config) > 1, longest=prompts.longest_read)
+        longest = (prompts if generation.writer is None else prompts.for_writer()).longest_read
+        check_decoding(engine.head, padding=rows_per_pass(config) > 1, longest=longest)
     stop_tokens = find_stop_tokens(engine.eos_token_ids, tokenizer, is_chat=prompts.columns.is_chat)
     settings = _settings(config, generation, prompts, engine, tokenizer, stop_tokens)
-    store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
+    begun = store.open(settings, replace=config.overwrite, allow_rounding=config.workers.allow_rounding)
 
     answers, asked = quantity(generation.answers_per_prompt, "answer"), quantity(prompts.answerable.sum(), "prompt")
     on_stage(f"writing {answers} to each of {asked}")
@@ -215,6 +215,7 @@ def _answer(
             longest_read=prompts.longest_read,
         ),
         answers_per_prompt=generation.answers_per_prompt,
+        prompts_per_group=prompts_per_group(begun["capture"]["batch_size"], generation.answers_per_prompt),
         predicate=predicate,
         keep=generation.keep,
         on_progress=on_progress,

@@ -79,6 +79,13 @@ def of_batch(states: Mapping[int, Tensor], places: Tensor, dtype: str) -> tuple[
     return kept, scales
 
 
+def nowhere(spec: cf.HiddenSpec) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """States [0, D] and scales [0] of every layer, where no position is chosen."""
+    none = [quantised(torch.zeros((0, spec.width)), spec.dtype) for _ in spec.layers]
+    states = {layer: state for layer, (state, _) in zip(spec.layers, none, strict=True)}
+    return states, {layer: scale for layer, (_, scale) in zip(spec.layers, none, strict=True) if scale is not None}
+
+
 def of_rows(
     states: Mapping[int, Tensor], scales: Mapping[int, Tensor], masks: Sequence[np.ndarray], rows: Sequence[int]
 ) -> list[cf.HiddenStates]:

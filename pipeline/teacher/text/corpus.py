@@ -45,6 +45,7 @@ _FEATURES = datasets.Features(
     input_ids=datasets.Sequence(datasets.Value("int32")),
     is_target=datasets.Sequence(datasets.Value("bool")),
 )
+_ROW = "row"  # of the source, that a document is from
 # Columns of bools, whose sums are reported.
 WITH_SPECIAL_TOKENS, SPLIT, ONLY_EOS = _FINDINGS = (
     "documents_with_special_tokens",
@@ -61,7 +62,8 @@ _DOCUMENTS_PER_RECORD_BATCH = 256
 class Documents:
     """The tokenised text, in the order of the source."""
 
-    tokens: datasets.Dataset  # input_ids list<int32>, is_target list<bool> (in the loss); both empty for empty text
+    # input_ids list<int32>, is_target list<bool> (in the loss), both empty for empty text; _ROW int64
+    tokens: datasets.Dataset
     columns: Columns  # with a prompt for the teacher: `tokens` has the columns of `teacher_prompts.FEATURES` too
     loss_on: str  # all, assistant, completion or labels
     source: Source
@@ -72,9 +74,9 @@ class Documents:
     kept: KeptValues | None = None  # columns of the data that the cache keeps
 
     def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
-        """(document, id) of the first token with an id of `limit` or more, of student or teacher; reads up to there."""
+        """(row of the source, id) of the first token with an id of `limit` or more, of student or teacher; reads up to
+        there."""
         names = ("input_ids",) if self.columns.teacher is None else ("input_ids", "teacher_prompt")
-        before = 0  # documents
         for batch in self.tokens.data.to_batches():
             for name in names:
                 column = batch.column(name)
@@ -82,9 +84,13 @@ class Documents:
                 if len(ids) and pc.max(ids).as_py() >= limit:
                     place = int((ids.to_numpy() >= limit).argmax())
                     ends = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
-                    return before + int(np.searchsorted(ends, place, side="right")), ids[place].as_py()
-            before += len(batch)
+                    document = int(np.searchsorted(ends, place, side="right"))
+                    return batch.column(_ROW)[document].as_py(), ids[place].as_py()
         return None
+
+    def row_of(self, document: int) -> int:
+        """The row of the source that a document is from; a chat may be several documents."""
+        return int(self.tokens[document][_ROW])
 
 
 def tokenise_documents(
@@ -244,6 +250,7 @@ def _tokenise_batch(
     return {
         "input_ids": [each.ids for each in documents],
         "is_target": [each.targets for each in documents],
+        _ROW: [indices[origin] for origin in origins],
         **({} if columns.teacher is None else teacher_prompts.columns_of(documents)),
         **kept_columns.columns_of([rows[i] for i in origins], [places[i] for i in origins], keep_columns),
         **dict(zip(_FINDINGS, findings, strict=True)),
@@ -273,6 +280,7 @@ def _map_cached(
 ) -> datasets.Dataset:
     further = teacher_prompts.FEATURES if function.keywords["columns"].teacher is not None else {}
     further = {**further, **kept_columns.features_of(function.keywords["keep_columns"])}
+    further[_ROW] = datasets.Value("int64")
     features = datasets.Features({**_FEATURES, **further, **dict.fromkeys(_FINDINGS, datasets.Value("bool"))})
     # An explicit file: the default is next to the source, which may be the user's own folder.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "distill"

@@ -70,6 +70,14 @@ class Prompts:
         """Tokens that the teacher reads, at most: its prompt and the answer."""
         return self.config.teacher_seq_len or self.config.seq_len
 
+    def for_writer(self) -> Prompts:
+        """The prompts as a writer other than the teacher reads them: without those of the teacher."""
+        return replace(
+            self,
+            config=replace(self.config, teacher_seq_len=None),
+            columns=replace(self.columns, teacher=None),
+        )
+
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt, int64 [prompts].

@@ -156,7 +156,7 @@ def check_output(config: CacheTeacherConfig, worker: Worker) -> None:
     recorded = manifest.metadata.to_json()
     found = [d for part in given for d in cf.differences(_like(recorded[part], given[part]), given[part], part)]
     if found:
-        raise cf.finished_already(config.output, manifest, f" made with other settings ({cf.listed(found)})")
+        raise cf.finished_already(config.output, manifest, found)
 
 
 def _like(recorded: Any, given: Any) -> Any:

@@ -20,8 +20,27 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig
 
 K = 16
-OF_CACHE = {"targets", "running", "device", "dtype", "batch_size", "rows_per_shard", "overwrite", "encoding"}
-OF_DATA = {"seq_len", "keep_columns", "text_column", "max_documents", "chat_template_kwargs", "template_date"}
+OF_CACHE = {
+    "targets",
+    "running",
+    "device",
+    "dtype",
+    "batch_size",
+    "rows_per_shard",
+    "overwrite",
+    "tokenizer",
+    "encoding",
+    "workers",
+}
+OF_DATA = {
+    "seq_len",
+    "sample_by",
+    "keep_columns",
+    "text_column",
+    "max_documents",
+    "chat_template_kwargs",
+    "template_date",
+}
 
 
 def generate(teacher: Path, data: Path, output: Path, **options: Any) -> GenerationSummary:

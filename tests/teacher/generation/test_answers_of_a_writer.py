@@ -83,6 +83,23 @@ def test_the_writer_reads_the_prompt_of_the_student_and_the_teacher_its_own(
     assert check.agrees and check.same_entries == 1.0
 
 
+def test_the_writer_need_not_read_what_only_the_teacher_reads(
+    teacher_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    writer = tiny_llama(tmp_path / "writer", tokenizer, layers=1)
+    settings = json.loads((writer / "config.json").read_text())
+    (writer / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 64}))
+    records = [{"prompt": "The miller", "teacher_prompt": "Read this first. " * 10 + "The miller"}] * 2
+    data = write_jsonl(tmp_path / "hints.jsonl", records)
+    options = {**OPTIONS, "seq_len": 64, "writer": str(writer)}
+    generate(teacher_dir, data, tmp_path / "cache", **options)
+    assert cf.open_cache(tmp_path / "cache").metadata.corpus["teacher_window_length"] == 256
+    shutil.copytree(writer, tmp_path / "moved")
+    assert generate(teacher_dir, data, tmp_path / "cache", **options | {"writer": str(tmp_path / "moved")}).rows == 4
+    with pytest.raises(ConfigError, match=r"`seq_len` 65: .*writer was trained on at most 64 positions"):
+        generate(teacher_dir, data, tmp_path / "longer", **options | {"seq_len": 65})
+
+
 def test_the_cache_holds_against_the_teacher_its_sample_included(cache: Path, teacher_dir: Path) -> None:
     check = verify_against_teacher(TeacherCheckConfig(cache=str(cache), teacher=str(teacher_dir), rows=12))
     assert check.agrees and check.same_entries == 1.0

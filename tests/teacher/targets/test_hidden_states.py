@@ -36,6 +36,15 @@ def settings(teacher: Path, data: Path, output: Path, **options: Any) -> CacheTe
     return CacheTeacherConfig(teacher=str(teacher), data=text, output=str(output), device="cpu", **options)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_where_no_position_is_chosen_every_layer_has_no_states(dtype: str) -> None:
+    spec = cf.HiddenSpec(layers=(0, 2), teacher_layers=2, width=WIDTH, dtype=dtype)
+    states, scales = hidden.nowhere(spec)
+    (found,) = hidden.of_rows(states, scales, [np.zeros(5, bool)], [0])
+    assert {layer: each.shape for layer, each in found.states.items()} == {0: (0, WIDTH), 2: (0, WIDTH)}
+    assert all(each.dtype == dtype for each in found.states.values()) and len(scales) == (2 if dtype == "int8" else 0)
+
+
 @torch.no_grad()
 def own_states(model: PreTrainedModel, row: cf.CacheRow) -> list[np.ndarray]:
     """[T, D] of every layer, each document of the row alone."""

@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
+from chat_templates import FORMATS
 from pipeline.errors import DataError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import evaluate
@@ -86,6 +87,26 @@ def test_a_token_without_an_embedding_is_reported_before_anything_is_computed(
     with pytest.raises(DataError, match=found):
         run(settings(folder, tmp_path / "cache", teacher, found_in=151, **options))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_row_of_a_chat_that_becomes_several_documents_is_named(tmp_path: Path) -> None:
+    tokenizer = FORMATS["qwen3"].tokenizer()
+    tiny_llama(tmp_path / "teacher", tokenizer)
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [EXTRA]}, replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+
+    def chat(row: int) -> dict[str, Any]:
+        answers = [f"<think>\nhm\n</think>\n\nsat{EXTRA if row == 3 else ''}", "<think>\nhm\n</think>\n\nran"]
+        turns = ([{"role": "user", "content": "?"}, {"role": "assistant", "content": each}] for each in answers)
+        return {"messages": [message for turn in turns for message in turn]}
+
+    data = write_jsonl(tmp_path / "chats.jsonl", [chat(row) for row in range(6)])
+    text = DataConfig(data=str(data), seq_len=128)
+    with pytest.raises(DataError, match=f"chats.jsonl, row 3: found token .*expected ids below {known}"):
+        cache_teacher(
+            CacheTeacherConfig(teacher=str(tmp_path / "teacher"), data=text, output=str(tmp_path / "c"), device="cpu")
+        )
 
 
 def test_text_without_the_token_is_cached(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,6 +52,16 @@ PROBE_TOLERANCE = 1e-3
 """Nats. Both are computed from the same hidden states, in float32."""
 
 T = TypeVar("T")
+
+
+@contextmanager
+def closed_on_error(engine: VllmEngine) -> Iterator[None]:
+    """Checks of a new engine: it holds the memory of its device until it is closed."""
+    try:
+        yield
+    except BaseException:
+        engine.close()
+        raise
 
 
 @dataclass
@@ -124,13 +135,14 @@ class VllmEngine:
         self.vocab_size, self.timed = vocab_size, timed
         self._hidden: cf.HiddenSpec | None = None
         self._rules: list[TargetRule] = []
-        self._vllm = VllmThread(arguments)
-        self.batch_tokens: Tokens | None = None
-        self.batch_size: int = self.call(lambda engine: engine.vllm_config.scheduler_config.max_num_seqs)
-        self.rows_in_flight = 2 * self.batch_size
         self.libraries: Sequence[str] = ("torch", "transformers", *(installed() or ())[:1])
-        self._vllm.rpc("distill_install", vocab_size)
-        self.stored_head = self._head() if store_head else None
+        self.batch_tokens: Tokens | None = None
+        self._vllm = VllmThread(arguments)
+        with closed_on_error(self):
+            self.batch_size: int = self.call(lambda engine: engine.vllm_config.scheduler_config.max_num_seqs)
+            self.rows_in_flight = 2 * self.batch_size
+            self._vllm.rpc("distill_install", vocab_size)
+            self.stored_head = self._head() if store_head else None
 
     def call(self, function: Callable[[LLMEngine], T]) -> T:
         """Runs it in vLLM's thread, between two steps."""
@@ -292,6 +304,10 @@ class VllmEngine:
         rows = [cache_row(request.index, request.row, request.stored, targets) for targets in all_targets]
         if request.with_states is None:
             return rows
+        assert self._hidden is not None
+        # A step in which no position is chosen collects no layer.
+        no_states, no_scales = hidden_states.nowhere(self._hidden)
+        states, scales = no_states | states, no_scales | scales
         (found,) = hidden_states.of_rows(states, scales, [request.with_states], [request.index])
         return [replace(each, hidden=found) for each in rows]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.loading import reason
-from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine, closed_on_error
 from pipeline.teacher.engines.vllm.vllm_version import installed
 
 TESTED_VERSIONS = ("0.32",)
@@ -81,7 +81,8 @@ def open_vllm(
         engine = VllmEngine(arguments, vocab_size=vocab_size, store_head=store_head, timed=timed)
     except (ValueError, RuntimeError, OSError, NotImplementedError, AssertionError) as error:
         raise ModelError(f"{teacher}: vLLM cannot load it: {reason(error)}. Use `engine=transformers`.") from error
-    engine.check()
+    with closed_on_error(engine):
+        engine.check()
     return engine
 
 

@@ -54,7 +54,11 @@ class VllmThread:
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._own, args=(arguments,), name="vllm", daemon=True)
         self._thread.start()
-        self._ready.result()
+        try:
+            self._ready.result()
+        except BaseException:
+            self._inbox.put(None)  # Ctrl-C: the thread ends when it has loaded the model
+            raise
 
     def _own(self, arguments: dict[str, Any]) -> None:
         try:

@@ -66,7 +66,7 @@ class MaskedCorpus:
     def __init__(
         self, documents: Documents, config: DataConfig, masker: Masker, around: tuple[list[int], list[int]]
     ) -> None:
-        self._masker, self._around = masker, around
+        self._documents, self._masker, self._around = documents, masker, around
         self.longest_read = config.seq_len
         self._tokens = DocumentTokens(documents.tokens)
         most = config.seq_len - sum(map(len, around))
@@ -137,7 +137,8 @@ class MaskedCorpus:
         for index, row in enumerate(self):
             ids = np.maximum(row.input_ids, -1 if row.labels is None else row.labels)
             if (beyond := ids >= limit).any():
-                return int(self._windows.document[index % len(self._windows)]), int(ids[beyond.argmax()])
+                document = int(self._windows.document[index % len(self._windows)])
+                return self._documents.row_of(document), int(ids[beyond.argmax()])
         return None
 
     def _fingerprint(self) -> StreamFacts:

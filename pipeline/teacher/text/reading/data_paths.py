@@ -41,10 +41,17 @@ def find_local(data: str) -> list[Path] | None:
     """The file or directory, or the files that match a pattern, in order; None for the name of a dataset on the hub.
 
     Raises:
-        DataError: it looks like a local path and there is nothing.
+        DataError: it looks like a local path and there is nothing, or it is no path.
     """
     path = Path(data).expanduser()
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise DataError(
+            f"{data[:40]}…: found a string of {len(data):,} characters, expected a path or the name of a dataset "
+            f"({error.strerror}). Give a text as rows: [{{'text': '…'}}]."
+        ) from error
+    if exists:
         return [path]
     if glob.has_magic(data):
         matches = (Path(match) for match in glob.glob(str(path), recursive=True))

@@ -2,7 +2,8 @@
 
 They are written once to an Arrow file in the cache of `datasets` (HF_DATASETS_CACHE), a thousand at a time, and mapped
 into memory. The file is named by its contents, so giving the same rows again finds the tokenised text again. Values
-with objects in them, such as messages, are stored as JSON: as structs all rows would have the same keys.
+with objects in them, such as messages, are stored as JSON: as structs all rows would have the same keys. So are columns
+whose first thousand values are null or empty.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _write(rows: Iterable[Any], path: str, name: str) -> None:
                 )
             try:
                 values = {column: [row.get(column) for row in batch] for column in columns}
-                nested = nested or {name for name, given in values.items() if any(map(_has_objects, given))}
+                if start == 0:
+                    nested = {name for name, given in values.items() if _needs_json(given)}
                 writer.write_batch({name: _as_json(v) if name in nested else v for name, v in values.items()})
             except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 raise DataError(
@@ -83,6 +85,15 @@ def _write(rows: Iterable[Any], path: str, name: str) -> None:
         writer.finalize()
     finally:
         writer.close()
+
+
+def _needs_json(values: list[Any]) -> bool:
+    """Whether there are objects in a column's first values, or nothing that shows what there will be."""
+    return any(map(_has_objects, values)) or all(map(_is_empty, values))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
 
 
 def _has_objects(value: Any) -> bool:

@@ -74,13 +74,19 @@ class RecordReader:
         return [name for name, kind in self.features.items() if kind in kinds]
 
     def first_value(self, rows: datasets.Dataset, name: str) -> Any:
-        """The first value of a column that is not null, if there is one."""
+        """The first value of a column that is neither null nor an empty list, else an empty list, if there is one."""
         if self.features is None:
-            values = (json.loads(row[_LINE]).get(name) for row in rows)
+            every = (json.loads(row[_LINE]).get(name) for row in rows)
         else:
             feature = self.features[name]
-            values = (_as_given(row[name], feature) for row in rows.select_columns(name))
-        return next((value for value in values if value is not None), None)
+            every = (_as_given(row[name], feature) for row in rows.select_columns(name))
+        empty = None
+        for value in every:
+            if value == []:
+                empty = value
+            elif value is not None:
+                return value
+        return empty
 
 
 def with_json_as_text(rows: datasets.Dataset) -> datasets.Dataset:

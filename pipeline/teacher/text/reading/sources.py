@@ -140,6 +140,11 @@ def _open(data: Data, data_config: str | None, split: str, sample_by: str) -> So
     name = data_name(data)
     if isinstance(data, datasets.Dataset | datasets.DatasetDict):
         rows = _choose_split(data, name, split)
+        if rows.format["type"] == "custom":
+            raise DataError(
+                f"{name}: found a transform (`set_transform`), which is applied only where rows are read, expected "
+                "rows that hold the text. Apply it with `map` first, or remove it with `reset_format`."
+            )
         # A format such as torch would give tensors instead of strings and lists.
         return Source(rows if rows.format["type"] is None else rows.with_format(None), (), 0, given=True)
     if split != "train":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import cache_format as cf
+import fake_servers
 from fake_servers import FakeServer, Faults
 from generating import load, logprobs_of
 from pipeline.errors import ModelError
@@ -106,3 +107,18 @@ def test_a_bos_that_the_server_adds_is_refused(kind: str, teacher_dir: Path, pro
     with FakeServer(teacher_dir, kind, change=add_bos) as server:
         with pytest.raises(ModelError, match="the server (scored tokens that it was not sent|read 6[0-9] tokens)"):
             generate(server.url, teacher_dir, prompts, tmp_path / "cache")
+
+
+def test_a_finished_cache_of_another_served_model_is_refused(
+    teacher_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server names no fingerprints, so the name of its model is what there is to compare."""
+    with FakeServer(teacher_dir, "vllm") as server:
+        first = generate(server.url, teacher_dir, prompts, tmp_path / "cache")
+        assert generate(server.url, teacher_dir, prompts, tmp_path / "cache").rows == first.rows
+    monkeypatch.setattr(fake_servers, "MODEL", "other")
+    with (
+        FakeServer(teacher_dir, "vllm") as server,
+        pytest.raises(cf.CacheError, match='recorded "tiny", given "other"'),
+    ):
+        generate(server.url, teacher_dir, prompts, tmp_path / "cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,20 @@ def test_hidden_states_and_the_head_are_those_of_transformers(
     cache_teacher(config_of(teachers[architecture], text, tmp_path / "full", targets=TargetRule(kind="hidden")))
     assert agrees(tmp_path / "states", teachers[architecture])
     assert agrees(tmp_path / "full", teachers[architecture])
+
+
+def test_a_step_without_hidden_states(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """One document in a step, so that the second row has no chosen position in any."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in ("The miller and his wife", "Well")])
+    options: dict[str, Any] = {
+        "of_data": {"sample_by": "document", "packing": False},
+        "running": EngineConfig(engine="vllm", engine_args={"max_num_seqs": 1}),
+        "hidden": HiddenRule(layers="1,3", every=40, dtype="int8"),
+    }
+    cache_teacher(config_of(teachers["llama"], data, tmp_path / "cache", **options))
+    rows = list(cf.open_cache(tmp_path / "cache").iter_rows())
+    assert [row.hidden.mask.sum() for row in rows if row.hidden is not None] == [1, 0]
+    assert agrees(tmp_path / "cache", teachers["llama"])
 
 
 def test_a_teacher_with_prompts_of_its_own(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -353,8 +368,10 @@ def test_hidden_states_other_than_vllms_own_are_refused(
     """The probe at the start: here the states are off by one position."""
     add = StepTargets.add
     monkeypatch.setattr(StepTargets, "add", lambda self, hidden, spans: add(self, hidden.roll(1, 0), spans))
+    before = threading.enumerate()
     with pytest.raises(ModelError, match="differ from vLLM's own"):
         open_vllm(str(teachers["llama"]), vocab_size=V, seq_len=64, dtype="auto", engine_args={})
+    assert "vllm" not in [thread.name for thread in threading.enumerate() if thread not in before]
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.teacher import opening
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
 from pipeline.teacher.engines.engine_config import EngineConfig
-from pipeline.teacher.engines.vllm import vllm_opening
+from pipeline.teacher.engines.vllm import vllm_engine, vllm_opening
+from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary
 from pipeline.teacher.engines.vllm.vllm_thread import let_llvmlite_be_read
+from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.text.data_config import DataConfig
 from tiny import LONGROPE
 
@@ -63,13 +66,14 @@ def test_versions(
         check_installed(allow_untested=allow_untested)
 
 
-def run(teacher: Any, data: Path, output: Path, **running: Any) -> None:
+def run(teacher: Any, data: Path, output: Path, *, hidden: HiddenRule | None = None, **running: Any) -> None:
     cache_teacher(
         CacheTeacherConfig(
             teacher=str(teacher),
             data=DataConfig(data=str(data), seq_len=32),
             output=str(output),
             running=EngineConfig(engine="vllm", **running),
+            hidden=hidden,
         )
     )
 
@@ -84,6 +88,44 @@ def test_files_of_engine_arguments(
     with pytest.raises(ConfigError, match="`max_model_len`: found in `engine_args` too"):
         run(teacher_dir, text_file, tmp_path / "cache", max_model_len=64, engine_args={"max_model_len": 64})
     assert not (tmp_path / "cache").exists()
+
+
+@dataclass
+class Loaded:
+    """An engine, or its thread, that vLLM has loaded."""
+
+    fails_at: str = ""
+    closed: bool = False
+    stored_head: None = None
+    hidden: Any = None
+
+    def call(self, function: Any) -> int:
+        return 8
+
+    def rpc(self, method: str, *_: Any) -> list[Any]:
+        if method == self.fails_at:
+            raise ModelError("not this model")
+        return []
+
+    def layers(self) -> tuple[int, int]:
+        return 2, 32
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_engine_that_fails_its_checks_is_closed(
+    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread, engine = Loaded(fails_at="distill_install"), Loaded()
+    monkeypatch.setattr(vllm_engine, "VllmThread", lambda _: thread)
+    with pytest.raises(ModelError, match="not this model"):
+        VllmEngine({}, vocab_size=400)
+    monkeypatch.setattr(opening, "check_installed", lambda **_: None)
+    monkeypatch.setattr(opening, "open_vllm", lambda *_, **__: engine)
+    with pytest.raises(ConfigError, match="`hidden_states` 99"):
+        run(teacher_dir, text_file, tmp_path / "cache", hidden=HiddenRule(layers="99"))
+    assert thread.closed and engine.closed
 
 
 def test_what_numba_loads_can_be_read_by_vllm() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -127,6 +128,29 @@ def test_a_dataset_is_not_changed(tokenizer: PreTrainedTokenizerFast) -> None:
     assert rows._fingerprint == before and isinstance(rows[0]["number"], torch.Tensor)
 
 
+def test_a_transform_is_not_left_out_silently() -> None:
+    rows = datasets.Dataset.from_dict({"text": ["LOUD"]})
+    rows.set_transform(lambda batch: {"text": [text.lower() for text in batch["text"]]})
+    for given in (rows, datasets.DatasetDict(train=rows)):
+        with pytest.raises(DataError, match="found a transform .*Apply it with `map` first"):
+            load(given)
+
+
+def test_columns_whose_first_rows_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given_rows, "_ROWS_PER_BATCH", 2)
+    for value in ([{"name": "f"}], "a title", 3, [1, 2]):
+        rows: list[dict[str, Any]] = [{"text": "a", "more": None}, {"text": "b", "more": []}, {"text": "c"}]
+        expected = [*rows[:2], {"text": "c", "more": None}, {"text": "d", "more": value}]
+        assert load([*rows, expected[3]]) == expected
+
+
+def test_ids_may_begin_with_an_empty_row(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"ids": []}, {"ids": [5, 6, 7]}]
+    for data in (rows, datasets.Dataset.from_list(rows), str(write_jsonl(tmp_path / "ids.jsonl", rows))):
+        documents = tokenise_documents(config(data, text_column="ids"), tokenizer)
+        assert documents.columns.is_ids and documents.tokens["input_ids"][-1] == [5, 6, 7]
+
+
 def test_splits_of_given_datasets() -> None:
     one, two = (datasets.Dataset.from_dict({"text": [text]}) for text in ("one", "two"))
     assert load(datasets.DatasetDict(train=one, test=two), split="test") == [{"text": "two"}]
@@ -151,6 +175,7 @@ def test_splits_of_given_datasets() -> None:
         ({"text": ["a"]}, "given dict: expected a path, a Dataset, or rows"),
         (b"data.txt", "given bytes: expected a path"),
         (3, "given int: expected a path"),
+        (pandas.DataFrame({"text": ["a"]}), "given DataFrame, row 0: found str, expected a dict"),
         ([{"text": "a"}, {"text": 3}], "row 1, column 'text': found int"),
     ],
 )
@@ -246,6 +271,12 @@ def test_names() -> None:
 def test_a_missing_path_is_found_without_opening_anything(data: Any) -> None:
     with pytest.raises(DataError, match=r"missing.*(no such file|no file matches)"):
         local_paths(data)
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat " * 40, "[a]" * 300])
+def test_a_text_is_no_path(text: str) -> None:
+    with pytest.raises(DataError, match=r"^.{40}…: found a string of 9\d\d characters.* Give a text as rows"):
+        local_paths(text)
 
 
 @pytest.mark.parametrize("data", ["owner/name", __file__, Path(__file__), [Path(__file__)], [{"text": "a"}], 3])
