@@ -46,12 +46,12 @@ class Lora:
     merged: bool = False  # merge the adapter into a plain model at the end instead of saving it alone
 
 
-def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftModel:
+def attach(model: PreTrainedModel, lora: Lora, *, base: str, revision: str | None = None, seed: int) -> PeftModel:
     """Attach adapters to `model` in place and freeze everything else. A is random from `seed`, B is zero.
 
     Args:
-        base: the base model's name to write to adapter_config.json. Empty: there is none to load, and `load_model`
-            refuses the adapter.
+        base, revision: of the base model, to write to adapter_config.json. Without a name there is none to load, and
+            `load_model` refuses the adapter.
 
     Raises:
         ConfigError: the model has no such layers, or DoRA meets rows of zeros and the adapter is to be saved alone.
@@ -81,6 +81,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, base: str, seed: int) -> PeftM
         exclude_modules=exclude,
         use_dora=lora.dora,
         task_type="CAUSAL_LM" if objective_of(model.config) == "causal" else None,
+        revision=revision,
     )
     # The first is about a tied head, which `merged` unties; the second about peft's own use of transformers.
     warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")

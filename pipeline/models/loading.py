@@ -37,7 +37,7 @@ from pipeline.models.devices.placement import (
     place_of,
 )
 from pipeline.models.objective import NAMES, Objective, auto_class
-from pipeline.models.paths import TOKENIZER_FILES, adapter_base, locate_model
+from pipeline.models.paths import TOKENIZER_FILES, adapter_source, locate_model
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, or a model that is loaded already
 
@@ -108,8 +108,9 @@ def load_config(
     if isinstance(model, PreTrainedModel):
         return model.config
     name = model_name(model)
-    if (base := adapter_base(name)) is not None:
-        return load_config(base, trust_remote_code=trust_remote_code)
+    base, its_revision = adapter_source(name)
+    if base is not None:
+        return load_config(base, revision=revision or its_revision, trust_remote_code=trust_remote_code)
     place, gguf_file = locate_model(name)
     if gguf_file is not None:
         return None
@@ -161,7 +162,8 @@ def load_model(
             )
         return _prepared(model, name, objective, dtype, None if device == "auto" else device)
     device = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
-    if (base := adapter_base(name)) is not None:
+    base, its_revision = adapter_source(name)
+    if base is not None:
         if device_map is not None or tensor_parallel:
             raise ConfigError(
                 f"{name}: an adapter, which is merged into its base model on one device. Merge and save it first, or "
@@ -169,7 +171,12 @@ def load_model(
             )
         try:
             merged = load_model(
-                base, objective=objective, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+                base,
+                objective=objective,
+                dtype=dtype,
+                device=device,
+                revision=revision or its_revision,
+                trust_remote_code=trust_remote_code,
             )
         except ModelError as error:
             raise ModelError(f"{name}: an adapter to {base}, which cannot be loaded: {error}") from error

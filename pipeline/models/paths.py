@@ -104,16 +104,23 @@ def adapter_base(name: str) -> str | None:
     Raises:
         ModelError: the adapter's configuration cannot be read, or names no base model.
     """
+    base, _ = adapter_source(name)
+    return base
+
+
+def adapter_source(name: str) -> tuple[str | None, str | None]:
+    """The base model that an adapter directory names, and its revision. Raises: as `adapter_base`."""
     file = Path(name).expanduser() / ADAPTER_FILE
     if not file.is_file():
-        return None
+        return None, None
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        base, revision = recorded["base_model_name_or_path"], recorded.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not an adapter's configuration ({error}). Check the directory.") from error
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{file}: names no base model to merge the adapter into. A run that creates its student keeps only the "
             "adapter in its checkpoints: finish it with `resume=True`, and use the student that it saves."
         )
-    return base
+    return base, revision

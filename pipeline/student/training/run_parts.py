@@ -105,7 +105,7 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
         freeze_embeddings(model)
     adapted = None
     if config.lora is not None:
-        adapted = attach(model, config.lora, base=_base_name(config), seed=arguments.seed)
+        adapted = attach(model, config.lora, base=_base_name(config), revision=config.revision, seed=arguments.seed)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     for cache in run.mix.caches:

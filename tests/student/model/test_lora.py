@@ -12,7 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
@@ -23,7 +30,7 @@ from pipeline.evaluation.report.report_sources import find_sources
 from pipeline.losses import DistillLoss, sparse_kl
 from pipeline.models.adapters import Lora, attach, merged
 from pipeline.models.head import open_head
-from pipeline.models.loading import load_model
+from pipeline.models.loading import load_config, load_model
 from pipeline.student.data.dataset import collate
 from pipeline.student.training.forward import distillation_output, install_distillation_forward
 from runs import Stop, build_cache, distance, train, weights
@@ -262,6 +269,26 @@ def test_adapter_directory_can_be_a_student(tmp_path: Path, cache: Path, student
     train(tmp_path / "on", cache, student=tmp_path / "adapter", max_steps=2, learning_rate=1e-3)
     after = evaluate(EvaluateConfig(cache=str(cache), student=str(tmp_path / "on"), device="cpu"))
     assert after.kl < before.kl and (tmp_path / "on/model.safetensors").exists()
+
+
+def test_an_adapter_is_put_on_the_revision_that_it_was_trained_on(
+    tmp_path: Path, cache: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train(tmp_path / "adapter", cache, student=student_dir, revision="v2", **{**OPTIONS, "max_steps": 1})
+    asked: list[str | None] = []
+    for factory in (AutoConfig, AutoModelForCausalLM):
+        original = factory.from_pretrained
+
+        def record(*names: Any, original: Any = original, revision: str | None = None, **options: Any) -> Any:
+            asked.append(revision)
+            return original(*names, **options)
+
+        monkeypatch.setattr(factory, "from_pretrained", record)
+    for given, expected in ((None, "v2"), ("v3", "v3")):
+        for load in (load_config, load_model):
+            load(tmp_path / "adapter", revision=given)
+            assert asked[0] == expected  # later calls are transformers' own
+            asked.clear()
 
 
 def test_default_targets_of_gpt2(tmp_path: Path):
