@@ -266,8 +266,11 @@ def test_mixture_of_one_cache_equals_the_cache(folder: Path, tmp_path: Path, stu
         "arithmetic",
         "cache",
         "config",
+        "eval_cache",
+        "given",
         "resolved",
         "rows_per_step",
+        "student_fingerprint",
     }
 
 
