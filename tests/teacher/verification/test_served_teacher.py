@@ -79,7 +79,14 @@ def test_lists_that_leave_no_probability(few: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "nats", "agrees"),
-    [("float32", 0.001, True), ("float32", 0.1, False), ("bfloat16", 0.1, True), ("bfloat16", 0.4, False)],
+    [
+        ("float32", 0.001, True),
+        ("float32", 0.1, False),
+        ("float16", 0.003, True),
+        ("float16", 0.1, False),
+        ("bfloat16", 0.1, True),
+        ("bfloat16", 0.4, False),
+    ],
 )
 def test_how_far_a_server_may_be_off(
     dtype: str, nats: float, agrees: bool, teacher_dir: Path, few: Path, tmp_path: Path
