@@ -23,7 +23,7 @@ from pipeline.student.training.early_stopping import Condition, check_conditions
 from pipeline.student.training.output_directory import check_output, processes_of
 from pipeline.student.training.run_record import recorded_arithmetic
 from pipeline.student.training.trainer import held_out_metrics
-from pipeline.student.training.training_arguments import check_best_metric, training_arguments
+from pipeline.student.training.training_arguments import check_best_metric, check_optimizer, training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_held_out
@@ -92,6 +92,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
     budget = Budget.for_run(mix.rows, arguments)
+    check_optimizer(config, arguments, budget.steps)
     if config.resample:
         passes = budget.rows_after(budget.steps) / mix.rows  # over the mixture
         warnings += resample_warnings([(each.cache, each.passes(passes * each.rows)) for each in mix.portions])
