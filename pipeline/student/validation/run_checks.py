@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
-from pipeline.models.adapters import require_peft
+from pipeline.models.adapters import has_adapters, require_peft
+from pipeline.models.loading import model_name
 from pipeline.student.data.cache_mix import Mix, loss_for_mix, open_mix
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
@@ -256,6 +257,12 @@ def check_origin(config: TrainStudentConfig) -> None:
         raise ConfigError(
             "`student_width`, `student_intermediate`, `student_heads`: found `student_config`, whose random weights "
             f"cannot be pruned. Set the sizes in {config.student_config}."
+        )
+    if isinstance(config.student, PreTrainedModel) and not config.student_random and has_adapters(config.student):
+        raise ConfigError(
+            f"{model_name(config.student)}: has adapters already, such as those of an earlier run with `lora_rank`, so "
+            "the trained student could not be loaded. Load it again, or give the directory of the adapter, which is "
+            "merged when it is loaded."
         )
     if config.lora is None:
         return
