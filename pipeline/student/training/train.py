@@ -32,7 +32,7 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
-from pipeline.student.training.output_directory import begin_output
+from pipeline.student.training.output_directory import begin_output, follow_best
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
 from pipeline.student.training.run_record import record_of, record_seen
 from pipeline.student.training.trainer import DistillTrainer
@@ -125,6 +125,8 @@ def _train_student(
     for teacher in teachers:
         teacher.load(arguments.device)
 
+    if arguments.process_index == 0 and run.resume_from is not None:
+        follow_best(run.resume_from, config.output)
     # The old output is deleted only now, when everything has been loaded.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:

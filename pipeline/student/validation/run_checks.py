@@ -102,6 +102,8 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     )
     warnings += [] if too_few is None else [too_few]
     resume_from = check_output(config, mix, held_out, budget, loss)
+    if resume_from is not None:
+        arguments.eval_on_start = False  # a second evaluation at the same step would count twice for early stopping
     warnings += _resume_warnings(resume_from, arguments.world_size)
     return CheckedRun(
         config=config,
