@@ -14,6 +14,7 @@ An adapter directory holds adapter_config.json, which names the base model, inst
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,15 @@ def with_adapter(model: PreTrainedModel, directory: str) -> PreTrainedModel:
             f"one of them, such as {unmatched[0]}. Check that the base model is the one it was trained on."
         )
     return merged(adapted)
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether layers of a loaded model have adapters that are not merged."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def require_peft(what: str) -> None:

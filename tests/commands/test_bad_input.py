@@ -240,7 +240,7 @@ def test_student_that_cannot_be_used(here: Path, command: str, student: str, exp
         ("--lr-scheduler cosinus", ("cosinus", "Correct the options")),
         (
             "--eval-cache cache --eval-steps 3 --save-steps 2",
-            ("saving steps", "evaluation steps", "Correct the options"),
+            ("--save-steps 2", "--eval-steps 3", "multiple"),
         ),
         ("--eval-cache student", ("student", "not a cache")),
         ("--training-args nowhere.json", ("nowhere.json", "no such file", "Check --training-args")),

@@ -103,6 +103,8 @@ class CrossTokenizerDataset(CacheDataset):
     def collate(self, rows: Sequence[ConvertedRow]) -> Batch:  # type: ignore[override]
         """As `CacheDataset.collate`; for uld the targets are `SortedTargets`."""
         batch = super().collate(rows)
+        if self.max_length is not None:  # only padding goes on beyond it
+            batch["position_ids"] %= self.max_length
         if self.method == "uld":
             batch["targets"] = _sorted_targets(rows, batch["targets"], batch["input_ids"].shape[1])
         return batch
@@ -218,11 +220,15 @@ class CrossTokenizerDataset(CacheDataset):
         return text
 
 
+def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def for_foreign_student(
     tokenizer: PreTrainedTokenizerBase, method: str, limits: StudentLimits
 ) -> tuple[Callable[[Cache], CrossTokenizerDataset], int]:
     """The dataset class for a student with this tokenizer, as a function of a cache, and the vocabulary size."""
-    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    vocab_size = vocab_size_of(tokenizer)
     if limits.tokens is not None:
         vocab_size = min(vocab_size, limits.tokens)
 

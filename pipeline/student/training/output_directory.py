@@ -10,6 +10,8 @@ OUTPUT/
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ from pipeline.student.training.early_stopping import stopped_by
 from pipeline.student.training.run_record import check_same_run, write_record
 
 TRAINER_STATE = "trainer_state.json"
+# How the names of a checkpoint's other parts begin; those of DeepSpeed are in a directory global_stepN.
+PARTS: dict[str, str | tuple[str, ...]] = {
+    "state of the optimizer": ("optimizer", "global_step"),
+    "state of the schedule": ("scheduler", "global_step"),
+    "state of the random generators": "rng_state",
+}
 INPUTS = ("cache", "eval_cache", "student", "tokenizer", "student_config", "training_args")
 
 
@@ -60,9 +68,11 @@ def check_output(
                 f"{output}: found no {CONFIG_FILE} of a run, so there is no run to resume. Check `output`."
             )
         checkpoint = last_checkpoint(output)
-        if checkpoint is None:
+        if checkpoint is None and not is_finished(output):
             instead = "with `overwrite=True` instead of" if occupied else "without"
-            raise ConfigError(f"{output}: found no checkpoint to resume from. Start {instead} `resume=True`.")
+            partly = next(output.glob(f"checkpoint-*/{TRAINER_STATE}"), None)
+            why = "" if partly is None else f": {partly.parent.name} has no {', '.join(_missing(partly.parent))}"
+            raise ConfigError(f"{output}: found no checkpoint to resume from{why}. Start {instead} `resume=True`.")
         check_same_run(config, mix, held_out, budget, loss, output / CONFIG_FILE)
         if is_finished(output):
             raise ConfigError(
@@ -100,11 +110,32 @@ def _has_run(output: Path) -> bool:
 
 
 def last_checkpoint(output: str | Path) -> Path | None:
-    """The latest complete checkpoint: one with a state, which Trainer writes last."""
-    complete = [
-        state.parent for state in Path(output).glob(f"checkpoint-*/{TRAINER_STATE}") if _state(state) is not None
-    ]
+    """The latest complete checkpoint. Without one of its parts, Trainer would begin that part anew without a word."""
+    complete = [path for path in Path(output).glob("checkpoint-*") if not _missing(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _missing(checkpoint: Path) -> list[str]:
+    """Parts that a checkpoint lacks, for example after `save_only_model`, or if it was copied in part."""
+    try:
+        names = os.listdir(checkpoint)
+    except OSError:  # not a directory, or deleted meanwhile by the run that it belongs to
+        names = []
+    missing = [part for part, begin in PARTS.items() if not any(name.startswith(begin) for name in names)]
+    # Trainer writes it last.
+    return missing if _state(checkpoint / TRAINER_STATE) is not None else [*missing, TRAINER_STATE]
+
+
+def follow_best(checkpoint: str, output: str) -> None:
+    """Lets the state of a checkpoint name the best checkpoint in `output`, which may have been moved since."""
+    file = Path(checkpoint) / TRAINER_STATE
+    state = json.loads(file.read_text())
+    best = state.get("best_model_checkpoint")
+    if best is None or not (here := Path(output) / Path(best).name).is_dir() or str(here) == best:
+        return
+    scratch = file.with_name(f"{file.name}.tmp")
+    scratch.write_text(json.dumps({**state, "best_model_checkpoint": str(here)}, indent=2, sort_keys=True) + "\n")
+    scratch.replace(file)
 
 
 def processes_of(checkpoint: str | Path) -> int:

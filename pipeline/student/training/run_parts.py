@@ -16,7 +16,7 @@ from pipeline.models.head import Head, open_head
 from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.loading import config_fingerprint, model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
-from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student
+from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student, vocab_size_of
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.data.mixed_dataset import MixedDataset, Rows
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
@@ -24,7 +24,7 @@ from pipeline.student.model.initialization import freeze_embeddings, load_studen
 from pipeline.student.model.pruning import calibration_batches, prune
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.run_record import check_student_unchanged
-from pipeline.student.validation.compatibility import StudentLimits, check_isolation, student_limits
+from pipeline.student.validation.compatibility import check_isolation, student_limits
 from pipeline.student.validation.run_checks import CheckedRun
 
 # Trainer changes these in the configuration of a loaded model, which may be given again to resume.
@@ -46,9 +46,13 @@ class RunData:
         vocab_size = mix.first.metadata.vocab_size
         dataset_of: Callable[[cf.Cache], CacheDataset] = CacheDataset
         if config.cross_tokenizer is not None:
-            limits = StudentLimits()
-            if config.student is not None:
-                limits = student_limits(config.student, config.trust_remote_code, revision=config.revision)
+            limits = student_limits(
+                config.student,
+                config.trust_remote_code,
+                revision=config.revision,
+                config_file=config.student_config,
+                vocab_size=vocab_size_of(run.tokenizer),
+            )
             dataset_of, vocab_size = for_foreign_student(run.tokenizer, config.cross_tokenizer, limits)
         parts = [dataset_of(cache) for cache in mix.caches]
         train = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
@@ -108,9 +112,10 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
         adapted = attach(model, config.lora, base=_base_name(config), revision=config.revision, seed=arguments.seed)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
-    for cache in run.mix.caches:
+    caches = run.mix.caches if run.held_out is None else [*run.mix.caches, run.held_out]
+    for cache in caches:
         check_isolation(cache, head, batch_size=together)
-    longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in run.mix.caches)
+    longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in caches)
     head = without_padding(head, longest, wanted=config.padding_free, device=arguments.device)
     return RunStudent(model, head, fingerprint, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 

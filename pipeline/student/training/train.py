@@ -26,12 +26,13 @@ from pipeline.models.head import evaluating
 from pipeline.models.loading import model_name
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
+from pipeline.student.model.initialization import embeddings_unfrozen_after
 from pipeline.student.model_card import Origin, is_replaceable, write_card
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
-from pipeline.student.training.output_directory import begin_output
+from pipeline.student.training.output_directory import begin_output, follow_best
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
 from pipeline.student.training.run_record import record_of, record_seen
 from pipeline.student.training.trainer import DistillTrainer
@@ -70,7 +71,8 @@ def train_student(
 
     If `config.student` is a loaded model, it is trained in place: converted to float32, moved to the device of the run,
     and with adapters in it unless they are merged. With `student_layers`, narrower sizes or `student_random`, a new
-    model is made from it and trained instead. Its training or evaluation mode and gradient checkpointing are restored.
+    model is made from it and trained instead. Its training or evaluation mode, gradient checkpointing and,
+    after `freeze_embeddings`, what is trainable in it are restored.
 
     Args:
         on_stage: called with a line of text when a stage begins.
@@ -89,9 +91,19 @@ def train_student(
         run = check_run(config)
         for warning in run.warnings:
             on_warning(warning)
-        student = run.config.student
-        with evaluating(student) if isinstance(student, PreTrainedModel) else nullcontext():
+        with _restored(run.config):
             return _train_student(run, on_stage, on_step, on_log)
+
+
+@contextmanager
+def _restored(config: TrainStudentConfig) -> Iterator[None]:
+    """Afterwards a loaded student is in the mode that it was in, and its embeddings are as trainable as before."""
+    student = config.student
+    if not isinstance(student, PreTrainedModel):
+        yield
+        return
+    with evaluating(student), embeddings_unfrozen_after(student) if config.freeze_embeddings else nullcontext():
+        yield
 
 
 def _train_student(
@@ -113,6 +125,8 @@ def _train_student(
     for teacher in teachers:
         teacher.load(arguments.device)
 
+    if arguments.process_index == 0 and run.resume_from is not None:
+        follow_best(run.resume_from, config.output)
     # The old output is deleted only now, when everything has been loaded.
     PartialState().wait_for_everyone()
     if arguments.process_index == 0 and run.resume_from is None:

@@ -6,17 +6,21 @@ continued keeps the precision it began with, on whatever device.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, integrations
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler, integrations
 
 from cache_format.json_object import json_object
 from pipeline.errors import ConfigError
+from pipeline.models.loading import reason
 from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import default_arithmetic
@@ -37,7 +41,26 @@ RESERVED = {
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "use `compile`"),
     "use_liger_kernel": "head and loss are fused already",
     "disable_tqdm": "distill shows its own progress",
+    "auto_find_batch_size": "the length of the run is computed from `batch_size`",
+    "dataloader_drop_last": "always false: every row is trained on in every epoch",
+    "push_to_hub": "upload the finished student with distill push",
+    "parallelism_config": "every process trains on rows of its own; use fsdp for large models (docs/scaling.md)",
+    "ignore_data_skip": "always false: a resumed run continues with the rows that the first one had left",
 }
+
+# Smallest and largest value of arguments that TrainingArguments does not check itself.
+LARGEST_SEED = 2**32 - 1
+LIMITS: dict[str, tuple[int, float]] = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "dataloader_prefetch_factor": (1, math.inf),
+    "seed": (0, LARGEST_SEED),
+    "data_seed": (0, LARGEST_SEED),
+}
+# What building an optimizer or a schedule raises for arguments that it does not take or packages that are missing.
+NOT_BUILT = (TypeError, ValueError, ImportError, AttributeError, KeyError, RuntimeError)
 
 # Options whose name differs from that of the argument.
 ARGUMENTS = {
@@ -105,11 +128,9 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     # Said even if there is nothing else: otherwise TrainingArguments refuses bfloat16, which CPUs have.
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False) or not torch.accelerator.is_available()
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs"):
-        if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
-            raise ConfigError(
-                f"{_source(config)}: {name} {values[name]}: expected a finite number, 0 or more. Correct it."
-            )
+    _check_numbers(config, values)
+    if config.eval_cache is not None:
+        _check_checkpoints(config, values)
     try:
         arguments = TrainingArguments(
             **values,
@@ -127,6 +148,50 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
     _check_accelerate(config, arguments)
     _check_trackers(arguments)
     return arguments
+
+
+def _check_numbers(config: TrainStudentConfig, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for numbers that Trainer would fail with, after the old output was deleted."""
+    for field in fields(TrainingArguments):
+        found, number = values.get(field.name), isinstance(field.default, int | float)
+        if isinstance(found, str) and number and not isinstance(field.default, bool):
+            raise ConfigError(f"{_where(config, field.name)} {found!r}: expected a number. Correct it.")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs"):
+        if isinstance(values[name], int | float) and not 0.0 <= values[name] < float("inf"):
+            raise ConfigError(
+                f"{_where(config, name)} {values[name]}: expected a finite number, 0 or more. Correct it."
+            )
+    for name, (smallest, largest) in LIMITS.items():
+        found = values.get(name)
+        if found is not None and not (isinstance(found, int) and smallest <= found <= largest):
+            limit = f"{smallest} or more" if largest == math.inf else f"{smallest} to {largest:,}"
+            raise ConfigError(f"{_where(config, name)} {found}: expected an integer, {limit}. Correct it.")
+    if values.get("max_steps", -1) == 0:
+        raise ConfigError(f"{_source(config)}: max_steps 0: expected 1 or more, or -1 for whole epochs. Correct it.")
+    if config.eval_cache is None and values.get("eval_on_start"):
+        raise ConfigError(f"{_source(config)}: eval_on_start: found no `eval_cache` to evaluate on. Remove it.")
+
+
+def _check_checkpoints(config: TrainStudentConfig, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless every checkpoint has an evaluation, from which the best one is chosen."""
+    strategy = values.get("save_strategy", "steps")
+    strategy = getattr(strategy, "value", strategy)
+    if strategy not in ("steps", "best"):
+        raise ConfigError(
+            f"{_source(config)}: save_strategy {strategy}: found `eval_cache`, which keeps the best checkpoint, so "
+            "expected steps or best. Remove it."
+        )
+    every, save = values["eval_steps"], values["save_steps"]
+    if not isinstance(every, int | float) or not 0 < every < math.inf:
+        raise ConfigError(f"{_source(config)}: eval_steps {every}: expected a number above 0. Correct it.")
+    if strategy == "best" or not isinstance(save, int | float):  # the latter is for TrainingArguments to refuse
+        return
+    whole = (save < 1) == (every < 1) and math.isclose(save / every, round(save / every), rel_tol=1e-6)
+    if not whole or save < every:
+        raise ConfigError(
+            f"{_where(config, 'save_steps')} {save}: found `eval_steps` {every}, expected a multiple of it, because "
+            "every checkpoint needs an evaluation. Change one of them."
+        )
 
 
 def _options(config: TrainStudentConfig, known: set[str], *, explicit: bool = False) -> dict[str, Any]:
@@ -148,6 +213,47 @@ def _check_trackers(arguments: TrainingArguments) -> None:
     for name in arguments.report_to:
         if name in INSTALLED and not INSTALLED[name]():
             raise ConfigError(f"`report_to` {name}: the package {name} is not installed. pip install {name}")
+
+
+def check_optimizer(config: TrainStudentConfig, arguments: TrainingArguments, steps: int) -> None:
+    """Builds optimizer and schedule for a model of one layer. Trainer itself builds them only after the old output was
+    deleted.
+
+    Args:
+        steps: length of the run.
+
+    Raises: ConfigError if one of them cannot be built.
+    """
+    model = nn.Sequential(nn.Linear(1, 1, device=arguments.device))
+    ours = copy.copy(arguments)
+    if ours.optim_target_modules is not None:
+        ours.optim_target_modules = "all-linear"  # the given ones are layers of the student
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(ours, model)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
+        plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        if plain and not options.keys() & {"params", "model", "optimizer_dict"}:
+            optimizer = kind(model.parameters(), **options)
+    except NOT_BUILT as error:
+        name = getattr(arguments.optim, "value", arguments.optim)
+        raise ConfigError(
+            f"{_source(config)}: optim {name}: the optimizer cannot be built: {reason(error)}. Correct its arguments, "
+            "or choose another one."
+        ) from error
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=copy.deepcopy(arguments.lr_scheduler_kwargs),
+        )
+    except NOT_BUILT as error:
+        name = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+        raise ConfigError(
+            f"`lr_scheduler` {name}: the schedule cannot be built: {reason(error)}. Correct its lr_scheduler_kwargs in "
+            "`training_args`, or choose another one."
+        ) from error
 
 
 def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
@@ -225,3 +331,9 @@ def check_best_metric(config: TrainStudentConfig, arguments: TrainingArguments, 
 def _source(config: TrainStudentConfig) -> str:
     """What the user has to correct."""
     return config.training_args if isinstance(config.training_args, str) else "`training_args`"
+
+
+def _where(config: TrainStudentConfig, argument: str) -> str:
+    """The option that set an argument, or the argument in its file."""
+    option = next((name for name, its in ARGUMENTS.items() if its == argument), argument)
+    return f"`{option}`" if option in config.given else f"{_source(config)}: {argument}"

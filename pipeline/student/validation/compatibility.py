@@ -178,9 +178,20 @@ class StudentLimits:
 
 
 def student_limits(
-    student: str | PreTrainedModel, trust_remote_code: bool = False, *, revision: str | None = None
+    student: str | PreTrainedModel | None,
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+    config_file: str | None = None,
+    vocab_size: int = 0,
 ) -> StudentLimits:
-    config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
+    """Limits of a named or loaded student, or of the configuration in `config_file`; there, `vocab_size` is used if the
+    file has none."""
+    if student is None:
+        assert config_file is not None, "check_one_origin has made sure of one of both"
+        config: PreTrainedConfig | None = configuration(config_file, vocab_size)
+    else:
+        config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
     return StudentLimits() if config is None else StudentLimits(most_positions(config), _token_rows(config))
 
 

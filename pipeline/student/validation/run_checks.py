@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
-from pipeline.models.adapters import require_peft
+from pipeline.models.adapters import has_adapters, require_peft
+from pipeline.models.loading import model_name
 from pipeline.student.data.cache_mix import Mix, loss_for_mix, open_mix
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
@@ -23,7 +24,7 @@ from pipeline.student.training.early_stopping import Condition, check_conditions
 from pipeline.student.training.output_directory import check_output, processes_of
 from pipeline.student.training.run_record import recorded_arithmetic
 from pipeline.student.training.trainer import held_out_metrics
-from pipeline.student.training.training_arguments import check_best_metric, training_arguments
+from pipeline.student.training.training_arguments import check_best_metric, check_optimizer, training_arguments
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_held_out
@@ -92,6 +93,7 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     if config.max_tokens is not None:
         arguments.max_steps = steps_for_tokens(config.max_tokens, mix.rows, mix.tokens, rows_per_step(arguments))
     budget = Budget.for_run(mix.rows, arguments)
+    check_optimizer(config, arguments, budget.steps)
     if config.resample:
         passes = budget.rows_after(budget.steps) / mix.rows  # over the mixture
         warnings += resample_warnings([(each.cache, each.passes(passes * each.rows)) for each in mix.portions])
@@ -100,6 +102,8 @@ def check_run(config: TrainStudentConfig) -> CheckedRun:
     )
     warnings += [] if too_few is None else [too_few]
     resume_from = check_output(config, mix, held_out, budget, loss)
+    if resume_from is not None:
+        arguments.eval_on_start = False  # a second evaluation at the same step would count twice for early stopping
     warnings += _resume_warnings(resume_from, arguments.world_size)
     return CheckedRun(
         config=config,
@@ -261,6 +265,12 @@ def check_origin(config: TrainStudentConfig) -> None:
         raise ConfigError(
             "`student_width`, `student_intermediate`, `student_heads`: found `student_config`, whose random weights "
             f"cannot be pruned. Set the sizes in {config.student_config}."
+        )
+    if isinstance(config.student, PreTrainedModel) and not config.student_random and has_adapters(config.student):
+        raise ConfigError(
+            f"{model_name(config.student)}: has adapters already, such as those of an earlier run with `lora_rank`, so "
+            "the trained student could not be loaded. Load it again, or give the directory of the adapter, which is "
+            "merged when it is loaded."
         )
     if config.lora is None:
         return

@@ -432,3 +432,12 @@ def test_students_and_caches_that_it_cannot_work_with(folder: Path, teacher_dir:
         configured = str(folder / "student/config.json")
         train(folder / "refused", folder / "cache", student_config=configured, cross_tokenizer="project")
     assert not (folder / "refused").exists()
+
+
+def test_a_student_of_a_configuration_gets_rows_of_its_length(folder: Path, tmp_path: Path):
+    config = {"model_type": "gpt2", "vocab_size": 330, "n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stages: list[str] = []
+    options = {"student_config": str(tmp_path / "config.json"), "tokenizer": str(folder / "student"), "max_steps": 2}
+    train(tmp_path / "out", folder / "cache", cross_tokenizer="project", on_stage=stages.append, **options)
+    assert "at most 24 positions each" in stages[0]

@@ -13,12 +13,14 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 import cache_format as cf
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.student.model.initialization import load_student
 from pipeline.student.validation.compatibility import check_student
 from runs import Stop, build_cache, distance, train, weights
@@ -159,3 +161,57 @@ def test_url_as_output_is_refused(tmp_path: Path, cache: Path, student_dir: Path
     with pytest.raises(ConfigError, match="`output` memory://students/a: found a URL, expected a local directory"):
         train("memory://students/a", cache, student=student_dir)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_held_out_cache_is_checked_for_documents_that_see_one_another(
+    tmp_path: Path, cache: Path, teacher_dir: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast
+):
+    """A Mamba carries its state from one document of a packed row into the next."""
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.3
+    )
+    model = MambaForCausalLM(config)
+    unpacked = build_cache(tmp_path / "unpacked", teacher_dir, text_file, packing=False)
+    options = {"student": model, "tokenizer": tokenizer, "max_steps": 1}
+    train(tmp_path / "unpacked-held-out", unpacked, eval_cache=str(unpacked), **options)
+    with pytest.raises(ModelError, match="packed after another"):
+        train(tmp_path / "refused", unpacked, eval_cache=str(cache), **options)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_embeddings_are_frozen_only_during_the_run(
+    tmp_path: Path, cache: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+):
+    embeddings = model.get_input_embeddings().weight
+    before = embeddings.detach().clone()
+    options = {"student": model, "tokenizer": tokenizer, "learning_rate": 1e-2}
+    train(tmp_path / "frozen", cache, freeze_embeddings=True, max_steps=1, **options)
+    assert torch.equal(embeddings, before) and embeddings.requires_grad
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "ended", cache, freeze_embeddings=True, max_steps=2, on_step=Stop(1), **options)
+    assert torch.equal(embeddings, before) and embeddings.requires_grad
+    train(tmp_path / "learning", cache, max_steps=2, **options)
+    assert not torch.equal(embeddings, before)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {}, {"student_layers": 1}])
+def test_a_model_with_adapters_of_an_earlier_run_is_refused(
+    tmp_path: Path, cache: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: dict[str, int]
+):
+    pytest.importorskip("peft")
+    given = {"student": model, "tokenizer": tokenizer, "max_steps": 1}
+    train(tmp_path / "first", cache, lora_rank=2, **given)
+    with pytest.raises(ConfigError, match="has adapters already.*Load it again"):
+        train(tmp_path / "second", cache, **given, **options)
+    assert not (tmp_path / "second").exists()
+    train(tmp_path / "random", cache, student_random=True, **given)  # only its configuration is used
+
+
+def test_a_model_with_merged_adapters_is_trained_again(
+    tmp_path: Path, cache: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+):
+    pytest.importorskip("peft")
+    given = {"student": model, "tokenizer": tokenizer, "max_steps": 1, "lora_rank": 2}
+    train(tmp_path / "first", cache, merge_adapter=True, **given)
+    train(tmp_path / "second", cache, merge_adapter=True, **given)
