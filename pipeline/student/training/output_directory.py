@@ -23,14 +23,14 @@ import cache_format as cf
 from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, Holder
 from cache_format.storage.directory import open_directory
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DiskFullError
 from pipeline.losses import DistillLoss
 from pipeline.options import CONFIG_FILE
 from pipeline.overlap import check_inputs_apart
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
-from pipeline.student.training.checkpoints import checkpoints_of
+from pipeline.student.training.checkpoints import checkpoints_of, is_disk_full
 from pipeline.student.training.early_stopping import stopped_by
 from pipeline.student.training.run_record import check_same_run, write_record
 
@@ -177,6 +177,26 @@ def _state(file: Path) -> TrainerState | None:
         return TrainerState.load_from_json(str(file))
     except (OSError, ValueError, TypeError):
         return None
+
+
+@contextmanager
+def saving(output: str, step: int | None = None) -> Iterator[None]:
+    """Writes to the directory of a run. On a full disk, the incomplete checkpoint of `step` is removed.
+
+    Raises: DiskFullError, with the checkpoint to continue from.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error, output):
+            raise
+        checkpoint = None if step is None else checkpoints_of(output).get(step)
+        if checkpoint is not None and _state(checkpoint / TRAINER_STATE) is None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        last = last_checkpoint(output)
+        kept = "There is no complete checkpoint" if last is None else f"The last complete checkpoint is {last}"
+        again = "start again with `overwrite=True`" if last is None else "continue with `resume=True`"
+        raise DiskFullError(f"{output}: no space left on the disk. {kept}. Free some space, then {again}.") from error
 
 
 def begin_output(config: TrainStudentConfig, record: dict[str, Any]) -> None:

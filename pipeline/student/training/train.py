@@ -31,7 +31,7 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
-from pipeline.student.training.output_directory import begin_output, check_contents, claimed
+from pipeline.student.training.output_directory import begin_output, check_contents, claimed, saving
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
 from pipeline.student.training.run_record import record_of, record_seen
 from pipeline.student.training.trainer import DistillTrainer
@@ -87,6 +87,7 @@ def train_student(
         ConfigError, ModelError: the options or the student cannot be used, or another process is training into
             `output`, which has not been changed.
         DivergedError: the loss or the weights became NaN or Inf.
+        DiskFullError: no space left for a checkpoint or the student.
     """
     with precision_restored():
         run = check_run(config)
@@ -132,7 +133,8 @@ def _begin(run: CheckedRun, student: RunStudent, on_begin: Callable[[], None]) -
         )
     on_begin()
     if run.resume_from is None:
-        begin_output(run.config, _record(run, student))
+        with saving(run.config.output):
+            begin_output(run.config, _record(run, student))
 
 
 def _train_into_output(
@@ -167,7 +169,8 @@ def _train_into_output(
     evaluations = [
         {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
     ]
-    _save(run, trainer, student, seen, _without_prefix(metrics), evaluations)
+    with saving(config.output):
+        _save(run, trainer, student, seen, _without_prefix(metrics), evaluations)
     return TrainSummary(
         output=config.output,
         steps=state.global_step,
