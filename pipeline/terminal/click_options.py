@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -292,8 +293,23 @@ def json_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         is_flag=False,
         flag_value="-",
         metavar="[FILE]",
+        callback=_check_json_file,
         help="Write the result as JSON to FILE, or print it instead of the table.",
     )
+
+
+def _check_json_file(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """Finds a wrong path before hours of work rather than after. Raises: UsageError."""
+    if value in (None, "-"):
+        return value
+    file = Path(value)
+    if file.is_dir():
+        raise click.UsageError(f"--json {value}: found a directory, expected the name of a file.", ctx)
+    if not file.exists() and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise click.UsageError(f"--json {value}: {file.parent} is not a writable directory. Choose another one.", ctx)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise click.UsageError(f"--json {value}: the file may not be written. Choose another name.", ctx)
+    return value
 
 
 def interrupted(what_is_kept: str) -> NoReturn:
