@@ -29,6 +29,7 @@ class _Text(click.types.StringParamType):
 
 
 TEXT = _Text()
+MANIFESTS = ("manifest.json", "manifest.partial.json")
 
 
 class DistillCommand(click.Command):
@@ -89,7 +90,7 @@ class DistillCommand(click.Command):
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise click.ClickException(rank_prefix() + describe_os_error(error)) from error
+            raise click.ClickException(rank_prefix() + describe_os_error(error, ctx.params.get("output"))) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         everything = ctx.meta.get("distill.help_all", False)
@@ -307,6 +308,9 @@ def _check_json_file(ctx: click.Context, _: click.Parameter, value: str | None) 
         raise click.UsageError(f"--json {value}: found a directory, expected the name of a file.", ctx)
     if not file.exists() and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
         raise click.UsageError(f"--json {value}: {file.parent} is not a writable directory. Choose another one.", ctx)
+    if any((file.parent / name).exists() for name in MANIFESTS):
+        problem = "it lies in a cache, which no command would write to afterwards"
+        raise click.UsageError(f"--json {value}: {problem}. Choose another directory.", ctx)
     if file.exists() and not os.access(file, os.W_OK):
         raise click.UsageError(f"--json {value}: the file may not be written. Choose another name.", ctx)
     return value
