@@ -196,7 +196,7 @@ def train_student(
     Raises:
         CacheError: a cache cannot be read; MismatchError: student and cache do not belong together.
         ConfigError, ModelError: options or student cannot be used; nothing in `output` was touched.
-        DivergedError: the loss or the weights became NaN or Inf.
+        DivergedError: the loss or the weights became NaN or Inf. OSError: the disk is full.
     """
     from pipeline.student.training.train import train_student as train
 

@@ -5,7 +5,8 @@
     ├── DataError       the text is missing, empty, malformed, or not of the requested kind
     ├── ModelError      a model or tokenizer cannot be loaded, or lacks what the run needs
     ├── ConfigError     an option is wrong, or contradicts another option, the model or the data
-    └── DivergedError   the loss or the weights became NaN or Inf
+    ├── DivergedError   the loss or the weights became NaN or Inf
+    └── DiskFullError   no space left for a checkpoint or the student; also an OSError
 
 A message is one line: where, what was found, what was expected, why it matters, the next step. It names options by
 their Python name in backticks, `top_k`, `tail=bucket` or `packing=False`; the command line shows its flags instead.
@@ -13,6 +14,7 @@ their Python name in backticks, `top_k`, `tail=bucket` or `packing=False`; the c
 
 from __future__ import annotations
 
+import errno
 import re
 
 from cache_format.cache_errors import DistillError
@@ -41,3 +43,9 @@ class ConfigError(DistillError):
 
 class DivergedError(DistillError):
     """The loss or the weights of a student became NaN or Inf."""
+
+
+class DiskFullError(DistillError, OSError):
+    """There is no space left for a checkpoint or the student."""
+
+    errno = errno.ENOSPC

@@ -35,7 +35,7 @@ FILES = (
     "tokenizer/**",
 )
 # Of a student: what only continues or watches its training, or has paths of this machine.
-NOT_PUSHED = ("checkpoint-*/**", "runs/**", "training_args.bin", "*.tmp")
+NOT_PUSHED = ("checkpoint-*/**", "claims/**", "runs/**", "training_args.bin", "*.tmp")
 # What decides which model is loaded: left over from another student, it would be loaded instead, or mixed in.
 REPLACED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*")
 CONNECTION = (

@@ -1,6 +1,6 @@
 """Claims: small files in `claims/` that say which writer works on what, for as long as it works on it.
 
-    claims/all.0.json          the whole cache, one writer (`CacheWriter`)
+    claims/all.0.json          the whole directory, one writer (`CacheWriter`, also a run of `train_student`)
     claims/shard-00007.0.json  one shard, several writers (`SharedCacheWriter`)
 
 Every storage can create a file that must not exist yet; locks of the operating system work on one machine only. A claim

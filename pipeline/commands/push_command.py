@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from pipeline.terminal.click_options import distill_command, json_option
+from pipeline.terminal.click_options import distill_command, interrupted, json_option
 
 
 def public_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -47,7 +48,7 @@ def push(cache: str, repository: str, public: bool) -> str:
     from pipeline.hub import push_cache
     from pipeline.terminal.console import Status, err
 
-    with Status() as status:
+    with Status() as status, _interrupt_said(cache, repository, public):
         address = push_cache(
             cache,
             repository,
@@ -63,10 +64,21 @@ def upload_student(student: str, repository: str, public: bool) -> str:
     from pipeline.hub import push_student
     from pipeline.terminal.console import Status, err
 
-    with Status() as status:
+    with Status() as status, _interrupt_said(student, repository, public):
         address = push_student(student, repository, private=not public, on_stage=status.stage)
     err.print(f"Pushed to {address}")
     return address
+
+
+@contextmanager
+def _interrupt_said(directory: str, repository: str, public: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = f"distill push {directory} {repository}{' --public' if public else ''}"
+        interrupted(
+            f"{directory} is complete and unchanged, the upload to {repository} is not complete. To continue: {again}"
+        )
 
 
 def check_repository(output: str, repository: str | None, public: bool | None) -> None:

@@ -52,6 +52,11 @@ def command(
     from pipeline.terminal.training_views import held_out_line, mixture_lines, step_facts, training_view
 
     facts: dict[str, Any] = {}
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
 
     def log(logs: dict[str, Any]) -> None:
         nonlocal facts
@@ -70,18 +75,23 @@ def command(
             summary = train_student(
                 config,
                 on_stage=status.stage,
+                on_begin=begin,
                 on_step=lambda step, total: status.step(step, total, "steps", **facts),
                 on_log=log,
                 on_warning=status.warn,
             )
         except KeyboardInterrupt:
+            if not begun:
+                interrupted("nothing was changed. Run the same command again.")
             if last_checkpoint(config.output) is None:
                 interrupted(f"no checkpoint was saved in {config.output} yet. Start again with --overwrite.")
             interrupted(f"checkpoints are kept in {config.output}. Continue from the last one with --resume.")
-    if not status.silent:
-        show_result(lambda: training_view(asdict(summary)), lambda: asdict(summary), json_file)
-    if push_to_hub is not None and first:
-        upload_student(config.output, push_to_hub, bool(public))
+    try:
+        if push_to_hub is not None and first:
+            upload_student(config.output, push_to_hub, bool(public))
+    finally:  # the result is shown even if the upload fails
+        if not status.silent:
+            show_result(lambda: training_view(asdict(summary)), lambda: asdict(summary), json_file)
 
 
 def _check_inputs(config: TrainStudentConfig) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class ExportSummary:
 def export_cache(
     path: str, output: str, format: str, *, on_step: Callable[[float, float], None] = lambda done, total: None
 ) -> ExportSummary:
-    """
+    """Writes all files, or none if there is an error.
+
     Raises:
         MismatchError: targets that a list of entries cannot express.
         ConfigError: an unknown `format`; or `output` is a URL, or lies in the cache.
@@ -53,20 +55,37 @@ def export_cache(
     _check(cache)
     folder = Path(output)
     _check_output(path, output)
-    folder.mkdir(parents=True, exist_ok=True)
     shards = cache.metadata.num_shards
-    for shard in range(shards):
-        # A file that is not complete has another name, so that no reader takes it for one.
-        file, partial = (folder / f"{dot}part-{shard:05d}.parquet" for dot in ("", "."))
-        schema = _schema(format, cache.metadata)
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for rows in _rows_of(cache, shard):
-                columns = _columns(format, rows, cache.metadata.max_entries)
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-                on_step(rows[-1].row + 1, cache.num_rows)
-        os.replace(partial, file)
+    with _removed_on_error(folder) as written:
+        for shard in range(shards):
+            # A file that is not complete has another name, so that no reader takes it for one.
+            file, partial = (folder / f"{dot}part-{shard:05d}.parquet" for dot in ("", "."))
+            written += [file, partial]
+            schema = _schema(format, cache.metadata)
+            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+                for rows in _rows_of(cache, shard):
+                    columns = _columns(format, rows, cache.metadata.max_entries)
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                    on_step(rows[-1].row + 1, cache.num_rows)
+            os.replace(partial, file)
     size = sum(each.stat().st_size for each in folder.iterdir())
     return ExportSummary(output, format, cache.num_rows, shards, size)
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[list[Path]]:
+    """The files of an export. After an error or an interrupt they are removed, so that it can be repeated."""
+    existed, written = folder.exists(), list[Path]()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield written
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _check(cache: cf.Cache) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -28,6 +29,7 @@ class _Text(click.types.StringParamType):
 
 
 TEXT = _Text()
+MANIFESTS = ("manifest.json", "manifest.partial.json")
 
 
 class DistillCommand(click.Command):
@@ -88,7 +90,7 @@ class DistillCommand(click.Command):
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise click.ClickException(rank_prefix() + describe_os_error(error)) from error
+            raise click.ClickException(rank_prefix() + describe_os_error(error, ctx.params.get("output"))) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         everything = ctx.meta.get("distill.help_all", False)
@@ -292,8 +294,26 @@ def json_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         is_flag=False,
         flag_value="-",
         metavar="[FILE]",
+        callback=_check_json_file,
         help="Write the result as JSON to FILE, or print it instead of the table.",
     )
+
+
+def _check_json_file(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """Finds a wrong path before hours of work rather than after. Raises: UsageError."""
+    if value in (None, "-"):
+        return value
+    file = Path(value)
+    if file.is_dir():
+        raise click.UsageError(f"--json {value}: found a directory, expected the name of a file.", ctx)
+    if not file.exists() and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise click.UsageError(f"--json {value}: {file.parent} is not a writable directory. Choose another one.", ctx)
+    if any((file.parent / name).exists() for name in MANIFESTS):
+        problem = "it lies in a cache, which no command would write to afterwards"
+        raise click.UsageError(f"--json {value}: {problem}. Choose another directory.", ctx)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise click.UsageError(f"--json {value}: the file may not be written. Choose another name.", ctx)
+    return value
 
 
 def interrupted(what_is_kept: str) -> NoReturn:

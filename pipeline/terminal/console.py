@@ -7,7 +7,8 @@ import logging as standard_logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -29,6 +30,17 @@ LINE_EVERY_S = 30.0
 BAR_WIDTH = 24
 
 
+@contextmanager
+def _log_may_fail() -> Iterator[None]:
+    """A log on a full disk does not end a run of days. A closed pipe does: its reader wants no more."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
 class Status:
     """Stages and progress on stderr: a live bar in a terminal, a line every 30 seconds in a log. Texts that name
     options name the flags of the running command instead."""
@@ -47,20 +59,24 @@ class Status:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
+    @_log_may_fail()
     def stage(self, text: str) -> None:
         self._stop()
         self.began = time.monotonic()
         if not self.silent:
             err.print(Text(here_with_flags(text), style="bold"), "…")
 
+    @_log_may_fail()
     def warn(self, text: str) -> None:
         if not self.silent:
             err.print(Text("warning:", style="yellow"), here_with_flags(text))
 
+    @_log_may_fail()
     def line(self, text: str) -> None:
         if not self.silent:
             err.print(here_with_flags(text))
 
+    @_log_may_fail()
     def step(
         self,
         done: float,
@@ -108,11 +124,12 @@ class Status:
         shown.truncate(max(room, 1), overflow="ellipsis")
         self.progress.update(self.task, completed=done, total=total, description=shown.plain)
 
+    @_log_may_fail()
     def _stop(self) -> None:
         self.pace = None
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        progress, self.progress = self.progress, None
+        if progress is not None:
+            progress.stop()
 
 
 class _Pace:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ALMOST_NOTHING = 1 << 20  # bytes
 
 CREDENTIALS = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (AWS_ENDPOINT_URL for other servers)",
@@ -18,14 +23,32 @@ def rank_prefix() -> str:
     return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
-def describe_os_error(error: OSError) -> str:
-    """No space, no permission, a name that is too long: not a bug."""
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}. {_remedy(error)}"
+def describe_os_error(error: OSError, output: str | None = None) -> str:
+    """No space, no permission, a name that is too long: not a bug.
+
+    Args:
+        output: where the command writes, to name a full disk: libraries often do not say which file they wrote.
+    """
+    where = error.filename
+    if error.errno not in FULL:
+        text = error.strerror or str(error)
+    else:
+        text = os.strerror(error.errno)
+        where = where or (output if output is not None and _is_full(output) else None)
+    return f"{where}: {text}. {_remedy(error)}" if where else f"{text}. {_remedy(error)}"
+
+
+def _is_full(path: str) -> bool:
+    """Whether a local disk has no space left; the error may as well be about a temporary directory."""
+    if "://" in path:
+        return False
+    place = Path(path).absolute()
+    existing = next(each for each in (place, *place.parents) if each.exists())
+    return shutil.disk_usage(existing).free < ALMOST_NOTHING
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return "Free some space and run the same command again."
     if error.errno == errno.EACCES and "://" in str(error.filename):
         protocol = str(error.filename).partition("://")[0]

@@ -31,9 +31,9 @@ def use_fallbacks() -> None:
 
 
 def can_print(text: str) -> bool:
-    """Whether stdout can write `text` as it is."""
+    """Whether stdout can write `text` as it is; also if stdout is closed, and nothing is written."""
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return False
     return True

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from test_bad_input import CACHE_TEACHER, TRAIN, complain, instead
 
+from pipeline.evaluation.report import report
+from pipeline.importing import export_cache
 from runs import build_cache
+from runs import command as run
 
 
 @pytest.mark.long
@@ -65,6 +71,59 @@ def test_unfinished_run_without_a_checkpoint(here: Path):
 def test_output_of_an_export(here: Path, output: str, expected: tuple[str, ...]):
     (here / "link").symlink_to("cache")
     complain(here, f"export cache --output {output}", *expected)
+
+
+def no_space(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+
+@pytest.mark.parametrize(
+    "free, line", [(0, "Error: files: No space left on device."), (1 << 40, "Error: No space left on device.")]
+)
+@pytest.mark.parametrize("existed", [False, True])
+def test_export_on_a_full_disk_can_be_repeated(
+    here: Path, monkeypatch: pytest.MonkeyPatch, free: int, line: str, existed: bool
+):
+    """The directory is only named if its disk is the one that is full."""
+    if existed:
+        (here / "files").mkdir()
+    replace, done = os.replace, list[str]()
+
+    def at_the_second(partial: str, file: str) -> None:
+        no_space() if done else replace(partial, file)
+        done.append(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_cache.os, "replace", at_the_second)
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        complain(here, "export cache --output files", line, "Free some space and run the same command again.")
+    assert done and (here / "files").exists() == existed
+    run("export", "cache", "--output", "files")
+
+
+@pytest.mark.parametrize(
+    "output, expected",
+    [
+        ("cache/r.html", ("--output cache/r.html: it lies in the cache (cache)", "Choose another directory")),
+        ("link/shards/r.html", ("--output link/shards/r.html: it lies in the cache (cache)",)),
+        ("r" * 300, ("File name too long", "Check the path")),
+    ],
+)
+def test_output_of_a_report(here: Path, monkeypatch: pytest.MonkeyPatch, output: str, expected: tuple[str, ...]):
+    """Found before anything is computed."""
+    (here / "link").symlink_to("cache")
+    monkeypatch.setattr(report, "read_positions", None)
+    complain(here, f"report cache --device cpu --output {output}", *expected)
+
+
+def test_report_on_a_full_disk_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch):
+    (here / "r.html").write_text("before")
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    complain(here, "report cache --device cpu --output r.html", "No space left on device", "Free some space")
+
+
+def test_json_file_in_a_cache(here: Path):
+    complain(here, "stats cache --json cache/stats.json", "--json cache/stats.json: it lies in a cache", status=2)
 
 
 INPUTS_IN_OUTPUT = [

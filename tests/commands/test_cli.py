@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache_format as cf
-from cache_samples import shards
+from cache_samples import contents, shards
 from cli import main
 from pipeline import commands
 from pipeline.commands import COMMANDS, SUMMARIES
@@ -147,11 +147,15 @@ def test_evaluation_on_stdout(folder: Path):
     assert data["students"][str(folder / "trained")]["tokens"] < 100
 
 
-def test_evaluation_is_shown_even_if_the_file_cannot_be_written(folder: Path):
+@pytest.mark.parametrize(
+    "file, expected",
+    [("nowhere/result.json", "nowhere is not a writable directory"), ("cache", "found a directory, expected")],
+)
+def test_wrong_json_file_is_found_before_any_work(folder: Path, file: str, expected: str):
     words = ["evaluate", "--cache", folder / "cache", "--student", folder / "trained", "--max-rows", 2]
-    result = run(*words, "--json", folder / "nowhere/result.json", status=1)
-    assert "KL to teacher" in result.stdout
-    assert result.stderr.splitlines()[-1].startswith(f"Error: {folder}/nowhere/result.json: No such file or directory")
+    result = run(*words, "--json", folder / file, status=2)
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"Error: --json {folder}/{file}: ") and expected in line and result.stdout == ""
 
 
 def test_inspect(folder: Path):
@@ -271,6 +275,29 @@ def test_interrupted_training_is_resumed(folder: Path, tmp_path: Path, student_d
     )
     run(*words, "--output", tmp_path / "parts", "--resume")
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [["--overwrite"], []])
+def test_interrupt_before_training_begins_changes_nothing(
+    folder: Path, tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+):
+    """The checkpoints in the output are of the old run, and no run of this command could continue from them."""
+    from pipeline.student.training import train as module
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "s"
+    words = ["train-student", "--cache", folder / "cache", "--student", student_dir, "--device", "cpu"]
+    words += ["--max-steps", 1, "--output", output, *more]
+    if more:
+        run(*words)
+    before = contents(tmp_path)
+    monkeypatch.setattr(module, "load_run_student", interrupt)
+    result = run(*words, status=130)
+    assert result.stderr.splitlines()[-1] == "Interrupted: nothing was changed. Run the same command again."
+    assert contents(tmp_path) == before
 
 
 def test_interrupt_anywhere_else(folder: Path, monkeypatch: pytest.MonkeyPatch):

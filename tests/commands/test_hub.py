@@ -30,7 +30,7 @@ class Hub:
         self.folder, self.calls, self.error = folder, [], None
         self.token_error: Exception | None = None
         self.write_error: Exception | None = None
-        self.upload_errors: list[Exception | None] = []  # of the next uploads
+        self.upload_errors: list[BaseException | None] = []  # of the next uploads
 
     def files(self) -> list[str]:
         return sorted(f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
@@ -310,6 +310,27 @@ def test_training_does_not_begin_without_a_repository_to_push_to(
 def test_training_does_not_begin_with_a_wrong_name(cache: Path, student_dir: Path, fake: Hub, tmp_path: Path):
     result = CliRunner().invoke(main, training(cache, student_dir, tmp_path / "s", "no spaces"))
     assert result.exit_code == 1 and "Give OWNER/NAME" in result.stderr and fake.calls == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no route to the hub")], ids=["Ctrl-C", "network"])
+def test_upload_that_ends_early_says_that_the_student_is_complete(
+    cache: Path, student_dir: Path, fake: Hub, tmp_path: Path, error: BaseException
+):
+    fake.upload_errors = [error]
+    words = [*training(cache, student_dir, tmp_path / "s", "someone/student"), "--json", str(tmp_path / "result.json")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == (1 if isinstance(error, OSError) else 130)
+    line = result.stderr.splitlines()[-1]
+    assert f"{tmp_path}/s is complete and unchanged" in line and line.endswith(f"push {tmp_path}/s someone/student")
+    assert "Trained" in result.stdout and json.loads((tmp_path / "result.json").read_text())["steps"] == 1
+
+
+def test_interrupted_upload_of_a_cache_says_how_to_continue(cache: Path, fake: Hub):
+    fake.upload_errors = [KeyboardInterrupt()]
+    result = push(cache, "someone/cache", "--public", status=130)
+    line = result.stderr.splitlines()[-1]
+    assert "the upload to someone/cache is not complete" in line
+    assert line.endswith(f"distill push {cache} someone/cache --public")
 
 
 def test_only_the_first_process_pushes(

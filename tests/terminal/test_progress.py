@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -125,3 +126,38 @@ def test_commands_that_read_a_whole_cache_show_how_far_they_are(
     lines = run(name, cache).stderr.splitlines()
     done, _, total = lines[-1].partition(f" {unit} ")[0].partition("/")
     assert done == total and int(done) > 1 and " in all" in lines[-1]
+
+
+class Full(io.StringIO):
+    """A log on a full disk, or one that nobody reads any more."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_log_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, live: bool):
+    monkeypatch.setattr(console, "err", Console(file=Full(errno.ENOSPC), force_terminal=live, force_interactive=live))
+    with Status() as status:
+        status.stage("training")
+        status.warn("a warning")
+        status.line("a line")
+        for step in range(3):
+            status.step(step, 2, "steps")
+
+
+def test_log_that_nobody_reads_ends_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(console, "err", Console(file=Full(errno.EPIPE)))
+    with pytest.raises((BrokenPipeError, SystemExit)), Status() as status:
+        status.line("a line")
+
+
+def test_json_with_stdout_closed(monkeypatch: pytest.MonkeyPatch):
+    """As in `distill stats … --json >&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    for file in ("-", None):
+        console.show_result(lambda: "a table", lambda: {"rows": 1}, file)

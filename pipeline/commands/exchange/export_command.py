@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.terminal.click_options import distill_command, interrupted, json_option
+from pipeline.terminal.click_options import distill_command, json_option
 
 
 @distill_command(
@@ -34,8 +34,5 @@ def command(cache: str, output: str, format_: str, json_file: str | None) -> Non
     from pipeline.terminal.import_view import export_view
 
     with Status() as status:
-        try:
-            summary = export_cache(cache, output, format_, on_step=lambda done, of: status.step(done, of, "rows"))
-        except KeyboardInterrupt:
-            interrupted(f"{output} is incomplete. Remove it before you try again.")
+        summary = export_cache(cache, output, format_, on_step=lambda done, of: status.step(done, of, "rows"))
     show_result(lambda: export_view(summary), lambda: asdict(summary), json_file)

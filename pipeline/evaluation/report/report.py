@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import cache_format as cf
+from cache_format.storage.directory import inside
 from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.evaluation.groups import Grouping
@@ -66,12 +69,24 @@ def write_report(
     """Writes the file of `config.output`; nothing is written before everything is computed.
 
     Raises:
-        ConfigError: what was named is neither a cache nor a run, or the file cannot be written.
+        ConfigError: what was named is neither a cache nor a run, or the file cannot be written or lies in the cache.
         MismatchError: a student's tokenizer is not the cache's.
         ModelError, CacheError: a student or the cache cannot be read.
     """
     sources = find_sources(config)
-    _check_output(config.output)
+    _check_output(config.output, sources.cache)
+    with _scratch_file(config.output) as scratch:
+        return _write_report(config, sources, scratch, on_stage, on_progress, on_warning)
+
+
+def _write_report(
+    config: ReportConfig,
+    sources: Sources,
+    scratch: Path,
+    on_stage: Callable[[str], None],
+    on_progress: OnProgress,
+    on_warning: Callable[[str], None],
+) -> ReportSummary:
     copies = cf.ReadCache.of(config.cache_dir, config.cache_dir_gb)
     cache = cf.open_cache(sources.cache, hidden_layers=[], read_cache=copies).with_states()
     grouping = None if config.by is None else Grouping(cache, config.by)
@@ -113,7 +128,6 @@ def write_report(
             version=importlib.metadata.version("distill"),
         )
     )
-    scratch = Path(f"{config.output}.tmp")
     scratch.write_bytes(page)
     scratch.replace(config.output)
     return ReportSummary(
@@ -134,12 +148,28 @@ def _unique_name(student: Student, sources: Sources) -> str:
     return student.label if repeated else student.name
 
 
-def _check_output(output: str) -> None:
+def _check_output(output: str, cache: str) -> None:
     folder = Path(output).parent
     if Path(output).is_dir():
         raise ConfigError(f"`output` {output}: found a directory, expected the name of an HTML file.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"`output` {output}: {folder} is not a writable directory. Choose another one.")
+    if inside(folder, cache):
+        raise ConfigError(
+            f"`output` {output}: it lies in the cache ({cache}), which no command would write to afterwards. "
+            "Choose another directory."
+        )
+
+
+@contextmanager
+def _scratch_file(output: str) -> Iterator[Path]:
+    """An empty file next to the report, which becomes the report. A name that cannot be is found before the work."""
+    scratch = Path(f"{output}.{secrets.token_hex(4)}.tmp")
+    scratch.touch(exist_ok=False)
+    try:
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _check_student(cache: cf.Cache, student: Student, config: ReportConfig) -> list[str]:

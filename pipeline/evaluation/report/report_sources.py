@@ -19,6 +19,7 @@ from pipeline.evaluation.report.report_config import ReportConfig
 from pipeline.models.paths import check_model_path
 from pipeline.options import CONFIG_FILE
 from pipeline.student.cache_paths import parse_weight
+from pipeline.student.training.checkpoints import checkpoints_of
 
 STATE = "trainer_state.json"
 
@@ -99,13 +100,9 @@ def _state_file(directory: str) -> Path | None:
     """The latest state of a run: that of the finished run, or of its last checkpoint."""
     if (finished := Path(directory) / STATE).is_file():
         return finished
-    states = [state for state in Path(directory).glob(f"checkpoint-*/{STATE}") if _step(state) >= 0]
-    return max(states, key=_step, default=None)
-
-
-def _step(state: Path) -> int:
-    number = state.parent.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
+    found = checkpoints_of(directory)
+    states = (found[step] / STATE for step in sorted(found, reverse=True))
+    return next((state for state in states if state.is_file()), None)
 
 
 def _students(models: list[Any]) -> tuple[Student, ...]:

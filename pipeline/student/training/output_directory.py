@@ -6,6 +6,7 @@ OUTPUT/
   config.json, …         the trained student, a plain transformers directory
   README.md              model card (`pipeline.student.model_card`)
   trainer_state.json     written last of all
+  claims/                while a run works on it (`cache_format.storage.claims`)
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,16 @@ from transformers import TrainerState
 
 import cache_format as cf
 from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
-from pipeline.errors import ConfigError
+from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, Holder
+from cache_format.storage.directory import open_directory
+from pipeline.errors import ConfigError, DiskFullError
 from pipeline.losses import DistillLoss
 from pipeline.options import CONFIG_FILE
 from pipeline.overlap import check_inputs_apart
 from pipeline.student.data.cache_mix import Mix
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
+from pipeline.student.training.checkpoints import checkpoints_of, is_disk_full
 from pipeline.student.training.early_stopping import stopped_by
 from pipeline.student.training.run_record import check_same_run, write_record
 
@@ -47,7 +53,7 @@ def check_output(
 
     Raises:
         ConfigError: the directory has contents that this run may not replace, such as its own inputs, or no run to
-            resume.
+            resume; or another process is training into it.
         MismatchError: the run to resume had other settings.
     """
     if "://" in config.output:
@@ -60,8 +66,18 @@ def check_output(
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"`output` {output}: found a file, expected a directory. Choose another directory.")
-    occupied = output.is_dir() and any(output.iterdir())
-    ours = _has_run(output)
+    for holder in _claims(output).others():
+        raise _refused(output, holder)
+    return check_contents(config, mix, held_out, budget, loss)
+
+
+def check_contents(
+    config: TrainStudentConfig, mix: Mix, held_out: cf.Cache | None, budget: Budget, loss: DistillLoss
+) -> str | None:
+    """The part of `check_output` to repeat under `claimed`: another run may have come first while this one loaded."""
+    output = Path(config.output)
+    found = _contents(output)
+    occupied, ours = bool(found), _has_run(output)
     if config.resume:
         if occupied and not ours:
             raise ConfigError(
@@ -70,8 +86,8 @@ def check_output(
         checkpoint = last_checkpoint(output)
         if checkpoint is None and not is_finished(output):
             instead = "with `overwrite=True` instead of" if occupied else "without"
-            partly = next(output.glob(f"checkpoint-*/{TRAINER_STATE}"), None)
-            why = "" if partly is None else f": {partly.parent.name} has no {', '.join(_missing(partly.parent))}"
+            partly = next((each for each in checkpoints_of(output).values() if (each / TRAINER_STATE).is_file()), None)
+            why = "" if partly is None else f": {partly.name} has no {', '.join(_missing(partly))}"
             raise ConfigError(f"{output}: found no checkpoint to resume from{why}. Start {instead} `resume=True`.")
         check_same_run(config, mix, held_out, budget, loss, output / CONFIG_FILE)
         if is_finished(output):
@@ -91,7 +107,7 @@ def check_output(
         )
     if occupied and not config.overwrite:
         raise ConfigError(
-            f"{output}: found {min(output.iterdir()).name!r}, expected an empty directory: nothing was changed. "
+            f"{output}: found {min(found).name!r}, expected an empty directory: nothing was changed. "
             "Choose another directory."
         )
     if occupied and not ours:
@@ -100,6 +116,37 @@ def check_output(
             "not delete it. Choose another directory."
         )
     return None
+
+
+@contextmanager
+def claimed(output: str) -> Iterator[None]:
+    """Of several runs, one trains into a directory at a time. The claim of a process that was killed does not count.
+
+    Raises: ConfigError if another process has it.
+    """
+    claims = _claims(Path(output))
+    try:
+        if (holder := claims.take(WHOLE)) is not None:
+            raise _refused(output, holder)
+        yield
+    finally:
+        claims.close()
+
+
+def _claims(output: Path) -> Claims:
+    return Claims(open_directory(output))
+
+
+def _refused(output: str | Path, holder: Holder) -> ConfigError:
+    return ConfigError(
+        f"{output}: {holder}, is training into this directory: nothing was changed. Wait for it, stop it, or choose "
+        f"another `output`; if it is gone, its claim ends {STALE_AFTER_S / 60:.0f} minutes after its last sign of life."
+    )
+
+
+def _contents(output: Path) -> list[Path]:
+    """What is in the directory, without the claims of runs."""
+    return [each for each in output.iterdir() if each.name != CLAIMS] if output.is_dir() else []
 
 
 def _has_run(output: Path) -> bool:
@@ -111,8 +158,8 @@ def _has_run(output: Path) -> bool:
 
 def last_checkpoint(output: str | Path) -> Path | None:
     """The latest complete checkpoint. Without one of its parts, Trainer would begin that part anew without a word."""
-    complete = [path for path in Path(output).glob("checkpoint-*") if not _missing(path)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    found = checkpoints_of(output)
+    return next((found[step] for step in sorted(found, reverse=True) if not _missing(found[step])), None)
 
 
 def _missing(checkpoint: Path) -> list[str]:
@@ -165,10 +212,30 @@ def _state(file: Path) -> TrainerState | None:
         return None
 
 
+@contextmanager
+def saving(output: str, step: int | None = None) -> Iterator[None]:
+    """Writes to the directory of a run. On a full disk, the incomplete checkpoint of `step` is removed.
+
+    Raises: DiskFullError, with the checkpoint to continue from.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error, output):
+            raise
+        checkpoint = None if step is None else checkpoints_of(output).get(step)
+        if checkpoint is not None and _state(checkpoint / TRAINER_STATE) is None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        last = last_checkpoint(output)
+        kept = "There is no complete checkpoint" if last is None else f"The last complete checkpoint is {last}"
+        again = "start again with `overwrite=True`" if last is None else "continue with `resume=True`"
+        raise DiskFullError(f"{output}: no space left on the disk. {kept}. Free some space, then {again}.") from error
+
+
 def begin_output(config: TrainStudentConfig, record: dict[str, Any]) -> None:
-    """Empties the directory, which `check_output` has allowed, and writes the record of the run."""
+    """Empties the directory, which `check_contents` has allowed, and writes the record of the run."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.iterdir():
+    for old in _contents(output):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     write_record(output, record)

@@ -32,7 +32,7 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
-from pipeline.student.training.output_directory import begin_output, follow_best
+from pipeline.student.training.output_directory import begin_output, check_contents, claimed, follow_best, saving
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
 from pipeline.student.training.run_record import record_of, record_seen
 from pipeline.student.training.trainer import DistillTrainer
@@ -63,6 +63,7 @@ def train_student(
     config: TrainStudentConfig,
     *,
     on_stage: Callable[[str], None] = lambda _: None,
+    on_begin: Callable[[], None] = lambda: None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
     on_log: Callable[[dict[str, Any]], None] = lambda _: None,
     on_warning: Callable[[str], None] = lambda _: None,
@@ -76,6 +77,7 @@ def train_student(
 
     Args:
         on_stage: called with a line of text when a stage begins.
+        on_begin: called when everything is loaded, before the first change to `output`.
         on_step: called with the step and the number of steps after each optimizer step.
         on_log: called with Trainer's logs and their step; with {"mixture": planned use of each cache, from `Mix.seen`}
             before a run on several caches; with {"stopped": reasons, "step"} after an early stop.
@@ -84,15 +86,17 @@ def train_student(
     Raises:
         CacheError: a cache cannot be read.
         MismatchError: student and cache do not match.
-        ConfigError, ModelError: the options or the student cannot be used. `output` has not been changed.
+        ConfigError, ModelError: the options or the student cannot be used, or another process is training into
+            `output`, which has not been changed.
         DivergedError: the loss or the weights became NaN or Inf.
+        DiskFullError: no space left for a checkpoint or the student.
     """
     with precision_restored():
         run = check_run(config)
         for warning in run.warnings:
             on_warning(warning)
         with _restored(run.config):
-            return _train_student(run, on_stage, on_step, on_log)
+            return _train_student(run, on_stage, on_begin, _Report(on_step, on_log))
 
 
 @contextmanager
@@ -107,12 +111,10 @@ def _restored(config: TrainStudentConfig) -> Iterator[None]:
 
 
 def _train_student(
-    run: CheckedRun,
-    on_stage: Callable[[str], None],
-    on_step: Callable[[int, int], None],
-    on_log: Callable[[dict[str, Any]], None],
+    run: CheckedRun, on_stage: Callable[[str], None], on_begin: Callable[[], None], report: _Report
 ) -> TrainSummary:
-    config, mix, budget, arguments = run.config, run.mix, run.budget, run.arguments
+    """Loads everything, then trains into the output directory, which is claimed for that long."""
+    config, mix, arguments = run.config, run.mix, run.arguments
     if any("://" in cache.path for cache in mix.caches):
         read_ahead(config, arguments)
     data = RunData.open(run)
@@ -129,9 +131,37 @@ def _train_student(
         follow_best(run.resume_from, config.output)
     # The old output is deleted only now, when everything has been loaded.
     PartialState().wait_for_everyone()
-    if arguments.process_index == 0 and run.resume_from is None:
-        begin_output(config, _record(run, student))
-    with _trainer(run, data, student, matching, _Report(on_step, on_log)) as trainer:
+    first = arguments.process_index == 0
+    with claimed(config.output) if first else nullcontext():
+        if first:
+            _begin(run, student, on_begin)
+        return _train_into_output(run, data, student, matching, teachers, on_stage, report)
+
+
+def _begin(run: CheckedRun, student: RunStudent, on_begin: Callable[[], None]) -> None:
+    """Makes the output directory that of this run, if it still is as it was when the run was checked."""
+    if check_contents(run.config, run.mix, run.held_out, run.budget, run.loss) != run.resume_from:
+        raise ConfigError(
+            f"{run.config.output}: another run has saved a checkpoint since this one started: nothing was changed. "
+            "Run the same command again."
+        )
+    on_begin()
+    if run.resume_from is None:
+        with saving(run.config.output):
+            begin_output(run.config, _record(run, student))
+
+
+def _train_into_output(
+    run: CheckedRun,
+    data: RunData,
+    student: RunStudent,
+    matching: HiddenStateMatching | None,
+    teachers: list[TeacherHead],
+    on_stage: Callable[[str], None],
+    report: _Report,
+) -> TrainSummary:
+    config, mix, budget, on_log = run.config, run.mix, run.budget, report.on_logs
+    with _trainer(run, data, student, matching, report) as trainer:
         for teacher in teachers:
             teacher.share(student.head)
         if len(data.parts) > 1:
@@ -153,7 +183,8 @@ def _train_student(
     evaluations = [
         {"step": entry["step"], **_without_prefix(entry)} for entry in state.log_history if "eval_kl" in entry
     ]
-    _save(run, trainer, student, seen, _without_prefix(metrics), evaluations)
+    with saving(config.output):
+        _save(run, trainer, student, seen, _without_prefix(metrics), evaluations)
     return TrainSummary(
         output=config.output,
         steps=state.global_step,
@@ -299,7 +330,7 @@ def _message_only(error: Exception) -> str:
 
 
 class _Report(TrainerCallback):
-    def __init__(self, on_step: Callable[[int, int], None], on_log: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, on_step: Callable[[int, int], None], on_log: Callable[[dict[str, Any]], None]) -> None:
         self.on_step, self.on_logs = on_step, on_log
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -33,7 +33,7 @@ from pipeline.student.data.rank_sampler import DividedByPlace, share_of
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.early_stopping import EarlyStopping
 from pipeline.student.training.forward import FeatureOutput, install_distillation_forward
-from pipeline.student.training.output_directory import last_checkpoint
+from pipeline.student.training.output_directory import last_checkpoint, saving
 
 METRICS = ("loss", "kl", "ce", "perplexity", "agreement")
 
@@ -182,7 +182,8 @@ class DistillTrainer(Trainer):
         for weight in self.model.parameters():
             bad += ~torch.isfinite(_local(weight.detach())).all()
         self._check_finite(not any(self._reduce(bad[None])), "weights")
-        super()._save_checkpoint(*args, **kwargs)
+        with saving(self.args.output_dir, self.state.global_step if self.args.should_save else None):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _check_finite(self, fine: bool, what: str) -> None:
         if fine:
