@@ -117,8 +117,13 @@ def test_output_of_a_report(here: Path, monkeypatch: pytest.MonkeyPatch, output:
 
 
 def test_report_on_a_full_disk_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch):
+    def half_of_it(file: Path, data: bytes) -> NoReturn:
+        with file.open("wb") as stream:
+            stream.write(data[: len(data) // 2])
+        no_space()
+
     (here / "r.html").write_text("before")
-    monkeypatch.setattr(Path, "write_bytes", no_space)
+    monkeypatch.setattr(Path, "write_bytes", half_of_it)
     complain(here, "report cache --device cpu --output r.html", "No space left on device", "Free some space")
 
 

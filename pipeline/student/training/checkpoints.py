@@ -21,6 +21,16 @@ def checkpoints_of(output: str | Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match is not None and path.is_dir()}
 
 
+def remove_old_checkpoints(output: str | Path, *, limit: int, kept: set[int]) -> None:
+    """Removes the oldest ones until `limit` are left, none of the steps in `kept`.
+
+    Trainer's own rotation takes every directory that begins with checkpoint- for one, and so deletes the user's copies.
+    """
+    found = checkpoints_of(output)
+    for step in sorted(found.keys() - kept)[: max(0, len(found) - limit)]:
+        shutil.rmtree(found[step], ignore_errors=True)
+
+
 def is_disk_full(error: Exception, folder: str | Path) -> bool:
     """Whether an error of saving into `folder` is that of a full disk. Libraries hide its number in a text."""
     if isinstance(error, OSError) and error.errno in FULL:

@@ -31,6 +31,7 @@ from pipeline.student.data.dataset import Batch, CacheDataset, to_device, withou
 from pipeline.student.data.mixed_dataset import Rows
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
+from pipeline.student.training.checkpoints import remove_old_checkpoints
 from pipeline.student.training.early_stopping import EarlyStopping
 from pipeline.student.training.forward import FeatureOutput, install_distillation_forward
 from pipeline.student.training.output_directory import last_checkpoint, saving
@@ -53,6 +54,16 @@ def _same_use_cache(config: PreTrainedConfig) -> Iterator[None]:
         vars(config).pop("use_cache", None)
     else:
         config.use_cache = before
+
+
+@contextlib.contextmanager
+def _without_rotation(arguments: TrainingArguments) -> Iterator[None]:
+    """Trainer does not remove old checkpoints: `remove_old_checkpoints` does."""
+    limit, arguments.save_total_limit = arguments.save_total_limit, None
+    try:
+        yield
+    finally:
+        arguments.save_total_limit = limit
 
 
 def held_out_metrics(loss: DistillLoss) -> tuple[str, ...]:
@@ -182,8 +193,12 @@ class DistillTrainer(Trainer):
         for weight in self.model.parameters():
             bad += ~torch.isfinite(_local(weight.detach())).all()
         self._check_finite(not any(self._reduce(bad[None])), "weights")
-        with saving(self.args.output_dir, self.state.global_step if self.args.should_save else None):
+        step, limit = self.state.global_step, self.args.save_total_limit
+        with saving(self.args.output_dir, step if self.args.should_save else None), _without_rotation(self.args):
             super()._save_checkpoint(*args, **kwargs)
+        if limit is not None and limit > 0 and self.args.should_save:
+            kept = {step} if self.state.best_global_step is None else {step, self.state.best_global_step}
+            remove_old_checkpoints(self.args.output_dir, limit=limit, kept=kept)
 
     def _check_finite(self, fine: bool, what: str) -> None:
         if fine:

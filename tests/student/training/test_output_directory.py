@@ -38,12 +38,14 @@ def test_only_checkpoints_of_trainer_count(tmp_path: Path, cache: Path, student_
         train(output, cache, student=student_dir, on_step=Stop(3), **options)
     latest = last_checkpoint(output)
     assert latest is not None and latest.name == "checkpoint-2"
-    for name in ("checkpoint-2-backup", "checkpoint-best", "checkpoint-good-9"):
+    copies = ("checkpoint-2-backup", "checkpoint-best", "checkpoint-good-9")
+    for name in copies:
         shutil.copytree(latest, output / name)
     assert last_checkpoint(output) == latest
     (student,) = find_sources(ReportConfig(source=(str(cache), str(output)))).students
     assert student.model == str(latest)
     assert train(output, cache, student=student_dir, resume=True, **options).steps == 4
+    assert {each.name for each in output.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4", *copies}
 
 
 # -- one run at a time ------------------------------------------------------------------------------------------------
