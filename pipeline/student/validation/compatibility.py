@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.isolation.shared_rows import check_packing, check_padding
@@ -219,7 +219,10 @@ def check_isolation(cache: cf.Cache, head: Head, *, batch_size: int) -> None:
         return
     check_causal(head)
     if cache.metadata.corpus.get("packing") is not False:  # rows may hold several documents
-        check_packing(head.model, head, longest)
+        try:
+            check_packing(head.model, head, longest)
+        except ModelError as error:
+            raise ModelError(f"{cache.path} has packed rows, which the student cannot be run on: {error}") from error
     elif batch_size > 1 and has_own_code(head.model):
         check_padding(head.model, head, longest)
 
