@@ -387,6 +387,9 @@ CONFIG_FILE = "distill_config.json"
 NOT_REPEATED = {"overwrite", "resume", "trust_remote_code"}
 """Not taken from the record of a run: they delete, continue or run something that the reader may not have looked at."""
 
+NOT_SAVED = {"output", *NOT_REPEATED}
+"""Not written into the record of a cache."""
+
 
 def _recorded(record: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
     """The options that a run was given. Earlier versions recorded all options, and not which of them were given."""

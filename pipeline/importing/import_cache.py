@@ -19,12 +19,11 @@ from pipeline.importing.row_mapping import RowMapper
 from pipeline.importing.survey import Survey, survey_source, usable_rows
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
-from pipeline.options import CONFIG_FILE, flat
+from pipeline.options import CONFIG_FILE, NOT_SAVED, flat
 from pipeline.teacher.text.formats.kept_columns import KeptValues, describe_kept
 from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS, SHARD_TOKENS
 
 LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
-NOT_SAVED = ("output", "overwrite", "trust_remote_code")
 
 
 @dataclass(frozen=True)

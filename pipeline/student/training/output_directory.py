@@ -120,7 +120,7 @@ def check_contents(
 
 @contextmanager
 def claimed(output: str) -> Iterator[None]:
-    """Of several runs, one trains into a directory at a time. The claim of a process that was killed does not count.
+    """Lets one run at a time train into a directory. The claim of a process that was killed does not count.
 
     Raises: ConfigError if another process has it.
     """

@@ -1,7 +1,7 @@
 """The record of a run, distill_config.json in its output directory, and whether a run to resume has the same settings.
 
 config           every option; `training_args` has the contents of the file
-given            names of those that were given, which `config` takes back
+given            names of the options that the user gave; `config` reads only these back
 resolved         values of options that were left open
 rows_per_step    over all processes and accumulated batches
 cache            identity of the cache; a list for several caches

@@ -156,7 +156,7 @@ class AnswerStore:
         return found if isinstance(found, dict) else None
 
     def load(self, number: int, expected: Sequence[tuple[int, int]] | None = None) -> Group | None:
-        """A stored group; None if it is missing or damaged, or if its answers are not those that are expected.
+        """A stored group; None if it is missing or damaged, or if it holds other answers than the expected ones.
 
         Args:
             expected: document and index of each answer, if they are to be checked.

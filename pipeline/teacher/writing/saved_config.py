@@ -6,11 +6,9 @@ import json
 
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.models.loading import model_name
-from pipeline.options import CONFIG_FILE, NOT_REPEATED, flat, options_of
+from pipeline.options import CONFIG_FILE, NOT_SAVED, flat, options_of
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.writing.worker_config import PROCESSES
-
-NOT_SAVED = {"output", *NOT_REPEATED}
 
 
 def save_config(config: CacheTeacherConfig) -> None:

@@ -1,4 +1,4 @@
-"""The output directory of a run: one run at a time, only Trainer's checkpoints count, a full disk is said plainly."""
+"""The output directory of a run: it takes one run at a time, keeps the user's copies, and reports a full disk."""
 
 from __future__ import annotations
 
