@@ -19,6 +19,7 @@ from benchmarks import measure
 NAMES = (
     "fused_loss",
     "loss_counts",
+    "compiled_kernels",
     "training_step",
     "compiled_layers",
     "loader",

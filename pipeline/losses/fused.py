@@ -26,6 +26,7 @@ from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import TailPolicy
 from pipeline.losses.targets import Targets
 from pipeline.losses.weighting import PositionWeighting
+from pipeline.models.devices.buffers import empty_rows
 from pipeline.models.devices.products import add_product, product
 
 GENERAL_GPU_CHUNK_POSITIONS = 1024
@@ -214,7 +215,7 @@ class _FusedHead(torch.autograd.Function):
         d_dtype = matmul_dtype if d_bias is None else accumulate  # a bias sums its gradient before it is rounded
 
         # One buffer for all chunks: on a CPU, fresh memory of this size costs more in page faults than its arithmetic.
-        buffer = torch.empty((min(chunk_size, len(hidden)), vocab_size), dtype=accumulate, device=hidden.device)
+        buffer = empty_rows(min(chunk_size, len(hidden)), vocab_size, accumulate, hidden.device)
         for here in _chunks(len(hidden), chunk_size):
             states = hidden[here].to(matmul_dtype)  # [n, D]
             logits = product(states, head.T, buffer[: len(states)])  # [n, V]

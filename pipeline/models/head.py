@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.errors import ModelError
 from pipeline.models.body import body_returning, find_body
+from pipeline.models.devices.buffers import empty_rows
 from pipeline.models.devices.placement import compute_device, is_here
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.length_limits import (
@@ -211,7 +212,7 @@ class Head:
         bias = None if self.bias is None else self.bias[: self.vocab_size]
         hidden = hidden.to(weight.dtype)
         if self.sums_in_fp32 and not torch.is_grad_enabled():
-            out = hidden.new_empty((len(hidden), self.vocab_size), dtype=torch.float32) if out is None else out
+            out = empty_rows(len(hidden), self.vocab_size, torch.float32, hidden.device) if out is None else out
             out = torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out[: len(hidden)])
             return out if bias is None else out.add_(bias)
         if out is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import cache_format as cf
+from pipeline.models.devices.buffers import empty_rows
 from pipeline.models.devices.placement import is_here
 from pipeline.models.head import Head
 from pipeline.models.head_export import TORCH_DTYPES, scaled_and_capped
@@ -58,7 +59,7 @@ class TeacherHead:
         if weights.weight.dtype == dtype:
             logits = states @ weights.weight.T
         else:
-            logits = torch.empty((len(states), vocab_size), dtype=dtype, device=states.device)
+            logits = empty_rows(len(states), vocab_size, dtype, states.device)
             for start in range(0, vocab_size, VOCAB_BLOCK):
                 here = slice(start, start + VOCAB_BLOCK)
                 logits[:, here] = states @ weights.weight[here].to(dtype).T

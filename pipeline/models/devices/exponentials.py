@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.devices import kernels
+from pipeline.models.devices.buffers import empty_rows
 
 
 class Exponentials(Protocol):
@@ -98,9 +99,10 @@ class TritonExponentials:
         return self._sums.total, self._sums.surprise
 
     def gradient(self, d_lse: Tensor, d_tempered_lse: Tensor, dtype: torch.dtype) -> Tensor:
-        out = self._logits if dtype == self._logits.dtype else torch.empty_like(self._logits, dtype=dtype)
+        z = self._logits
+        out = z if dtype == z.dtype else empty_rows(len(z), z.shape[1], dtype, z.device)
         tempered = None if self._temperature == 1.0 else d_tempered_lse / (self._temperature * self._total_t)
-        self._by.write_gradient(self._logits, self.largest, d_lse / self._total, tempered, self._temperature, out)
+        self._by.write_gradient(z, self.largest, d_lse / self._total, tempered, self._temperature, out)
         return out
 
 

@@ -41,7 +41,7 @@ class ChunkedSelection:
         self._uniforms = uniforms
         self._chunks: list[list[ChunkTargets]] = [[] for _ in rules]
 
-    def add(self, here: slice, logits: Tensor, scratch: Tensor) -> None:
+    def add(self, here: slice, logits: Tensor, scratch: Tensor | None) -> None:
         """Selects the targets of a chunk.
 
         Args:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import cache_format as cf
+from pipeline.models.devices.buffers import empty_rows
 from pipeline.models.devices.transfer import download, recorded_event, upload
 from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
@@ -35,6 +36,7 @@ from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, label_scores
+from pipeline.teacher.targets.softmax import scratch_for
 
 CHUNK_POSITIONS = 256
 """Positions per chunk of the head on a CPU, whose caches hold no more of the logits."""
@@ -118,9 +120,9 @@ class ForwardPass:
     ) -> None:
         self.head, self.export, self.hidden, self.timed = head, export, hidden, timed
         self.chunk = chunk_positions(head.device, head.vocab_size)
-        shape, where = (self.chunk, head.vocab_size), head.device
-        self._logits = torch.empty(shape, dtype=head.logits_dtype, device=where) if head.linear else None
-        self._scratch = torch.empty(shape, dtype=torch.float32, device=where)
+        shape = self.chunk, head.vocab_size
+        self._logits = empty_rows(*shape, head.logits_dtype, head.device) if head.linear else None
+        self._scratch = scratch_for(*shape, head.device)
 
     @torch.inference_mode()
     def run(

@@ -75,8 +75,7 @@ def sparse_targets(
     Args:
         logits: [n, V], already cut to the real vocabulary; unchanged when this returns.
         uniforms: [n, rule.uniforms] float64 in [0, 1), for rules that sample.
-        scratch: [≥n, V] float32 to work in. On a CPU a fresh tensor of this size costs more in page faults than the
-            softmax that fills it.
+        scratch: [≥n, V] of `scratch_for`.
     """
     vocab_size = logits.shape[1]
     softmax = softmax_of(logits, rule.temperature, scratch)

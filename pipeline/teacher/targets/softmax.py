@@ -71,10 +71,16 @@ def softmax_of(logits: Tensor, temperature: float, scratch: Tensor | None) -> So
     """
     Args:
         logits: [n, V] of any dtype; unchanged in the end.
-        scratch: [≥n, V] float32 to work in, if that is of use.
+        scratch: [≥n, V] of `scratch_for`.
     """
     by = kernels.kernels_for(logits)
     return PlainSoftmax(logits, temperature, scratch) if by is None else TritonSoftmax(by, logits, temperature)
+
+
+def scratch_for(positions: int, vocab_size: int, device: torch.device) -> Tensor | None:
+    """Buffer for `softmax_of`. On a CPU a fresh tensor of this size costs more in page faults than the softmax that
+    fills it; a GPU's allocator hands out again what was freed."""
+    return torch.empty((positions, vocab_size), dtype=torch.float32, device=device) if device.type == "cpu" else None
 
 
 class PlainSoftmax:

@@ -26,6 +26,7 @@ from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
+from pipeline.teacher.targets.softmax import scratch_for
 
 CHUNK_POSITIONS = 256
 """Positions per chunk of the head."""
@@ -191,7 +192,7 @@ class StepTargets:
                 continue  # the others need this rank's part of the product
             logits = logits[:, : self.vocab_size]
             if self._scratch is None:
-                self._scratch = logits.new_empty((CHUNK_POSITIONS, self.vocab_size), dtype=torch.float32)
+                self._scratch = scratch_for(CHUNK_POSITIONS, self.vocab_size, logits.device)
             if labels is not None:
                 label_logprobs.append(label_scores(logits, torch.from_numpy(labels[here])))
             selection.add(here, logits, self._scratch)
