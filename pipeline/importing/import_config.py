@@ -67,6 +67,12 @@ class ImportConfig:
         default_text="the one next to the files",
         metavar="FILE",
     )
+    requests: str | None = option(
+        None,
+        help="With format responses: the requests of a batch (OpenAI, vllm run-batch), whose responses are the source.",
+        group=SOURCE,
+        metavar="FILE",
+    )
     keep_columns: tuple[str, ...] = option(
         (),
         help="Column to keep for each document, such as its domain; may be given several times. Not available for "

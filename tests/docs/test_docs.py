@@ -91,10 +91,10 @@ def files_of_other_tools(root: Path) -> None:
     write_parquet(root / "data/rows.parquet", nested(rows, 8))
     content = [{"token": f"token_id:{i}", "logprob": -0.1, "top_logprobs": []} for i in (7, 8, 9)]
     content = [{**each, "top_logprobs": [{"token": each["token"], "logprob": -0.1}]} for each in content]
-    write_jsonl(
-        root / "data/responses.jsonl",
-        [{"prompt_token_ids": [5, 6], "choices": [{"logprobs": {"content": content}}]}],
-    )
+    response = {"choices": [{"logprobs": {"content": content}}]}
+    write_jsonl(root / "data/responses.jsonl", [{"prompt_token_ids": [5, 6], **response}])
+    write_jsonl(root / "data/batch_requests.jsonl", [{"custom_id": "1", "body": {"prompt": [5, 6]}}])
+    write_jsonl(root / "data/batch_responses.jsonl", [{"custom_id": "1", "response": {"body": response}}])
 
 
 def downloaded_models(root: Path) -> None:

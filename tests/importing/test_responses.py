@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,72 @@ def test_an_answer_without_its_prompt_is_refused(tmp_path: Path, tokenizer: Any)
     line = {"choices": [{"logprobs": {"content": chat_content(ROWS[0])}}]}
     with pytest.raises(DataError, match="line 1: no prompt"):
         import_rows(write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", tokenizer)
+
+
+# ---- batches: requests in one file, responses in any order in another
+
+
+def batch_files(folder: Path, rows: list[MadeUp] = ROWS) -> tuple[Path, Path]:
+    """Requests and responses, as OpenAI's batch API and `vllm run-batch` take and give them."""
+    requests, responses = [], []
+    for i, row in enumerate(rows):
+        body = {"model": "teacher", "prompt": row.ids[:PROMPT].tolist(), "logprobs": K, "temperature": 0.7}
+        requests.append({"custom_id": f"é-{i}", "method": "POST", "url": "/v1/completions", "body": body, "topic": "a"})
+        choices = [{"index": 0, "logprobs": {"content": chat_content(row)}}]
+        found = {"id": "cmpl-1", "model": "teacher", "choices": choices}
+        response = {"status_code": 200, "request_id": "r", "body": found}
+        responses.append({"id": f"batch_{i}", "custom_id": f"é-{i}", "response": response, "error": None})
+    return write_lines(folder / "requests.jsonl", requests), write_lines(folder / "responses.jsonl", responses[::-1])
+
+
+def test_responses_of_a_batch_find_their_requests(tmp_path: Path, tokenizer: Any):
+    requests, responses = batch_files(tmp_path)
+    options = {"requests": str(requests), "keep_columns": ("topic",)}
+    cache, _ = import_rows(responses, tmp_path / "cache", tokenizer, **options)
+    check(cache, ROWS[::-1], PROMPT - 1)
+    assert [cache.kept["topic"][i] for i in range(len(ROWS))] == [["a"]] * len(ROWS)
+
+
+def test_requests_that_failed_are_left_out_and_counted(tmp_path: Path, tokenizer: Any):
+    requests, responses = batch_files(tmp_path)
+    first, *others = responses.read_text().splitlines()
+    lines = [json.loads(first), *map(json.loads, others)]
+    lines[0]["response"] = {"status_code": 429, "body": {"error": {"message": "slow down"}}}
+    lines[1] |= {"response": None, "error": {"code": "batch_expired"}}
+    write_lines(responses, lines)
+    cache, summary = import_rows(responses, tmp_path / "cache", tokenizer, requests=str(requests))
+    check(cache, ROWS[:1], PROMPT - 1)
+    assert summary.unusable == {"the server answered with status 429": 1, "the server answered with an error": 1}
+
+
+def test_batches_that_cannot_be_joined(tmp_path: Path, tokenizer: Any):
+    requests, responses = batch_files(tmp_path)
+
+    def refused(match: str) -> None:
+        with pytest.raises(DataError, match=match):
+            import_rows(responses, tmp_path / "cache", tokenizer, requests=str(requests))
+        assert not (tmp_path / "cache").exists()
+
+    with pytest.raises(DataError, match="line 1: no prompt: .*name its `requests`"):
+        import_rows(responses, tmp_path / "cache", tokenizer)
+    lines = requests.read_text().splitlines()
+    requests.write_text("\n".join(lines[:-1]))
+    refused("responses.jsonl, line 1: custom_id 'é-2' is not in the requests of .*requests.jsonl")
+    requests.write_text("\n".join([*lines, "", lines[0]]))
+    refused("requests.jsonl, line 5: custom_id 'é-0' occurs twice")
+    requests.write_text('{"messages": []}')
+    refused("requests.jsonl, line 1: found custom_id None, expected text")
+    requests.write_text("[1]")
+    refused("requests.jsonl, line 1: found a list")
+
+
+def test_request_and_response_beside_each_other(tmp_path: Path, tokenizer: Any):
+    """As loggers of proxies write them."""
+    lines = [
+        {
+            "request": {"prompt": row.ids[:PROMPT].tolist(), "choices": "not these"},
+            "response": {"choices": [{"index": 0, "logprobs": {"content": chat_content(row)}}]},
+        }
+        for row in ROWS
+    ]
+    check(import_rows(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", tokenizer)[0], ROWS, PROMPT - 1)

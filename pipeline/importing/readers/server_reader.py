@@ -1,6 +1,7 @@
 """JSON lines of responses of servers: OpenAI's `logprobs`, vLLM's `prompt_logprobs`, SGLang's `meta_info`.
 
-A line is one response as it came over HTTP, with the request's fields beside it where the response lacks them:
+A line is one response as it came over HTTP, with the request's fields beside it where the response lacks them, or
+with request and response under these names. Of a batch, the requests are in other files (`batch_requests`).
 
     prompt           `prompt_token_ids` of the response or the line, `input_ids`, `prompt` as tokens or text, `messages`
                      with `tools`, `documents` and `chat_template_kwargs`
@@ -25,6 +26,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.importing.readers.axolotl_reader import chat_tokens
+from pipeline.importing.readers.batch_requests import BatchRequests, opened
 from pipeline.importing.readers.foreign_rows import BadRow, ForeignRow, UnusableRow
 from pipeline.importing.readers.format_reader import Reader
 from pipeline.importing.readers.nested_values import integers, plain
@@ -38,7 +40,12 @@ Entry = tuple[int | None, Any]  # token, if it is known, and its log-probability
 
 @dataclass(frozen=True, kw_only=True)
 class ServerReader(Reader):
+    """Args:
+    requests: those of a batch, if the source holds its responses.
+    """
+
     tokenizer: PreTrainedTokenizerBase
+    requests: BatchRequests | None = None
     shift: int = 1
 
     @cached_property
@@ -49,8 +56,9 @@ class ServerReader(Reader):
         """One for each choice of each response."""
         for record in records(self.files):
             data = {name: plain(value) for name, value in record.data.items()}
-            if isinstance(inner := data.get("response"), Mapping):
-                data = {**data, **inner}
+            # The response comes last: a request may have fields of the same names.
+            request = opened(data.get("request")) if self.requests is None else self.requests.of(data.get("custom_id"))
+            data = {**request, **data, **opened(data.get("response"))}
             choices = data.get("choices")
             if not isinstance(choices, list) or not choices:
                 yield Record(record.where, data)
@@ -61,6 +69,10 @@ class ServerReader(Reader):
 
     def decode(self, record: Record) -> ForeignRow:
         data = record.data
+        if (failure := _failure(data)) is not None:
+            raise UnusableRow(failure)
+        if self.requests is not None and data.get("custom_id") not in self.requests:
+            raise BadRow(f"custom_id {data.get('custom_id')!r} is not in the requests of {self.requests.source}")
         if isinstance(data.get("meta_info"), Mapping):
             prompt, prompt_lists, answer, answer_lists = self._sglang(data)
         elif isinstance(choice := data.get("choice"), Mapping):
@@ -160,7 +172,7 @@ class ServerReader(Reader):
             return _as_counted(chat_tokens(self.tokenizer, messages, arguments, add_generation_prompt=True), data)
         raise BadRow(
             "no prompt: expected prompt_token_ids, prompt or messages beside the response, because the answer's "
-            "distributions depend on it"
+            "distributions depend on it; for the responses of a batch, name its `requests`"
         )
 
     # ---- SGLang
@@ -188,6 +200,14 @@ class ServerReader(Reader):
         if len(answer) != len(answer_lists):
             raise BadRow(f"{len(answer_lists)} output_top_logprobs for {len(answer)} tokens of the answer")
         return list(prompt), prompt_lists, answer, answer_lists
+
+
+def _failure(data: Mapping[str, Any]) -> str | None:
+    """What a server answered instead of a response; None if it did not."""
+    status = data.get("status_code")
+    if isinstance(status, int) and status != 200:
+        return f"the server answered with status {status}"
+    return "the server answered with an error" if data.get("error") else None
 
 
 def _as_counted(prompt: list[int], data: Mapping[str, Any]) -> list[int]:

@@ -158,12 +158,13 @@ def _json_lines(path: Path) -> Iterator[Record]:
         with open_text(path) as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield Record(f"{path}, line {number}", _json_object(line, f"{path}, line {number}"))
+                    yield Record(f"{path}, line {number}", json_object(line, f"{path}, line {number}"))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: it cannot be read as JSON lines: {error}. Check the file.") from error
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def json_object(line: str | bytes, where: str) -> dict[str, Any]:
+    """One line of a JSON lines file. Raises: DataError."""
     try:
         found = json.loads(line)
     except ValueError as error:

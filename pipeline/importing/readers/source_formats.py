@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.axolotl_reader import LISTS, AxolotlReader
+from pipeline.importing.readers.batch_requests import BatchRequests
 from pipeline.importing.readers.column_reader import PRESETS, REQUIRED, ColumnReader, first_columns, parse_columns
 from pipeline.importing.readers.distillkit_reader import INDICES, LOGPROBS, Compression, DistillKitReader, find_layout
 from pipeline.importing.readers.foreign_rows import Values
@@ -53,7 +54,8 @@ def open_source(config: ImportConfig, tokenizer: PreTrainedTokenizerBase) -> Rea
         column = next((each for each in LISTS if each in columns), None)
         return AxolotlReader(tokenizer=tokenizer, column=column, **common)
     if form == "responses":
-        return ServerReader(tokenizer=tokenizer, **common)
+        requests = None if config.requests is None else BatchRequests(config.requests)
+        return ServerReader(tokenizer=tokenizer, requests=requests, **common)
     return LlamaCppReader(files=files, top_k=config.top_k or LLAMA_CPP_TOP_K)
 
 
@@ -84,6 +86,7 @@ def _check_options(config: ImportConfig, form: str) -> None:
         ("values", config.values, columns),
         ("flat_k", config.flat_k, columns),
         ("layout", config.layout, ("distillkit",)),
+        ("requests", config.requests, ("responses",)),
         ("shift", config.shift, (*columns, "distillkit", "axolotl", "responses")),
         ("keep_columns", config.keep_columns, (*columns, "distillkit", "axolotl", "responses")),
     ):
