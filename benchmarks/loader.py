@@ -1,5 +1,6 @@
 """How long training waits for its batches: steps that only sleep, fed by the data loader of stage two.
 
+    nothing        torch's loader alone, over a dataset of nothing: the least that any dataset takes
     when asked     the training process decodes and pads when it needs a batch
     threads        its threads do, before it needs the batch: `BatchesAhead`, as in training
     worker         the same in a worker, whose batches then go through shared memory
@@ -41,7 +42,7 @@ WARM_UP = WINDOW + 2  # batches
 WINDOWS = 2  # measured; the cache has two more
 SLEEP_S, TARGET = 0.014, 1.02
 LOADERS = {"when asked": (0, False), "threads": (0, True), "worker": (1, True)}
-NONE = "none"
+NONE, NOTHING = "none", "nothing"
 CACHES = {
     "columns, 64 entries": ("columns", 64),
     "packed, 8 entries": ("packed", 8),
@@ -70,7 +71,7 @@ def run(settings: Settings) -> Result:
     return Result(
         name="loader",
         question=f"Time of a step that sleeps {SLEEP_S * 1e3:g} ms, with its batch from the loader ÷ without a batch.",
-        bound=f"1; the target is {TARGET}. A batch cannot come faster than it is decoded (second table).",
+        bound=f"that of nothing; the target is {TARGET}. A batch cannot come faster than it is decoded (second table).",
         settings={"rows": BATCH_ROWS, "tokens_per_row": TOKENS, "steps": steps, "rounds": settings.rounds},
         tables=[
             Table("Steps", ["targets", "loader", "step/sleep", "range"], rows),
@@ -104,9 +105,11 @@ def write_cache(path: Path, encoding: str, entries: int, record_batches: int) ->
 
 def step_seconds(path: Path, steps: int, rounds: int) -> dict[str, list[float]]:
     """Mean seconds of a step in each round, by loader and without one; they take turns."""
-    found: dict[str, list[float]] = {loader: [] for loader in (NONE, *LOADERS)}
+    found: dict[str, list[float]] = {loader: [] for loader in (NONE, NOTHING, *LOADERS)}
     for _ in range(rounds):
         found[NONE].append(sleep_seconds(itertools.repeat(None), steps))
+        nothing = DataLoader(range(steps * BATCH_ROWS), BATCH_ROWS, collate_fn=lambda _: None)  # type: ignore[arg-type]
+        found[NOTHING].append(sleep_seconds(iter(nothing), steps))
         for loader, options in LOADERS.items():
             found[loader].append(wait(path, *options, steps))
     return found
