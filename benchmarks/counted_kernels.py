@@ -25,6 +25,8 @@ Count = Callable[[str, int, int], None]
 class CountedKernels:
     """See `pipeline.models.devices.triton_kernels`, whose functions these are."""
 
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, count: Count) -> None:
         self._count = count
 
@@ -59,14 +61,14 @@ class CountedKernels:
 @contextmanager
 def counted_kernels(count: Count) -> Iterator[None]:
     """Inside the block all logits go through `CountedKernels`."""
-    with mock.patch.object(kernels, "triton_kernels", lambda device: CountedKernels(count)):
+    with mock.patch.object(kernels, "kernels_on", lambda device, width: CountedKernels(count)):
         yield
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside the block no logits go through kernels."""
-    with mock.patch.object(kernels, "triton_kernels", lambda device: None):
+    with mock.patch.object(kernels, "kernels_on", lambda device, width: None):
         yield
 
 

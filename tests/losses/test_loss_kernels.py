@@ -1,4 +1,4 @@
-"""The fused head by the Triton kernels, against its definition in fp64."""
+"""The fused head by the kernels of Triton and of numba, against its definition in fp64."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from dense import captured_for, random_targets
 from head_sums import fused_sums, general_sums
-from kernels_here import DEVICE, kernels_in_use
+from kernels_here import DEVICE, chosen_kernels, kernels_in_use  # noqa: F401
 from pipeline.losses import IGNORE_INDEX, POSITION_WEIGHTINGS, TAIL_POLICIES, HeadOutput, SparseTargetBatch, sparse_kl
 from pipeline.losses.divergence_sum import DIVERGENCES
 from pipeline.models.devices.kernels import TILE
 from textbook import relative_errors
 
+pytestmark = pytest.mark.usefixtures("chosen")
 N, D, K = 6, 8, 5
 WEIGHTED = [("forward-kl:0.3,js(0.1):0.5", weighting) for weighting in POSITION_WEIGHTINGS]
 
@@ -41,7 +42,7 @@ class Problem:
         targets = self.of(**options)
         leaves = [each.to(DEVICE, torch.float32).requires_grad_() for each in self.leaves[: 3 if bias else 2]]
         scale = 1 / max(1, int(targets.loss_mask.sum()))
-        with kernels_in_use() if kernels else kernels_in_use(None):
+        with kernels_in_use(plain=not kernels):
             output = fused_sums(*leaves[:2], leaves[2] if bias else None, targets, scale=scale, **options)
             return derived(output.loss, leaves)
 
@@ -80,7 +81,7 @@ def test_several_tiles_and_logits_far_from_zero(temperature: float) -> None:
 
 def sums_by(problem: Problem, *, kernels: bool, **options: Any) -> HeadOutput:
     leaves = [each.to(DEVICE, torch.float32) for each in problem.leaves]
-    with kernels_in_use() if kernels else kernels_in_use(None):
+    with kernels_in_use(plain=not kernels):
         return fused_sums(*leaves, problem.of(**options), **options)
 
 
@@ -154,9 +155,9 @@ def test_gradient_in_bfloat16_is_as_exact_as_the_plain_one(bias: bool, temperatu
 def test_a_head_of_its_own(temperature: float) -> None:
     problem = Problem(60)
     found = []
-    for module in ({}, {"module": None}):
+    for plain in (False, True):
         leaves = [each.to(DEVICE, torch.float32).requires_grad_() for each in problem.leaves]
-        with kernels_in_use(**module):
+        with kernels_in_use(plain=plain):
             own = lambda h, of=leaves: 3 * torch.tanh(F.linear(h, *of[1:]))  # noqa: E731
             output = general_sums(leaves[0], own, problem.targets, temperature=temperature, kd_weight=0.5)
             found.append(derived(output.loss, leaves))

@@ -5,7 +5,7 @@ float32 logit with a bfloat16 gradient, beside the 4 that the product writes and
 (`benchmarks/loss_counts.py`; T is the temperature):
 
     plain torch       38 at T = 1, 86 at others: maximum, difference, exp, sum, product, rounding, each a pass
-    Triton kernels    10 at any T: the sums in one read, the gradient in one read and one write
+    kernels           10 at any T: the sums in one read, the gradient in one read and one write
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def exponentials(logits: Tensor, without: Tensor, temperature: float, smallest: 
     by = kernels.kernels_for(logits)
     if by is None:
         return PlainExponentials(logits, without, temperature, smallest)
-    return TritonExponentials(by, logits, without, temperature, smallest)
+    return KernelExponentials(by, logits, without, temperature, smallest)
 
 
 class PlainExponentials:
@@ -82,7 +82,7 @@ class PlainExponentials:
         return found.to(dtype)
 
 
-class TritonExponentials:
+class KernelExponentials:
     """See `Exponentials`. The tokens that are left out become -inf in the logits."""
 
     def __init__(self, by: ModuleType, logits: Tensor, without: Tensor, temperature: float, smallest: float) -> None:

@@ -1,8 +1,11 @@
-"""Whether the passes over the vocabulary are done by Triton kernels (`triton_kernels`) or by plain torch.
+"""Whether the passes over the vocabulary are done by compiled kernels or by plain torch.
 
-The kernels read logits less often than the operations of torch that they stand for; what they compute is the same
-within rounding. They are taken on CUDA where Triton is installed (torch's builds for CUDA bring it) and where a trial
-of a few rows gives what torch gives: a GPU or a version on which they do not compile is then slower, not wrong.
+    CUDA    `triton_kernels`, if Triton is installed (torch's builds for CUDA bring it)
+    CPU     `numba_kernels`, if numba is installed, for float32 and vocabularies of some size
+
+Kernels read logits less often than the operations of torch that they stand for; what they compute is the same within
+rounding. They are taken where a trial of a few rows gives what torch gives: a device or a version on which they do not
+compile is then slower, not wrong.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = {"cuda": "triton", "cpu": "numba"}
+LEAST_WIDTH = {"cuda": 1, "cpu": 4096}
+"""Smallest vocabulary that is worth compiling for."""
 TILE = 4096
 """Logits that one program takes."""
 PARTS = 5
-"""Numbers that `sums` writes for each tile, from which those of a row are combined."""
+"""Numbers that `sums` writes for each tile: largest logit, Σ e, tempered Σ e, Σ e·log e, logits that are not finite."""
 
 logger = logging.getLogger("distill")
 
@@ -46,35 +51,68 @@ class RowSums(NamedTuple):
 
 
 def kernels_for(logits: Tensor) -> ModuleType | None:
-    """`triton_kernels` for logits [n, V], or None: take plain torch."""
-    if logits.dtype not in DTYPES or logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+    """The kernels for logits [n, V], or None: take plain torch."""
+    if logits.dim() != 2 or logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
         return None  # rows that share memory cannot be written to
-    return triton_kernels(logits.device)
+    kernels = kernels_on(logits.device, logits.shape[1])
+    return kernels if kernels is not None and logits.dtype in kernels.DTYPES else None
+
+
+def kernels_on(device: torch.device, width: int) -> ModuleType | None:
+    """The kernels for rows of this many logits, if they work on this device. The first call for a device tries them,
+    and waits for it."""
+    return tried_kernels(device) if width >= LEAST_WIDTH.get(device.type, 1) else None
 
 
 @functools.cache
-def triton_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels, if they work on this device. The first call for a device tries them, and waits for it."""
-    if device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+def tried_kernels(device: torch.device) -> ModuleType | None:
+    """Those that work on this device, whatever the vocabulary."""
+    name = KERNELS.get(device.type, "")
+    if not name or importlib.util.find_spec(name) is None or (name == "triton" and not torch.cuda.is_available()):
         return None
     try:
-        from pipeline.models.devices import triton_kernels as kernels
-
+        if name == "triton":
+            from pipeline.models.devices import triton_kernels as kernels
+        else:
+            from pipeline.models.devices import numba_kernels as kernels  # type: ignore[no-redef]
         check_kernels(kernels, device)
-    except Exception as error:  # a compiler and a driver are at work, which fail in ways of their own
+    except Exception as error:  # compilers and drivers raise anything
         reason = " ".join(str(error).split())[:300]
-        logger.warning(
-            "Triton kernels are not used on %s, plain torch is: %s: %s", device, type(error).__name__, reason
-        )
+        kind = type(error).__name__
+        logger.warning("%s kernels are not used on %s, plain torch is: %s: %s", name, device, kind, reason)
         return None
     return kernels
+
+
+def combined(parts: Tensor, temperature: float, at_least: Tensor | None, block_maxima: Tensor | None) -> RowSums:
+    """The sums of rows from those of their tiles.
+
+    Args:
+        parts: [n, tiles, PARTS], each tile relative to its own largest logit.
+        at_least: [n] takes part in `largest`.
+    """
+    largest_of, total, tempered, logarithms, infinite = parts.unbind(dim=2)  # [n, tiles]
+    largest = largest_of.amax(dim=1)
+    if at_least is not None:
+        largest = torch.maximum(largest, at_least)
+    below = largest_of - largest[:, None]
+    share = below.exp()
+    moved = torch.where(share > 0, share * total * below, 0.0)  # -inf · 0 where a tile has no mass
+    return RowSums(
+        largest=largest,
+        total=(share * total).sum(dim=1),
+        tempered=((below / temperature).exp() * tempered).sum(dim=1),
+        surprise=-(share * logarithms + moved).sum(dim=1),
+        finite=infinite.sum(dim=1) == 0,
+        block_maxima=block_maxima,
+    )
 
 
 @torch.no_grad()
 def check_kernels(kernels: ModuleType, device: torch.device) -> None:
     """Compares every kernel with torch on a few rows. Raises: AssertionError, or what compiling them raises."""
     temperature, block = 2.0, 32
-    for dtype in DTYPES:
+    for dtype in kernels.DTYPES:
         z = (4 * torch.randn((3, TILE + 100), generator=torch.Generator().manual_seed(0))).to(device, dtype)
         z[:, 7] = -torch.inf
         wide = z.double()

@@ -8,7 +8,7 @@ A program takes a tile of `TILE` logits of one row, so that a few rows fill a GP
 for a row depends on nothing else. What is left, [n, V/TILE] numbers, is combined by torch. Everything is computed in
 float32, relative to the largest logit: exp never overflows, and a constant added to all logits costs no digits.
 
-Imported only by `kernels.triton_kernels`, where the rest of the project gets this module from.
+Imported only by `kernels.kernels_on`, where the rest of the project gets this module from.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.models.devices.kernels import PARTS, TILE, RowSums
+from pipeline.models.devices.kernels import PARTS, TILE, RowSums, combined
 
+NAME = "triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 8
 
 
@@ -51,21 +53,7 @@ def sums(
             PARTS=PARTS,
             num_warps=WARPS,
         )
-    largest_of, total, tempered, logarithms, infinite = parts.unbind(dim=2)  # [n, tiles]
-    largest = largest_of.amax(dim=1)
-    if at_least is not None:
-        largest = torch.maximum(largest, at_least)
-    below = largest_of - largest[:, None]
-    share = below.exp()
-    moved = torch.where(share > 0, share * total * below, 0.0)  # -inf · 0 where a tile has no mass
-    return RowSums(
-        largest=largest,
-        total=(share * total).sum(dim=1),
-        tempered=((below / temperature).exp() * tempered).sum(dim=1),
-        surprise=-(share * logarithms + moved).sum(dim=1),
-        finite=infinite.sum(dim=1) == 0,
-        block_maxima=maxima,
-    )
+    return combined(parts, temperature, at_least, maxima)
 
 
 def block_sums(logits: Tensor, largest: Tensor, *, temperature: float, block: int) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,7 @@ class TransformersEngine:
         }
 
     def describe(self) -> dict[str, Any]:
+        by = kernels.kernels_on(self.head.device, self.head.vocab_size)
         return {
             "device": device_names(self.head.model, self.device),
             # Elsewhere than on a CPU no sum is split over threads.
@@ -144,7 +145,7 @@ class TransformersEngine:
             **({"padding_free": True} if self.head.padding_free else {}),
             **({"compiled": True} if self.compiled is not None else {}),
             **({"logits": "float32"} if self.head.sums_in_fp32 else {}),
-            **({"selection": "triton"} if kernels.triton_kernels(self.head.device) is not None else {}),
+            **({} if by is None else {"selection": by.NAME}),
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:

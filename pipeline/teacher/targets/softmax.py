@@ -1,7 +1,7 @@
 """The softmax of a chunk of teacher logits, as far as `selection` looks at it, in two ways that differ by rounding.
 
     plain torch       [n, V] probabilities in a buffer; block maxima, softmax, block sums and Σp·z are separate passes
-    Triton kernels    probabilities only where they are asked for; one read for the block maxima and Σ exp, one for the
+    kernels           probabilities only where they are asked for; one read for the block maxima and Σ exp, one for the
                       block sums and Σp·log p of what is left once the exact entries are taken out
 
 **Top-K without looking at everything twice.** The K largest of V values lie in the K blocks with the largest maxima.
@@ -73,8 +73,9 @@ def softmax_of(logits: Tensor, temperature: float, scratch: Tensor | None) -> So
         logits: [n, V] of any dtype; unchanged in the end.
         scratch: [≥n, V] of `scratch_for`.
     """
+    logits = logits.float() if logits.device.type == "cpu" else logits
     by = kernels.kernels_for(logits)
-    return PlainSoftmax(logits, temperature, scratch) if by is None else TritonSoftmax(by, logits, temperature)
+    return PlainSoftmax(logits, temperature, scratch) if by is None else KernelSoftmax(by, logits, temperature)
 
 
 def scratch_for(positions: int, vocab_size: int, device: torch.device) -> Tensor | None:
@@ -125,7 +126,7 @@ class PlainOutside:
         return self._probs.mul_(self._logits).sum(dim=1)
 
 
-class TritonSoftmax:
+class KernelSoftmax:
     """See `Softmax`. While there is an `outside`, the exact entries are -inf in the logits."""
 
     def __init__(self, by: ModuleType, logits: Tensor, temperature: float) -> None:
@@ -144,7 +145,7 @@ class TritonSoftmax:
         before = self._logits.gather(1, ids)
         self._logits.scatter_(1, ids, before.masked_fill(keep, -torch.inf))
         try:
-            yield TritonOutside(self)
+            yield KernelOutside(self)
         finally:
             self._logits.scatter_(1, ids, before)
 
@@ -154,10 +155,10 @@ class TritonSoftmax:
         return (below / self._temperature).exp() / self._sums.tempered[:, None]
 
 
-class TritonOutside:
+class KernelOutside:
     """See `Outside`."""
 
-    def __init__(self, softmax: TritonSoftmax) -> None:
+    def __init__(self, softmax: KernelSoftmax) -> None:
         self._softmax = softmax
 
     @cached_property
