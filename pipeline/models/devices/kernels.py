@@ -74,6 +74,10 @@ def tried_kernels(device: torch.device) -> ModuleType | None:
         if name == "triton":
             from pipeline.models.devices import triton_kernels as kernels
         else:
+            import numba
+
+            if getattr(numba.config, "DISABLE_JIT", 0):  # asked for
+                return None
             from pipeline.models.devices import numba_kernels as kernels  # type: ignore[no-redef]
         check_kernels(kernels, device)
     except Exception as error:  # compilers and drivers raise anything

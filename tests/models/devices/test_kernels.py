@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -196,6 +197,10 @@ def test_logits_that_the_kernels_do_not_take(chosen: ModuleType) -> None:
 def test_a_cpu_takes_those_of_numba_for_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.kernels_on(DEVICE, 4096) is numba_kernels and kernels.kernels_on(DEVICE, 4095) is None
     assert kernels.kernels_on(torch.device("meta"), 4096) is None
+    kernels.tried_kernels.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(numba.config, "DISABLE_JIT", 1)
+        assert kernels.kernels_on(DEVICE, 4096) is None
     kernels.tried_kernels.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert kernels.kernels_on(DEVICE, 4096) is None
