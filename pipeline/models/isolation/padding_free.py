@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head, deviation, evaluating, tolerance
+from pipeline.models.head import Head, deviation, probing, tolerance
 from pipeline.models.isolation.document_attention import Documents, attends_by_document, forget_documents, longest_reach
 from pipeline.models.padding import pad_rows
 
@@ -59,7 +59,7 @@ def padding_free(head: Head, longest: int) -> Head | None:
     lengths = (first, 1, 6, 2)
     documents = [torch.randint(head.vocab_size, (1, n), generator=generator) for n in lengths]
     rows = [_Row(torch.cat(documents[i : i + 2], dim=1)[0].numpy(), np.array(lengths[i : i + 2])) for i in (0, 2)]
-    with evaluating(model), torch.no_grad():
+    with probing(model):
         alone = [
             head.hidden_states(ids.to(device), torch.arange(ids.shape[1], device=device)[None]) for ids in documents
         ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, evaluating
+from pipeline.models.head import Head, probing
 from pipeline.models.isolation.length_limits import by_document, longest_packed_row
 
 PROBE_STEPS = 3
@@ -101,7 +101,7 @@ def check_decoding(head: Head, *, padding: bool, longest: int = 0) -> None:
             "prompts of different lengths share a batch, because this model scales its attention by the place in the "
             f"padded row. Use `batch_size` 1, or `seq_len` {limit} or less."
         )
-    with evaluating(head.model), torch.no_grad():
+    with probing(head.model):
         for texts in ([first], [first, second]) if padding else ([first],):
             expected = [_whole(head, text) for text in texts]
             try:
