@@ -16,6 +16,7 @@ Shapes: b sequences, P longest prompt, D hidden width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,7 +54,9 @@ class Decoding:
     def select(self, which: Sequence[int]) -> None:
         """Continues with only these sequences, in this order; a sequence may be repeated."""
         index = torch.tensor(which, dtype=torch.int64, device=self._mask.device)
-        self._cache.batch_select_indices(index)
+        there = functools.cache(index.to)  # one copy for each device that layers are on
+        for layer in self._cache.layers:
+            layer.batch_select_indices(there(getattr(layer, "device", None) or index.device))
         self._lengths = [self._lengths[i] for i in which]
         self._input_ids, self._mask, self.hidden = self._input_ids[index], self._mask[index], self.hidden[index]
 
