@@ -160,5 +160,6 @@ def _as_a_gpu(wide: bool) -> Iterator[None]:
         mock.patch.object(torch, "is_autocast_enabled", lambda kind="cuda": True),
         mock.patch.object(torch, "get_autocast_dtype", lambda kind="cuda": torch.bfloat16),
         mock.patch.object(products, "writes_wide_sums", lambda factor, out: wide),
+        mock.patch.object(products, "adds_wide_sums", lambda device, dtype: wide),
     ):
         yield

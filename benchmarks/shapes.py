@@ -1,19 +1,28 @@
 """Models of the sizes that people train and distil, with random weights, and what a token costs them.
 
     FLOPs of a forward pass, per token    2·(P + D·V) + 2·L·H·C·T̄      P weights of the body without embeddings
-    of training                           three times that              T̄ mean length of the documents
+    of training                           three times that              T̄ = ΣT²/ΣT over the documents of a row
     of a gradient through the head        6·D·V
 
 The first sum is the usual count of matrix products (Kaplan et al. 2020, arXiv:2001.08361, table 1): two operations per
-weight; the last term is attention over the T̄/2 tokens before, for queries with keys and weights with values.
+weight; the last term is attention over the tokens before, for queries with keys and weights with values. A document of
+T tokens has T²/2 pairs of them, so T̄ is the mean length over tokens, not over documents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def mean_length(documents: Iterable[int]) -> float:
+    """T̄: the length of the document that a token is in, on average over tokens."""
+    lengths = np.fromiter(documents, np.float64)
+    return float((lengths**2).sum() / lengths.sum())
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Shape:
         return self.body_weights + (1 if self.tied else 2) * self.width * self.vocab
 
     def forward_flops(self, mean_length: float) -> float:
-        """Of one token."""
+        """Of one token, at `mean_length` T̄ of the documents."""
         return 2 * (self.body_weights + self.width * self.vocab) + 2 * self.layers * self.width * mean_length
 
     def training_flops(self, mean_length: float) -> float:

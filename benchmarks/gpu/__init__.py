@@ -12,8 +12,9 @@ Head and selection are measured with the Triton kernels and without; everything 
 card, which the settings of the results say.
 
 Random weights cost what trained ones do, except that sampled targets have nearly the same number of entries at every
-position. Results are written after every part, so that an interrupted run leaves those that it has. About ten minutes
-on an H100 or faster; `--quick` runs everything tiny on any device, as a smoke test.
+position. Results are written after every part, so that an interrupted run leaves those that it has. A part that fails
+is recorded with its error, and the others run. About ten minutes on an H100 or faster; `--quick` runs everything tiny
+on any device, as a smoke test.
 
     python -m benchmarks.gpu
 """

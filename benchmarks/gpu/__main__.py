@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from benchmarks.gpu.bench import QUICK, RATE, Bench, Sizes, card
 from benchmarks.gpu.fused_head import head
 from benchmarks.gpu.stages import capture, loader, training
 from benchmarks.gpu.target_selection import selection
-from benchmarks.measure import Result
+from benchmarks.measure import Result, Table
 from pipeline.models.devices import kernels
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -47,12 +48,15 @@ def main(parts: tuple[str, ...], quick: bool, results: Path | None) -> None:
         for name in dict.fromkeys(("card", *(parts or PARTS))):
             try:
                 bench.tables += PARTS[name](bench)
-            except torch.OutOfMemoryError as error:
-                click.echo(f"{name}: out of memory: {error}", err=True)
+            except Exception as error:  # whatever it is, the other parts are worth their time on the GPU
+                traceback.print_exc()
+                bench.failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             result = _result(bench)
             if directory is not None:
                 measure.write(result, directory, "python -m benchmarks.gpu")
         measure.show(result)
+    if bench.failures:
+        raise click.ClickException(f"failed: {', '.join(bench.failures)}")
 
 
 def _result(bench: Bench) -> Result:
@@ -63,6 +67,7 @@ def _result(bench: Bench) -> Result:
         for table in bench.tables
         if RATE in table.columns
     }
+    failed = [Table("Failed parts", ["part", "error"], list(bench.failures.items()))] if bench.failures else []
     return Result(
         name="gpu",
         question="Both stages on one GPU: tokens per second, and the share of what its products and its memory can do.",
@@ -72,7 +77,7 @@ def _result(bench: Bench) -> Result:
             "tokens_per_step": bench.sizes.step_tokens,
             "triton_kernels": kernels.kernels_on(bench.device, 2**17) is not None,
         },
-        tables=bench.tables,
+        tables=[*bench.tables, *failed],
         summary={"tflops": round(bench.flops / 1e12, 1), "tb_per_s": round(bench.bandwidth / 1e12, 2), **shares},
     )
 

@@ -55,6 +55,7 @@ class Bench:
     sizes: Sizes
     scratch: Path
     tables: list[Table] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # part -> type and message of its error
     flops: float = float("nan")  # of a large product, per second
     bandwidth: float = float("nan")  # bytes read and written per second
 

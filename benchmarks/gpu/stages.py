@@ -17,7 +17,7 @@ import cache_format as cf
 import distill
 from benchmarks.gpu.bench import BF16, RATE, Bench
 from benchmarks.measure import Table, Value
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Shape, mean_length
 from pipeline.models.head import open_head
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.padding_free import without_padding
@@ -36,9 +36,8 @@ def capture(bench: Bench) -> list[Table]:
         tokenizer = shape.tokenizer()
         for row_tokens in sizes.row_tokens:
             rows = bench.rows(shape, row_tokens, sizes.cached_tokens // (1 if shape is sizes.teachers[0] else 2))
-            mean_length = statistics.mean(len(row["input_ids"]) for row in rows)
             batch = max(1, sizes.pass_tokens // row_tokens)
-            bare = _bare(bench, model, shape, rows, row_tokens, batch)
+            bare = flops = float("nan")  # of the rows that the first cache has, like every other
             for name, options in TARGETS.items():
                 for encoding in ("columns", "packed") if row_tokens == sizes.row_tokens[0] else ("columns",):
                     output = bench.scratch / "cache"
@@ -60,37 +59,15 @@ def capture(bench: Bench) -> list[Table]:
                             **options,
                         )
                     speed = summary.tokens / (time.perf_counter() - began[-1])  # since the last stage began
-                    share = speed * shape.forward_flops(mean_length) / bench.flops
+                    if np.isnan(bare):
+                        packed = _rows_of(output)
+                        bare = _bare(bench, model, shape, packed, row_tokens, batch)
+                        flops = shape.forward_flops(_mean_length(packed))
+                    share = speed * flops / bench.flops
                     cells: list[Value] = [shape.name, row_tokens, name, encoding, speed, bare, bare / speed, share]
                     found.append([*cells, summary.bytes / summary.tokens, peak[0]])
         del model
     return [Table("Capture", columns, found)]
-
-
-@torch.inference_mode()
-def _bare(
-    bench: Bench, model: PreTrainedModel, shape: Shape, rows: list[dict[str, list[int]]], row_tokens: int, batch: int
-) -> float:
-    """Tokens per second of the forward pass and the head's product over the same documents, one batch of full rows."""
-    head = open_head(model, shape.vocab)
-    head = without_padding(head, row_tokens, wanted=None, device=bench.device)
-    packed, lengths, filled = [], [], 0
-    for row in rows:
-        lengths.append(min(len(row["input_ids"]), row_tokens - filled))
-        filled += lengths[-1]
-        if filled == row_tokens:
-            packed.append(_Row(np.ones(row_tokens, np.int64), np.array(lengths)))
-            lengths, filled = [], 0
-    packed = packed[:batch]
-    inputs = [each.to(bench.device) for each in pad_rows(packed)]
-    documents = Documents.of_rows(packed).to(bench.device)
-
-    def run() -> None:
-        hidden = head.hidden_states(*inputs, documents=documents).flatten(0, 1)
-        for start in range(0, len(hidden), 1024):
-            head.logits(hidden[start : start + 1024])
-
-    return inputs[0].numel() / bench.seconds(run)
 
 
 @dataclass(frozen=True)
@@ -99,32 +76,63 @@ class _Row:
     segment_lengths: np.ndarray
 
 
+def _rows_of(cache: Path) -> list[_Row]:
+    """The rows of a cache without their targets, longest first, as a teacher reads them."""
+    rows = [_Row(row.input_ids, row.segment_lengths) for row in cf.open_cache(cache).iter_rows()]
+    return sorted(rows, key=lambda row: -len(row.input_ids))
+
+
+def _mean_length(rows: list[_Row]) -> float:
+    return mean_length(int(length) for row in rows for length in row.segment_lengths)
+
+
+@torch.inference_mode()
+def _bare(bench: Bench, model: PreTrainedModel, shape: Shape, rows: list[_Row], row_tokens: int, batch: int) -> float:
+    """Tokens per second of the forward pass and the head's product over the same rows, in batches of the same size."""
+    head = open_head(model, shape.vocab)
+    head = without_padding(head, row_tokens, wanted=None, device=bench.device)
+    batches = []
+    for start in range(0, len(rows), batch):
+        here = rows[start : start + batch]
+        inputs = [each.to(bench.device) for each in pad_rows(here)]
+        batches.append((inputs, Documents.of_rows(here).to(bench.device)))
+
+    def run() -> None:
+        for inputs, documents in batches:
+            hidden = head.hidden_states(*inputs, documents=documents).flatten(0, 1)[documents.places]
+            for start in range(0, len(hidden), 1024):
+                head.logits(hidden[start : start + 1024])
+
+    return sum(len(row.input_ids) for row in rows) / bench.seconds(run, rounds=1)
+
+
 def training(bench: Bench) -> list[Table]:
     columns = ["student", "trained with", "tokens/s", RATE, "peak GB"]
     found: list[list[Value]] = []
     sizes, row_tokens = bench.sizes, bench.sizes.row_tokens[0]
     batch = max(1, sizes.step_tokens // row_tokens)
     for shape in sizes.students:
-        cache, mean_length = _cache_for(bench, shape, row_tokens)
-        flops = shape.training_flops(mean_length)
-        for way in ("cross-entropy, plain loop", "distill"):
+        cache = _cache_for(bench, shape, row_tokens)
+        # The plain loop has documents as long as a row.
+        lengths = {"cross-entropy, plain loop": float(row_tokens), "distill": _mean_length(_rows_of(cache))}
+        for way, length in lengths.items():
             model = shape.model(bench.device, torch.float32, row_tokens + 1)
             with bench.peak_memory() as peak:
                 speed = (_plain if "plain" in way else _distilled)(bench, model, shape, cache, batch)
-            found.append([shape.name, way, speed, speed * flops / bench.flops, peak[0]])
+            found.append([shape.name, way, speed, speed * shape.training_flops(length) / bench.flops, peak[0]])
             del model
     return [Table("Training", columns, found)]
 
 
-def _cache_for(bench: Bench, shape: Shape, row_tokens: int) -> tuple[Path, float]:
+def _cache_for(bench: Bench, shape: Shape, row_tokens: int) -> Path:
     """A cache of the student's own top-64 entries: it costs what a larger teacher's would."""
     output = bench.scratch / f"cache-{shape.name}"
-    rows = bench.rows(shape, row_tokens, bench.sizes.cached_tokens)
     if not output.exists():
+        rows = bench.rows(shape, row_tokens, bench.sizes.cached_tokens)
         model = shape.model(bench.device, BF16, row_tokens + 1)
         options = {"seq_len": row_tokens, "tokenizer": shape.tokenizer(), "device": str(bench.device)}
         distill.cache_teacher(model, rows, output, **options, **TARGETS["top-64"])
-    return output, statistics.mean(len(row["input_ids"]) for row in rows)
+    return output
 
 
 def _distilled(bench: Bench, model: PreTrainedModel, shape: Shape, cache: Path, batch: int) -> float:
@@ -177,7 +185,7 @@ def loader(bench: Bench) -> list[Table]:
     columns = ["encoding", "workers", "tokens/s"]
     found: list[list[Value]] = []
     shape, row_tokens = bench.sizes.students[0], bench.sizes.row_tokens[0]
-    source, _ = _cache_for(bench, shape, row_tokens)
+    source = _cache_for(bench, shape, row_tokens)
     packed = bench.scratch / "packed"
     for _ in cf.convert_cache(source, packed, cf.Conversion(encoding="packed")):
         pass

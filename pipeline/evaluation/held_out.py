@@ -155,7 +155,7 @@ def _teacher_scores(config: EvaluateConfig, on_stage: Callable[[str], None]) -> 
         if isinstance(teacher, PreTrainedModel)
         else load_tokenizer(teacher, trust_remote_code=trust)
     )
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, teacher)
     model = load_model(teacher, dtype=config.dtype, device=device, trust_remote_code=trust)
     on_stage(f"scoring the teacher on {', '.join(config.tasks)}")
     with evaluating(model):

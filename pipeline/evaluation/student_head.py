@@ -35,7 +35,7 @@ def open_student(
         student,
         objective=objective,
         dtype=config.dtype,
-        device=resolve_device(config.device),
+        device=resolve_device(config.device, student),
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )

@@ -31,6 +31,7 @@ from pipeline.errors import ModelError
 from pipeline.models.body import body_returning, find_body
 from pipeline.models.devices.buffers import empty_rows
 from pipeline.models.devices.placement import compute_device, is_here
+from pipeline.models.devices.precision import full_float32
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.length_limits import (
     LimitedRotary,
@@ -188,7 +189,7 @@ class Head:
         device = self.device
         ids = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
         inputs = _inputs(self.masked, ids, torch.arange(PROBE_TOKENS, device=device)[None], None)
-        with evaluating(self.model), torch.no_grad():
+        with probing(self.model):
             output = self.body(**inputs, output_hidden_states=True)
         found: tuple[Tensor, ...] = getattr(output, "hidden_states", None) or ()
         widths = {tuple(each.shape) for each in found}
@@ -257,7 +258,7 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
-    with evaluating(model), torch.no_grad():
+    with probing(model):
         # Small and large logits: soft-capping does not change the small ones of a randomly initialised student.
         inputs = _inputs(masked, ids, positions, None)
         with _supported(name):
@@ -313,6 +314,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model computes as a comparison within rounding needs it: in evaluation mode, without gradients
+    and without TF32."""
+    with evaluating(model), torch.no_grad(), full_float32():
+        yield
 
 
 def _inputs(masked: bool, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 import cache_format as cf
 from pipeline.errors import ModelError
 from pipeline.models.devices.placement import values_of
-from pipeline.models.head import LOUD_LOGIT, PROBE_TOKENS, Head, deviation, evaluating, tolerance
+from pipeline.models.head import LOUD_LOGIT, PROBE_TOKENS, Head, deviation, probing, tolerance
 
 # Names of s, 1/s and c in configurations.
 MULTIPLIED = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -110,7 +110,6 @@ def head_file(
     return spec, contents
 
 
-@torch.no_grad()
 def export_head(head: Head) -> HeadExport:
     """Find the form of a head and check it against the model's own logits.
 
@@ -122,7 +121,7 @@ def export_head(head: Head) -> HeadExport:
         raise _refused(name, "its output embeddings are not a matrix")
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(head.vocab_size, (1, PROBE_TOKENS), generator=generator).to(device)
-    with evaluating(head.model):
+    with probing(head.model):
         hidden = head.hidden_states(ids, torch.arange(PROBE_TOKENS, device=device)[None])[0]
         with _inputs_of(head) as found:
             quiet = head.own_logits(hidden)

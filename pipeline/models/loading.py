@@ -144,7 +144,8 @@ def load_model(
         objective: what the model was trained to predict; decides the class that it is loaded as.
         dtype: "auto" keeps the dtype of an object; otherwise it is float32 on a CPU (faster there, and exact) and the
             checkpoint's dtype elsewhere.
-        device: None is the CPU and "auto" the first accelerator there is; both leave an object where it is.
+        device: None is the CPU and "auto" the first accelerator there is; both leave an object where it is, and so
+            does the device of its head.
         device_map: spread the model over devices, CPU and disk: a strategy of accelerate, or a JSON file.
         tensor_parallel: split every layer over the processes of torchrun.
 
@@ -243,22 +244,23 @@ def _prepared(
     model: PreTrainedModel, name: str, objective: Objective, dtype: str, device: torch.device | str | None
 ) -> PreTrainedModel:
     """A given model in evaluation mode, moved and converted where this is asked for."""
-    if model.get_output_embeddings() is None:
+    output = model.get_output_embeddings()
+    if output is None:
         raise ModelError(
             f"{name}: found a {type(model).__name__}, which has no vocabulary head, expected a {NAMES[objective]}. "
             f"Load it with {auto_class(objective).__name__}."
         )
-    device = resolve_device(device) if isinstance(device, str) else device
+    device, here = resolve_device(device) if isinstance(device, str) else device, compute_device(output)
     changes: dict[str, Any] = {}
     if dtype != "auto":
-        changes["dtype"] = resolve_dtype(dtype, device or compute_device(model.get_output_embeddings()))
+        changes["dtype"] = resolve_dtype(dtype, device or here)
         if all(tensor.dtype == changes["dtype"] for tensor in model.parameters()):
             del changes["dtype"]
-    if _is_spread(model):
-        if device is not None and device not in computing_devices(model, device):
+    if device is not None and device != here:
+        if not _is_spread(model):
+            changes["device"] = device
+        elif device not in computing_devices(model, device):
             raise ConfigError(f"`device` {device}: {name} is spread over several devices already. Leave it out.")
-    elif device is not None:
-        changes["device"] = device
     try:
         return (model.to(**changes) if changes else model).eval()
     except (ValueError, NotImplementedError, RuntimeError) as error:  # a quantised model, or one without values

@@ -78,7 +78,7 @@ def cache_teacher(
     check_inputs(config, config.output)
     if not worker.follows:
         check_output(config, worker)
-    device = worker.device(config.device)
+    device = worker.device(config.device, config.teacher)
 
     if config.running.engine == "auto" and device.type == "cuda" and installed() is not None:
         on_warning("vLLM is installed: `engine=vllm` is usually faster than transformers on a GPU")

@@ -132,7 +132,7 @@ def plan_cache(
             "without it, with text of the same kind and length as `data`."
         )
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
-    device = worker.device(config.device)
+    device = worker.device(config.device, config.teacher)
     on_stage("reading and tokenising the text")
     tokenizer = open_tokenizer(config)
     corpus = open_corpus(config, tokenizer)

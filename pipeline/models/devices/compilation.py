@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pipeline.errors import ConfigError
-from pipeline.models.head import Head, deviation, evaluating, tolerance
+from pipeline.models.head import Head, deviation, probing, tolerance
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.padding import model_inputs
 
@@ -52,7 +52,7 @@ class CompiledLayers:
                 f"`compile`: {name} has no list of layers, or they were changed for several devices. Leave it out."
             )
         try:
-            with evaluating(head.model), torch.no_grad():
+            with probing(head.model):
                 expected = _states(head)
                 self._compile(layers)
                 found = _states(head)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, deviation, deviation_of_most, evaluating, tolerance
+from pipeline.models.head import Head, deviation, deviation_of_most, probing, tolerance
 
 
 def check_causal(head: Head) -> None:
@@ -27,7 +27,7 @@ def check_causal(head: Head) -> None:
     text, end, other = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 5, 5))
     rows = torch.cat([torch.cat([text, end], dim=1), torch.cat([text, other], dim=1)])
     positions = torch.arange(rows.shape[1], device=device).expand_as(rows)
-    with evaluating(head.model), torch.no_grad():
+    with probing(head.model):
         before_end, before_other = head.hidden_states(rows, positions)[:, : text.shape[1]]
         expected = head.body(input_ids=text, use_cache=False)[0][0].to(device)
     off, allowed = deviation(before_end, before_other), tolerance(expected, roundings=4)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -247,17 +248,22 @@ def _document(
     length, groups = query.shape[1], len(query) // len(key)
     within = window is None or length <= window
     if within and softcap is None and sinks is None:
-        return scaled_dot_product_attention(
-            query[None],
-            key[None],
-            value[None],
-            dropout_p=dropout,
-            is_causal=length > 1,
-            scale=scale,
-            enable_gqa=groups > 1,
-        )[0]
+        batch = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+        grouped = groups > 1 and _takes_groups(*batch, dropout)
+        if groups > 1 and not grouped:
+            batch = batch[0], *(each.repeat_interleave(groups, dim=1) for each in batch[1:])
+        options = {"dropout_p": dropout, "is_causal": length > 1, "scale": scale, "enable_gqa": grouped}
+        return scaled_dot_product_attention(*batch, **options).squeeze(0)
     key, value = (each.repeat_interleave(groups, dim=0) for each in (key, value))
     return torch.cat([*_blocks(query, key, value, scale, dropout, None if within else window, softcap, sinks)], dim=1)
+
+
+def _takes_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether several heads of queries may share keys and values without a tensor of H·T² scores.
+
+    On CUDA only flash attention can: float32, a GPU before Ampere and values of another width get the plain kernel.
+    """
+    return not query.is_cuda or can_use_flash_attention(SDPAParams(query, key, value, None, dropout, True, True))
 
 
 def _blocks(

@@ -145,7 +145,10 @@ def _embed_by_document(
         call.arguments["position_ids"] = torch.where(here, positions, elsewhere)
         found = module.forward(*call.args, **call.kwargs)
         found = found if isinstance(found, tuple) else (found,)
-        values = tuple(torch.where(here[..., None], new, old) for new, old in zip(found, values, strict=True))
+        # With a device map, the module may compute on another device than its positions come from.
+        values = tuple(
+            torch.where(here.unsqueeze(-1).to(new.device), new, old) for new, old in zip(found, values, strict=True)
+        )
     return values if isinstance(output, tuple) else values[0]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, deviation, deviation_of_most, evaluating, tolerance
+from pipeline.models.head import Head, deviation, deviation_of_most, probing, tolerance
 from pipeline.models.isolation.length_limits import longest_packed_row
 from pipeline.models.objective import most_positions
 
@@ -38,7 +38,7 @@ def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     alone = torch.arange(second.shape[1], device=device)[None]
     packed = torch.cat([_up_to(_reached(model, longest), first), alone], dim=1)
     rows = torch.cat([torch.cat([first, second], dim=1), torch.cat([other, second], dim=1)])
-    with evaluating(model), torch.no_grad():
+    with probing(model):
         expected = head.hidden_states(second, alone)[0]
         behind_first, behind_other = head.hidden_states(rows, packed.expand(2, -1))[:, first.shape[1] :]
     for off, roundings in ((deviation_of_most(behind_first, expected), 16), (deviation(behind_first, behind_other), 4)):
@@ -66,7 +66,7 @@ def check_padding(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     rows = torch.cat([torch.cat([document, torch.zeros_like(padding)], dim=1), torch.cat([document, padding], dim=1)])
     positions = _up_to(0 if head.masked else _reached(model, longest), rows[:1])
     there = (torch.arange(rows.shape[1], device=device) < document.shape[1]).long().expand(len(rows), -1)
-    with evaluating(model), torch.no_grad():
+    with probing(model):
         expected = head.hidden_states(document, positions[:, : document.shape[1]])[0]
         zeros, others = head.hidden_states(rows, positions.expand(len(rows), -1), there)[:, : document.shape[1]]
     for off, roundings in ((deviation_of_most(zeros, expected), 16), (deviation(zeros, others), 4)):

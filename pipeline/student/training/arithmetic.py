@@ -10,8 +10,6 @@ before a loss scaler could lift it out of the range where float16 underflows.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,25 +38,6 @@ def describe_arithmetic(arguments: TrainingArguments) -> str:
         return f"in {kind} on {arguments.device.type}"
     why = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", which has no bfloat16"
     return f"in {kind} on {torch.cuda.get_device_name()}{why}"
-
-
-@contextlib.contextmanager
-def precision_restored() -> Iterator[None]:
-    """Undoes, after the block, what `TrainingArguments` sets for the whole process: TF32 would also change what a
-    teacher computes in it later."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9
-        before = torch.backends.fp32_precision
-        try:
-            yield
-        finally:
-            torch.backends.fp32_precision = before
-        return
-    flags = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = flags
 
 
 def _tf32(arguments: TrainingArguments) -> bool:

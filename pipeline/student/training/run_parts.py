@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.models.adapters import attach
 from pipeline.models.head import Head, open_head
-from pipeline.models.isolation.padding_free import without_padding
+from pipeline.models.isolation.padding_free import or_padded, without_padding
 from pipeline.models.loading import config_fingerprint, model_name, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.student.data.cross_tokenizer import CrossTokenizerDataset, for_foreign_student, vocab_size_of
@@ -117,7 +118,16 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
         check_isolation(cache, head, batch_size=together)
     longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in caches)
     head = without_padding(head, longest, wanted=config.padding_free, device=arguments.device)
+    if head.padding_free and _stays_whole_on_cuda(arguments):
+        model.to(arguments.device)
+        head = or_padded(head, wanted=config.padding_free, dtype=torch.bfloat16 if arguments.bf16 else None)
     return RunStudent(model, head, fingerprint, base_weights, adapted, sum(p.numel() for p in model.parameters()))
+
+
+def _stays_whole_on_cuda(arguments: TrainingArguments) -> bool:
+    """Whether every process trains the whole model, on a CUDA device of its own."""
+    sharded = arguments.fsdp or getattr(arguments, "hf_deepspeed_config", None) is not None
+    return arguments.device.type == "cuda" and not sharded
 
 
 def match_hidden_states(run: CheckedRun, head: Head) -> HiddenStateMatching | None:

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import merged
 from pipeline.models.devices.compilation import CompiledLayers
+from pipeline.models.devices.precision import precision_restored
 from pipeline.models.head import evaluating
 from pipeline.models.loading import model_name
 from pipeline.models.teacher_head import TeacherHead
@@ -29,7 +30,7 @@ from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import embeddings_unfrozen_after
 from pipeline.student.model_card import Origin, is_replaceable, write_card
 from pipeline.student.train_config import TrainStudentConfig
-from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
+from pipeline.student.training.arithmetic import describe_arithmetic, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
 from pipeline.student.training.forward import remove_distillation_forward
 from pipeline.student.training.output_directory import begin_output, check_contents, claimed, follow_best, saving

@@ -16,6 +16,7 @@ Shapes: b sequences, P longest prompt, D hidden width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pipeline.errors import ModelError
-from pipeline.models.head import Head, evaluating
+from pipeline.models.head import Head, probing
 from pipeline.models.isolation.length_limits import by_document, longest_packed_row
 
 PROBE_STEPS = 3
@@ -53,7 +54,9 @@ class Decoding:
     def select(self, which: Sequence[int]) -> None:
         """Continues with only these sequences, in this order; a sequence may be repeated."""
         index = torch.tensor(which, dtype=torch.int64, device=self._mask.device)
-        self._cache.batch_select_indices(index)
+        there = functools.cache(index.to)  # one copy for each device that layers are on
+        for layer in self._cache.layers:
+            layer.batch_select_indices(there(getattr(layer, "device", None) or index.device))
         self._lengths = [self._lengths[i] for i in which]
         self._input_ids, self._mask, self.hidden = self._input_ids[index], self._mask[index], self.hidden[index]
 
@@ -101,7 +104,7 @@ def check_decoding(head: Head, *, padding: bool, longest: int = 0) -> None:
             "prompts of different lengths share a batch, because this model scales its attention by the place in the "
             f"padded row. Use `batch_size` 1, or `seq_len` {limit} or less."
         )
-    with evaluating(head.model), torch.no_grad():
+    with probing(head.model):
         for texts in ([first], [first, second]) if padding else ([first],):
             expected = [_whole(head, text) for text in texts]
             try:

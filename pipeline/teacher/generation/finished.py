@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
@@ -22,6 +21,7 @@ from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.generation.predicates import Predicate
 from pipeline.teacher.opening import open_engine
 from pipeline.teacher.text.prompts import Prompts
+from pipeline.teacher.writing.workers import Worker
 
 
 def finished_cache(
@@ -68,7 +68,7 @@ def check_same_contents(
     manifest: cf.Manifest,
     prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+    worker: Worker,
 ) -> None:
     """Raises: MismatchError if a finished cache was made by other models, or from other prompts."""
     recorded = manifest.metadata.to_json()
@@ -81,7 +81,7 @@ def check_same_contents(
     if writer is not None:
         models["writer"] = (writer, prompts.for_writer())
     others = {role: each for role, each in models.items() if _may_differ(each[0], was[role])}
-    given = {role: _facts(config, read, tokenizer, device) for role, (config, read) in others.items()}
+    given = {role: _facts(config, read, tokenizer, worker) for role, (config, read) in others.items()}
     _check_same(teacher.output, manifest, was, given)
 
 
@@ -112,8 +112,9 @@ def _writer(manifest: cf.Manifest) -> Mapping[str, Any]:
 
 
 def _facts(
-    config: CacheTeacherConfig, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: CacheTeacherConfig, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, worker: Worker
 ) -> dict[str, str | None]:
+    device = worker.device(config.device, config.teacher)
     with closing(open_engine(config, prompts, tokenizer, device)) as engine:
         described = engine.describe_teacher()
         # A server has a name only, that of the model that it runs.

@@ -120,7 +120,7 @@ def generate_cache(
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
     manifest = finished_cache(config, generation, predicate)
     store.check()
-    device = worker.device(config.device)
+    device = worker.device(config.device, config.teacher)
     started = time.perf_counter()
 
     on_stage("reading the prompts")
@@ -140,7 +140,7 @@ def generate_cache(
         on_warning(warning)
     if manifest is not None:
         on_stage("comparing with the finished cache")
-        check_same_contents(config, writer, manifest, prompts, tokenizer, device)
+        check_same_contents(config, writer, manifest, prompts, tokenizer, worker)
         if store.holds(manifest.metadata.corpus["generation"]["answers_file"]):
             store.remove()  # killed between the last two steps
         return _summary_of(config.output, manifest)
@@ -148,8 +148,9 @@ def generate_cache(
     cache = partial(cache_answers, config, worker, tokenizer=tokenizer, device=device, on_stage=on_stage)
     read = prompts if writer is None else prompts.for_writer()
     with store:
-        on_stage(_opening("teacher" if writer is None else "writer", writer or config, device))
-        with closing(open_engine(writer or config, read, tokenizer, device)) as engine:
+        place = device if writer is None else worker.device(writer.device, writer.teacher)
+        on_stage(_opening("teacher" if writer is None else "writer", writer or config, place))
+        with closing(open_engine(writer or config, read, tokenizer, place)) as engine:
             corpus, answering = _answer(
                 writer or config, generation, prompts, store, engine, tokenizer, predicate, on_stage, on_progress
             )

@@ -67,7 +67,7 @@ def verify_against_teacher(
     teacher: LoadedTeacher | ServedTeacher = (
         ServedTeacher(config, cache, tokenizer, rows, reading)
         if config.on_server
-        else LoadedTeacher(config, cache, worker.device(config.device), reading)
+        else LoadedTeacher(config, cache, worker.device(config.device, config.teacher), reading)
     )
     with closing(teacher):
         on_stage(f"computing {len(chosen)} of {quantity(len(cache), 'row')} again, {teacher.times}")

@@ -46,9 +46,13 @@ class Worker:
         """Whether this process only computes, and another one writes."""
         return bool(self.rank)
 
-    def device(self, name: str) -> torch.device:
-        """The device by name; under torchrun, `auto` and `cuda` are one CUDA device for each process of a machine."""
-        device = resolve_device(name)
+    def device(self, name: str, model: object) -> torch.device:
+        """The device by name; under torchrun, `auto` and `cuda` are one CUDA device for each process of a machine.
+
+        Args:
+            model: that will run there; `auto` leaves a loaded one where it is.
+        """
+        device = resolve_device(name, model)
         if self.local_rank is None or device.type != "cuda" or device.index is not None:
             return device
         if self.local_rank >= torch.cuda.device_count():

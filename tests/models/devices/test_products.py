@@ -26,24 +26,35 @@ class WideSums(TorchDispatchMode):
         super().__init__()
         if not hasattr(aten.addmm, "dtype_out"):
             pytest.skip("torch 2.8 and later have it")
-        self.calls = {aten.mm.dtype_out: 0, aten.addmm.dtype_out: 0}
+        self.addmm_takes_narrow_factors = True  # since torch 2.10
+        self.calls = {aten.mm: 0, aten.addmm: 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in self.calls:
+        packet = func.overloadpacket
+        if packet not in self.calls or "dtype" not in func._overloadname:
             return func(*args, **kwargs)
-        self.calls[func] += 1
+        self.calls[packet] += 1
         *total, a, b, dtype = args
-        assert a.dtype == b.dtype == torch.bfloat16 and kwargs["out"].dtype == dtype == torch.float32
+        if total and not self.addmm_takes_narrow_factors:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        assert a.dtype == b.dtype == torch.bfloat16 and dtype == torch.float32
         found = a.float() @ b.float()
-        return kwargs["out"].copy_(total[0] + found if total else found)
+        out = kwargs.get("out", torch.empty_like(found))
+        assert out.dtype == dtype
+        return out.copy_(total[0] + found if total else found)
+
+    def reset(self) -> None:
+        self.calls = dict.fromkeys(self.calls, 0)
 
 
 @pytest.fixture()
 def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[WideSums]:
     monkeypatch.setattr(products, "writes_wide_sums", lambda a, out: out.dtype == torch.float32 != a.dtype)
+    products.adds_wide_sums.cache_clear()
     with WideSums() as mode:
         yield mode
+    products.adds_wide_sums.cache_clear()
 
 
 def factors(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,7 +69,22 @@ def test_wide_sums_are_those_of_float32_factors(wide: WideSums) -> None:
     products.add_product(total, a, b)
     torch.testing.assert_close(out, a.float() @ b.float())
     torch.testing.assert_close(total, out + 1)
-    assert set(wide.calls.values()) == {1}
+    assert wide.calls == {aten.mm: 1, aten.addmm: 2}  # the trial, and the sum
+    wide.reset()
+    products.add_product(total, a, b)
+    assert wide.calls == {aten.mm: 0, aten.addmm: 1}
+
+
+def test_sums_of_a_torch_whose_addmm_takes_no_narrow_factors(wide: WideSums, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.10. They are not rounded to bfloat16 either, and the refusal is met once."""
+    monkeypatch.setattr(products, "ROWS", 16)
+    wide.addmm_takes_narrow_factors = False
+    a, b = factors(torch.bfloat16)
+    total = torch.ones(40, 30)
+    for times in (1, 2):
+        products.add_product(total, a, b)
+        torch.testing.assert_close(total, 1 + times * (a.float() @ b.float()))
+    assert wide.calls == {aten.mm: 2 * 3, aten.addmm: 1}
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-6), (torch.float64, 1e-15)])
@@ -90,7 +116,8 @@ def sums(dtype: torch.dtype, chunk_size: int) -> list[Tensor]:
 def test_gradients_are_nearer_to_those_in_float64_than_the_plain_ones(wide: WideSums, monkeypatch: Any) -> None:
     truth = sums(torch.float64, 64)
     found = relative_errors(sums(torch.bfloat16, 64), truth)
-    assert wide.calls[aten.addmm.dtype_out] == wide.calls[aten.mm.dtype_out] == -(-int(_loss_tokens()) // 64)
+    chunks = -(-int(_loss_tokens()) // 64)
+    assert wide.calls == {aten.mm: chunks, aten.addmm: chunks + 1}  # with the trial
     monkeypatch.setattr(products, "writes_wide_sums", lambda a, out: False)
     plain = relative_errors(sums(torch.bfloat16, 64), truth)
     exact = relative_errors(sums(torch.float32, 64), truth)

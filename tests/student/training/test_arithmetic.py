@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from pipeline.models.devices.precision import precision_restored
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training import arithmetic
-from pipeline.student.training.arithmetic import describe_arithmetic, precision_restored, used_arithmetic
+from pipeline.student.training.arithmetic import describe_arithmetic, used_arithmetic
 from pipeline.student.training.training_arguments import training_arguments
 from runs import build_cache, train
 from tiny import english

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pipeline.models.devices.precision import full_float32
 from pipeline.models.head import deviation, tolerance
 from pipeline.models.head_export import scaled_and_capped
 from pipeline.models.loading import weights_fingerprint
@@ -152,6 +153,7 @@ def hook_layers(model: nn.Module, collector: StepTargets, layers: Sequence[int],
     return [lists[0][layer].register_forward_pre_hook(keep(layer), with_kwargs=True) for layer in layers]
 
 
+@full_float32()
 @torch.inference_mode()
 def stored_head(model: Any, vocab_size: int) -> tuple[Tensor, Tensor | None, float, float | None]:
     """See `TargetsExtension.distill_head`."""
