@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 import cache_format as cf
-from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.format_reader import Reader
@@ -19,8 +18,9 @@ from pipeline.importing.row_mapping import RowMapper
 from pipeline.importing.survey import Survey, survey_source, usable_rows
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
-from pipeline.options import CONFIG_FILE, NOT_SAVED, flat
+from pipeline.options import NOT_SAVED, flat
 from pipeline.teacher.text.formats.kept_columns import KeptValues, describe_kept
+from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS, SHARD_TOKENS
 
 LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
@@ -62,7 +62,7 @@ def import_cache(
     and leaves a finished one alone.
 
     Raises:
-        DataError: the source cannot be read, or a row of it cannot be right; the message names the row.
+        DataError: the source cannot be read, or a row of it is invalid; the message names the row.
         ConfigError, ModelError: the options or the tokenizer cannot be used.
         CacheError: `output` holds something else.
         MismatchError: `output` holds a cache of another source, of a source that was changed, or of other settings.
@@ -84,6 +84,7 @@ def import_cache(
     for warning in _warnings(config, reader, survey):
         on_warning(warning)
 
+    record = _config_record(config)
     if config.overwrite:
         cf.remove_cache(config.output)
     documents = _documents_file(config, survey)
@@ -101,7 +102,7 @@ def import_cache(
         allow_finished=True,
         allow_rounding=finished is not None,  # nothing is written with other libraries
     ) as writer:
-        _save_config(config)
+        save_config(config.output, record)
         if documents is not None:
             cf.write_documents(config.output, documents)
         if writer.begin_shard() is not None:
@@ -200,7 +201,7 @@ def _recorded_facts_only(metadata: cf.CacheMetadata, recorded: cf.CacheMetadata)
 
 
 def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]:
-    """What a user should look at although the import can go on."""
+    """Warnings about problems that do not stop the import."""
     warnings, evidence = [], survey.evidence
     if (repeated := survey.changed["documents that begin with two BOS tokens"]) and not config.drop_repeated_bos:
         warnings.append(
@@ -220,12 +221,9 @@ def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]
     return warnings
 
 
-def _save_config(config: ImportConfig) -> None:
-    """Writes distill_config.json, which names the options that made the cache, unless it is there."""
-    directory = open_directory(config.output)
-    if CONFIG_FILE in directory.names():
-        return
+def _config_record(config: ImportConfig) -> bytes:
+    """The contents of distill_config.json, which name the options that made the cache."""
     options = {name: value for name, value in flat(config).items() if name not in NOT_SAVED}
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
-    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())
+    return (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode()

@@ -32,21 +32,22 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
 from pipeline.teacher.engines.vllm.vllm_version import installed
 from pipeline.teacher.opening import (
-    CachedText,
     Corpus,
     as_dated,
     check_inputs,
     open_corpus,
     open_engine,
     open_tokenizer,
+    opening_stage,
     row_request,
     with_dtype,
 )
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head
+from pipeline.teacher.text.corpus_protocols import CachedText
 from pipeline.teacher.writing.cache_metadata import cache_metadata, stored_positions
-from pipeline.teacher.writing.saved_config import save_config
+from pipeline.teacher.writing.saved_config import config_record, save_config
 from pipeline.teacher.writing.shard_sizes import as_begun
 from pipeline.teacher.writing.workers import check_output, this_worker
 
@@ -93,7 +94,7 @@ def cache_teacher(
 
     begun = None if recorded is None else recorded.teacher.get("dtype")
     chosen = with_dtype(config, corpus, device, recorded=begun, alone=worker.alone, on_stage=on_stage)
-    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
+    on_stage(opening_stage(config, device))
     with closing(open_engine(chosen, corpus, tokenizer, device)) as engine:
         stored_head = engine.stored_head
         metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))
@@ -101,21 +102,25 @@ def cache_teacher(
         states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
         states += describe_head(stored_head, engine.vocab_size)
         on_stage(f"caching {quantity(len(corpus), 'row')}, {quantity(corpus.num_tokens, 'token')}{states}")
+        record = config_record(config)
         if config.overwrite and not worker.follows:
             # Not earlier: text and teacher have now been read successfully.
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
-        options = {"head": None if stored_head is None else stored_head.contents}
+        head = None if stored_head is None else stored_head.contents
         with worker.open_writer(
-            config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options
+            config.output, metadata, tokenizer_files(tokenizer), on_stage, device, head=head
         ) as writer:
             if not worker.follows:
-                save_config(config)
+                save_config(config.output, record)
                 if corpus.documents_file is not None:
                     cf.write_documents(config.output, corpus.documents_file)
             for holder in writer.taken_over:
                 on_warning(f"{config.output}: {holder} is gone; this run takes over")
-            request = partial(row_request, config, corpus, hidden=metadata.hidden)
+
+            def request(index: int) -> RowRequest:
+                return row_request(config, corpus[index], index, metadata.hidden)
+
             capture = Capture(config, corpus, engine, metadata, writer, request, on_progress)
             capture.run()
         return capture.summary()
@@ -130,7 +135,8 @@ def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Co
 
 @dataclass
 class _Progress:
-    """What this run has computed, of one shard or in all of its finished ones; mass: exact mass of the loss tokens."""
+    """Rows, tokens and exact mass (over loss tokens) that this run has computed: of one shard, or of all finished
+    ones."""
 
     rows: int = 0
     tokens: int = 0
@@ -320,7 +326,7 @@ class Capture:
             output=self.config.output,
             rows=size.rows,
             tokens=size.tokens,
-            counted_tokens=size.counted_tokens,
+            loss_tokens=size.counted_tokens,
             bytes=size.bytes,
             head_bytes=size.head_bytes,
             exact_mass=self._exact_mass() if self._own().mass_count == self.corpus.num_loss_tokens else None,

@@ -1,6 +1,6 @@
-"""What a run of stage one begins with: the text as rows, and the teacher, checked to be what the rows are for.
+"""Opens what a run of stage one needs: the text as rows, and a teacher that was checked to fit them.
 
-Shared by everything that puts a text to a teacher: capture, and the plan of one.
+Used by capture, plan and generation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.loading import DTYPES, has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.loading_options import Dtype
-from pipeline.models.objective import Objective, check_objective, most_positions
+from pipeline.models.objective import check_objective, most_positions
 from pipeline.models.paths import adapter_base
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
@@ -41,6 +41,7 @@ from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine, closed_on_erro
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
+from pipeline.teacher.text.corpus_protocols import TokenisedText
 from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
@@ -50,61 +51,6 @@ Corpus = TokenCorpus | MaskedCorpus
 
 DTYPE_TOKENS = 1024
 """Tokens of the batch that dtypes are compared with."""
-
-
-class Text(Protocol):
-    """What a teacher is opened for and a cache is described by: a corpus, prompts, or the answers to them."""
-
-    @property
-    def objective(self) -> Objective: ...
-
-    @property
-    def description(self) -> dict[str, Any]: ...
-
-
-class TokenisedText(Text, Protocol):
-    """What a teacher is to read: a corpus, or prompts."""
-
-    @property
-    def has_teacher_prompts(self) -> bool:
-        """Whether the teacher reads other prompts than the student."""
-        ...
-
-    @property
-    def longest_read(self) -> int:
-        """Tokens that the teacher reads for a row, at most."""
-        ...
-
-    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
-        """(row of the source, id) of the first token with an id of `limit` or more."""
-        ...
-
-
-class Rows(Protocol):
-    """Rows that an engine is asked about."""
-
-    def __getitem__(self, index: int) -> TokenRow | cf.CacheRow: ...
-
-
-class CachedText(Text, Protocol):
-    """The text of a cache: a corpus, or the answers that were kept."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_loss_tokens(self) -> int: ...
-
-    @property
-    def token_stream_sha256(self) -> str: ...
-
-    @property
-    def report(self) -> Mapping[str, float]: ...
-
-    @property
-    def documents_file(self) -> bytes | None: ...
 
 
 def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:
@@ -178,9 +124,9 @@ def with_dtype(
     alone: bool,
     on_stage: Callable[[str], None],
 ) -> CacheTeacherConfig:
-    """The configuration with the dtype that "auto" stands for on a CPU that multiplies bfloat16 in hardware: the faster
-    one of bfloat16 and float32 for a bfloat16 checkpoint, unless an earlier run has chosen. Elsewhere nothing is
-    measured or changed.
+    """The configuration with dtype "auto" resolved on a CPU that multiplies bfloat16 in hardware: for a bfloat16
+    checkpoint, the faster one of bfloat16 and float32, unless an earlier run has chosen. Elsewhere nothing is measured
+    or changed.
 
     Args:
         recorded: the dtype of a cache that was begun.
@@ -288,6 +234,11 @@ def _open_vllm(
     return engine
 
 
+def opening_stage(config: CacheTeacherConfig, device: torch.device, *, role: str = "teacher") -> str:
+    """What `on_stage` says before `open_engine`. Args: role: of the model, teacher or writer."""
+    return f"asking {config.teacher}" if config.on_server else f"loading the {role} on {device}"
+
+
 def open_engine(
     config: CacheTeacherConfig,
     text: TokenisedText,
@@ -358,15 +309,20 @@ def _check_tokens(
 
 
 def row_request(
-    config: CacheTeacherConfig, corpus: Rows, index: int, hidden: cf.HiddenSpec | None, *, place: int | None = None
+    config: CacheTeacherConfig,
+    row: TokenRow | cf.CacheRow,
+    index: int,
+    hidden: cf.HiddenSpec | None,
+    *,
+    place: int | None = None,
 ) -> RowRequest:
-    """What an engine is asked about a row of the corpus.
+    """What an engine is asked about a row.
 
     Args:
+        index: its number in the cache.
         hidden: the states to store, if any.
         place: key of the row's random numbers; default: its number.
     """
-    row = corpus[index]
     stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
     states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
     return RowRequest(

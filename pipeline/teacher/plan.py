@@ -9,9 +9,9 @@ real writer, once for every kind of targets and encoding; everything is then in 
 For a teacher on a server, the forward pass is the time from the first request to the last answer, with as many requests
 at once as the run will send.
 
-Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
-there from a whole shard, and with hidden states beside the targets, which are counted as they are before compression.
-Text that changes on its way through the corpus costs more than a sample says.
+Estimates of bytes are a little high for packed caches (the lexicon is learned from one record batch here, from a whole
+shard in a run) and for hidden states stored beside the targets (counted uncompressed). Text that changes along the
+corpus costs more than the sample suggests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
 from pipeline.teacher.engines.server.server_config import SERVED_KINDS
-from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request, with_dtype
+from pipeline.teacher.opening import (
+    Corpus,
+    open_corpus,
+    open_engine,
+    open_tokenizer,
+    opening_stage,
+    row_request,
+    with_dtype,
+)
 from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.hidden_states import predicted_bytes
@@ -84,7 +92,7 @@ class Plan:
 
     rows: int
     tokens: int
-    counted_tokens: int
+    loss_tokens: int
     sample_rows: int
     sample_tokens: int
     forward_tokens_per_s: tuple[float, float]  # slowest and fastest batch, without choosing entries
@@ -139,7 +147,7 @@ def plan_cache(
     for warning in corpus.warnings:
         on_warning(warning)
     config = with_dtype(config, corpus, device, recorded=None, alone=worker.alone, on_stage=on_stage)
-    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
+    on_stage(opening_stage(config, device))
     with closing(open_engine(config, corpus, tokenizer, device, timed=True)) as engine:
         config.targets.check_vocabulary(engine.vocab_size)
         others = [_beside(rule, config.targets) for rule in _others(config, engine.vocab_size)]
@@ -154,7 +162,7 @@ def plan_cache(
         states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
         # States beside the targets need not be computed: their size is known beforehand.
         engine.hidden = None if stored_head is None else _states_of_targets(config, engine, stored_head)
-        requests = [row_request(config, corpus, index, engine.hidden) for index in chosen]
+        requests = [row_request(config, corpus[index], index, engine.hidden) for index in chosen]
         sample = _Sample(config, engine, rules, states)
         while True:
             try:
@@ -165,7 +173,7 @@ def plan_cache(
         return Plan(
             rows=len(corpus),
             tokens=corpus.num_tokens,
-            counted_tokens=corpus.num_loss_tokens,
+            loss_tokens=corpus.num_loss_tokens,
             sample_rows=len(requests),
             sample_tokens=sample.tokens,
             forward_tokens_per_s=sample.forward_speeds,

@@ -17,8 +17,8 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.report.student_positions import StudentPositions
 from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
+from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.student.data.retokenise import TokenText
-from pipeline.student.validation.compatibility import load_cache_tokenizer
 
 MOST_TOKENS = 256
 LEAST_LOSS_TOKENS = 8
@@ -101,7 +101,7 @@ def choose(passages: Sequence[Passage], score: NDArray[Any], count: int) -> Chos
 
 
 def token_texts(cache: cf.Cache) -> Callable[[int], str]:
-    """The text of a token by its id; bytes that are no character alone are written as \\xe2.
+    """The text of a token by its id; bytes that are not a character alone are written as \\xe2.
 
     WordPiece has no spaces: in front of every token that does not continue a word, one is shown.
     """

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format import Cache, CacheRow, SparseTargets
 from pipeline.losses import RaggedTargets, SortedTargets
+from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.data.document_pieces import LOST, documents_of
 from pipeline.student.data.retokenise import Retokeniser, TokenText, same_tokens
-from pipeline.student.validation.compatibility import StudentLimits, load_cache_tokenizer
+from pipeline.student.model.student_limits import StudentLimits
 
 METHODS = ("project", "uld")
 PROBED_ROWS = 32
@@ -198,7 +199,7 @@ class CrossTokenizerDataset(CacheDataset):
         )
 
     @property
-    def counted_tokens(self) -> float:
+    def loss_tokens(self) -> float:
         """Number of the student's loss tokens, extrapolated from the rows of `coverage`."""
         found = self.coverage
         return self.cache.num_loss_tokens * found.student_tokens / max(1, found.teacher_tokens)
@@ -208,7 +209,7 @@ class CrossTokenizerDataset(CacheDataset):
         found = self.coverage
         some = "about " if len(self) > PROBED_ROWS else ""
         text = (
-            f"{some}{self.counted_tokens:,.0f} loss tokens of the student ({self.cache.num_loss_tokens:,} of the "
+            f"{some}{self.loss_tokens:,.0f} loss tokens of the student ({self.cache.num_loss_tokens:,} of the "
             f"teacher); {found.aligned:.0%} of them end where one of the teacher's does, and there the student has "
             f"tokens for {found.mass:.0%} of the probability of the teacher's exact entries"
         )

@@ -16,13 +16,13 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import Capture
+from pipeline.teacher.engines.answers import place_of
 from pipeline.teacher.engines.interface import RowRequest, TeacherEngine
-from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.opening import row_request
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.writing.cache_metadata import cache_metadata
-from pipeline.teacher.writing.saved_config import save_config
+from pipeline.teacher.writing.saved_config import config_record, save_config
 from pipeline.teacher.writing.shard_sizes import SHARD_TOKENS, as_begun, rows_together
 from pipeline.teacher.writing.workers import Worker
 
@@ -36,13 +36,14 @@ def cache_answers(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     on_stage: Callable[[str], None],
-    scored: Callable[[CaptureProgress], None] | None = None,
+    on_scored: Callable[[CaptureProgress], None] | None = None,
 ) -> float | None:
     """Writes the cache, or what is missing of it.
 
     Args:
         engine: the teacher.
-        scored: the teacher computes the targets now, because another model wrote the answers; called with the progress.
+        on_scored: given if another model wrote the answers: the teacher computes their targets now, and this is called
+            with the progress.
 
     Returns: mean mass of the exact entries, where all rows were scored now.
     """
@@ -53,16 +54,17 @@ def cache_answers(
         per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
         grouped = replace(config, rows_per_shard=max(together, per_shard))
     metadata = cache_metadata(grouped, corpus, engine, tokenizer_fingerprint(tokenizer))
+    record = config_record(config)
     if config.overwrite:
         # Not earlier: only now is there something to replace it.
         cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
     metadata = as_begun(config, metadata)
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
-        save_config(config)
+        save_config(config.output, record)
         cf.write_answers(config.output, corpus.kept.lines())
         if corpus.documents_file is not None:
             cf.write_documents(config.output, corpus.documents_file)
-        if scored is None:
+        if on_scored is None:
             _copy(corpus.kept, writer)
             return None
 
@@ -70,9 +72,9 @@ def cache_answers(
             answer = corpus.kept[row]
             (place,) = place_of(np.array([answer.document]), np.array([answer.index])).tolist()
             read = corpus.prompts.teacher_text(answer.document, answer.row.input_ids, answer.prompt_tokens)
-            return replace(row_request(config, corpus, row, metadata.hidden, place=place), teacher=read)
+            return replace(row_request(config, answer.row, row, metadata.hidden, place=place), teacher=read)
 
-        capture = Capture(config, corpus, engine, metadata, writer, request, scored)
+        capture = Capture(config, corpus, engine, metadata, writer, request, on_scored)
         capture.run()
         return capture.summary().exact_mass
 

@@ -1,6 +1,6 @@
 """Which entries a position of a cache gets: the options of a target rule, their checks, and derived sizes.
 
-    kind        exact entries (head rule)                  sampled entries (tail rule)
+    kind        exact entries                              sampled entries
     top-k       the K most likely                          none
     top-p       the fewest whose mass reaches P            none
     threshold   p ≥ τ, and the K most likely               the others with probability p/τ, weight τ
@@ -218,8 +218,8 @@ class TargetRule:
     @property
     def most_entries(self) -> int:
         """Maximum number of entries of a position. Each token above τ replaces a point; rounding may add one."""
-        head = self.max_entries or self.top_k or (1 if self.tail_threshold is not None else 0)
-        return head + (self.samples or 0) * self.points
+        exact = self.max_entries or self.top_k or (1 if self.tail_threshold is not None else 0)
+        return exact + (self.samples or 0) * self.points
 
     @property
     def uniforms(self) -> int:

@@ -1,11 +1,10 @@
-"""Answers by vLLM: what it is asked for one, and the answer made of what it gives."""
+"""Answers by vLLM: its sampling options for a request, and the answer made from its output."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.teacher.engines.vllm.vllm_collector import Collected
-from pipeline.teacher.generation.answers import (
+from pipeline.teacher.engines.answers import (
     EOS,
     LENGTH,
     STOP_STRING,
@@ -16,6 +15,7 @@ from pipeline.teacher.generation.answers import (
     answer_seed,
     complete_answer,
 )
+from pipeline.teacher.engines.vllm.vllm_collector import Collected
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.selection import ChunkTargets
 
