@@ -1,7 +1,7 @@
 """Stands in for the Triton kernels where shapes are all there is: results without numbers, and the bytes moved.
 
 A kernel moves what its code says: every logit of a row once, some numbers for each tile or row. That these counts are
-those of the code is tested against Triton's interpreter (`tests/models/devices/test_triton_kernels.py`).
+those of the code is tested against Triton's interpreter (`tests/models/devices/test_kernels.py`).
 """
 
 from __future__ import annotations
