@@ -138,7 +138,7 @@ _LAZY = {
             "weight_codebook",
         ),
         "manifest.answers_file": ("ANSWERS", "write_answers"),
-        "manifest.differences": ("FINGERPRINTS", "but_for_names", "differences", "ignoring_names", "listed"),
+        "manifest.differences": ("FINGERPRINTS", "differences", "ignoring_names", "listed"),
         "manifest.documents_file": ("KeptColumn", "describe_documents", "documents_bytes", "write_documents"),
         "manifest.fields": ("CODEBOOK_COLUMNS",),
         "manifest.manifest": ("Manifest", "sha256"),

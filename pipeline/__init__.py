@@ -3,8 +3,8 @@
     text ─▶ pipeline.teacher ─▶ cache directory ─▶ pipeline.student ─▶ checkpoint ─▶ pipeline.evaluation.held_out
 
 `pipeline.teacher` (stage one) and `pipeline.student` (stage two) never import each other: they meet only in the
-cache directory. What both need stands beside them: `models` (loading), `heads` (hidden states and the vocabulary
-head, a chunk of positions at a time), `tokenizers` (fingerprints), `losses` (sparse divergences and the fused head).
+cache directory. Both use `models` (loading, heads, tokenizers) and `options`. `importing` turns other tools' files
+into caches.
 
-Nothing here prints or parses options; `cli.py` does. Nothing is imported eagerly, so `import pipeline` is free.
+Only `commands` and `terminal` print. Nothing is imported eagerly, so `import pipeline` is free.
 """

@@ -19,20 +19,16 @@ from pipeline.terminal.click_options import build_config, config_options, distil
     config=TeacherCheckConfig,
 )
 @click.argument("cache")
-@click.option("--checksums", is_flag=True, help="Check every byte against the checksums. Always done.")
 @click.option(
     "--deep", is_flag=True, help="Also check every value: counts, ids, order, sums of probabilities, entropy."
 )
 @config_options(TeacherCheckConfig, without=("cache",), optional=("against_teacher",))
 @json_option()
-def command(
-    cache: str, checksums: bool, deep: bool, config_file: str | None, json_file: str | None, **given: Any
-) -> None:
+def command(cache: str, deep: bool, config_file: str | None, json_file: str | None, **given: Any) -> None:
     """Check every byte of a cache, and optionally every value and some rows against the teacher.
 
     If anything is wrong, the error names the file and the place, and the exit status is 1.
     """
-    del checksums  # always
     config = None
     if given["against_teacher"] is not None or config_file is not None:
         config = build_config(TeacherCheckConfig, {**given, "cache": cache}, config_file)

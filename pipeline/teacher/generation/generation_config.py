@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading_options import DEVICE_MAP, Dtype
@@ -13,7 +13,6 @@ from pipeline.options import MAX_SEED, check_ranges, option
 GENERATION = "Generation"
 
 Keep = Literal["all", "first", "best"]
-KEEP: tuple[Keep, ...] = get_args(Keep)
 
 LOADING_THE_WRITER = ("writer_dtype", "writer_device_map", "writer_quantization", "writer_tensor_parallel_size")
 

@@ -136,6 +136,7 @@ def test_using_every_name_loads_nothing_but_the_storage_libraries():
 
 def test_every_public_name_is_listed_and_exists():
     assert set(cf.__all__) <= set(dir(cf))
+    assert set(cf._LAZY) <= set(cf.__all__)
     assert all(getattr(cf, name) is not None for name in cf.__all__)
     assert cf.open_cache is cf.open_cache
     with pytest.raises(AttributeError, match="no attribute 'open_cash'"):
