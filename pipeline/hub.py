@@ -18,22 +18,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import cache_format as cf
-from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
+from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST, TOKENIZER_DIR
+from cache_format.write.occupancy import BESIDE
 from pipeline.errors import ConfigError, DataError
 from pipeline.options import CONFIG_FILE
 
-FILES = (
-    "manifest.json",
-    "README.md",
-    "distill_config.json",
-    "lexicon.arrow",
-    "head.safetensors",
-    "answers.jsonl",
-    "documents.arrow",
-    "shards/*.arrow",
-    "shards/*.json",
-    "tokenizer/**",
-)
+FILES = (MANIFEST, *BESIDE, "shards/*.arrow", "shards/*.json", f"{TOKENIZER_DIR}/**")
 # Of a student: what only continues or watches its training, or has paths of this machine.
 NOT_PUSHED = ("checkpoint-*/**", "claims/**", "runs/**", "training_args.bin", "*.tmp")
 # What decides which model is loaded: left over from another student, it would be loaded instead, or mixed in.
@@ -134,7 +124,7 @@ def open_student_repository(repository: str, *, private: bool) -> None:
 
 
 def is_student(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory is the output of a training run rather than a cache."""
+    """Whether a directory is the output of a training run. A cache has a file of the same name."""
     folder = Path(path)
     return (folder / CONFIG_FILE).is_file() and not any(
         (folder / name).exists() for name in (MANIFEST, PARTIAL_MANIFEST)

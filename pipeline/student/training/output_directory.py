@@ -22,10 +22,10 @@ from typing import Any
 from transformers import TrainerState
 
 import cache_format as cf
-from cache_format.manifest.manifest import MANIFEST, PARTIAL_MANIFEST
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, Holder
 from cache_format.storage.directory import open_directory
 from pipeline.errors import ConfigError, DiskFullError
+from pipeline.hub import is_student
 from pipeline.losses import DistillLoss
 from pipeline.options import CONFIG_FILE
 from pipeline.overlap import check_inputs_apart
@@ -77,7 +77,7 @@ def check_contents(
     """The part of `check_output` to repeat under `claimed`: another run may have come first while this one loaded."""
     output = Path(config.output)
     found = _contents(output)
-    occupied, ours = bool(found), _has_run(output)
+    occupied, ours = bool(found), is_student(output)
     if config.resume:
         if occupied and not ours:
             raise ConfigError(
@@ -147,13 +147,6 @@ def _refused(output: str | Path, holder: Holder) -> ConfigError:
 def _contents(output: Path) -> list[Path]:
     """What is in the directory, without the claims of runs."""
     return [each for each in output.iterdir() if each.name != CLAIMS] if output.is_dir() else []
-
-
-def _has_run(output: Path) -> bool:
-    """Whether the directory is the output of a run. A cache has a file of the same name, and is never replaced."""
-    return (output / CONFIG_FILE).is_file() and not any(
-        (output / name).exists() for name in (MANIFEST, PARTIAL_MANIFEST)
-    )
 
 
 def last_checkpoint(output: str | Path) -> Path | None:
