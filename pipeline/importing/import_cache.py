@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 import cache_format as cf
-from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.format_reader import Reader
@@ -19,8 +17,9 @@ from pipeline.importing.row_mapping import RowMapper
 from pipeline.importing.survey import Survey, survey_source, usable_rows
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
-from pipeline.options import CONFIG_FILE, NOT_SAVED, flat
+from pipeline.options import NOT_SAVED, flat
 from pipeline.teacher.text.formats.kept_columns import KeptValues, describe_kept
+from pipeline.teacher.writing.saved_config import write_options
 from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS, SHARD_TOKENS
 
 LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
@@ -221,11 +220,7 @@ def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]
 
 
 def _save_config(config: ImportConfig) -> None:
-    """Writes distill_config.json, which names the options that made the cache, unless it is there."""
-    directory = open_directory(config.output)
-    if CONFIG_FILE in directory.names():
-        return
     options = {name: value for name, value in flat(config).items() if name not in NOT_SAVED}
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
-    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())
+    write_options(config.output, options)

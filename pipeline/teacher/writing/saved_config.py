@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.models.loading import model_name
@@ -12,15 +14,11 @@ from pipeline.teacher.writing.worker_config import PROCESSES
 
 
 def save_config(config: CacheTeacherConfig) -> None:
-    """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
-    cache is without it.
+    """Writes the options of a run into the cache that it has begun.
 
     It leaves out the output and which process wrote what, so that every run with the same settings writes the same
     bytes; text given as an object, which no file can hold; and what is not repeated.
     """
-    directory = open_directory(config.output)
-    if CONFIG_FILE in directory.names():
-        return
     declared = options_of(CacheTeacherConfig)
     options = {
         name: value
@@ -33,6 +31,15 @@ def save_config(config: CacheTeacherConfig) -> None:
         options.pop("data", None)
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
+    write_options(config.output, options)
+
+
+def write_options(output: str, options: Mapping[str, Any]) -> None:
+    """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
+    cache is without it."""
+    directory = open_directory(output)
+    if CONFIG_FILE in directory.names():
+        return
     contents = json.dumps({"config": options}, indent=2, sort_keys=True) + "\n"
     try:
         write_bytes(directory, CONFIG_FILE, contents.encode())
