@@ -93,7 +93,8 @@ def _check_apart(source: str | os.PathLike[str], output: str | os.PathLike[str])
 def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
     """The metadata of the new cache. Raises: MismatchError."""
     old, targets, codebooks = cache.metadata, dict(cache.metadata.targets), dict(cache.metadata.codebooks)
-    _check(cache, conversion)
+    if (problem := _problem(old, conversion)) is not None:
+        raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
     if conversion.top_k is not None:
         targets |= {"k": conversion.top_k, "max_entries": conversion.top_k}
         if old.head is not None:
@@ -124,35 +125,39 @@ def converted_metadata(cache: Cache, conversion: Conversion) -> CacheMetadata:
     )
 
 
-def _check(cache: Cache, conversion: Conversion) -> None:
-    targets, metadata = cache.metadata.targets, cache.metadata
-    thin = " (a larger `tail_threshold` thins them)" if targets.get("tail_threshold") is not None else ""
-    problem = None
+def _problem(metadata: CacheMetadata, conversion: Conversion) -> str | None:
+    """The first change that the targets do not allow, or None."""
+    kind, sampled, top_k = metadata.targets["kind"], metadata.sampled, conversion.top_k
+    samples, threshold, levels = conversion.samples, conversion.tail_threshold, conversion.levels
     if conversion.drop_hidden and metadata.hidden is None:
-        problem = "`drop_hidden=True`: there are no hidden states"
-    elif metadata.head is not None and conversion.top_k is None:
-        problem = _problem_of_hidden(conversion)
-    elif metadata.head is not None and (conversion.top_k or 0) > metadata.vocab_size:
-        problem = f"`top_k` {conversion.top_k}: the vocabulary has {metadata.vocab_size:,} tokens"
-    elif conversion.top_k is not None and metadata.sampled:
-        problem = f"`top_k`: {targets['kind']} targets are unbiased only with all their entries{thin}"
-    elif conversion.top_k is not None and metadata.head is None and conversion.top_k > metadata.max_entries:
-        problem = f"`top_k` {conversion.top_k}: found up to {metadata.max_entries} entries per position"
-    elif conversion.samples is not None and not metadata.sampled:
-        problem = f"`samples` {conversion.samples}: {targets['kind']} targets have none"
-    elif conversion.samples is not None and not 1 <= conversion.samples <= metadata.num_samples:
-        problem = f"`samples` {conversion.samples}: found {metadata.num_samples} per position"
-    elif conversion.tail_threshold is not None and (why := _problem_of_thinning(metadata, conversion.tail_threshold)):
-        problem = f"`tail_threshold` {conversion.tail_threshold}: {why}"
-    elif conversion.levels is not None and metadata.sampled and targets.get("tail_threshold") is None:
-        problem = f"`levels`: the codebook of {targets['kind']} targets holds the weights of their samples exactly"
-    elif conversion.levels is not None:
-        try:
-            _codebook(conversion.levels, targets)
-        except ValueError as error:
-            problem = f"`levels` {conversion.levels}: {error}"
-    if problem is not None:
-        raise MismatchError(f"{cache.path}, {problem}. Leave this change out.")
+        return "`drop_hidden=True`: there are no hidden states"
+    if metadata.head is not None and top_k is None:
+        return _problem_of_hidden(conversion)
+    if metadata.head is not None and (top_k or 0) > metadata.vocab_size:
+        return f"`top_k` {top_k}: the vocabulary has {metadata.vocab_size:,} tokens"
+    if top_k is not None and sampled:
+        thin = "" if metadata.targets.get("tail_threshold") is None else " (a larger `tail_threshold` thins them)"
+        return f"`top_k`: {kind} targets are unbiased only with all their entries{thin}"
+    if top_k is not None and metadata.head is None and top_k > metadata.max_entries:
+        return f"`top_k` {top_k}: found up to {metadata.max_entries} entries per position"
+    if samples is not None and not sampled:
+        return f"`samples` {samples}: {kind} targets have none"
+    if samples is not None and not 1 <= samples <= metadata.num_samples:
+        return f"`samples` {samples}: found {metadata.num_samples} per position"
+    if threshold is not None and (why := _problem_of_thinning(metadata, threshold)):
+        return f"`tail_threshold` {threshold}: {why}"
+    return None if levels is None else _problem_of_levels(metadata, levels)
+
+
+def _problem_of_levels(metadata: CacheMetadata, levels: int) -> str | None:
+    if metadata.sampled and metadata.targets.get("tail_threshold") is None:
+        kind = metadata.targets["kind"]
+        return f"`levels`: the codebook of {kind} targets holds the weights of their samples exactly"
+    try:
+        _codebook(levels, metadata.targets)
+    except ValueError as error:
+        return f"`levels` {levels}: {error}"
+    return None
 
 
 def _problem_of_thinning(metadata: CacheMetadata, threshold: float) -> str | None:
