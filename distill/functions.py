@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from pipeline.importing.export_cache import ExportSummary
     from pipeline.importing.import_cache import ImportSummary
     from pipeline.student.training.train import TrainSummary
-    from pipeline.teacher.capture import CaptureSummary
-    from pipeline.teacher.generation.generate import GenerationSummary
     from pipeline.teacher.plan import Plan
+    from pipeline.teacher.progress import CaptureSummary, GenerationSummary
     from pipeline.teacher.verification import TeacherCheck
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -119,7 +118,6 @@ def cache_teacher(
         with quiet(teacher):
             return generate_cache(
                 run,
-                run.generation,
                 on_stage=report.stage,
                 on_progress=lambda state: report.state(state.answers, state.total_answers, state),
                 on_warning=report.warn,

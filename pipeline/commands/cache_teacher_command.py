@@ -110,8 +110,8 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, public: bool,
 
     quiet_libraries()
     from pipeline.teacher.generation.answer_store import store_location
-    from pipeline.teacher.generation.answering import GenerationProgress
     from pipeline.teacher.generation.generate import generate_cache
+    from pipeline.teacher.progress import GenerationProgress
     from pipeline.terminal.capture_views import generation_view
 
     assert config.generation is not None
@@ -130,9 +130,7 @@ def _generate(config: CacheTeacherConfig, push_to_hub: str | None, public: bool,
 
     with Status() as status:
         try:
-            summary = generate_cache(
-                config, config.generation, on_stage=status.stage, on_progress=show, on_warning=status.warn
-            )
+            summary = generate_cache(config, on_stage=status.stage, on_progress=show, on_warning=status.warn)
         except KeyboardInterrupt:
             interrupted(f"answers are kept in {store_location(config.output)}. Run {_again(config)} to continue.")
     if push_to_hub is not None:

@@ -39,6 +39,7 @@ from pipeline.teacher.opening import (
     open_corpus,
     open_engine,
     open_tokenizer,
+    opening_stage,
     row_request,
     with_dtype,
 )
@@ -93,7 +94,7 @@ def cache_teacher(
 
     begun = None if recorded is None else recorded.teacher.get("dtype")
     chosen = with_dtype(config, corpus, device, recorded=begun, alone=worker.alone, on_stage=on_stage)
-    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
+    on_stage(opening_stage(config, device))
     with closing(open_engine(chosen, corpus, tokenizer, device)) as engine:
         stored_head = engine.stored_head
         metadata = cache_metadata(config, corpus, engine, tokenizer_fingerprint(tokenizer))
@@ -105,9 +106,9 @@ def cache_teacher(
             # Not earlier: text and teacher have now been read successfully.
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
         metadata = as_begun(config, metadata)
-        options = {"head": None if stored_head is None else stored_head.contents}
+        head = None if stored_head is None else stored_head.contents
         with worker.open_writer(
-            config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options
+            config.output, metadata, tokenizer_files(tokenizer), on_stage, device, head=head
         ) as writer:
             if not worker.follows:
                 save_config(config)
@@ -115,7 +116,10 @@ def cache_teacher(
                     cf.write_documents(config.output, corpus.documents_file)
             for holder in writer.taken_over:
                 on_warning(f"{config.output}: {holder} is gone; this run takes over")
-            request = partial(row_request, config, corpus, hidden=metadata.hidden)
+
+            def request(index: int) -> RowRequest:
+                return row_request(config, corpus[index], index, metadata.hidden)
+
             capture = Capture(config, corpus, engine, metadata, writer, request, on_progress)
             capture.run()
         return capture.summary()

@@ -80,12 +80,6 @@ class TokenisedText(Text, Protocol):
         ...
 
 
-class Rows(Protocol):
-    """Rows that an engine is asked about."""
-
-    def __getitem__(self, index: int) -> TokenRow | cf.CacheRow: ...
-
-
 class CachedText(Text, Protocol):
     """The text of a cache: a corpus, or the answers that were kept."""
 
@@ -288,6 +282,11 @@ def _open_vllm(
     return engine
 
 
+def opening_stage(config: CacheTeacherConfig, device: torch.device, *, role: str = "teacher") -> str:
+    """What `on_stage` says before `open_engine`. Args: role: of the model, teacher or writer."""
+    return f"asking {config.teacher}" if config.on_server else f"loading the {role} on {device}"
+
+
 def open_engine(
     config: CacheTeacherConfig,
     text: TokenisedText,
@@ -358,15 +357,20 @@ def _check_tokens(
 
 
 def row_request(
-    config: CacheTeacherConfig, corpus: Rows, index: int, hidden: cf.HiddenSpec | None, *, place: int | None = None
+    config: CacheTeacherConfig,
+    row: TokenRow | cf.CacheRow,
+    index: int,
+    hidden: cf.HiddenSpec | None,
+    *,
+    place: int | None = None,
 ) -> RowRequest:
-    """What an engine is asked about a row of the corpus.
+    """What an engine is asked about a row.
 
     Args:
+        index: its number in the cache.
         hidden: the states to store, if any.
         place: key of the row's random numbers; default: its number.
     """
-    row = corpus[index]
     stored = np.ones_like(row.loss_mask) if config.all_positions else np.asarray(row.loss_mask, bool)
     states = None if hidden is None else hidden_states.chosen(stored, index, hidden.every)
     return RowRequest(

@@ -35,7 +35,15 @@ from pipeline.models.loading import model_name
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, RowRequest, StoredHead, TeacherEngine
 from pipeline.teacher.engines.server.server_config import SERVED_KINDS
-from pipeline.teacher.opening import Corpus, open_corpus, open_engine, open_tokenizer, row_request, with_dtype
+from pipeline.teacher.opening import (
+    Corpus,
+    open_corpus,
+    open_engine,
+    open_tokenizer,
+    opening_stage,
+    row_request,
+    with_dtype,
+)
 from pipeline.teacher.position_loss import PositionLoss, PositionLossMeter
 from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.hidden_states import predicted_bytes
@@ -139,7 +147,7 @@ def plan_cache(
     for warning in corpus.warnings:
         on_warning(warning)
     config = with_dtype(config, corpus, device, recorded=None, alone=worker.alone, on_stage=on_stage)
-    on_stage(f"asking {config.teacher}" if config.on_server else f"loading the teacher on {device}")
+    on_stage(opening_stage(config, device))
     with closing(open_engine(config, corpus, tokenizer, device, timed=True)) as engine:
         config.targets.check_vocabulary(engine.vocab_size)
         others = [_beside(rule, config.targets) for rule in _others(config, engine.vocab_size)]
@@ -154,7 +162,7 @@ def plan_cache(
         states = 0 if beside is None else predicted_bytes(beside, stored_positions(config, corpus))
         # States beside the targets need not be computed: their size is known beforehand.
         engine.hidden = None if stored_head is None else _states_of_targets(config, engine, stored_head)
-        requests = [row_request(config, corpus, index, engine.hidden) for index in chosen]
+        requests = [row_request(config, corpus[index], index, engine.hidden) for index in chosen]
         sample = _Sample(config, engine, rules, states)
         while True:
             try:

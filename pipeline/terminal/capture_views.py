@@ -15,10 +15,9 @@ from pipeline.terminal.tables import Unbroken, duration, pairs, size, size_per_t
 
 if TYPE_CHECKING:
     from pipeline.teacher.engines.interface import Usage
-    from pipeline.teacher.generation.generate import GenerationSummary
     from pipeline.teacher.plan import Plan
     from pipeline.teacher.position_loss import PositionLoss
-    from pipeline.teacher.progress import CaptureSummary
+    from pipeline.teacher.progress import CaptureSummary, GenerationSummary
 
 LEFT_OUT = {
     "documents_cut": "documents cut into windows",

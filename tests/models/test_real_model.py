@@ -6,6 +6,7 @@ See `real_teacher` in conftest.py for where the model comes from.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def test_answers_have_the_log_probabilities_of_a_second_plain_pass(
 ) -> None:
     data = DataConfig(data=str(texts["chat"]), seq_len=WINDOW, max_documents=8)
     config = settings(teacher_dir, data, tmp_path / "cache")
-    generate_cache(config, GenerationConfig(temperature=0.7, top_p=0.9, answers_per_prompt=2, max_new_tokens=24))
+    generation = GenerationConfig(temperature=0.7, top_p=0.9, answers_per_prompt=2, max_new_tokens=24)
+    generate_cache(replace(config, generation=generation))
     cache = cf.open_cache(tmp_path / "cache")
     assert len(cache) == 16
     for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):

@@ -152,8 +152,8 @@ def test_plan(teacher: Path, tmp_path: Path) -> None:
 
 def test_answers_to_the_prompt_of_the_teacher(teacher: Path, model: PreTrainedModel, tmp_path: Path) -> None:
     rows = [{key: row[key] for key in ("prompt", "teacher_prompt")} for row in texts()[0]]
-    config = settings(teacher, rows, tmp_path / "cache", seq_len=200)
-    generate_cache(config, GenerationConfig(max_new_tokens=9, answers_per_prompt=2))
+    generation = GenerationConfig(max_new_tokens=9, answers_per_prompt=2)
+    generate_cache(settings(teacher, rows, tmp_path / "cache", seq_len=200, generation=generation))
     cache, documents = cf.open_cache(tmp_path / "cache"), []
     for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
         known = texts()[1][line["document"]]
@@ -172,7 +172,8 @@ def test_an_answer_fits_both_sides(teacher: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "Go on: the", "teacher_prompt": hint(5)}, {"prompt": hint(5), "teacher_prompt": "Go on: the"}]
     long, short = len(ids_of(hint(5))) + 1, len(ids_of("Go on: the")) + 1
     lengths = {"seq_len": long + 4, "teacher_seq_len": long + 3}
-    generate_cache(settings(teacher, rows, tmp_path / "cache", **lengths), GenerationConfig(max_new_tokens=50))
+    generation = GenerationConfig(max_new_tokens=50)
+    generate_cache(settings(teacher, rows, tmp_path / "cache", generation=generation, **lengths))
     found = [len(row.input_ids) for row in cf.open_cache(tmp_path / "cache").iter_rows()]
     assert found[0] <= short + 3 and found[1] <= long + 4
 

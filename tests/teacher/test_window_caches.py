@@ -131,7 +131,7 @@ def test_generated_answers_follow_one_bos(teacher: Path, tmp_path: Path) -> None
     prompts = [{"prompt": text} for text in ("Who?", TOKENIZER.bos_token + "Who?")]
     generation = GenerationConfig(max_new_tokens=4, temperature=0.0)
     config = settings(teacher, tmp_path / "cache", data=prompts, overlap=1, generation=generation)
-    summary = generate_cache(config, generation)
+    summary = generate_cache(config)
     first, second = (row.input_ids.tolist() for row in cf.open_cache(tmp_path / "cache").iter_rows())
     assert first == second and first.count(TOKENIZER.bos_token_id) == 1
     assert summary.corpus_report["documents_with_special_tokens"] == 1

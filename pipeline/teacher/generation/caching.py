@@ -70,7 +70,7 @@ def cache_answers(
             answer = corpus.kept[row]
             (place,) = place_of(np.array([answer.document]), np.array([answer.index])).tolist()
             read = corpus.prompts.teacher_text(answer.document, answer.row.input_ids, answer.prompt_tokens)
-            return replace(row_request(config, corpus, row, metadata.hidden, place=place), teacher=read)
+            return replace(row_request(config, answer.row, row, metadata.hidden, place=place), teacher=read)
 
         capture = Capture(config, corpus, engine, metadata, writer, request, scored)
         capture.run()

@@ -26,12 +26,11 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedTokenizerBase
 
@@ -45,57 +44,34 @@ from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerpri
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
 from pipeline.teacher.engines.engine_config import EngineConfig, rows_per_pass
-from pipeline.teacher.engines.interface import TeacherEngine, Usage
+from pipeline.teacher.engines.interface import TeacherEngine
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
-from pipeline.teacher.generation.answering import Answering, GenerationProgress, prompts_per_group
+from pipeline.teacher.generation.answering import Answering, prompts_per_group
 from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.caching import cache_answers
 from pipeline.teacher.generation.finished import check_same_contents, finished_cache, kept_by
 from pipeline.teacher.generation.generation_config import LOADING_THE_WRITER, GenerationConfig
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
-from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer
-from pipeline.teacher.progress import CaptureProgress
+from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer, opening_stage
+from pipeline.teacher.progress import CaptureProgress, GenerationProgress, GenerationSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.formats.kept_columns import describe_kept
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.workers import this_worker
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationSummary:
-    """What a finished run wrote."""
-
-    output: str
-    prompts: int
-    answers: int
-    passed: int  # answers that passed the predicate; all answers without a predicate
-    rows: int  # answers that were kept
-    prompts_kept: int  # prompts with at least one kept answer
-    stop_reasons: dict[str, int]  # of all answers
-    mean_logprob: float  # per token of the answers kept, nats
-    tokens: int
-    counted_tokens: int
-    bytes: int
-    exact_mass: float | None  # mean probability mass of the exact entries; None if the cache was already finished
-    seconds: float
-    tokens_per_s: float  # written by this run
-    resumed_answers: int  # found complete from an earlier run
-    corpus_report: dict[str, float]
-    usage: Usage | None = None  # of this run, as the server counts; None: the teacher is in this process
-
-
 def generate_cache(
     config: CacheTeacherConfig,
-    generation: GenerationConfig,
     *,
     on_stage: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[GenerationProgress], None] = lambda _: None,
     on_warning: Callable[[str], None] = lambda _: None,
 ) -> GenerationSummary:
-    """Lets the teacher answer the prompts of `config.data` and caches its answers; continues an unfinished run.
+    """Answers the prompts of `config.data` as `config.generation` says, and caches the answers; continues an
+    unfinished run.
 
     Packing and loss options of `config.data` are not used; `config.batch_size` counts answers.
 
@@ -103,10 +79,12 @@ def generate_cache(
         DataError, ModelError, ConfigError: prompts, teacher, options or predicate cannot be used, or no answer passed.
         CacheError: the output holds something else; MismatchError: it holds a run with other settings.
     """
+    generation = config.generation
+    assert generation is not None
     if generation.writer is not None and _is_teacher(generation, config):
         unused: dict[str, Any] = dict.fromkeys(("writer", *LOADING_THE_WRITER))
         generation = replace(generation, **unused)
-    config = replace(config, generation=generation)  # checks that they fit together
+        config = replace(config, generation=generation)
     worker = this_worker(config.workers, tensor_parallel=config.tensor_parallel, device_map=config.device_map)
     if not worker.alone or worker.rank is not None:
         raise ConfigError(
@@ -149,7 +127,7 @@ def generate_cache(
     read = prompts if writer is None else prompts.for_writer()
     with store:
         place = device if writer is None else worker.device(writer.device, writer.teacher)
-        on_stage(_opening("teacher" if writer is None else "writer", writer or config, place))
+        on_stage(opening_stage(writer or config, place, role="teacher" if writer is None else "writer"))
         with closing(open_engine(writer or config, read, tokenizer, place)) as engine:
             corpus, answering = _answer(
                 writer or config, generation, prompts, store, engine, tokenizer, predicate, on_stage, on_progress
@@ -163,7 +141,7 @@ def generate_cache(
         if writer is not None:
             del engine, answering  # the device has room for the teacher
             clear_device_cache(garbage_collection=True)
-            on_stage(_opening("teacher", config, device))
+            on_stage(opening_stage(config, device))
             rows = config.batch_size if config.batch_tokens is None else None
             scoring = replace(config, generation=None, batch_size=rows)
             with closing(open_engine(scoring, corpus, tokenizer, device)) as engine:
@@ -227,10 +205,6 @@ def _answer(
         name, revision = generation.writer_source
         writer = {"name": name, "revision": revision or engine.revision, **engine.describe_teacher()}
     return _corpus(generation, prompts, stop_tokens, predicate, kept, writer), answering
-
-
-def _opening(role: str, config: CacheTeacherConfig, device: torch.device) -> str:
-    return f"asking {config.teacher}" if config.on_server else f"loading the {role} on {device}"
 
 
 def _scored(state: CaptureProgress) -> GenerationProgress:

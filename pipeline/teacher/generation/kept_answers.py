@@ -122,9 +122,6 @@ class AnswerCorpus:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, row: int) -> cf.CacheRow:
-        return self.kept[row].row
-
     @property
     def has_teacher_prompts(self) -> bool:
         return self.prompts.has_teacher_prompts

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cache_format as cf
 from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
+from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
+from pipeline.teacher.progress import GenerationSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig
 
@@ -50,9 +51,13 @@ def generate(teacher: Path, data: Path, output: Path, **options: Any) -> Generat
     of_cache |= {name: options.pop(name) for name in OF_CACHE & set(options)}
     of_data = {"seq_len": 256} | {name: options.pop(name) for name in OF_DATA & set(options)}
     config = CacheTeacherConfig(
-        teacher=str(teacher), data=DataConfig(data=str(data), **of_data), output=str(output), **of_cache
+        teacher=str(teacher),
+        data=DataConfig(data=str(data), **of_data),
+        output=str(output),
+        generation=GenerationConfig(**{"max_new_tokens": 24, **options}),
+        **of_cache,
     )
-    return generate_cache(config, GenerationConfig(**{"max_new_tokens": 24, **options}), **callbacks)
+    return generate_cache(config, **callbacks)
 
 
 def load(teacher: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -268,6 +268,5 @@ def test_answers_of_a_writer_are_scored_by_tokens_and_written_by_rows(
         batch_tokens=99,
         device="cpu",
     )
-    assert config.generation is not None
-    generate_cache(config, config.generation)
+    generate_cache(config)
     assert recorded(tmp_path / "cache") == [{"batch_tokens": 99}]

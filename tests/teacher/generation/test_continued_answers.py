@@ -10,7 +10,7 @@ import pytest
 import cache_format as cf
 from generating import generate, token_ids
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
-from pipeline.teacher.generation.answering import GenerationProgress
+from pipeline.teacher.progress import GenerationProgress
 from pipeline.teacher.writing.worker_config import WorkerConfig
 
 ANSWERS = {"answers_per_prompt": 3, "max_new_tokens": 4}

@@ -204,6 +204,7 @@ def test_options_that_would_change_the_ids(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="token ids, which are for causal teachers only"):
         build_masked_corpus(DataConfig(data=data), tokenizer, MaskRule())
     teacher = tiny_llama(tmp_path / "teacher", TOKENIZER)
-    config = CacheTeacherConfig(teacher=str(teacher), data=DataConfig(data=data), output=str(tmp_path / "out"))
+    settings = {"teacher": str(teacher), "data": DataConfig(data=data), "output": str(tmp_path / "out")}
+    config = CacheTeacherConfig(**settings, generation=GenerationConfig())
     with pytest.raises(DataError, match="found token ids .*, expected prompts"):
-        generate_cache(config, GenerationConfig())
+        generate_cache(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def settings(folder: Path, output: Path, teacher: str, found_in: int | None, **o
 
 
 def generate(config: CacheTeacherConfig) -> object:
-    return generate_cache(config, GenerationConfig(max_new_tokens=4))
+    return generate_cache(replace(config, generation=GenerationConfig(max_new_tokens=4)))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from pipeline.errors import DataError, DistillError, ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.server.token_names import TokenNames
-from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
+from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
+from pipeline.teacher.progress import GenerationSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig
 from runs import command
@@ -33,17 +34,16 @@ FAULTS = ("dropped connection", "429 with Retry-After", "500", "truncated JSON",
 
 def generate(server: FakeHosted, tokenizer: Path, data: Path, output: Path, **options: Any) -> GenerationSummary:
     of_config = {name: options.pop(name) for name in ("targets",) if name in options}
-    generation = GenerationConfig(**{"max_new_tokens": 12, **options})
     config = CacheTeacherConfig(
         teacher=server.url,
         tokenizer=str(tokenizer),
         data=DataConfig(data=str(data), seq_len=256, max_documents=6),
         output=str(output),
         server=ServerConfig(kind="openai", model=MODEL),
-        generation=generation,
+        generation=GenerationConfig(**{"max_new_tokens": 12, **options}),
         **{"targets": TargetRule(top_k=8), **of_config},
     )
-    return generate_cache(config, generation)
+    return generate_cache(config)
 
 
 def test_answers_have_the_models_own_log_probabilities(

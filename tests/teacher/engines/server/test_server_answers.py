@@ -14,8 +14,9 @@ from fake_servers import FakeServer, Faults
 from generating import load, logprobs_of
 from pipeline.errors import ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
-from pipeline.teacher.generation.generate import GenerationSummary, generate_cache
+from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
+from pipeline.teacher.progress import GenerationSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig
 from tiny import write_jsonl
@@ -40,9 +41,10 @@ def generate(teacher: str, tokenizer: Path, prompts: Path, output: Path, **optio
         data=DataConfig(data=str(prompts), seq_len=options.pop("seq_len", 64)),
         output=str(output),
         targets=TargetRule(top_k=8),
+        generation=GenerationConfig(**{"max_new_tokens": 8, **options}),
         **here,
     )
-    return generate_cache(config, GenerationConfig(**{"max_new_tokens": 8, **options}))
+    return generate_cache(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)

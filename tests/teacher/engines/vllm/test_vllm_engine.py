@@ -165,9 +165,8 @@ def test_a_teacher_with_prompts_of_its_own(teachers: dict[str, Path], tmp_path: 
     assert agrees(tmp_path / "cache", teachers["llama"])
 
     options = {"of_data": {"sample_by": "document", "seq_len": 200, "teacher_seq_len": 400}}
-    generate_cache(
-        config_of(teachers["llama"], data, tmp_path / "answers", **options), GenerationConfig(max_new_tokens=8)
-    )
+    options["generation"] = GenerationConfig(max_new_tokens=8)
+    generate_cache(config_of(teachers["llama"], data, tmp_path / "answers", **options))
     assert agrees(tmp_path / "answers", teachers["llama"])
 
 
@@ -199,8 +198,10 @@ def test_a_killed_run_is_continued(teachers: dict[str, Path], text: Path, tmp_pa
 
 def test_answers_and_their_targets(teachers: dict[str, Path], tmp_path: Path) -> None:
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The miller " * n} for n in range(1, 5)])
-    config = config_of(teachers["qwen3"], prompts, tmp_path / "cache", of_data={"sample_by": "document"})
-    summary = generate_cache(config, GenerationConfig(max_new_tokens=12, answers_per_prompt=3, temperature=0.7))
+    generation = GenerationConfig(max_new_tokens=12, answers_per_prompt=3, temperature=0.7)
+    of_data = {"sample_by": "document"}
+    config = config_of(teachers["qwen3"], prompts, tmp_path / "cache", of_data=of_data, generation=generation)
+    summary = generate_cache(config)
     assert summary.answers == 12
     assert agrees(tmp_path / "cache", teachers["qwen3"])
     model = load(teachers["qwen3"])
@@ -214,8 +215,9 @@ def test_answers_and_their_targets(teachers: dict[str, Path], tmp_path: Path) ->
 def test_a_student_writes_and_the_teacher_scores(teachers: dict[str, Path], tmp_path: Path) -> None:
     """Two engines in one process, one after the other; the first leaves no model behind."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The miller " * n} for n in range(1, 5)])
-    config = config_of(teachers["qwen3"], prompts, tmp_path / "cache", of_data={"sample_by": "document"})
     generation = GenerationConfig(max_new_tokens=12, answers_per_prompt=2, writer=str(teachers["llama"]))
+    of_data = {"sample_by": "document"}
+    config = config_of(teachers["qwen3"], prompts, tmp_path / "cache", of_data=of_data, generation=generation)
     models: list[int] = []
 
     def stage(name: str) -> None:
@@ -223,7 +225,7 @@ def test_a_student_writes_and_the_teacher_scores(teachers: dict[str, Path], tmp_
             gc.collect()
             models.append(sum(type(each).__name__ == "LlamaForCausalLM" for each in gc.get_objects()))
 
-    assert generate_cache(config, generation, on_stage=stage).rows == 8
+    assert generate_cache(config, on_stage=stage).rows == 8
     assert models == [0] and agrees(tmp_path / "cache", teachers["qwen3"])
     model, cache = load(teachers["llama"]), cf.open_cache(tmp_path / "cache")
     for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
