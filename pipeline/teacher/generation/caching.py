@@ -36,13 +36,14 @@ def cache_answers(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     on_stage: Callable[[str], None],
-    scored: Callable[[CaptureProgress], None] | None = None,
+    on_scored: Callable[[CaptureProgress], None] | None = None,
 ) -> float | None:
     """Writes the cache, or what is missing of it.
 
     Args:
         engine: the teacher.
-        scored: the teacher computes the targets now, because another model wrote the answers; called with the progress.
+        on_scored: given if another model wrote the answers: the teacher computes their targets now, and this is called
+            with the progress.
 
     Returns: mean mass of the exact entries, where all rows were scored now.
     """
@@ -62,7 +63,7 @@ def cache_answers(
         cf.write_answers(config.output, corpus.kept.lines())
         if corpus.documents_file is not None:
             cf.write_documents(config.output, corpus.documents_file)
-        if scored is None:
+        if on_scored is None:
             _copy(corpus.kept, writer)
             return None
 
@@ -72,7 +73,7 @@ def cache_answers(
             read = corpus.prompts.teacher_text(answer.document, answer.row.input_ids, answer.prompt_tokens)
             return replace(row_request(config, answer.row, row, metadata.hidden, place=place), teacher=read)
 
-        capture = Capture(config, corpus, engine, metadata, writer, request, scored)
+        capture = Capture(config, corpus, engine, metadata, writer, request, on_scored)
         capture.run()
         return capture.summary().exact_mass
 

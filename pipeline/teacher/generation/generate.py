@@ -22,7 +22,6 @@ the teacher once for all its answers that share a batch.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -31,21 +30,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedTokenizerBase
 
 import cache_format as cf
 from cache_format.wording import quantity
 from pipeline.errors import ConfigError
-from pipeline.models.devices.placement import parse_device_map
 from pipeline.models.loading import load_config, model_name
 from pipeline.models.objective import most_positions, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.decoding import check_decoding
-from pipeline.teacher.engines.engine_config import EngineConfig, rows_per_pass
-from pipeline.teacher.engines.interface import TeacherEngine
-from pipeline.teacher.engines.server.server_config import ServerConfig
+from pipeline.teacher.engines.engine_config import rows_per_pass
+from pipeline.teacher.engines.interface import TeacherEngine, Usage
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, prompts_per_group
@@ -54,10 +52,10 @@ from pipeline.teacher.generation.caching import cache_answers
 from pipeline.teacher.generation.finished import check_same_contents, finished_cache, kept_by
 from pipeline.teacher.generation.generation_config import LOADING_THE_WRITER, GenerationConfig
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
+from pipeline.teacher.generation.other_writer import check_writer, is_teacher, writer_config
 from pipeline.teacher.generation.predicates import Predicate, load_predicate
 from pipeline.teacher.opening import as_dated, check_inputs, open_engine, open_tokenizer, opening_stage
 from pipeline.teacher.progress import CaptureProgress, GenerationProgress, GenerationSummary
-from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.formats.kept_columns import describe_kept
 from pipeline.teacher.text.prompts import Prompts, open_prompts
 from pipeline.teacher.writing.workers import this_worker
@@ -81,7 +79,7 @@ def generate_cache(
     """
     generation = config.generation
     assert generation is not None
-    if generation.writer is not None and _is_teacher(generation, config):
+    if generation.writer is not None and is_teacher(generation, config):
         unused: dict[str, Any] = dict.fromkeys(("writer", *LOADING_THE_WRITER))
         generation = replace(generation, **unused)
         config = replace(config, generation=generation)
@@ -92,7 +90,7 @@ def generate_cache(
             "`tensor_parallel`). Start one."
         )
     # Check what can be checked before spending minutes on loading.
-    _check_writer(config, generation)
+    check_writer(config, generation)
     predicate = None if generation.keep_if is None else load_predicate(generation.keep_if)
     check_inputs(config, config.output, store_location(config.output))
     store = AnswerStore(store_location(config.output), config.workers.stale_after)
@@ -104,7 +102,7 @@ def generate_cache(
     on_stage("reading the prompts")
     tokenizer = open_tokenizer(config)
     positions = _check_causal(config)
-    writer = None if generation.writer is None else _writer_config(config, generation)
+    writer = None if generation.writer is None else writer_config(config, generation)
     if writer is not None:
         _check_causal(writer)
         for warning in check_same_tokenizer(tokenizer, open_tokenizer(writer), role="writer"):
@@ -141,13 +139,7 @@ def generate_cache(
         if writer is not None:
             del engine, answering  # the device has room for the teacher
             clear_device_cache(garbage_collection=True)
-            on_stage(opening_stage(config, device))
-            rows = config.batch_size if config.batch_tokens is None else None
-            scoring = replace(config, generation=None, batch_size=rows)
-            with closing(open_engine(scoring, corpus, tokenizer, device)) as engine:
-                on_stage(f"scoring {len(corpus):,} of {quantity(selection.answers, 'answer')}")
-                exact_mass = cache(corpus, engine, scored=lambda state: on_progress(_scored(state)))
-                usage = engine.usage
+            exact_mass, usage = _score(config, corpus, tokenizer, device, cache, on_stage, on_progress)
         store.remove()
     return replace(
         _summary_of(config.output, cf.open_cache(config.output).manifest),
@@ -207,6 +199,30 @@ def _answer(
     return _corpus(generation, prompts, stop_tokens, predicate, kept, writer), answering
 
 
+def _score(
+    config: CacheTeacherConfig,
+    corpus: AnswerCorpus,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    cache: Callable[..., float | None],
+    on_stage: Callable[[str], None],
+    on_progress: Callable[[GenerationProgress], None],
+) -> tuple[float | None, Usage | None]:
+    """The second pass: the teacher computes the targets of another writer's answers.
+
+    Args: cache: `cache_answers` of this run.
+
+    Returns: mean mass of the exact entries, and the tokens that a server counted.
+    """
+    on_stage(opening_stage(config, device))
+    rows = config.batch_size if config.batch_tokens is None else None
+    scoring = replace(config, generation=None, batch_size=rows)
+    with closing(open_engine(scoring, corpus, tokenizer, device)) as engine:
+        on_stage(f"scoring {len(corpus):,} of {quantity(corpus.kept.selection.answers, 'answer')}")
+        exact_mass = cache(corpus, engine, on_scored=lambda state: on_progress(_scored(state)))
+        return exact_mass, engine.usage
+
+
 def _scored(state: CaptureProgress) -> GenerationProgress:
     return GenerationProgress(
         answers=state.rows,
@@ -216,57 +232,6 @@ def _scored(state: CaptureProgress) -> GenerationProgress:
         seconds_left=state.seconds_left,
         batch_size=state.batch_size,
     )
-
-
-def _check_writer(config: CacheTeacherConfig, generation: GenerationConfig) -> None:
-    """Raises: ConfigError if the engine does not take what the writer is to be loaded with."""
-    in_vllm = config.running.engine == "vllm"
-    for name in ("writer_quantization", "writer_tensor_parallel_size"):
-        if getattr(generation, name) is not None and not in_vllm:
-            raise ConfigError(f"`{name}`: only with `engine=vllm`. Leave it out.")
-    if generation.writer_device_map is not None:
-        if in_vllm:
-            raise ConfigError("`writer_device_map`: cannot be combined with `engine=vllm`. Leave it out.")
-        parse_device_map(generation.writer_device_map, "writer_device_map")
-
-
-def _writer_config(config: CacheTeacherConfig, generation: GenerationConfig) -> CacheTeacherConfig:
-    """What the writer is opened with: without what is about the teacher's weights, and with the cheapest targets, which
-    nobody reads."""
-    running = EngineConfig()
-    if not config.on_server:
-        running = replace(
-            config.running,
-            quantization=generation.writer_quantization,
-            tensor_parallel_size=generation.writer_tensor_parallel_size,
-        )
-    name, revision = generation.writer_source
-    return replace(
-        config,
-        teacher=name,
-        tokenizer=None,
-        revision=revision,
-        dtype=generation.writer_dtype or config.dtype,
-        device_map=generation.writer_device_map,
-        running=running,
-        server=ServerConfig(),
-        targets=TargetRule(kind="top-k", top_k=1),
-    )
-
-
-def _is_teacher(generation: GenerationConfig, config: CacheTeacherConfig) -> bool:
-    """Whether the writer is the teacher itself, so that one pass gives answers and targets."""
-    writer, revision = generation.writer_source
-    if writer is None or not isinstance(config.teacher, str | os.PathLike) or revision != config.revision:
-        return False
-    for given, own in (
-        (generation.writer_dtype, config.dtype),
-        (generation.writer_quantization, config.running.quantization),
-    ):
-        if given not in (None, own):
-            return False
-    teacher = os.fspath(config.teacher)
-    return writer == teacher or (os.path.exists(writer) and os.path.realpath(writer) == os.path.realpath(teacher))
 
 
 def _check_causal(config: CacheTeacherConfig) -> int | None:
