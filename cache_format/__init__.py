@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from cache_format.rows.types import IGNORE_INDEX, CacheRow, SparseTargets
     from cache_format.storage.read_cache import ReadCache
     from cache_format.write.convert import Conversion, convert_cache
+    from cache_format.write.finishing import finish_cache
     from cache_format.write.occupancy import (
         check_writable,
         finished_already,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
         remove_cache,
     )
     from cache_format.write.shared_writer import Share, SharedCacheWriter, parse_shard_range
-    from cache_format.write.unfinished import CacheSize, finish_cache
+    from cache_format.write.unfinished import CacheSize
     from cache_format.write.writer import CacheWriter
 
 __all__ = [
@@ -153,6 +154,7 @@ _LAZY = {
         "rows.types": ("IGNORE_INDEX", "CacheRow", "SparseTargets"),
         "storage.read_cache": ("ReadCache",),
         "write.convert": ("Conversion", "convert_cache"),
+        "write.finishing": ("finish_cache",),
         "write.occupancy": (
             "check_writable",
             "finished_already",
@@ -161,7 +163,7 @@ _LAZY = {
             "remove_cache",
         ),
         "write.shared_writer": ("Share", "SharedCacheWriter", "parse_shard_range"),
-        "write.unfinished": ("CacheSize", "finish_cache"),
+        "write.unfinished": ("CacheSize",),
         "write.writer": ("CacheWriter",),
     }.items()
     for name in names
