@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from cache_format.wording import quantity
@@ -20,13 +20,15 @@ from pipeline.evaluation.measures import column_names, group_sums
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.student_head import open_student
 from pipeline.evaluation.tasks import TaskScore, check_tasks, task_scores
-from pipeline.losses import DistillLoss
+from pipeline.losses import DistillLoss, TailPolicy
 from pipeline.models.head import Head, evaluating
 from pipeline.models.loading import load_model, load_tokenizer, resolve_device
+from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.student.data.cross_tokenizer import for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
+from pipeline.student.model.student_limits import student_limits
 from pipeline.student.model_card import add_metrics
-from pipeline.student.validation.compatibility import check_student, load_cache_tokenizer, student_limits
+from pipeline.student.validation.compatibility import check_student
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_cache
 from pipeline.student.validation.suitability import exact_entries
@@ -76,14 +78,7 @@ def _evaluate_student(
     )
     for warning in warnings:
         on_warning(warning)
-    dataset, vocab_size, tail = CacheDataset(cache), cache.metadata.vocab_size, None
-    if config.cross_tokenizer:
-        tail = check_cross_tokenizer(cache)
-        limits = student_limits(config.student, config.trust_remote_code, revision=config.revision)
-        # KL and agreement are measured on the tokens that both have, whichever loss the student was trained with.
-        dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limits)
-        dataset = dataset_of(cache)
-        on_stage(f"re-tokenising the text: {dataset.describe()}")
+    dataset, vocab_size, tail = _open_dataset(config, cache, tokenizer, on_stage)
     on_stage("loading the student")
     head = open_student(cache, config.student, vocab_size, config, padding_free=config.padding_free)
     model = head.model
@@ -125,13 +120,34 @@ def _evaluate_student(
         supported=supported,
     )
     if config.card:
-        values = {name: metric.value for name, metric in found.metrics.items()}
-        points = reliability(table) if "ece" in values else []
-        if not add_metrics(Path(config.student), values, config.cache, points):
-            on_warning(
-                f"{config.student}: found no README.md that distill wrote and nobody edited, so nothing was written"
-            )
+        _update_card(config, found, on_warning)
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
+
+
+def _open_dataset(
+    config: EvaluateConfig, cache: cf.Cache, tokenizer: PreTrainedTokenizerBase, on_stage: Callable[[str], None]
+) -> tuple[CacheDataset, int, TailPolicy | None]:
+    """The rows as the student reads them, the number of tokens that it predicts, and the tail policy if one is needed.
+
+    Args: tokenizer: the student's.
+    """
+    if not config.cross_tokenizer:
+        return CacheDataset(cache), cache.metadata.vocab_size, None
+    tail = check_cross_tokenizer(cache)
+    limits = student_limits(config.student, config.trust_remote_code, revision=config.revision)
+    # KL and agreement are measured on the tokens that both have, whichever loss the student was trained with.
+    dataset_of, vocab_size = for_foreign_student(tokenizer, "project", limits)
+    dataset = dataset_of(cache)
+    on_stage(f"re-tokenising the text: {dataset.describe()}")
+    return dataset, vocab_size, tail
+
+
+def _update_card(config: EvaluateConfig, found: Evaluation, on_warning: Callable[[str], None]) -> None:
+    """Writes the metrics into the student's README.md."""
+    values = {name: metric.value for name, metric in found.metrics.items()}
+    points = [] if found.rows is None or "ece" not in values else reliability(found.rows)
+    if not add_metrics(Path(config.student), values, config.cache, points):
+        on_warning(f"{config.student}: found no README.md that distill wrote and nobody edited, so nothing was written")
 
 
 def _sums(head: Head, batches: Iterable[Batch], loss: DistillLoss, rows: int) -> tuple[Table, Table, np.ndarray]:
