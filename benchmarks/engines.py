@@ -28,10 +28,10 @@ from benchmarks.text import prose
 from pipeline.models.head import open_head
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.tokenizers import real_vocab_size
+from pipeline.teacher.engines.answers import AnswerSettings, Request
 from pipeline.teacher.engines.interface import RowRequest, TeacherEngine
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.engines.vllm.vllm_opening import open_vllm
-from pipeline.teacher.generation.answers import AnswerSettings, Request
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.data_config import DataConfig

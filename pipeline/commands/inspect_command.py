@@ -32,7 +32,7 @@ def command(cache: str, row: int, start: int, positions: int, candidates: int, j
     from pipeline.terminal.row_view import row_view
 
     quiet_libraries()
-    from pipeline.student.validation.compatibility import load_cache_tokenizer
+    from pipeline.models.tokenizers import load_cache_tokenizer
 
     tokenizer = load_cache_tokenizer(opened)
     shown = inspect_row(

@@ -1,4 +1,4 @@
-"""When two tokenizers are the same, and the fingerprint of a tokenizer that a cache records.
+"""When two tokenizers are the same, and the tokenizer of a cache: its fingerprint, its files, and loading it.
 
 Soft targets are distributions over token ids, so teacher and student need the same **vocabulary**. They also need the
 same **segmentation**: with other merges or another pre-tokenizer, the student would be used on token sequences that it
@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cache_format.cache_errors import MismatchError
+import cache_format as cf
+from pipeline.models.loading import reason
 
 # Files with settings that save_pretrained writes next to the vocabulary.
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -57,6 +58,32 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
+def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, from the files in the cache (checked against the manifest).
+
+    Code in the cache is never run: `trust_remote_code` is about models that the user named.
+
+    Raises: FormatError if it cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in cache.tokenizer_files().items():
+            file = Path(folder) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.get_vocab()  # not every loaded object has one
+            return tokenizer
+        except Exception as error:  # the parsers of several libraries, on untrusted files
+            why = reason(error).replace(folder, "tokenizer/")
+            if "trust_remote_code" in str(error):
+                why = "it needs custom code, and code in a cache is never run"
+            raise cf.FormatError(
+                f"{cache.path}: its tokenizer cannot be loaded: {why}. Restore it from a copy, or cache the text "
+                "again with a tokenizer that transformers supports."
+            ) from error
+
+
 def check_same_tokenizer(
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,
@@ -71,7 +98,7 @@ def check_same_tokenizer(
         role: of the other model, as messages call it.
 
     Raises:
-        MismatchError: they differ.
+        cf.MismatchError: they differ.
     """
     size = 1 + max(teacher.get_vocab().values())
     size = min(size, vocab_size or size)
@@ -79,7 +106,7 @@ def check_same_tokenizer(
     ours, theirs = _segmentation(teacher, size), _segmentation(student, size)
     differing = [part for part in sorted(ours | theirs) if ours.get(part) != theirs.get(part)]
     if differing:
-        raise MismatchError(
+        raise cf.MismatchError(
             f"the {role}'s tokenizer has the teacher's vocabulary but splits text differently: "
             f"{', '.join(differing)} differ, expected the same. Give the {role} the teacher's "
             f"tokenizer files, or choose a {role} of the teacher's family."
@@ -105,7 +132,7 @@ def _check_vocabulary(teacher: dict[int, str], student: dict[int, str], role: st
     differing = [i for i in sorted(teacher | student) if teacher.get(i) != student.get(i)]
     if differing:
         shown = ", ".join(f"{i} is {student.get(i)!r} instead of {teacher.get(i)!r}" for i in differing[:3])
-        raise MismatchError(
+        raise cf.MismatchError(
             f"the {role}'s tokenizer is not the teacher's: found {len(student):,} tokens, "
             f"expected {len(teacher):,}; {len(differing):,} ids differ (id {shown}), but "
             f"soft targets are over the teacher's ids. Choose a {role} of the teacher's family, or build one with the "

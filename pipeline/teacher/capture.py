@@ -32,7 +32,6 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, RunningRows, TeacherEngine
 from pipeline.teacher.engines.vllm.vllm_version import installed
 from pipeline.teacher.opening import (
-    CachedText,
     Corpus,
     as_dated,
     check_inputs,
@@ -46,6 +45,7 @@ from pipeline.teacher.opening import (
 from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head
+from pipeline.teacher.text.corpus_protocols import CachedText
 from pipeline.teacher.writing.cache_metadata import cache_metadata, stored_positions
 from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import as_begun

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from pipeline.models.isolation.padding_free import without_padding
 from pipeline.models.isolation.shared_rows import check_packing, check_padding
 from pipeline.models.loading import DTYPES, has_own_code, load_config, load_model, load_tokenizer, model_name
 from pipeline.models.loading_options import Dtype
-from pipeline.models.objective import Objective, check_objective, most_positions
+from pipeline.models.objective import check_objective, most_positions
 from pipeline.models.paths import adapter_base
 from pipeline.models.tokenizers import real_vocab_size
 from pipeline.overlap import check_inputs_apart
@@ -41,6 +41,7 @@ from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine, closed_on_erro
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import states_spec
+from pipeline.teacher.text.corpus_protocols import TokenisedText
 from pipeline.teacher.text.masked.mask_rule import MaskRule
 from pipeline.teacher.text.masked.masked_corpus import MaskedCorpus, build_masked_corpus
 from pipeline.teacher.text.packing import TokenCorpus, TokenRow, build_corpus
@@ -50,55 +51,6 @@ Corpus = TokenCorpus | MaskedCorpus
 
 DTYPE_TOKENS = 1024
 """Tokens of the batch that dtypes are compared with."""
-
-
-class Text(Protocol):
-    """What a teacher is opened for and a cache is described by: a corpus, prompts, or the answers to them."""
-
-    @property
-    def objective(self) -> Objective: ...
-
-    @property
-    def description(self) -> dict[str, Any]: ...
-
-
-class TokenisedText(Text, Protocol):
-    """What a teacher is to read: a corpus, or prompts."""
-
-    @property
-    def has_teacher_prompts(self) -> bool:
-        """Whether the teacher reads other prompts than the student."""
-        ...
-
-    @property
-    def longest_read(self) -> int:
-        """Tokens that the teacher reads for a row, at most."""
-        ...
-
-    def first_token_beyond(self, limit: int) -> tuple[int, int] | None:
-        """(row of the source, id) of the first token with an id of `limit` or more."""
-        ...
-
-
-class CachedText(Text, Protocol):
-    """The text of a cache: a corpus, or the answers that were kept."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_loss_tokens(self) -> int: ...
-
-    @property
-    def token_stream_sha256(self) -> str: ...
-
-    @property
-    def report(self) -> Mapping[str, float]: ...
-
-    @property
-    def documents_file(self) -> bytes | None: ...
 
 
 def check_inputs(config: CacheTeacherConfig, *folders: str) -> None:

@@ -17,8 +17,8 @@ import cache_format as cf
 from pipeline.errors import ConfigError
 from pipeline.evaluation.report.student_positions import StudentPositions
 from pipeline.evaluation.report.teacher_positions import TeacherPositions, TextPositions
+from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.student.data.retokenise import TokenText
-from pipeline.student.validation.compatibility import load_cache_tokenizer
 
 MOST_TOKENS = 256
 LEAST_LOSS_TOKENS = 8

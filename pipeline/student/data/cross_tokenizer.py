@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format import Cache, CacheRow, SparseTargets
 from pipeline.losses import RaggedTargets, SortedTargets
+from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.student.data.dataset import Batch, CacheDataset
 from pipeline.student.data.document_pieces import LOST, documents_of
 from pipeline.student.data.retokenise import Retokeniser, TokenText, same_tokens
-from pipeline.student.validation.compatibility import StudentLimits, load_cache_tokenizer
+from pipeline.student.model.student_limits import StudentLimits
 
 METHODS = ("project", "uld")
 PROBED_ROWS = 32

@@ -23,9 +23,10 @@ from pipeline.student.data.mixed_dataset import MixedDataset, Rows
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.model.initialization import freeze_embeddings, load_student
 from pipeline.student.model.pruning import calibration_batches, prune
+from pipeline.student.model.student_limits import student_limits
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.run_record import check_student_unchanged
-from pipeline.student.validation.compatibility import check_isolation, student_limits
+from pipeline.student.validation.compatibility import check_isolation
 from pipeline.student.validation.run_checks import CheckedRun
 
 # Trainer changes these in the configuration of a loaded model, which may be given again to resume.

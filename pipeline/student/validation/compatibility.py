@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head
 from pipeline.models.isolation.causality import check_causal
 from pipeline.models.isolation.shared_rows import check_packing, check_padding
-from pipeline.models.loading import has_own_code, load_config, load_tokenizer, model_name, reason
+from pipeline.models.loading import has_own_code, load_config, load_tokenizer, model_name
 from pipeline.models.objective import NAMES, most_positions, objective_for, objective_of
-from pipeline.models.tokenizers import check_same_tokenizer
+from pipeline.models.tokenizers import check_same_tokenizer, load_cache_tokenizer
 from pipeline.student.model.initialization import configuration
-
-
-def load_cache_tokenizer(cache: cf.Cache) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer, from the files in the cache (checked against the manifest).
-
-    Code in the cache is never run: `trust_remote_code` is about models that the user named.
-
-    Raises: FormatError if it cannot be loaded.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in cache.tokenizer_files().items():
-            file = Path(folder) / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            tokenizer.get_vocab()  # not every loaded object has one
-            return tokenizer
-        except Exception as error:  # the parsers of several libraries, on untrusted files
-            why = reason(error).replace(folder, "tokenizer/")
-            if "trust_remote_code" in str(error):
-                why = "it needs custom code, and code in a cache is never run"
-            raise cf.FormatError(
-                f"{cache.path}: its tokenizer cannot be loaded: {why}. Restore it from a copy, or cache the text "
-                "again with a tokenizer that transformers supports."
-            ) from error
+from pipeline.student.model.student_limits import token_rows
 
 
 def check_student(
@@ -99,7 +72,7 @@ def check_student(
             f"{name}: loaded model without `tokenizer`, so its tokens cannot be compared with those of {cache.path}. "
             "It is used, and saved, with the tokenizer of the cache"
         )
-    rows = None if config is None else _token_rows(config)
+    rows = None if config is None else token_rows(config)
     if rows is not None and rows < vocab_size:
         raise cf.MismatchError(
             f"{name}: predicts {rows:,} tokens, but {cache.path} has targets over {vocab_size:,} tokens. "
@@ -167,37 +140,6 @@ def _check_objective(cache: cf.Cache, student: PreTrainedConfig, name: str) -> N
             f"{name}: found a {NAMES[found]}, expected a {NAMES[expected]}, because {cache.path} has targets for "
             f"{predicted[expected]}. Choose another student, or cache the text with a {NAMES[found]}."
         )
-
-
-@dataclass(frozen=True)
-class StudentLimits:
-    """What a student takes; None if its configuration does not say, or for a .gguf file."""
-
-    positions: int | None = None
-    tokens: int | None = None  # ids from here on have no embedding
-
-
-def student_limits(
-    student: str | PreTrainedModel | None,
-    trust_remote_code: bool = False,
-    *,
-    revision: str | None = None,
-    config_file: str | None = None,
-    vocab_size: int = 0,
-) -> StudentLimits:
-    """Limits of a named or loaded student, or of the configuration in `config_file`; there, `vocab_size` is used if the
-    file has none."""
-    if student is None:
-        assert config_file is not None, "check_one_origin has made sure of one of both"
-        config: PreTrainedConfig | None = configuration(config_file, vocab_size)
-    else:
-        config = load_config(student, revision=revision, trust_remote_code=trust_remote_code)
-    return StudentLimits() if config is None else StudentLimits(most_positions(config), _token_rows(config))
-
-
-def _token_rows(config: PreTrainedConfig) -> int | None:
-    rows: int | None = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    return rows
 
 
 def _check_length(cache: cf.Cache, student: PreTrainedConfig, name: str) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.losses import DistillLoss
 from pipeline.models.adapters import has_adapters, require_peft
 from pipeline.models.loading import model_name
-from pipeline.student.data.cache_mix import Mix, loss_for_mix, open_mix
+from pipeline.student.data.cache_mix import Mix, open_mix
 from pipeline.student.data.dataset import WINDOW
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.model.initialization import check_one_origin
@@ -28,6 +28,7 @@ from pipeline.student.training.training_arguments import check_best_metric, chec
 from pipeline.student.validation.compatibility import check_same_teacher_tokens, check_student
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_held_out
+from pipeline.student.validation.mix_checks import loss_for_mix
 from pipeline.student.validation.suitability import (
     check_resample,
     exact_entry_warnings,

@@ -18,11 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import ModelError
-from pipeline.teacher.engines.decoding import Decoding
-from pipeline.teacher.engines.forward_pass import ForwardPass
-from pipeline.teacher.engines.interface import RowRequest
-from pipeline.teacher.engines.token_sampling import draw
-from pipeline.teacher.generation.answers import (
+from pipeline.teacher.engines.answers import (
     EOS,
     LENGTH,
     STOP_STRING,
@@ -36,6 +32,10 @@ from pipeline.teacher.generation.answers import (
     find_stop,
     place_of,
 )
+from pipeline.teacher.engines.decoding import Decoding
+from pipeline.teacher.engines.forward_pass import ForwardPass
+from pipeline.teacher.engines.interface import RowRequest
+from pipeline.teacher.engines.token_sampling import draw
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.philox import uniforms
 from pipeline.teacher.targets.selection import ChunkTargets

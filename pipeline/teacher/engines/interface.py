@@ -23,7 +23,7 @@ from pipeline.teacher.text.formats.teacher_prompts import TeacherText
 from pipeline.teacher.text.packing import TokenRow
 
 if TYPE_CHECKING:
-    from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
+    from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request
 
 
 OnBatch = Callable[[Sequence["RowRequest"]], None]

@@ -25,11 +25,11 @@ from pipeline.models.head import Head
 from pipeline.models.head_export import HeadExport
 from pipeline.models.loading import teacher_fingerprints
 from pipeline.teacher.engines.answer_writer import AnswerWriter
+from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.forward_pass import ForwardPass, RunningBatch
 from pipeline.teacher.engines.interface import BatchSizeHalved, Measured, OnAnswers, OnBatch, RowRequest
 from pipeline.teacher.engines.token_budget import batches_within, find_budget
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, token_set
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS
 

@@ -25,7 +25,7 @@ import cache_format as cf
 from cache_format.json_object import json_object
 from cache_format.storage.claims import CLAIMS, STALE_AFTER_S, WHOLE, Claims, Holder
 from cache_format.storage.directory import is_temporary, open_directory, write_bytes
-from pipeline.teacher.generation.answers import Answer
+from pipeline.teacher.engines.answers import Answer
 
 SETTINGS = "settings.json"
 _GROUP = re.compile(r"group-(\d{5,})-([0-9a-f]{16})\.arrow")

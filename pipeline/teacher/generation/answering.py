@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from pipeline.errors import DataError
+from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.engines.interface import BatchSizeHalved, TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.generation.generation_config import Keep
 from pipeline.teacher.generation.kept_answers import KeptAnswers, Selection
 from pipeline.teacher.generation.predicates import Predicate, choose

@@ -16,8 +16,8 @@ import cache_format as cf
 from pipeline.models.tokenizers import tokenizer_files, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import Capture
+from pipeline.teacher.engines.answers import place_of
 from pipeline.teacher.engines.interface import RowRequest, TeacherEngine
-from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.opening import row_request
 from pipeline.teacher.progress import CaptureProgress

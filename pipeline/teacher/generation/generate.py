@@ -41,13 +41,13 @@ from pipeline.models.loading import load_config, model_name
 from pipeline.models.objective import most_positions, objective_of
 from pipeline.models.tokenizers import check_same_tokenizer, tokenizer_fingerprint
 from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.engines.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.engines.decoding import check_decoding
 from pipeline.teacher.engines.engine_config import rows_per_pass
 from pipeline.teacher.engines.interface import TeacherEngine, Usage
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, store_location
 from pipeline.teacher.generation.answering import Answering, prompts_per_group
-from pipeline.teacher.generation.answers import AnswerSettings, find_stop_tokens
 from pipeline.teacher.generation.caching import cache_answers
 from pipeline.teacher.generation.finished import check_same_contents, finished_cache, kept_by
 from pipeline.teacher.generation.generation_config import LOADING_THE_WRITER, GenerationConfig

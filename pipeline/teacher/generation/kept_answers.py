@@ -16,8 +16,8 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.models.objective import Objective
+from pipeline.teacher.engines.answers import STOP_REASONS, Answer
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
-from pipeline.teacher.generation.answers import STOP_REASONS, Answer
 from pipeline.teacher.text.packing import add_row_to
 from pipeline.teacher.text.prompts import Prompts
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.teacher.generation.answers import Answer
+from pipeline.teacher.engines.answers import Answer
 from pipeline.teacher.generation.generation_config import Keep
 
 

@@ -16,9 +16,9 @@ from pipeline.models.head_export import HeadExport, export_head
 from pipeline.models.loading import DTYPES, load_model, weights_fingerprint
 from pipeline.models.objective import objective_for
 from pipeline.models.teacher_head import TeacherHead
+from pipeline.teacher.engines.answers import place_of
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.generation.answers import place_of
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.verification.rounding import Rounding
 from pipeline.teacher.verification.row_check import RowCheck, RowChecker

@@ -11,9 +11,9 @@ from pipeline.models.loading import model_name
 from pipeline.models.objective import ALIGNMENT
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.engines.interface import TeacherEngine
-from pipeline.teacher.opening import CachedText
 from pipeline.teacher.targets.hidden_targets import with_head
 from pipeline.teacher.text.corpus import ONLY_EOS
+from pipeline.teacher.text.corpus_protocols import CachedText
 from pipeline.teacher.writing.shard_sizes import grouping
 
 

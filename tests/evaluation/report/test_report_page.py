@@ -27,7 +27,7 @@ from pipeline.evaluation.report.passages import token_texts
 from pipeline.evaluation.report.teacher_positions import TOP
 from pipeline.inspection import cache_statistics
 from pipeline.losses import KlEstimateKind
-from pipeline.student.validation.compatibility import load_cache_tokenizer
+from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.teacher.targets.rules import TargetRule
 from report_pages import Page, read_page
 from runs import build_cache, command, train

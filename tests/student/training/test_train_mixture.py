@@ -15,11 +15,12 @@ from cli import main
 from made_up import THRESHOLD, TOP_K, made_up
 from pipeline.errors import ConfigError
 from pipeline.student.cache_paths import parse_weight
-from pipeline.student.data.cache_mix import loss_for_mix, mix_of, open_mix
+from pipeline.student.data.cache_mix import mix_of, open_mix
 from pipeline.student.data.dataset import CacheDataset
 from pipeline.student.model.hidden_state_matching import HiddenStateLoss
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.train import train_student
+from pipeline.student.validation.mix_checks import loss_for_mix
 from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.targets.rules import TargetRule
 from runs import Stop, build_cache, distance, log_history, weights

@@ -18,9 +18,9 @@ import cache_format as cf
 from generating import load, logprobs_of
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
+from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.engines.interface import BatchSizeHalved, RowRequest, TeacherEngine
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.text.packing import TokenRow

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cache_format.wording import quantity
 from pipeline.errors import ModelError
+from pipeline.teacher.engines.answers import EOS, LENGTH
 from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.token_names import TokenNames
 from pipeline.teacher.engines.server.top_lists import MINUS_INFINITY, TopLists
-from pipeline.teacher.generation.answers import EOS, LENGTH
 
 PATH = "/v1/chat/completions"
 THOUGHTS = ("reasoning_content", "reasoning")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pipeline.teacher.engines.answers import Messages
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import TopLists
-from pipeline.teacher.generation.answers import Messages
 
 
 @dataclass(frozen=True)

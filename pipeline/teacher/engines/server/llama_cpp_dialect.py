@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.teacher.engines.answers import EOS, LENGTH, STOP_STRING
 from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import TopLists
-from pipeline.teacher.generation.answers import EOS, LENGTH, STOP_STRING
 
 T = TypeVar("T")
 

@@ -20,13 +20,7 @@ import numpy as np
 
 import cache_format as cf
 from pipeline.errors import ModelError
-from pipeline.teacher.engines.engine_config import Tokens
-from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing, Usage
-from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
-from pipeline.teacher.engines.server.http_client import HttpClient
-from pipeline.teacher.engines.server.server_kinds import ServerFacts
-from pipeline.teacher.engines.server.top_lists import TopLists
-from pipeline.teacher.generation.answers import (
+from pipeline.teacher.engines.answers import (
     Answer,
     AnswerSettings,
     Request,
@@ -34,6 +28,12 @@ from pipeline.teacher.generation.answers import (
     answer_seed,
     complete_answer,
 )
+from pipeline.teacher.engines.engine_config import Tokens
+from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing, Usage
+from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
+from pipeline.teacher.engines.server.http_client import HttpClient
+from pipeline.teacher.engines.server.server_kinds import ServerFacts
+from pipeline.teacher.engines.server.top_lists import TopLists
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.teacher.engines.answers import EOS, LENGTH, STOP_STRING
 from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, list_of
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
-from pipeline.teacher.generation.answers import EOS, LENGTH, STOP_STRING
 
 PATH = "/generate"
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.teacher.engines.answers import EOS, LENGTH, STOP_STRING
 from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, list_of
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
-from pipeline.teacher.generation.answers import EOS, LENGTH, STOP_STRING
 
 PATH = "/v1/completions"
 PREFIX = "token_id:"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.teacher.engines.vllm.vllm_collector import Collected
-from pipeline.teacher.generation.answers import (
+from pipeline.teacher.engines.answers import (
     EOS,
     LENGTH,
     STOP_STRING,
@@ -16,6 +15,7 @@ from pipeline.teacher.generation.answers import (
     answer_seed,
     complete_answer,
 )
+from pipeline.teacher.engines.vllm.vllm_collector import Collected
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.selection import ChunkTargets
 

@@ -32,13 +32,13 @@ import cache_format as cf
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head_export import head_file
 from pipeline.models.loading import config_fingerprint
+from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request, place_of, token_set
 from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.engines.vllm.vllm_answers import answer_of, sampling_options
 from pipeline.teacher.engines.vllm.vllm_collector import CHUNK_POSITIONS, Collected, join
 from pipeline.teacher.engines.vllm.vllm_thread import Document, VllmThread, fail, settle
 from pipeline.teacher.engines.vllm.vllm_version import installed
-from pipeline.teacher.generation.answers import Answer, AnswerSettings, Request, place_of, token_set
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule

@@ -29,12 +29,12 @@ from generating import load, logprobs_of
 from pipeline.errors import ConfigError, ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.capture import cache_teacher
+from pipeline.teacher.engines.answers import AnswerSettings, Request
 from pipeline.teacher.engines.engine_config import EngineConfig
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.vllm.vllm_collector import StepTargets
 from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
 from pipeline.teacher.engines.vllm.vllm_opening import open_vllm
-from pipeline.teacher.generation.answers import AnswerSettings, Request
 from pipeline.teacher.generation.generate import generate_cache
 from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.plan import plan_cache
