@@ -32,7 +32,7 @@ def lessons(count: int) -> Iterator[dict[str, str]]:
 
 
 summary = distill.cache_teacher(given.teacher, lessons(given.count), given.output, seq_len=128, overwrite=True)
-print(f"cached {summary.rows} rows, {summary.counted_tokens:,} of {summary.tokens:,} tokens are loss tokens")
+print(f"cached {summary.rows} rows, {summary.loss_tokens:,} of {summary.tokens:,} tokens are loss tokens")
 
 tokenizer = AutoTokenizer.from_pretrained(given.teacher)
 row = distill.open_cache(given.output)[0]

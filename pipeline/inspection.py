@@ -80,7 +80,7 @@ def inspect_row(
         "row": row_index,
         "alignment": cache.metadata.alignment,
         "tokens": len(row.input_ids),
-        "counted_tokens": int(row.loss_mask.sum()),
+        "loss_tokens": int(row.loss_mask.sum()),
         "segment_lengths": [int(n) for n in row.segment_lengths],
         "positions": shown,
     }
@@ -128,7 +128,7 @@ def cache_statistics(
         "targets": dict(cache.metadata.targets),
         "rows": cache.num_rows,
         "tokens": tokens,
-        "counted_tokens": cache.num_loss_tokens,
+        "loss_tokens": cache.num_loss_tokens,
         "entries": cache.manifest.num_entries,
         "shards": len(cache.manifest.shards),
         "bytes": total,

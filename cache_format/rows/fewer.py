@@ -51,13 +51,13 @@ def first_samples(batch: RowBatch, samples: int) -> RowBatch:
     )
 
 
-def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[int, int]) -> RowBatch:
+def thinned(batch: RowBatch, old: float, new: float, *, always_exact: int, key: tuple[int, int]) -> RowBatch:
     """Threshold targets with τ = `old` as targets with the larger τ = `new`: an unbiased estimate of the old ones.
 
-    Exact entries with p < `new`, except for the `head` most likely ones, are drawn with probability p/new; sampled
-    entries are kept with probability old/new. Each drawn entry has weight new/M. Sampling is systematic, as in capture:
-    points at distance one on the cumulative probabilities in order of the ids. The first point depends only on `key`,
-    row and position; the first points of the M samples are 1/M apart.
+    Exact entries with p < `new`, except for the `always_exact` most likely ones, are drawn with probability p/new;
+    sampled entries are kept with probability old/new. Each drawn entry has weight new/M. Sampling is systematic, as in
+    capture: points at distance one on the cumulative probabilities in order of the ids. The first point depends only on
+    `key`, row and position; the first points of the M samples are 1/M apart.
     """
     groups = group_counts(batch)  # [N, 1 + M]
     group, samples = entry_groups(groups), groups.shape[1] - 1
@@ -65,7 +65,7 @@ def thinned(batch: RowBatch, old: float, new: float, *, head: int, key: tuple[in
     probability = np.exp(batch.logprobs.astype(np.float64))
     exact = group == 0
     rank = _ranks(batch, np.where(exact, batch.logprobs, -np.inf), position)
-    stays = exact & ((probability >= new) | (rank < head))
+    stays = exact & ((probability >= new) | (rank < always_exact))
     falls = np.flatnonzero(exact & ~stays)
 
     # An exact entry is a candidate for every sample, a sampled entry only for its own.

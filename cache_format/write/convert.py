@@ -239,5 +239,5 @@ def _reduce(batch: RowBatch, conversion: Conversion, cache: Cache) -> RowBatch:
             )
         # A new key for each thinning: with the same points, the second would select what the first has selected.
         key = targets["seed"], 1 + len(earlier)
-        batch = thinned(batch, targets["tail_threshold"], conversion.tail_threshold, head=targets["k"], key=key)
+        batch = thinned(batch, targets["tail_threshold"], conversion.tail_threshold, always_exact=targets["k"], key=key)
     return batch

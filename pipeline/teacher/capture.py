@@ -324,7 +324,7 @@ class Capture:
             output=self.config.output,
             rows=size.rows,
             tokens=size.tokens,
-            counted_tokens=size.counted_tokens,
+            loss_tokens=size.counted_tokens,
             bytes=size.bytes,
             head_bytes=size.head_bytes,
             exact_mass=self._exact_mass() if self._own().mass_count == self.corpus.num_loss_tokens else None,

@@ -92,7 +92,7 @@ class Plan:
 
     rows: int
     tokens: int
-    counted_tokens: int
+    loss_tokens: int
     sample_rows: int
     sample_tokens: int
     forward_tokens_per_s: tuple[float, float]  # slowest and fastest batch, without choosing entries
@@ -173,7 +173,7 @@ def plan_cache(
         return Plan(
             rows=len(corpus),
             tokens=corpus.num_tokens,
-            counted_tokens=corpus.num_loss_tokens,
+            loss_tokens=corpus.num_loss_tokens,
             sample_rows=len(requests),
             sample_tokens=sample.tokens,
             forward_tokens_per_s=sample.forward_speeds,

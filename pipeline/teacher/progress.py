@@ -30,7 +30,7 @@ class CaptureSummary:
     output: str
     rows: int
     tokens: int
-    counted_tokens: int
+    loss_tokens: int
     bytes: int
     head_bytes: int = 0  # of these, the teacher's head, which is stored once
     exact_mass: float | None  # mean probability mass of the exact entries; None if others wrote part of the rows
@@ -68,7 +68,7 @@ class GenerationSummary:
     stop_reasons: dict[str, int]  # of all answers
     mean_logprob: float  # per token of the answers kept, nats
     tokens: int
-    counted_tokens: int
+    loss_tokens: int
     bytes: int
     exact_mass: float | None  # mean probability mass of the exact entries; None if the cache was already finished
     seconds: float

@@ -48,7 +48,7 @@ def capture_view(summary: CaptureSummary, targets: Mapping[str, Any]) -> Rendera
         [
             ("targets", describe_targets(targets)),
             ("rows", f"{summary.rows:,}"),
-            ("tokens", f"{summary.tokens:,}, {summary.counted_tokens:,} of them loss tokens"),
+            ("tokens", f"{summary.tokens:,}, {summary.loss_tokens:,} of them loss tokens"),
             ("left out or cut", _left_out(summary.corpus_report)),
             ("exact mass", mass),
             ("size", size_per_token(summary.bytes, summary.tokens, summary.head_bytes)),
@@ -67,7 +67,7 @@ def generation_view(summary: GenerationSummary, targets: Mapping[str, Any], *, j
             ("targets", describe_targets(targets)),
             ("answers", f"{summary.answers:,} to {quantity(summary.prompts, 'prompt')}, ended {ended}"),
             ("kept", f"{summary.rows:,} for {quantity(summary.prompts_kept, 'prompt')}{accepted}"),
-            ("tokens", f"{summary.tokens:,}, {summary.counted_tokens:,} of them loss tokens"),
+            ("tokens", f"{summary.tokens:,}, {summary.loss_tokens:,} of them loss tokens"),
             ("left out", _left_out(summary.corpus_report)),
             ("log-prob.", f"{summary.mean_logprob:.3f} nats per token of the kept answers (mean)"),
             ("exact mass", "see distill stats" if summary.exact_mass is None else f"{summary.exact_mass:.4f} (mean)"),
@@ -146,7 +146,7 @@ def plan_view(plan: Plan) -> RenderableType:
             cells.append(f"{(plan.cost_per_hour or 0.0) * rule.seconds / 3600:,.2f}")
         table.add_row(*cells, style="bold" if rule.chosen else "")
     facts = [
-        ("text", f"{_rows(plan.rows, plan.tokens)}, {plan.counted_tokens:,} of them loss tokens"),
+        ("text", f"{_rows(plan.rows, plan.tokens)}, {plan.loss_tokens:,} of them loss tokens"),
         ("measured on", _rows(plan.sample_rows, plan.sample_tokens)),
         ("teacher alone", _speeds(*plan.forward_tokens_per_s)),
         *_position_losses(plan.position_loss),

@@ -49,7 +49,7 @@ def row_view(row: dict[str, Any]) -> RenderableType:
             )
     documents = len(row["segment_lengths"])
     head = (
-        f"row {row['row']}: {quantity(row['tokens'], 'token')}, {row['counted_tokens']:,} of them loss tokens, "
+        f"row {row['row']}: {quantity(row['tokens'], 'token')}, {row['loss_tokens']:,} of them loss tokens, "
         f"{quantity(documents, 'document')}.  ◀ the true {true_token}"
         + (
             "  ~ weight of a sampled token"

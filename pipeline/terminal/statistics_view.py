@@ -29,7 +29,7 @@ def statistics_view(stats: dict[str, Any]) -> RenderableType:
             ("teacher", stats["teacher"]),
             ("targets", describe_targets(targets)),
             ("rows", f"{stats['rows']:,} in {quantity(stats['shards'], 'shard')}"),
-            ("tokens", f"{stats['tokens']:,}, {stats['counted_tokens']:,} of them loss tokens"),
+            ("tokens", f"{stats['tokens']:,}, {stats['loss_tokens']:,} of them loss tokens"),
             ("entries", entries),
             ("size", size_per_token(stats["bytes"], stats["tokens"], stats["head_bytes"])),
             ("exact mass", kept),

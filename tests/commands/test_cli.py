@@ -108,7 +108,7 @@ def test_both_stages_and_the_evaluation(tmp_path: Path, teacher_dir: Path, stude
     data = json.loads(run(*stage_one, "--output", cache, "--overwrite", "--json").stdout)
     opened = cf.open_cache(cache)
     assert opened.metadata.targets["kind"] == "threshold"  # made again
-    assert data["rows"] == len(opened) and data["counted_tokens"] == opened.num_loss_tokens
+    assert data["rows"] == len(opened) and data["loss_tokens"] == opened.num_loss_tokens
 
     stage_two = ["train-student", "--cache", cache, "--eval-cache", cache, "--output", student, "--device", "cpu"]
     options = [

@@ -70,7 +70,7 @@ def test_stats_are_those_of_the_rows(cache: cf.Cache):
     kept = [np.exp(row.targets.at(t)[1].astype(float)).sum() for row in rows for t in np.flatnonzero(row.loss_mask)]
     entropy = np.concatenate([row.targets.entropy[row.loss_mask] for row in rows])
     assert stats["rows"] == len(rows) and stats["tokens"] == sum(len(row.input_ids) for row in rows)
-    assert stats["counted_tokens"] == len(kept) == len(entropy)
+    assert stats["loss_tokens"] == len(kept) == len(entropy)
     assert stats["entries"] == sum(row.targets.num_entries for row in rows)
     assert stats["exact_mass_mean"] == pytest.approx(np.mean(kept), abs=0.01)  # residual and entries are both rounded
     assert stats["exact_mass_p5"] == pytest.approx(np.quantile(kept, 0.05), abs=0.03)
@@ -151,7 +151,7 @@ def test_row_says_what_the_cache_says(cache: cf.Cache, tokenizer: PreTrainedToke
     row = cache[index]
     found = inspect_row(cache, index, lambda i: tokenizer.decode([i]), candidates=3, start=0, positions=1000)
     assert found["row"] == index and found["tokens"] == len(found["positions"]) == len(row.input_ids)
-    assert found["counted_tokens"] == sum(p["counted"] for p in found["positions"]) == row.loss_mask.sum()
+    assert found["loss_tokens"] == sum(p["counted"] for p in found["positions"]) == row.loss_mask.sum()
     segments = np.repeat(np.arange(len(row.segment_lengths)), row.segment_lengths)
     for t, position in enumerate(found["positions"]):
         assert position["position"] == t and position["segment"] == segments[t]
@@ -182,9 +182,9 @@ def test_row_for_people(cache: cf.Cache, tokenizer: PreTrainedTokenizerFast):
     index = next(i for i, row in enumerate(cache.iter_rows()) if len(row.segment_lengths) > 1)
     found = inspect_row(cache, index, lambda i: tokenizer.decode([i]), candidates=3, start=0, positions=1000)
     text = shown(row_view(found))
-    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['counted_tokens']:,} of them loss tokens")
+    assert text.startswith(f"row {index}: {found['tokens']:,} tokens, {found['loss_tokens']:,} of them loss tokens")
     assert text.count("── next document ──") == len(found["segment_lengths"]) - 1
-    assert text.count("◀") == 1 + found["counted_tokens"]  # the legend, and each true next token
+    assert text.count("◀") == 1 + found["loss_tokens"]  # the legend, and each true next token
     outside = sum(p["counted"] and p["next_prob"] is None for p in found["positions"])
     assert text.count("tail") == outside > 0
     assert "\\n" in text  # control characters are spelt out

@@ -323,7 +323,7 @@ def test_plan_and_verify_run_a_masked_teacher_as_capture_does(masked_dir: Path, 
     plan = plan_cache(settings(masked_dir, "roberta", tmp_path / "cache", **options))
     cache_teacher(settings(masked_dir, "roberta", tmp_path / "cache", **options))
     cache = cf.open_cache(tmp_path / "cache")
-    assert (plan.rows, plan.tokens, plan.counted_tokens) == (len(cache), cache.num_tokens, cache.num_loss_tokens)
+    assert (plan.rows, plan.tokens, plan.loss_tokens) == (len(cache), cache.num_tokens, cache.num_loss_tokens)
     assert plan.chosen.bytes["columns"] == pytest.approx(cache.manifest.stored_bytes, rel=0.25)
     config = {"cache": str(tmp_path / "cache"), "device": "cpu"}
     check = verify_against_teacher(TeacherCheckConfig(teacher=str(masked_dir / "roberta"), **config))

@@ -169,7 +169,7 @@ def test_the_summary_and_the_progress_count_what_is_there(
     )
     cache = cf.open_cache(tmp_path / "cache")
     assert isinstance(summary, CaptureSummary) and len(stages) == 3
-    assert (summary.rows, summary.tokens, summary.counted_tokens) == (
+    assert (summary.rows, summary.tokens, summary.loss_tokens) == (
         cache.num_rows,
         cache.num_tokens,
         cache.num_loss_tokens,

@@ -147,7 +147,7 @@ def test_the_card_says_that_the_teacher_read_something_else(teacher: Path, tmp_p
 
 def test_plan(teacher: Path, tmp_path: Path) -> None:
     plan = plan_cache(settings(teacher, texts()[0], tmp_path / "cache"))
-    assert plan.counted_tokens == loss_tokens(texts()[1], "text") and plan.position_loss is not None
+    assert plan.loss_tokens == loss_tokens(texts()[1], "text") and plan.position_loss is not None
 
 
 def test_answers_to_the_prompt_of_the_teacher(teacher: Path, model: PreTrainedModel, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Mix:
         return sum(portion.passes(portion.rows) * portion.cache.num_tokens for portion in self.portions)
 
     @property
-    def counted_tokens(self) -> float:
+    def loss_tokens(self) -> float:
         """Loss tokens per epoch, likewise."""
         return sum(portion.passes(portion.rows) * portion.cache.num_loss_tokens for portion in self.portions)
 
@@ -84,7 +84,7 @@ class Mix:
                     "rows": round(own_rows),
                     "passes": passes,
                     "tokens": round(passes * portion.cache.num_tokens),
-                    "counted_tokens": round(passes * portion.cache.num_loss_tokens),
+                    "loss_tokens": round(passes * portion.cache.num_loss_tokens),
                 }
             )
         return found

@@ -199,7 +199,7 @@ class CrossTokenizerDataset(CacheDataset):
         )
 
     @property
-    def counted_tokens(self) -> float:
+    def loss_tokens(self) -> float:
         """Number of the student's loss tokens, extrapolated from the rows of `coverage`."""
         found = self.coverage
         return self.cache.num_loss_tokens * found.student_tokens / max(1, found.teacher_tokens)
@@ -209,7 +209,7 @@ class CrossTokenizerDataset(CacheDataset):
         found = self.coverage
         some = "about " if len(self) > PROBED_ROWS else ""
         text = (
-            f"{some}{self.counted_tokens:,.0f} loss tokens of the student ({self.cache.num_loss_tokens:,} of the "
+            f"{some}{self.loss_tokens:,.0f} loss tokens of the student ({self.cache.num_loss_tokens:,} of the "
             f"teacher); {found.aligned:.0%} of them end where one of the teacher's does, and there the student has "
             f"tokens for {found.mass:.0%} of the probability of the teacher's exact entries"
         )

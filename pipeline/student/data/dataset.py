@@ -53,7 +53,7 @@ class CacheDataset(Dataset[CacheRow]):
         return self.cache.path
 
     @property
-    def counted_tokens(self) -> float:
+    def loss_tokens(self) -> float:
         """Number of loss tokens."""
         return self.cache.num_loss_tokens
 

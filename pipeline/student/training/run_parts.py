@@ -136,7 +136,7 @@ def match_hidden_states(run: CheckedRun, head: Head) -> HiddenStateMatching | No
         return None
     measured = run.held_out or run.mix.first
     shares = (
-        loss.share(run.mix.counted_tokens, run.mix.tokens),
+        loss.share(run.mix.loss_tokens, run.mix.tokens),
         loss.share(measured.num_loss_tokens, measured.num_tokens),
     )
     matching = HiddenStateMatching.for_student(loss, head, run.arguments.seed, shares)

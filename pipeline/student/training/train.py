@@ -290,7 +290,7 @@ def _training_stage(run: CheckedRun, data: RunData, student: RunStudent, matchin
     passes = run.budget.rows_after(run.budget.steps) / run.mix.rows
     repeats = "" if passes == 1.0 else f", {passes:.3g} times"
     portions = zip(run.mix.portions, data.parts, strict=True)
-    loss_tokens = sum(each.passes(each.rows) * part.counted_tokens for each, part in portions)
+    loss_tokens = sum(each.passes(each.rows) * part.loss_tokens for each, part in portions)
     text = f"{quantity(run.mix.rows, 'row')}, {loss_tokens:,.0f} loss tokens{repeats}"
     return f"training {trained / 1e6:.1f}{total} M parameters on {text}, {describe_arithmetic(run.arguments)}"
 

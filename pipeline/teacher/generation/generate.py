@@ -135,7 +135,7 @@ def generate_cache(
             if writer is None:
                 on_stage(f"caching {len(corpus):,} of {quantity(selection.answers, 'answer')}")
                 cache(corpus, engine)
-                exact_mass: float | None = 1.0 - selection.outside_sum / selection.counted_tokens
+                exact_mass: float | None = 1.0 - selection.outside_sum / selection.loss_tokens
         if writer is not None:
             del engine, answering  # the device has room for the teacher
             clear_device_cache(garbage_collection=True)
@@ -301,7 +301,7 @@ def _corpus(
         **counts,
         "rows": len(kept),
         "tokens": selection.tokens,
-        "counted_tokens": selection.counted_tokens,
+        "counted_tokens": selection.loss_tokens,
         "ignored_files": prompts.source.ignored_files,
         **prompts.findings,
     }
@@ -329,7 +329,7 @@ def _summary_of(output: str, manifest: cf.Manifest) -> GenerationSummary:
         stop_reasons=dict(written["stop_reasons"]),
         mean_logprob=float(np.mean(logprobs)),
         tokens=manifest.num_tokens,
-        counted_tokens=manifest.num_loss_tokens,
+        loss_tokens=manifest.num_loss_tokens,
         bytes=manifest.stored_bytes,
         exact_mass=None,
         seconds=0.0,

@@ -35,7 +35,7 @@ class Selection:
     prompts_kept: int = 0  # prompts with a chosen answer
     stop_reasons: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(STOP_REASONS, 0)))  # of all
     tokens: int = 0
-    counted_tokens: int = 0
+    loss_tokens: int = 0
     outside_sum: float = 0.0  # tail mass, summed over loss tokens
     stream: hashlib._Hash = field(default_factory=hashlib.sha256)
 
@@ -45,7 +45,7 @@ class Selection:
         self.chosen.add((answer.document, answer.index))
         self.rows_of_group[-1] += 1
         self.tokens += len(row.input_ids)
-        self.counted_tokens += int(row.loss_mask.sum())
+        self.loss_tokens += int(row.loss_mask.sum())
         self.outside_sum += float(np.exp(row.targets.residual_logprob[row.loss_mask].astype(np.float64)).sum())
         add_row_to(self.stream, row)
 
@@ -136,7 +136,7 @@ class AnswerCorpus:
 
     @property
     def num_loss_tokens(self) -> int:
-        return self.kept.selection.counted_tokens
+        return self.kept.selection.loss_tokens
 
     @property
     def token_stream_sha256(self) -> str:

@@ -1,6 +1,6 @@
 """Which entries a position of a cache gets: the options of a target rule, their checks, and derived sizes.
 
-    kind        exact entries (head rule)                  sampled entries (tail rule)
+    kind        exact entries                              sampled entries
     top-k       the K most likely                          none
     top-p       the fewest whose mass reaches P            none
     threshold   p ≥ τ, and the K most likely               the others with probability p/τ, weight τ

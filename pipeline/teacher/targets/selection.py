@@ -1,9 +1,9 @@
-"""One chunk of teacher logits ─▶ sparse targets: exact head, sampled tail, what the head leaves out, and the entropy.
+"""One chunk of teacher logits ─▶ sparse targets: exact entries, sampled entries, the tail mass, and the entropy.
 
-One path for all the kinds of `rules`: candidates for the head, softmax, keep some of the candidates, sample from what
-is left. Everything here runs on the teacher's device on [n, V] logits of a chunk of positions; [B, T, V] never exists.
-The passes over the logits are those of `softmax`. No more than 1/τ tokens can have p ≥ τ, so the head of `threshold` is
-a top-⌊1/τ⌋ of which some are kept.
+One path for all the kinds of `rules`: candidates for the exact entries, softmax, keep some of the candidates, sample
+from the other tokens. Everything here runs on the teacher's device on [n, V] logits of a chunk of positions; [B, T, V]
+never exists. The passes over the logits are those of `softmax`. No more than 1/τ tokens can have p ≥ τ, so the
+candidates of `threshold` are the ⌊1/τ⌋ most likely tokens, or K if that is more.
 
 **Sampling without a cumulative sum over the vocabulary.** A sample is a set of points on the line [0, mass) and the
 tokens whose stretches they fall on. Block sums say in which block a point falls, and only that block is looked into.
@@ -38,7 +38,7 @@ class ChunkTargets(NamedTuple):
     logprobs:         [n, W] float32, natural log: of the probability over all V tokens, or of a sampled entry's weight
     exact_counts:     [n] int32
     sample_counts:    [n, M] int32, entries of each sample; M = 0 for exact targets
-    residual_logprob: [n] float32, log of the mass outside the exact entries; -inf where there is none
+    residual_logprob: [n] float32, log of the tail mass; -inf where there is none
     entropy:          [n] float32, nats, of the full distribution; not finite if any logit is not
     """
 
@@ -82,7 +82,7 @@ def sparse_targets(
     values, ids = softmax.top(min(rule.candidates, vocab_size))  # [n, C], most likely first
     largest = values[:, 0]
     candidates = softmax.probabilities(values, ids)
-    keep = in_head(candidates, rule)  # [n, C]
+    keep = is_exact(candidates, rule)  # [n, C]
     kept = torch.where(keep, candidates, 0.0)
     # softmax divides by a plain running sum; what it is off by shows in Σp, which is summed pairwise here.
     with softmax.outside(ids, candidates, keep) as outside:
@@ -124,7 +124,7 @@ def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
     return scores.gather(1, labels[:, None])[:, 0] - torch.logsumexp(scores, dim=1)
 
 
-def in_head(probs: Tensor, rule: TargetRule) -> Tensor:
+def is_exact(probs: Tensor, rule: TargetRule) -> Tensor:
     """[n, C] bool: which of the candidates, most likely first, are exact entries."""
     if rule.kind in ("random", "hidden"):
         return torch.zeros_like(probs, dtype=torch.bool)

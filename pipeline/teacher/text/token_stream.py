@@ -28,7 +28,7 @@ class StreamFacts:
 
     sha256: str
     tokens: int
-    counted_tokens: int
+    loss_tokens: int
 
 
 def add_rows_to(

@@ -96,10 +96,10 @@ def test_planned_use_of_each_cache(tmp_path: Path):
     caches = [made_up(tmp_path / "a", 40, lengths=(10, 10)), made_up(tmp_path / "b", 10, lengths=(10, 10))]
     mix = mix_of(caches, [1.0, 1.0])
     assert [each.rows for each in mix.portions] == [25, 25] and mix.rows == 50
-    assert (mix.tokens, mix.counted_tokens) == (500, 450)
+    assert (mix.tokens, mix.loss_tokens) == (500, 450)
     a, b = mix.seen(100)
     assert (a["passes"], b["passes"]) == (50 / 40, 50 / 10)
-    assert (a["rows"], a["tokens"], a["counted_tokens"]) == (50, 500, 450)
+    assert (a["rows"], a["tokens"], a["loss_tokens"]) == (50, 500, 450)
     assert b == {**b, "cache": str(tmp_path / "b"), "weight": 1.0, "share": 0.5, "rows_per_epoch": 25}
 
 
@@ -239,7 +239,7 @@ def test_resume_with_more_workers_is_exact(folder: Path, tmp_path: Path):
     assert [each["weight"] for each in planned] == [each["share"] for each in planned] == [0.7, 0.3]
     assert sum(each["rows"] for each in planned) == 2 * sum(each["rows_per_epoch"] for each in planned)
     assert planned[0]["passes"] > 2 > planned[1]["passes"]
-    counted = [each["counted_tokens"] for each in planned]
+    counted = [each["loss_tokens"] for each in planned]
     assert counted[0] / sum(counted) == pytest.approx(0.7, abs=0.02)
 
     (tmp_path / "parts/trainer_state.json").unlink()

@@ -118,7 +118,7 @@ def test_the_loss_is_on_the_answer_and_on_nothing_else(
         assert tokenizer.eos_token_id not in row.input_ids[first:-1]
         ended.add(line["stop_reason"])
     assert ended == {"eos", "length"} == {reason for reason, count in summary.stop_reasons.items() if count}
-    assert summary.counted_tokens == cache.num_loss_tokens and summary.tokens == cache.num_tokens
+    assert summary.loss_tokens == cache.num_loss_tokens and summary.tokens == cache.num_tokens
     assert summary.corpus_report["empty_prompts"] == 1 and summary.rows == 24
 
 

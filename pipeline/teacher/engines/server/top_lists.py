@@ -16,7 +16,7 @@ import torch
 
 from pipeline.teacher.engines.server.http_client import UnusableAnswer
 from pipeline.teacher.targets.rules import TargetRule
-from pipeline.teacher.targets.selection import ChunkTargets, in_head
+from pipeline.teacher.targets.selection import ChunkTargets, is_exact
 
 ROUNDING = 2e-3
 """By which the probabilities of a list may exceed 1: log-softmax in bfloat16 of a large vocabulary."""
@@ -100,7 +100,7 @@ class TopLists:
         """Exact entries by a rule of kind top-k or top-p, as `sparse_targets` selects them from all V logits."""
         ids, logprobs = torch.from_numpy(self.ids), torch.from_numpy(self.logprobs).clamp(max=0.0)
         probs = logprobs.double().exp()
-        keep = in_head(probs, rule)  # [n, K]
+        keep = is_exact(probs, rule)  # [n, K]
         kept = torch.where(keep, probs, 0.0).sum(dim=1)
         residual = (1.0 - kept).clamp(min=0.0)
         surprise = torch.special.entr(torch.where(keep, probs, 0.0)).sum(dim=1) + torch.special.entr(residual)

@@ -99,7 +99,7 @@ class MaskedCorpus:
             self._fingerprint,
         )
         self.token_stream_sha256 = stream.sha256
-        self.num_tokens, self.num_loss_tokens = stream.tokens, stream.counted_tokens
+        self.num_tokens, self.num_loss_tokens = stream.tokens, stream.loss_tokens
         self.report |= {
             "tokens": self.num_tokens,
             "counted_tokens": self.num_loss_tokens,
