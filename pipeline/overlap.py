@@ -1,7 +1,7 @@
 """The inputs of a run must not lie in its output, where they would be replaced or deleted.
 
-Checked by every run that fills a directory, before anything is changed. Only URLs and local paths that exist are looked
-at: the name of a model or dataset on the hub is no place on this disk.
+Every run that fills a directory checks this before anything is changed. Only URLs and local paths that exist are
+compared: names of models and datasets on the hub are skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def check_inputs_apart(output: str, inputs: Mapping[str, Any]) -> None:
     """Check that no input is the output directory or lies in it, also by way of links.
 
     Args:
-        inputs: option -> a path, several of them, or an object, which is no place.
+        inputs: option -> a path, several of them, or an object, which is skipped.
 
     Raises:
         ConfigError: naming the option and the path.

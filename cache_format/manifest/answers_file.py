@@ -65,7 +65,7 @@ def read_answers(directory: Directory, metadata: CacheMetadata) -> Iterator[dict
             line = json.loads(data)
             wrong = [key for key, kind in KINDS.items() if not isinstance(line[key], kind)]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise damaged(where, f"line {number + 1} is no answer ({' '.join(str(error).split())})") from error
+            raise damaged(where, f"line {number + 1} is not an answer ({' '.join(str(error).split())})") from error
         if wrong or line["row"] != number:
-            raise damaged(where, f"line {number + 1} is no answer (row {line['row']!r}; wrong: {', '.join(wrong)})")
+            raise damaged(where, f"line {number + 1} is not an answer (row {line['row']!r}; wrong: {', '.join(wrong)})")
         yield line

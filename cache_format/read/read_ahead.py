@@ -1,8 +1,8 @@
 """Record batches decoded before their rows are asked for, in threads.
 
 A shuffled pass reads the rows of a few record batches, then those of the next few, so decoding comes in bursts: the
-first rows of a window need all its record batches at once. Who knows which rows will be read spreads that work over the
-time in which the window before is used.
+first rows of a window need all its record batches at once. A reader that knows the order of its rows spreads that work
+over the time in which the window before is used.
 
 One thread decodes. If readers wait for it for a tenth of their time, another one helps from then on; the wait for the
 first record batch does not count. Threads that are not needed would only compete with the reader for the interpreter.

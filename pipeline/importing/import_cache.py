@@ -199,7 +199,7 @@ def _recorded_facts_only(metadata: cf.CacheMetadata, recorded: cf.CacheMetadata)
 
 
 def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]:
-    """What a user should look at although the import can go on."""
+    """Warnings about problems that do not stop the import."""
     warnings, evidence = [], survey.evidence
     if (repeated := survey.changed["documents that begin with two BOS tokens"]) and not config.drop_repeated_bos:
         warnings.append(

@@ -1,6 +1,6 @@
 """Options of stage one: `distill cache-teacher` and `distill plan`, `distill.cache_teacher` and `distill.plan`.
 
-A run, and which of its options do not go together. The options of each subject are declared where the subject is,
+A run, and which of its options exclude each other. The options of each subject are declared where the subject is,
 and are parts of `CacheTeacherConfig`: of the text in `text.data_config`, of the targets in `targets.rules`, and so on.
 Standard library only (see `pipeline.options`).
 """

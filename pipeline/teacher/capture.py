@@ -134,7 +134,8 @@ def _describe_states(spec: cf.HiddenSpec, config: CacheTeacherConfig, corpus: Co
 
 @dataclass
 class _Progress:
-    """What this run has computed, of one shard or in all of its finished ones; mass: exact mass of the loss tokens."""
+    """Rows, tokens and exact mass (over loss tokens) that this run has computed: of one shard, or of all finished
+    ones."""
 
     rows: int = 0
     tokens: int = 0

@@ -1,6 +1,6 @@
-"""What a run of stage one begins with: the text as rows, and the teacher, checked to be what the rows are for.
+"""Opens what a run of stage one needs: the text as rows, and a teacher that was checked to fit them.
 
-Shared by everything that puts a text to a teacher: capture, and the plan of one.
+Used by capture, plan and generation.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ real writer, once for every kind of targets and encoding; everything is then in 
 For a teacher on a server, the forward pass is the time from the first request to the last answer, with as many requests
 at once as the run will send.
 
-Bytes come out a little high for packed caches, whose table of likely tokens is learned here from one record batch and
-there from a whole shard, and with hidden states beside the targets, which are counted as they are before compression.
-Text that changes on its way through the corpus costs more than a sample says.
+Estimates of bytes are a little high for packed caches (the lexicon is learned from one record batch here, from a whole
+shard in a run) and for hidden states stored beside the targets (counted uncompressed). Text that changes along the
+corpus costs more than the sample suggests.
 """
 
 from __future__ import annotations

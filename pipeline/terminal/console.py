@@ -96,7 +96,7 @@ class Status:
         """
         if self.silent:
             return
-        if self.pace is not None and done < self.pace.last:  # a new stage, though nobody said so
+        if self.pace is not None and done < self.pace.last:  # a new stage began without a call of `stage`
             self._stop()
             self.began = time.monotonic()
         if self.pace is None:

@@ -107,7 +107,7 @@ class Lexicon:
     def to_bytes(self) -> bytes:
         """An Arrow IPC file of one row: tokens in order, candidates per token, candidates of all tokens."""
         narrow = pa.uint16() if self.vocab_size <= 2**16 else pa.uint32()
-        # Tokens that are no target come last, in ascending order, and need not be stored.
+        # Tokens that are not targets come last, in ascending order, and need not be stored.
         ends = np.flatnonzero(np.diff(self.order) < 0)
         named = self.order[: ends[-1] + 2] if len(ends) else self.order[:0]
         lists = {"order": named, "candidate_counts": np.diff(self.starts), "candidates": self.candidates}

@@ -1,4 +1,4 @@
-"""`distill env`: what a bug report should say of an installation and its machine."""
+"""`distill env`: what a bug report should say about an installation and its machine."""
 
 from __future__ import annotations
 

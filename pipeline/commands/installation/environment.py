@@ -31,7 +31,7 @@ CPU_FEATURES = (
     *("neon", "bf16", "i8mm", "sve", "sve2"),
 )
 
-# Settings that change results or speed; their values are no secrets.
+# Settings that change results or speed; their values are not secrets.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF")
 
 

@@ -101,7 +101,7 @@ def choose(passages: Sequence[Passage], score: NDArray[Any], count: int) -> Chos
 
 
 def token_texts(cache: cf.Cache) -> Callable[[int], str]:
-    """The text of a token by its id; bytes that are no character alone are written as \\xe2.
+    """The text of a token by its id; bytes that are not a character alone are written as \\xe2.
 
     WordPiece has no spaces: in front of every token that does not continue a word, one is shown.
     """

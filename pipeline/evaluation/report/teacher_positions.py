@@ -57,7 +57,7 @@ class TeacherPositions:
         top_ids: [L, K] the most likely tokens, most likely first, then sampled ones; -1 where there are fewer.
         top_probs: [L, K] their probabilities; of sampled tokens their weights.
         sampled: [L, K] which of them are sampled.
-        label_probs: [L] probability of the true token; NaN where it is no exact entry.
+        label_probs: [L] probability of the true token; NaN where it is not an exact entry.
     """
 
     labels: NDArray[np.int64]

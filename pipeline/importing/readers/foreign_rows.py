@@ -19,11 +19,11 @@ Values = Literal["logprobs", "probabilities", "logits", "renormalised"]
 
 
 class BadRow(Exception):
-    """A record that cannot be right. The message says what was found and what was expected, without the place."""
+    """An invalid record. The message says what was found and expected, without the place."""
 
 
 class UnusableRow(Exception):
-    """A record that is right and has nothing to learn from; the message is a reason to count, the same for all such."""
+    """A valid record with nothing to learn. The message is the reason under which such records are counted."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ class CompiledLayers:
         except torch.OutOfMemoryError:
             self.close()
             raise
-        except Exception as error:  # compilers are at work, which fail in ways of their own
+        except Exception as error:  # compilers and drivers raise anything
             self.close()
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""exp(z − max z) of the tokens that a sparse loss does not look at one by one: its sum, and the gradient through it.
+"""Sums of exp(z − max z) over the tokens that a sparse loss does not gather, and the gradient through them.
 
 All passes of such a loss over [n, V] logits are here, in two ways with the same results within rounding. Bytes for each
 float32 logit with a bfloat16 gradient, beside the 4 that the product writes and the 4 of the two products that read it

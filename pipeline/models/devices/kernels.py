@@ -3,9 +3,9 @@
     CUDA    `triton_kernels`, if Triton is installed (torch's builds for CUDA bring it)
     CPU     `numba_kernels`, if numba is installed, for float32 and vocabularies of some size
 
-Kernels read logits less often than the operations of torch that they stand for; what they compute is the same within
-rounding. They are taken where a trial of a few rows gives what torch gives: a device or a version on which they do not
-compile is then slower, not wrong.
+Kernels read logits less often than the operations of torch that they replace, with the same results within rounding.
+They are used if a trial on a few rows gives the results of torch: on a device or a version where they do not compile, a
+run is slower, not wrong.
 """
 
 from __future__ import annotations

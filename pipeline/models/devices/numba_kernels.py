@@ -7,7 +7,7 @@ each function and stays in the cache of its core; exp is a polynomial that the c
 within 2 units in the last place). Below the smallest normal float32 the result is 0. Blocks of 32 are summed in
 float32, their sums in float64.
 
-Imported only by `kernels.kernels_on`, where the rest of the project gets this module from.
+Import it through `kernels.kernels_on`, which checks that the kernels work.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ A program takes a tile of `TILE` logits of one row, so that a few rows fill a GP
 for a row depends on nothing else. What is left, [n, V/TILE] numbers, is combined by torch. Everything is computed in
 float32, relative to the largest logit: exp never overflows, and a constant added to all logits costs no digits.
 
-Imported only by `kernels.kernels_on`, where the rest of the project gets this module from.
+Import it through `kernels.kernels_on`, which checks that the kernels work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sums(
 ) -> RowSums:
     """
     Args:
-        logits: [n, V] float32, bfloat16 or float16, with rows that lie apart as they like.
+        logits: [n, V] float32, bfloat16 or float16, rows may have any stride.
         at_least: [n] float32, takes part in `largest`: logits that have been taken out of the row.
         block: number of logits of a block, a power of two; None: no maxima of blocks.
     """

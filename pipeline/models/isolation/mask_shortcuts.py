@@ -1,4 +1,4 @@
-"""Which attention masks a batch needs, told to transformers by the caller, who knows.
+"""Which attention masks a batch needs, passed to transformers by the caller.
 
 transformers leaves a mask out where it would hide nothing: if no document begins inside a row, and if no row has
 padding. It finds that out from the position ids or the padding mask, so on a GPU the host waits, in every forward pass,

@@ -31,7 +31,7 @@ class _Row:
 
 
 def without_padding(head: Head, longest: int, *, wanted: bool | None, device: torch.device) -> Head:
-    """The head as the option `padding_free` asks for it.
+    """The head, padding-free if `padding_free` asks for it or, by default, if CUDA and the model allow it.
 
     Args:
         longest: tokens of the longest row.

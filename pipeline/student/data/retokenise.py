@@ -33,7 +33,7 @@ class TokenText:
     """The text of a tokenizer's tokens, as bytes.
 
     Args:
-        size: number of tokens that the model knows; added tokens beyond it are no tokens here, but ordinary text.
+        size: number of tokens that the model knows; added tokens beyond it are ordinary text here.
 
     Attributes:
         tokenizer: without those tokens.
@@ -96,7 +96,7 @@ class Token:
     start: int
     end: int
     whole: bool = True  # ends exactly after the last atom
-    prefixed: bool = False  # has an added space that is no atom, see TokenText.prefixes
+    prefixed: bool = False  # has an added space that is not an atom, see TokenText.prefixes
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Retokenised:
 
     tokens: list[Token]
     ends: list[int]  # [T] atoms after each of the teacher's tokens
-    prefixed: set[int]  # teacher tokens with an added space that is no atom
+    prefixed: set[int]  # teacher tokens with an added space that is not an atom
 
     def aligned(self) -> Iterator[tuple[int, int]]:
         """(student position, teacher position) that end after the same atom; the last ones, if there are several.

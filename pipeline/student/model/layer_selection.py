@@ -3,7 +3,7 @@
     configuration ─▶ the same with fewer layers ─▶ smaller model ─▶ weights of the kept layers ─▶ kinds compared
 
 A configuration describes layers that differ from one another in many ways: one item per layer, lists of the layers that
-are special, how many are at the beginning or at the end, every how many. The first three are rewritten for the kept
+are special, how many are at the beginning or at the end, a period. The first three are rewritten for the kept
 layers. What cannot be rewritten, such as a period, shows when the layers of the smaller model are compared with those
 that they come from: another class, other parameters, another window. Such a selection is refused.
 """
@@ -50,7 +50,7 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     try:
         type(config).from_dict(config.to_dict())  # as it will be saved, which is when a class checks its settings
         smaller = type(model)(config).float()
-    except Exception as error:  # whatever an architecture makes of a number of layers it was not written for
+    except Exception as error:  # architectures fail in many ways for a number of layers that they do not support
         raise _refused(keep, f"{type(model).__name__} cannot be built from these layers: {reason(error)}") from error
     lists = _layer_lists(model, smaller, total, keep)
     for name in lists:

@@ -1,4 +1,4 @@
-"""In which precision a run computes: what a device does fastest without harm, unless the user decides otherwise.
+"""The precision of a training run: the fastest that does not hurt the result, unless the user chooses.
 
     GPU with bfloat16 (Ampere and later)   bfloat16 autocast, TF32 for products that stay float32
     any other device                       float32

@@ -1,4 +1,4 @@
-"""The output directory of a run: may it be continued or replaced.
+"""The output directory of a training run, and whether it may be continued or replaced.
 
 OUTPUT/
   distill_config.json    configuration and caches of the run, written before the first step (`run_record`)

@@ -78,11 +78,11 @@ INSTALLED: dict[str, Callable[[], bool]] = {
     "mlflow": integrations.is_mlflow_available,
 }
 
-# What transformers decides otherwise.
+# Defaults that differ from those of transformers.
 DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "logging_nan_inf_filter": False,  # would log an average instead of a loss that is NaN
-    "log_level_replica": "passive",  # else the other processes repeat what the first one does not say
+    "log_level_replica": "passive",  # otherwise the other processes log what the first one does not
     "dataloader_pin_memory": False,
 }
 
@@ -126,7 +126,7 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         values.pop("eval_steps", None)
     if "activation_checkpointing" in known and "gradient_checkpointing" in values:  # its name in later releases
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
-    # Said even if there is nothing else: otherwise TrainingArguments refuses bfloat16, which CPUs have.
+    # Set even where there is only a CPU: otherwise TrainingArguments refuses bfloat16, which CPUs support.
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False) or not torch.accelerator.is_available()
     _check_numbers(config, values)
     if config.eval_cache is not None:
@@ -329,7 +329,7 @@ def check_best_metric(config: TrainStudentConfig, arguments: TrainingArguments, 
 
 
 def _source(config: TrainStudentConfig) -> str:
-    """What the user has to correct."""
+    """How errors name the place of a training argument."""
     return config.training_args if isinstance(config.training_args, str) else "`training_args`"
 
 

@@ -37,7 +37,7 @@ class Request:
     prompt: np.ndarray  # [P] int32, P ≥ 1, in the row
     teacher_prompt: np.ndarray | None = None  # what the teacher reads, if that is not the prompt
     by_teacher: bool = True  # the teacher answers; another writer reads the prompt, and the teacher scores
-    messages: Messages | None = None  # what is answered, before it is rendered; raises DataError if that is no chat
+    messages: Messages | None = None  # what is answered, before it is rendered; raises DataError if that is not a chat
 
     @property
     def read(self) -> np.ndarray:

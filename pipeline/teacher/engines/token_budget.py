@@ -1,8 +1,8 @@
 """Forward passes over about equal numbers of tokens, and that number found by trying.
 
-Eight rows of 100 tokens keep a GPU busy for a moment only, eight of 32,768 do not fit. A number of tokens suits both:
-a pass of a teacher with N parameters reads its weights once and computes 2·N per token, so a few thousand tokens
-reach the speed of many, and more take memory for nothing.
+Eight rows of 100 tokens underuse a GPU, eight of 32,768 do not fit its memory. A number of tokens suits both: a pass of
+a teacher with N parameters reads its weights once and computes 2·N per token, so a few thousand tokens reach the speed
+of many, and more take memory for nothing.
 
 Cost of the search: three passes each over 1, 2, 4, ... rows of the longest kind, up to a record batch.
 """

@@ -1,7 +1,7 @@
 """A finished cache in the output: whether it is the one that this run would write.
 
-Options are compared first, then tokenizer and prompts. The models are loaded only if something that identifies them
-differs from what is recorded, such as a name, which says nothing by itself: machines mount things differently.
+Options are compared first, then tokenizer and prompts. The models are loaded only if their name, dtype or revision
+differs from the recorded one: a model may have another path on another machine.
 """
 
 from __future__ import annotations

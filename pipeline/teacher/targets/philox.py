@@ -1,8 +1,8 @@
 """Random numbers that are a function of where they are used: Philox4x32-10, keyed by (seed, row, position).
 
-A generator with a state gives position t whatever was drawn before it, so that a sample would change with the batch
-size, with the number of processes, with every resumed run. A counter-based one has no state: the same three numbers
-give the same draws, on any machine, in any order.
+With a stateful generator, the numbers of a position depend on everything drawn before it: samples would change with
+the batch size, the number of processes and every resume. A counter-based one has no state: the same three numbers give
+the same draws, on any machine, in any order.
 
 J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The same
 generator is behind torch.cuda and TensorFlow; the constants and the test vectors are theirs.
@@ -35,8 +35,8 @@ def uniforms(
 ) -> NDArray[np.float64]:
     """[n, draws] numbers in [0, 1) with 53 random bits, for n places (row, position) of the corpus.
 
-    Draw j of a place does not depend on how many draws are asked for. Two purposes take two streams (0 to 255): their
-    numbers have nothing to do with one another, though seed, row and position are the same.
+    Draw j of a place does not depend on how many draws are asked for. Each purpose has its own stream (0 to 255):
+    streams are independent, even at the same seed, row and position.
     """
     blocks = -(-draws // 2)
     counter = np.empty((len(rows), blocks, 4), np.uint64)

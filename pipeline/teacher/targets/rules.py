@@ -218,8 +218,8 @@ class TargetRule:
     @property
     def most_entries(self) -> int:
         """Maximum number of entries of a position. Each token above τ replaces a point; rounding may add one."""
-        head = self.max_entries or self.top_k or (1 if self.tail_threshold is not None else 0)
-        return head + (self.samples or 0) * self.points
+        exact = self.max_entries or self.top_k or (1 if self.tail_threshold is not None else 0)
+        return exact + (self.samples or 0) * self.points
 
     @property
     def uniforms(self) -> int:

@@ -3,7 +3,7 @@
 One path for all the kinds of `rules`: candidates for the exact entries, softmax, keep some of the candidates, sample
 from the other tokens. Everything here runs on the teacher's device on [n, V] logits of a chunk of positions; [B, T, V]
 never exists. The passes over the logits are those of `softmax`. No more than 1/τ tokens can have p ≥ τ, so the
-candidates of `threshold` are the ⌊1/τ⌋ most likely tokens, or K if that is more.
+candidates of `threshold` are the ⌊1/τ⌋ + 1 most likely tokens, or K if that is more.
 
 **Sampling without a cumulative sum over the vocabulary.** A sample is a set of points on the line [0, mass) and the
 tokens whose stretches they fall on. Block sums say in which block a point falls, and only that block is looked into.

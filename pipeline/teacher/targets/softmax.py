@@ -2,7 +2,7 @@
 
     plain torch       [n, V] probabilities in a buffer; block maxima, softmax, block sums and Σp·z are separate passes
     kernels           probabilities only where they are asked for; one read for the block maxima and Σ exp, one for the
-                      block sums and Σp·log p of what is left once the exact entries are taken out
+                      block sums and Σ p·log p over the tokens outside the exact entries
 
 **Top-K without looking at everything twice.** The K largest of V values lie in the K blocks with the largest maxima.
 So: maxima of V/b blocks, the K best blocks, and a selection among their K·b values. With b = 32 and K = 64 the

@@ -162,7 +162,7 @@ class Prompts:
     def messages(self, document: int) -> Sequence[Mapping[str, Any]]:
         """What the teacher reads, before the chat template renders it, for a server that does so itself.
 
-        Raises: DataError if it is no chat, or if the template gets more than the messages.
+        Raises: DataError if it is not a chat, or if the template gets more than the messages.
         """
         where = f"{data_name(self.config.data)}, row {document}"
         if self.template is None:

@@ -1,4 +1,4 @@
-"""Documents to windows: what of a long document is read together, and which of its tokens are predicted there.
+"""Cuts long documents into windows, and says which tokens are predicted in each.
 
     document    <s> a b c d e f g h          seq_len 5, overlap 2
 

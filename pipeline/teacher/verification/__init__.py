@@ -2,7 +2,7 @@
 
 rounding      how much a rounding error of the teacher's dtype changes its predictions
 distances     distributions, drawn tokens and states against the teacher's
-criterion     how far a right cache may be away, and why
+criterion     how far a correct cache may differ, and why
 row_check     one row: three runs of the teacher ─▶ distances
 loaded_teacher, served_teacher: in this process, on a server
 recomputation the whole: rows ─▶ teacher ─▶ result

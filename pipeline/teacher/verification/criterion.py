@@ -1,4 +1,4 @@
-"""How far a right cache may be from its teacher, and the result of a comparison.
+"""How far a correct cache may be from its teacher, and the result of a comparison.
 
 The teacher computes the rows of the check alone, in the dtype that the manifest records. Three distances (four with
 hidden states, see `distances`) are compared with what random rounding errors of that dtype do to the same rows
@@ -6,7 +6,7 @@ hidden states, see `distances`) are compared with what random rounding errors of
 
     allowed = FACTORS · distance under random rounding, at least FLOORS, at most CAPS
 
-A right cache passes. It differs from these predictions only by the rounding of its own run: another device, another
+A correct cache passes. It differs from these predictions only by the rounding of its own run: another device, another
 batch size. Random rounding errors are twice as large as those of such a run, and their distances are those of full
 distributions: KL over the vocabulary is at least KL over entries and tail, and no drawn token is further from its
 point than the furthest part of the distribution moves. FACTORS are the margin on top, larger for a maximum than for a

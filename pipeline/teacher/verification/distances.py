@@ -187,7 +187,7 @@ class StoredTargets:
 
 
 def distances_of_run(other: Tensor, logprobs: Tensor, exact: Tensor) -> Distances:
-    """Another run's [n, V] log-probabilities against the teacher's: at least what a right cache of it would show.
+    """Another run's [n, V] log-probabilities against the teacher's: at least what a correct cache of it would show.
 
     Args:
         exact: [n, V] bool, the stored exact entries.

@@ -1,6 +1,6 @@
 """How much rounding changes a teacher's predictions: one pass with random rounding errors in every module.
 
-Two right runs of one teacher on different devices, or in batches of different sizes, sum in another order and round
+Two correct runs of one teacher on different devices, or in batches of different sizes, sum in another order and round
 differently. What that does to the predictions depends on the network, and two runs on one machine do not show it: they
 often agree to the last bit. So each module without submodules (projection, norm, embedding, activation) gets its output
 multiplied by 1 + ε·u, with ε the spacing of its dtype at 1 and u uniform in [-1, 1]. A correct rounding is off by ε/2

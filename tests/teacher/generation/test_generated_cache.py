@@ -137,9 +137,9 @@ def test_a_policy_for_the_teachers_own_text_is_not_carried_over_to_another_held_
     [
         (lambda lines: lines[:-1], "lines, expected"),
         (lambda lines: [*lines[:-1], lines[-1].rstrip("\n")], "lines, expected"),
-        (lambda lines: ["[1]\n", *lines[1:]], "line 1 is no answer"),
-        (lambda lines: [lines[0], "[" * 100_000 + "\n", *lines[2:]], "line 2 is no answer"),
-        (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1 is no answer .row 1;"),
+        (lambda lines: ["[1]\n", *lines[1:]], "line 1 is not an answer"),
+        (lambda lines: [lines[0], "[" * 100_000 + "\n", *lines[2:]], "line 2 is not an answer"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1 is not an answer .row 1;"),
         (lambda lines: [lines[0].replace('"document": 0', '"document": "0"'), *lines[1:]], "wrong: document"),
     ],
 )

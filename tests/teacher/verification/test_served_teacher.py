@@ -91,7 +91,7 @@ def test_lists_that_leave_no_probability(few: Path, tmp_path: Path) -> None:
 def test_how_far_a_server_may_be_off(
     dtype: str, nats: float, agrees: bool, teacher_dir: Path, few: Path, tmp_path: Path
 ) -> None:
-    """A right cache may be as far off as two engines are in its dtype; not a smaller model or a coarser dtype."""
+    """A correct cache may be as far off as two engines are in its dtype; not a smaller model or a coarser dtype."""
 
     def shifted(answer: Any, body: Any) -> Any:
         for entries in answer["choices"][0]["prompt_logprobs"][1:]:

@@ -121,7 +121,7 @@ def test_rows_in_another_chat_template_than_the_teachers(
 def test_a_teacher_that_sees_the_rest_of_its_batch_excuses_nothing(
     sources: dict[str, Source], tokenizer: PreTrainedTokenizerFast
 ):
-    """Its two passes differ by nats; that is not how far a right cache may be off."""
+    """Its two passes differ by nats; that is not how far a correct cache may be off."""
     source = sources["top-k"]
     model = source.model()
     model.model.layers[0].register_forward_hook(lambda _, __, states: states + 3.0 * (states - states.mean(0, True)))

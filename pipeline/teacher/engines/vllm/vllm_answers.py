@@ -1,4 +1,4 @@
-"""Answers by vLLM: what it is asked for one, and the answer made of what it gives."""
+"""Answers by vLLM: its sampling options for a request, and the answer made from its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that owns vLLM: requests go in, what vLLM and the collector say of each comes out.
+"""The thread that owns vLLM: requests go in, results of vLLM and of the collector come out.
 
 It steps for as long as there are unfinished requests. Everything else that vLLM is asked for happens between two steps.
 """

@@ -41,7 +41,7 @@ def find_local(data: str) -> list[Path] | None:
     """The file or directory, or the files that match a pattern, in order; None for the name of a dataset on the hub.
 
     Raises:
-        DataError: it looks like a local path and there is nothing, or it is no path.
+        DataError: it looks like a local path and there is nothing, or it is not a path.
     """
     path = Path(data).expanduser()
     try:
