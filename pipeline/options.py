@@ -194,7 +194,7 @@ class TracksExplicit(typing.Protocol):
 def build(config: type[T], values: Mapping[str, Any]) -> T:
     """The configuration that flat values make; options that are not named, or None, keep their defaults.
 
-    Raises: ConfigError for an unknown name, with the nearest one; or a value out of its range.
+    Raises: ConfigError for a name that is no option, with the nearest one; or a value out of its range.
     """
     known = options_of(config)
     for name in values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +20,7 @@ from pipeline.models.loading import load_tokenizer
 from pipeline.models.tokenizers import real_vocab_size, tokenizer_files, tokenizer_fingerprint
 from pipeline.options import NOT_SAVED, flat
 from pipeline.teacher.text.formats.kept_columns import KeptValues, describe_kept
-from pipeline.teacher.writing.saved_config import write_options
+from pipeline.teacher.writing.saved_config import save_config
 from pipeline.teacher.writing.shard_sizes import RECORD_BATCH_TOKENS, SHARD_TOKENS
 
 LIBRARIES = ("torch", "transformers", "pyarrow", "numpy")
@@ -83,6 +84,7 @@ def import_cache(
     for warning in _warnings(config, reader, survey):
         on_warning(warning)
 
+    record = _config_record(config)
     if config.overwrite:
         cf.remove_cache(config.output)
     documents = _documents_file(config, survey)
@@ -100,7 +102,7 @@ def import_cache(
         allow_finished=True,
         allow_rounding=finished is not None,  # nothing is written with other libraries
     ) as writer:
-        _save_config(config)
+        save_config(config.output, record)
         if documents is not None:
             cf.write_documents(config.output, documents)
         if writer.begin_shard() is not None:
@@ -219,8 +221,9 @@ def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]
     return warnings
 
 
-def _save_config(config: ImportConfig) -> None:
+def _config_record(config: ImportConfig) -> bytes:
+    """The contents of distill_config.json, which name the options that made the cache."""
     options = {name: value for name, value in flat(config).items() if name not in NOT_SAVED}
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
-    write_options(config.output, options)
+    return (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode()

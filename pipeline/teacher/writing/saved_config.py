@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from cache_format.storage.directory import open_directory, write_bytes
 from pipeline.models.loading import model_name
@@ -13,10 +11,10 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.writing.worker_config import PROCESSES
 
 
-def save_config(config: CacheTeacherConfig) -> None:
-    """Writes the options of a run into the cache that it has begun.
+def config_record(config: CacheTeacherConfig) -> bytes:
+    """The contents of the file; made before an old cache is removed, so that nothing is lost if they cannot be.
 
-    It leaves out the output and which process wrote what, so that every run with the same settings writes the same
+    They leave out the output and which process wrote what, so that every run with the same settings writes the same
     bytes; text given as an object, which no file can hold; and what is not repeated.
     """
     declared = options_of(CacheTeacherConfig)
@@ -31,18 +29,17 @@ def save_config(config: CacheTeacherConfig) -> None:
         options.pop("data", None)
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
-    write_options(config.output, options)
+    return (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def write_options(output: str, options: Mapping[str, Any]) -> None:
+def save_config(output: str, record: bytes) -> None:
     """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
     cache is without it."""
     directory = open_directory(output)
     if CONFIG_FILE in directory.names():
         return
-    contents = json.dumps({"config": options}, indent=2, sort_keys=True) + "\n"
     try:
-        write_bytes(directory, CONFIG_FILE, contents.encode())
+        write_bytes(directory, CONFIG_FILE, record)
     except FileNotFoundError:
         # Another worker finished the cache, which removes temporary files. It had written this file before.
         if CONFIG_FILE not in directory.names():
