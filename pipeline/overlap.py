@@ -17,7 +17,7 @@ from pipeline.models.paths import adapter_base
 
 
 def check_inputs_apart(output: str, inputs: Mapping[str, Any]) -> None:
-    """Check that no input is the output directory or lies in it, also by way of links.
+    """Check that no input is the output directory or lies in it, also through links.
 
     Args:
         inputs: option -> a path, several of them, or an object, which is skipped.

@@ -62,7 +62,7 @@ def import_cache(
     and leaves a finished one alone.
 
     Raises:
-        DataError: the source cannot be read, or a row of it cannot be right; the message names the row.
+        DataError: the source cannot be read, or a row of it is invalid; the message names the row.
         ConfigError, ModelError: the options or the tokenizer cannot be used.
         CacheError: `output` holds something else.
         MismatchError: `output` holds a cache of another source, of a source that was changed, or of other settings.

@@ -79,7 +79,7 @@ class RowMapper:
     max_error: float = 0.0
 
     def map(self, row: ForeignRow) -> MappedRow:
-        """Raises: BadRow for a row that cannot be right, UnusableRow for one without loss tokens."""
+        """Raises: BadRow for an invalid row, UnusableRow for one without loss tokens."""
         changed: Counter[str] = Counter()
         text = self._text(row, changed)
         entries = self._entries(row, text, changed)

@@ -64,7 +64,7 @@ def survey_source(
 ) -> Survey:
     """Decodes and checks all records.
 
-    Raises: DataError for a record that cannot be right, with its place; if the lists fit another shift clearly better;
+    Raises: DataError for an invalid record, with its place; if the lists fit another shift clearly better;
         or if no row can be used.
     """
     found, digest, rows = Survey(), hashlib.sha256(), RowDigest(mapper.vocab_size)

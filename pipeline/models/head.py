@@ -293,7 +293,7 @@ def open_head(model: PreTrainedModel, vocab_size: int, *, masked: bool = False) 
 
 @contextlib.contextmanager
 def _supported(name: str) -> Iterator[None]:
-    """ModelError for what a model raises that is not made to be run like this; out of memory stays what it is."""
+    """Errors of a model that cannot be run like this as ModelError; out of memory is raised as it is."""
     try:
         yield
     except (torch.OutOfMemoryError, ModelError):

@@ -124,9 +124,9 @@ def with_dtype(
     alone: bool,
     on_stage: Callable[[str], None],
 ) -> CacheTeacherConfig:
-    """The configuration with the dtype that "auto" stands for on a CPU that multiplies bfloat16 in hardware: the faster
-    one of bfloat16 and float32 for a bfloat16 checkpoint, unless an earlier run has chosen. Elsewhere nothing is
-    measured or changed.
+    """The configuration with dtype "auto" resolved on a CPU that multiplies bfloat16 in hardware: for a bfloat16
+    checkpoint, the faster one of bfloat16 and float32, unless an earlier run has chosen. Elsewhere nothing is measured
+    or changed.
 
     Args:
         recorded: the dtype of a cache that was begun.

@@ -27,8 +27,8 @@ def check_writer(config: CacheTeacherConfig, generation: GenerationConfig) -> No
 
 
 def writer_config(config: CacheTeacherConfig, generation: GenerationConfig) -> CacheTeacherConfig:
-    """What the writer is opened with: without what is about the teacher's weights, and with the cheapest targets, which
-    nobody reads."""
+    """The configuration that opens the writer: without options for the teacher's weights, and with the cheapest
+    targets, which are not used."""
     running = EngineConfig()
     if not config.on_server:
         running = replace(

@@ -48,7 +48,7 @@ def open_server(
         seq_len: tokens of the longest document.
         all_positions: whether the last position of a document gets targets too.
         generates: the teacher will write answers.
-        cache: one whose rows are to be computed again; its name stands in errors in place of options.
+        cache: one whose rows are to be computed again; errors name it instead of options.
 
     Raises: ConfigError, ModelError, each with what to change, on the server or here.
     """
