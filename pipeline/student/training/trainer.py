@@ -27,8 +27,8 @@ from pipeline.evaluation.metrics import Evaluation, sum_over
 from pipeline.losses import DistillLoss, HeadOutput
 from pipeline.models.head import Head, evaluating
 from pipeline.student.data.batches_ahead import BatchesAhead
-from pipeline.student.data.dataset import Batch, CacheDataset, to_device, without_loss_tokens
-from pipeline.student.data.mixed_dataset import Rows
+from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, to_device, without_loss_tokens
+from pipeline.student.data.mixed_dataset import MixedShuffle, Rows
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.checkpoints import remove_old_checkpoints
@@ -348,23 +348,30 @@ class DistillTrainer(Trainer):
         if processes == 1:
             # In the order of the windows, which a single reader needs one at a time. If rows were sorted, a step that
             # reaches into the next window would alternate between both, and the reader would decode them again.
-            return dataset.sampler(seed=seed, resample=self.resample)
-        return DividedByPlace(
-            dataset.sampler(seed=seed, resample=self.resample, multiple_of=processes * size),
-            rows=len(dataset),
-            processes=processes,
-            accumulation=self.args.gradient_accumulation_steps,
-            batch_size=size,
-        )
+            self._order: LocalShuffle | MixedShuffle | DividedByPlace = dataset.sampler(
+                seed=seed, resample=self.resample
+            )
+        else:
+            self._order = DividedByPlace(
+                dataset.sampler(seed=seed, resample=self.resample, multiple_of=processes * size),
+                rows=len(dataset),
+                processes=processes,
+                accumulation=self.args.gradient_accumulation_steps,
+                batch_size=size,
+            )
+        return self._order
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with contextlib.closing(self.batches):
             return super().train(*args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # Trainer does not reach the sampler of several processes in an epoch that is resumed after some batches: it
+        # would continue in the order of the first epoch.
+        self._order.set_epoch(epoch)
         # Trainer checks these only after a step: resumed from its last one, it would train another.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _reduce(self, sums: Tensor) -> list[float]:
         """Sums over all processes."""
