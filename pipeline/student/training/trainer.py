@@ -110,10 +110,15 @@ class DistillTrainer(Trainer):
         model = model or head.model
         install_distillation_forward(model, head, loss, matching)
         self.batches = BatchesAhead(train_dataset, pinned=args.dataloader_pin_memory)
-        with _same_use_cache(head.model.config):
-            super().__init__(
-                model=model, args=args, train_dataset=self.batches, data_collator=self.batches.collate, **kwargs
-            )
+        try:
+            with _same_use_cache(head.model.config):
+                super().__init__(
+                    model=model, args=args, train_dataset=self.batches, data_collator=self.batches.collate, **kwargs
+                )
+        except BaseException:
+            if matching is not None:
+                matching.detach(head.model)
+            raise
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Sums of this process, on the device so that adding does not wait: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
@@ -195,6 +200,10 @@ class DistillTrainer(Trainer):
         self._check_finite(not any(self._reduce(bad[None])), "weights")
         step, limit = self.state.global_step, self.args.save_total_limit
         with saving(self.args.output_dir, step if self.args.should_save else None), _without_rotation(self.args):
+            if self.args.should_save:
+                # Before shards are written, Trainer looks whether this directory exists, to note the best checkpoint.
+                # A process that looks too early would load its shard of an earlier one.
+                Path(self.args.output_dir, f"checkpoint-{step}").mkdir(exist_ok=True)
             super()._save_checkpoint(*args, **kwargs)
         if limit is not None and limit > 0 and self.args.should_save:
             kept = {step} if self.state.best_global_step is None else {step, self.state.best_global_step}
@@ -318,6 +327,12 @@ class DistillTrainer(Trainer):
                 yield batch
         for _ in range(batches - len(shares)):
             yield without_loss_tokens(batch or to_device(dataset.collate([dataset[0]]), self.args.device))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student as a whole, also if checkpoints are in shards: Trainer would save nothing."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.matching is not None and self.args.should_save:
