@@ -82,6 +82,8 @@ class Claims:
         self.taken_over: list[Holder] = []  # whose claims were stale
         self._held: dict[str, str] = {}  # name -> file
         self._lost: set[str] = set()
+        # Held while a claim is touched or removed: on an object store a touch is a read and a write, and a removal
+        # between the two would be undone.
         self._guard = threading.Lock()
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -112,12 +114,11 @@ class Claims:
 
     def release(self, name: str) -> None:
         """Release a claim; lower generations first, so that none of them becomes the highest."""
-        with self._guard:
+        with self._guard, contextlib.suppress(OSError):  # no space, no network: it becomes stale
             file = self._held.pop(name, None)
             self._lost.discard(name)
-        if file is None:
-            return
-        with contextlib.suppress(OSError):  # no space, no network: it becomes stale
+            if file is None:
+                return
             generation = _parse(file)[1]
             for below in range(generation):
                 self._directory.remove(_file(name, below))
@@ -152,6 +153,8 @@ class Claims:
     def close(self) -> None:
         """Release all claims."""
         self._closed.set()
+        if self._heart is not None:
+            self._heart.join()
         for name in list(self._held):
             self.release(name)
 
@@ -206,17 +209,19 @@ class Claims:
 
     def _beat(self) -> None:
         while not self._closed.wait(self.stale_after_s / HEARTBEATS):
-            with self._guard:
-                held = dict(self._held)
-            for name, file in held.items():
-                try:
-                    self._directory.touch(file)
-                except FileNotFoundError:
-                    with self._guard:
-                        if self._held.get(name) == file:
-                            self._lost.add(name)
-                except OSError:
-                    pass  # the next heartbeat may succeed
+            for name in list(self._held):
+                with self._guard:
+                    self._touch(name)
+
+    def _touch(self, name: str) -> None:
+        if name not in self._held or self._closed.is_set():
+            return
+        try:
+            self._directory.touch(self._held[name])
+        except FileNotFoundError:
+            self._lost.add(name)
+        except OSError:
+            pass  # the next heartbeat may succeed
 
 
 def this_process() -> Owner:

@@ -78,7 +78,7 @@ class DistillCommand(click.Command):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
-        from pipeline.terminal.error_lines import describe_os_error, rank_prefix
+        from pipeline.terminal.error_lines import describe_os_error, is_lost_peer, rank_prefix
 
         try:
             return super().invoke(ctx)
@@ -91,6 +91,10 @@ class DistillCommand(click.Command):
             raise
         except OSError as error:
             raise click.ClickException(rank_prefix() + describe_os_error(error, ctx.params.get("output"))) from error
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise click.ClickException(f"{rank_prefix()}another process has failed; see its error.") from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         everything = ctx.meta.get("distill.help_all", False)

@@ -10,6 +10,9 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ALMOST_NOTHING = 1 << 20  # bytes
 
+# In errors of gloo, NCCL and torch's store, in lower case. Most are plain RuntimeErrors.
+LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "communicator was aborted")
+
 CREDENTIALS = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (AWS_ENDPOINT_URL for other servers)",
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS",
@@ -21,6 +24,15 @@ CREDENTIALS = {
 def rank_prefix() -> str:
     """Which of several processes reports an error: the others are otherwise silent."""
     return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether torch could not reach another of several processes because that one has ended."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    of_torch = type(error).__module__ == "torch.distributed" or "gloo" in text or "nccl" in text
+    return of_torch and any(words in text for words in LOST_PEER)
 
 
 def describe_os_error(error: OSError, output: str | None = None) -> str:

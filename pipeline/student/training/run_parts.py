@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ from pipeline.student.validation.run_checks import CheckedRun
 
 # Trainer changes these in the configuration of a loaded model, which may be given again to resume.
 SET_BY_TRAINER = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+BY_LAYERS = "TRANSFORMER_BASED_WRAP"
+"""How FSDP divides a model by default."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
     adapted = None
     if config.lora is not None:
         adapted = attach(model, config.lora, base=_base_name(config), revision=config.revision, seed=arguments.seed)
+    if arguments.fsdp:
+        _check_sharded_layers(arguments.fsdp_config or {}, adapted or model)
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     caches = run.mix.caches if run.held_out is None else [*run.mix.caches, run.held_out]
@@ -157,3 +162,18 @@ def _base_name(config: TrainStudentConfig) -> str:
         return ""
     name = student.name_or_path if isinstance(student, PreTrainedModel) else model_name(student)
     return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
+def _check_sharded_layers(config: Mapping[str, Any], model: nn.Module) -> None:
+    """accelerate itself would miss them only after the old output was deleted."""
+    if str(config.get("auto_wrap_policy", BY_LAYERS)).upper() != BY_LAYERS:
+        return
+    usual = list(getattr(model, "_no_split_modules", None) or ())
+    wanted = config.get("transformer_layer_cls_to_wrap") or usual
+    there = {type(module).__name__ for module in model.modules()}
+    if missing := [name for name in wanted if name not in there]:
+        raise ConfigError(
+            f"`training_args`: transformer_layer_cls_to_wrap of fsdp_config: found {', '.join(missing)}, but the "
+            f"student has no such layer (it has {', '.join(each for each in usual if each in there) or 'others'}). "
+            "Correct it."
+        )

@@ -6,7 +6,7 @@ check_run ─▶ caches as datasets ─▶ student ─▶ DistillTrainer ─▶ 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from pipeline.student.training.output_directory import begin_output, check_conte
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
 from pipeline.student.training.run_record import record_of, record_seen
 from pipeline.student.training.trainer import DistillTrainer
-from pipeline.student.training.training_arguments import read_ahead
+from pipeline.student.training.training_arguments import read_ahead, trainer_errors
+from pipeline.student.validation.launch_environment import environment_restored
 from pipeline.student.validation.run_checks import CheckedRun, check_run
 
 
@@ -130,13 +131,16 @@ def _train_student(
 
     if arguments.process_index == 0 and run.resume_from is not None:
         follow_best(run.resume_from, config.output)
-    # The old output is deleted only now, when everything has been loaded.
-    PartialState().wait_for_everyone()
-    first = arguments.process_index == 0
-    with claimed(config.output) if first else nullcontext():
-        if first:
-            _begin(run, student, on_begin)
-        return _train_into_output(run, data, student, matching, teachers, on_stage, report)
+    with environment_restored(), ExitStack() as installed:
+        with trainer_errors():
+            trainer = installed.enter_context(_trainer(run, data, student, matching, report))
+        # The old output is deleted only now, when everything has been loaded and built.
+        PartialState().wait_for_everyone()
+        first = arguments.process_index == 0
+        with claimed(config.output) if first else nullcontext():
+            if first:
+                _begin(run, student, on_begin)
+            return _train_into_output(run, data, student, matching, teachers, on_stage, report, trainer, installed)
 
 
 def _begin(run: CheckedRun, student: RunStudent, on_begin: Callable[[], None]) -> None:
@@ -160,9 +164,12 @@ def _train_into_output(
     teachers: list[TeacherHead],
     on_stage: Callable[[str], None],
     report: _Report,
+    trainer: DistillTrainer,
+    installed: ExitStack,
 ) -> TrainSummary:
+    """Args: installed: removes what the trainer has put into the model, which is saved without it."""
     config, mix, budget, on_log = run.config, run.mix, run.budget, report.on_logs
-    with _trainer(run, data, student, matching, report) as trainer:
+    with installed:
         for teacher in teachers:
             teacher.share(student.head)
         if len(data.parts) > 1:

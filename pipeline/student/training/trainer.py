@@ -27,8 +27,8 @@ from pipeline.evaluation.metrics import Evaluation, sum_over
 from pipeline.losses import DistillLoss, HeadOutput
 from pipeline.models.head import Head, evaluating
 from pipeline.student.data.batches_ahead import BatchesAhead
-from pipeline.student.data.dataset import Batch, CacheDataset, to_device, without_loss_tokens
-from pipeline.student.data.mixed_dataset import Rows
+from pipeline.student.data.dataset import Batch, CacheDataset, LocalShuffle, to_device, without_loss_tokens
+from pipeline.student.data.mixed_dataset import MixedShuffle, Rows
 from pipeline.student.data.rank_sampler import DividedByPlace, share_of
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
 from pipeline.student.training.checkpoints import remove_old_checkpoints
@@ -110,10 +110,15 @@ class DistillTrainer(Trainer):
         model = model or head.model
         install_distillation_forward(model, head, loss, matching)
         self.batches = BatchesAhead(train_dataset, pinned=args.dataloader_pin_memory)
-        with _same_use_cache(head.model.config):
-            super().__init__(
-                model=model, args=args, train_dataset=self.batches, data_collator=self.batches.collate, **kwargs
-            )
+        try:
+            with _same_use_cache(head.model.config):
+                super().__init__(
+                    model=model, args=args, train_dataset=self.batches, data_collator=self.batches.collate, **kwargs
+                )
+        except BaseException:
+            if matching is not None:
+                matching.detach(head.model)
+            raise
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a step
         # Sums of this process, on the device so that adding does not wait: [loss, kl, ce, agreement, count, tokens].
         self._sums = torch.zeros(len(HeadOutput._fields) + 1, device=self.args.device)  # since the last log
@@ -195,6 +200,10 @@ class DistillTrainer(Trainer):
         self._check_finite(not any(self._reduce(bad[None])), "weights")
         step, limit = self.state.global_step, self.args.save_total_limit
         with saving(self.args.output_dir, step if self.args.should_save else None), _without_rotation(self.args):
+            if self.args.should_save:
+                # Before shards are written, Trainer looks whether this directory exists, to note the best checkpoint.
+                # A process that looks too early would load its shard of an earlier one.
+                Path(self.args.output_dir, f"checkpoint-{step}").mkdir(exist_ok=True)
             super()._save_checkpoint(*args, **kwargs)
         if limit is not None and limit > 0 and self.args.should_save:
             kept = {step} if self.state.best_global_step is None else {step, self.state.best_global_step}
@@ -319,6 +328,12 @@ class DistillTrainer(Trainer):
         for _ in range(batches - len(shares)):
             yield without_loss_tokens(batch or to_device(dataset.collate([dataset[0]]), self.args.device))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student as a whole, also if checkpoints are in shards: Trainer would save nothing."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.matching is not None and self.args.should_save:
             self.matching.save(
@@ -348,23 +363,30 @@ class DistillTrainer(Trainer):
         if processes == 1:
             # In the order of the windows, which a single reader needs one at a time. If rows were sorted, a step that
             # reaches into the next window would alternate between both, and the reader would decode them again.
-            return dataset.sampler(seed=seed, resample=self.resample)
-        return DividedByPlace(
-            dataset.sampler(seed=seed, resample=self.resample, multiple_of=processes * size),
-            rows=len(dataset),
-            processes=processes,
-            accumulation=self.args.gradient_accumulation_steps,
-            batch_size=size,
-        )
+            self._order: LocalShuffle | MixedShuffle | DividedByPlace = dataset.sampler(
+                seed=seed, resample=self.resample
+            )
+        else:
+            self._order = DividedByPlace(
+                dataset.sampler(seed=seed, resample=self.resample, multiple_of=processes * size),
+                rows=len(dataset),
+                processes=processes,
+                accumulation=self.args.gradient_accumulation_steps,
+                batch_size=size,
+            )
+        return self._order
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with contextlib.closing(self.batches):
             return super().train(*args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # Trainer does not reach the sampler of several processes in an epoch that is resumed after some batches: it
+        # would continue in the order of the first epoch.
+        self._order.set_epoch(epoch)
         # Trainer checks these only after a step: resumed from its last one, it would train another.
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _reduce(self, sums: Tensor) -> list[float]:
         """Sums over all processes."""

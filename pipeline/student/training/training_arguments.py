@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.options import options_of
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import default_arithmetic
 from pipeline.student.training.early_stopping import HIGHER_IS_BETTER
+from pipeline.student.validation.launch_environment import check_environment
 
 # Decided by the run itself; `training_args` may not set them.
 RESERVED = {
@@ -36,6 +38,7 @@ RESERVED = {
     "remove_unused_columns": "always false: the targets are columns",
     "train_sampling_strategy": "rows are shuffled so that each part of the cache is read once",
     "fp16": "use `bf16`: gradients divided by the tokens of a step underflow in float16 (see `training.arithmetic`)",
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "evaluations compute like training, see `bf16`"),
     "label_names": "the labels are in the cache",
     "label_smoothing_factor": "the loss is set by `kd_weight`, `divergence`, `temperature` and `tail`",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "use `compile`"),
@@ -59,6 +62,8 @@ LIMITS: dict[str, tuple[int, float]] = {
     "seed": (0, LARGEST_SEED),
     "data_seed": (0, LARGEST_SEED),
 }
+# How FSDP saves checkpoints: whole, or in one part per process.
+STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 # What building an optimizer or a schedule raises for arguments that it does not take or packages that are missing.
 NOT_BUILT = (TypeError, ValueError, ImportError, AttributeError, KeyError, RuntimeError)
 
@@ -128,6 +133,7 @@ def training_arguments(config: TrainStudentConfig, recorded: Mapping[str, Any] |
         values["activation_checkpointing"] = values.pop("gradient_checkpointing")
     # Set even where there is only a CPU: otherwise TrainingArguments refuses bfloat16, which CPUs support.
     values["use_cpu"] = config.device == "cpu" or values.get("use_cpu", False) or not torch.accelerator.is_available()
+    check_environment(values)
     _check_numbers(config, values)
     if config.eval_cache is not None:
         _check_checkpoints(config, values)
@@ -168,6 +174,11 @@ def _check_numbers(config: TrainStudentConfig, values: Mapping[str, Any]) -> Non
             raise ConfigError(f"{_where(config, name)} {found}: expected an integer, {limit}. Correct it.")
     if values.get("max_steps", -1) == 0:
         raise ConfigError(f"{_source(config)}: max_steps 0: expected 1 or more, or -1 for whole epochs. Correct it.")
+    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
+        raise ConfigError(
+            f"{_source(config)}: dataloader_persistent_workers: found no `dataloader_num_workers`, the processes that "
+            "it keeps. Set their number, or remove it."
+        )
     if config.eval_cache is None and values.get("eval_on_start"):
         raise ConfigError(f"{_source(config)}: eval_on_start: found no `eval_cache` to evaluate on. Remove it.")
 
@@ -263,6 +274,14 @@ def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) 
             f"{_source(config)}: deepspeed with ZeRO stage 3 gathers a weight only inside its module, but the fused "
             "loss reads the head outside of it. Use stage 2, or fsdp (docs/scaling.md)."
         )
+    if (
+        deepspeed is not None and deepspeed.mismatches
+    ):  # Trainer itself would say so only after the old output was deleted
+        found = "; ".join(each.removeprefix("- ") for each in deepspeed.mismatches)
+        raise ConfigError(
+            f"{_source(config)}: the deepspeed configuration (ds) differs from the options of the run (hf): {found}. "
+            "Set these values to auto."
+        )
     if config.compile and (arguments.fsdp or deepspeed is not None):
         raise ConfigError(f"{_source(config)}: fsdp and deepspeed cannot be combined with `compile`. Leave it out.")
     for name in ("split_batches", "dispatch_batches"):
@@ -271,6 +290,31 @@ def _check_accelerate(config: TrainStudentConfig, arguments: TrainingArguments) 
                 f"{_source(config)}: {name} of accelerator_config cannot be set: every process reads its own "
                 "batches, of adjacent rows. Remove it."
             )
+    if "num_steps" in (arguments.accelerator_config.gradient_accumulation_kwargs or {}):
+        raise ConfigError(
+            f"{_source(config)}: num_steps of gradient_accumulation_kwargs cannot be set: the length of the run is "
+            "computed from `gradient_accumulation_steps`. Use that."
+        )
+    sharding = arguments.fsdp_config if arguments.fsdp and arguments.fsdp_config else {}
+    state = sharding.get("state_dict_type", STATE_DICTS[0])
+    if str(state).upper() not in STATE_DICTS:
+        raise ConfigError(
+            f"{_source(config)}: state_dict_type {state} of fsdp_config: expected {' or '.join(STATE_DICTS)}. "
+            "Correct it."
+        )
+
+
+@contextmanager
+def trainer_errors() -> Iterator[None]:
+    """For arguments that only Trainer's constructor checks. Raises: ConfigError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"training arguments: Trainer cannot be built: {reason(error)}. Correct `training_args`."
+        ) from error
 
 
 def read_ahead(config: TrainStudentConfig, arguments: TrainingArguments) -> None:
@@ -309,7 +353,7 @@ def read_training_args(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
                 f"{file}: {name} is not an argument of transformers.TrainingArguments. "
                 + (f"Did you mean {near[0]}?" if near else "Remove it, or correct its spelling.")
             )
-    return dict(values)
+    return copy.deepcopy(dict(values))  # Trainer adds to nested ones
 
 
 def check_best_metric(config: TrainStudentConfig, arguments: TrainingArguments, metrics: Sequence[str]) -> None:

@@ -140,6 +140,40 @@ def test_unreadable_claim_is_somebody_s_until_it_is_old(directory):
     assert Claims(directory, stale_after_s=0.5).take("all") is None
 
 
+class SlowTouch:
+    """An object store: a touch reads the file and writes it, here with a long pause between the two."""
+
+    def __init__(self, directory: storage.Directory) -> None:
+        self.directory, self.reading, self.done = directory, threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.directory, name)
+
+    def touch(self, name: str) -> None:
+        data = self.directory.read_bytes(name)
+        self.reading.set()
+        time.sleep(0.3)
+        self.directory.fs.pipe_file(self.directory.full(name), data)
+        self.done.set()
+
+
+@pytest.mark.parametrize("end", ["release", "close"])
+def test_heartbeat_does_not_bring_a_released_claim_back(end: str) -> None:
+    slow = SlowTouch(open_directory(f"memory://claims-{uuid.uuid4().hex}"))
+    claims = Claims(slow, stale_after_s=0.1)  # type: ignore[arg-type]
+    assert claims.take("all") is None and slow.reading.wait(10)
+    claims.release("all") if end == "release" else claims.close()
+    assert slow.done.wait(10) and slow.directory.names(CLAIMS) == []
+    assert Claims(slow.directory).take("all") is None
+
+
+def test_no_heart_beats_after_close(directory) -> None:
+    claims = Claims(directory)
+    assert claims.take("all") is None
+    claims.close()
+    assert not claims._heart.is_alive()
+
+
 @pytest.mark.long
 def test_heart_keeps_a_claim_alive(directory):
     plant(directory, "all", **ELSEWHERE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.training_arguments import check_optimizer, training_arguments
+from pipeline.student.validation.launch_environment import environment_restored
 from runs import build_cache, train
 
 
@@ -50,6 +53,21 @@ def files(folder: Path) -> dict[str, bytes]:
         ({"ignore_data_skip": True}, {}, "ignore_data_skip cannot be set here"),
         ({"push_to_hub": True}, {}, "push_to_hub cannot be set here"),
         ({"parallelism_config": {"tp_size": 2}}, {}, "parallelism_config cannot be set here"),
+        ({"fp16_full_eval": True}, {}, "fp16_full_eval cannot be set here"),
+        ({"dataloader_persistent_workers": True}, {}, "found no `dataloader_num_workers`"),
+        ({"fsdp": True}, {}, "Trainer cannot be built: Using fsdp only works in distributed training"),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "NO_SUCH"}}, {}, "state_dict_type NO_SUCH of fsdp_config"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "Trainer cannot be built: "),
+        (
+            {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LamaDecoderLayer"]}},
+            {},
+            "found LamaDecoderLayer, but the student has no such layer (it has LlamaDecoderLayer)",
+        ),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            {},
+            "num_steps of gradient_accumulation_kwargs cannot be set: the length of the run is",
+        ),
     ],
 )
 def test_the_old_student_is_kept(
@@ -61,6 +79,66 @@ def test_the_old_student_is_kept(
         train(finished, cache, student=student_dir, overwrite=True, arguments=arguments, **options)
     assert words in str(raised.value) and "\n" not in str(raised.value)
     assert files(finished) == before
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, words",
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "ACCELERATE_MIXED_PRECISION=fp16: found in the environment"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"bf16": True}, "gradients would underflow. Use `bf16`"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "this run has no `bf16`. Give `bf16=True`"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "fp8: found in the environment"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, '{"fsdp": true, '),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, '{"deepspeed": "zero2.json"}'),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "Use `compile`"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "Use fsdp in `training_args`"),
+    ],
+)
+def test_what_accelerate_launch_sets_must_be_an_option(
+    finished: Path,
+    cache: Path,
+    student_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    arguments: dict[str, Any],
+    words: str,
+) -> None:
+    before = files(finished)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as raised:
+        train(finished, cache, student=student_dir, overwrite=True, max_steps=2, arguments=arguments)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("precision, options", [("no", {}), ("bf16", {"bf16": True}), ("no", {"bf16": True})])
+def test_what_accelerate_launch_sets_and_the_options_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, options: dict[str, Any]
+) -> None:
+    for name, value in {"MIXED_PRECISION": precision, "DYNAMO_BACKEND": "NO", "USE_CPU": "False"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    config = TrainStudentConfig(cache="c", student="s", output=str(tmp_path / "o"), device="cpu", **options)
+    arguments = training_arguments(config)
+    expected = "bf16" if options else "no"
+    assert arguments.mixed_precision == expected and arguments.bf16 == bool(options)
+
+
+def test_given_arguments_stay_as_they_are(tmp_path: Path) -> None:
+    given = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+    before = copy.deepcopy(given)
+    config = TrainStudentConfig(cache="c", student="s", output=str(tmp_path / "o"), device="cpu", training_args=given)
+    assert training_arguments(config).fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+    assert given == before
+
+
+def test_accelerates_marks_do_not_reach_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    before = dict(os.environ)
+    with environment_restored():
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -47,6 +48,8 @@ def watched(plain: Callable[..., Any], seen: list[list[int]]) -> Callable[..., A
 
 CASES = {"one cache": ("chats",), "a mixture": ("chats:0.6", "text:0.4")}
 LAST, KEPT_BY_ONE, KEPT_BY_TWO = 13, 4, 9
+# Runs of two processes: which run they continue, and from which step.
+CONTINUED = {"two": ("whole", KEPT_BY_ONE), "later": ("whole", KEPT_BY_TWO), "again": ("two", KEPT_BY_TWO)}
 
 
 def cut(source: Path, target: Path, step: int) -> Path:
@@ -59,25 +62,26 @@ def cut(source: Path, target: Path, step: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(teacher_dir: Path, student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole: an uninterrupted run of one process; two: continued from its step 4 by two processes."""
+    """whole: an uninterrupted run of one process; the others: of two processes, as in CONTINUED."""
     folder = tmp_path_factory.mktemp("elsewhere")
     write_jsonl(folder / "chats.jsonl", conversations(14))
     (folder / "text.txt").write_text(english(14, seed=5))
     for name, file in (("chats", "chats.jsonl"), ("text", "text.txt")):
         build_cache(folder / name, teacher_dir, folder / file, rows_per_shard=8)
     (folder / "arguments.json").write_text(json.dumps({**SGD, "learning_rate": 0.3, "save_total_limit": 20}))
-    jobs = []
     for case in CASES:
-        whole = config(folder, student_dir, case, "whole", batch_size=4)
-        train_student(TrainStudentConfig(**whole))
-        two = cut(folder / f"{case} whole", folder / f"{case} two", KEPT_BY_ONE)
-        job = config(folder, student_dir, case, "two", batch_size=2, resume=True)
-        jobs.append({**job, "output": str(two)})
-        # A step with another number of rows is refused.
-        for words in jobs[-1], {**jobs[-1], "batch_size": 8}:
-            with pytest.raises(cf.MismatchError, match=r"a step had 8 rows, has (4|16): `batch_size`"):
-                train_student(TrainStudentConfig(**words))
-    on_processes(2, rank, jobs)
+        train_student(TrainStudentConfig(**config(folder, student_dir, case, "whole", batch_size=4)))
+    for names in ("two", "later"), ("again",):
+        jobs = []
+        for case, name in itertools.product(CASES, names):
+            source, step = CONTINUED[name]
+            cut(folder / f"{case} {source}", folder / f"{case} {name}", step)
+            jobs.append(config(folder, student_dir, case, name, batch_size=2, resume=True))
+            # A step with another number of rows is refused.
+            for words in jobs[-1], {**jobs[-1], "batch_size": 8}:
+                with pytest.raises(cf.MismatchError, match=r"a step had 8 rows, has (4|16): `batch_size`"):
+                    train_student(TrainStudentConfig(**words))
+        on_processes(2, rank, jobs)
     return folder
 
 
@@ -96,15 +100,18 @@ def config(folder: Path, student: Path, case: str, name: str, **options: Any) ->
     }
 
 
+@pytest.mark.parametrize("name", CONTINUED)
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_continue_a_run_of_one(folder: Path, student_dir: Path, case: str):
-    whole, two = weights(folder / f"{case} whole"), weights(folder / f"{case} two")
-    kept = weights(folder / f"{case} whole/checkpoint-{KEPT_BY_ONE}")
+def test_two_processes_continue_a_run(folder: Path, case: str, name: str):
+    whole, two = weights(folder / f"{case} whole"), weights(folder / f"{case} {name}")
+    source, step = CONTINUED[name]
+    kept = weights(folder / f"{case} {source}/checkpoint-{step}")
     assert distance(whole, kept) > 0.01 and distance(whole, two) < 2e-6
 
 
+@pytest.mark.parametrize("name", CONTINUED)
 @pytest.mark.parametrize("case", CASES)
-def test_each_step_has_the_rows_of_an_uninterrupted_run(folder: Path, case: str):
+def test_each_step_has_the_rows_of_an_uninterrupted_run(folder: Path, case: str, name: str):
     mix = open_mix([f"{folder}/{each}" for each in CASES[case]])
     parts = [CacheDataset(cache) for cache in mix.caches]
     dataset = parts[0] if len(parts) == 1 else MixedDataset(parts, [each.rows for each in mix.portions])
@@ -115,11 +122,12 @@ def test_each_step_has_the_rows_of_an_uninterrupted_run(folder: Path, case: str)
         rows = list(sampler)
         order += [rows[i : i + 8] for i in range(0, len(rows), 8)]
     per_epoch = len(order) // 4
-    assert KEPT_BY_ONE % per_epoch and KEPT_BY_TWO % per_epoch and LAST > 2 * per_epoch
-    ranks = [json.loads((folder / f"{case} two-rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert KEPT_BY_ONE % per_epoch and KEPT_BY_TWO % per_epoch and KEPT_BY_TWO > per_epoch and LAST > 2 * per_epoch
+    ranks = [json.loads((folder / f"{case} {name}-rank-{rank}.json").read_text()) for rank in (0, 1)]
     micro = list(zip(*(each["seen"] for each in ranks), strict=True))
     batches = iter(micro)
-    for step in range(KEPT_BY_ONE, LAST):
+    source, first = CONTINUED[name]
+    for step in range(first, LAST):
         wanted = order[step]
         parts = [[], []]
         while len(parts[0] + parts[1]) < len(wanted):
@@ -130,7 +138,8 @@ def test_each_step_has_the_rows_of_an_uninterrupted_run(folder: Path, case: str)
         places = [[index % len(dataset) for index in part] for part in parts]
         assert places[0] + places[1] == sorted(places[0] + places[1])  # each process has adjacent rows
     for each in ranks:
-        assert any("was written by 1 process, and 2 continue" in warning for warning in each["warnings"])
+        found = [warning for warning in each["warnings"] if "was written by 1 process, and 2 continue" in warning]
+        assert bool(found) == (source == "whole")
 
 
 @pytest.mark.parametrize("case", CASES)

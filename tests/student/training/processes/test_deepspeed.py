@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.student.train_config import TrainStudentConfig
+from pipeline.student.training.training_arguments import training_arguments
 from runs import SGD, build_cache, distance, log_history, on_two_processes, train, weights
 from tiny import conversations, write_jsonl
 
@@ -61,6 +63,19 @@ def test_two_processes_with_zero_2_give_the_weights_of_one(
     for entry, other in zip(log_history(tmp_path / "one"), log_history(tmp_path / "two"), strict=True):
         for name in {"loss", "kl", "ce", "agreement", "eval_kl", "eval_ce", "eval_loss"} & entry.keys():
             assert other[name] == pytest.approx(entry[name], rel=2e-6), (entry["step"], name)
+
+
+@pytest.mark.parametrize("changes", [{"fp16": {"enabled": True}}, {"train_micro_batch_size_per_gpu": 7}])
+def test_values_that_the_options_do_not_have_are_refused(tmp_path: Path, changes: dict[str, Any]):
+    pytest.importorskip("deepspeed")
+    config = TrainStudentConfig(
+        cache="c", student="s", output=str(tmp_path), device="cpu", training_args={"deepspeed": zero2(**changes)}
+    )
+    with pytest.raises(
+        ConfigError, match="the deepspeed configuration .* differs from the options of the run"
+    ) as raised:
+        training_arguments(config)
+    assert next(iter(changes)) in str(raised.value)
 
 
 def test_missing_deepspeed_is_named_in_the_error(teacher_dir: Path, student_dir: Path, tmp_path: Path):

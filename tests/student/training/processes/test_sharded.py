@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.student.training import forward
 from runs import SGD, build_cache, distance, log_history, train, weights
 from tiny import LONGROPE, conversations, english, tiny_llama, write_jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def shard_on_a_cpu() -> None:
@@ -59,6 +60,7 @@ def rank(output: Path, cache: Path, *, sharded: bool, **options: Any) -> None:
 
 
 PROCESSES = {"four": 4, "sharded": 2, "sharded-untied": 2, "sharded-lora": 2, "sharded-lora-head": 2}
+PROCESSES |= {"sharded-checkpoints": 2}  # each process saves its shard
 ADAPTERS = {
     "sharded-lora": {"lora_rank": 4, "merge_adapter": True},
     "sharded-lora-head": {"lora_rank": 4, "lora_head": True},  # uses the model's own head; saved as an adapter
@@ -88,7 +90,10 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
             train(one(folder, name), cache, student=student, batch_size=4,
                   arguments=plain, **adapter, **options)  # fmt: skip
         file = folder / f"{name}.json"
-        file.write_text(json.dumps({**plain, **(fsdp if "sharded" in name else {})}))
+        own = fsdp if "sharded" in name else {}
+        if name == "sharded-checkpoints":
+            own = {**fsdp, "fsdp_config": {**fsdp["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
+        file.write_text(json.dumps({**plain, **own}))
         given = {**options, **adapter, "training_args": str(file), "batch_size": 4 // processes}
         given |= {"student": student, "sharded": "sharded" in name}
         on_processes(processes, rank, folder / name, cache, **given)
@@ -97,7 +102,7 @@ def runs(teacher_dir: Path, student_dir: Path, tokenizer, tmp_path_factory: pyte
 
 def one(runs: Path, name: str) -> Path:
     """The run of one process with the same options."""
-    return runs / f"one-{name.removeprefix('sharded').removeprefix('four').strip('-')}"
+    return runs / f"one-{name.removeprefix('sharded').removeprefix('four').removesuffix('checkpoints').strip('-')}"
 
 
 def all_weights(directory: Path) -> dict:
@@ -141,3 +146,21 @@ def test_sharded_student_is_saved_complete(runs: Path):
     result = evaluate(EvaluateConfig(cache=str(runs / "held-out"), student=str(runs / "sharded"), device="cpu"))
     last = [entry for entry in log_history(one(runs, "sharded")) if "eval_kl" in entry]
     assert min(abs(result.kl - entry["eval_kl"]) for entry in last) < 1e-5
+
+
+def test_checkpoints_in_shards_are_resumed(runs: Path, student_dir: Path):
+    saved, resumed = runs / "sharded-checkpoints", runs / "resumed"
+    shutil.copytree(saved / "checkpoint-2", resumed / "checkpoint-2")
+    assert not (resumed / "checkpoint-2/model.safetensors").exists()
+    record = json.loads(Path(shutil.copy(saved / "distill_config.json", resumed)).read_text())
+    given = {name: record["config"][name] for name in record["given"]}
+    given |= {
+        "sharded": True,
+        "student": student_dir,
+        "resume": True,
+        "training_args": str(runs / f"{saved.name}.json"),
+    }
+    for name in ("cache", "output", "device"):
+        del given[name]
+    on_processes(2, rank, resumed, runs / "cache", **given)
+    assert distance(all_weights(saved), all_weights(resumed)) < 2e-6
