@@ -69,18 +69,9 @@ def _help(declared: Option) -> str:
 
 
 def _config(config: type, config_file: str | os.PathLike[str] | None, given: dict[str, Any]) -> Any:
-    named = {name: _plain(value) for name, value in given.items() if value is not None}
+    named = {name: value for name, value in given.items() if value is not None}
     values = {} if config_file is None else read_config(str(config_file), config, named)
     return build(config, {**values, **named})
-
-
-def _plain(value: Any) -> Any:
-    """Paths as strings, several of them as a tuple; everything else as it is."""
-    if hasattr(value, "__fspath__"):
-        return str(value)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) or hasattr(item, "__fspath__") for item in value):
-        return tuple(str(item) for item in value)
-    return value
 
 
 @_takes_options(CacheTeacherConfig)

@@ -84,6 +84,7 @@ def import_cache(
     for warning in _warnings(config, reader, survey):
         on_warning(warning)
 
+    record = _config_record(config)
     if config.overwrite:
         cf.remove_cache(config.output)
     documents = _documents_file(config, survey)
@@ -101,7 +102,7 @@ def import_cache(
         allow_finished=True,
         allow_rounding=finished is not None,  # nothing is written with other libraries
     ) as writer:
-        _save_config(config)
+        _save_config(config.output, record)
         if documents is not None:
             cf.write_documents(config.output, documents)
         if writer.begin_shard() is not None:
@@ -220,12 +221,16 @@ def _warnings(config: ImportConfig, reader: Reader, survey: Survey) -> list[str]
     return warnings
 
 
-def _save_config(config: ImportConfig) -> None:
-    """Writes distill_config.json, which names the options that made the cache, unless it is there."""
-    directory = open_directory(config.output)
-    if CONFIG_FILE in directory.names():
-        return
+def _config_record(config: ImportConfig) -> bytes:
+    """The contents of distill_config.json, which name the options that made the cache."""
     options = {name: value for name, value in flat(config).items() if name not in NOT_SAVED}
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
-    write_bytes(directory, CONFIG_FILE, (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode())
+    return (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _save_config(output: str, record: bytes) -> None:
+    """Writes distill_config.json, unless it is there."""
+    directory = open_directory(output)
+    if CONFIG_FILE not in directory.names():
+        write_bytes(directory, CONFIG_FILE, record)

@@ -46,7 +46,7 @@ from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.hidden_targets import describe_head
 from pipeline.teacher.writing.cache_metadata import cache_metadata, stored_positions
-from pipeline.teacher.writing.saved_config import save_config
+from pipeline.teacher.writing.saved_config import config_record, save_config
 from pipeline.teacher.writing.shard_sizes import as_begun
 from pipeline.teacher.writing.workers import check_output, this_worker
 
@@ -101,6 +101,7 @@ def cache_teacher(
         states = "" if metadata.hidden is None else f", {_describe_states(metadata.hidden, config, corpus)}"
         states += describe_head(stored_head, engine.vocab_size)
         on_stage(f"caching {quantity(len(corpus), 'row')}, {quantity(corpus.num_tokens, 'token')}{states}")
+        record = config_record(config)
         if config.overwrite and not worker.follows:
             # Not earlier: text and teacher have now been read successfully.
             cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
@@ -110,7 +111,7 @@ def cache_teacher(
             config.output, metadata, tokenizer_files(tokenizer), on_stage, device, **options
         ) as writer:
             if not worker.follows:
-                save_config(config)
+                save_config(config.output, record)
                 if corpus.documents_file is not None:
                     cf.write_documents(config.output, corpus.documents_file)
             for holder in writer.taken_over:

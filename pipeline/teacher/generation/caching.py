@@ -22,7 +22,7 @@ from pipeline.teacher.generation.kept_answers import AnswerCorpus, KeptAnswers
 from pipeline.teacher.opening import row_request
 from pipeline.teacher.progress import CaptureProgress
 from pipeline.teacher.writing.cache_metadata import cache_metadata
-from pipeline.teacher.writing.saved_config import save_config
+from pipeline.teacher.writing.saved_config import config_record, save_config
 from pipeline.teacher.writing.shard_sizes import SHARD_TOKENS, as_begun, rows_together
 from pipeline.teacher.writing.workers import Worker
 
@@ -53,12 +53,13 @@ def cache_answers(
         per_shard = SHARD_TOKENS * len(corpus) // corpus.num_tokens // together * together
         grouped = replace(config, rows_per_shard=max(together, per_shard))
     metadata = cache_metadata(grouped, corpus, engine, tokenizer_fingerprint(tokenizer))
+    record = config_record(config)
     if config.overwrite:
         # Not earlier: only now is there something to replace it.
         cf.remove_cache(config.output, stale_after_s=config.workers.stale_after)
     metadata = as_begun(config, metadata)
     with worker.open_writer(config.output, metadata, tokenizer_files(tokenizer), on_stage, device) as writer:
-        save_config(config)
+        save_config(config.output, record)
         cf.write_answers(config.output, corpus.kept.lines())
         if corpus.documents_file is not None:
             cf.write_documents(config.output, corpus.documents_file)

@@ -11,16 +11,12 @@ from pipeline.teacher.cache_config import CacheTeacherConfig
 from pipeline.teacher.writing.worker_config import PROCESSES
 
 
-def save_config(config: CacheTeacherConfig) -> None:
-    """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
-    cache is without it.
+def config_record(config: CacheTeacherConfig) -> bytes:
+    """The contents of the file; made before an old cache is removed, so that nothing is lost if they cannot be.
 
-    It leaves out the output and which process wrote what, so that every run with the same settings writes the same
+    They leave out the output and which process wrote what, so that every run with the same settings writes the same
     bytes; text given as an object, which no file can hold; and what is not repeated.
     """
-    directory = open_directory(config.output)
-    if CONFIG_FILE in directory.names():
-        return
     declared = options_of(CacheTeacherConfig)
     options = {
         name: value
@@ -33,9 +29,17 @@ def save_config(config: CacheTeacherConfig) -> None:
         options.pop("data", None)
     if not isinstance(config.tokenizer, str):
         options.pop("tokenizer", None)
-    contents = json.dumps({"config": options}, indent=2, sort_keys=True) + "\n"
+    return (json.dumps({"config": options}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def save_config(output: str, record: bytes) -> None:
+    """Writes the file into a cache that has been begun, unless it is there. Before the manifest, so that no finished
+    cache is without it."""
+    directory = open_directory(output)
+    if CONFIG_FILE in directory.names():
+        return
     try:
-        write_bytes(directory, CONFIG_FILE, contents.encode())
+        write_bytes(directory, CONFIG_FILE, record)
     except FileNotFoundError:
         # Another worker finished the cache, which removes temporary files. It had written this file before.
         if CONFIG_FILE not in directory.names():
