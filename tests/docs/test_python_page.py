@@ -32,6 +32,7 @@ def test_the_loop_computes_the_kl_of_a_row_of_several_documents(
     exec(loop.replace('tail="sampled"', 'tail="bucket"'), names)  # `evaluate` computes this for any targets
     expected = distill.evaluate(cache, tmp_path / "models/student", device="cpu").kl
     assert names["loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert names["fused"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_table_of_functions_names_their_parameters() -> None:

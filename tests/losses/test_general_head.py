@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_fused import PADDING, D, K, N, Problem, V, every_tail, every_temperature, gradients
-from test_losses import sample_row
+from test_row_targets import sample_row
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config
