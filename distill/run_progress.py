@@ -71,16 +71,18 @@ class Reporter:
 
 @contextlib.contextmanager
 def quiet(*models: Any) -> Iterator[None]:
-    """No progress bars of transformers inside the block; the training mode of loaded models is restored afterwards."""
+    """No progress bars of transformers inside the block; loaded models are as before afterwards (`lent`)."""
     from transformers.utils import logging as transformers_logging
 
-    loaded = [(model, model.training) for model in models if hasattr(model, "training")]
+    from pipeline.models.loading import lent
+
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(lent(model))
+            yield
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
-        for model, training in loaded:
-            model.train(training)

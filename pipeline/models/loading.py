@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +36,8 @@ from pipeline.models.devices.placement import (
     parse_device_map,
     place_of,
 )
+from pipeline.models.head import evaluating
+from pipeline.models.isolation.document_attention import forget_documents
 from pipeline.models.objective import NAMES, Objective, auto_class
 from pipeline.models.paths import TOKENIZER_FILES, adapter_source, locate_model
 
@@ -43,6 +45,8 @@ Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, o
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
+# Attributes by which transformers turns on gradient checkpointing, of modules and of the whole model.
+CHECKPOINTING, EMBEDDINGS_HOOK = "gradient_checkpointing", "_require_grads_hook"
 # Parts of a configuration that do not change what a language model computes.
 NOT_FINGERPRINTED = {"architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
 
@@ -264,6 +268,31 @@ def _prepared(
     except (ValueError, NotImplementedError, RuntimeError) as error:  # a quantised model, or one without values
         asked = " and ".join(f"`{option}` {value}" for option, value in changes.items()).replace("torch.", "")
         raise ConfigError(f"{asked}: {name} cannot be converted: {reason(error)}. Leave it out.") from error
+
+
+@contextlib.contextmanager
+def lent(model: object) -> Iterator[None]:
+    """A loaded model is its caller's: after the block it is as before, except for its weights and where they are.
+
+    Restored are the mode of every module, attention, what is trainable, and gradient checkpointing.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
+    recomputing = [(each, each.gradient_checkpointing) for each in model.modules() if hasattr(each, CHECKPOINTING)]
+    hooked = getattr(model, EMBEDDINGS_HOOK, None)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        forget_documents(model)
+        for weight, before in trainable:
+            weight.requires_grad_(before)
+        for module, before in recomputing:
+            module.gradient_checkpointing = before
+        if hooked is None and getattr(model, EMBEDDINGS_HOOK, None) is not None:
+            model.disable_input_require_grads()
 
 
 def _is_spread(model: PreTrainedModel) -> bool:

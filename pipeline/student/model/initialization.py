@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +95,6 @@ def _check_loadable(model: PreTrainedModel, name: str, objective: Objective) -> 
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Excludes the token embeddings from training, and with them a tied head, which is the same tensor."""
     model.get_input_embeddings().requires_grad_(False)
-
-
-@contextmanager
-def embeddings_unfrozen_after(model: PreTrainedModel) -> Iterator[None]:
-    """At the end, token embeddings are trainable if they were before."""
-    before = [(weight, weight.requires_grad) for weight in model.get_input_embeddings().parameters()]
-    try:
-        yield
-    finally:
-        for weight, trainable in before:
-            weight.requires_grad_(trainable)
 
 
 def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:
