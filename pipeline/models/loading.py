@@ -138,11 +138,12 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
     tensor_parallel: bool = False,
+    convert: bool = False,
 ) -> PreTrainedModel:
     """A language model in evaluation mode; an adapter is merged into its base model.
 
-    A model that is given as an object is returned itself. It is moved or converted only for an explicit `device` or
-    `dtype`. The caller restores its mode.
+    A model that is given as an object is returned itself. It is moved only for an explicit `device`. The caller
+    restores its mode.
 
     Args:
         objective: what the model was trained to predict; decides the class that it is loaded as.
@@ -151,6 +152,7 @@ def load_model(
         device: None is the CPU and "auto" the first accelerator there is; both leave an object where it is.
         device_map: spread the model over devices, CPU and disk: a strategy of accelerate, or a JSON file.
         tensor_parallel: split every layer over the processes of torchrun.
+        convert: whether an object is converted to another `dtype` in place, instead of being refused.
 
     Raises:
         ModelError: it cannot be found or read, or is not a language model of this kind.
@@ -164,6 +166,8 @@ def load_model(
                 f"{option}: {name} is loaded already, expected a model to load. Leave the option out, or give the "
                 "model's name or path."
             )
+        if not convert and dtype != "auto":
+            _check_dtype(model, name, dtype)
         return _prepared(model, name, objective, dtype, None if device == "auto" else device)
     device = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
     base, its_revision = adapter_source(name)
@@ -241,6 +245,19 @@ def _check_available(place: str, error: BaseException) -> None:
             f"{place}: neither a local directory nor a model that the hub can provide: {reason(error)}. Check the "
             "spelling and the network; a private model needs a login."
         ) from error
+
+
+def _check_dtype(model: PreTrainedModel, name: str, dtype: str) -> None:
+    """Raise ConfigError if a loaded model is in another dtype: converting it would change the weights of its owner for
+    good, and converting them back would not restore them."""
+    wanted = resolve_dtype(dtype, torch.device("cpu"))
+    for tensor in model.parameters():
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"`dtype` {dtype}: {name} is loaded already, in {found}, and is used as it is. Leave it out, or load "
+                f"the model with dtype=torch.{dtype}."
+            )
 
 
 def _prepared(
