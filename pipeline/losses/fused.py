@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,8 +60,8 @@ def fused_head_loss(
     bias: Tensor | None,
     targets: Targets | SparseTargets,
     *,
-    labels: ArrayLike | None = None,
-    loss_mask: ArrayLike | None = None,
+    labels: Tensor | np.ndarray | None = None,
+    loss_mask: Tensor | np.ndarray | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",

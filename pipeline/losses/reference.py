@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.special import entr
 
@@ -33,8 +33,8 @@ def sparse_kl(
     student_logits: Tensor,
     targets: SparseTargetBatch | SparseTargets,
     *,
-    labels: ArrayLike | None = None,
-    loss_mask: ArrayLike | None = None,
+    labels: Tensor | np.ndarray | None = None,
+    loss_mask: Tensor | np.ndarray | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",

@@ -23,7 +23,6 @@ from typing import ClassVar, overload
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cache_format import CacheRow, SparseTargets
@@ -159,8 +158,8 @@ class SparseTargetBatch(TargetEntries):
         cls,
         targets: SparseTargets,
         *,
-        labels: ArrayLike | None = None,
-        loss_mask: ArrayLike | None = None,
+        labels: Tensor | np.ndarray | None = None,
+        loss_mask: Tensor | np.ndarray | None = None,
         temperature: float = 1.0,
     ) -> SparseTargetBatch:
         """One row's targets as read from a cache, with labels if the loss needs them.
@@ -297,22 +296,25 @@ class RaggedTargets(PositionTensors):
 @overload
 def batch_of(
     targets: SparseTargetBatch | SparseTargets,
-    labels: ArrayLike | None,
-    loss_mask: ArrayLike | None,
+    labels: Tensor | np.ndarray | None,
+    loss_mask: Tensor | np.ndarray | None,
     temperature: float = ...,
 ) -> SparseTargetBatch: ...
 
 
 @overload
 def batch_of(
-    targets: Targets | SparseTargets, labels: ArrayLike | None, loss_mask: ArrayLike | None, temperature: float = ...
+    targets: Targets | SparseTargets,
+    labels: Tensor | np.ndarray | None,
+    loss_mask: Tensor | np.ndarray | None,
+    temperature: float = ...,
 ) -> Targets: ...
 
 
 def batch_of(
     targets: Targets | SparseTargets,
-    labels: ArrayLike | None,
-    loss_mask: ArrayLike | None,
+    labels: Tensor | np.ndarray | None,
+    loss_mask: Tensor | np.ndarray | None,
     temperature: float = 1.0,
 ) -> Targets:
     """The targets of a loss from what its caller gives, labels and loss mask of any shape.
