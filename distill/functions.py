@@ -68,10 +68,11 @@ def _help(declared: Option) -> str:
     return text if declared.metadata.default_text is None else f"{text} Default: {declared.metadata.default_text}."
 
 
-def _config(config: type, config_file: str | os.PathLike[str] | None, given: dict[str, Any]) -> Any:
+def _config(config: type, config_file: str | os.PathLike[str] | None, given: dict[str, Any], **otherwise: Any) -> Any:
+    """A configuration from keyword arguments, which override the file, which overrides `otherwise`."""
     named = {name: value for name, value in given.items() if value is not None}
     values = {} if config_file is None else read_config(str(config_file), config, named)
-    return build(config, {**values, **named})
+    return build(config, {**otherwise, **values, **named})
 
 
 @_takes_options(CacheTeacherConfig)
@@ -130,7 +131,7 @@ def cache_teacher(
 def plan(
     teacher: Any = None,
     data: Any = None,
-    output: str | os.PathLike[str] = ".",
+    output: str | os.PathLike[str] | None = None,
     *,
     rows: int | None = None,
     cost_per_hour: float | None = None,
@@ -142,6 +143,7 @@ def plan(
 
     Args:
         teacher, data, output, config, on_progress: as in `cache_teacher`; `output` tells where the cache will be.
+            Default: that of `config`, or the current directory.
         rows: number of rows to run, spread over the text. Default: about 32,768 tokens.
         cost_per_hour: price of this machine, in any currency.
 
@@ -149,7 +151,8 @@ def plan(
     """
     from pipeline.teacher.plan import plan_cache
 
-    run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
+    given = {"teacher": teacher, "data": data, "output": output, **options}
+    run = _config(CacheTeacherConfig, config, given, output=".")
     report = Reporter(on_progress)
     with quiet(teacher):
         return plan_cache(

@@ -70,8 +70,31 @@ class Reporter:
 
 
 @contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The caller's random generators go on after the block as if it had drawn nothing: a run sets their seeds."""
+    import random
+
+    import numpy as np
+    import torch
+
+    python, numpy, cpu, seed = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():  # by the run; until then, it had the seed of the CPU
+            torch.cuda.manual_seed_all(seed)
+
+
+@contextlib.contextmanager
 def quiet(*models: Any) -> Iterator[None]:
-    """No progress bars of transformers inside the block; loaded models are as before afterwards (`lent`)."""
+    """No progress bars of transformers inside the block; loaded models (`lent`) and random generators are as before
+    afterwards."""
     from transformers.utils import logging as transformers_logging
 
     from pipeline.models.loading import lent
@@ -80,6 +103,7 @@ def quiet(*models: Any) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state_kept())
             for model in models:
                 stack.enter_context(lent(model))
             yield
