@@ -121,6 +121,7 @@ def steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # mypy reads torch and transformers
 def test_a_type_checker_knows_what_functions_return(environment: Path, elsewhere):
     directory, variables = elsewhere
     (directory / "script.py").write_text(TYPED)
