@@ -67,19 +67,11 @@ def _help(declared: Option) -> str:
     return text if declared.metadata.default_text is None else f"{text} Default: {declared.metadata.default_text}."
 
 
-def _config(config: type, config_file: str | os.PathLike[str] | None, given: dict[str, Any]) -> Any:
-    named = {name: _plain(value) for name, value in given.items() if value is not None}
+def _config(config: type, config_file: str | os.PathLike[str] | None, given: dict[str, Any], **otherwise: Any) -> Any:
+    """A configuration from keyword arguments, which override the file, which overrides `otherwise`."""
+    named = {name: value for name, value in given.items() if value is not None}
     values = {} if config_file is None else read_config(str(config_file), config, named)
-    return build(config, {**values, **named})
-
-
-def _plain(value: Any) -> Any:
-    """Paths as strings, several of them as a tuple; everything else as it is."""
-    if hasattr(value, "__fspath__"):
-        return str(value)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) or hasattr(item, "__fspath__") for item in value):
-        return tuple(str(item) for item in value)
-    return value
+    return build(config, {**otherwise, **values, **named})
 
 
 @_takes_options(CacheTeacherConfig)
@@ -137,7 +129,7 @@ def cache_teacher(
 def plan(
     teacher: Any = None,
     data: Any = None,
-    output: str | os.PathLike[str] = ".",
+    output: str | os.PathLike[str] | None = None,
     *,
     rows: int | None = None,
     cost_per_hour: float | None = None,
@@ -149,6 +141,7 @@ def plan(
 
     Args:
         teacher, data, output, config, on_progress: as in `cache_teacher`; `output` tells where the cache will be.
+            Default: that of `config`, or the current directory.
         rows: number of rows to run, spread over the text. Default: about 32,768 tokens.
         cost_per_hour: price of this machine, in any currency.
 
@@ -156,7 +149,8 @@ def plan(
     """
     from pipeline.teacher.plan import plan_cache
 
-    run = _config(CacheTeacherConfig, config, {"teacher": teacher, "data": data, "output": output, **options})
+    given = {"teacher": teacher, "data": data, "output": output, **options}
+    run = _config(CacheTeacherConfig, config, given, output=".")
     report = Reporter(on_progress)
     with quiet(teacher):
         return plan_cache(

@@ -70,17 +70,43 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def quiet(*models: Any) -> Iterator[None]:
-    """No progress bars of transformers inside the block; the training mode of loaded models is restored afterwards."""
-    from transformers.utils import logging as transformers_logging
+def random_state_kept() -> Iterator[None]:
+    """The caller's random generators go on after the block as if it had drawn nothing: a run sets their seeds."""
+    import random
 
-    loaded = [(model, model.training) for model in models if hasattr(model, "training")]
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    import numpy as np
+    import torch
+
+    python, numpy, cpu, seed = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():  # by the run; until then, it had the seed of the CPU
+            torch.cuda.manual_seed_all(seed)
+
+
+@contextlib.contextmanager
+def quiet(*models: Any) -> Iterator[None]:
+    """No progress bars of transformers inside the block; loaded models (`lent`) and random generators are as before
+    afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    from pipeline.models.loading import lent
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state_kept())
+            for model in models:
+                stack.enter_context(lent(model))
+            yield
+    finally:
         if enabled:
             transformers_logging.enable_progress_bar()
-        for model, training in loaded:
-            model.train(training)

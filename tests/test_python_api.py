@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_format as cf
@@ -186,6 +189,52 @@ def test_plan_and_verify(made: Path, teacher_dir: Path, student_dir: Path, text_
     (tmp_path / "check.toml").write_text(f'against_teacher = "{teacher_dir}"\nrows = 3\ndevice = "cpu"\n')
     found = distill.verify(made / "cache", config=tmp_path / "check.toml", rows=1)
     assert found.ok and found.teacher is not None and found.teacher.rows == 1
+
+
+def test_plan_takes_the_output_of_a_file(
+    teacher_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("pipeline.teacher.plan._free_bytes", asked.append)
+    options = {"rows": 2, "top_k": 8, "sample_by": "line", **SMALL}
+    (tmp_path / "run.toml").write_text(f'teacher = "{teacher_dir}"\ndata = "{text_file}"\noutput = "there"\n')
+    distill.plan(config=tmp_path / "run.toml", **options)
+    distill.plan(config=tmp_path / "run.toml", output="elsewhere", **options)
+    distill.plan(teacher_dir, text_file, **options)
+    assert asked == ["there", "elsewhere", "."]
+
+
+def test_random_generators_go_on_as_if_nothing_had_run(made: Path, student_dir: Path, tmp_path: Path) -> None:
+    def draws() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def seed() -> None:
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    seed()
+    expected = [draws(), draws()]
+    seed()
+    found = [draws()]
+    options: dict[str, Any] = {"max_steps": 1, "device": "cpu", "student_random": True}
+    distill.train_student(made / "cache", student_dir, tmp_path / "student", **options)
+    distill.evaluate(made / "cache", tmp_path / "student", max_rows=2, device="cpu")
+    assert [*found, draws()] == expected
+    with pytest.raises(distill.ConfigError):
+        distill.train_student(made / "cache", student_dir, tmp_path / "student", **options)
+
+
+def test_a_tied_head_is_not_reported_as_missing(
+    made: Path, tmp_path: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
+    student = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    options: dict[str, Any] = {"max_steps": 2, "eval_steps": 1, "device": "cpu", "eval_cache": made / "cache"}
+    run = distill.train_student(made / "cache", student, tmp_path / "student", **options)
+    assert run.best_step is not None and said == []
 
 
 @pytest.mark.parametrize(

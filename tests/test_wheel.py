@@ -84,7 +84,8 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path):
     # The normative page of the format travels with the code that implements it.
     template = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/evaluation/report/template").iterdir()}
     assert len(template) == 4
-    assert packed == {*modules, *template, "cache_format/SPEC.md", "cache_format/py.typed", "distill/py.typed"}
+    typed = {f"{name}/py.typed" for name in PACKAGES}
+    assert packed == {*modules, *template, *typed, "cache_format/SPEC.md"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -99,6 +100,38 @@ def test_wheel_is_imported_from_where_it_was_installed(environment: Path, elsewh
     for file in files:
         assert Path(file).is_relative_to(environment)
     assert version == importlib.metadata.version("distill")
+
+
+TYPED = """
+import distill
+
+
+class OwnError(distill.ConfigError):
+    pass
+
+
+def steps() -> None:
+    run = distill.train_student("caches/train", "models/student", "students/first", max_steps=2)
+    row = distill.open_cache("caches/train")[0]
+    reveal_type(run)
+    reveal_type(distill.sparse_kl)
+    reveal_type(row.targets)
+    print(run.steps_done)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # mypy reads torch and transformers
+def test_a_type_checker_knows_what_functions_return(environment: Path, elsewhere):
+    directory, variables = elsewhere
+    (directory / "script.py").write_text(TYPED)
+    options = ["--strict", "--no-incremental", "--follow-imports=silent", "--python-executable"]
+    command = [sys.executable, "-m", "mypy", *options, environment / "bin/python", "script.py"]
+    done = subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
+    assert '"pipeline.student.training.train.TrainSummary"' in done.stdout, done.stdout + done.stderr
+    assert '"TrainSummary" has no attribute "steps_done"' in done.stdout
+    assert "Tensor" in done.stdout and '"cache_format.rows.types.SparseTargets"' in done.stdout
+    assert "Found 1 error in 1 file" in done.stdout, done.stdout
 
 
 SCRIPT = """

@@ -87,10 +87,12 @@ class Directory(Protocol):
 
 
 def open_directory(location: str | os.PathLike[str]) -> Directory:
-    """Raises: CacheError for a file, or a URL that fsspec does not support."""
+    """A directory by its path, in which ~ is the user's own, or by its URL.
+
+    Raises: CacheError for a file, or a URL that fsspec does not support."""
     text = os.fspath(location)
     if "://" not in text:
-        return _local(Path(text))
+        return _local(Path(os.path.expanduser(text)))
     fs, root = file_system_of(text)
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
         return _local(Path(root))
@@ -114,7 +116,7 @@ def _place(location: str | os.PathLike[str]) -> tuple[str | None, tuple[str, ...
     """The store, None for local disks, and the parts of the path in it."""
     text = os.fspath(location)
     if "://" not in text:
-        return None, Path(os.path.realpath(text)).parts
+        return None, Path(os.path.realpath(os.path.expanduser(text))).parts
     fs, root = file_system_of(text)
     names = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
     if "file" in names:

@@ -51,10 +51,10 @@ def export_cache(
     """
     if format not in FORMATS:
         raise ConfigError(f"`format` {format}: expected {' or '.join(FORMATS)}.")
-    cache = cf.open_cache(path)
+    cache, output = cf.open_cache(path), os.path.expanduser(output)
     _check(cache)
-    folder = Path(output)
     _check_output(path, output)
+    folder = Path(output)
     shards = cache.metadata.num_shards
     with _removed_on_error(folder) as written:
         for shard in range(shards):

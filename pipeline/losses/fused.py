@@ -17,11 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cache_format import SparseTargets
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum
+from pipeline.losses.sparse_targets import batch_of
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import TailPolicy
 from pipeline.losses.targets import Targets
@@ -55,20 +58,27 @@ def fused_head_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Targets,
+    targets: Targets | SparseTargets,
     *,
+    labels: Tensor | np.ndarray | None = None,
+    loss_mask: Tensor | np.ndarray | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
     divergence: str | DivergenceSum = FORWARD_KL,
     position_weighting: PositionWeighting = "uniform",
+    capture_temperature: float = 1.0,
+    vocab_size: int | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Equals `sparse_kl(hidden @ weight.T + bias, targets, …)`, the mean over loss tokens, without the logits.
 
     Args:
-        hidden: [N, D] or [B, T, D]. weight: [V, D]. bias: [V] or None.
-        targets: `SparseTargetBatch`, or `FullTargets`, whose loss is on the full distribution.
+        hidden: [N, D] or [B, T, D]. weight: [≥V, D]. bias: [≥V] or None.
+        targets: a `SparseTargetBatch`; one row's `SparseTargets` straight from a cache; or `FullTargets`, whose loss is
+            on the full distribution.
+        vocab_size: V, that of the teacher. Default: the rows of `weight`; further ones are padding and are ignored.
+        chunk_size: positions at a time; the result depends on it only by rounding.
         Others: as in `sparse_kl`.
 
     Raises: ValueError as `sparse_kl`.
@@ -80,8 +90,10 @@ def fused_head_loss(
         divergence=divergence,  # type: ignore[arg-type]
         position_weighting=position_weighting,
     )
-    count = max(1, int(targets.loss_mask.sum()))
-    return fused_head(hidden, weight, bias, targets, loss, scale=1.0 / count, chunk_size=chunk_size).loss
+    targets = batch_of(targets, labels, loss_mask, capture_temperature).to(hidden.device)
+    scale = 1.0 / max(1, int(targets.loss_mask.sum()))
+    sums = fused_head(hidden, weight, bias, targets, loss, scale=scale, vocab_size=vocab_size, chunk_size=chunk_size)
+    return sums.loss
 
 
 def fused_head(

@@ -21,7 +21,7 @@ from torch.special import entr
 from cache_format import SparseTargets
 from pipeline.losses.divergence_sum import FORWARD_KL, DivergenceSum, soft_losses
 from pipeline.losses.entries import TargetEntries
-from pipeline.losses.sparse_targets import SparseTargetBatch
+from pipeline.losses.sparse_targets import SparseTargetBatch, batch_of
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, TailPolicy, entries_of
 from pipeline.losses.weighting import PositionWeighting, position_weight
@@ -33,8 +33,8 @@ def sparse_kl(
     student_logits: Tensor,
     targets: SparseTargetBatch | SparseTargets,
     *,
-    labels: Tensor | None = None,
-    loss_mask: Tensor | None = None,
+    labels: Tensor | np.ndarray | None = None,
+    loss_mask: Tensor | np.ndarray | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     tail: TailPolicy = "bucket",
@@ -52,7 +52,8 @@ def sparse_kl(
         student_logits: [N, V] or [B, T, V], any float dtype, cut to the teacher's vocabulary.
         targets: a `SparseTargetBatch` of N positions, or one row's `SparseTargets` straight from a cache.
         labels: [N] int64 true tokens, -100 outside the loss mask; replaces those of a `SparseTargetBatch`.
-        loss_mask: [N] bool, further restricts the loss tokens.
+        loss_mask: [N] bool, further restricts the loss tokens. That of the row belongs with its `SparseTargets`, which
+            have no entries elsewhere.
         temperature: T, divides both sides' logits in the divergence (not in the CE).
         kd_weight: α.
         tail: treatment of the tail mass, see `pipeline.losses.tails`.
@@ -62,8 +63,8 @@ def sparse_kl(
         reduction: "mean" over loss tokens (0 if there are none), "sum", or "none" for [N].
 
     Raises:
-        ValueError: shapes that do not match; a loss that needs labels without any; an unknown divergence, or one that
-            cannot use this tail policy; an option out of range.
+        ValueError: shapes that do not match; a loss token without entries; a loss that needs labels without any; an
+            unknown divergence, or one that cannot use this tail policy; an option out of range.
     """
     if reduction not in get_args(Reduction):
         raise ValueError(f"sparse_kl: `reduction` {reduction}: expected {', '.join(get_args(Reduction))}.")
@@ -76,12 +77,7 @@ def sparse_kl(
     )
     logits = student_logits.reshape(-1, student_logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if isinstance(targets, SparseTargets):
-        targets = SparseTargetBatch.from_sparse(targets, temperature=capture_temperature)
-    if labels is not None:
-        targets = targets.with_labels(torch.as_tensor(labels).reshape(-1))
-    if loss_mask is not None:
-        targets = targets.masked(torch.tensor(np.asarray(loss_mask), dtype=torch.bool).reshape(-1))
+    targets = batch_of(targets, labels, loss_mask, capture_temperature)
     targets.check_labels(loss)
     if len(targets) != len(logits):
         raise ValueError(f"sparse_kl: found {len(logits)} positions in the logits and {len(targets)} in the targets.")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pipeline.losses.divergences import sampled_forward_kl, soft_loss
 from pipeline.losses.entries import IGNORE_INDEX, PositionTensors, TargetEntries
 from pipeline.losses.spec import DistillLoss
 from pipeline.losses.tails import ABSENT, UNDERFLOW_NATS, StudentValues, entries_of
+from pipeline.losses.targets import Targets
 from pipeline.losses.weighting import entropy_of_parts, position_weight
 from pipeline.models.devices.exponentials import exponentials
 
@@ -157,8 +158,8 @@ class SparseTargetBatch(TargetEntries):
         cls,
         targets: SparseTargets,
         *,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
+        labels: Tensor | np.ndarray | None = None,
+        loss_mask: Tensor | np.ndarray | None = None,
         temperature: float = 1.0,
     ) -> SparseTargetBatch:
         """One row's targets as read from a cache, with labels if the loss needs them.
@@ -166,7 +167,8 @@ class SparseTargetBatch(TargetEntries):
         Without `labels` every position (of `loss_mask`) is a loss token: right for a pure divergence, refused by
         losses that use the label.
 
-        Raises: ValueError for a number of labels other than that of positions.
+        Raises: ValueError for a number of labels other than that of positions, or a loss token without entries, on
+            which no loss is defined.
         """
         targets = targets.merged()
         counts = np.asarray(targets.counts, np.int64)
@@ -186,8 +188,9 @@ class SparseTargetBatch(TargetEntries):
             temperature=temperature,
             labelled=False,
         )
-        batch = batch if labels is None else batch.with_labels(torch.as_tensor(labels))
-        return batch if loss_mask is None else batch.masked(torch.as_tensor(loss_mask, dtype=torch.bool))
+        batch = batch_of(batch, labels, loss_mask)
+        _check_entries(counts, batch.loss_mask.numpy())
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +291,69 @@ class RaggedTargets(PositionTensors):
             width=max(1, int(counts.max(initial=0))),
             temperature=temperature,
         )
+
+
+@overload
+def batch_of(
+    targets: SparseTargetBatch | SparseTargets,
+    labels: Tensor | np.ndarray | None,
+    loss_mask: Tensor | np.ndarray | None,
+    temperature: float = ...,
+) -> SparseTargetBatch: ...
+
+
+@overload
+def batch_of(
+    targets: Targets | SparseTargets,
+    labels: Tensor | np.ndarray | None,
+    loss_mask: Tensor | np.ndarray | None,
+    temperature: float = ...,
+) -> Targets: ...
+
+
+def batch_of(
+    targets: Targets | SparseTargets,
+    labels: Tensor | np.ndarray | None,
+    loss_mask: Tensor | np.ndarray | None,
+    temperature: float = 1.0,
+) -> Targets:
+    """The targets of a loss from what its caller gives, labels and loss mask of any shape.
+
+    Args:
+        temperature: at which a row's `SparseTargets` were captured.
+
+    Raises: ValueError as `SparseTargetBatch.from_sparse`.
+    """
+    if isinstance(targets, SparseTargets):
+        return SparseTargetBatch.from_sparse(targets, labels=labels, loss_mask=loss_mask, temperature=temperature)
+    device = targets.labels.device
+    if labels is not None:
+        targets = targets.with_labels(torch.as_tensor(labels, device=device).reshape(-1))
+    if loss_mask is None:
+        return targets
+    # A copy, since the mask of a cache row may not be written to, about which torch warns.
+    mask = loss_mask if isinstance(loss_mask, Tensor) else torch.tensor(np.asarray(loss_mask))
+    mask = mask.to(device, torch.bool).reshape(-1)
+    if len(mask) != len(targets):
+        raise ValueError(f"found a loss mask of {len(mask)} values for {len(targets)} positions, one value each.")
+    if isinstance(targets, SparseTargetBatch):
+        return targets.masked(mask)
+    return targets.with_labels(targets.labels.masked_fill(~mask, IGNORE_INDEX))
+
+
+def _check_entries(counts: np.ndarray, loss_mask: np.ndarray) -> None:
+    """Every loss token of a cache has entries, unless the targets are hidden (SPEC, §3 and §9)."""
+    without = np.flatnonzero(loss_mask & (counts == 0))
+    if not len(without):
+        return
+    next_step = "A row has targets at its own loss tokens: pass loss_mask=row.loss_mask."
+    if not counts.any():
+        next_step = (
+            "Hidden targets are computed from the states: use cache_format.rebuilt_targets, or a cache that distill "
+            "convert makes of this one with `top_k`."
+        )
+    where = f"{len(without)} of the loss tokens, first at position {without[0]}"
+    raise ValueError(f"found no entries at {where}. {next_step}")
 
 
 def agreement(targets: TargetEntries, z: Tensor, largest: Tensor) -> Tensor:

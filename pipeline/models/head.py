@@ -307,13 +307,15 @@ def _supported(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; the model's own mode is restored after it."""
-    training = model.training
+    """Evaluation mode inside the block; the own mode of every module is restored after it."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train(modes[0][1])  # modules that are new in it
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

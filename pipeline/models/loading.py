@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +36,8 @@ from pipeline.models.devices.placement import (
     parse_device_map,
     place_of,
 )
+from pipeline.models.head import evaluating
+from pipeline.models.isolation.document_attention import forget_documents
 from pipeline.models.objective import NAMES, Objective, auto_class
 from pipeline.models.paths import TOKENIZER_FILES, adapter_source, locate_model
 
@@ -43,6 +45,8 @@ Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel  # a name, a path, o
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_VALUES = 1024
+# Attributes by which transformers turns on gradient checkpointing, of modules and of the whole model.
+CHECKPOINTING, EMBEDDINGS_HOOK = "gradient_checkpointing", "_require_grads_hook"
 # Parts of a configuration that do not change what a language model computes.
 NOT_FINGERPRINTED = {"architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
 
@@ -134,11 +138,12 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
     tensor_parallel: bool = False,
+    convert: bool = False,
 ) -> PreTrainedModel:
     """A language model in evaluation mode; an adapter is merged into its base model.
 
-    A model that is given as an object is returned itself. It is moved or converted only for an explicit `device` or
-    `dtype`. The caller restores its mode.
+    A model that is given as an object is returned itself. It is moved only for an explicit `device`. The caller
+    restores its mode.
 
     Args:
         objective: what the model was trained to predict; decides the class that it is loaded as.
@@ -148,6 +153,7 @@ def load_model(
             does the device of its head.
         device_map: spread the model over devices, CPU and disk: a strategy of accelerate, or a JSON file.
         tensor_parallel: split every layer over the processes of torchrun.
+        convert: whether an object is converted to another `dtype` in place, instead of being refused.
 
     Raises:
         ModelError: it cannot be found or read, or is not a language model of this kind.
@@ -161,6 +167,8 @@ def load_model(
                 f"{option}: {name} is loaded already, expected a model to load. Leave the option out, or give the "
                 "model's name or path."
             )
+        if not convert and dtype != "auto":
+            _check_dtype(model, name, dtype)
         return _prepared(model, name, objective, dtype, None if device == "auto" else device)
     device = resolve_device(device) if isinstance(device, str) else device or torch.device("cpu")
     base, its_revision = adapter_source(name)
@@ -240,6 +248,19 @@ def _check_available(place: str, error: BaseException) -> None:
         ) from error
 
 
+def _check_dtype(model: PreTrainedModel, name: str, dtype: str) -> None:
+    """Raise ConfigError if a loaded model is in another dtype: converting it would change the weights of its owner for
+    good, and converting them back would not restore them."""
+    wanted = resolve_dtype(dtype, torch.device("cpu"))
+    for tensor in model.parameters():
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"`dtype` {dtype}: {name} is loaded already, in {found}, and is used as it is. Leave it out, or load "
+                f"the model with dtype=torch.{dtype}."
+            )
+
+
 def _prepared(
     model: PreTrainedModel, name: str, objective: Objective, dtype: str, device: torch.device | str | None
 ) -> PreTrainedModel:
@@ -266,6 +287,31 @@ def _prepared(
     except (ValueError, NotImplementedError, RuntimeError) as error:  # a quantised model, or one without values
         asked = " and ".join(f"`{option}` {value}" for option, value in changes.items()).replace("torch.", "")
         raise ConfigError(f"{asked}: {name} cannot be converted: {reason(error)}. Leave it out.") from error
+
+
+@contextlib.contextmanager
+def lent(model: object) -> Iterator[None]:
+    """A loaded model is its caller's: after the block it is as before, except for its weights and where they are.
+
+    Restored are the mode of every module, attention, what is trainable, and gradient checkpointing.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
+    recomputing = [(each, each.gradient_checkpointing) for each in model.modules() if hasattr(each, CHECKPOINTING)]
+    hooked = getattr(model, EMBEDDINGS_HOOK, None)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        forget_documents(model)
+        for weight, before in trainable:
+            weight.requires_grad_(before)
+        for module, before in recomputing:
+            module.gradient_checkpointing = before
+        if hooked is None and getattr(model, EMBEDDINGS_HOOK, None) is not None:
+            model.disable_input_require_grads()
 
 
 def _is_spread(model: PreTrainedModel) -> bool:

@@ -32,6 +32,21 @@ def test_the_loop_computes_the_kl_of_a_row_of_several_documents(
     exec(loop.replace('tail="sampled"', 'tail="bucket"'), names)  # `evaluate` computes this for any targets
     expected = distill.evaluate(cache, tmp_path / "models/student", device="cpu").kl
     assert names["loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert names["fused"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_ten_lines_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(tmp_path / "models/teacher", tiny_tokenizer())
+    tiny_llama(tmp_path / "models/student", tiny_tokenizer(), layers=1, seed=1)
+    (tmp_path / "data").mkdir()
+    for name in ("chats", "heldout"):
+        write_jsonl(tmp_path / f"data/{name}.jsonl", conversations(4))
+    lines = blocks("docs/python.md", "python")[0]
+    first, second = ({}, {})
+    for names in (first, second):
+        exec(lines, names)
+    assert first["result"].kl == second["result"].kl and first["cache"].rows == second["cache"].rows
 
 
 def test_the_table_of_functions_names_their_parameters() -> None:

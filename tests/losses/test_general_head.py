@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_fused import PADDING, D, K, N, Problem, V, every_tail, every_temperature, gradients
-from test_losses import sample_row
+from test_row_targets import sample_row
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config
@@ -20,7 +20,7 @@ from pipeline.student.training.forward import (
     DistillLoss,
     distillation_output,
     install_distillation_forward,
-    remove_distillation_forward,
+    own_forward,
 )
 from textbook import relative_errors
 
@@ -86,13 +86,13 @@ def test_a_student_whose_head_is_its_own_trains_through_its_forward() -> None:
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
     expected = sparse_kl(logits, targets, kd_weight=0.9, reduction="sum")
     expected_gradient = torch.autograd.grad(expected, list(model.parameters()))
-    install_distillation_forward(model, head, DistillLoss(kd_weight=0.9))
-    loss = model(**batch).loss
+    with own_forward(model):
+        install_distillation_forward(model, head, DistillLoss(kd_weight=0.9))
+        loss = model(**batch).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradient = torch.autograd.grad(loss, list(model.parameters()))
     for a, b in zip(gradient, expected_gradient, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    remove_distillation_forward(model)
     assert torch.equal(model(input_ids=batch["input_ids"], use_cache=False).logits[0], logits)
     assert torch.equal(distillation_output(head, batch, DistillLoss(kd_weight=0.9)).loss, loss)
 

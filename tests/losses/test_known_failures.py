@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_losses import CLASS_POLICIES, K, N, V, hostile_targets, random_logits, sample_row
+from test_losses import CLASS_POLICIES, K, N, V, hostile_targets, random_logits
+from test_row_targets import sample_row
 from torch import Tensor
 
 import cache_format as cf

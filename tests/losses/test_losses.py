@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import cache_format as cf
 from dense import captured_for, dense_kl, dense_losses, extremes, random_targets
 from pipeline.losses import (
     IGNORE_INDEX,
@@ -388,45 +387,6 @@ def test_ids_survive_a_change_of_dtype() -> None:
         moved = targets.to(dtype=dtype, device=torch.device("cpu"))
         assert torch.equal(moved.ids, targets.ids) and torch.equal(moved.labels, targets.labels)
         assert moved.logprobs.dtype == moved.residual_logprob.dtype == dtype
-
-
-def sample_row(length: int = 8, *, seed: int = 0, vocab: int = V) -> cf.CacheRow:
-    """A row whose teacher is nearly sure of every next token, and right; two documents, a mask with gaps."""
-    rng = np.random.default_rng(seed)
-    input_ids = rng.integers(0, vocab, length)
-    loss_mask = np.ones(length, bool)
-    loss_mask[[0, length // 2 - 1, length - 1]] = False  # a prompt token and the ends of the documents
-    counts = np.where(loss_mask, 2, 0)
-    following = np.roll(input_ids, -1)[loss_mask]
-    ids = np.sort(np.stack([following, (following + 1) % vocab], axis=1), axis=1)
-    return cf.CacheRow(
-        row=seed,
-        input_ids=input_ids,
-        loss_mask=loss_mask,
-        segment_lengths=np.array([length // 2, length - length // 2]),
-        targets=cf.SparseTargets(
-            counts=counts,
-            ids=ids.reshape(-1),
-            logprobs=np.log(np.where(ids == following[:, None], 0.9, 0.05)).astype(np.float32).reshape(-1),
-            exact_counts=counts,
-            residual_logprob=np.where(loss_mask, np.log(0.05), 0.0).astype(np.float32),
-            entropy=np.zeros(length, np.float32),
-        ),
-    )
-
-
-def test_takes_the_targets_of_a_cache_row_as_they_are() -> None:
-    row, logits = sample_row(), random_logits(8)
-    batch = SparseTargetBatch.from_rows([row])
-    counted = batch.loss_mask
-    expected = dense_losses(logits, batch, kd_weight=0.3, tail="label")
-    found = sparse_kl(logits, row.targets, labels=torch.from_numpy(row.label_ids), kd_weight=0.3, tail="label")
-    assert found.item() == pytest.approx(expected.sum() / counted.sum().item(), rel=1e-6)
-    masked = sparse_kl(logits, row.targets, loss_mask=torch.from_numpy(row.loss_mask))
-    assert masked.item() == pytest.approx(dense_losses(logits, batch).sum() / counted.sum().item(), rel=1e-6)
-    for options in ({"kd_weight": 0.5}, {"tail": "label"}, {"tail": "realized"}):
-        with pytest.raises(ValueError, match="needs labels"):
-            sparse_kl(logits, row.targets, **options)  # type: ignore[arg-type]
 
 
 def test_the_dense_computation_itself_by_hand() -> None:

@@ -62,11 +62,14 @@ def test_a_given_model_is_used_as_it_is(model: PreTrainedModel, device: str | No
     assert open_head(model, 400).linear
 
 
-def test_a_given_model_is_moved_and_converted_only_if_asked(model: PreTrainedModel) -> None:
+def test_a_given_model_is_converted_only_by_those_who_may(model: PreTrainedModel) -> None:
     weight = model.get_output_embeddings().weight
     assert load_model(model, dtype="float32", device="cpu") is model
     assert model.get_output_embeddings().weight is weight and weight.dtype == torch.float32
-    assert load_model(model, dtype="bfloat16") is model
+    with pytest.raises(ConfigError, match="`dtype` bfloat16: .* is loaded already, in float32, .* Leave it out"):
+        load_model(model, dtype="bfloat16")
+    assert weight.dtype == torch.float32
+    assert load_model(model, dtype="bfloat16", convert=True) is model
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
 
 

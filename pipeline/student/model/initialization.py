@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,15 @@ def load_student(
 ) -> PreTrainedModel:
     """A student in float32, in evaluation mode, on the CPU.
 
-    A loaded model is converted to float32 in place and returned, on its own device; with `layers` or `random` it is
-    left alone and a new model is returned.
+    A loaded model is converted to float32 in place and returned, on its own device; with `layers`, `sizes` or `random`
+    it is left alone and a new model is returned.
 
     Args:
         student: transformers directory, hub name, .gguf file or loaded model; None with `config_file`.
         layers: number of layers to keep, evenly spaced, including the first and the last.
         config_file: a transformers `config.json`, initialised at random with `seed`.
         random: use only the architecture of `student`, initialised at random with `seed`.
-        sizes: narrower sizes for `random`. (`pruning.prune` narrows trained weights.)
+        sizes: narrower sizes for `random`. Trained weights are narrowed later, by `pruning.prune`.
         vocab_size: used if the configuration has none.
         objective: causal or masked; selects the model class.
 
@@ -72,12 +71,17 @@ def load_student(
     if random:
         # The configuration of a .gguf file is known only after loading it.
         config = load_config(student, **options) or load_model(student, dtype="float32", **options).config
+        config = copy.deepcopy(config)  # of a loaded model, to which it belongs
         config = config if layers is None else with_layers(config, layers)
         config = resized(config, sizes) if sizes else config
         return _from_config(config, seed, model_name(student), trust_remote_code)
+    if isinstance(student, PreTrainedModel):
+        if layers is not None:
+            return keep_layers(load_model(student, objective=objective), layers)
+        student = copy.deepcopy(student) if sizes else student
+        return load_model(student, objective=objective, dtype="float32", convert=True)
     model = load_model(student, objective=objective, dtype="float32", **options)
-    if not isinstance(student, PreTrainedModel):
-        _check_loadable(model, student, objective)
+    _check_loadable(model, student, objective)
     return model if layers is None else keep_layers(model, layers)
 
 
@@ -97,17 +101,6 @@ def _check_loadable(model: PreTrainedModel, name: str, objective: Objective) -> 
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Excludes the token embeddings from training, and with them a tied head, which is the same tensor."""
     model.get_input_embeddings().requires_grad_(False)
-
-
-@contextmanager
-def embeddings_unfrozen_after(model: PreTrainedModel) -> Iterator[None]:
-    """At the end, token embeddings are trainable if they were before."""
-    before = [(weight, weight.requires_grad) for weight in model.get_input_embeddings().parameters()]
-    try:
-        yield
-    finally:
-        for weight, trainable in before:
-            weight.requires_grad_(trainable)
 
 
 def configuration(config_file: str, vocab_size: int) -> PreTrainedConfig:

@@ -61,7 +61,7 @@ def keep_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     smaller.load_state_dict(weights, strict=True)
     smaller.tie_weights()
     if hasattr(model, "generation_config"):  # masked models have none
-        smaller.generation_config = model.generation_config
+        smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.eval()
 
 

@@ -13,6 +13,7 @@ the rms over the channels that remain. Costs one forward pass over `CALIBRATION_
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -125,7 +126,7 @@ def prune(model: PreTrainedModel, sizes: Sizes, batches: Iterable[Batch]) -> Pre
         weights[name] = _cut(name, tensor.cpu(), channels, kept, group, dim, measured.squares)
     smaller.load_state_dict(weights, strict=True)
     smaller.tie_weights()
-    smaller.generation_config = model.generation_config
+    smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.eval()
 
 

@@ -8,6 +8,8 @@ be missing. Here hidden states, head and loss are all inside that one call.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ from pipeline.losses import DistillLoss, HeadOutput, Targets, fused_head, genera
 from pipeline.models.head import Head
 from pipeline.student.data.dataset import Batch, with_target_states
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
+
+SET_BY_RUN = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""Attributes of a model by which accelerate and `install_distillation_forward` change its forward pass."""
 
 
 class FeatureOutput(NamedTuple):
@@ -85,7 +90,7 @@ def install_distillation_forward(
 ) -> None:
     """Makes `model(scale=…, loss=…, by_row=…, **batch)` return a `HeadOutput`, or a `FeatureOutput` with `matching`.
 
-    `remove_distillation_forward` undoes it.
+    `own_forward` undoes it.
 
     Args:
         model: `head.model`, or a wrapper around it.
@@ -107,6 +112,15 @@ def install_distillation_forward(
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
-def remove_distillation_forward(model: torch.nn.Module) -> None:
-    """Gives the model its class's own forward back."""
-    model.__dict__.pop("forward", None)
+@contextmanager
+def own_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block a model has no forward but its class's and is not prepared by accelerate, which would leave it
+    as it is and ignore the precision of the run; afterwards it is as it was before."""
+    own = vars(model)
+    before = {name: own.pop(name) for name in SET_BY_RUN if name in own}
+    try:
+        yield
+    finally:
+        for name in SET_BY_RUN:
+            own.pop(name, None)
+        own.update(before)

@@ -34,7 +34,7 @@ from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.budget import Budget
 from pipeline.student.training.checkpoints import checkpoints_of, is_disk_full
 from pipeline.student.training.early_stopping import stopped_by
-from pipeline.student.training.run_record import check_same_run, write_record
+from pipeline.student.training.run_record import check_same_run, record_text, write_record
 
 TRAINER_STATE = "trainer_state.json"
 # How the names of a checkpoint's other parts begin; those of DeepSpeed are in a directory global_stepN.
@@ -227,8 +227,8 @@ def saving(output: str, step: int | None = None) -> Iterator[None]:
 
 def begin_output(config: TrainStudentConfig, record: dict[str, Any]) -> None:
     """Empties the directory, which `check_contents` has allowed, and writes the record of the run."""
-    output = Path(config.output)
+    output, text = Path(config.output), record_text(record)  # made while the old contents are there
     output.mkdir(parents=True, exist_ok=True)
     for old in _contents(output):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    write_record(output, record)
+    write_record(output, text)

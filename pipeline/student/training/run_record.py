@@ -100,7 +100,7 @@ def check_student_unchanged(config: TrainStudentConfig, fingerprint: str, base_w
 def record_seen(config: TrainStudentConfig, seen: list[dict[str, Any]]) -> None:
     """Adds to the record how much of each cache a finished run has used, from `Mix.seen`."""
     output = Path(config.output)
-    write_record(output, {**_read_record(output / CONFIG_FILE), "seen": seen})
+    write_record(output, record_text({**_read_record(output / CONFIG_FILE), "seen": seen}))
 
 
 def _read_record(file: Path) -> dict[str, Any]:
@@ -113,9 +113,14 @@ def _read_record(file: Path) -> dict[str, Any]:
     )
 
 
-def write_record(output: Path, record: dict[str, Any]) -> None:
+def record_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def write_record(output: Path, text: str) -> None:
+    """Args: text: from `record_text`."""
     scratch = output / f"{CONFIG_FILE}.tmp"
-    scratch.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    scratch.write_text(text)
     scratch.replace(output / CONFIG_FILE)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import cache_format as cf
@@ -23,16 +23,14 @@ from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import merged
 from pipeline.models.devices.compilation import CompiledLayers
 from pipeline.models.devices.precision import precision_restored
-from pipeline.models.head import evaluating
-from pipeline.models.loading import model_name
+from pipeline.models.loading import lent, model_name
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
-from pipeline.student.model.initialization import embeddings_unfrozen_after
 from pipeline.student.model_card import Origin, is_replaceable, write_card
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
-from pipeline.student.training.forward import remove_distillation_forward
+from pipeline.student.training.forward import own_forward
 from pipeline.student.training.output_directory import begin_output, check_contents, claimed, follow_best, saving
 from pipeline.student.training.run_parts import RunData, RunStudent, load_run_student, match_hidden_states
 from pipeline.student.training.run_record import record_of, record_seen
@@ -74,8 +72,8 @@ def train_student(
 
     If `config.student` is a loaded model, it is trained in place: converted to float32, moved to the device of the run,
     and with adapters in it unless they are merged. With `student_layers`, narrower sizes or `student_random`, a new
-    model is made from it and trained instead. Its training or evaluation mode, gradient checkpointing and,
-    after `freeze_embeddings`, what is trainable in it are restored.
+    model is made from it and trained instead. The mode of its modules, its attention, gradient checkpointing
+    and what is trainable in it are restored.
 
     Args:
         on_stage: called with a line of text when a stage begins.
@@ -97,19 +95,8 @@ def train_student(
         run = check_run(config)
         for warning in run.warnings:
             on_warning(warning)
-        with _restored(run.config):
+        with lent(run.config.student):
             return _train_student(run, on_stage, on_begin, _Report(on_step, on_log))
-
-
-@contextmanager
-def _restored(config: TrainStudentConfig) -> Iterator[None]:
-    """Afterwards a loaded student is in the mode that it was in, and its embeddings are as trainable as before."""
-    student = config.student
-    if not isinstance(student, PreTrainedModel):
-        yield
-        return
-    with evaluating(student), embeddings_unfrozen_after(student) if config.freeze_embeddings else nullcontext():
-        yield
 
 
 def _train_student(
@@ -229,33 +216,26 @@ def _trainer(
     callbacks = [report]
     if run.stopping:
         callbacks.append(EarlyStopping([str(each) for each in run.stopping], run.config.early_stopping_mode))
-    recomputing = [
-        (each, each.gradient_checkpointing)
-        for each in student.model.modules()
-        if hasattr(each, "gradient_checkpointing")
-    ]
-    trainer = DistillTrainer(
-        head=student.head,
-        model=student.adapted,
-        loss=run.loss,
-        eval_loss=run.eval_loss,
-        resample=run.config.resample,
-        matching=matching,
-        args=run.arguments,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=run.tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # the library prints nothing
-    try:
-        yield trainer
-    finally:
-        remove_distillation_forward(trainer.accelerator.unwrap_model(trainer.model))
-        if matching is not None:
-            matching.detach(student.model)
-        for module, before in recomputing:
-            module.gradient_checkpointing = before
+    with own_forward(student.adapted or student.model):
+        trainer = DistillTrainer(
+            head=student.head,
+            model=student.adapted,
+            loss=run.loss,
+            eval_loss=run.eval_loss,
+            resample=run.config.resample,
+            matching=matching,
+            args=run.arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=run.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)  # the library prints nothing
+        try:
+            yield trainer
+        finally:
+            if matching is not None:
+                matching.detach(student.model)
 
 
 def _save(

@@ -351,6 +351,16 @@ class DistillTrainer(Trainer):
         if self.matching is not None:
             self.matching.load(self.state.best_model_checkpoint)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Does not warn of tensors that a checkpoint has under another name, such as a head tied to the embeddings, nor
+        of those in a file of their own."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in named.items() if name not in missing}
+        loaded |= set() if self.matching is None else set(map(id, self.matching.parameters()))
+        really = [name for name in load_result.missing_keys if id(named.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=really))
+
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         self.batches.order = loader.batch_sampler

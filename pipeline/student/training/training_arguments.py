@@ -46,6 +46,7 @@ RESERVED = {
     "disable_tqdm": "distill shows its own progress",
     "auto_find_batch_size": "the length of the run is computed from `batch_size`",
     "dataloader_drop_last": "always false: every row is trained on in every epoch",
+    "hub_token": "a run uploads nothing, and would record it; log in with hf auth login for private models",
     "push_to_hub": "upload the finished student with distill push",
     "parallelism_config": "every process trains on rows of its own; use fsdp for large models (docs/scaling.md)",
     "ignore_data_skip": "always false: a resumed run continues with the rows that the first one had left",

@@ -86,6 +86,10 @@ class EngineConfig:
         given = self.engine_args
         more = dict(given) if isinstance(given, Mapping) else {} if given is None else read_table("engine_args", given)
         named = {name: value for name, value in self._named().items() if value is not None}
+        if isinstance(more.get("hf_token"), str):
+            raise ConfigError(
+                "`engine_args`: hf_token would be written into the cache. Remove it, and log in with hf auth login."
+            )
         if twice := sorted(set(named) & set(more)):
             raise ConfigError(f"`{twice[0]}`: found in `engine_args` too. Give it once.")
         return named | more

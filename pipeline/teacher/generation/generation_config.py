@@ -48,7 +48,7 @@ class GenerationConfig:
         256, help="Maximum length of an answer in tokens.", group=GENERATION, minimum=1, maximum=2**24
     )
     stop: tuple[str, ...] = option(
-        (), help="String that ends an answer; may be given several times.", group=GENERATION, metavar="TEXT"
+        (), help="String that ends an answer; may be given several times.", group=GENERATION, metavar="TEXT", text=True
     )
     keep_if: str | None = option(
         None,

@@ -107,7 +107,13 @@ def tokenise_documents(
         ModelError: the tokenizer lacks what the text needs.
         ConfigError: the options do not go with the text or the tokenizer.
     """
-    source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
+    source = load_source(
+        config.data,
+        data_config=config.data_config,
+        split=config.split,
+        sample_by=config.sample_by,
+        most=config.max_documents,
+    )
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))

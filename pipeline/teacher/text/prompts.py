@@ -256,7 +256,13 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, posi
         DataError: they cannot be read, or none can be answered.
         ModelError: the tokenizer has no chat template, and the prompts are conversations.
     """
-    source = load_source(config.data, data_config=config.data_config, split=config.split, sample_by=config.sample_by)
+    source = load_source(
+        config.data,
+        data_config=config.data_config,
+        split=config.split,
+        sample_by=config.sample_by,
+        most=config.max_documents,
+    )
     rows = source.rows
     if config.max_documents is not None:
         rows = rows.select(range(min(config.max_documents, len(rows))))

@@ -104,11 +104,15 @@ def test_given_student_is_usable_after_an_interrupted_run_and_can_resume(
 def test_student_made_from_a_given_model_leaves_it_alone(
     tmp_path: Path, cache: Path, teacher_dir: Path, options: dict[str, int | bool]
 ):
-    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
-    before = state(model)
-    train(tmp_path / "path", cache, student=teacher_dir, max_steps=1, **options)
+    in_16_bits = tmp_path / "bfloat16"
+    AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.bfloat16).save_pretrained(in_16_bits)
+    tiny_tokenizer().save_pretrained(in_16_bits)
+    model = AutoModelForCausalLM.from_pretrained(in_16_bits)
+    before, settings = state(model), model.config.to_dict()
+    train(tmp_path / "path", cache, student=in_16_bits, max_steps=1, **options)
     train(tmp_path / "given", cache, student=model, max_steps=1, **options)
-    assert distance(state(model), before) == 0.0
+    assert distance(state(model), before) == 0.0 and model.config.to_dict() == settings
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert distance(weights(tmp_path / "given"), weights(tmp_path / "path")) == 0.0
 
 

@@ -26,11 +26,12 @@ from pipeline.errors import DataError
 _ROWS_PER_BATCH = 1000
 
 
-def rows_dataset(rows: Any, name: str) -> datasets.Dataset:
+def rows_dataset(rows: Any, name: str, most: int | None = None) -> datasets.Dataset:
     """The rows of an iterable of dicts, which is read once; keys that a row does not have are null.
 
     Args:
         name: how errors call them.
+        most: number of rows to read; the iterable may be endless. Default: all.
 
     Raises:
         DataError: no iterable, no rows, a row that is not a dict, or columns and types that differ between rows.
@@ -42,7 +43,7 @@ def rows_dataset(rows: Any, name: str) -> datasets.Dataset:
     descriptor, written = tempfile.mkstemp(dir=cache, prefix="rows-", suffix=".tmp")
     os.close(descriptor)
     try:
-        _write(rows, written, name)
+        _write(islice(rows, most), written, name)
         with open(written, "rb") as file:
             fingerprint = _sha256(file)[:32]
         path = cache / f"rows-{fingerprint}.arrow"

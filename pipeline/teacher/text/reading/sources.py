@@ -98,14 +98,17 @@ class Source:
         ]
 
 
-def load_source(data: Data, *, data_config: str | None, split: str, sample_by: str) -> Source:
+def load_source(data: Data, *, data_config: str | None, split: str, sample_by: str, most: int | None = None) -> Source:
     """Open `data`, which has at least one row.
+
+    Args:
+        most: number of rows that will be read. An iterable is read no further, so that it may be endless.
 
     Raises:
         DataError: there is nothing to read, or it cannot be read; names the file, and the line where possible.
     """
     with quiet_datasets():
-        source = _open(data, data_config, split, sample_by)
+        source = _open(data, data_config, split, sample_by, most)
     if len(source.rows) == 0:
         raise DataError(f"{data_name(data)}: {_NO_ROWS}")
     return replace(source, rows=with_json_as_text(source.rows))
@@ -130,7 +133,7 @@ def quiet_datasets() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _open(data: Data, data_config: str | None, split: str, sample_by: str) -> Source:
+def _open(data: Data, data_config: str | None, split: str, sample_by: str, most: int | None) -> Source:
     if isinstance(data, str | os.PathLike):
         return _open_path(os.fspath(data), data_config, split, sample_by)
     if is_path_list(data) and len(data) == 1:
@@ -149,7 +152,7 @@ def _open(data: Data, data_config: str | None, split: str, sample_by: str) -> So
         return Source(rows if rows.format["type"] is None else rows.with_format(None), (), 0, given=True)
     if split != "train":
         raise DataError(f"{name}: no split {split!r} in given rows. Leave `split` at its default.")
-    return Source(rows_dataset(data, name), (), 0, given=True)
+    return Source(rows_dataset(data, name, most), (), 0, given=True)
 
 
 def _open_path(data: str, data_config: str | None, split: str, sample_by: str) -> Source:

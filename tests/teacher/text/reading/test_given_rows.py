@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,23 @@ def test_a_generator_is_read_once() -> None:
 
 
 # ---- lists of paths
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_endless_iterable_is_read_as_far_as_it_is_used(streamed: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    read = []
+
+    def endless() -> Iterator[dict[str, str]]:
+        for number in itertools.count():
+            assert number < 5, "read beyond `max_documents`"
+            read.append(number)
+            yield {"text": f"line {number}", "prompt": f"line {number}"}
+
+    data = datasets.IterableDataset.from_generator(endless) if streamed else endless()
+    documents = tokenise_documents(config(data, max_documents=5, text_column="text"), tokenizer)
+    assert len(documents.tokens) == 5 and read[-5:] == list(range(5))
+    data = datasets.IterableDataset.from_generator(endless) if streamed else endless()
+    assert len(open_prompts(config(data, max_documents=5, text_column="prompt"), tokenizer)) == 5
 
 
 def test_several_paths_are_read_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
