@@ -48,9 +48,8 @@ class HiddenRule:
 
     def has_inner_layers(self, last: int) -> bool:
         """Whether states of layers before the last are stored."""
-        return self.layers not in (None, "last") and {word.strip() for word in str(self.layers).split(",")} != {
-            str(last)
-        }
+        named = {word.strip() for word in str(self.layers).split(",")}
+        return self.layers is not None and named not in ({"last"}, {str(last)})
 
     def spec(self, teacher: Layered) -> cf.HiddenSpec:
         """Raises: ConfigError for layers that this teacher does not have; ModelError if it gives no states."""

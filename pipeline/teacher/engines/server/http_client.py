@@ -66,6 +66,10 @@ class Unusable(ModelError):
         self.advice = advice
 
 
+class Unwanted(ModelError):
+    """An answer is of the expected form, but cannot be stored. With another seed there may be one that can."""
+
+
 class Refused(ModelError):
     """The server answers with an error that will not pass.
 
@@ -85,7 +89,7 @@ class Query(Generic[T]):
     Attributes:
         path: below the root of the server.
         read: makes the result of an answer, or the next request on the way to it. Raises UnusableAnswer, or ModelError
-            if no other answer would do.
+            if no other answer would do, or only one to another request (`Unwanted`).
     """
 
     path: str

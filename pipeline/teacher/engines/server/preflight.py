@@ -10,6 +10,7 @@ temperature    the same for requests at temperature 1 and 2: the model's own dis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling
-from pipeline.teacher.engines.server.http_client import HttpClient, Query, Refused, Unusable
+from pipeline.teacher.engines.server.http_client import HttpClient, Query, Refused, Unusable, Unwanted
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
 from pipeline.teacher.engines.server.top_lists import TopLists
 
@@ -136,7 +137,12 @@ def _of_answer(
         stop=(),
         stop_tokens=(),
     )
-    return _result(client, dialect.answer(sampling, size)).lists
+    for seed in range(MOST_UNUSABLE):
+        try:
+            return _result(client, dialect.answer(replace(sampling, seed=seed), size)).lists
+        except Unwanted as error:
+            unwanted = error
+    raise ModelError(f"{client.root}: {unwanted}, in {MOST_UNUSABLE} answers. Use another model or server.")
 
 
 def _gives(lists: Callable[[int, float], TopLists], k: int) -> bool:
