@@ -196,11 +196,11 @@ class ServerEngine:
                 else:
                     on_answers(answers[-1:])
             requests = list(unwanted)
-        for request, error in list(unwanted.items())[:1]:
+        for request, problem in list(unwanted.items())[:1]:
             others = f" (and {len(unwanted) - 1} others)" if len(unwanted) > 1 else ""
             logger.warning(
                 "row %d, answer %d%s: %s, with each of %d seeds. Left out.",
-                *(request.document, request.index, others, error, MOST_UNUSABLE),
+                *(request.document, request.index, others, problem, MOST_UNUSABLE),
             )
         return answers
 

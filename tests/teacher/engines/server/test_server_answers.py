@@ -122,9 +122,7 @@ def test_tokens_that_the_tokenizer_does_not_know(
             beyond(answer)
         return answer
 
-    longest = max(
-        len(each) for each in AutoTokenizer.from_pretrained(teacher_dir)([f"{'The miller ' * 3}"])["input_ids"]
-    )
+    longest = len(AutoTokenizer.from_pretrained(teacher_dir)("The miller " * 3)["input_ids"])
     with FakeServer(teacher_dir, kind, change=change) as server:
         summary = generate(server.url, teacher_dir, prompts, tmp_path / "cache", temperature=1.0)
     assert seen == (1 if times == 1 else 8)
