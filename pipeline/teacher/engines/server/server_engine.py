@@ -217,7 +217,7 @@ class ServerEngine:
             raise ModelError(f"row {request.document}, answer {request.index}: {error}") from error
         row = answer_row(request, written.token_ids)
         targets = written.lists.targets(settings.rule, self.vocab_size)
-        with_targets = cache_row(0, row, row.loss_mask, targets)
+        with_targets = cache_row(request.document, row, row.loss_mask, targets)
         return complete_answer(request, with_targets, written.logprobs, written.stop_reason, settings)
 
     def close(self) -> None:

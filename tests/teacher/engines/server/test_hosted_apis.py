@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
 from fake_apis import FakeHosted
-from fake_servers import MODEL, Faults
+from fake_servers import MODEL, Faults, Status
 from generating import load, logprobs_of
 from pipeline.errors import DataError, DistillError, ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
@@ -281,6 +281,26 @@ def test_what_cannot_be_sent_is_said_before_anything_is_asked(teacher_dir: Path,
 def test_log_probabilities_of_the_sampler_are_refused(teacher_dir: Path, chat_file: Path, tmp_path: Path) -> None:
     with FakeHosted(teacher_dir, tempered=True) as server, pytest.raises(ModelError, match="depend on the temperature"):
         generate(server, teacher_dir, chat_file, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("limit", "message"), [(2.0, None), (1.0, None), (0.0, "'temperature' is too high")])
+def test_apis_that_do_not_take_every_temperature(
+    limit: float, message: str | None, teacher_dir: Path, questions: Path, tmp_path: Path
+) -> None:
+    class Cold(FakeHosted):
+        def chat(self, body: Any) -> Any:
+            if body["temperature"] != 1.0 and not body["temperature"] < limit:
+                raise Status(400, {"error": {"message": "'temperature' is too high"}})
+            return super().chat(body)
+
+    for tempered in (False, True):
+        with Cold(teacher_dir, tempered=tempered) as server:
+            if message is None and not tempered:
+                assert generate(server, teacher_dir, questions, tmp_path / "cache").rows == 4
+                continue
+            expected = message or f"by .* nats at {limit - 0.5:g} instead of 1"
+            with pytest.raises(ModelError, match=expected):
+                generate(server, teacher_dir, questions, tmp_path / "refused")
 
 
 @pytest.mark.parametrize(

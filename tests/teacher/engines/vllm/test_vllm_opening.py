@@ -23,6 +23,7 @@ from pipeline.teacher.engines.vllm.vllm_collector import Collected
 from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine
 from pipeline.teacher.engines.vllm.vllm_opening import check_installed, check_rotary, open_vllm
 from pipeline.teacher.engines.vllm.vllm_thread import let_llvmlite_be_read
+from pipeline.teacher.generation.generation_config import GenerationConfig
 from pipeline.teacher.targets.hidden_rule import HiddenRule
 from pipeline.teacher.text.data_config import DataConfig
 from tiny import LONGROPE
@@ -93,6 +94,23 @@ def test_files_of_engine_arguments(
     with pytest.raises(ConfigError, match="`max_model_len`: found in `engine_args` too"):
         run(teacher_dir, text_file, tmp_path / "cache", max_model_len=64, engine_args={"max_model_len": 64})
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("temperature", "refused"), [(0, False), (0.01, False), (2, False), (0.005, True), (4, True)])
+def test_temperatures_that_vllm_does_not_sample_at(temperature: float, refused: bool) -> None:
+    def config(engine: Any) -> CacheTeacherConfig:
+        generation = GenerationConfig(temperature=temperature)
+        running = EngineConfig(engine=engine)
+        return CacheTeacherConfig(
+            teacher="t", data=DataConfig(data="d"), output="o", running=running, generation=generation
+        )
+
+    config("transformers")
+    if not refused:
+        config("vllm")
+        return
+    with pytest.raises(ConfigError, match=f"`gen_temperature` {temperature}: vLLM samples at 0 or from 0.01 to 2"):
+        config("vllm")
 
 
 @dataclass
