@@ -21,7 +21,7 @@ TOKENIZER_FILES = (*MODEL_FILES, "tokenizer_config.json", "tokenizer.json")
 
 def is_url(model: object) -> bool:
     """Whether a teacher is given as the URL of a server."""
-    return isinstance(model, str) and model.startswith(("http://", "https://"))
+    return isinstance(model, str) and model.lower().startswith(("http://", "https://"))
 
 
 def split_revision(model: str) -> tuple[str, str | None]:

@@ -181,6 +181,8 @@ class CacheTeacherConfig:
                 raise ConfigError(f"`{name}`: cannot be combined with `engine=vllm`. Leave it out{instead}.")
         if self.masking is not None or self.objective == "masked":
             raise ConfigError("`engine` vllm: for causal teachers only. Use `engine=transformers`.")
+        if self.generation is not None:
+            self.generation.check_in_vllm()
 
     @property
     def on_server(self) -> bool:

@@ -211,8 +211,8 @@ def _open_vllm(
         )
     if text.objective == "masked":
         raise ConfigError(f"`engine` vllm: {model_name(config.teacher)} is a masked language model. Use transformers.")
-    rows = known.get_text_config().vocab_size
-    vocab_size = real_vocab_size(tokenizer, rows)
+    text_config = known.get_text_config()
+    vocab_size = real_vocab_size(tokenizer, text_config.vocab_size)
     _check_tokens(config, text, tokenizer, vocab_size)
     _check_length(config, text, known)
     arguments = config.running.arguments()
@@ -227,10 +227,12 @@ def _open_vllm(
         allow_untested=config.running.allow_untested,
         timed=timed,
         generates=config.generation is not None,
+        inner_layers=config.hidden is not None and config.hidden.has_inner_layers(text_config.num_hidden_layers),
         **_source(config),
     )
     with closed_on_error(engine):
         engine.hidden = states_spec(config.hidden, engine, engine.stored_head)
+        engine.check_states()
     return engine
 
 

@@ -31,6 +31,7 @@ LEFT_OUT = {
     "ignored_files": "files of other types ignored",
     "empty_prompts": "empty prompts",
     "long_prompts": "prompts that leave no room for an answer",
+    "skipped_answers": "answers that the server did not give, or only in part",
 }
 """Counts of a corpus report that a user should know about, in words."""
 

@@ -120,11 +120,11 @@ class AnswerWriter:
         request, row = draft.request, answer_row(draft.request, draft.token_ids)
         if self.forward.head.separates(len(request.read), len(request.read) + len(draft.token_ids)):
             place = int(place_of(np.array([request.document]), np.array([request.index]))[0])
-            whole = RowRequest(index=0, row=row, place=place, stored=row.loss_mask, teacher=row.teacher)
+            whole = RowRequest(index=request.document, row=row, place=place, stored=row.loss_mask, teacher=row.teacher)
             (with_targets,) = self.forward.run([whole], [self.rule]).rows()
         else:
             targets = ChunkTargets(*(torch.stack(parts) for parts in zip(*draft.targets, strict=True)))
-            with_targets = cache_row(0, row, row.loss_mask, targets)
+            with_targets = cache_row(request.document, row, row.loss_mask, targets)
         return complete_answer(request, with_targets, draft.logprobs, str(draft.stop_reason), self.settings)
 
 

@@ -57,6 +57,7 @@ class Group:
 
     answers: Sequence[Answer]  # by document, then index
     batch_size: int  # the smallest one used
+    skipped: Sequence[tuple[int, int]] = ()  # document and index of those that a server gave no usable answer to
 
 
 def store_location(output: str) -> str:
@@ -167,7 +168,8 @@ class AnswerStore:
         data = self._directory.read_bytes(name)
         if _digest(data) == name.rpartition("-")[2].removesuffix(".arrow"):
             group = _decode(data)
-            if expected is None or [(answer.document, answer.index) for answer in group.answers] == list(expected):
+            found = sorted([*((answer.document, answer.index) for answer in group.answers), *group.skipped])
+            if expected is None or found == list(expected):
                 return group
         self._directory.remove(name)
         del self._names[number]
@@ -204,7 +206,8 @@ def _encode(group: Group) -> bytes:
     def column(name: str) -> list[Any]:
         return [_value(answer, name) for answer in group.answers]
 
-    schema = _SCHEMA.with_metadata({"batch_size": str(group.batch_size)})
+    skipped = {"skipped": json.dumps(group.skipped)} if group.skipped else {}
+    schema = _SCHEMA.with_metadata({"batch_size": str(group.batch_size), **skipped})
     arrays = [pa.array(column(field.name), field.type) for field in schema]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
@@ -263,4 +266,6 @@ def _decode(data: bytes) -> Group:
                 ),
             )
         )
-    return Group(answers=answers, batch_size=int(table.schema.metadata[b"batch_size"]))
+    about = table.schema.metadata
+    skipped = [(document, index) for document, index in json.loads(about.get(b"skipped", b"[]"))]
+    return Group(answers=answers, batch_size=int(about[b"batch_size"]), skipped=skipped)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ModelError
 from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request
 from pipeline.teacher.engines.interface import BatchSizeHalved, TeacherEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
@@ -59,16 +59,21 @@ class Answering:
         self.started = time.perf_counter()
 
     def run(self) -> KeptAnswers:
-        """Raises: ConfigError if the predicate fails; DataError if no answer passes it."""
+        """Raises: ConfigError if the predicate fails; DataError if no answer passes it, or there is none."""
         for number, documents in enumerate(self._documents()):
             group = self.store.load(number, self._asked(documents))
             if group is None:
                 group = self._write(documents)
                 self.store.save(number, group)
             else:
-                self.resumed += len(group.answers)
+                self.resumed += len(group.answers) + len(group.skipped)
             self._judge(group)
             self._report()
+        if not self.selection.answers:
+            raise DataError(
+                f"{data_name(self.prompts.config.data)}: the server gave no usable answer to any of "
+                f"{len(self.prompts):,} prompts: nothing to cache. Use other prompts, or another model."
+            )
         if not self.selection.chosen and self.predicate is not None:
             raise DataError(
                 f"{data_name(self.prompts.config.data)}: none of {self.selection.answers:,} answers passed "
@@ -116,11 +121,26 @@ class Answering:
             except BatchSizeHalved:
                 self.tokens_written, in_group = tokens_before, 0
         answers.sort(key=lambda answer: (answer.document, answer.index))
-        return Group(answers=answers, batch_size=self.engine.batch_size)
+        self._check_known(answers)
+        given = {(answer.document, answer.index) for answer in answers}
+        skipped = [(each.document, each.index) for each in requests if (each.document, each.index) not in given]
+        return Group(answers=answers, batch_size=self.engine.batch_size, skipped=skipped)
+
+    def _check_known(self, answers: Sequence[Answer]) -> None:
+        """Raises: ModelError for a token that no cache with this vocabulary can hold; nothing is stored."""
+        vocab_size = self.engine.vocab_size
+        for answer in answers:
+            if (beyond := answer.token_ids >= vocab_size).any():
+                raise ModelError(
+                    f"row {answer.document}, answer {answer.index}: found token id "
+                    f"{answer.token_ids[beyond.argmax()]}, expected ids below {vocab_size:,}: the model has sampled a "
+                    "row of its output matrix that stands for no token. Use `engine=transformers`."
+                )
 
     def _judge(self, group: Group) -> None:
         selection = self.selection
         selection.answers += len(group.answers)
+        selection.skipped += len(group.skipped)
         selection.rows_of_group.append(0)
         passed: dict[int, list[Answer]] = {}  # by document
         for answer in group.answers:
@@ -146,7 +166,7 @@ class Answering:
             in_group: answers so far in the current, incomplete group.
         """
         seconds = time.perf_counter() - self.started
-        answers = self.selection.answers + in_group
+        answers = self.selection.answers + self.selection.skipped + in_group
         total = int(self.prompts.answerable.sum()) * self.answers_per_prompt
         written = answers - self.resumed
         self.on_progress(

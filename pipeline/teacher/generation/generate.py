@@ -114,6 +114,8 @@ def generate_cache(
     config = as_dated(config, prompts.description)
     for warning in prompts.warnings:
         on_warning(warning)
+    if config.server.kind == "openai":
+        prompts.check_messages()
     if manifest is not None:
         on_stage("comparing with the finished cache")
         check_same_contents(config, writer, manifest, prompts, tokenizer, worker)
@@ -298,6 +300,7 @@ def _corpus(
         "documents": len(prompts),
         "empty_prompts": int(np.count_nonzero(prompts.empty)),
         "long_prompts": int(np.count_nonzero(prompts.too_long)),
+        **({"skipped_answers": selection.skipped} if selection.skipped else {}),
         **counts,
         "rows": len(kept),
         "tokens": selection.tokens,

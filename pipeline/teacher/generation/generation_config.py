@@ -14,6 +14,7 @@ GENERATION = "Generation"
 
 Keep = Literal["all", "first", "best"]
 
+VLLM_TEMPERATURES = (0.01, 2)  # it refuses higher ones, and takes the lower end for those below
 LOADING_THE_WRITER = ("writer_dtype", "writer_device_map", "writer_quantization", "writer_tensor_parallel_size")
 
 
@@ -103,6 +104,15 @@ class GenerationConfig:
         for name in LOADING_THE_WRITER:
             if self.writer is None and getattr(self, name) is not None:
                 raise ConfigError(f"`{name}` {getattr(self, name)}: only with `writer`. Leave it out.")
+
+    def check_in_vllm(self) -> None:
+        """Raises: ConfigError for what vLLM does not sample with."""
+        least, most = VLLM_TEMPERATURES
+        if self.temperature and not least <= self.temperature <= most:
+            raise ConfigError(
+                f"`gen_temperature` {self.temperature:g}: vLLM samples at 0 or from {least} to {most}. Choose one of "
+                "these, or use `engine=transformers`."
+            )
 
     @property
     def writer_source(self) -> tuple[str | None, str | None]:

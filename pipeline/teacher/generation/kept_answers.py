@@ -31,6 +31,7 @@ class Selection:
     chosen: set[tuple[int, int]] = field(default_factory=set)  # document and index
     rows_of_group: list[int] = field(default_factory=list)  # number of chosen answers
     answers: int = 0
+    skipped: int = 0  # that a server gave no usable answer to
     passed: int = 0  # answers that passed the predicate
     prompts_kept: int = 0  # prompts with a chosen answer
     stop_reasons: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(STOP_REASONS, 0)))  # of all

@@ -26,6 +26,8 @@ from pipeline.errors import ConfigError
 from pipeline.teacher.engines.answers import Answer
 from pipeline.teacher.generation.generation_config import Keep
 
+_RUN: dict[str, str] = {}  # name of a module -> sha256 of the file that its code was read from
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
@@ -77,7 +79,7 @@ def load_predicate(name: str) -> Predicate:
     if not colon or not place or not function_name.isidentifier():
         raise ConfigError(f"`gen_keep_if` {name}: expected module:function or path/to/file.py:function, with a colon.")
     try:
-        module = _from_file(place) if place.endswith(".py") else _from_path(place)
+        module = _from_file(place) if place.endswith(".py") else _from_path(place, function_name)
     except ConfigError:
         raise
     except Exception as error:
@@ -125,11 +127,23 @@ def _from_file(place: str) -> Any:
     return module
 
 
-def _from_path(place: str) -> Any:
+def _from_path(place: str, function_name: str) -> Any:
     # Like `python -m`, also search the current directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return importlib.import_module(place)
+    loaded = place in sys.modules
+    module = importlib.import_module(place)
+    file = getattr(module, "__file__", None)
+    if place == "__main__" or file is None or not file.endswith(".py"):
+        return module
+    contents = Path(file).read_bytes()
+    digest = hashlib.sha256(contents).hexdigest()
+    if loaded and _RUN.get(place) != digest:
+        # Imported from a file that may have changed since, as in a notebook: the code must be that of the checksum.
+        vars(module).pop(function_name, None)
+        exec(compile(contents, file, "exec"), vars(module))
+    _RUN[place] = digest
+    return module
 
 
 def _short(value: Any) -> str:

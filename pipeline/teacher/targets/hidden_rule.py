@@ -46,6 +46,11 @@ class HiddenRule:
             raise ConfigError(f"`hidden_states` {self.layers}: expected last, all, or layers such as 6,12,18.")
         check_ranges(self, self.PREFIX)
 
+    def has_inner_layers(self, last: int) -> bool:
+        """Whether states of layers before the last are stored."""
+        named = {word.strip() for word in str(self.layers).split(",")}
+        return self.layers is not None and named not in ({"last"}, {str(last)})
+
     def spec(self, teacher: Layered) -> cf.HiddenSpec:
         """Raises: ConfigError for layers that this teacher does not have; ModelError if it gives no states."""
         import cache_format as cf

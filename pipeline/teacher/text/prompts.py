@@ -180,6 +180,11 @@ class Prompts:
             return read_teacher_messages(row, where, column)
         return read_messages(row, where, self.columns)
 
+    def check_messages(self) -> None:
+        """Raises: DataError for the first prompt that `messages` cannot give."""
+        for document in np.flatnonzero(self.answerable).tolist():
+            self.messages(document)
+
     @cached_property
     def kept(self) -> KeptValues | None:
         """The values of the columns that the cache keeps. Raises: DataError."""

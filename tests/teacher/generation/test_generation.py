@@ -350,6 +350,8 @@ def test_bos_stands_before_a_prompt_and_eos_not_behind_it(tmp_path: Path, prompt
         (CHAT_TEMPLATE.replace("message['content'] +", "message['content'] | trim +"), IM_END),
         ("{% for m in messages %}{% if m['role'] == 'user' %}Q {{ m['content'] }}{% else %}A {% generation %}"
          "{{ m['content'] + '<|eos|>' }}{% endgeneration %}{% endif %}{% endfor %}", EOS),
+        ("{% for m in messages %}{% if m['role'] == 'user' %}Q {{ m['content'] }}{% else %}A {% generation %}"
+         "{{ m['content'] + '<|eos|>\n' }}{% endgeneration %}{% endif %}{% endfor %}", EOS),
         ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", ""),
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", ""),
     ],

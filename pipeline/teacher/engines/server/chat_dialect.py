@@ -12,11 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cache_format.wording import quantity
 from pipeline.errors import ModelError
 from pipeline.teacher.engines.answers import EOS, LENGTH
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written
-from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_known
+from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer, Unwanted
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.token_names import TokenNames
 from pipeline.teacher.engines.server.top_lists import MINUS_INFINITY, TopLists
@@ -72,22 +71,14 @@ class ChatDialect:
             finish, message = choice["finish_reason"], choice["message"]
             thoughts = any(message.get(name) for name in THOUGHTS)
             details = (answer.get("usage") or {}).get("completion_tokens_details") or {}
-            thoughts = thoughts or bool(details.get("reasoning_tokens"))
+            _check_usable(choice, thoughts=thoughts or bool(details.get("reasoning_tokens")))
             content = [dict(item) for item in choice["logprobs"]["content"]]
             logprobs = [float(item["logprob"]) for item in content]
             listed = [[(each, float(each["logprob"])) for each in item["top_logprobs"]] for item in content]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnusableAnswer(f"found no choice with logprobs.content in the answer ({error!r})", "whole") from None
-        if finish not in ("stop", "length"):
-            raise UnusableAnswer(f"the server ended an answer of {quantity(len(content), 'token')} by {finish}")
-        if not content:
-            raise UnusableAnswer("found no token in the answer, expected at least one")
-        if thoughts:
-            raise ModelError(
-                "the model thought before it answered: its predictions depend on thoughts that are not returned with "
-                "log-probabilities. Turn thinking off, or use another model."
-            )
         token_ids = [self._token(item, i) for i, item in enumerate(content)]
+        check_known(token_ids, vocab_size)
         lists = [[(self._token(each, i), p) for each, p in entries] for i, entries in enumerate(listed)]
         found = TopLists.read(lists, sampling.k, vocab_size)
         found.check_own(list(zip(logprobs, token_ids, strict=True)))
@@ -107,3 +98,19 @@ class ChatDialect:
                 "exactly one token, since the API gives no ids. Give the tokenizer of its model as `tokenizer`."
             )
         return found
+
+
+def _check_usable(choice: Mapping[str, Any], *, thoughts: bool) -> None:
+    """Checks an answer before its log-probabilities are read, which one that cannot be used need not have.
+
+    Raises: ModelError if the model thinks; Unwanted if there is no answer, or only a part of one.
+    """
+    if thoughts:
+        raise ModelError(
+            "the model thought before it answered: its predictions depend on thoughts that are not returned with "
+            "log-probabilities. Turn thinking off, or use another model."
+        )
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise Unwanted(f"the server ended an answer by {choice['finish_reason']}, expected stop or length")
+    if not choice["message"].get("content") and not (choice["logprobs"] or {}).get("content"):
+        raise Unwanted("found no token in the answer, expected at least one")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.teacher.engines.answers import Messages
-from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
+from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer, Unwanted
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import TopLists
 
@@ -114,6 +114,12 @@ def check_echo(found: Any, sent: Sequence[int]) -> None:
             f"{len(sent)} ({_beginning(sent)})",
             "ids",
         )
+
+
+def check_known(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises: Unwanted if an answer has a token that the tokenizer does not know: output matrices have more rows."""
+    if beyond := [token for token in token_ids if not 0 <= token < vocab_size]:
+        raise Unwanted(f"found token id {beyond[0]} in the answer, expected ids below {vocab_size:,}")
 
 
 def _beginning(token_ids: Sequence[Any]) -> str:

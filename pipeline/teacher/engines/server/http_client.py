@@ -17,6 +17,7 @@ import asyncio
 import email.utils
 import json
 import logging
+import math
 import random
 import threading
 import time
@@ -66,6 +67,10 @@ class Unusable(ModelError):
         self.advice = advice
 
 
+class Unwanted(ModelError):
+    """An answer is of the expected form, but cannot be stored. With another seed there may be one that can."""
+
+
 class Refused(ModelError):
     """The server answers with an error that will not pass.
 
@@ -85,7 +90,7 @@ class Query(Generic[T]):
     Attributes:
         path: below the root of the server.
         read: makes the result of an answer, or the next request on the way to it. Raises UnusableAnswer, or ModelError
-            if no other answer would do.
+            if no other answer would do, or only one to another request (`Unwanted`).
     """
 
     path: str
@@ -209,6 +214,12 @@ class HttpClient:
                 if unusable >= most_unusable:
                     text = f"{self.root}{query.path}: {problem}, in {unusable} answers to the same request."
                     raise Unusable(text, problem.advice) from problem
+                if problem.after > self.patience:
+                    raise ModelError(
+                        f"{self.root}{query.path}: {problem}. The server asks to wait for {math.ceil(problem.after):,} "
+                        f"seconds, longer than `server_patience` {self.patience:g}. Complete shards are kept: run the "
+                        "same command again then."
+                    ) from problem
                 if now + pause - failing_since > self.patience:
                     raise ModelError(
                         f"{self.root}{query.path}: {problem}, for {now - failing_since:.0f} seconds (`server_patience` "
@@ -266,8 +277,8 @@ class HttpClient:
                 found = next(each for each in (found.get("error"), found.get("message"), found.get("detail")) if each)
         except (ValueError, StopIteration):
             found = response.text
-        text = " ".join(str(found).split())[:SHOWN].rstrip(". ")
-        return self._clean(f": {text}") if text else ""
+        text = self._clean(" ".join(str(found).split()))[:SHOWN].rstrip(". ")  # a key that is cut is not recognised
+        return f": {text}" if text else ""
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "…") if self._key else text

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.teacher.engines.answers import EOS, LENGTH, STOP_STRING
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_known
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import TopLists
@@ -118,6 +118,7 @@ class LlamaCppDialect:
             ends = [i for i, token in enumerate(token_ids) if token in sampling.stop_tokens]
             if ends:  # the server stops only at the tokens named in the model's file
                 token_ids, reason = token_ids[: ends[0] + 1], EOS
+            check_known(token_ids, vocab_size)
             start = len(sampling.token_ids) - 1
             text = _Text([*sampling.token_ids, *token_ids], range(start, start + len(token_ids)), with_own=True)
             text.add(start, generated, items)

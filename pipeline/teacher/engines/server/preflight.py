@@ -4,12 +4,13 @@ length         documents fit its context
 tokenizer      it splits a text into the tokens of the local tokenizer
 ids            it scores the ids that it is sent, one log-probability for each, nothing added (BOS) or left out
 entries        it gives K log-probabilities of each position, finite ones of one distribution
-temperature    the same for requests at temperature 1 and 2: the model's own distribution, not the sampler's
+temperature    the same at temperature 1 and at another: the model's own distribution, not the sampler's
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling
-from pipeline.teacher.engines.server.http_client import HttpClient, Query, Refused, Unusable
+from pipeline.teacher.engines.server.http_client import HttpClient, Query, Refused, Unusable, Unwanted
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
 from pipeline.teacher.engines.server.top_lists import TopLists
 
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 PROBE = "The café, built in 1923, cost 1,450 €;\n  people said: “it's far too small”. Then 東京 came."
 MOST_UNUSABLE = 3
+OTHER_TEMPERATURES = (2.0, 1.5, 0.5)
+"""The first that the server takes is compared with 1; not all take 2, or more than 1."""
 TEMPERED_NATS = 0.1
 """Mean difference of log-probabilities between two requests that is more than rounding in any precision."""
 
@@ -90,22 +93,17 @@ def check_distributions(
         ask, advice = _of_answer, dialect.advice.raw_answers
     lists = partial(ask, client, dialect, token_ids, size)
     try:
-        at_one, at_two = lists(k, 1.0), lists(k, 2.0)
+        at_one = _at_one(lists, k, subject, dialect.advice.cap)
+        temperature, at_another = _at_another_temperature(partial(lists, k))
     except Unusable as error:
         hint = "Use another server." if error.advice is None else getattr(dialect.advice, error.advice)
         hint = advice if error.advice == "raw" else hint
         raise ModelError(f"{error} {hint.format(k=k)}") from error
-    except Refused as error:
-        if error.status not in (400, 422) or k == 1 or not _gives(lists, 1):
-            raise
-        raise ConfigError(
-            f"{subject}: more than this server gives: {error} {dialect.advice.cap.format(k=k)}"
-        ) from error
-    difference = float(np.abs(at_one.logprobs - at_two.logprobs).mean())
+    difference = float(np.abs(at_one.logprobs - at_another.logprobs).mean())
     if difference > TEMPERED_NATS:
         raise ModelError(
             f"{client.root}: its log-probabilities depend on the temperature of sampling (by {difference:.2f} nats at "
-            f"2 instead of 1), so they are not the teacher's own. {advice}"
+            f"{temperature:g} instead of 1), so they are not the teacher's own. {advice}"
         )
 
 
@@ -136,7 +134,38 @@ def _of_answer(
         stop=(),
         stop_tokens=(),
     )
-    return _result(client, dialect.answer(sampling, size)).lists
+    for seed in range(MOST_UNUSABLE):
+        try:
+            return _result(client, dialect.answer(replace(sampling, seed=seed), size)).lists
+        except Unwanted as error:
+            unwanted = error
+    raise ModelError(f"{client.root}: {unwanted}, in {MOST_UNUSABLE} answers. Use another model or server.")
+
+
+def _at_one(lists: Callable[[int, float], TopLists], k: int, subject: str, advice: str) -> TopLists:
+    """Raises: ConfigError if the server gives fewer entries."""
+    try:
+        return lists(k, 1.0)
+    except Refused as error:
+        if not _is_about_request(error) or k == 1 or not _gives(lists, 1):
+            raise
+        raise ConfigError(f"{subject}: more than this server gives: {error} {advice.format(k=k)}") from error
+
+
+def _at_another_temperature(lists: Callable[[float], TopLists]) -> tuple[float, TopLists]:
+    """Raises: Refused if the server takes none."""
+    for temperature in OTHER_TEMPERATURES:
+        try:
+            return temperature, lists(temperature)
+        except Refused as error:
+            if not _is_about_request(error):
+                raise
+            refused = error
+    raise refused
+
+
+def _is_about_request(error: Refused) -> bool:
+    return error.status in (400, 422)
 
 
 def _gives(lists: Callable[[int, float], TopLists], k: int) -> bool:

@@ -72,16 +72,24 @@ class ServerConfig:
 
 
 def server_root(url: str, name: str = "teacher") -> str:
-    """The URL without the path /v1 and a slash at its end.
+    """The URL without the path /v1 and what follows it.
 
     Args:
         name: of the option that gives it.
 
-    Raises: ConfigError if it names no host, or holds a password or key, which would be recorded.
+    Raises: ConfigError if it names no host or no valid port, or holds a password or key, which would be recorded.
     """
-    parts = urlsplit(url)
+    expected = "expected a URL such as http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # may be no number
+    except ValueError:
+        parts = None
+    if parts is None or len(url.split()) > 1:
+        shown = url.rpartition("@")[2].rpartition("://")[2].partition("?")[0].partition("#")[0]  # without a password
+        raise ConfigError(f"`{name}` …{shown}: found a host or port that cannot be, {expected}.")
     if not parts.hostname:
-        raise ConfigError(f"`{name}` {url}: found no host, expected a URL such as http://localhost:8000/v1.")
+        raise ConfigError(f"`{name}` {url}: found no host, {expected}.")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise ConfigError(
@@ -89,7 +97,7 @@ def server_root(url: str, name: str = "teacher") -> str:
             "the cache. Leave them out, and put an API key into the environment variable that `server_api_key_env` "
             "names."
         )
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
 
 
 WITHOUT_SERVER = {

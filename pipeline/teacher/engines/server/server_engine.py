@@ -10,6 +10,7 @@ transformers engine within rounding: what shares a batch with a document is up t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
@@ -31,11 +32,13 @@ from pipeline.teacher.engines.answers import (
 from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing, Usage
 from pipeline.teacher.engines.server.dialect import Dialect, Prompt, Sampling, Written
-from pipeline.teacher.engines.server.http_client import HttpClient
+from pipeline.teacher.engines.server.http_client import MOST_UNUSABLE, HttpClient, Unwanted
 from pipeline.teacher.engines.server.server_kinds import ServerFacts
 from pipeline.teacher.engines.server.top_lists import TopLists
 from pipeline.teacher.targets.cache_rows import cache_row
 from pipeline.teacher.targets.rules import TargetRule
+
+logger = logging.getLogger("distill")
 
 
 @dataclass
@@ -92,8 +95,8 @@ def entries(rule: TargetRule, vocab_size: int) -> int:
     return min(rule.candidates, vocab_size)
 
 
-def sampling_of(request: Request, settings: AnswerSettings, k: int) -> Sampling:
-    """What a server is asked for an answer."""
+def sampling_of(request: Request, settings: AnswerSettings, k: int, attempt: int = 0) -> Sampling:
+    """What a server is asked for an answer. Args: attempt: each has a seed of its own."""
     given = settings.sampling
     return Sampling(
         token_ids=np.asarray(request.read).tolist(),
@@ -103,7 +106,7 @@ def sampling_of(request: Request, settings: AnswerSettings, k: int) -> Sampling:
         temperature=given.temperature,
         top_p=given.top_p,
         top_k=given.top_k,
-        seed=answer_seed(request, given.seed),
+        seed=(answer_seed(request, given.seed) + attempt) % 2**31,
         stop=given.stop,
         stop_tokens=sorted(settings.stop_tokens),
     )
@@ -181,24 +184,40 @@ class ServerEngine:
     def generate(
         self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
     ) -> list[Answer]:
-        pending: dict[Future[Written], Request] = {}
-        for request in requests:
-            sampling = sampling_of(request, settings, entries(settings.rule, self.vocab_size))
-            pending[self.client.post(self.dialect.answer(sampling, self.vocab_size))] = request
-        answers = []
-        for done in as_completed(pending):
-            answers.append(self._answer(pending[done], done, settings))
-            on_answers(answers[-1:])
+        answers: list[Answer] = []
+        for attempt in range(MOST_UNUSABLE):
+            pending = {self._written(request, settings, attempt): request for request in requests}
+            unwanted: dict[Request, Unwanted] = {}
+            for done in as_completed(pending):
+                try:
+                    answers.append(self._answer(pending[done], done, settings))
+                except Unwanted as error:
+                    unwanted[pending[done]] = error
+                else:
+                    on_answers(answers[-1:])
+            requests = list(unwanted)
+        for request, problem in list(unwanted.items())[:1]:
+            others = f" (and {len(unwanted) - 1} others)" if len(unwanted) > 1 else ""
+            logger.warning(
+                "row %d, answer %d%s: %s, with each of %d seeds. Left out.",
+                *(request.document, request.index, others, problem, MOST_UNUSABLE),
+            )
         return answers
+
+    def _written(self, request: Request, settings: AnswerSettings, attempt: int) -> Future[Written]:
+        sampling = sampling_of(request, settings, entries(settings.rule, self.vocab_size), attempt)
+        return self.client.post(self.dialect.answer(sampling, self.vocab_size))
 
     def _answer(self, request: Request, done: Future[Written], settings: AnswerSettings) -> Answer:
         try:
             written = done.result()
+        except Unwanted:
+            raise
         except ModelError as error:
             raise ModelError(f"row {request.document}, answer {request.index}: {error}") from error
         row = answer_row(request, written.token_ids)
         targets = written.lists.targets(settings.rule, self.vocab_size)
-        with_targets = cache_row(0, row, row.loss_mask, targets)
+        with_targets = cache_row(request.document, row, row.loss_mask, targets)
         return complete_answer(request, with_targets, written.logprobs, written.stop_reason, settings)
 
     def close(self) -> None:

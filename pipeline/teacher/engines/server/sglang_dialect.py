@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.teacher.engines.answers import EOS, LENGTH, STOP_STRING
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, list_of
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, check_known, list_of
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
@@ -97,6 +97,7 @@ def _read_answer(answer: Any, sampling: Sampling, vocab_size: int) -> Written:
         raise UnusableAnswer(text, "ids")
     if finish["type"] not in ("length", "stop") or not token_ids:
         raise UnusableAnswer(f"the server ended an answer of {len(token_ids)} tokens by {finish['type']}")
+    check_known(token_ids, vocab_size)
     list_of(lists, len(token_ids), "output_top_logprobs")
     found = TopLists.read([_entries(each) for each in lists], sampling.k, vocab_size)
     found.check_own(own)

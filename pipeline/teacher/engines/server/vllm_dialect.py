@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.teacher.engines.answers import EOS, LENGTH, STOP_STRING
-from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, list_of
+from pipeline.teacher.engines.server.dialect import Advice, Prompt, Sampling, Written, check_echo, check_known, list_of
 from pipeline.teacher.engines.server.http_client import Query, UnusableAnswer
 from pipeline.teacher.engines.server.server_config import ServerKind
 from pipeline.teacher.engines.server.top_lists import Entries, TopLists
@@ -106,6 +106,7 @@ def _read_answer(answer: Any, sampling: Sampling, vocab_size: int) -> Written:
         raise UnusableAnswer(f"found no token_ids with logprobs of {PREFIX}N in the answer ({error!r})") from None
     if not token_ids:
         raise UnusableAnswer("found no token in the answer, expected at least the one that ends it")
+    check_known(token_ids, vocab_size)
     list_of(by_id, len(token_ids), "top_logprobs")
     list_of(logprobs, len(token_ids), "token_logprobs")
     k = sampling.k

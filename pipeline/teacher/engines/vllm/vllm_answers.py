@@ -52,5 +52,5 @@ def answer_of(request: Request, output: RequestOutput, collected: Collected, set
     logprobs = [of_token[token].logprob for token, of_token in zip(token_ids, found.logprobs, strict=True)]
     row = answer_row(request, token_ids)
     targets = ChunkTargets(*(each[: len(token_ids)] for each in collected.targets[0]))
-    with_targets = cache_row(0, row, row.loss_mask, targets)
+    with_targets = cache_row(request.document, row, row.loss_mask, targets)
     return complete_answer(request, with_targets, logprobs, stop_reason, settings)

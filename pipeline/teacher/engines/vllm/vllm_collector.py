@@ -95,7 +95,7 @@ class StepTargets:
         vocab_size: V.
 
     Attributes:
-        inner: layer -> [tokens, D], states of the current step that may be stored.
+        inner: layer -> [tokens, D], states of the current step that may be stored; `add` uses them up.
         last_layer: under which the states that `add` gets are stored; None: they are not.
         states_dtype: of stored states.
         timed: measure, which makes the host wait for the device.
@@ -119,6 +119,7 @@ class StepTargets:
     @torch.inference_mode()
     def add(self, hidden: Tensor, spans: Iterable[Span]) -> None:
         """Collects what one step has computed. Args: hidden: [tokens, D]."""
+        inner, self.inner = self.inner, {}  # a step that collects none must not get those of an earlier one
         rows, places, positions, labels, counts, names, with_states = [], [], [], [], [], [], []
         for span in spans:
             wanted = Wanted(*span.wanted)
@@ -148,7 +149,7 @@ class StepTargets:
         if found is None:
             return
         targets, label_logprobs = found
-        states, scales = self._states(hidden, row[np.concatenate(with_states)])
+        states, scales = self._states(inner, hidden, row[np.concatenate(with_states)])
         of_targets = np.cumsum(counts)[:-1].tolist()
         of_states = np.cumsum([each.sum() for each in with_states])[:-1].tolist()
         by_rule = [zip(*(tensor.tensor_split(of_targets) for tensor in each), strict=True) for each in targets]
@@ -163,14 +164,16 @@ class StepTargets:
             part = Collected([ChunkTargets(*each) for each in targets_here], *others)
             self._requests[name].parts.append(part)
 
-    def _states(self, hidden: Tensor, rows: np.ndarray) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _states(
+        self, inner: dict[int, Tensor], hidden: Tensor, rows: np.ndarray
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """States and scales of every layer to store, at some rows of the step, on the host."""
         states: dict[int, Tensor] = {}
         scales: dict[int, Tensor] = {}
         if not len(rows):
             return states, scales
         last = {} if self.last_layer is None else {self.last_layer: hidden}
-        for layer, each in (self.inner | last).items():
+        for layer, each in (inner | last).items():
             kept, scale = hidden_states.quantised(each[_index(rows, each)], self.states_dtype)
             states[layer] = kept.cpu()
             if scale is not None:

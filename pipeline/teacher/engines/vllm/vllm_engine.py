@@ -222,20 +222,9 @@ class VllmEngine:
         """Compares targets with vLLM's own prompt log-probabilities of the same pass. Raises: ModelError."""
         rule = TargetRule(top_k=min(8, self.vocab_size))
         self._use([rule])
-        tokens = min(PROBE_TOKENS, self.call(lambda engine: engine.model_config.max_model_len) - 1)
-        result: Future[tuple[RequestOutput, Collected]] = Future()
-        document = self._vllm.document(
-            np.random.default_rng(3).integers(self.vocab_size, size=tokens),
-            np.ones(tokens, bool),
-            lambda *found: result.set_result(found),
-            partial(fail, result),
-            place=0,
-            prompt_logprobs=rule.top_k,
-        )
-        self._vllm.submit([document])
-        output, collected = result.result()
+        output, collected = self._probe(prompt_logprobs=rule.top_k)
         targets, theirs = collected.targets[0], output.prompt_logprobs or []
-        worst = 0.0 if len(targets.ids) == len(theirs) == tokens else math.inf
+        worst = 0.0 if len(targets.ids) == len(theirs) == len(output.prompt_token_ids or ()) else math.inf
         # Theirs begin with that of the second token; the last position has none.
         for ids, logprobs, own in zip(targets.ids.tolist(), targets.logprobs.tolist(), theirs[1:], strict=False):
             for token, logprob in zip(ids, logprobs, strict=True):
@@ -246,6 +235,37 @@ class VllmEngine:
                 f"{PROBE_TOLERANCE}), so distill does not see the hidden states that it expects of this model in "
                 f"{' '.join(installed() or ())}. Use `engine=transformers`."
             )
+
+    def check_states(self) -> None:
+        """Checks that the states of every layer to store are collected. Raises: ModelError."""
+        if self._hidden is None:
+            return
+        self._use([TargetRule(top_k=1)])
+        output, collected = self._probe(with_states=True)
+        tokens = len(output.prompt_token_ids or ())
+        missing = [layer for layer in self._hidden.layers if len(collected.states.get(layer, ())) != tokens]
+        if missing:
+            raise ModelError(
+                f"`engine` vllm: found no hidden states of {named_layers(missing)}, so distill cannot store those of "
+                f"this model in {' '.join(installed() or ())}. Use `engine=transformers`."
+            )
+
+    def _probe(self, *, with_states: bool = False, **sampling: Any) -> tuple[RequestOutput, Collected]:
+        """What vLLM and the collector give for a few tokens, at all positions."""
+        tokens = min(PROBE_TOKENS, self.call(lambda engine: engine.model_config.max_model_len) - 1)
+        result: Future[tuple[RequestOutput, Collected]] = Future()
+        everywhere = np.ones(tokens, bool)
+        document = self._vllm.document(
+            np.random.default_rng(3).integers(self.vocab_size, size=tokens),
+            everywhere,
+            lambda *found: result.set_result(found),
+            partial(fail, result),
+            place=0,
+            with_states=everywhere if with_states else None,
+            **sampling,
+        )
+        self._vllm.submit([document])
+        return result.result()
 
     # -- targets ------------------------------------------------------------------------------------------------------
 
@@ -338,6 +358,10 @@ class VllmEngine:
         for answer in as_completed(answers):
             on_answers([answer.result()])
         return [answer.result() for answer in answers]
+
+
+def named_layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 def _together(fingerprints: Sequence[str]) -> str:

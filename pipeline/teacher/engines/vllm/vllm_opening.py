@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models.loading import reason
+from pipeline.models.loading import load_config, reason
 from pipeline.teacher.engines.vllm.vllm_engine import VllmEngine, closed_on_error
 from pipeline.teacher.engines.vllm.vllm_version import installed
 
 TESTED_VERSIONS = ("0.32",)
 EXTENSION = "pipeline.teacher.engines.vllm.vllm_worker.TargetsExtension"
+SPECULATIVE = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 OWN_ARGUMENTS = {"model", "worker_extension_cls", "enable_prefix_caching", "logprobs_mode"}
 
 
@@ -32,6 +34,7 @@ def open_vllm(
     allow_untested: bool = False,
     timed: bool = False,
     generates: bool = False,
+    inner_layers: bool = False,
 ) -> VllmEngine:
     """A teacher in vLLM, compared with vLLM's own prompt log-probabilities.
 
@@ -41,6 +44,7 @@ def open_vllm(
         dtype: auto is float32 on a CPU, as in the other engine, and the checkpoint's own elsewhere.
         engine_args: other arguments of vLLM's `EngineArgs`; they win over what is chosen here.
         generates: the teacher will write answers.
+        inner_layers: hidden states of layers before the last will be stored.
 
     Raises:
         ConfigError: vLLM is missing or of another version, or an argument is one that it does not know or that the
@@ -50,6 +54,7 @@ def open_vllm(
     check_installed(allow_untested=allow_untested)
     if taken := sorted(set(engine_args) & OWN_ARGUMENTS):
         raise ConfigError(f"`engine_args`: {taken[0]} is set by distill. Leave it out.")
+    check_arguments(engine_args, generates=generates, inner_layers=inner_layers)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, so that runs can be repeated
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import EngineArgs
@@ -66,9 +71,9 @@ def open_vllm(
         "model": teacher,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
-        "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
+        "dtype": _dtype(teacher, revision, trust_remote_code, on_cpu=on_cpu) if dtype == "auto" else dtype,
         "max_model_len": seq_len + 1,  # vLLM always generates a token
-        "enforce_eager": on_cpu,
+        "enforce_eager": on_cpu or inner_layers,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         # On a CPU, vLLM fails on a part of a prompt whose answer has a seed.
@@ -84,6 +89,32 @@ def open_vllm(
     with closed_on_error(engine):
         engine.check()
     return engine
+
+
+def check_arguments(engine_args: Mapping[str, Any], *, generates: bool, inner_layers: bool) -> None:
+    """Raises: ConfigError for arguments with which vLLM would compute what is to be stored otherwise."""
+    guesses = [name for name in SPECULATIVE if engine_args.get(name) is not None]
+    if generates and guesses:
+        raise ConfigError(
+            f"`engine_args`: {guesses[0]} cannot be combined with `generate`: vLLM computes positions of guessed "
+            "tokens that it then rejects, so targets would belong to other tokens. Leave it out."
+        )
+    if inner_layers and not engine_args.get("enforce_eager", True):
+        raise ConfigError(
+            "`engine_args`: enforce_eager is false, but `hidden_states` of layers before the last can only be read "
+            "from a model that is not compiled. Leave it out, or store the states of the last layer only."
+        )
+
+
+def _dtype(teacher: str, revision: str | None, trust_remote_code: bool, *, on_cpu: bool) -> str:
+    """The dtype that "auto" stands for; vLLM's own "auto" would round a float32 checkpoint to bfloat16."""
+    if on_cpu:
+        return "float32"
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    config = load_config(teacher, revision=revision, trust_remote_code=trust_remote_code)
+    saved = ModelArchConfigConvertorBase.get_torch_dtype(config, teacher, revision=revision, config_format="hf")
+    return "float32" if saved == torch.float32 else "auto"
 
 
 def check_installed(*, allow_untested: bool = False) -> None:

@@ -84,7 +84,7 @@ class VllmThread:
                 for document in documents:
                     document.failed(error)
                 with contextlib.suppress(Exception):
-                    engine.abort_request([*engine.output_processor.request_states])
+                    engine.abort_request([*engine.output_processor.request_states], internal=True)
         engine.engine_core.shutdown()
 
     def _step(self, engine: LLMEngine) -> None:

@@ -34,6 +34,7 @@ class TargetsExtension:
 
     def distill_install(self, vocab_size: int) -> None:
         runner = self.model_runner
+        without_padding_rows(runner.model, vocab_size)
         self._distill = StepTargets(runner.model.compute_logits, vocab_size=vocab_size)
         self._hooks: list[RemovableHandle] = []
         hook(runner, self._distill)
@@ -71,6 +72,20 @@ class TargetsExtension:
         model = self.model_runner.model
         dtype = str(self.model_runner.dtype).removeprefix("torch.")
         return {"architecture": type(model).__name__, "dtype": dtype, "weights": weights_fingerprint(model)}
+
+
+def without_padding_rows(model: Any, vocab_size: int) -> None:
+    """Gives rows of the output matrix that stand for no token a probability of 0, in all that vLLM computes of logits:
+    what it samples, and its own log-probabilities."""
+    compute = model.compute_logits
+
+    def compute_logits(*arguments: Any, **named: Any) -> Tensor | None:
+        logits: Tensor | None = compute(*arguments, **named)
+        if logits is not None and logits.shape[-1] > vocab_size:
+            logits[..., vocab_size:] = -torch.inf
+        return logits
+
+    model.compute_logits = compute_logits
 
 
 def hook(runner: Any, collector: StepTargets) -> None:

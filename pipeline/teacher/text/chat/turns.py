@@ -65,10 +65,10 @@ def _end_of_turn(conversation: Conversation) -> str:
             text, blocks = example.text_and_blocks()
             text = text[slice(*blocks[-1])] if blocks else ""
         else:
-            text = example.text().rstrip()
+            text = example.text()
     except DataError:  # a template that does not accept these two
         return ""
-    return text.rpartition(_PROBE)[2] if _PROBE in text else ""
+    return text.rpartition(_PROBE)[2].rstrip() if _PROBE in text else ""
 
 
 def _marked(conversation: Conversation, turns: Sequence[int], everything: bool) -> Rendering | None:

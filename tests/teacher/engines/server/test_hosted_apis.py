@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 import cache_format as cf
 from fake_apis import FakeHosted
-from fake_servers import MODEL, Faults
+from fake_servers import MODEL, Faults, Status
 from generating import load, logprobs_of
 from pipeline.errors import DataError, DistillError, ModelError
 from pipeline.teacher.cache_config import CacheTeacherConfig
+from pipeline.teacher.engines.server.http_client import MOST_UNUSABLE
 from pipeline.teacher.engines.server.server_config import ServerConfig
 from pipeline.teacher.engines.server.token_names import TokenNames
 from pipeline.teacher.generation.generate import generate_cache
@@ -149,6 +150,12 @@ def counted_thoughts(answer: Any, body: Any) -> Any:
     return answer
 
 
+def thinking_only(answer: Any, body: Any) -> Any:
+    """The limit of the test request is reached before there is an answer."""
+    answer["choices"][0] |= {"logprobs": None, "message": {"content": None, "reasoning_content": "Let"}}
+    return answer
+
+
 def filtered(answer: Any, body: Any) -> Any:
     answer["choices"][0]["finish_reason"] = "content_filter"
     return answer
@@ -171,7 +178,8 @@ def no_lists(answer: Any, body: Any) -> Any:
     [
         (thinking, "the model thought before it answered"),
         (counted_thoughts, "the model thought before it answered"),
-        (filtered, "ended an answer of 1 token by content_filter"),
+        (thinking_only, "the model thought before it answered"),
+        (filtered, "ended an answer by content_filter"),
         (unlikely, "found a token without a log-probability|twice at one position"),
         (no_lists, "found no choice with logprobs.content"),
     ],
@@ -183,9 +191,116 @@ def test_answers_that_cannot_be_used(
         generate(server, teacher_dir, chat_file, tmp_path / "cache")
 
 
+def no_content(choice: dict[str, Any]) -> None:
+    choice |= {"logprobs": {"content": [], "refusal": None}, "message": {"content": ""}, "finish_reason": "stop"}
+
+
+def no_answer_at_all(choice: dict[str, Any]) -> None:
+    choice |= {"logprobs": None, "message": {"content": None, "refusal": "No."}, "finish_reason": "stop"}
+
+
+def called_a_tool(choice: dict[str, Any]) -> None:
+    choice |= {"logprobs": None, "message": {"content": None, "tool_calls": [{}]}, "finish_reason": "tool_calls"}
+
+
+def ended_by_a_filter(choice: dict[str, Any]) -> None:
+    choice |= {"finish_reason": "content_filter"}
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    rows = [{"messages": [{"role": "user", "content": f"Question {i}"}]} for i in range(4)]
+    return write_jsonl(tmp_path / "questions.jsonl", rows)
+
+
+@pytest.mark.parametrize("spoil", [no_content, no_answer_at_all, called_a_tool, ended_by_a_filter])
+def test_a_question_that_gets_no_answer_is_left_out(
+    spoil: Callable[[Any], None],
+    teacher_dir: Path,
+    questions: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seeds: list[int] = []
+
+    def change(answer: Any, body: Any) -> Any:
+        if "Question 2" in json.dumps(body["messages"]):
+            seeds.append(body["seed"])
+            spoil(answer["choices"][0])
+        return answer
+
+    with FakeHosted(teacher_dir, change=change) as server:
+        summary = generate(server, teacher_dir, questions, tmp_path / "cache")
+    assert len(seeds) == len(set(seeds)) == MOST_UNUSABLE
+    assert summary.answers == summary.rows == 3 and summary.corpus_report["skipped_answers"] == 1
+    assert {line["document"] for line in cf.open_cache(tmp_path / "cache").answers()} == {0, 1, 3}
+    assert "row 2, answer 0: " in caplog.text and "Left out." in caplog.text
+
+
+def test_what_was_left_out_is_not_asked_for_again(teacher_dir: Path, questions: Path, tmp_path: Path) -> None:
+    """The answers are there; only the function that judges them failed."""
+    (tmp_path / "checks.py").write_text("def ok(example, answer):\n    return 1 / 0\n")
+
+    def change(answer: Any, body: Any) -> Any:
+        if "Question 2" in json.dumps(body["messages"]):
+            no_content(answer["choices"][0])
+        return answer
+
+    keep_if = f"{tmp_path / 'checks.py'}:ok"
+    with FakeHosted(teacher_dir, change=change) as server:
+        with pytest.raises(DistillError, match="ZeroDivisionError"):
+            generate(server, teacher_dir, questions, tmp_path / "cache", keep_if=keep_if)
+        asked = server.answered.total()
+        (tmp_path / "checks.py").write_text("def ok(example, answer):\n    return True\n")
+        summary = generate(server, teacher_dir, questions, tmp_path / "cache", keep_if=keep_if)
+        assert server.answered.total() == asked + 2  # the probes
+    assert summary.rows == 3 and summary.corpus_report["skipped_answers"] == 1
+
+
+def test_a_server_that_answers_nothing(teacher_dir: Path, questions: Path, tmp_path: Path) -> None:
+    def change(answer: Any, body: Any) -> Any:
+        if body["max_tokens"] > 1:  # not the probes
+            no_content(answer["choices"][0])
+        return answer
+
+    with FakeHosted(teacher_dir, change=change) as server:
+        with pytest.raises(DataError, match="the server gave no usable answer to any of 4 prompts"):
+            generate(server, teacher_dir, questions, tmp_path / "cache")
+
+
+def test_what_cannot_be_sent_is_said_before_anything_is_asked(teacher_dir: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": f"Hi {i}"}]} for i in range(6)]
+    rows[5]["chat_template_kwargs"] = {"enable_thinking": False}
+    data = write_jsonl(tmp_path / "data.jsonl", [{"chat_template_kwargs": None, **row} for row in rows])
+    with FakeHosted(teacher_dir) as server:
+        with pytest.raises(DataError, match="row 5: found 'enable_thinking' for the chat template"):
+            generate(server, teacher_dir, data, tmp_path / "cache")
+    assert not server.answered
+
+
 def test_log_probabilities_of_the_sampler_are_refused(teacher_dir: Path, chat_file: Path, tmp_path: Path) -> None:
     with FakeHosted(teacher_dir, tempered=True) as server, pytest.raises(ModelError, match="depend on the temperature"):
         generate(server, teacher_dir, chat_file, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("limit", "message"), [(2.0, None), (1.0, None), (0.0, "'temperature' is too high")])
+def test_apis_that_do_not_take_every_temperature(
+    limit: float, message: str | None, teacher_dir: Path, questions: Path, tmp_path: Path
+) -> None:
+    class Cold(FakeHosted):
+        def chat(self, body: Any) -> Any:
+            if body["temperature"] != 1.0 and not body["temperature"] < limit:
+                raise Status(400, {"error": {"message": "'temperature' is too high"}})
+            return super().chat(body)
+
+    for tempered in (False, True):
+        with Cold(teacher_dir, tempered=tempered) as server:
+            if message is None and not tempered:
+                assert generate(server, teacher_dir, questions, tmp_path / "cache").rows == 4
+                continue
+            expected = message or f"by .* nats at {limit - 0.5:g} instead of 1"
+            with pytest.raises(ModelError, match=expected):
+                generate(server, teacher_dir, questions, tmp_path / "refused")
 
 
 @pytest.mark.parametrize(

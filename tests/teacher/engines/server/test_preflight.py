@@ -187,6 +187,12 @@ def test_servers_of_another_kind(teacher_dir: Path, text_file: Path, tmp_path: P
         ({"teacher": "http://u:pw@host/v1"}, "`teacher` http://host/v1: found a user name, password or parameters"),
         ({"teacher": "http://host/v1?api_key=sk-1"}, "`teacher` http://host/v1: found a user name"),
         ({"teacher": "http:///v1"}, "found no host"),
+        ({"teacher": "http://host:abc/v1"}, "`teacher` …host:abc/v1: found a host or port that cannot be, expected"),
+        ({"teacher": "http://host:99999/v1"}, "`teacher` …host:99999/v1: found a host or port that cannot be"),
+        ({"teacher": "http://[::1/v1"}, "`teacher` …[::1/v1: found a host or port that cannot be"),
+        ({"teacher": "http://u:pw@host:x/v1?key=sk-1"}, "`teacher` …host:x/v1: found a host or port that cannot be"),
+        ({"teacher": "http://ho st/v1"}, "`teacher` …ho st/v1: found a host or port that cannot be"),
+        ({"teacher": "HTTP://host/v1", "tokenizer": None}, "`tokenizer`: missing"),
         ({"tokenizer": None}, "`tokenizer`: missing"),
         ({"targets": TargetRule()}, "`targets` threshold: a server gives lists of its most likely tokens"),
         ({"targets": TargetRule(kind="hidden")}, "`targets` hidden: a server gives lists"),
@@ -212,7 +218,9 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch)
         assert "secr" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/"])
+@pytest.mark.parametrize(
+    "url", ["http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/", "HTTP://h:8000/v1/?"]
+)
 def test_the_url_may_end_with_v1(url: str) -> None:
     assert server_root(url) == "http://h:8000"
 

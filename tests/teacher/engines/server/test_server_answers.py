@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import cache_format as cf
 import fake_servers
@@ -95,6 +96,41 @@ def test_log_probabilities_of_the_sampler_are_refused(
 ) -> None:
     with FakeServer(teacher_dir, kind, tempered=True) as server, pytest.raises(ModelError, match=advice):
         generate(server.url, teacher_dir, prompts, tmp_path / "cache")
+
+
+def beyond(answer: dict[str, Any]) -> None:
+    """Makes the third token of an answer one that the tokenizer does not know."""
+    if "meta_info" in answer:
+        info = answer["meta_info"]
+        info["output_token_logprobs"][2] = info["output_top_logprobs"][2][-1] = [-14.0, V + 50, None]
+    else:
+        found = answer["choices"][0]
+        found["token_ids"][2], found["logprobs"]["token_logprobs"][2] = V + 50, -14.0
+        found["logprobs"]["top_logprobs"][2][f"token_id:{V + 50}"] = -14.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("times", [1, 99])
+def test_tokens_that_the_tokenizer_does_not_know(
+    kind: str, times: int, teacher_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Rows of padding in the output matrix can be sampled: another seed gives another answer, or none is stored."""
+    seen = 0
+
+    def change(answer: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        nonlocal seen
+        if len(body.get("prompt", body.get("input_ids"))) == longest and seen < times:
+            seen += 1
+            beyond(answer)
+        return answer
+
+    longest = len(AutoTokenizer.from_pretrained(teacher_dir)("The miller " * 3)["input_ids"])
+    with FakeServer(teacher_dir, kind, change=change) as server:
+        summary = generate(server.url, teacher_dir, prompts, tmp_path / "cache", temperature=1.0)
+    assert seen == (1 if times == 1 else 8)
+    assert summary.rows == (3 if times == 1 else 2)
+    assert all(row.input_ids.max() < V for row in cf.open_cache(tmp_path / "cache").iter_rows())
+    cf.verify_cache(tmp_path / "cache", deep=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

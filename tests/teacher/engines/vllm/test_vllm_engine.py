@@ -212,6 +212,23 @@ def test_answers_and_their_targets(teachers: dict[str, Path], tmp_path: Path) ->
         np.testing.assert_allclose(line["token_logprobs"], expected[at, row.input_ids[at + 1]], atol=1e-3)
 
 
+def test_rows_of_padding_are_neither_sampled_nor_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Half of the probability of this teacher is on rows of its output matrix that stand for no token."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        padded = LlamaConfig(**{**COMMON, "vocab_size": 2 * V, "initializer_range": 0.02}, tie_word_embeddings=False)
+        AutoModelForCausalLM.from_config(padded).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The miller " * n} for n in range(1, 5)])
+    config = config_of(tmp_path / "teacher", prompts, tmp_path / "cache", of_data={"sample_by": "document"})
+    generate_cache(config, GenerationConfig(max_new_tokens=12, answers_per_prompt=2))
+    model, cache = load(tmp_path / "teacher"), cf.open_cache(tmp_path / "cache")
+    for line, row in zip(cache.answers(), cache.iter_rows(), strict=True):
+        assert row.input_ids.max() < V
+        at, expected = np.flatnonzero(row.loss_mask), logprobs_of(model, row.input_ids, V)
+        np.testing.assert_allclose(line["token_logprobs"], expected[at, row.input_ids[at + 1]], atol=1e-3)
+
+
 def test_a_student_writes_and_the_teacher_scores(teachers: dict[str, Path], tmp_path: Path) -> None:
     """Two engines in one process, one after the other; the first leaves no model behind."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The miller " * n} for n in range(1, 5)])

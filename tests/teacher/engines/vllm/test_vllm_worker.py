@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.teacher.engines.vllm.vllm_collector import KEY, Collected, Span, StepTargets, Wanted
-from pipeline.teacher.engines.vllm.vllm_worker import hook, hook_layers, stored_head
+from pipeline.teacher.engines.vllm.vllm_worker import hook, hook_layers, stored_head, without_padding_rows
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 
@@ -131,6 +131,29 @@ def test_states_are_those_of_the_chosen_positions(model: Model, texts: dict[str,
     whole = model.states(ids)[chosen]
     torch.testing.assert_close(found.states, {1: whole * 2, 2: whole})
     assert found.scales == {}
+
+
+def test_states_of_an_earlier_step_are_not_used_again(model: Model, texts: dict[str, np.ndarray]) -> None:
+    """As when vLLM has compiled the model, and the hooks of its layers do not run."""
+    collector, ids = collector_of(model, RULES[:1]), texts["request-3"]
+    bits = np.packbits(np.ones(12, bool)).tobytes()
+    collector.inner = {1: model.states(ids)}
+    for name in ("a", "b"):
+        collector.add(model.states(ids), [Span(list(Wanted(name, 0, 0, bits, bits)), 0, 0, 12, ids.tolist())])
+    first, second = collector.take(["a", "b"])
+    assert list(first.states) == [1] and second.states == {}
+
+
+def test_rows_of_padding_have_no_probability(model: Model, texts: dict[str, np.ndarray]) -> None:
+    states = model.states(texts["request-0"])
+    padded = SimpleNamespace(compute_logits=model.compute_logits)
+    without_padding_rows(padded, V)
+    logits = padded.compute_logits(states)
+    assert torch.equal(logits[:, :V], model.compute_logits(states)[:, :V])
+    assert float(logits.softmax(dim=1)[:, V:].max()) == 0.0 and logits.shape[1] == V + 8
+    nowhere = SimpleNamespace(compute_logits=lambda states: None)  # a rank without logits
+    without_padding_rows(nowhere, V)
+    assert nowhere.compute_logits(states) is None
 
 
 def test_labels_are_scored_if_asked_for(model: Model, texts: dict[str, np.ndarray]) -> None:
