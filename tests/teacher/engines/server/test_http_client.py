@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -34,17 +34,17 @@ def served(status: int, body: Callable[[str], str], **headers: str) -> Iterator[
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield f"http://127.0.0.1:{http.server_address[1]}"
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
 
 
 def said(url: str) -> str:
-    client = HttpClient(url, api_key=KEY)
-    with pytest.raises(ModelError) as error:
+    with closing(HttpClient(url, api_key=KEY)) as client, pytest.raises(ModelError) as error:
         client.post(Query("/x", {}, lambda answer: answer)).result()
-    client.close()
     return str(error.value)
 
 
