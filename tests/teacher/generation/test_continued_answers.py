@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cache_format as cf
 from generating import generate, token_ids
+from pipeline.errors import ModelError
+from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.generation.answer_store import AnswerStore, Group
 from pipeline.teacher.progress import GenerationProgress
 from pipeline.teacher.writing.worker_config import WorkerConfig
@@ -69,3 +72,20 @@ def test_a_group_with_answers_to_other_prompts_is_written_again(teacher_dir: Pat
     first.unlink()
     summary = generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, batch_size=4)
     assert summary.resumed_answers == 0 and token_ids(tmp_path / "cache").keys() == ASKED
+
+
+def test_tokens_beyond_the_vocabulary_are_found_before_a_group_is_stored(
+    teacher_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    def beyond(self: TransformersEngine, *arguments: Any) -> Any:
+        answers = write(self, *arguments)
+        next(each for each in answers if (each.document, each.index) == (1, 2)).row.input_ids[-1] = 450
+        return answers
+
+    write = TransformersEngine.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", beyond)
+        with pytest.raises(ModelError, match="row 1, answer 2: found token id 450, expected ids below 400"):
+            generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, batch_size=4)
+    assert not list(tmp_path.glob("*/group-*"))
+    assert generate(teacher_dir, data, tmp_path / "cache", **ANSWERS, batch_size=4).resumed_answers == 0
