@@ -14,7 +14,7 @@ import cache_format as cf
 from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.groups import Grouping, groups_of
+from pipeline.evaluation.groups import Grouping, groups_of, is_few
 from pipeline.evaluation.intervals import COLUMN, Supported, Table, metrics_of, reliability
 from pipeline.evaluation.measures import column_names, group_sums
 from pipeline.evaluation.metrics import Evaluation
@@ -25,7 +25,7 @@ from pipeline.models.head import Head, evaluating
 from pipeline.models.loading import load_model, load_tokenizer, resolve_device
 from pipeline.student.data.cross_tokenizer import for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
-from pipeline.student.model_card import add_metrics
+from pipeline.student.model_card import HeldOut, add_metrics
 from pipeline.student.validation.compatibility import check_student, load_cache_tokenizer, student_limits
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_cache
@@ -121,13 +121,16 @@ def _evaluate_student(
         metrics=metrics_of(table, supported),
         tasks=scores,
         groups={} if grouping is None else groups_of(by_group, codes, grouping.values, supported),
+        few=is_few(int(count), int(np.count_nonzero(table[:, COLUMN["count"]]))),
         rows=table,
         supported=supported,
     )
     if config.card:
-        values = {name: metric.value for name, metric in found.metrics.items()}
-        points = reliability(table) if "ece" in values else []
-        if not add_metrics(Path(config.student), values, config.cache, points):
+        about = HeldOut(
+            cache=config.cache, metrics=found.metrics, tokens=found.tokens, rows=len(table), all_rows=len(cache)
+        )
+        points = reliability(table) if "ece" in found.metrics else []
+        if not add_metrics(Path(config.student), about, points):
             on_warning(
                 f"{config.student}: found no README.md that distill wrote and nobody edited, so nothing was written"
             )
@@ -174,5 +177,6 @@ def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supporte
         sampled=about.sampled,
         ranks=ranks,
         calibrates=probabilities and (loss.full or float(about.targets["temperature"]) == 1.0),
+        perplexity=not crossed,
         accepts=not crossed and about.targets["kind"] != "random" and probabilities and about.alignment == "next",
     )
