@@ -1,8 +1,9 @@
 """Held-out metrics from sums over loss tokens.
 
     kl          KL(teacher‖student), nats per token, whatever the student was trained on. On hidden targets the full
-                divergence; on sampled ones an unbiased estimate of it; on exact entries with the rest of the vocabulary
-                as one class: a lower bound, tight if they hold most of the mass
+                divergence; on sampled ones an estimate of it, unbiased up to the rounding of the stored entropy; on
+                exact entries with the rest of the vocabulary as one class: a lower bound, tight if they hold most of
+                the mass
     ce          cross-entropy with the true token, nats; perplexity = exp(ce)
     agreement   share of positions where the student's most likely token is the teacher's
 
