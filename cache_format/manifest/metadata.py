@@ -41,12 +41,17 @@ EXACT_LEVELS = 112
 POSITION_LEVELS = 64  # of the tail mass and the entropy
 
 
-def default_codebooks(vocab_size: int) -> dict[str, Codebook]:
-    """More values would not pay: quantising 50 exact entries costs 0.0008 nats of KL (docs/measurements.md)."""
+def default_codebooks(vocab_size: int, *, entropy_levels: int = POSITION_LEVELS) -> dict[str, Codebook]:
+    """More values would not pay: quantising 50 exact entries costs 0.0008 nats of KL (docs/measurements.md).
+
+    Args:
+        entropy_levels: more for a sampled tail at a temperature other than 1. Entropies of hot distributions are so
+            near to log V that all of them may be rounded in the same direction, and the KL is estimated from them.
+    """
     return {
         "target_logprobs": sqrt_probability_codebook(EXACT_LEVELS),
         "residual_logprob": residual_codebook(POSITION_LEVELS),
-        "entropy": entropy_codebook(vocab_size, POSITION_LEVELS),
+        "entropy": entropy_codebook(vocab_size, entropy_levels),
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.options import build
 from pipeline.terminal.click_options import config_options, distill_command, json_option, read_values
@@ -27,6 +29,7 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
     """
     values = read_values(EvaluateConfig, given, config_file)
     students = values.pop("student")
+    _check_distinct((students,) if isinstance(students, str) else students)
     configs = [
         build(EvaluateConfig, {**values, "student": student})
         for student in ((students,) if isinstance(students, str) else students)
@@ -72,3 +75,10 @@ def command(config_file: str | None, json_file: str | None, **given: Any) -> Non
         },
         json_file,
     )
+
+
+def _check_distinct(students: Sequence[str]) -> None:
+    """Raises: ConfigError for a student that is named twice: results are by name."""
+    for i, student in enumerate(students):
+        if student in students[:i]:
+            raise ConfigError(f"`student` {student}: is named twice. Name each student once.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,12 @@ from pipeline.options import check_ranges, option
 from pipeline.student.cache_paths import CACHE_DIR, CACHE_DIR_GB
 
 FEW_TOKENS, FEW_ROWS = 1000, 10
-"""With fewer loss tokens, or rows that hold them, a value of `by` is marked: neither it nor its interval says much."""
+"""With fewer loss tokens, or rows that hold them, numbers are marked: neither they nor their intervals say much."""
 
 FEW_NOTE = f"*: fewer than {FEW_TOKENS:,} loss tokens or {FEW_ROWS} rows, too few to rely on"
+
+MOST_NATS = 700.0
+"""Cross-entropy above which exp() would overflow: the perplexity is not reported there."""
 
 IO, TASKS, STUDENT, READING, HARDWARE = "Input", "Tasks", "Student", "Reading the cache", "Hardware"
 
@@ -68,3 +72,15 @@ class EvaluateConfig:
         check_ranges(self)
         if self.teacher is not None and not self.tasks:
             raise ConfigError("`teacher`: only with `tasks`, because its targets are in the cache. Leave it out.")
+
+
+def shown_perplexity(nats: float) -> str:
+    """exp(nats) for people."""
+    if nats > MOST_NATS:
+        return "> 1e304"
+    return shown_number(math.exp(nats))
+
+
+def shown_number(value: float) -> str:
+    """1,234.56, or 1.2e+06 from a million."""
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"

@@ -14,7 +14,7 @@ import cache_format as cf
 from cache_format.wording import quantity
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate_config import EvaluateConfig
-from pipeline.evaluation.groups import Grouping, groups_of
+from pipeline.evaluation.groups import Grouping, groups_of, is_few
 from pipeline.evaluation.intervals import COLUMN, Supported, Table, metrics_of, reliability
 from pipeline.evaluation.measures import column_names, group_sums
 from pipeline.evaluation.metrics import Evaluation
@@ -27,7 +27,7 @@ from pipeline.models.tokenizers import load_cache_tokenizer
 from pipeline.student.data.cross_tokenizer import for_foreign_student
 from pipeline.student.data.dataset import Batch, CacheDataset, to_device
 from pipeline.student.model.student_limits import student_limits
-from pipeline.student.model_card import add_metrics
+from pipeline.student.model_card import HeldOut, add_metrics
 from pipeline.student.validation.compatibility import check_student
 from pipeline.student.validation.cross_tokenizer_checks import check_cross_tokenizer
 from pipeline.student.validation.loss_checks import loss_for_cache
@@ -116,11 +116,12 @@ def _evaluate_student(
         metrics=metrics_of(table, supported),
         tasks=scores,
         groups={} if grouping is None else groups_of(by_group, codes, grouping.values, supported),
+        few=is_few(int(count), int(np.count_nonzero(table[:, COLUMN["count"]]))),
         rows=table,
         supported=supported,
     )
     if config.card:
-        _update_card(config, found, on_warning)
+        _update_card(config, found, table, len(cache), on_warning)
     return replace(found, compared=compared / max(1, found.tokens)) if config.cross_tokenizer else found
 
 
@@ -142,11 +143,16 @@ def _open_dataset(
     return dataset, vocab_size, tail
 
 
-def _update_card(config: EvaluateConfig, found: Evaluation, on_warning: Callable[[str], None]) -> None:
-    """Writes the metrics into the student's README.md."""
-    values = {name: metric.value for name, metric in found.metrics.items()}
-    points = [] if found.rows is None or "ece" not in values else reliability(found.rows)
-    if not add_metrics(Path(config.student), values, config.cache, points):
+def _update_card(
+    config: EvaluateConfig, found: Evaluation, table: Table, all_rows: int, on_warning: Callable[[str], None]
+) -> None:
+    """Writes the metrics into the student's README.md.
+
+    Args: table: [rows, columns] sums of each row. all_rows: number of rows of the cache.
+    """
+    about = HeldOut(cache=config.cache, metrics=found.metrics, tokens=found.tokens, rows=len(table), all_rows=all_rows)
+    points = reliability(table) if "ece" in found.metrics else []
+    if not add_metrics(Path(config.student), about, points):
         on_warning(f"{config.student}: found no README.md that distill wrote and nobody edited, so nothing was written")
 
 
@@ -190,5 +196,6 @@ def _supported(cache: cf.Cache, loss: DistillLoss, *, crossed: bool) -> Supporte
         sampled=about.sampled,
         ranks=ranks,
         calibrates=probabilities and (loss.full or float(about.targets["temperature"]) == 1.0),
+        perplexity=not crossed,
         accepts=not crossed and about.targets["kind"] != "random" and probabilities and about.alignment == "next",
     )

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses import DistillLoss, FullTargets, SparseTargetBatch
-from pipeline.losses.sparse_targets import likeliest_entries
+from pipeline.losses.sparse_targets import agreement
 from pipeline.models.head import Head
 from pipeline.student.data.dataset import Batch
 
@@ -146,9 +146,9 @@ def _tokens_per_run(accepted: Tensor, places: Tensor, position_ids: Tensor, draf
     return float((1.0 + windows.cumprod(dim=1).sum(dim=1)).sum()), len(windows)
 
 
-def _in_top(logits: Tensor, z: Tensor) -> Tensor:
-    """[n] whether fewer than five logits are above z [n]."""
-    return (logits > z[:, None]).sum(dim=1) < TOP
+def _in_top(logits: Tensor, ids: Tensor) -> Tensor:
+    """[n, K] whether ids [n, K] are among the student's five most likely tokens."""
+    return (ids[:, :, None] == logits.topk(min(TOP, logits.shape[1]), dim=1).indices[:, None]).any(dim=2)
 
 
 def _confidence(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +160,7 @@ def _confidence(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _against_full(targets: FullTargets, teacher: Tensor, logits: Tensor, temperature: float) -> Measured:
     choice, confidence, correct = _confidence(logits, targets.labels)
     p = (teacher / temperature).softmax(dim=1)
-    top5 = _in_top(logits, logits.gather(1, teacher.argmax(dim=1, keepdim=True)).squeeze(1))
+    top5 = _in_top(logits, teacher.argmax(dim=1, keepdim=True)).squeeze(1)
     accepted = torch.minimum(p, (logits / temperature).softmax(dim=1)).sum(dim=1)
     of_choice = teacher.softmax(dim=1) if temperature != 1.0 else p
     teacher_p = of_choice.gather(1, choice[:, None]).squeeze(1)
@@ -170,7 +170,6 @@ def _against_full(targets: FullTargets, teacher: Tensor, logits: Tensor, tempera
 def _against_entries(targets: SparseTargetBatch, logits: Tensor) -> Measured:
     choice, confidence, correct = _confidence(logits, targets.labels)
     z = logits.gather(1, targets.ids)
-    best = z.masked_fill(~likeliest_entries(targets), -torch.inf).amax(dim=1)
     exact = targets.exact
     tempered = z / targets.temperature
     total = (logits if targets.temperature == 1.0 else logits / targets.temperature).logsumexp(dim=1)
@@ -183,7 +182,15 @@ def _against_entries(targets: SparseTargetBatch, logits: Tensor) -> Measured:
     teacher_p = (targets.logprobs.exp() * is_choice).sum(dim=1)
     smallest = p.masked_fill(~exact.leading, 1.0).amin(dim=1)
     unlisted = torch.minimum(tail, smallest).masked_fill((is_choice & exact.valid).any(dim=1), 0.0)
-    return _measured(_in_top(logits, best), low, high.clamp(max=1.0), confidence, correct, teacher_p, unlisted)
+    return _measured(
+        agreement(targets, _in_top(logits, targets.ids)),
+        low,
+        high.clamp(max=1.0),
+        confidence,
+        correct,
+        teacher_p,
+        unlisted,
+    )
 
 
 def _measured(*values: Tensor) -> Measured:

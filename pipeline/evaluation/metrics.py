@@ -1,8 +1,9 @@
 """Held-out metrics from sums over loss tokens.
 
     kl          KL(teacher‖student), nats per token, whatever the student was trained on. On hidden targets the full
-                divergence; on sampled ones an unbiased estimate of it; on exact entries with the rest of the vocabulary
-                as one class: a lower bound, tight if they hold most of the mass
+                divergence; on sampled ones an estimate of it, unbiased up to the rounding of the stored entropy; on
+                exact entries with the rest of the vocabulary as one class: a lower bound, tight if they hold most of
+                the mass
     ce          cross-entropy with the true token, nats; perplexity = exp(ce)
     agreement   share of positions where the student's most likely token is the teacher's
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation import intervals
+from pipeline.evaluation.evaluate_config import MOST_NATS
 from pipeline.evaluation.groups import Group, compare_groups
 from pipeline.evaluation.intervals import Metric, Supported, Table
 from pipeline.evaluation.tasks import TaskScore
@@ -31,6 +33,8 @@ class Evaluation:
     """Means over `tokens` loss tokens; nats.
 
     `metrics` has every metric by name with its confidence interval (`intervals.py`), in an evaluation of a whole cache.
+    `perplexity` is capped at exp(700), and cannot be compared between tokenizers; `metrics` has it only where neither
+    applies.
     """
 
     kl: float
@@ -43,13 +47,16 @@ class Evaluation:
     metrics: dict[str, Metric] = field(default_factory=dict)
     tasks: dict[str, TaskScore] = field(default_factory=dict)  # by "task metric", if tasks were asked for
     teacher_tasks: dict[str, TaskScore] = field(default_factory=dict)  # the teacher's, if one was named
+    few: bool = False  # too few loss tokens, or rows that hold them, to rely on
     groups: dict[str, Group] = field(default_factory=dict)  # by value of a column, if one was asked for
     rows: Table | None = field(default=None, repr=False, compare=False)  # sums by row, [R, columns]
     supported: Supported | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the sums by row."""
-        hidden = ("rows", "supported")
+        """Everything but the sums by row, and a perplexity that `metrics` does not have."""
+        hidden = {"rows", "supported"}
+        if self.metrics and "perplexity" not in self.metrics:
+            hidden.add("perplexity")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
         return plain | {
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
@@ -64,7 +71,7 @@ class Evaluation:
         return cls(
             kl=kl / count,
             ce=ce / count,
-            perplexity=math.exp(min(ce / count, 700.0)),
+            perplexity=math.exp(min(ce / count, MOST_NATS)),
             agreement=agreement / count,
             tokens=0 if math.isnan(count) else int(count),
             kl_estimate_kind=kind,

@@ -73,8 +73,7 @@ class FullTargets(PositionTensors):
         want_grad = scale is not None
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             teacher = self.logits(logits.dtype)
-            likeliest = logits.gather(1, teacher.argmax(dim=1, keepdim=True)).squeeze(1)
-            agrees = likeliest >= logits.amax(dim=1)
+            agrees = logits.argmax(dim=1) == teacher.argmax(dim=1)
             log_p = (teacher if temperature == 1.0 else teacher.div_(temperature)).log_softmax(dim=1)
             del teacher
         z = logits.detach().requires_grad_(want_grad)

@@ -43,7 +43,8 @@ class HeadOutput(NamedTuple):
     kl:        KL(teacher‖student) under `kl_tail`, nats, whatever D and its tail policy are: it compares runs. At T; a
                sample cannot be tempered, so its KL is at the temperature of the targets.
     ce:        cross-entropy with the label, nats.
-    agreement: positions where the student's most likely token is (one of) the teacher's.
+    agreement: positions where the student's most likely token is the teacher's; 1/m each where it is one of m that the
+               teacher's rounded targets have as equally likely. With a gradient, any of several equal logits counts.
     count:     loss tokens.
     """
 

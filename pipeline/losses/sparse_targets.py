@@ -98,6 +98,7 @@ class SparseTargetBatch(TargetEntries):
         z = logits.gather(1, gathered)  # [n, K+1]
         entries = z[:, :-1].masked_fill(~targets.valid, ABSENT).requires_grad_(want_grad)
         label_alone = z[:, -1].masked_fill(label_is_entry, ABSENT).requires_grad_(want_grad)
+        choice = None if want_grad else logits.argmax(dim=1)
         # `logits` are not to be read from here on.
         others = exponentials(logits, taken, temperature, math.exp(-UNDERFLOW_NATS))
         largest, rest, rest_t = others.largest, others.lse, others.tempered_lse
@@ -127,7 +128,9 @@ class SparseTargetBatch(TargetEntries):
                 losses = losses * position_weight(entropy, vocab_size)
             total_loss = losses.sum() * scale if want_grad else None
 
-        agrees = agreement(self, z[:, :-1], largest)
+        # A training step saves the pass that finds which of several equal logits is the student's choice.
+        is_choice = z[:, :-1] >= largest[:, None] if choice is None else self.ids == choice[:, None]
+        agrees = agreement(self, is_choice)
         count = torch.full((), len(losses), dtype=losses.dtype, device=losses.device)
         sums = torch.stack([losses.sum(), kl.sum(), ce.sum(), agrees.sum(dtype=losses.dtype), count]).detach()
         if not want_grad:
@@ -356,13 +359,15 @@ def _check_entries(counts: np.ndarray, loss_mask: np.ndarray) -> None:
     raise ValueError(f"found no entries at {where}. {next_step}")
 
 
-def agreement(targets: TargetEntries, z: Tensor, largest: Tensor) -> Tensor:
-    """[n] bool: whether a most likely token of the student is a most likely token of the teacher.
+def agreement(targets: TargetEntries, hits: Tensor) -> Tensor:
+    """[n] share of the teacher's most likely tokens that are hits: 0 or 1, and 1/m if one of m equal ones is.
 
-    Args:
-        z: [n, K] the student's logits at the entries. largest: [n] its largest logit.
+    One of those m was the teacher's choice before they were rounded to the same value.
+
+    Args: hits: [n, K] bool, which entries are the student's choice.
     """
-    return (likeliest_entries(targets) & (z >= largest[:, None])).any(dim=1)
+    likeliest = likeliest_entries(targets)
+    return (likeliest & hits).sum(dim=1) / likeliest.sum(dim=1).clamp(min=1)
 
 
 def likeliest_entries(targets: TargetEntries) -> Tensor:

@@ -77,7 +77,7 @@ class SortedTargets(PositionTensors):
         with torch.no_grad():
             student = student_values(logits, entries)
             kl, _ = soft_losses(entries, student, "bucket", 1.0, logits.shape[1], DivergenceSum.parse(FORWARD_KL))
-            agrees = agreement(entries, student.entries, logits.amax(dim=1))
+            agrees = agreement(entries, entries.ids == logits.argmax(dim=1, keepdim=True))
         count = torch.full((), len(ce), dtype=ce.dtype, device=ce.device)
         sums = torch.stack([total, kl.sum(), ce.sum(), agrees.sum(dtype=ce.dtype), count]).detach()
         if scale is None:

@@ -21,6 +21,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import cache_format as cf
+from pipeline.evaluation.evaluate_config import shown_number
+from pipeline.evaluation.intervals import Metric
 from pipeline.student.card_plots import plot_curve, plot_reliability
 
 README = "README.md"
@@ -37,6 +39,13 @@ METRICS = {
     "ece": "Expected calibration error",
     "ece_teacher": "Calibration error to the teacher",
     "acceptance": "Acceptance as a draft model",
+}
+
+SIGNS = {"lower bound": "≥ ", "upper bound": "≤ ", "entries only": "cached entries only: "}
+NOTES = {
+    " ± ": " ±: 95 % confidence interval over rows.",
+    "≥": " ≥: a lower bound, because the cache does not have the full distribution.",
+    "–": " low–high: bounds, because the cache does not have the full distribution.",
 }
 
 TEXT = """
@@ -84,17 +93,27 @@ def is_replaceable(directory: Path) -> bool:
     return found is not None and _sha256(found["text"]) == found["sha256"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Metrics on a held-out cache, by name; those without an entry in METRICS are left out. `rows` of `all_rows` in the
+    cache were used, with `tokens` loss tokens; None if they were re-tokenised."""
+
+    cache: str
+    metrics: Mapping[str, Metric]
+    tokens: int | None
+    rows: int
+    all_rows: int
+
+
 def write_card(
     origin: Origin,
-    metrics: Mapping[str, float],
-    held_out: str | None,
+    held_out: HeldOut | None,
     evaluations: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Writes the README of a finished run, and beside it the plot that it shows.
 
     Args:
-        metrics: by name, on the cache `held_out`; names without an entry in METRICS are left out.
-        evaluations: metrics on that cache during training, with their step.
+        evaluations: metrics on the held-out cache during training, with their step.
     """
     masked = origin.caches[0].metadata.alignment == "same"
     student = "a model with random weights" if origin.student is None else _shown(origin.student)
@@ -108,7 +127,7 @@ def write_card(
         pipeline_tag="fill-mask" if masked else "text-generation",
         tags=["knowledge-distillation", "distill"],
         model_name=origin.output.name,
-        eval_results=_results(metrics, held_out, masked),
+        eval_results=_results(held_out, masked),
     )
     text = TEXT.format(
         name=origin.output.name,
@@ -119,15 +138,10 @@ def write_card(
         versions=", ".join(_versions()),
     )
     curve = plot_curve(origin.output, evaluations)
-    _save(origin.output, data, text + (f"\n## Training\n\n{curve}\n" if curve else "") + _table(metrics, held_out))
+    _save(origin.output, data, text + (f"\n## Training\n\n{curve}\n" if curve else "") + _table(held_out))
 
 
-def add_metrics(
-    directory: Path,
-    metrics: Mapping[str, float],
-    held_out: str,
-    reliability: Sequence[tuple[float, float]] = (),
-) -> bool:
+def add_metrics(directory: Path, held_out: HeldOut, reliability: Sequence[tuple[float, float]] = ()) -> bool:
     """Replaces the metrics in a card of ours by those of an evaluation; False if there is none, or it was edited.
 
     Args:
@@ -139,8 +153,8 @@ def add_metrics(
     card = ModelCard(MARKED.fullmatch(file.read_text(encoding="utf-8"))["text"])  # type: ignore[index]
     data: ModelCardData = card.data  # type: ignore[assignment]
     data.model_name = directory.resolve().name
-    data.eval_results = _results(metrics, held_out, data.pipeline_tag == "fill-mask")
-    table, plot = _table(metrics, held_out), plot_reliability(directory, reliability)
+    data.eval_results = _results(held_out, data.pipeline_tag == "fill-mask")
+    table, plot = _table(held_out), plot_reliability(directory, reliability)
     _save(directory, data, card.text.split("\n## Held-out metrics\n")[0] + table + (f"\n{plot}\n" if plot else ""))
     return True
 
@@ -156,28 +170,46 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _results(metrics: Mapping[str, float], held_out: str | None, masked: bool) -> list[EvalResult] | None:
+def _results(held_out: HeldOut | None, masked: bool) -> list[EvalResult] | None:
+    """For the hub, which has one number for a metric and no word for a bound: only values of the metric itself."""
     if held_out is None:
         return None
+    metrics, cache = held_out.metrics, Path(held_out.cache).name
     return [
         EvalResult(
             task_type="fill-mask" if masked else "text-generation",
-            dataset_type=Path(held_out).name,
-            dataset_name=f"held-out cache {Path(held_out).name}",
+            dataset_type=cache,
+            dataset_name=f"held-out cache {cache}",
             metric_type=name,
             metric_name=title,
-            metric_value=metrics[name],
+            metric_value=metrics[name].value,
         )
         for name, title in METRICS.items()
-        if name in metrics
+        if name in metrics and metrics[name].relation in ("full", "estimate")
     ] or None
 
 
-def _table(metrics: Mapping[str, float], held_out: str | None) -> str:
-    lines = [f"| {title} | {metrics[name]:.4f} |" for name, title in METRICS.items() if name in metrics]
-    if held_out is None or not lines:
+def _table(held_out: HeldOut | None) -> str:
+    if held_out is None:
         return ""
-    return "\n".join(["\n## Held-out metrics\n", f"On {_shown(held_out)}.\n", "| | |", "|---|---|", *lines, ""])
+    lines = [
+        f"| {title} | {_cell(name, held_out.metrics)} |" for name, title in METRICS.items() if name in held_out.metrics
+    ]
+    if not lines:
+        return ""
+    tokens = "" if held_out.tokens is None else f"{held_out.tokens:,} loss tokens in "
+    about = f"On {_shown(held_out.cache)}: {tokens}{held_out.rows:,} of {held_out.all_rows:,} rows."
+    about += "".join(note for sign, note in NOTES.items() if any(sign in line for line in lines))
+    return "\n".join(["\n## Held-out metrics\n", f"{about}\n", "| | |", "|---|---|", *lines, ""])
+
+
+def _cell(name: str, metrics: Mapping[str, Metric]) -> str:
+    metric, high = metrics[name], metrics.get(f"{name}_high")
+    if high is not None:
+        return f"{metric.value:.4f}–{high.value:.4f}"
+    sign = SIGNS.get(metric.relation, "")
+    number = shown_number if name == "perplexity" else "{:.4f}".format
+    return f"{sign}{number(metric.value)}" + ("" if metric.error is None else f" ± {number(metric.error)}")
 
 
 def _on_hub(name: str) -> bool:

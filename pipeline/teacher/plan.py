@@ -310,7 +310,7 @@ def _written(
         alignment="next" if rows[0].labels is None else "same",
         targets=targets,
         corpus={"rows": len(rows)},
-        codebooks={**cf.default_codebooks(vocab_size), "target_logprobs": rule.codebook()},
+        codebooks=rule.codebooks(vocab_size),
         rows_per_shard=min(len(rows), rows_per_shard),  # few rows are compressed together, and worse
         rows_per_record_batch=len(rows),
         encoding=encoding,

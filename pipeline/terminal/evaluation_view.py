@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.evaluation.evaluate_config import FEW_NOTE
+from pipeline.evaluation.evaluate_config import FEW_NOTE, shown_number, shown_perplexity
 from pipeline.terminal.tables import Unbroken, titled
 from pipeline.terminal.training_views import KL_NOTES
 
@@ -73,7 +73,7 @@ def evaluation_view(
         lines.append(
             "±: 95 % confidence interval over rows" + ("" if with_error else "; --json has that of each value")
         )
-    if any(group["few"] for values in students.values() for group in values.get("groups", {}).values()):
+    if any(part.get("few") for values in students.values() for part in (values, *values.get("groups", {}).values())):
         lines.append(FEW_NOTE)
     if any(values.get("tasks") for values in students.values()):
         lines.append("tasks: ± is the standard error of lm-eval")
@@ -96,7 +96,7 @@ def _table(columns: Sequence[tuple[str, Values]], *, crossed: bool, with_error: 
             table.add_row(label, *cells)
     if crossed:
         table.add_row("compared", *(f"{values['compared']:.1%}" if "compared" in values else "" for values in students))
-    table.add_row("loss tokens", *(f"{values['tokens']:,}" if "tokens" in values else "" for values in students))
+    table.add_row("loss tokens", *map(_tokens, students))
     for task in dict.fromkeys(task for values in students for task in values.get("tasks", {})):
         table.add_row(task, *(_task(values.get("tasks", {}).get(task), with_error) for values in students))
     return table
@@ -122,20 +122,30 @@ def _groups(by: str, columns: Sequence[tuple[str, Values]], *, with_error: bool)
     return table
 
 
+KL_NAMES = {"lower bound": "the lower bound on KL", "entries only": "KL over the cached entries"}
+"""By relation; a student may be nearer to the teacher in one of these and farther in KL."""
+
+
 def comparison_line(first: str, second: str, differences: Values) -> str | None:
     """Which of two students is nearer to the teacher, and by how much; None if that is not known."""
     kl = differences.get("kl")
     if kl is None or kl["error"] is None:
         return None
-    by = f"{abs(kl['value']):.4f} ± {kl['error']:.4f} nats of KL"
+    by = f"{abs(kl['value']):.4f} ± {kl['error']:.4f} nats of {KL_NAMES.get(kl['relation'], 'KL')}"
+    if abs(kl["value"]) <= kl["error"]:
+        return f"no difference between {first} and {second} beyond the error: {by}"
     if not kl["better"]:
-        return f"{first} and {second} do not differ: {by}"
+        lower, higher = (second, first) if kl["value"] < 0 else (first, second)
+        return f"{lower} is below {higher} by {by}; this does not say which is better"
     better, worse = (second, first) if kl["better"] == "b" else (first, second)
     return f"{better} is better than {worse} by {by}"
 
 
 def _cell(student: Values, name: str, form: str, with_error: bool) -> str:
     metrics = student["metrics"]
+    if name == "perplexity" and (nats := metrics["ce"]["value"] if "ce" in metrics else student.get("ce")) is not None:
+        error = metrics.get(name, {}).get("error")
+        return shown_perplexity(nats) + (f" ± {shown_number(error)}" if with_error and error is not None else "")
     if name not in metrics:  # as in a report, which has means alone
         return form.format(student[name]) if name in student else ""
     value, error = metrics[name]["value"], metrics[name]["error"]
@@ -143,6 +153,10 @@ def _cell(student: Values, name: str, form: str, with_error: bool) -> str:
     if high is not None:
         return f"{form.format(value).rstrip('%')}–{form.format(high['value'])}"
     return form.format(value) + (f" ± {form.format(error).rstrip('%')}" if with_error and error is not None else "")
+
+
+def _tokens(student: Values) -> str:
+    return f"{'*' if student.get('few') else ''}{student['tokens']:,}" if "tokens" in student else ""
 
 
 def _task(score: Values | None, with_error: bool) -> str:

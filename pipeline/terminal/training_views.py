@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from cache_format.wording import quantity
+from pipeline.evaluation.evaluate_config import shown_perplexity
 from pipeline.terminal.tables import bar, duration, pairs, titled
 
 
@@ -24,7 +25,7 @@ def held_out_line(logs: Mapping[str, Any]) -> str:
     """One evaluation during training."""
     return (
         f"step {logs['step']:,} held out: loss {logs['eval_loss']:.4f} · KL {logs['eval_kl']:.4f} · "
-        f"CE {logs['eval_ce']:.4f} · perplexity {logs['eval_perplexity']:,.2f} · "
+        f"CE {logs['eval_ce']:.4f} · perplexity {shown_perplexity(logs['eval_ce'])} · "
         f"agreement {logs['eval_agreement']:.1%}{_states('eval_features', logs)}"
     )
 
@@ -69,7 +70,7 @@ def training_view(summary: Mapping[str, Any]) -> RenderableType:
             ("checkpoint", "the last" if best is None else f"step {best:,}, the best"),
             (
                 "held out",
-                f"KL {found['kl']:.4f} · CE {found['ce']:.4f} · perplexity {found['perplexity']:,.2f} · "
+                f"KL {found['kl']:.4f} · CE {found['ce']:.4f} · perplexity {shown_perplexity(found['ce'])} · "
                 f"agreement {found['agreement']:.1%}"
                 + (f" · hidden states {found['features']:.4f}" if "features" in found else ""),
             ),

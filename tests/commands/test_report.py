@@ -207,15 +207,32 @@ def evaluated(kl: float = 0.25, error: float | None = 0.01, **more: Any) -> dict
 
 
 def test_students_side_by_side():
-    better = {"kl": {"value": -0.125, "error": 0.006, "better": "b"}}
+    better = {"kl": {"value": -0.125, "error": 0.006, "better": "b", "relation": "full"}}
     students = {"students/[i]one[/i]": evaluated(), "two": evaluated(0.125)}
     text = shown(evaluation_view("Held out: a[b]", students, {"two": better}))
     assert "Held out: a[b]" in text and "student A: students/[i]one[/i]" in text
     for words in ("0.2500 ± 0.0100", "0.1250 ± 0.0100", "2.0000", "7.39", "50.0% ± 1.0", "62.5–75.0%", "1,234"):
         assert words in text
     assert "student B is better than student A by 0.1250 ± 0.0060 nats of KL" in text
-    unsure = {"kl": {"value": -0.001, "error": 0.006, "better": ""}}
-    assert "student A and student B do not differ" in shown(evaluation_view("", students, {"two": unsure}))
+    unsure = {"kl": {"value": -0.001, "error": 0.006, "better": "", "relation": "full"}}
+    words = "no difference between student A and student B beyond the error: 0.0010 ± 0.0060"
+    assert words in " ".join(shown(evaluation_view("", students, {"two": unsure})).split())
+    bound = {"kl": {"value": -0.125, "error": 0.006, "better": "", "relation": "lower bound"}}
+    text = " ".join(shown(evaluation_view("", students, {"two": bound})).split())
+    assert "student B is below student A by 0.1250 ± 0.0060 nats of the lower bound on KL; this does not say" in text
+
+
+def test_too_few_tokens_are_marked():
+    text = shown(evaluation_view("Held out", {"one": evaluated(few=True)}))
+    assert "*1,234" in text and "too few to rely on" in text
+    assert "too few" not in shown(evaluation_view("Held out", {"one": evaluated(few=False)}))
+
+
+@pytest.mark.parametrize(("nats", "words"), [(2.0, "7.39"), (27.8, "1.2e+12"), (701.0, "> 1e304")])
+def test_a_large_perplexity_is_readable(nats: float, words: str):
+    student = evaluated()
+    student["metrics"]["ce"]["value"] = nats
+    assert f"perplexity {words}" in " ".join(shown(evaluation_view("Held out", {"one": student})).split())
 
 
 def test_many_students_fit_80_columns():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import cache_format as cf
 from cli import main
 from foreign_files import NESTED, import_rows, made_up_rows, nested, write_parquet
+from pipeline.evaluation import intervals
 from pipeline.evaluation.evaluate_config import EvaluateConfig
 from pipeline.evaluation.held_out import Evaluation, evaluate
-from pipeline.evaluation.intervals import COLUMN, Supported, compare, metrics_of
+from pipeline.evaluation.intervals import COLUMN, Supported, compare, mean_with_error, metrics_of, t_quantile
 from pipeline.evaluation.measures import _against_entries, _tokens_per_run
 from pipeline.evaluation.metrics import compare as compare_evaluations
-from pipeline.losses import SparseTargetBatch
+from pipeline.losses import DistillLoss, SparseTargetBatch
 from pipeline.teacher.targets.rules import TargetRule
 from runs import build_cache, dense_logits
 from sampled import random, threshold
@@ -108,7 +110,8 @@ def test_calibration_to_the_teacher_from_entries(found: dict[str, Evaluation], d
 
 
 def test_all_kinds_agree_where_no_teacher_is_needed(found: dict[str, Evaluation], dense: dict[str, float]):
-    for evaluation in found.values():
+    for kind, evaluation in found.items():
+        assert evaluation.metrics["agreement"].relation == ("full" if kind == "hidden" else "estimate")
         assert evaluation.metrics["ece"].value == pytest.approx(dense["ece"], abs=1e-4)
         for name in ("kl", "ce", "perplexity", "agreement"):
             assert evaluation.metrics[name].value == pytest.approx(getattr(evaluation, name))
@@ -181,9 +184,85 @@ def test_comparison_is_paired_over_rows():
         compare(rows(hard), rows(hard[:-1]), Supported(kl="full"))
 
 
+@pytest.mark.parametrize("rows", [2, 3, 5, 20])
+def test_the_interval_covers_the_mean_as_often_with_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """The bootstrap alone covers it in 65 % of cases with 2 rows, and in 84 % with 5."""
+    monkeypatch.setattr(intervals, "SAMPLES", 200)
+    generator, covered = np.random.default_rng(3), []
+    for _ in range(1500):
+        sums = np.stack([generator.normal(size=rows), np.ones(rows)], axis=1)
+        mean, error = mean_with_error(sums)
+        covered.append(abs(mean) <= error)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+def test_quantiles_of_student():
+    known = {1: 12.7062, 2: 4.3027, 4: 2.7764, 5: 2.5706, 6: 2.4469, 9: 2.2622, 19: 2.0930, 60: 2.0003, 10**6: 1.95996}
+    assert {n: t_quantile(n) for n in known} == pytest.approx(known, abs=5e-4)
+
+
+def test_only_rows_that_a_metric_is_over_make_an_interval():
+    """Of three rows one has loss tokens, and the resamples that have any are all alike."""
+    table = rows(np.ones(3))
+    table[1:] = 0.0
+    assert metrics_of(table, Supported(kl="full"))["kl"].error is None
+    assert mean_with_error(table[:, [COLUMN["kl"], COLUMN["count"]]])[1] is None
+
+
+def test_bounds_rank_students_only_where_their_ranges_are_apart():
+    supported = Supported(kl="lower bound")
+    noise = np.random.default_rng(4).normal(0.0, 0.01, 100)
+
+    def student(kl: float, low: float, high: float) -> np.ndarray:
+        table = rows(kl + noise)
+        table[:, COLUMN["accepted_low"]] = 10.0 * (low + noise)
+        table[:, COLUMN["accepted_high"]] = 10.0 * (high + noise)
+        return table
+
+    a = student(1.0, 0.4, 0.6)
+    for low, high, better in ((0.5, 0.7, ""), (0.65, 0.8, "b"), (0.2, 0.35, "a")):
+        found = compare(a, student(0.5, low, high), supported)
+        assert (found["acceptance"].better, found["acceptance"].relation) == (better, "lower bound")
+        # The bound of one student may be half that of the other, and its KL twice as large.
+        assert found["kl"].better == "" and found["kl"].value == pytest.approx(-0.5)
+        assert found["kl"].relation == "lower bound" and "acceptance_high" not in found
+    assert compare(a, student(0.5, 0.5, 0.7), Supported(kl="estimate"))["kl"].better == "b"
+    assert compare(a, student(0.5, 0.5, 0.7), Supported(kl="entries only"))["kl"].better == ""
+
+
+def test_equal_entries_share_a_hit():
+    """The teacher's choice is one of two tokens that were rounded to the same value; ties of the student are none."""
+    ids, values = torch.tensor([[0, 1, 2]] * 4), torch.tensor([[0.3, 0.3, 0.2]] * 4).log()
+    residual = torch.full((4,), 0.2).log()
+    targets = SparseTargetBatch(ids=ids, logprobs=values, residual_logprob=residual, labels=torch.zeros(4).long())
+    logits = torch.zeros(4, 12)
+    logits[0, 0], logits[1, 2], logits[2, [1, 2]], logits[3, 4:] = 9.0, 9.0, 9.0, 9.0
+    logits[1, 3:7] = 5.0
+    sums = [targets[i : i + 1].loss_and_dlogits(logits[i : i + 1].clone(), DistillLoss(), None)[0] for i in range(4)]
+    assert [float(each[3]) for each in sums] == [0.5, 0.0, 0.5, 0.0]
+    assert _against_entries(targets, logits).top5[[1, 3]].tolist() == [0.0, 0.0]
+
+
+def test_a_perplexity_that_says_nothing_is_left_out():
+    table = rows(np.ones(20))
+    table[:, COLUMN["ce"]] = 10.0 * 701
+    found = metrics_of(table, Supported(kl="full"))
+    assert "perplexity" not in found and "ce" in found
+    table[:, COLUMN["ce"]] = 10.0
+    assert "perplexity" not in metrics_of(table, Supported(kl="full", perplexity=False))
+    means = Evaluation.from_sums(0.0, 1.0, 0.0, 1.0, "full")
+    assert "perplexity" in means.to_json() and "perplexity" not in replace(means, metrics=found).to_json()
+
+
+def test_a_student_is_named_once(tmp_path: Path):
+    words = ["evaluate", "--cache", str(tmp_path), "--student", "a", "--student", "b", "--student", "a"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1 and "--student a: is named twice" in result.stderr
+
+
 @pytest.mark.long
 def test_the_command_compares_students(caches: dict[str, Path], teacher_dir: Path, student_dir: Path, tmp_path: Path):
-    words = ["evaluate", "--cache", caches["top-k"], "--student", student_dir, "--student", teacher_dir]
+    words = ["evaluate", "--cache", caches["threshold"], "--student", student_dir, "--student", teacher_dir]
     words += ["--device", "cpu", "--json", tmp_path / "out.json"]
     result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -174,7 +174,7 @@ def dense_evaluation(
             more = {"entropy": float(row.targets.entropy[t]), "captured": temperature}
             kl.append(dense_kl(z, ids.astype(int), p, residual, label, temperature, tail, **more))
             ce.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[label])
-            agreement.append(z.argmax() in likeliest)
+            agreement.append((z.argmax() in likeliest) / len(likeliest))
     return {"kl": np.mean(kl), "ce": np.mean(ce), "agreement": np.mean(agreement)}
 
 

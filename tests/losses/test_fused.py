@@ -364,17 +364,18 @@ def test_16_bits_are_no_worse_than_the_reference_in_16_bits(tail: str, low: torc
 
 
 @pytest.mark.parametrize("general", [False, True])
-def test_agreement_counts_ties_on_either_side(general: bool) -> None:
+def test_agreement_is_with_one_of_the_equal_tokens(general: bool) -> None:
     # V = 4 and an identity for a weight: hidden states are logits.
     cases = [
-        ([9.0, 0, 0, 0], [0, 1], [0.6, 0.3], True),
-        ([0, 9.0, 0, 0], [0, 1], [0.6, 0.3], False),
-        ([0, 0, 9.0, 0], [0, 1], [0.6, 0.3], False),  # the student's choice is not in the list
-        ([0, 9.0, 0, 0], [0, 1], [0.4, 0.4], True),  # the teacher cannot decide (codes of one byte make that common)
-        ([5.0, 5.0, 0, 0], [0, 1], [0.3, 0.6], True),  # the student cannot
-        ([5.0, 5.0, 0, 0], [0, 2], [0.3, 0.6], False),
-        ([0, 0, 0, 9.0], [3, 0], [0.5, 0.0], True),
-        ([9.0, 0, 0, 0], [3, 0], [0.5, 0.0], False),  # id 0 is only padding of the list
+        ([9.0, 0, 0, 0], [0, 1], [0.6, 0.3], 1),
+        ([0, 9.0, 0, 0], [0, 1], [0.6, 0.3], 0),
+        ([0, 0, 9.0, 0], [0, 1], [0.6, 0.3], 0),  # the student's choice is not in the list
+        ([0, 9.0, 0, 0], [0, 1], [0.4, 0.4], 0.5),  # codes of one byte do not tell which is the teacher's choice
+        ([5.0, 5.0, 0, 0], [0, 1], [0.6, 0.3], 1),  # the student's choice is one of the largest logits
+        ([5.0, 5.0, 0, 0], [0, 1], [0.3, 0.6], 0),
+        ([5.0, 5.0, 0, 0], [0, 2], [0.3, 0.6], 0),
+        ([0, 0, 0, 9.0], [3, 0], [0.5, 0.0], 1),
+        ([9.0, 0, 0, 0], [3, 0], [0.5, 0.0], 0),  # id 0 is only padding of the list
     ]
     states, ids, probs, agrees = zip(*cases, strict=True)
     targets = SparseTargetBatch(
@@ -387,8 +388,9 @@ def test_agreement_counts_ties_on_either_side(general: bool) -> None:
     for t, expected in enumerate(agrees):
         here = slice(t, t + 1)
         one, hidden = targets[here], torch.tensor(states)[here]
-        output = general_sums(hidden, lambda h: h @ eye, one) if general else fused_sums(hidden, eye, None, one)
-        assert output.agreement.item() == float(expected), cases[t]
+        with torch.no_grad():
+            output = general_sums(hidden, lambda h: h @ eye, one) if general else fused_sums(hidden, eye, None, one)
+        assert output.agreement.item() == expected, cases[t]
     targets.labels[0] = IGNORE_INDEX
     total = fused_sums(torch.tensor(states), eye, None, targets, temperature=2.0, chunk_size=3)
     assert (total.agreement.item(), total.count.item()) == (sum(agrees) - 1, len(cases) - 1)

@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from pipeline.evaluation.evaluate_config import shown_perplexity
 from pipeline.evaluation.report.bins import LEVEL_NAMES, level
 from pipeline.evaluation.report.charts import CHART_STYLE, key
 from pipeline.evaluation.report.figures import TEACHER, Figure
@@ -79,6 +80,7 @@ def render(contents: Contents) -> bytes:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["perplexity"] = shown_perplexity
     script = Markup((TEMPLATE / "page.js").read_text(encoding="utf-8"))
     style = Markup("").join(Markup(path.read_text(encoding="utf-8")) for path in (CHART_STYLE, TEMPLATE / "page.css"))
     positions = contents.positions
@@ -163,7 +165,7 @@ def _marks(contents: Contents) -> list[str]:
     wrong = ~teacher.right & ~np.isnan(teacher.confidence)
     columns = [_levels("e", teacher.entropy), np.where(wrong, "w ", "")]
     for i, each in enumerate(contents.positions.values()):
-        columns += [_levels(f"k{i}-", each.kl), np.where(each.agrees, "", f"d{i} ")]
+        columns += [_levels(f"k{i}-", each.kl), np.where(each.agrees > 0, "", f"d{i} ")]
     return ["".join(marks).rstrip() for marks in zip(*(column.tolist() for column in columns), strict=True)]
 
 

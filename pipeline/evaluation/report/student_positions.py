@@ -37,7 +37,7 @@ class StudentPositions:
     Attributes:
         kl: [L] KL(teacher ‖ student), nats, as `distill evaluate` reports it: may be an estimate, or a lower bound.
         ce: [L] −log q of the true token, nats.
-        agrees: [L] whether its most likely token is (one of) the teacher's.
+        agrees: [L] 1 where its most likely token is the teacher's, 1/m where it is one of m equally likely ones.
         confidence: [L] probability of its most likely token.
         right: [L] whether that is the true token.
         top_ids, top_probs: [L, J] its most likely tokens, at the temperature of the cache.
@@ -48,7 +48,7 @@ class StudentPositions:
 
     kl: Floats
     ce: Floats
-    agrees: NDArray[np.bool_]
+    agrees: Floats
     confidence: Floats
     right: NDArray[np.bool_]
     top_ids: NDArray[np.int64]
@@ -106,7 +106,7 @@ def _chunk(logits: Tensor, targets: Any, candidates: Tensor, loss: DistillLoss) 
 def kl_and_agreement(
     logits: Tensor, targets: SparseTargetBatch | FullTargets, loss: DistillLoss
 ) -> tuple[Tensor, Tensor]:
-    """[n] KL and [n] bool agreement, whose sums are those of `HeadOutput`.
+    """[n] KL and [n] agreement, whose sums are those of `HeadOutput`.
 
     Args:
         logits: [n, V] float32. targets: n loss tokens, prepared for `loss`.
@@ -114,19 +114,27 @@ def kl_and_agreement(
     temperature = loss.temperature
     if isinstance(targets, FullTargets):
         teacher = targets.logits(logits.dtype)
-        agrees = logits.gather(1, teacher.argmax(dim=1, keepdim=True)).squeeze(1) >= logits.amax(dim=1)
+        agrees = (logits.argmax(dim=1) == teacher.argmax(dim=1)).to(logits.dtype)
         sides = (each.div(temperature).log_softmax(dim=1) for each in (teacher, logits))
         return forward_kl(*sides), agrees
     targets = targets.to(dtype=logits.dtype)
     kl = sparse_kl(logits, targets, temperature=temperature, tail=loss.kl_tail, reduction="none") / temperature**2
-    return kl, agreement(targets, logits.gather(1, targets.ids), logits.amax(dim=1))
+    return kl, agreement(targets, targets.ids == logits.argmax(dim=1, keepdim=True))
 
 
 def _nothing() -> dict[str, NDArray[Any]]:
     """The fields of `StudentPositions` without a loss token."""
-    names = {"kl": (), "ce": (), "confidence": (), "label_probs": (), "top_probs": (TOP,), "at_teacher": (CANDIDATES,)}
+    names = {
+        "kl": (),
+        "ce": (),
+        "confidence": (),
+        "agrees": (),
+        "label_probs": (),
+        "top_probs": (TOP,),
+        "at_teacher": (CANDIDATES,),
+    }
     return {
         **{name: np.zeros((0, *shape), np.float32) for name, shape in names.items()},
-        **{name: np.zeros(0, bool) for name in ("agrees", "right")},
+        "right": np.zeros(0, bool),
         "top_ids": np.zeros((0, TOP), np.int64),
     }

@@ -19,6 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 import cache_format as cf
 from cache_format.wording import quantity
 from pipeline.errors import ConfigError
+from pipeline.evaluation.evaluate_config import MOST_NATS
+from pipeline.evaluation.intervals import Metric, Relation
 from pipeline.losses import KlEstimateKind
 from pipeline.models.adapters import merged
 from pipeline.models.devices.compilation import CompiledLayers
@@ -26,7 +28,7 @@ from pipeline.models.devices.precision import precision_restored
 from pipeline.models.loading import lent, model_name
 from pipeline.models.teacher_head import TeacherHead
 from pipeline.student.model.hidden_state_matching import HiddenStateMatching
-from pipeline.student.model_card import Origin, is_replaceable, write_card
+from pipeline.student.model_card import HeldOut, Origin, is_replaceable, write_card
 from pipeline.student.train_config import TrainStudentConfig
 from pipeline.student.training.arithmetic import describe_arithmetic, used_arithmetic
 from pipeline.student.training.early_stopping import EarlyStopping, stopped_by
@@ -255,8 +257,23 @@ def _save(
     if seen and state.is_world_process_zero:
         record_seen(config, seen)
     if replaceable and state.is_world_process_zero:
-        write_card(_origin(run, state.global_step), metrics, config.eval_cache, evaluations)
+        write_card(_origin(run, state.global_step), _held_out(run, metrics), evaluations)
     trainer.save_state()
+
+
+def _held_out(run: CheckedRun, metrics: dict[str, float]) -> HeldOut | None:
+    """What the card says of the last evaluation, which is over all rows and without intervals."""
+    cache, loss, crossed = run.held_out, run.eval_loss, run.config.cross_tokenizer is not None
+    if cache is None or loss is None or run.config.eval_cache is None:
+        return None
+    relations: dict[str, Relation] = {"kl": loss.kl_estimate_kind}
+    found = {
+        name: Metric(value=value, error=None, relation=relations.get(name, "full")) for name, value in metrics.items()
+    }
+    if crossed or metrics["ce"] > MOST_NATS:
+        found.pop("perplexity")
+    tokens = None if crossed else cache.num_loss_tokens
+    return HeldOut(cache=run.config.eval_cache, metrics=found, tokens=tokens, rows=len(cache), all_rows=len(cache))
 
 
 def _origin(run: CheckedRun, steps: int) -> Origin:

@@ -183,6 +183,13 @@ class TargetRule:
         given = {name: targets.get("k" if name == "top_k" else name) for name in parts}
         return cls(kind=targets["kind"], temperature=targets["temperature"], **given)
 
+    def codebooks(self, vocab_size: int) -> dict[str, Codebook]:
+        """By column."""
+        from cache_format import default_codebooks
+
+        finer = {"entropy_levels": 256} if self.sampled and self.temperature != 1.0 else {}
+        return {**default_codebooks(vocab_size, **finer), "target_logprobs": self.codebook()}
+
     def codebook(self) -> Codebook:
         """For `target_logprobs`: holds the weights of sampled entries exactly, and rounds those of exact entries."""
         import numpy as np

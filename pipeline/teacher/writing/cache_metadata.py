@@ -64,7 +64,7 @@ def cache_metadata(
             **engine.describe(),
             **({"tensor_parallel": torch.distributed.get_world_size()} if config.tensor_parallel else {}),
         },
-        codebooks={**cf.default_codebooks(engine.vocab_size), "target_logprobs": rule.codebook()},
+        codebooks=rule.codebooks(engine.vocab_size),
         libraries={name: importlib.metadata.version(name) for name in libraries},
         **grouping(config, hidden, stored_positions(config, corpus) / len(corpus)),
         encoding=config.encoding,

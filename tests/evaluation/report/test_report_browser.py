@@ -315,7 +315,7 @@ def made_up_contents(tokens: int, students: Sequence[str]) -> Contents:
         name: StudentPositions(
             kl=some(),
             ce=some(),
-            agrees=rng.random(tokens) < 0.5,
+            agrees=(rng.random(tokens) < 0.5).astype(np.float32),
             confidence=probabilities(1)[:, 0],
             right=rng.random(tokens) < 0.5,
             top_ids=rng.zipf(1.3, (tokens, 3)) % 20_000,
