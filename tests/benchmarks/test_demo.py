@@ -98,7 +98,7 @@ def test_the_whole_demo_runs_and_repeats_nothing(
     assert (tmp_path / "out/report.html").exists() and "What is the moon?" in first.output
     (rows,) = json.loads((tmp_path / "results/demo.json").read_text(encoding="utf-8"))["tables"].values()
     assert [row[""] for row in rows] == ["untrained", "labels", "distilled", "teacher"]
-    assert rows[-1]["KL"] < min(row["KL"] for row in rows[:-1]) and rows[-1]["agreement"] > 0.95
+    assert rows[-1]["KL"] < min(row["KL"] for row in rows[:-1]) and rows[-1]["agreement"] > 0.9
 
     lines.clear()
     assert CliRunner().invoke(demo.demo, options, catch_exceptions=False).exit_code == 0

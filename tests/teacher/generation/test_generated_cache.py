@@ -125,7 +125,7 @@ def test_a_policy_for_the_teachers_own_text_is_not_carried_over_to_another_held_
     """The teacher itself as the student: it agrees with the teacher about any text."""
     options = {"tail": "realized", "kd_weight": 1.0, "max_steps": 1, "eval_steps": 1, "learning_rate": 1e-30}
     summary = train(tmp_path / "s", written["raw"], student=teacher_dir, eval_cache=str(written["given"]), **options)
-    assert abs(summary.eval["loss"]) < 0.01 and summary.eval["agreement"] > 0.99
+    assert abs(summary.eval["loss"]) < 0.01 and summary.eval["agreement"] > 0.9  # ties of entries count in part
     (warning,) = summary.warnings
     assert "given: its targets do not support `tail=realized`, the held-out loss uses `tail=bucket`" in warning
     own = train(tmp_path / "t", written["raw"], student=teacher_dir, eval_cache=str(written["more"]), **options)
