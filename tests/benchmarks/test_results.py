@@ -14,6 +14,7 @@ from benchmarks import measure, teacher
 from benchmarks.__main__ import NAMES, RESULTS
 
 NOT_TRIED = {"fused_loss", "loader", "reading", "scaling", "engines", "servers", "server_rounding"}  # minutes, or vLLM
+NOT_TRIED |= {"compiled_kernels"}  # in a process without Triton's interpreter: tests/models/devices
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -205,6 +205,14 @@ def try_one(data: st.DataObject, files: fuzzed.Files, name: str, student: Path, 
     outcome(resealed(files, name, mutated(tree, place, change)), scratch, student)
 
 
+def test_a_threshold_of_null_is_one_that_is_not_there(
+    caches: dict[str, fuzzed.Files], student_dir: Path, scratch: Path
+) -> None:
+    files = caches["packed"]
+    tree = mutated(json.loads(files["manifest.json"]), ("targets", "tail_threshold"), replaced(None))
+    outcome(resealed(files, "manifest.json", tree), scratch, student_dir)
+
+
 LIES: dict[str, tuple[Place, Callable[[Any, Any], None]]] = {
     "a kind of targets that there is not": (("targets", "kind"), replaced("weird")),
     "text for a temperature": (("targets", "temperature"), replaced("x")),

@@ -123,9 +123,9 @@ def test_of_several_processes_each_takes_its_own_device_and_the_first_speaks(
     taken: list[Any] = []
     device = Worker.device
 
-    def watched(self: Worker, name: str) -> torch.device:
+    def watched(self: Worker, name: str, model: Any) -> torch.device:
         taken.append((self.local_rank, name))
-        return device(self, name)
+        return device(self, name, model)
 
     monkeypatch.setattr(Worker, "device", watched)
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):

@@ -54,9 +54,10 @@ def exact_entries(cache: Cache) -> tuple[int, float]:
     k = targets.get("k")
     if targets["kind"] == "random":
         return 0, 0
-    if targets["kind"] == "threshold" and "tail_threshold" in targets:
+    tau = targets.get("tail_threshold")
+    if targets["kind"] == "threshold" and tau is not None:
         # Exact are tokens with p ≥ τ and the K likeliest. The likeliest has p ≥ 1/V; n with p ≥ τ have n·τ ≤ 1.
-        k, tau = k or 0, targets["tail_threshold"]
+        k = k or 0
         return max(k, int(tau * cache.metadata.vocab_size < 1.0)), max(k, math.floor(1.0 / tau))
     return (1, cache.metadata.max_entries or math.inf) if k is None else (k, k)
 
