@@ -115,8 +115,6 @@ def tokenise_documents(
         most=config.max_documents,
     )
     rows = source.rows
-    if config.max_documents is not None:
-        rows = rows.select(range(min(config.max_documents, len(rows))))
     name = data_name(config.data)
     columns = find_columns(source, config.text_column, name)
     loss_on = columns.loss_choices[0] if config.loss_on == "auto" else config.loss_on

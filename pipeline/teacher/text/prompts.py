@@ -269,8 +269,6 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, posi
         most=config.max_documents,
     )
     rows = source.rows
-    if config.max_documents is not None:
-        rows = rows.select(range(min(config.max_documents, len(rows))))
     name = data_name(config.data)
     columns = find_prompt(source, config.text_column, name)
     check_chat_options(config, columns, name)

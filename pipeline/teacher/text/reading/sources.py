@@ -102,7 +102,7 @@ def load_source(data: Data, *, data_config: str | None, split: str, sample_by: s
     """Open `data`, which has at least one row.
 
     Args:
-        most: number of rows that will be read. An iterable is read no further, so that it may be endless.
+        most: number of rows, from the first one on. An iterable is read no further, so that it may be endless.
 
     Raises:
         DataError: there is nothing to read, or it cannot be read; names the file, and the line where possible.
@@ -111,7 +111,8 @@ def load_source(data: Data, *, data_config: str | None, split: str, sample_by: s
         source = _open(data, data_config, split, sample_by, most)
     if len(source.rows) == 0:
         raise DataError(f"{data_name(data)}: {_NO_ROWS}")
-    return replace(source, rows=with_json_as_text(source.rows))
+    rows = with_json_as_text(source.rows)
+    return replace(source, rows=rows if most is None else rows.select(range(min(most, len(rows)))))
 
 
 @contextmanager
