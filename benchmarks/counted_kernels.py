@@ -61,14 +61,14 @@ class CountedKernels:
 @contextmanager
 def counted_kernels(count: Count) -> Iterator[None]:
     """Inside the block all logits go through `CountedKernels`."""
-    with mock.patch.object(kernels, "kernels_on", lambda device, width: CountedKernels(count)):
+    with mock.patch.object(kernels, "kernels_on", lambda device: CountedKernels(count)):
         yield
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside the block no logits go through kernels."""
-    with mock.patch.object(kernels, "kernels_on", lambda device, width: None):
+    with mock.patch.object(kernels, "kernels_on", lambda device: None):
         yield
 
 

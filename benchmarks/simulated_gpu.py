@@ -370,7 +370,7 @@ def simulated_gpu(*, shapes_only: bool = False) -> Iterator[SimulatedGpu]:
         "current_stream": lambda device=None: None,
         "get_device_name": lambda device=None: "simulated",
     }
-    no_kernels = mock.patch.object(kernels, "kernels_on", lambda device, width: None)  # they would need real memory
+    no_kernels = mock.patch.object(kernels, "kernels_on", lambda device: None)  # they would need real memory
     with mock.patch.multiple(torch.cuda, **replaced), no_kernels, gpu:
         yield gpu
         gpu.arrive()

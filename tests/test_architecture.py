@@ -40,7 +40,6 @@ BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "markupsafe", "safetensors", "
 COMPILED = {
     "cache_format/codecs/packed/compiled.py": {"numba"},
     "cache_format/codecs/packed/numba_loops.py": {"numba"},
-    "pipeline/models/devices/numba_kernels.py": {"numba"},
 }
 
 

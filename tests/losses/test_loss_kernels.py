@@ -1,4 +1,4 @@
-"""The fused head by the kernels of Triton and of numba, against its definition in fp64."""
+"""The fused head by the Triton kernels, against its definition in fp64."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch.nn import functional as F
 
 from dense import captured_for, random_targets
 from head_sums import fused_sums, general_sums
-from kernels_here import DEVICE, chosen_kernels, kernels_in_use  # noqa: F401
+from kernels_here import DEVICE, kernels_in_use
 from pipeline.losses import IGNORE_INDEX, POSITION_WEIGHTINGS, TAIL_POLICIES, HeadOutput, SparseTargetBatch, sparse_kl
 from pipeline.losses.divergence_sum import DIVERGENCES
 from pipeline.models.devices.kernels import TILE
 from textbook import relative_errors
 
-pytestmark = pytest.mark.usefixtures("chosen")
 N, D, K = 6, 8, 5
 WEIGHTED = [("forward-kl:0.3,js(0.1):0.5", weighting) for weighting in POSITION_WEIGHTINGS]
 

@@ -1,11 +1,8 @@
-"""Whether the passes over the vocabulary are done by compiled kernels or by plain torch.
-
-    CUDA    `triton_kernels`, if Triton is installed (torch's builds for CUDA bring it)
-    CPU     `numba_kernels`, if numba is installed, for float32 and vocabularies of some size
+"""Whether the passes over the vocabulary are done by Triton kernels (`triton_kernels`) or by plain torch.
 
 Kernels read logits less often than the operations of torch that they replace, with the same results within rounding.
-They are used if a trial on a few rows gives the results of torch: on a device or a version where they do not compile, a
-run is slower, not wrong.
+They are used on CUDA if Triton is installed (torch's builds for CUDA bring it) and a trial on a few rows gives the
+results of torch: on a GPU or a version where they do not compile, a run is slower, not wrong.
 """
 
 from __future__ import annotations
@@ -20,9 +17,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-KERNELS = {"cuda": "triton", "cpu": "numba"}
-LEAST_WIDTH = {"cuda": 1, "cpu": 4096}
-"""Smallest vocabulary that is worth compiling for."""
 TILE = 4096
 """Logits that one program takes."""
 PARTS = 5
@@ -54,36 +48,23 @@ def kernels_for(logits: Tensor) -> ModuleType | None:
     """The kernels for logits [n, V], or None: take plain torch."""
     if logits.dim() != 2 or logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
         return None  # rows that share memory cannot be written to
-    kernels = kernels_on(logits.device, logits.shape[1])
+    kernels = kernels_on(logits.device)
     return kernels if kernels is not None and logits.dtype in kernels.DTYPES else None
 
 
-def kernels_on(device: torch.device, width: int) -> ModuleType | None:
-    """The kernels for rows of this many logits, if they work on this device. The first call for a device tries them,
-    and waits for it."""
-    return tried_kernels(device) if width >= LEAST_WIDTH.get(device.type, 1) else None
-
-
 @functools.cache
-def tried_kernels(device: torch.device) -> ModuleType | None:
-    """Those that work on this device, whatever the vocabulary."""
-    name = KERNELS.get(device.type, "")
-    if not name or importlib.util.find_spec(name) is None or (name == "triton" and not torch.cuda.is_available()):
+def kernels_on(device: torch.device) -> ModuleType | None:
+    """The kernels, if they work on this device. The first call for a device tries them, and waits for it."""
+    if device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return None
     try:
-        if name == "triton":
-            from pipeline.models.devices import triton_kernels as kernels
-        else:
-            import numba
+        from pipeline.models.devices import triton_kernels as kernels
 
-            if getattr(numba.config, "DISABLE_JIT", 0):  # asked for
-                return None
-            from pipeline.models.devices import numba_kernels as kernels  # type: ignore[no-redef]
         check_kernels(kernels, device)
     except Exception as error:  # compilers and drivers raise anything
         reason = " ".join(str(error).split())[:300]
         kind = type(error).__name__
-        logger.warning("%s kernels are not used on %s, plain torch is: %s: %s", name, device, kind, reason)
+        logger.warning("Triton kernels are not used on %s, plain torch is: %s: %s", device, kind, reason)
         return None
     return kernels
 

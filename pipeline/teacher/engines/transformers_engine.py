@@ -134,7 +134,7 @@ class TransformersEngine:
         }
 
     def describe(self) -> dict[str, Any]:
-        by = kernels.kernels_on(self.head.device, self.head.vocab_size)
+        by = kernels.kernels_on(self.head.device)
         return {
             "device": device_names(self.head.model, self.device),
             # Elsewhere than on a CPU no sum is split over threads.

@@ -73,7 +73,6 @@ def softmax_of(logits: Tensor, temperature: float, scratch: Tensor | None) -> So
         logits: [n, V] of any dtype; unchanged in the end.
         scratch: [≥n, V] of `scratch_for`.
     """
-    logits = logits.float() if logits.device.type == "cpu" else logits
     by = kernels.kernels_for(logits)
     return PlainSoftmax(logits, temperature, scratch) if by is None else KernelSoftmax(by, logits, temperature)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import numba
 import pytest
 import torch
 from torch import Tensor
 
-from kernels_here import DEVICE, KERNELS, chosen_kernels, kernels_in_use, numba_kernels, triton_kernels  # noqa: F401
+from kernels_here import DEVICE, kernels_in_use, triton_kernels
 from pipeline.models.devices import kernels
 from pipeline.models.devices.kernels import TILE, check_kernels, kernels_for
 
@@ -20,10 +19,7 @@ BLOCK = 32
 WIDTHS = [1, 2, 5, 32, 33, TILE - 1, TILE, 3 * TILE + 77]
 SHAPES = [(width, torch.float32) for width in WIDTHS]
 SHAPES += [(width, dtype) for width in (3, TILE + 1) for dtype in (torch.bfloat16, torch.float16)]
-EVERY = [(by, *shape) for by in KERNELS.values() for shape in SHAPES if shape[1] in by.DTYPES]
-every_shape = pytest.mark.parametrize(
-    "chosen, width, dtype", EVERY, indirect=["chosen"], ids=lambda x: getattr(x, "NAME", x)
-)
+every_shape = pytest.mark.parametrize("width, dtype", SHAPES, ids=str)
 HALF_STEP = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # the interpreter cuts to bfloat16
 
 
@@ -44,9 +40,9 @@ def close(found: Tensor, expected: Tensor, rtol: float = 2e-6) -> None:
 
 @every_shape
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_sums(chosen: ModuleType, width: int, dtype: torch.dtype, temperature: float) -> None:
+def test_sums(width: int, dtype: torch.dtype, temperature: float) -> None:
     z = logits_of(width, dtype)
-    found = chosen.sums(z, temperature=temperature, block=BLOCK)
+    found = triton_kernels.sums(z, temperature=temperature, block=BLOCK)
     x = z.double() - z.double().amax(dim=1, keepdim=True)
     assert torch.equal(found.largest, z.float().amax(dim=1))
     assert torch.equal(found.block_maxima, by_block(z, -torch.inf).amax(dim=2)) and found.block_maxima.dtype == dtype
@@ -57,10 +53,10 @@ def test_sums(chosen: ModuleType, width: int, dtype: torch.dtype, temperature: f
 
 
 @pytest.mark.parametrize("width", [1, 33, TILE + 1])
-def test_sums_relative_to_a_logit_that_is_not_in_the_row(chosen: ModuleType, width: int) -> None:
+def test_sums_relative_to_a_logit_that_is_not_in_the_row(width: int) -> None:
     z = logits_of(width)
     at_least = z.amax(dim=1) + torch.tensor([-1.0, 0.0, 3.0], device=DEVICE)
-    found = chosen.sums(z, temperature=2.0, at_least=at_least)
+    found = triton_kernels.sums(z, temperature=2.0, at_least=at_least)
     largest = torch.maximum(z.amax(dim=1), at_least)
     x = (z - largest[:, None]).double()
     assert torch.equal(found.largest, largest) and found.block_maxima is None
@@ -71,10 +67,10 @@ def test_sums_relative_to_a_logit_that_is_not_in_the_row(chosen: ModuleType, wid
 
 @every_shape
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_block_sums(chosen: ModuleType, width: int, dtype: torch.dtype, temperature: float) -> None:
+def test_block_sums(width: int, dtype: torch.dtype, temperature: float) -> None:
     z = logits_of(width, dtype)
     largest = z.float().amax(dim=1)
-    found, logarithms = chosen.block_sums(z, largest, temperature=temperature, block=BLOCK)
+    found, logarithms = triton_kernels.block_sums(z, largest, temperature=temperature, block=BLOCK)
     x = (z.double() - largest[:, None]) / temperature
     close(found, by_block(x.exp(), 0.0).sum(dim=2))
     close(logarithms, (x.exp() * x).sum(dim=1), rtol=1e-5)
@@ -82,54 +78,54 @@ def test_block_sums(chosen: ModuleType, width: int, dtype: torch.dtype, temperat
 
 @every_shape
 @pytest.mark.parametrize("tempered", [False, True])
-def test_gradient_in_place_and_beside(chosen: ModuleType, width: int, dtype: torch.dtype, tempered: bool) -> None:
+def test_gradient_in_place_and_beside(width: int, dtype: torch.dtype, tempered: bool) -> None:
     z = logits_of(width).contiguous()
     largest, factor = z.amax(dim=1), torch.tensor([0.25, -2.0, 0.0], device=DEVICE)
     x = (z - largest[:, None]).double()
     expected = x.exp() * factor[:, None] + (3 * (x / 2).exp() if tempered else 0.0)
     at_t = torch.full_like(factor, 3.0) if tempered else None
     out = z if dtype == z.dtype else torch.empty_like(z, dtype=dtype)
-    chosen.write_gradient(z, largest, factor, at_t, 2.0, out)
+    triton_kernels.write_gradient(z, largest, factor, at_t, 2.0, out)
     close(out, expected, rtol=HALF_STEP[dtype])
 
 
-def test_nothing_is_written_behind_the_end_of_a_row(chosen: ModuleType) -> None:
+def test_nothing_is_written_behind_the_end_of_a_row() -> None:
     wide = torch.full((3, TILE + 40), 7.0, device=DEVICE)
     z = wide[:, : TILE + 1]
-    chosen.write_gradient(z, z[:, 0].clone(), torch.ones(3, device=DEVICE), None, 1.0, z)
+    triton_kernels.write_gradient(z, z[:, 0].clone(), torch.ones(3, device=DEVICE), None, 1.0, z)
     assert (z == 1.0).all() and (wide[:, TILE + 1 :] == 7.0).all()
 
 
-def test_no_rows(chosen: ModuleType) -> None:
-    found = chosen.sums(torch.empty(0, 100, device=DEVICE), block=BLOCK)
+def test_no_rows() -> None:
+    found = triton_kernels.sums(torch.empty(0, 100, device=DEVICE), block=BLOCK)
     assert found.total.shape == (0,) and found.block_maxima.shape == (0, 4)
 
 
 @pytest.mark.parametrize("width", [3, TILE + 10])
-def test_minus_infinity_is_a_token_without_mass(chosen: ModuleType, width: int) -> None:
+def test_minus_infinity_is_a_token_without_mass(width: int) -> None:
     """One, a whole tile, and a whole row, whose sums are what the tokens outside of it say."""
     z = logits_of(width)
     z[0, 1] = -torch.inf
     z[1, 1:TILE] = -torch.inf
     z[2] = -torch.inf
     at_least = torch.full((3,), -1.0, device=DEVICE)
-    found = chosen.sums(z, temperature=2.0, at_least=at_least, block=BLOCK)
+    found = triton_kernels.sums(z, temperature=2.0, at_least=at_least, block=BLOCK)
     x = (z - found.largest[:, None]).double()
     close(found.total, x.exp().sum(dim=1))
     close(found.tempered, (x / 2).exp().sum(dim=1))
     close(found.surprise, torch.special.entr(x.exp()).sum(dim=1), rtol=1e-5)
     assert not found.finite.any() and found.total[2] == 0.0
-    blocks, logarithms = chosen.block_sums(z, found.largest, temperature=1.0, block=BLOCK)
+    blocks, logarithms = triton_kernels.block_sums(z, found.largest, temperature=1.0, block=BLOCK)
     close(blocks, by_block(x.exp(), 0.0).sum(dim=2))
     close(logarithms, -torch.special.entr(x.exp()).sum(dim=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_logit_that_is_no_number_is_noticed(chosen: ModuleType, value: float) -> None:
+def test_a_logit_that_is_no_number_is_noticed(value: float) -> None:
     for place in (0, 50, TILE + 5):
         z = logits_of(TILE + 10)
         z[1, place] = value
-        found = chosen.sums(z)
+        found = triton_kernels.sums(z)
         assert found.finite.tolist() == [True, False, True]
         assert found.total.isnan().tolist() == [False, True, False]
 
@@ -137,15 +133,13 @@ def test_a_logit_that_is_no_number_is_noticed(chosen: ModuleType, value: float) 
 # ---- when they are used
 
 
-def test_the_trial_passes(chosen: ModuleType) -> None:
-    check_kernels(chosen, DEVICE)
+def test_the_trial_passes() -> None:
+    check_kernels(triton_kernels, DEVICE)
 
 
 @pytest.mark.parametrize("name", ["sums", "block_sums", "write_gradient"])
-def test_the_trial_finds_a_kernel_that_computes_something_else(
-    chosen: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inner = getattr(chosen, name)
+def test_the_trial_finds_a_kernel_that_computes_something_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = getattr(triton_kernels, name)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         if name == "write_gradient":
@@ -154,17 +148,17 @@ def test_the_trial_finds_a_kernel_that_computes_something_else(
         first, *others = inner(*arguments, **options)
         return (first * 1.001, *others) if name == "block_sums" else kernels.RowSums(first * 1.001, *others)
 
-    monkeypatch.setattr(chosen, name, wrong)
+    monkeypatch.setattr(triton_kernels, name, wrong)
     with pytest.raises(AssertionError):
-        check_kernels(chosen, DEVICE)
+        check_kernels(triton_kernels, DEVICE)
 
 
 @pytest.fixture()
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    kernels.tried_kernels.cache_clear()
+    kernels.kernels_on.cache_clear()
     yield torch.device("cuda", 5)
-    kernels.tried_kernels.cache_clear()
+    kernels.kernels_on.cache_clear()
 
 
 def test_kernels_that_fail_the_trial_are_not_used(
@@ -177,46 +171,25 @@ def test_kernels_that_fail_the_trial_are_not_used(
 
     monkeypatch.setattr(kernels, "check_kernels", fails)
     with caplog.at_level(logging.WARNING, "distill"):
-        assert kernels.kernels_on(a_gpu, 400) is None and kernels.kernels_on(a_gpu, 400) is None
+        assert kernels.kernels_on(a_gpu) is None and kernels.kernels_on(a_gpu) is None
     assert caplog.messages == [
-        "triton kernels are not used on cuda:5, plain torch is: RuntimeError: ptxas not found second line"
+        "Triton kernels are not used on cuda:5, plain torch is: RuntimeError: ptxas not found second line"
     ]
     monkeypatch.setattr(kernels, "check_kernels", lambda *_: None)
-    kernels.tried_kernels.cache_clear()
-    assert kernels.kernels_on(a_gpu, 400) is triton_kernels
+    kernels.kernels_on.cache_clear()
+    assert kernels.kernels_on(a_gpu) is triton_kernels
 
 
-def test_logits_that_the_kernels_do_not_take(chosen: ModuleType) -> None:
+def test_logits_that_the_kernels_do_not_take() -> None:
     z = torch.zeros(3, 40)
     with kernels_in_use():
-        assert kernels_for(z) is kernels_for(z[:, :7]) is chosen
+        assert kernels_for(z) is kernels_for(z[:, :7]) is triton_kernels
         assert kernels_for(z.double()) is kernels_for(z.T) is kernels_for(z[:1].expand(3, 40)) is None
-        assert (kernels_for(z.bfloat16()) is None) == (torch.bfloat16 not in chosen.DTYPES)
+        assert (kernels_for(z.bfloat16()) is None) == (torch.bfloat16 not in triton_kernels.DTYPES)
 
 
-def test_a_cpu_takes_those_of_numba_for_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.kernels_on(DEVICE, 4096) is numba_kernels and kernels.kernels_on(DEVICE, 4095) is None
-    assert kernels.kernels_on(torch.device("meta"), 4096) is None
-    kernels.tried_kernels.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(numba.config, "DISABLE_JIT", 1)
-        assert kernels.kernels_on(DEVICE, 4096) is None
-    kernels.tried_kernels.cache_clear()
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    assert kernels.kernels_on(DEVICE, 4096) is None
-    kernels.tried_kernels.cache_clear()
-
-
-# ---- threads of a CPU
-
-
-def test_rows_are_shared_among_threads_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    z = logits_of(3 * TILE + 77, rows=11)
-    alone = numba_kernels.sums(z, temperature=2.0, block=BLOCK)
-    monkeypatch.setattr(numba_kernels, "WORTH_A_THREAD", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for a, b in zip(alone, numba_kernels.sums(z, temperature=2.0, block=BLOCK), strict=True):
-        assert torch.equal(a, b)
+def test_a_cpu_takes_plain_torch() -> None:
+    assert kernels.kernels_on(torch.device("cpu")) is None
 
 
 # ---- what they move

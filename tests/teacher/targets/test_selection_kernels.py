@@ -1,9 +1,8 @@
-"""Targets selected by the kernels of Triton and of numba: those of plain torch, within the same distance of fp64."""
+"""Targets selected by the Triton kernels: those of plain torch, within the same distance of fp64."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cache_format.manifest.differences import ROUNDING
-from kernels_here import DEVICE, chosen_kernels, kernels_in_use  # noqa: F401
+from kernels_here import DEVICE, kernels_in_use
 from pipeline.models.devices.kernels import TILE
 from pipeline.models.head import open_head
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
@@ -20,7 +19,6 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, sparse_targets
 from sampled import numbers, random, rule_name, threshold
 
-pytestmark = pytest.mark.usefixtures("chosen")
 RULES = [
     TargetRule(top_k=4),
     TargetRule(kind="top-p", top_p=0.8, max_entries=20),
@@ -121,11 +119,11 @@ def test_a_large_vocabulary() -> None:
         same(selected(logits, rule), selected(logits, rule, by_kernels=False))
 
 
-def test_a_cache_says_that_kernels_selected_its_targets(teacher_dir: Path, chosen: ModuleType) -> None:
+def test_a_cache_says_that_kernels_selected_its_targets(teacher_dir: Path) -> None:
     """So that it is not continued by plain torch, which rounds differently."""
     model = AutoModelForCausalLM.from_pretrained(teacher_dir)
     engine = TransformersEngine(open_head(model, 40), device=torch.device("cpu"), batch_size=1)
     assert "selection" not in engine.describe()
     with kernels_in_use():
         described = engine.describe()
-    assert described["selection"] == chosen.NAME in ("triton", "numba") and ROUNDING["capture.selection"]
+    assert described["selection"] == "triton" and ROUNDING["capture.selection"]
