@@ -25,8 +25,6 @@ Count = Callable[[str, int, int], None]
 class CountedKernels:
     """See `pipeline.models.devices.triton_kernels`, whose functions these are."""
 
-    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
     def __init__(self, count: Count) -> None:
         self._count = count
 

@@ -37,10 +37,7 @@ SHIPPED = [*CACHE_FORMAT, *PIPELINE, *DISTILL]
 BROUGHT_BY_OTHERS = {"huggingface_hub", "jinja2", "markupsafe", "safetensors", "tokenizers", "triton", "yaml"}
 
 # Compiled by a decorator of an extra, so that the module needs it from its first line.
-COMPILED = {
-    "cache_format/codecs/packed/compiled.py": {"numba"},
-    "cache_format/codecs/packed/numba_loops.py": {"numba"},
-}
+COMPILED = {"cache_format/codecs/packed/numba_loops.py": {"numba"}}
 
 
 def relative(path: Path) -> str:
@@ -272,8 +269,7 @@ def test_imports_are_declared():
 def test_compiled_functions_are_imported_where_they_are_used(path: str):
     module = path.removesuffix(".py").replace("/", ".")
     assert importers(SHIPPED, module)
-    others = [each for each in SHIPPED if relative(each) not in COMPILED]
-    assert [each for each in others if module in imports(each, only_on_import=True)] == []
+    assert [each for each in SHIPPED if module in imports(each, only_on_import=True)] == []
 
 
 def test_everything_declared_is_pinned_for_setup():

@@ -10,10 +10,13 @@ is forked while a thread decodes never waits for a lock of the compiler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
 import numpy as np
 from numba import uintp
 
-from cache_format.codecs.packed.compiled import compiled
 from cache_format.codecs.packed.loops import (
     BITS,
     ENDED,
@@ -31,6 +34,9 @@ from cache_format.codecs.packed.loops import (
     Tables,
 )
 
+Function = TypeVar("Function", bound=Callable[..., object])
+UNUSABLE = (OSError, RuntimeError, EOFError)  # a cache of compiled code without a writable place, or cut short
+
 _PLACE = TOTAL - 1
 _START = 16  # bits of a range that hold its start; its frequency is above them
 _BIT_LENGTH = np.array([i.bit_length() for i in range(1 << RANK)], np.uint8)
@@ -43,7 +49,20 @@ _WORDS, _INTS, _RANKS, _CODES = "uint16[::1]", "int64[::1]", "int32[::1]", "uint
 _TABLES, _MATRIX = "Tuple((uint16[::1], uint32[::1]))", "uint32[:, ::1]"
 
 
-@compiled(_TABLES, "int64[:, ::1]")
+def _compiled(returned: str, *arguments: str) -> Callable[[Function], Function]:
+    signature: Any = f"{returned}({', '.join(arguments)})"
+
+    def compiled(function: Function) -> Function:
+        try:
+            fast: Function = numba.njit(signature, nogil=True, cache=True)(function)
+        except UNUSABLE:
+            fast = numba.njit(signature, nogil=True)(function)
+        return fast
+
+    return compiled
+
+
+@_compiled(_TABLES, "int64[:, ::1]")
 def tables(frequencies: Ints) -> Tables:
     """The second table is [C·S], the frequency and the first place of each symbol: it stays in the nearest cache."""
     contexts, size = frequencies.shape
@@ -59,14 +78,14 @@ def tables(frequencies: Ints) -> Tables:
     return symbols, ranges
 
 
-@compiled("UniTuple(int64, 2)", "int64", _WORDS, "int64")
+@_compiled("UniTuple(int64, 2)", "int64", _WORDS, "int64")
 def _refilled(x: int, words: U16, at: int) -> tuple[int, int]:
     """The state, with the next word in it if it is below `LOW`, and the next `at`, which may then be too large."""
     word = np.int64(words[uintp(at)])  # read whether or not it is needed: a branch would often be mispredicted
     return (x << 16 | word, at + 1) if x < LOW else (x, at)
 
 
-@compiled("int64", "int64", _TABLES)
+@_compiled("int64", "int64", _TABLES)
 def _size(contexts: int, tables: Tables) -> int:
     """S, number of symbols of a model with at least `contexts` contexts. Raises: IndexError for fewer."""
     known = len(tables[0]) >> BITS
@@ -75,7 +94,7 @@ def _size(contexts: int, tables: Tables) -> int:
     return len(tables[1]) // max(known, 1)
 
 
-@compiled("UniTuple(int64, 3)", "int64", "int64", _TABLES, "int64", _WORDS, "int64")
+@_compiled("UniTuple(int64, 3)", "int64", "int64", _TABLES, "int64", _WORDS, "int64")
 def _read(x: int, context: int, tables: Tables, size: int, words: U16, at: int) -> tuple[int, int, int]:
     """The symbol in state x, the next state, and the next `at`."""
     place = x & _PLACE
@@ -85,7 +104,7 @@ def _read(x: int, context: int, tables: Tables, size: int, words: U16, at: int) 
     return symbol, x, at
 
 
-@compiled("int64", _STATE, _WORDS, "int64", _INTS, _TABLES, _INTS)
+@_compiled("int64", _STATE, _WORDS, "int64", _INTS, _TABLES, _INTS)
 def symbols(state: U32, words: U16, at: int, contexts: Ints, tables: Tables, found: Ints) -> int:
     lane, end, known, size = 0, len(words) - 1, len(tables[0]) >> BITS, _size(0, tables)
     for i in range(len(contexts)):
@@ -99,7 +118,7 @@ def symbols(state: U32, words: U16, at: int, contexts: Ints, tables: Tables, fou
     return at
 
 
-@compiled("int64", _STATE, _WORDS, "int64", _INTS, "int64", _INTS)
+@_compiled("int64", _STATE, _WORDS, "int64", _INTS, "int64", _INTS)
 def _add_bits(state: U32, words: U16, at: int, widths: Ints, shift: int, found: Ints) -> int:
     """Read the bits of each width from bit `shift` on, at most 12, and add them to what was found."""
     lane, end = 0, len(words) - 1
@@ -116,20 +135,20 @@ def _add_bits(state: U32, words: U16, at: int, widths: Ints, shift: int, found: 
     return at
 
 
-@compiled("int64", _STATE, _WORDS, "int64", _INTS, _INTS)
+@_compiled("int64", _STATE, _WORDS, "int64", _INTS, _INTS)
 def bits(state: U32, words: U16, at: int, widths: Ints, found: Ints) -> int:
     found[:] = 0
     return _add_bits(state, words, at, widths, 0, found)
 
 
-@compiled("int64", "int64", "int64")
+@_compiled("int64", "int64", "int64")
 def _context(before: int, left: int) -> int:
     """See `entry_symbols.rank_contexts`; `before` is at least -1."""
     octave: int = np.int64(_BIT_LENGTH[uintp(min(before + 1, len(_BIT_LENGTH) - 1))])
     return octave * LEFT + min(left, LEFT) - 1
 
 
-@compiled("void", _INTS, "int64")
+@_compiled("void", _INTS, "int64")
 def _check_counts(counts: Ints, entries: int) -> None:
     """Raises: IndexError unless the counts add up to the number of entries."""
     for i in range(len(counts)):
@@ -140,7 +159,7 @@ def _check_counts(counts: Ints, entries: int) -> None:
         raise IndexError("more entries than the counts of all positions")
 
 
-@compiled("int64", _STATE, _WORDS, "int64", _INTS, _TABLES, _RANKS)
+@_compiled("int64", _STATE, _WORDS, "int64", _INTS, _TABLES, _RANKS)
 def ranks(state: U32, words: U16, at: int, counts: Ints, tables: Tables, found: I32) -> int:
     _check_counts(counts, len(found))
     size, end, n, entry = _size(_RANK_CONTEXTS, tables), len(words) - 1, 0, 0
@@ -181,7 +200,7 @@ def ranks(state: U32, words: U16, at: int, counts: Ints, tables: Tables, found: 
     return at
 
 
-@compiled("int64", _STATE, _WORDS, "int64", _INTS, _RANKS, _TABLES, _CODES)
+@_compiled("int64", _STATE, _WORDS, "int64", _INTS, _RANKS, _TABLES, _CODES)
 def codes(state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tables, found: U8) -> int:
     _check_counts(counts, min(len(found), len(ranks)))
     size, end, lane, entry = _size(_CODE_CONTEXTS, tables), len(words) - 1, 0, 0
@@ -198,7 +217,7 @@ def codes(state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tab
     return at
 
 
-@compiled(_INTS, _INTS, _CODES, _INTS)
+@_compiled(_INTS, _INTS, _CODES, _INTS)
 def sums(counts: Ints, codes: U8, shares: Ints) -> Ints:
     _check_counts(counts, len(codes))
     found, entry = np.zeros(len(counts), np.int64), 0
@@ -212,7 +231,7 @@ def sums(counts: Ints, codes: U8, shares: Ints) -> Ints:
     return found
 
 
-@compiled("boolean", _INTS, _INTS, _RANKS, _INTS, _KEYS, _KEYS)
+@_compiled("boolean", _INTS, _INTS, _RANKS, _INTS, _KEYS, _KEYS)
 def ids(tokens: Ints, counts: Ints, ranks: I32, starts: Ints, ranked: U32, found: U32) -> bool:
     _check_counts(counts, min(len(found), len(ranks)))
     vocab_size, entry = len(starts) - 1, 0
@@ -250,7 +269,7 @@ def arranged(keys: U32, counts: Ints) -> U32:
     return found
 
 
-@compiled("void", _KEYS, _INTS, _INTS, _KEYS)
+@_compiled("void", _KEYS, _INTS, _INTS, _KEYS)
 def _place(keys: U32, lengths: Ints, places: Ints, found: U32) -> None:
     """Put each list at its place, and sort the short ones."""
     source = 0
@@ -265,7 +284,7 @@ def _place(keys: U32, lengths: Ints, places: Ints, found: U32) -> None:
         source += length
 
 
-@compiled("void", _KEYS, _INTS, _INTS, _MATRIX)
+@_compiled("void", _KEYS, _INTS, _INTS, _MATRIX)
 def _gather(keys: U32, places: Ints, lengths: Ints, matrix: U32) -> None:
     """Fill each row with a list, and the rest of it with what is sorted behind."""
     width = matrix.shape[1]
@@ -277,7 +296,7 @@ def _gather(keys: U32, places: Ints, lengths: Ints, matrix: U32) -> None:
             matrix[row, i] = 2**32 - 1
 
 
-@compiled("void", _MATRIX, _INTS, _INTS, _KEYS)
+@_compiled("void", _MATRIX, _INTS, _INTS, _KEYS)
 def _scatter(matrix: U32, places: Ints, lengths: Ints, keys: U32) -> None:
     for row in range(len(matrix)):
         place, length = places[row], lengths[row]

@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.models.devices.kernels import PARTS, TILE, RowSums, combined
+from pipeline.models.devices.kernels import PARTS, TILE, RowSums
 
-NAME = "triton"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 8
 
 
@@ -53,7 +51,21 @@ def sums(
             PARTS=PARTS,
             num_warps=WARPS,
         )
-    return combined(parts, temperature, at_least, maxima)
+    largest_of, total, tempered, logarithms, infinite = parts.unbind(dim=2)  # [n, tiles]
+    largest = largest_of.amax(dim=1)
+    if at_least is not None:
+        largest = torch.maximum(largest, at_least)
+    below = largest_of - largest[:, None]
+    share = below.exp()
+    moved = torch.where(share > 0, share * total * below, 0.0)  # -inf · 0 where a tile has no mass
+    return RowSums(
+        largest=largest,
+        total=(share * total).sum(dim=1),
+        tempered=((below / temperature).exp() * tempered).sum(dim=1),
+        surprise=-(share * logarithms + moved).sum(dim=1),
+        finite=infinite.sum(dim=1) == 0,
+        block_maxima=maxima,
+    )
 
 
 def block_sums(logits: Tensor, largest: Tensor, *, temperature: float, block: int) -> tuple[Tensor, Tensor]:

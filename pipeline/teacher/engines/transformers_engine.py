@@ -134,7 +134,6 @@ class TransformersEngine:
         }
 
     def describe(self) -> dict[str, Any]:
-        by = kernels.kernels_on(self.head.device)
         return {
             "device": device_names(self.head.model, self.device),
             # Elsewhere than on a CPU no sum is split over threads.
@@ -145,7 +144,7 @@ class TransformersEngine:
             **({"padding_free": True} if self.head.padding_free else {}),
             **({"compiled": True} if self.compiled is not None else {}),
             **({"logits": "float32"} if self.head.sums_in_fp32 else {}),
-            **({} if by is None else {"selection": by.NAME}),
+            **({"selection": "triton"} if kernels.kernels_on(self.head.device) is not None else {}),
         }
 
     def batches(self, requests: Sequence[RowRequest]) -> Iterator[list[RowRequest]]:

@@ -20,7 +20,6 @@ from packed_samples import KINDS, assert_same_batch, lexicon_of, metadata_of, ro
 
 numba = pytest.importorskip("numba")
 from cache_format.codecs.packed import numba_loops  # noqa: E402
-from cache_format.codecs.packed.compiled import compiled  # noqa: E402
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -195,7 +194,7 @@ def test_code_is_compiled_even_if_it_cannot_be_stored(monkeypatch: pytest.Monkey
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="no locator available"):
         numba.njit(numba.int64(numba.int64), cache=True)(successor)
-    assert compiled("int64", "int64")(successor)(4) == 5
+    assert numba_loops._compiled("int64", "int64")(successor)(4) == 5
 
 
 def successor(value: int) -> int:
