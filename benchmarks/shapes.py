@@ -52,7 +52,7 @@ class Shape:
         return self.body_weights + (1 if self.tied else 2) * self.width * self.vocab
 
     def forward_flops(self, mean_length: float) -> float:
-        """Of one token, at `mean_length` T̄ of the documents."""
+        """Operations per token of the forward pass, if documents have `mean_length` tokens on average."""
         return 2 * (self.body_weights + self.width * self.vocab) + 2 * self.layers * self.width * mean_length
 
     def training_flops(self, mean_length: float) -> float:

@@ -12,7 +12,7 @@ Head and selection are measured with the Triton kernels and without; everything 
 card, which the settings of the results say.
 
 Random weights cost what trained ones do, except that sampled targets have nearly the same number of entries at every
-position. Results are written after every part, so that an interrupted run leaves those that it has. A part that fails
+position. Results are written after every part, so an interrupted run keeps those it has. A part that fails
 is recorded with its error, and the others run. About ten minutes on an H100 or faster; `--quick` runs everything tiny
 on any device, as a smoke test.
 

@@ -202,7 +202,7 @@ def test_quantiles_of_student():
 
 
 def test_only_rows_that_a_metric_is_over_make_an_interval():
-    """Of three rows one has loss tokens, and the resamples that have any are all alike."""
+    """With one such row of three, all resamples that contain it are the same, which is not a narrow interval."""
     table = rows(np.ones(3))
     table[1:] = 0.0
     assert metrics_of(table, Supported(kl="full"))["kl"].error is None

@@ -1,7 +1,7 @@
 """JSON lines of responses of servers: OpenAI's `logprobs`, vLLM's `prompt_logprobs`, SGLang's `meta_info`.
 
 A line is one response as it came over HTTP, with the request's fields beside it where the response lacks them, or
-with request and response under these names. Of a batch, the requests are in other files (`batch_requests`).
+with request and response under these names. The requests of a batch are in files of their own (`batch_requests`).
 
     prompt           `prompt_token_ids` of the response or the line, `input_ids`, `prompt` as tokens or text, `messages`
                      with `tools`, `documents` and `chat_template_kwargs`

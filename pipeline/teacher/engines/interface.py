@@ -221,7 +221,7 @@ class TeacherEngine(Protocol):
     def generate(
         self, requests: Sequence[Request], settings: AnswerSettings, on_answers: OnAnswers = lambda _: None
     ) -> list[Answer]:
-        """An answer to each request, in any order, except those that a server gives no usable answer to.
+        """An answer to each request, in any order. Requests that a server cannot answer have none.
 
         Args:
             on_answers: called with answers as they are completed.

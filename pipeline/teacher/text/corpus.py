@@ -107,13 +107,7 @@ def tokenise_documents(
         ModelError: the tokenizer lacks what the text needs.
         ConfigError: the options do not go with the text or the tokenizer.
     """
-    source = load_source(
-        config.data,
-        data_config=config.data_config,
-        split=config.split,
-        sample_by=config.sample_by,
-        most=config.max_documents,
-    )
+    source = load_source(config)
     rows = source.rows
     name = data_name(config.data)
     columns = find_columns(source, config.text_column, name)

@@ -261,13 +261,7 @@ def open_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, posi
         DataError: they cannot be read, or none can be answered.
         ModelError: the tokenizer has no chat template, and the prompts are conversations.
     """
-    source = load_source(
-        config.data,
-        data_config=config.data_config,
-        split=config.split,
-        sample_by=config.sample_by,
-        most=config.max_documents,
-    )
+    source = load_source(config)
     rows = source.rows
     name = data_name(config.data)
     columns = find_prompt(source, config.text_column, name)

@@ -16,21 +16,21 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import pyarrow as pa
 
 from pipeline.errors import DataError
 from pipeline.hub import copies_if_unreachable
+from pipeline.teacher.text.data_config import DataConfig
 from pipeline.teacher.text.reading.data_paths import (
     EXTENSIONS,
-    PathLike,
     data_name,
     extension,
     find_local,
@@ -38,8 +38,6 @@ from pipeline.teacher.text.reading.data_paths import (
 )
 from pipeline.teacher.text.reading.given_rows import rows_dataset
 from pipeline.teacher.text.reading.records import RecordReader, json_dataset, not_utf8, open_bytes, with_json_as_text
-
-Data: TypeAlias = PathLike | Sequence[PathLike] | datasets.Dataset | datasets.DatasetDict | Iterable[Mapping[str, Any]]
 
 # For pandas "NA", "None" or "null" in a CSV cell is a missing value; in a corpus it is text.
 _CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
@@ -98,20 +96,17 @@ class Source:
         ]
 
 
-def load_source(data: Data, *, data_config: str | None, split: str, sample_by: str, most: int | None = None) -> Source:
-    """Open `data`, which has at least one row.
-
-    Args:
-        most: number of rows, from the first one on. An iterable is read no further, so that it may be endless.
+def load_source(config: DataConfig) -> Source:
+    """Open `config.data`, which has at least one row, up to `max_documents` rows. An iterable may be endless.
 
     Raises:
         DataError: there is nothing to read, or it cannot be read; names the file, and the line where possible.
     """
     with quiet_datasets():
-        source = _open(data, data_config, split, sample_by, most)
+        source = _open(config)
     if len(source.rows) == 0:
-        raise DataError(f"{data_name(data)}: {_NO_ROWS}")
-    rows = with_json_as_text(source.rows)
+        raise DataError(f"{data_name(config.data)}: {_NO_ROWS}")
+    rows, most = with_json_as_text(source.rows), config.max_documents
     return replace(source, rows=rows if most is None else rows.select(range(min(most, len(rows)))))
 
 
@@ -134,11 +129,12 @@ def quiet_datasets() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _open(data: Data, data_config: str | None, split: str, sample_by: str, most: int | None) -> Source:
-    if isinstance(data, str | os.PathLike):
-        return _open_path(os.fspath(data), data_config, split, sample_by)
+def _open(config: DataConfig) -> Source:
+    data, split, sample_by = config.data, config.split, config.sample_by
     if is_path_list(data) and len(data) == 1:
-        return _open_path(os.fspath(data[0]), data_config, split, sample_by)
+        [data] = data
+    if isinstance(data, str | os.PathLike):
+        return _open_path(os.fspath(data), config.data_config, split, sample_by)
     if is_path_list(data):
         return _open_paths([os.fspath(path) for path in data], split, sample_by)
     name = data_name(data)
@@ -153,7 +149,7 @@ def _open(data: Data, data_config: str | None, split: str, sample_by: str, most:
         return Source(rows if rows.format["type"] is None else rows.with_format(None), (), 0, given=True)
     if split != "train":
         raise DataError(f"{name}: no split {split!r} in given rows. Leave `split` at its default.")
-    return Source(rows_dataset(data, name, most), (), 0, given=True)
+    return Source(rows_dataset(data, name, config.max_documents), (), 0, given=True)
 
 
 def _open_path(data: str, data_config: str | None, split: str, sample_by: str) -> Source:

@@ -1,4 +1,4 @@
-"""What is said of a server that makes a request wait, or refuses it."""
+"""Messages about a server that makes requests wait, or refuses them."""
 
 from __future__ import annotations
 

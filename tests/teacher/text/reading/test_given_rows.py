@@ -35,7 +35,7 @@ def config(data: Any, **options: Any) -> DataConfig:
 
 
 def load(data: Any, *, split: str = "train") -> list[dict[str, Any]]:
-    source = load_source(data, data_config=None, split=split, sample_by="document")
+    source = load_source(DataConfig(data=data, split=split))
     return source.reader.read(source.rows[:])
 
 
@@ -263,7 +263,7 @@ def test_paths_relative_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    source = load_source(["a.txt", tmp_path / "b.txt"], data_config=None, split="train", sample_by="document")
+    source = load_source(DataConfig(data=["a.txt", tmp_path / "b.txt"]))
     assert [file["name"] for file in source.describe_files()] == ["a.txt", "b.txt"]
 
 
