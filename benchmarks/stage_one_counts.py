@@ -160,7 +160,7 @@ def _chunk(rule: TargetRule, *, rounded: bool = False, by_kernels: bool = False)
         rounded: as before: 256 positions, logits in bf16 that are widened again.
         by_kernels: selection by the Triton kernels.
     """
-    n = 256 if rounded else chunk_positions(DEVICE, VOCAB)
+    n = 256 if rounded else chunk_positions(VOCAB)
 
     def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=DEVICE)

@@ -25,7 +25,7 @@ def selection(bench: Bench) -> list[Table]:
     columns = ["V", "targets", "way", "milliseconds", "time/copy"]
     found: list[list[Value]] = []
     for shape in bench.sizes.teachers:
-        n = chunk_positions(bench.device, shape.vocab)
+        n = chunk_positions(shape.vocab)
         logits = 3 * torch.randn(n, shape.vocab, device=bench.device)
         scratch = torch.empty_like(logits)
         copy = bench.seconds(lambda to=scratch, source=logits: to.copy_(source))

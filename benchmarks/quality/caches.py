@@ -19,11 +19,11 @@ from benchmarks.quality.corpora import Corpus
 from benchmarks.quality.states import States
 from benchmarks.quality.tracks import Arm, Track
 from pipeline.models.head import Head
-from pipeline.teacher.engines.forward_pass import CHUNK_POSITIONS
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, sparse_targets
 
+CHUNK_POSITIONS = 256
 TEXT_COLUMNS = ("row", "input_ids", "loss_mask", "segment_lengths")
 
 

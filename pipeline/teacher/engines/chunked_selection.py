@@ -47,12 +47,13 @@ class ChunkedSelection:
         Args:
             here: its positions among the n.
             logits: [≤n, V].
-            scratch: as in `sparse_targets`.
+            scratch: as in `sparse_targets`, for as many positions as are to be looked at together.
         """
+        together = len(logits) if scratch is None else len(scratch)
         for i, (rule, uniforms) in enumerate(zip(self.rules, self._uniforms, strict=True)):
             began = self.clock()
-            chunk = sparse_targets(logits, rule, uniforms[here], scratch)
-            self._chunks[i].append(chunk)
+            for part, drawn in zip(logits.split(together), uniforms[here].split(together), strict=True):
+                self._chunks[i].append(sparse_targets(part, rule, drawn, scratch))
             self.seconds[i] += self.clock() - began
 
     def targets(self) -> list[ChunkTargets]:

@@ -38,11 +38,8 @@ from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, label_scores
 from pipeline.teacher.targets.softmax import scratch_for
 
-CHUNK_POSITIONS = 256
-"""Positions per chunk of the head on a CPU, whose caches hold no more of the logits."""
-
 CHUNK_BYTES = 2**28
-"""Size of a chunk's fp32 logits on a GPU, of which two are there: large enough to read the head's weights seldom."""
+"""Size of a chunk's fp32 logits: large enough to read the head's weights seldom."""
 
 CHUNK_STEP, MOST_CHUNK_POSITIONS = 128, 4096
 
@@ -119,10 +116,10 @@ class ForwardPass:
         self, head: Head, *, export: HeadExport | None = None, hidden: cf.HiddenSpec | None = None, timed: bool = False
     ) -> None:
         self.head, self.export, self.hidden, self.timed = head, export, hidden, timed
-        self.chunk = chunk_positions(head.device, head.vocab_size)
+        self.chunk = chunk_positions(head.vocab_size)
         shape = self.chunk, head.vocab_size
         self._logits = empty_rows(*shape, head.logits_dtype, head.device) if head.linear else None
-        self._scratch = scratch_for(*shape, head.device)
+        self._scratch = scratch_for(head.vocab_size, head.device)
 
     @torch.inference_mode()
     def run(
@@ -244,9 +241,7 @@ class ForwardPass:
         return time.perf_counter()
 
 
-def chunk_positions(device: torch.device, vocab_size: int) -> int:
+def chunk_positions(vocab_size: int) -> int:
     """Positions per chunk of the head."""
-    if device.type != "cuda":
-        return CHUNK_POSITIONS
     fit = CHUNK_BYTES // (4 * vocab_size) // CHUNK_STEP * CHUNK_STEP
     return min(max(CHUNK_STEP, fit), MOST_CHUNK_POSITIONS)

@@ -27,6 +27,9 @@ from pipeline.models.devices import kernels
 
 BLOCK = 32
 
+CPU_POSITIONS = 64
+"""Positions that a CPU looks at together: its caches still hold their logits at the second pass."""
+
 
 class Outside(Protocol):
     """The probabilities of a softmax with zeros at the exact entries."""
@@ -77,10 +80,11 @@ def softmax_of(logits: Tensor, temperature: float, scratch: Tensor | None) -> So
     return PlainSoftmax(logits, temperature, scratch) if by is None else KernelSoftmax(by, logits, temperature)
 
 
-def scratch_for(positions: int, vocab_size: int, device: torch.device) -> Tensor | None:
-    """Buffer for `softmax_of`. On a CPU a fresh tensor of this size costs more in page faults than the softmax that
-    fills it; a GPU's allocator hands out again what was freed."""
-    return torch.empty((positions, vocab_size), dtype=torch.float32, device=device) if device.type == "cpu" else None
+def scratch_for(vocab_size: int, device: torch.device) -> Tensor | None:
+    """Buffer for `softmax_of` on a CPU, where a fresh tensor of this size costs more in page faults than the softmax
+    that fills it; None for a GPU, whose allocator hands out again what was freed."""
+    shape = CPU_POSITIONS, vocab_size
+    return torch.empty(shape, dtype=torch.float32, device=device) if device.type == "cpu" else None
 
 
 class PlainSoftmax:
@@ -204,10 +208,8 @@ def top_k(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor,
     maxima = blocked.amax(dim=2) if maxima is None else maxima[:, :blocks]
     best = maxima.topk(k, dim=1, sorted=False).indices  # [n, k]
     candidates = blocked[torch.arange(n, device=values.device)[:, None], best].flatten(1)  # [n, k·BLOCK]
-    candidate_ids = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
-    if blocks * BLOCK < width:  # the ragged end is always looked at
+    if blocks * BLOCK < width:  # the ragged end is always looked at, as one more block
         candidates = torch.cat([candidates, values[:, blocks * BLOCK :]], dim=1)
-        tail_ids = torch.arange(blocks * BLOCK, width, device=values.device).expand(n, -1)
-        candidate_ids = torch.cat([candidate_ids, tail_ids], dim=1)
+        best = torch.nn.functional.pad(best, (0, 1), value=blocks)
     top, where = candidates.topk(k, dim=1)
-    return top, candidate_ids.gather(1, where)
+    return top, best.gather(1, where // BLOCK) * BLOCK + where % BLOCK

@@ -195,7 +195,7 @@ class StepTargets:
                 continue  # the others need this rank's part of the product
             logits = logits[:, : self.vocab_size]
             if self._scratch is None:
-                self._scratch = scratch_for(CHUNK_POSITIONS, self.vocab_size, logits.device)
+                self._scratch = scratch_for(self.vocab_size, logits.device)
             if labels is not None:
                 label_logprobs.append(label_scores(logits, torch.from_numpy(labels[here])))
             selection.add(here, logits, self._scratch)
