@@ -22,7 +22,7 @@ PADDING_FREE = partial(
     option,
     None,
     help="Run documents end to end, without padding or attention masks (variable-length attention).",
-    default_text="on for CUDA if the model supports it",
+    default_text="on for CUDA and CPUs if the model supports it",
 )
 COMPILE = partial(
     option,

@@ -157,12 +157,14 @@ def test_models_that_cannot_are_found(architecture: str) -> None:
     assert without_padding(head, 64, wanted=None, device=torch.device("cuda")) is head
 
 
-def test_it_is_the_default_on_cuda_alone() -> None:
+def test_it_is_the_default_on_cuda_and_cpus() -> None:
     head = opened("llama")
     for wanted, device, free in (
-        (None, "cpu", False),
+        (None, "cpu", True),
         (None, "cuda", True),
+        (None, "mps", False),
         (False, "cuda", False),
-        (True, "cpu", True),
+        (False, "cpu", False),
+        (True, "mps", True),
     ):
         assert without_padding(head, 64, wanted=wanted, device=torch.device(device)).padding_free is free

@@ -31,17 +31,17 @@ class _Row:
 
 
 def without_padding(head: Head, longest: int, *, wanted: bool | None, device: torch.device) -> Head:
-    """The head, padding-free if `padding_free` asks for it or, by default, if CUDA and the model allow it.
+    """The head, padding-free if `padding_free` asks for it or, by default, if device and model allow it.
 
     Args:
         longest: tokens of the longest row.
-        wanted: the option; None: on CUDA, where the model allows it.
+        wanted: the option; None: on CUDA and CPUs, where the model allows it.
         device: that the model will run on.
 
     Raises:
         ConfigError: it is wanted, and the model cannot.
     """
-    if wanted is False or (wanted is None and device.type != "cuda"):
+    if wanted is False or (wanted is None and device.type not in ("cuda", "cpu")):
         return head
     free = padding_free(head, longest)
     if free is None and wanted:
