@@ -20,6 +20,7 @@ ROUNDING = {
     "capture.selection": "sums over the vocabulary by other kernels round differently",
     "capture.server_version": "another version of the server rounds differently",
     "capture.compiled": "compiled layers round differently",
+    "capture.padding_free": "attention without padding rounds differently",
     "capture.tensor_parallel": "sums split over devices round differently",
 }
 FINGERPRINTS = ("weights_fingerprint", "config_fingerprint")

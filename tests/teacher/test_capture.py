@@ -30,6 +30,7 @@ from pipeline.teacher.progress import CaptureProgress, CaptureSummary
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets
 from pipeline.teacher.text.data_config import DataConfig
+from pipeline.teacher.writing.worker_config import WorkerConfig
 from tiny import english, tiny_llama
 
 K, WINDOW, ROWS_PER_SHARD = 16, 48, 16
@@ -84,6 +85,22 @@ def test_packed(packed: Path, teacher_dir: Path) -> None:
     assert len(cache.manifest.shards) >= 3
     assert max(len(row.segment_lengths) for row in cache.iter_rows()) > 1
     assert check_cache(packed, teacher_dir) > 1500
+
+
+def test_with_padding(packed: Path, teacher_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """The same within rounding; a cache is continued in the other mode only if that is allowed."""
+    path = tmp_path / "padded"
+    cache_teacher(settings(teacher_dir, text_file, path, padding_free=False))
+    assert check_cache(path, teacher_dir) > 1500
+    of_path, of_packed = (cf.open_cache(each).metadata.capture for each in (path, packed))
+    assert of_packed == {**of_path, "padding_free": True}
+
+    for file in (path / "shards").glob("*-00001.*"):
+        file.unlink()
+    with pytest.raises(cf.MismatchError, match=r"capture\.padding_free .*only rounding"):
+        cache_teacher(settings(teacher_dir, text_file, path))
+    cache_teacher(settings(teacher_dir, text_file, path, workers=WorkerConfig(allow_rounding=True)))
+    assert check_cache(path, teacher_dir) > 1500
 
 
 @pytest.mark.parametrize("packing", [False, True])

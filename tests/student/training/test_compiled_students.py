@@ -38,7 +38,7 @@ def cache(teacher_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     "options",
     [
         {"eval_steps": 2, "gradient_checkpointing": True},
-        {"padding_free": True, "hidden_loss": "mse"},
+        {"padding_free": False, "hidden_loss": "mse"},
         {"bf16": True},
         {"lora_rank": 2, "merge_adapter": True},
     ],

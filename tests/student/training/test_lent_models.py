@@ -42,7 +42,7 @@ def attributes(model: PreTrainedModel) -> dict[str, Any]:
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
-    "padding-free": {"padding_free": True},
+    "padded": {"padding_free": False},
     "merged": {"lora_rank": 2, "merge_adapter": True},
     "frozen": {"freeze_embeddings": True},
     "bf16": {"bf16": True},
@@ -63,7 +63,7 @@ def test_a_run_leaves_a_student_as_it_was(
     assert attributes(model) == before
 
 
-@pytest.mark.parametrize("options", [{}, {"padding_free": True}])
+@pytest.mark.parametrize("options", [{}, {"padding_free": False}])
 def test_an_evaluation_leaves_a_student_as_it_was(
     options: dict[str, Any], cache: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
