@@ -27,6 +27,7 @@ NAMES = (
     "stage_one_counts",
     "scaling",
     "decode",
+    "encoding",
     "sizes",
     "hidden_targets",
     "codebook",

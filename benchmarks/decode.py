@@ -83,7 +83,7 @@ def cache_rows(exact: TextTargets, copies: int, **changes: object) -> list[cf.Ca
 
 
 def write_cache(
-    path: Path, rows: Sequence[cf.CacheRow], vocab_size: int, level: int, encoding: str = "columns"
+    path: Path, rows: Sequence[cf.CacheRow], vocab_size: int, level: int, encoding: str = "columns", threads: int = 1
 ) -> None:
     metadata = cf.CacheMetadata(
         teacher={"name": "benchmark"},
@@ -96,7 +96,7 @@ def write_cache(
         encoding=encoding,
         compression={"codec": "zstd", "level": level},
     )
-    with cf.CacheWriter(path, metadata) as writer:
+    with cf.CacheWriter(path, metadata, encoding_threads=threads) as writer:
         writer.write(rows)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from cache_format.cache_errors import CacheError, MismatchError
 from cache_format.codecs.codebook import Codebook, sqrt_probability_codebook, weight_codebook
+from cache_format.cores import encoding_threads
 from cache_format.manifest.answers_file import ANSWERS
 from cache_format.manifest.documents_file import write_documents
 from cache_format.manifest.metadata import CacheMetadata
@@ -65,7 +66,8 @@ def convert_cache(
     answers, documents = cache.answers_bytes(), cache.documents_bytes()
     head = None if metadata.head is None else cache.head_bytes()
     rebuilding = cache.head() if cache.metadata.head is not None and metadata.head is None else None
-    with CacheWriter(output, metadata, tokenizer_files=cache.tokenizer_files(), head=head, resume=True) as writer:
+    options: dict[str, Any] = {"tokenizer_files": cache.tokenizer_files(), "encoding_threads": encoding_threads()}
+    with CacheWriter(output, metadata, head=head, resume=True, **options) as writer:
         if answers is not None:
             write_bytes(open_directory(output), ANSWERS, answers)
         if documents is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
@@ -28,6 +30,9 @@ from cache_format.storage.directory import Directory, write_bytes
 class ShardWriter:
     """Owns the file of the shard that is being written. Call `finish` or `abandon` at the end.
 
+    Args:
+        threads: that encode record batches, if more than one; this many are then kept in memory at most.
+
     Attributes:
         bytes_written: so far; another thread may read it.
     """
@@ -37,6 +42,7 @@ class ShardWriter:
         directory: Directory,
         codec: Codec,
         index: int,
+        threads: int = 1,
     ) -> None:
         self.index = index
         self._directory, self._codec = directory, codec
@@ -47,6 +53,10 @@ class ShardWriter:
         self._sink = pa.OSFile(self._path, "wb")
         self._arrow = pa.ipc.new_file(self._sink, codec.schema, options=options)
         self._counts: list[dict[str, Any]] = []  # of each record batch
+        # Threads are started when all others are busy, so no more than encoding needs.
+        self._threads = ThreadPoolExecutor(threads, "cache-encoder") if threads > 1 else None
+        self._most_encoding = threads
+        self._encoding: deque[tuple[RowBatch, Future[pa.RecordBatch]]] = deque()
         self.bytes_written = int(self._sink.tell())
 
     @property
@@ -54,8 +64,24 @@ class ShardWriter:
         return sum(counts["tokens"] for counts in self._counts)
 
     def write(self, batch: RowBatch) -> None:
-        """Append a record batch. Raises: ValueError; then nothing has been written."""
-        self._arrow.write_batch(self._codec.encode(batch))
+        """Append a record batch.
+
+        Raises: ValueError for a value that no code represents, of this record batch or, with several threads, of one
+            before it. The shard can then only be abandoned.
+        """
+        if self._threads is None:
+            self._append(batch, self._codec.encode(batch))
+            return
+        self._encoding.append((batch, self._threads.submit(self._codec.encode, batch)))
+        while self._encoding and (len(self._encoding) > self._most_encoding or self._encoding[0][1].done()):
+            self._append_next()
+
+    def _append_next(self) -> None:
+        batch, encoded = self._encoding.popleft()
+        self._append(batch, encoded.result())
+
+    def _append(self, batch: RowBatch, encoded: pa.RecordBatch) -> None:
+        self._arrow.write_batch(encoded)
         self._counts.append(
             {
                 "first_row": int(batch.rows[0]),
@@ -68,7 +94,13 @@ class ShardWriter:
         self.bytes_written = int(self._sink.tell())
 
     def finish(self, annotations: Mapping[str, Any]) -> tuple[Sidecar, str]:
-        """Rename the shard to its final name, then write its sidecar. Returns the sidecar and its sha256."""
+        """Rename the shard to its final name, then write its sidecar. Returns the sidecar and its sha256.
+
+        Raises: as `write`.
+        """
+        while self._encoding:
+            self._append_next()
+        self._end_threads()
         self._arrow.close()
         self._sink.close()
         sidecar = self._describe(annotations)
@@ -79,10 +111,16 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Discard the shard; leaves no files behind."""
+        self._encoding.clear()
+        self._end_threads()
         with contextlib.suppress(OSError):  # a full disk, which may be why the shard is abandoned
             self._sink.close()
         reason = CacheError("shard abandoned")
         self._creation.__exit__(CacheError, reason, None)
+
+    def _end_threads(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
     def _describe(self, annotations: Mapping[str, Any]) -> Sidecar:
         # Hash what is in the file, not what was meant to be written.

@@ -73,6 +73,7 @@ class SharedCacheWriter(CacheWriter):
         head: Buffer | None = None,
         allow_rounding: bool = False,
         stale_after_s: float = STALE_AFTER_S,
+        encoding_threads: int = 1,
         on_wait: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._share, self._on_wait = share, on_wait
@@ -88,6 +89,7 @@ class SharedCacheWriter(CacheWriter):
             allow_finished=True,
             allow_rounding=allow_rounding,
             stale_after_s=stale_after_s,
+            encoding_threads=encoding_threads,
         )
         self.next_row = metadata.num_rows  # until a shard is begun
         if self._share.first >= metadata.num_shards:

@@ -43,6 +43,8 @@ class CacheWriter:
         allow_rounding: continue although device, threads, batch size or library versions differ; the sidecars of the
             new shards record it.
         stale_after_s: seconds of silence after which a writer on another machine counts as gone.
+        encoding_threads: largest number of threads that encode. With more than one, a value that cannot be encoded may
+            raise its ValueError in a later call of `write`, and the shard is to be abandoned.
 
     Raises: CacheError if the directory holds something else or a finished cache, or if somebody else is writing it;
         MismatchError if the recorded metadata differ.
@@ -59,8 +61,9 @@ class CacheWriter:
         allow_finished: bool = False,
         allow_rounding: bool = False,
         stale_after_s: float = STALE_AFTER_S,
+        encoding_threads: int = 1,
     ) -> None:
-        self._directory = open_directory(path)
+        self._directory, self._encoding_threads = open_directory(path), encoding_threads
         files = tokenizer_files or {}
         digests = {check_plain_name(name): sha256(files[name]) for name in files}
         self._pending: list[CacheRow] = []  # rows of the next record batch
@@ -247,7 +250,7 @@ class CacheWriter:
                 return  # the lexicon is learned from all of shard 0, which waits in memory until then
             self._cache.learn_lexicon(self._waiting)
         if self._shard is None:
-            self._shard = ShardWriter(self._directory, self._cache.codec, shard)
+            self._shard = ShardWriter(self._directory, self._cache.codec, shard, self._encoding_threads)
         for each in self._waiting:
             self._shard.write(each)
         self._waiting.clear()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 import cache_format as cf
+from cache_format.cores import encoding_threads
 from pipeline.importing.exported_facts import ExportedFacts
 from pipeline.importing.import_config import ImportConfig
 from pipeline.importing.readers.format_reader import Reader
@@ -101,6 +102,7 @@ def import_cache(
         resume=True,
         allow_finished=True,
         allow_rounding=finished is not None,  # nothing is written with other libraries
+        encoding_threads=encoding_threads(),
     ) as writer:
         save_config(config.output, record)
         if documents is not None:

@@ -1,11 +1,12 @@
-"""The loops over symbols and entries in which decoding packed targets spends its time, in two implementations.
+"""The loops over symbols and entries in which packed targets spend their time, in two implementations.
 
     numpy_loops     numpy: a call for each step over all lanes
     numba_loops     one pass over the symbols, compiled by numba (the extra `fast`): several times faster
 
 Both compute with integers and give the same arrays and errors. Arrays named `found` are filled by the call; they and
 the contexts are as long as the symbols to be read. `words` has one word more than there are to read, and `at` is the
-next one; a reading function returns the next `at`, or `ENDED` if there were too few words. `tables` are those that the
+next one; a reading function returns the next `at`, or `ENDED` if there were too few words; writing goes backwards.
+`tables` are those that the
 same implementation made.
 
 Shapes: n symbols, L lanes, C contexts, S different symbols, N positions, E entries, G groups of entries, V vocabulary,
@@ -65,6 +66,16 @@ class Loops(Protocol):
 
     def codes(self, state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tables, found: U8, /) -> int:
         """Read the codes of a group whose `counts` [N] and `ranks` [E] are known."""
+        ...
+
+    def write(self, state: U32, words: U16, at: int, frequencies: Ints, starts: Ints, /) -> int:
+        """Code symbols, the last one first; returns where the words now begin that end at `at`.
+
+        Args:
+            words: at least as many up to `at` as there are symbols.
+            frequencies: [n] of each symbol, from 1 to 2^12.
+            starts: [n] the first place of each.
+        """
         ...
 
     def sums(self, counts: Ints, codes: U8, shares: Ints, /) -> Ints:

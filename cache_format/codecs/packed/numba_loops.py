@@ -1,4 +1,4 @@
-"""The loops of decoding (`loops.Loops`), compiled by numba: one pass over the symbols, a few nanoseconds for each.
+"""The loops of packed targets (`loops.Loops`), compiled by numba: one pass over the symbols, some nanoseconds for each.
 
 Compiled code checks no index. Every index here is checked, or follows from the length of an array; `Decoder`, `Model`
 and `Lexicon` pass arrays of the lengths that `Loops` states. All arithmetic is on int64: no value reaches 2^63. An
@@ -214,6 +214,22 @@ def codes(state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tab
             lane = lane + 1 if lane + 1 < len(state) else 0
             found[uintp(entry)] = code
             entry += 1
+    return at
+
+
+@_compiled("int64", _STATE, _WORDS, "int64", _INTS, _INTS)
+def write(state: U32, words: U16, at: int, frequencies: Ints, starts: Ints) -> int:
+    if len(starts) != len(frequencies) or at < len(frequencies) or at > len(words):
+        raise IndexError("symbols, their places and words do not go together")
+    for i in range(len(frequencies) - 1, -1, -1):
+        lane, frequency = i % len(state), frequencies[i]
+        x = np.int64(state[uintp(lane)])
+        if x >= frequency << (32 - BITS):
+            at -= 1
+            words[uintp(at)] = x & 0xFFFF
+            x >>= 16
+        quotient = x // frequency
+        state[uintp(lane)] = (quotient << BITS) + x - quotient * frequency + starts[i]
     return at
 
 

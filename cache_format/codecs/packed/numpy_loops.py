@@ -1,4 +1,4 @@
-"""The loops of decoding (`loops.Loops`) in numpy: a step over 512 lanes costs some ten calls.
+"""The loops of packed targets (`loops.Loops`) in numpy: a step over 512 lanes costs some ten calls.
 
 In a step, only the state depends on the step before. So the loop over steps keeps the place that each symbol was read
 from, a table says how the state goes on, and everything else is looked up or shifted for all symbols at once.
@@ -81,6 +81,22 @@ def codes(state: U32, words: U16, at: int, counts: Ints, ranks: I32, tables: Tab
     read = np.empty(len(ranks), np.int64)
     at = symbols(state, words, at, code_contexts(counts, ranks), tables, read)
     found[:] = read
+    return at
+
+
+def write(state: U32, words: U16, at: int, frequencies: Ints, starts: Ints) -> int:
+    each, firsts = frequencies.astype(np.uint64), starts.astype(np.uint64)
+    last = (len(each) - 1) // len(state) * len(state)
+    for start in range(last, -1, -len(state)):
+        f, first = each[start : start + len(state)], firsts[start : start + len(state)]
+        x = state[: len(f)].astype(np.uint64)
+        full = x >= f << np.uint64(32 - BITS)
+        block = x[full]
+        words[at - len(block) : at] = block & np.uint64(0xFFFF)
+        at -= len(block)
+        x = np.where(full, x >> np.uint64(16), x)
+        quotient = x // f
+        state[: len(f)] = (quotient << np.uint64(BITS)) + (x - quotient * f) + first
     return at
 
 

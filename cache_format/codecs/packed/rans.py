@@ -4,7 +4,7 @@ J. Duda, "Asymmetric numeral systems", https://arxiv.org/abs/1311.2540; interlea
 https://arxiv.org/abs/1402.3392. A symbol that takes f of 2^12 places costs 12 - log2 f bits, to within a thousandth.
 
 Symbol i belongs to lane i mod L. All lanes share one stream of 16-bit words and do the same at the same time, which is
-what numpy is fast at. The last symbols are coded first, so the decoder reads forward; its loops are in `loops`. All
+what numpy is fast at. The last symbols are coded first, so the decoder reads forward. The loops are in `loops`. All
 arithmetic is on integers, so any language gives the same bytes.
 
 Shapes: n symbols, L lanes, C contexts, S different symbols.
@@ -21,8 +21,6 @@ from cache_format.codecs.packed.loops import BITS, ENDED, I32, LOW, TOTAL, U8, I
 from cache_format.rows.types import joint_index
 
 KEPT_BITS = 4  # leading bits of a frequency
-
-U64 = NDArray[np.uint64]
 
 
 class Model:
@@ -83,34 +81,26 @@ class Encoder:
 
     def __init__(self, lanes: int) -> None:
         self.lanes = lanes
-        self._parts: list[tuple[U64, U64]] = []  # frequencies and starts of consecutive symbols
+        self._parts: list[tuple[Ints, Ints]] = []  # frequencies and starts of consecutive symbols
 
     def symbols(self, symbols: Ints, contexts: Ints, model: Model) -> None:
         if model.certain is None:
-            frequencies, starts = (of[contexts, symbols] for of in (model.frequencies, model.starts))
-            self._parts.append((frequencies.astype(np.uint64), starts.astype(np.uint64)))
+            places = joint_index(contexts, symbols, model.frequencies.shape[1])
+            self._parts.append((model.frequencies.take(places), model.starts.take(places)))
 
     def bits(self, values: Ints, widths: Ints) -> None:
         """Values of `widths` bits each (0 to 12), uncompressed."""
-        frequencies = (np.uint64(1) << (np.uint64(BITS) - widths.astype(np.uint64))).astype(np.uint64)
-        self._parts.append((frequencies, values.astype(np.uint64) * frequencies))
+        frequencies = 1 << (BITS - widths.astype(np.int64))
+        self._parts.append((frequencies, values.astype(np.int64) * frequencies))
 
     def finish(self) -> bytes:
         """The final states of all lanes, then the words."""
-        state = np.full(self.lanes, LOW, np.uint64)
-        blocks: list[NDArray[np.uint16]] = []
+        state = np.full(self.lanes, LOW, np.uint32)
+        words = np.empty(sum(len(frequencies) for frequencies, _ in self._parts), np.uint16)
+        at = len(words)
         for frequencies, starts in reversed(self._parts):
-            last = (len(frequencies) - 1) // self.lanes * self.lanes
-            for start in range(last, -1, -self.lanes):
-                f, c = frequencies[start : start + self.lanes], starts[start : start + self.lanes]
-                x = state[: len(f)]
-                full = x >= f << np.uint64(32 - BITS)
-                blocks.append((x[full] & np.uint64(0xFFFF)).astype(np.uint16))
-                x = np.where(full, x >> np.uint64(16), x)
-                quotient = x // f
-                state[: len(f)] = (quotient << np.uint64(BITS)) + (x - quotient * f) + c
-        words = np.concatenate([*reversed(blocks), np.zeros(0, np.uint16)])
-        return state.astype("<u4").tobytes() + words.astype("<u2").tobytes()
+            at = loops().write(state, words, at, frequencies, starts)
+        return state.astype("<u4").tobytes() + words[at:].astype("<u2").tobytes()
 
 
 class Decoder:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from cache_format.cores import available_cores
 from pipeline.student.data.dataset import WINDOW, Batch
 from pipeline.student.data.mixed_dataset import Rows
 from pipeline.student.data.row_index import RowIndex
@@ -118,9 +118,7 @@ class BatchesAhead(Dataset[Batch]):
 
 def decoding_threads() -> int:
     """Largest number of threads that decode a cache in this process."""
-    # Those that the process may use; not every system tells.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, DECODING_THREADS)
+    return min(available_cores(), DECODING_THREADS)
 
 
 def _rows(batches: Iterator[list[int]], here: range, total: int) -> Iterator[int]:

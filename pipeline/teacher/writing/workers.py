@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cache_format as cf
+from cache_format.cores import encoding_threads
 from pipeline.errors import ConfigError
 from pipeline.models.loading import resolve_device
 from pipeline.teacher.writing.tensor_parallel import Follower, Leader
@@ -84,6 +85,7 @@ class Worker:
             "head": head,
             "allow_rounding": self.config.allow_rounding,
             "stale_after_s": self.config.stale_after,
+            "encoding_threads": encoding_threads(),
         }
         if self.share is not None:
             return cf.SharedCacheWriter(output, metadata, share=self.share, on_wait=on_wait, **options)

@@ -65,6 +65,26 @@ def test_reading_gives_the_same_or_ends_for_both(seed: int, lanes: int, size: in
         assert outcomes[0] == outcomes[1], what
 
 
+@settings(max_examples=60)
+@given(seed=SEEDS, lanes=st.sampled_from([1, 2, 7, 64]), size=st.integers(0, 300), width=st.sampled_from([1, 60, 104]))
+def test_writing_gives_the_same_for_both(seed: int, lanes: int, size: int, width: int):
+    rng = np.random.default_rng(seed)
+    model = some_model(rng, 5, width, 3)
+    places = rng.integers(0, 5, size), rng.integers(0, width, size)
+    frequencies, starts = model.frequencies[places], model.starts[places]
+    outcomes = []
+    for implementation in (numpy_loops, numba_loops):
+        state, words = np.full(lanes, LOW, np.uint32), np.full(size + 3, 101, np.uint16)
+        at = implementation.write(state, words, size + 1, frequencies, starts)
+        outcomes.append((at, state.tolist(), words.tolist()))
+        assert 1 <= at <= size + 1 and (words[:at] == 101).all() and (words[size + 1 :] == 101).all()
+        found = np.empty(size, np.int64)
+        tables = implementation.tables(model.frequencies)
+        assert implementation.symbols(state, words, at, places[0], tables, found) == size + 1
+        assert found.tolist() == places[1].tolist() and (state == LOW).all()
+    assert outcomes[0] == outcomes[1]
+
+
 @settings(max_examples=40)
 @given(seed=SEEDS, groups=st.integers(1, 4), longest=st.sampled_from([1, 3, 9, 70]))
 def test_the_rest_is_the_same_for_both(seed: int, groups: int, longest: int):
@@ -113,6 +133,9 @@ def test_compiled_code_reads_nothing_outside_of_its_arrays():
             numba_loops.ranks(state, words, 0, one, tables, ranks.copy())
     with pytest.raises(IndexError):
         numba_loops.codes(state, words, 0, one, ranks, few, np.empty(1, np.uint8))
+    for at, frequencies, starts in ((0, one, one), (7, one, one), (-1, one, one), (3, one, np.ones(2, np.int64))):
+        with pytest.raises(IndexError):
+            numba_loops.write(state, words, at, frequencies, starts)
     codes, shares = np.array([4], np.uint8), np.zeros(4, np.int64)
     with pytest.raises(IndexError):
         numba_loops.sums(one, codes, shares)
