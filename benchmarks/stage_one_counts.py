@@ -29,7 +29,7 @@ from benchmarks.counted_kernels import counted_kernels, plain_torch
 from benchmarks.measure import Result, Settings, Table
 from benchmarks.simulated_gpu import DEVICE, Operation, SimulatedGpu, simulated_gpu
 from pipeline.models.head import Head
-from pipeline.teacher.engines.forward_pass import chunk_positions
+from pipeline.teacher.engines.chunked_selection import chunk_positions
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets.rules import TargetRule

@@ -11,7 +11,7 @@ from benchmarks.counted_kernels import plain_torch
 from benchmarks.gpu.bench import Bench
 from benchmarks.measure import Table, Value
 from pipeline.models.devices import kernels
-from pipeline.teacher.engines.forward_pass import chunk_positions
+from pipeline.teacher.engines.chunked_selection import chunk_positions
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import sparse_targets
 

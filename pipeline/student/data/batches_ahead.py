@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,10 @@ from pipeline.student.data.row_index import RowIndex
 BATCHES_AHEAD = 2
 WINDOWS_AHEAD = 2  # of record batches: the one in use and the next
 DECODING_THREADS = 2  # at most, for each cache
+
+PAUSE_S = 0.002
+"""Before the next batch is made, if another one waits already. A reader that has just taken a batch is about to start
+the next step, for which a GPU may be waiting; it should not have to share the interpreter's lock then."""
 
 
 class BatchesAhead(Dataset[Batch]):
@@ -101,10 +106,13 @@ class BatchesAhead(Dataset[Batch]):
 
     def _fill(self) -> None:
         assert self._thread is not None
+        pause = PAUSE_S if self._made and self._made[0][1].done() else 0.0
         for batch in itertools.islice(self._coming, BATCHES_AHEAD - len(self._made)):
-            self._made.append((batch, self._thread.submit(self._make, batch)))
+            self._made.append((batch, self._thread.submit(self._make, batch, pause)))
 
-    def _make(self, indices: list[int]) -> Batch:
+    def _make(self, indices: list[int], pause: float = 0.0) -> Batch:
+        if pause:
+            time.sleep(pause)
         batch = self.rows.collate(self.rows.__getitems__(indices))  # type: ignore[arg-type]
         return {name: value.pin_memory() for name, value in batch.items()} if self._pins() else batch
 

@@ -11,6 +11,17 @@ from torch import Tensor
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, precise_dtype, sparse_targets
 
+CHUNK_BYTES = 2**28
+"""Size of a chunk's fp32 logits: large enough to read the head's weights seldom."""
+
+CHUNK_STEP, MOST_CHUNK_POSITIONS = 128, 4096
+
+
+def chunk_positions(vocab_size: int) -> int:
+    """Positions per chunk of the head."""
+    fit = CHUNK_BYTES // (4 * vocab_size) // CHUNK_STEP * CHUNK_STEP
+    return min(max(CHUNK_STEP, fit), MOST_CHUNK_POSITIONS)
+
 
 def random_numbers(
     rules: Sequence[TargetRule], places: np.ndarray, positions: np.ndarray, device: torch.device

@@ -30,18 +30,13 @@ from pipeline.models.head_export import HeadExport
 from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.mask_shortcuts import mask_shortcuts
 from pipeline.models.padding import model_inputs, places
-from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
+from pipeline.teacher.engines.chunked_selection import ChunkedSelection, chunk_positions, random_numbers
 from pipeline.teacher.engines.interface import RowRequest, Timing
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.cache_rows import cache_rows
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, label_scores
 from pipeline.teacher.targets.softmax import scratch_for
-
-CHUNK_BYTES = 2**28
-"""Size of a chunk's fp32 logits: large enough to read the head's weights seldom."""
-
-CHUNK_STEP, MOST_CHUNK_POSITIONS = 128, 4096
 
 OnLogits = Callable[[slice, Tensor], None]
 """Called with the positions of a chunk among the n of the batch, and their logits."""
@@ -239,9 +234,3 @@ class ForwardPass:
         if self.head.device.type == "cuda":
             torch.cuda.synchronize(self.head.device)
         return time.perf_counter()
-
-
-def chunk_positions(vocab_size: int) -> int:
-    """Positions per chunk of the head."""
-    fit = CHUNK_BYTES // (4 * vocab_size) // CHUNK_STEP * CHUNK_STEP
-    return min(max(CHUNK_STEP, fit), MOST_CHUNK_POSITIONS)

@@ -109,6 +109,22 @@ def test_a_few_batches_are_made_before_they_are_asked_for() -> None:
     assert rows.threads == {"batches-ahead_0"}
 
 
+def test_the_next_batch_is_made_a_little_later_if_another_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_ahead, "PAUSE_S", 1.0)
+    rows = Made()
+    with closing(ahead_of(rows)) as ahead:
+        began = time.monotonic()
+        ahead.__getitems__(ORDER[0])
+        wait_for(lambda: len(rows.batches) == 3)  # nothing was ready
+        assert time.monotonic() - began < 0.9
+        ahead.__getitems__(ORDER[1])
+        time.sleep(0.2)
+        assert len(rows.batches) == 3
+        ahead.__getitems__(ORDER[2])
+        ahead.__getitems__(ORDER[3])
+        assert time.monotonic() - began > 1.0
+
+
 def test_every_epoch_begins_anew_also_in_the_middle() -> None:
     rows, order = Made(), [list(batch) for batch in ORDER]
     with closing(ahead_of(rows, order)) as ahead:

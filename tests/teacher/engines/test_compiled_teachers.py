@@ -55,7 +55,7 @@ def test_targets_are_the_same_and_the_cache_says_that_layers_were_compiled(
     cache_teacher(settings(str(teacher_dir), text_file, plain))
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
     cache_teacher(settings(model, text_file, compiled, tokenizer=tokenizer, compile=True))
-    assert 0 < graphs.frame_count <= 4
+    assert 0 < graphs.frame_count <= 10  # five for each layer, in two modes: attention of documents is not compiled
     assert not any("forward" in vars(module) for module in model.modules())
     assert cf.open_cache(compiled).metadata.capture["compiled"] is True
     assert "compiled" not in cf.open_cache(plain).metadata.capture

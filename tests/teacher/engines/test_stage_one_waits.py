@@ -27,6 +27,7 @@ from pipeline.models.head_export import export_head
 from pipeline.models.isolation.mask_shortcuts import document_numbers, holds_packed
 from pipeline.models.padding import pad_rows
 from pipeline.teacher.engines import forward_pass
+from pipeline.teacher.engines.chunked_selection import chunk_positions
 from pipeline.teacher.engines.interface import RowRequest
 from pipeline.teacher.engines.transformers_engine import TransformersEngine
 from pipeline.teacher.targets.rules import TargetRule
@@ -239,9 +240,8 @@ def test_only_16_bit_products_without_gradients_are_fp32() -> None:
 
 
 def test_chunks_have_a_size_in_bytes() -> None:
-    chunk = forward_pass.chunk_positions
-    assert [chunk(vocab_size) for vocab_size in (400, 32_000, 128_256, 262_144)] == [4096, 2048, 512, 256]
-    assert chunk(10**7) == 128
+    assert [chunk_positions(vocab_size) for vocab_size in (400, 32_000, 128_256, 262_144)] == [4096, 2048, 512, 256]
+    assert chunk_positions(10**7) == 128
 
 
 def test_packed_rows_are_found_as_transformers_finds_them() -> None:

@@ -22,14 +22,11 @@ import torch
 from torch import Tensor
 
 from pipeline.models.devices.transfer import upload
-from pipeline.teacher.engines.chunked_selection import ChunkedSelection, random_numbers
+from pipeline.teacher.engines.chunked_selection import ChunkedSelection, chunk_positions, random_numbers
 from pipeline.teacher.targets import hidden_states
 from pipeline.teacher.targets.rules import TargetRule
 from pipeline.teacher.targets.selection import ChunkTargets, draws, label_scores, sparse_targets
 from pipeline.teacher.targets.softmax import scratch_for
-
-CHUNK_POSITIONS = 256
-"""Positions per chunk of the head."""
 
 KEY = "distill"
 """Key in a request's `extra_args`."""
@@ -187,8 +184,9 @@ class StepTargets:
         uniforms = upload(random_numbers(self.rules, places, positions, inputs.device), inputs.device)
         selection = ChunkedSelection(self.rules, uniforms, partial(self._clock, inputs))
         label_logprobs = [torch.zeros(0)]
-        for start in range(0, len(inputs), CHUNK_POSITIONS):
-            here = slice(start, start + CHUNK_POSITIONS)
+        chunk = chunk_positions(self.vocab_size)
+        for start in range(0, len(inputs), chunk):
+            here = slice(start, start + chunk)
             logits = self.logits(inputs[here])
             if logits is None:
                 self.gets_logits = False

@@ -33,10 +33,11 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head_export import head_file
 from pipeline.models.loading import config_fingerprint
 from pipeline.teacher.engines.answers import Answer, AnswerSettings, Request, place_of, token_set
+from pipeline.teacher.engines.chunked_selection import chunk_positions
 from pipeline.teacher.engines.engine_config import Tokens
 from pipeline.teacher.engines.interface import Measured, OnAnswers, OnBatch, RowRequest, Timing
 from pipeline.teacher.engines.vllm.vllm_answers import answer_of, sampling_options
-from pipeline.teacher.engines.vllm.vllm_collector import CHUNK_POSITIONS, Collected, join
+from pipeline.teacher.engines.vllm.vllm_collector import Collected, join
 from pipeline.teacher.engines.vllm.vllm_thread import Document, VllmThread, fail, settle
 from pipeline.teacher.engines.vllm.vllm_version import installed
 from pipeline.teacher.targets import hidden_states
@@ -214,7 +215,7 @@ class VllmEngine:
             "device": device,
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "batch_size": self.batch_size,
-            "chunk_positions": CHUNK_POSITIONS,
+            "chunk_positions": chunk_positions(self.vocab_size),
             **({"tensor_parallel": ranks} if ranks > 1 else {}),
         }
 
