@@ -17,7 +17,7 @@ LINES, RESULTS = HERE / "work/architectures.jsonl", HERE / "results/architecture
 
 # Errors in short: a part of the message, and what the table says.
 REASONS = (
-    ("attend to one another", "documents of a row see one another"),
+    ("when it is packed after another one", "documents of a row see one another"),
     ("sees the tokens that it would have to predict", "sees later tokens"),
     ("its positions do not begin at 0", "counts positions from another number"),
     ("cannot be run on text alone", "cannot be run on text alone"),
