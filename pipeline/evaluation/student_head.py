@@ -40,6 +40,7 @@ def open_student(
         trust_remote_code=config.trust_remote_code,
     )
     head = open_head(model, vocab_size, masked=objective == "masked")
-    check_isolation(cache, head, batch_size=config.batch_size)
     longest = cache.metadata.corpus.get("window_length") or 0
-    return without_padding(head, longest, wanted=padding_free, device=model.device)
+    head = without_padding(head, longest, wanted=padding_free, device=model.device)
+    check_isolation(cache, head, batch_size=config.batch_size)
+    return head

@@ -182,12 +182,13 @@ def open_teacher(
         check_padding(model, head)
     else:
         check_causal(head)
-        if text.description["packing"]:
-            check_packing(model, head, text.longest_read)
-        elif rows_per_pass(config) > 1 and has_own_code(model):
-            check_padding(model, head, text.longest_read)
     _check_length(config, text, model.config)
-    return without_padding(head, text.longest_read, wanted=config.padding_free, device=head.device)
+    head = without_padding(head, text.longest_read, wanted=config.padding_free, device=head.device)
+    if not masked and text.description["packing"]:
+        check_packing(model, head, text.longest_read)
+    elif not masked and rows_per_pass(config) > 1 and has_own_code(model):
+        check_padding(model, head, text.longest_read)
+    return head
 
 
 def _check_length(config: CacheTeacherConfig, text: TokenisedText, teacher: PreTrainedConfig) -> None:

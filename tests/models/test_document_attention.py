@@ -10,11 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models.head import Head, open_head
-from pipeline.models.isolation import document_attention
+from pipeline.models.isolation import document_attention, shared_rows
 from pipeline.models.isolation.document_attention import Documents, forget_documents
 from pipeline.models.isolation.padding_free import padding_free, without_padding
+from pipeline.models.isolation.shared_rows import check_packing
 from pipeline.models.padding import pad_rows
 from tiny_architectures import tiny_config
 
@@ -155,6 +156,26 @@ def test_models_that_cannot_are_found(architecture: str) -> None:
     with pytest.raises(ConfigError, match="`padding_free`"):
         without_padding(head, 64, wanted=True, device=cpu)
     assert without_padding(head, 64, wanted=None, device=torch.device("cuda")) is head
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "opt"])
+def test_models_that_keep_documents_apart_in_no_other_way_may_pack(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = opened(architecture)
+    with pytest.raises(ModelError, match="or attends to it"):
+        check_packing(head.model, head, 32)
+    free = padding_free(head, 32)
+    assert free is not None
+    check_packing(head.model, free, 32)
+
+    def as_one(first: torch.Tensor, second: torch.Tensor) -> Documents:
+        both = first.shape[1] + second.shape[1]
+        return Documents(lengths=(both, both), starts=torch.tensor([0, both, 2 * both]), places=torch.arange(2 * both))
+
+    monkeypatch.setattr(shared_rows, "_two_each", as_one)
+    with pytest.raises(ModelError, match="or attends to it"):
+        check_packing(head.model, free, 32)
 
 
 def test_it_is_the_default_on_cuda_and_cpus() -> None:

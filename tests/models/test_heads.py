@@ -192,7 +192,7 @@ def test_a_leak_is_found_next_to_very_large_states(dtype: torch.dtype, monkeypat
     check_packing(model, head)
     states = Head.hidden_states
 
-    def leaking(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def leaking(head: Head, input_ids: Tensor, position_ids: Tensor, **_: None) -> Tensor:
         hidden = states(head, input_ids, position_ids)
         return hidden + 0.03 * hidden.cumsum(1)
 
@@ -238,7 +238,7 @@ def test_one_token_may_amplify_rounding_errors_in_16_bits(dtype: torch.dtype, mo
     model = build(LINEAR["llama"], dtype)
     head, states = open_head(model, V), Head.hidden_states
 
-    def noisy(head: Head, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def noisy(head: Head, input_ids: Tensor, position_ids: Tensor, **_: None) -> Tensor:
         hidden = states(head, input_ids, position_ids).clone()
         hidden[:, -2] *= 1 + input_ids.shape[1] / 10  # depends on the length of the row, not on its tokens
         return hidden

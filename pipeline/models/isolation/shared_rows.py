@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import ModelError
 from pipeline.models.head import Head, deviation, deviation_of_most, probing, tolerance
+from pipeline.models.isolation.document_attention import Documents
 from pipeline.models.isolation.length_limits import longest_packed_row
 from pipeline.models.objective import most_positions
 
@@ -20,6 +23,7 @@ def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     that the longest document of a row would end at, because some models switch to other position embeddings there.
 
     Args:
+        head: checked as it will run: a padding-free one is told where documents begin.
         longest: tokens of the longest row.
 
     Raises:
@@ -32,7 +36,7 @@ def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
             "because this model scales its attention by the place in the row instead of the document. Use "
             f"`packing=False`, or `seq_len` {limit} or less."
         )
-    device = head.device
+    device, free = head.device, head.padding_free
     generator = torch.Generator().manual_seed(1)
     first, other, second = (torch.randint(head.vocab_size, (1, n), generator=generator).to(device) for n in (7, 7, 5))
     alone = torch.arange(second.shape[1], device=device)[None]
@@ -40,7 +44,8 @@ def check_packing(model: PreTrainedModel, head: Head, longest: int = 0) -> None:
     rows = torch.cat([torch.cat([first, second], dim=1), torch.cat([other, second], dim=1)])
     with probing(model):
         expected = head.hidden_states(second, alone)[0]
-        behind_first, behind_other = head.hidden_states(rows, packed.expand(2, -1))[:, first.shape[1] :]
+        states = head.hidden_states(rows, packed.expand(2, -1), documents=_two_each(first, second) if free else None)
+        behind_first, behind_other = states[:, first.shape[1] :]
     for off, roundings in ((deviation_of_most(behind_first, expected), 16), (deviation(behind_first, behind_other), 4)):
         allowed = tolerance(expected, roundings=roundings)
         if not off <= allowed:
@@ -90,3 +95,10 @@ def _up_to(last: int, ids: Tensor) -> Tensor:
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     positions[0, -1] = max(last, ids.shape[1] - 1)
     return positions
+
+
+def _two_each(first: Tensor, second: Tensor) -> Documents:
+    """Of two rows, each with documents of these lengths."""
+    lengths = (first.shape[1], second.shape[1]) * 2
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return Documents(lengths=lengths, starts=starts, places=torch.arange(sum(lengths))).to(first.device)

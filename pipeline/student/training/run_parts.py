@@ -120,13 +120,13 @@ def load_run_student(run: CheckedRun, data: RunData, on_stage: Callable[[str], N
     head = open_head(model, data.vocab_size, masked=objective == "masked")
     together = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     caches = run.mix.caches if run.held_out is None else [*run.mix.caches, run.held_out]
-    for cache in caches:
-        check_isolation(cache, head, batch_size=together)
     longest = max(cache.metadata.corpus.get("window_length") or 0 for cache in caches)
     head = without_padding(head, longest, wanted=config.padding_free, device=arguments.device)
     if head.padding_free and _stays_whole_on_cuda(arguments):
         model.to(arguments.device)
         head = or_padded(head, wanted=config.padding_free, dtype=torch.bfloat16 if arguments.bf16 else None)
+    for cache in caches:
+        check_isolation(cache, head, batch_size=together)
     return RunStudent(model, head, fingerprint, base_weights, adapted, sum(p.numel() for p in model.parameters()))
 
 
