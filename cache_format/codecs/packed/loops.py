@@ -6,7 +6,7 @@
 Both compute with integers and give the same arrays and errors. Arrays named `found` are filled by the call; they and
 the contexts are as long as the symbols to be read. `words` has one word more than there are to read, and `at` is the
 next one; a reading function returns the next `at`, or `ENDED` if there were too few words; writing goes backwards.
-`tables` are those that the same implementation made.
+Each implementation takes the `tables` that it made.
 
 Shapes: n symbols, L lanes, C contexts, S different symbols, N positions, E entries, G groups of entries, V vocabulary,
 P candidates.

@@ -98,7 +98,7 @@ def _up_to(last: int, ids: Tensor) -> Tensor:
 
 
 def _two_each(first: Tensor, second: Tensor) -> Documents:
-    """Of two rows, each with documents of these lengths."""
+    """Two rows, each of a document as long as `first` and one as long as `second`."""
     lengths = (first.shape[1], second.shape[1]) * 2
     starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return Documents(lengths=lengths, starts=starts, places=torch.arange(sum(lengths))).to(first.device)
